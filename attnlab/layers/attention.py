@@ -1,0 +1,184 @@
+"""Multi-head attention as a module: projections, positions, cache, and one call of `attend`."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from attnlab.attention import attend, causal, segments, softcap, window
+from attnlab.attention.cache import Cache, LayerCache
+from attnlab.attention.masks import Mask, Slots
+from attnlab.attention.positions import rotary
+from attnlab.layers.linear import Linear
+from attnlab.layers.norms import Norm, RMSNorm
+from attnlab.layers.parameters import Dtypes
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions over the first `fraction` of each head's width."""
+
+    theta: float = 10_000.0
+    fraction: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError("fraction must be over 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class NoPositions:
+    """Order is known from the mask alone (NoPE)."""
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Every token sees all earlier ones."""
+
+    positions: Rotary | NoPositions | None = None  # None: the model's own
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """Every token sees the last `window` tokens, itself included (Mistral, arXiv 2310.06825, section 2)."""
+
+    window: int = 256
+    positions: Rotary | NoPositions | None = None  # None: the model's own
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError("window must be at least 1")
+
+
+@dataclass(frozen=True)
+class Bidirectional:
+    """Every token sees the whole document."""
+
+    positions: Rotary | NoPositions | None = None  # None: the model's own
+
+
+Kind = Causal | Sliding | Bidirectional
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How every attention layer of a model is made.
+
+    Attributes:
+      heads: query heads H.
+      kv_heads: key/value heads K; None is H, 1 is multi-query attention.
+      head_dim: width of a head D; None is E / H.
+      bias: biases in the projections.
+      qk_norm: RMS norm of queries and keys, each head by itself (arXiv 2010.04245, 2302.05442).
+      softcap: cap of the scores; None is none.
+      dropout: share of attention weights dropped in training.
+    """
+
+    heads: int = 8
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    bias: bool = False
+    qk_norm: bool = False
+    softcap: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.heads < 1:
+            raise ValueError("heads must be at least 1")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise ValueError(
+                f"kv_heads must divide heads={self.heads}: one of {', '.join(map(str, divisors))}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout must be at least 0 and under 1")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError("softcap must be over 0, or none")
+
+
+class AttentionLayer(nn.Module):
+    """Attention of a layer of one kind; keys and values come from the same tokens or a cache of them.
+
+    Attributes:
+      config: heads and options.
+      kind: which tokens may attend to which.
+      positions: how queries and keys are turned.
+      scale: factor of the scores; None is 1 / sqrt(D).
+      std: deviation of the initial query, key and value weights; `out_std` that of the output's.
+    """
+
+    config: Attention
+    kind: Kind
+    positions: Rotary | NoPositions
+    scale: float | None
+    std: float
+    out_std: float
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache | None = None,
+        layer_cache: LayerCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
+        """The attended activations, and the layer's cache with the new keys and values in it."""
+        config, embed = self.config, x.shape[-1]
+        heads, kv_heads = config.heads, config.kv_heads or config.heads
+        head_dim = config.head_dim or embed // heads
+
+        def project(name: str, n: int, axis: str) -> Array:
+            axes = ("embed", axis, "head_dim")
+            return Linear((embed,), (n, head_dim), axes, self.std, config.bias, self.dtypes, name=name)(x)
+
+        query = project("query", heads, "heads")
+        key = project("key", kv_heads, "kv_heads")
+        value = project("value", kv_heads, "kv_heads")
+        if config.qk_norm:
+            query = Norm(RMSNorm(), self.dtypes, name="query_norm")(query)
+            key = Norm(RMSNorm(), self.dtypes, name="key_norm")(key)
+        if isinstance(self.positions, Rotary):
+            query, key = (
+                rotary(y, positions, theta=self.positions.theta, fraction=self.positions.fraction)
+                for y in (query, key)
+            )
+        mask = self._mask(segment_ids, cache)
+        if cache is not None:
+            first = cache.index - x.shape[1]
+            layer_cache = layer_cache.write(first, key, value)
+            key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
+
+        drops = config.dropout > 0 and not deterministic
+        captures = self.is_mutable_collection("intermediates")
+        out = attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            score=softcap(config.softcap) if config.softcap else None,
+            scale=self.scale,
+            dropout_rate=config.dropout,
+            dropout_key=self.make_rng("dropout") if drops else None,
+            return_weights=captures,
+        )
+        if captures:
+            out, weights = out
+            self.sow("intermediates", "attention_weights", weights)
+        axes = ("heads", "head_dim", "embed")
+        out = Linear((heads, head_dim), (embed,), axes, self.out_std, config.bias, self.dtypes, name="out")(
+            out
+        )
+        return out, layer_cache
+
+    def _mask(self, segment_ids: Array, cache: Cache | None) -> Mask:
+        left = self.kind.window - 1 if isinstance(self.kind, Sliding) else None
+        if cache is not None:
+            return Slots(cache.index - segment_ids.shape[1], left) & segments(segment_ids, cache.segments)
+        mask = segments(segment_ids)
+        if isinstance(self.kind, Bidirectional):
+            return mask
+        mask = causal() & mask
+        return mask if left is None else mask & window(left, 0)

@@ -1,0 +1,88 @@
+"""Linear maps between named groups of dimensions, and token tables."""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnlab.layers.parameters import Dtypes, parameter
+from attnlab.sharding import out_sharding
+
+
+class Linear(nn.Module):
+    """y = x W + b over the trailing input dimensions, as (embed)->(heads, head_dim) or back.
+
+    Attributes:
+      inputs: sizes of the contracted dimensions.
+      outputs: sizes of the new dimensions.
+      axes: logical names of inputs, then outputs.
+      std: deviation of the initial weights.
+      bias: whether b is there; it starts at zero.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+    bias: bool
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
+        """The mapped activations."""
+        kernel = parameter(
+            self, "kernel", (*self.inputs, *self.outputs), self.axes, self.dtypes, std=self.std
+        )
+        out_axes = self.axes[len(self.inputs) :]
+        # As an activation the model width is whole: only a parameter's is cut.
+        y = contract(x, kernel, len(self.inputs), out_axes)
+        if self.bias:
+            bias_axes = tuple("norm" if a == "embed" else a for a in out_axes)
+            bias = parameter(self, "bias", self.outputs, bias_axes, self.dtypes)
+            y = y + jnp.expand_dims(bias, (0, 1))
+        return y
+
+
+def contract(
+    x: Float[Array, "B T *inputs"], kernel: Float[Array, "..."], num_inputs: int, out_axes: tuple[str, ...]
+) -> Float[Array, "B T *outputs"]:
+    """Contracts the last `num_inputs` dimensions of `x` with the first of `kernel`.
+
+    Batch and length become one dimension of rows: XLA's CPU backend is slow with two, others do not mind.
+    """
+    b, t = x.shape[:2]
+    rows = x.reshape(b * t, *x.shape[2:])
+    inputs, outputs = "hijk"[:num_inputs], "xyz"[: len(out_axes)]
+    y = jnp.einsum(
+        f"n{inputs},{inputs}{outputs}->n{outputs}",
+        rows,
+        kernel,
+        out_sharding=out_sharding("batch", *out_axes),
+    )
+    return y.reshape(b, t, *y.shape[1:], out_sharding=out_sharding("batch", "sequence", *out_axes))
+
+
+class Embedding(nn.Module):
+    """A table of one row of width E for each of `size` ids."""
+
+    size: int
+    width: int
+    axes: tuple[str, str]
+    std: float
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V E"]:
+        """The table itself."""
+        return parameter(self, "table", (self.size, self.width), self.axes, self.dtypes, std=self.std)
+
+
+def look_up(table: Float[Array, "V E"], ids: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """Rows of a table; ids must be in range."""
+    return table.at[ids].get(mode="promise_in_bounds", out_sharding=out_sharding("batch", "sequence", None))
+
+
+def fan_in(inputs: tuple[int, ...]) -> int:
+    """Number of terms in each sum of a linear map."""
+    return math.prod(inputs)

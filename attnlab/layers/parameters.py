@@ -1,0 +1,56 @@
+"""How a layer declares a parameter: named axes in, a gathered array out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from attnlab import sharding
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Number formats kept apart: how parameters are stored, computed with, and turned into logits."""
+
+    param: str = "float32"
+    compute: str = "float32"
+    logits: str = "float32"
+
+    def __post_init__(self):
+        for name in ("param", "compute", "logits"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
+                raise ValueError(f"{name} dtype must be float32, bfloat16, float16 or float64")
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    shape: Sequence[int],
+    axes: Sequence[str],
+    dtypes: Dtypes,
+    *,
+    std: float = 0.0,
+    mean: float = 0.0,
+) -> Array:
+    """Declares a parameter, normal with this mean and deviation, and hands it out in the compute dtype.
+
+    It is stored in pieces over the mesh as its logical axes say and given gathered over fsdp, so that
+    what follows may be written as if there were no mesh.
+    """
+
+    def init(key):
+        dtype = jnp.dtype(dtypes.param)
+        where = None if _no_mesh() else sharding.stored_spec(shape, axes)
+        if std == 0.0:
+            return jnp.full(shape, mean, dtype, out_sharding=where)
+        return mean + std * jax.random.normal(key, shape, dtype, out_sharding=where)
+
+    value = module.param(name, init).astype(dtypes.compute)
+    return value if _no_mesh() else jax.sharding.reshard(value, sharding.used_spec(shape, axes))
+
+
+def _no_mesh() -> bool:
+    return jax.sharding.get_abstract_mesh().empty

@@ -1,0 +1,79 @@
+"""From activations to what a loss needs of the logits, a stretch of tokens at a time."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnlab.sharding import out_sharding, used_spec
+
+MAX_LOGITS = 1 << 24  # logits held at once; a larger batch x length x vocabulary goes in stretches
+
+
+class TokenStatistics(NamedTuple):
+    """All that losses and metrics take from the logits of each token, float32 (B, T).
+
+    Attributes:
+      target_logit: the logit of the target.
+      lse: log-sum-exp of the logits, so that lse - target_logit is the cross-entropy.
+      mean_logit: their mean over the vocabulary (label smoothing).
+      correct: 1 where no logit is above the target's.
+    """
+
+    target_logit: Float[Array, "B T"]
+    lse: Float[Array, "B T"]
+    mean_logit: Float[Array, "B T"]
+    correct: Float[Array, "B T"]
+
+
+def logits(
+    x: Float[Array, "B T E"], table: Float[Array, "V E"], softcap: float | None, dtype: str
+) -> Float[Array, "B T V"]:
+    """x table^T, capped to softcap * tanh(. / softcap) if asked."""
+    b, t, e = x.shape
+    rows, vocab = out_sharding("batch"), None
+    if rows is not None:
+        rows, vocab = rows[0], used_spec(table.shape, ("vocab", "embed"))[0]
+    where = None if rows is None else jax.P(rows, vocab)
+    y = jnp.einsum("ne,ve->nv", x.reshape(b * t, e), table, preferred_element_type=dtype, out_sharding=where)
+    if softcap is not None:
+        y = softcap * jnp.tanh(y / softcap)
+    return y.reshape(b, t, -1, out_sharding=None if rows is None else jax.P(rows, None, vocab))
+
+
+def token_statistics(
+    x: Float[Array, "B T E"],
+    table: Float[Array, "V E"],
+    targets: Int[Array, "B T"],
+    softcap: float | None,
+    dtype: str,
+) -> TokenStatistics:
+    """What a loss needs of the logits, which are never held whole: recomputed by stretches in the backward pass."""
+
+    def stretch(x, targets):
+        y = logits(x, table, softcap, dtype).astype(jnp.float32)
+        hit = jnp.arange(y.shape[-1])[None, None] == targets[..., None]
+        target_logit = jnp.where(hit, y, 0).sum(-1)
+        correct = (target_logit >= jax.lax.stop_gradient(y.max(-1))).astype(jnp.float32)
+        return TokenStatistics(target_logit, jax.nn.logsumexp(y, axis=-1), y.mean(-1), correct)
+
+    count = _stretches(x, table.shape[0])
+    if count == 1:
+        return stretch(x, targets)
+
+    def split(a):
+        b, t, *rest = a.shape
+        return jnp.moveaxis(a.reshape(b, count, t // count, *rest), 1, 0)
+
+    _, parts = jax.lax.scan(
+        lambda _, part: (None, jax.checkpoint(stretch)(*part)), None, (split(x), split(targets))
+    )
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(targets.shape), parts)
+
+
+def _stretches(x: Array, vocab: int) -> int:
+    """The smallest number of equal stretches of the length whose logits, on one device, fit."""
+    sharding = jax.typeof(x).sharding
+    b, t = sharding.shard_shape(x.shape)[:2] if not sharding.mesh.empty else x.shape[:2]
+    return next(c for c in range(1, t + 1) if t % c == 0 and (b * (t // c) * vocab <= MAX_LOGITS or c == t))

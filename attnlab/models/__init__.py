@@ -1,0 +1,5 @@
+"""Model families, one file each."""
+
+from attnlab.models.decoder import Decoder, DecoderConfig, Learned
+
+__all__ = ["Decoder", "DecoderConfig", "Learned"]

@@ -1,0 +1,222 @@
+"""Decoder language models: one config for GPT-2, Llama and what lies between."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnlab.attention.cache import Cache, empty_layer
+from attnlab.errors import InputError
+from attnlab.layers.attention import Attention, Causal, Kind, NoPositions, Rotary
+from attnlab.layers.blocks import BlockConfig, Stack
+from attnlab.layers.feed_forward import MLP, GatedMLP
+from attnlab.layers.initialization import MuP, Normal
+from attnlab.layers.linear import Embedding, look_up
+from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.parameters import Dtypes
+from attnlab.layers.readout import TokenStatistics, logits, token_statistics
+from attnlab.sharding import constrain, out_sharding
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned vector for each of `length` positions, added to the embeddings."""
+
+    length: int = 1024
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError("length must be at least 1")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm decoder.
+
+    Attributes:
+      depth: number of layers L.
+      width: model width E.
+      attention: heads and options of every attention layer.
+      feed_forward: `MLP` or `GatedMLP`.
+      norm: `RMSNorm` or `LayerNorm`.
+      positions: `Rotary`, `Learned` or `NoPositions`.
+      pattern: kinds of attention, repeated over the layers: five `Sliding` then one `Causal`, say.
+      tied: whether the logits read from the embedding table.
+      logit_softcap: cap of the logits; None is none.
+      dropout: share of embeddings and residual branches dropped in training.
+      init: `Normal` or `MuP`.
+      dtypes: number formats of parameters, computation and logits.
+      remat: what the backward pass recomputes: nothing, all of a layer, or all but its matrix products.
+      scan: compile one period of the pattern and loop over it, instead of compiling every layer.
+    """
+
+    depth: int = 6
+    width: int = 256
+    attention: Attention = field(default_factory=Attention)
+    feed_forward: MLP | GatedMLP = field(default_factory=MLP)
+    norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
+    positions: Rotary | Learned | NoPositions = field(default_factory=Rotary)
+    pattern: tuple[Kind, ...] = (Causal(),)
+    tied: bool = True
+    logit_softcap: float | None = None
+    dropout: float = 0.0
+    init: Normal | MuP = field(default_factory=Normal)
+    dtypes: Dtypes = field(default_factory=Dtypes)
+    remat: Literal["none", "full", "dots"] = "none"
+    scan: bool = True
+
+    def __post_init__(self):
+        if self.depth < 1 or self.width < 1:
+            raise ValueError("depth and width must be at least 1")
+        if self.attention.head_dim is None and self.width % self.attention.heads:
+            raise ValueError(
+                f"width={self.width} is no multiple of attention.heads={self.attention.heads}: change one, "
+                "or set attention.head_dim"
+            )
+        if isinstance(self.positions, Rotary) and self.head_dim * self.positions.fraction < 2:
+            raise ValueError(f"rotary positions need a head_dim of at least 2 to turn; it is {self.head_dim}")
+        if not self.pattern:
+            raise ValueError("pattern must name at least one kind of attention")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout must be at least 0 and under 1")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError("logit_softcap must be over 0, or none")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head D."""
+        return self.attention.head_dim or self.width // self.attention.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads K."""
+        return self.attention.kv_heads or self.attention.heads
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each layer, first to last."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
+
+    @property
+    def causal(self) -> bool:
+        """Whether no layer looks ahead, so that text can be generated."""
+        return all(type(kind).__name__ != "Bidirectional" for kind in self.pattern)
+
+    def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
+        """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size)."""
+        return {
+            "model.width": ("embed", self.width),
+            "model.attention.heads": ("heads", self.attention.heads),
+            "model.attention.kv_heads": ("kv_heads", self.kv_heads),
+            "model.feed_forward.width": ("mlp", self.feed_forward.hidden(self.width)),
+        }
+
+    def check_length(self, length: int) -> None:
+        """Checks that the model has positions for this many tokens.
+
+        Raises:
+          InputError: a learned table that is shorter.
+        """
+        if isinstance(self.positions, Learned) and length > self.positions.length:
+            raise InputError(
+                f"length {length} is over model.positions.length={self.positions.length} learned positions"
+            )
+
+    def build(self, vocab_size: int) -> "Decoder":
+        """The module of this config for a vocabulary."""
+        return Decoder(self, vocab_size)
+
+
+class Decoder(nn.Module):
+    """A language model: tokens in, logits of the next token out."""
+
+    config: DecoderConfig
+    vocab_size: int
+
+    def setup(self):
+        """Declares the tables, the stack of blocks and the last norm."""
+        c = self.config
+        self.embedding = Embedding(self.vocab_size, c.width, ("vocab", "embed"), c.init.std, c.dtypes)
+        if isinstance(c.positions, Learned):
+            self.position_embedding = Embedding(
+                c.positions.length, c.width, ("sequence", "embed"), c.init.std, c.dtypes
+            )
+        if not c.tied:
+            self.readout = Embedding(self.vocab_size, c.width, ("vocab", "embed"), c.init.std, c.dtypes)
+        turned = NoPositions() if isinstance(c.positions, Learned) else c.positions
+        block = BlockConfig(
+            c.width, c.depth, c.attention, c.feed_forward, c.norm, turned, c.dropout, c.init, c.dtypes
+        )
+        self.layers = Stack(block, c.pattern, c.scan, c.remat)
+        self.norm = Norm(c.norm, c.dtypes)
+        self.drop = nn.Dropout(c.dropout)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+        """Activations after the last norm, and the cache with these tokens in it.
+
+        Args:
+          tokens: ids.
+          segment_ids: packed document of each token, 0 for padding; None is one document a row.
+          positions: place of each token in its document; None is 0, 1, 2, ...
+          cache: what was read before, from `init_cache`.
+          deterministic: False drops out, with an rng named "dropout".
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1])[None]
+        x = look_up(self.embedding(), tokens)
+        if isinstance(self.config.positions, Learned):
+            x = x + look_up(self.position_embedding(), positions)
+        x = self.drop(constrain(x, "batch", "sequence", None), deterministic=deterministic)
+        layer_caches, shared = None, None
+        if cache is not None:
+            layer_caches, cache = cache.layers, cache.advance(segment_ids)
+            shared = Cache(None, cache.segments, cache.index)
+        x, layer_caches = self.layers(x, layer_caches, segment_ids, positions, shared, deterministic)
+        x = self.norm(x) * self.config.init.readout_scale(self.config.width)
+        if cache is not None:
+            cache = Cache(layer_caches, cache.segments, cache.index)
+        return x, cache
+
+    def __call__(
+        self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
+        """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
+        x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic)
+        out = logits(x, self._table(), self.config.logit_softcap, self.config.dtypes.logits)
+        return out if cache is None else (out, new_cache)
+
+    def statistics(
+        self, tokens, targets, segment_ids=None, positions=None, deterministic=True
+    ) -> TokenStatistics:
+        """What a loss needs of each token's logits, without ever holding all of them."""
+        x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic)
+        return token_statistics(
+            x, self._table(), targets, self.config.logit_softcap, self.config.dtypes.logits
+        )
+
+    def _table(self) -> Float[Array, "V E"]:
+        return self.embedding() if self.config.tied else self.readout()
+
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for `slots` tokens of each of `batch` rows."""
+        c = self.config
+        periods, rest = divmod(c.depth, len(c.pattern))
+        one = empty_layer(batch, slots, c.kv_heads, c.head_dim, c.dtypes.compute)
+        where = out_sharding(None, "batch", None, "kv_heads", None)
+        stacked = jax.tree.map(lambda x: jnp.zeros((periods, *x.shape), x.dtype, out_sharding=where), one)
+        single = jax.tree.map(lambda x: constrain(x, "batch", None, "kv_heads", None), one)
+        layers = ((stacked,) * len(c.pattern) if periods else None, (single,) * rest if rest else None)
+        segment_ids = jnp.zeros((batch, slots), jnp.int32, out_sharding=out_sharding("batch", None))
+        return Cache(layers, segment_ids, jnp.zeros((), jnp.int32))
