@@ -1,0 +1,219 @@
+"""Text from a decoder: one compiled prefill, one compiled decode loop, a stretch of tokens a call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from attnlab import sharding
+from attnlab.attention.cache import Cache
+from attnlab.data import Tokenizer
+from attnlab.errors import InputError
+from attnlab.generation.sampling import Sampling, sample
+from attnlab.models import Decoder
+
+STRETCH = 16  # tokens decoded between looks at stop strings and the terminal
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came after a prompt.
+
+    Attributes:
+      prompt: the text given.
+      text: the text generated, up to but not with a stop string.
+      tokens: the ids generated.
+      ended: why it ended: "eos", "stop" (a stop string), "length" (as many tokens as asked), or "context".
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    ended: str
+
+
+class Generator:
+    """Generates with one model, its programs compiled once for each number of rows and slots.
+
+    Args:
+      model: a decoder whose layers are all causal.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      context: the most tokens a row may hold, prompt and all.
+      mesh: where the parameters lie.
+
+    Raises:
+      InputError: a model that looks ahead.
+    """
+
+    def __init__(self, model: Decoder, params, tokenizer: Tokenizer, context: int, mesh: Mesh):
+        if not model.config.causal:
+            raise InputError("a model with Bidirectional layers reads whole texts: it cannot generate them")
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.context, self.mesh = context, mesh
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        num_samples: int = 1,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stream: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Completions of each prompt, `num_samples` in a row for the first, then the second, and so on.
+
+        Args:
+          prompts: texts, of any lengths.
+          max_new_tokens: most tokens to add to each.
+          num_samples: completions of each prompt.
+          sampling: how tokens are drawn.
+          stop: strings that end a completion.
+          seed: of the draws; a row's draws do not depend on the other rows.
+          stream: called with (row, new text) as text becomes certain.
+
+        Raises:
+          InputError: a prompt that leaves no room in the context.
+        """
+        ids = [self._encode(prompt) for prompt in prompts for _ in range(num_samples)]
+        room = self.context - max(map(len, ids))
+        steps = min(max_new_tokens, room)
+        rows = [_Row(prompt, self.tokenizer, stop) for prompt in prompts for _ in range(num_samples)]
+        with jax.set_mesh(self.mesh):
+            state = self._prefill(ids, steps, seed)
+            for start in range(0, steps, STRETCH):
+                state, tokens = _decode(
+                    self.model, self.tokenizer.eos_id, sampling or Sampling(), self.params, state
+                )
+                for i, (row, new) in enumerate(zip(rows, np.asarray(tokens), strict=False)):
+                    fresh = row.add(new[: steps - start].tolist())
+                    if stream is not None and fresh:
+                        stream(i, fresh)
+                if all(row.ended for row in rows):
+                    break
+        limit = "length" if steps == max_new_tokens else "context"
+        return [row.completion(limit) for row in rows]
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids = [
+            self.tokenizer.eos_id,
+            *self.tokenizer.encode(prompt),
+        ]  # a document starts after the end of another
+        if len(ids) >= self.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens and the model's context holds {self.context}: "
+                f"use one of at most {self.context - 1}"
+            )
+        return ids
+
+    def _prefill(self, ids: list[list[int]], steps: int, seed: int) -> "_State":
+        """The cache after the prompts, which are padded on the left so that all rows end together."""
+        # Lengths and rows in powers of two, so that few programs are compiled.
+        length = min(_power_of_two(max(map(len, ids))), self.context - steps)
+        slots = length + -(-steps // STRETCH) * STRETCH
+        pieces = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        count = -(-_power_of_two(len(ids)) // pieces) * pieces
+        tokens = np.zeros((count, length), np.int32)
+        segments = np.zeros((count, length), np.int32)
+        for i in range(count):
+            row = ids[i] if i < len(ids) else ids[0]
+            tokens[i, length - len(row) :] = row
+            segments[i, length - len(row) :] = 1
+        put = partial(jax.device_put, device=sharding.named(self.mesh, P(("data", "fsdp"), None)))
+        return _start(self.model, slots, self.params, put(tokens), put(segments), seed)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """Between two tokens: the cache, logits of the next token, its position, and each row's random key."""
+
+    cache: Cache
+    logits: jax.Array
+    positions: jax.Array
+    keys: jax.Array
+    done: jax.Array
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _start(model: Decoder, slots: int, params, tokens, segments, seed) -> _State:
+    rows = tokens.shape[0]
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    logits, cache = model.apply(
+        {"params": params}, tokens, segments, positions, model.init_cache(rows, slots)
+    )
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
+    keys = jax.sharding.reshard(keys, P(("data", "fsdp")))
+    last = logits[:, -1].astype(jnp.float32)
+    return _State(cache, last, positions[:, -1] + 1, keys, jnp.zeros_like(tokens[:, 0], bool))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(model: Decoder, eos_id: int, sampling: Sampling, params, state: _State):
+    """The next stretch of tokens of every row, (B, STRETCH); a row past its end repeats the end."""
+
+    def one(state: _State, _):
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions)
+        token = jnp.where(state.done, eos_id, sample(keys, state.logits, sampling))
+        done = state.done | (token == eos_id)
+        logits, cache = model.apply(
+            {"params": params},
+            token[:, None],
+            jnp.ones_like(token)[:, None],
+            state.positions[:, None],
+            state.cache,
+        )
+        last = logits[:, -1].astype(jnp.float32)
+        return _State(cache, last, state.positions + 1, state.keys, done), token
+
+    state, tokens = jax.lax.scan(one, state, length=STRETCH)
+    return state, tokens.T
+
+
+class _Row:
+    """One row's text as it grows."""
+
+    def __init__(self, prompt: str, tokenizer: Tokenizer, stop: Sequence[str]):
+        self.prompt, self.ended = prompt, ""
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens: list[int] = []
+        self._text = ""
+        self._given = 0
+
+    def add(self, tokens: list[int]) -> str:
+        """Takes new tokens; returns the text that is now certain and was not given before."""
+        if self.ended:
+            return ""
+        if self._tokenizer.eos_id in tokens:
+            tokens = tokens[: tokens.index(self._tokenizer.eos_id)]
+            self.ended = "eos"
+        self._tokens += tokens
+        self._text = self._tokenizer.decode(self._tokens)
+        hits = [self._text.find(s) for s in self._stop if s in self._text]
+        if hits:
+            self._text, self.ended = self._text[: min(hits)], "stop"
+        certain = self._text if self.ended else self._text[: len(self._text) - self._uncertain()]
+        fresh, self._given = certain[self._given :], max(self._given, len(certain))
+        return fresh
+
+    def _uncertain(self) -> int:
+        """Characters at the end that a next token may change: half a character, or half a stop string."""
+        text = self._text
+        broken = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        half = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return max(broken, half)
+
+    def completion(self, limit: str) -> Completion:
+        """The finished row."""
+        return Completion(self.prompt, self._text, self._tokens, self.ended or limit)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

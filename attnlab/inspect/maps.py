@@ -1,0 +1,32 @@
+"""Attention maps of a model: which token every head looks at, layer by layer."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnlab.models import Decoder
+
+
+def attention_maps(
+    model: Decoder, params, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+) -> Float[Array, "L B H T S"]:
+    """The weights of every layer and head for these tokens, first layer first.
+
+    The weights come from the reference backend: capturing them changes the path, not the mathematics.
+    """
+    _, captured = model.apply({"params": params}, tokens, segment_ids, mutable=["intermediates"])
+    layers = captured["intermediates"]["layers"]
+    maps = []
+    if "periods" in layers:
+        blocks = _in_order(layers["periods"])  # each (periods, B, H, T, S)
+        maps.append(jnp.stack(blocks, axis=1).reshape(-1, *blocks[0].shape[1:]))
+    if "tail" in layers:
+        maps.append(jnp.stack(_in_order(layers["tail"])))
+    return jax.device_get(jnp.concatenate(maps))
+
+
+def _in_order(blocks: dict) -> list[Array]:
+    names = sorted(blocks, key=lambda name: int(re.sub(r"\D", "", name)))
+    return [blocks[name]["attention"]["attention_weights"][0] for name in names]

@@ -1,0 +1,182 @@
+"""Checkpoints of a run: state, data position and metrics, written by Orbax while training goes on."""
+
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from attnlab.errors import InputError
+from attnlab.train.optimizers import parameter_name
+
+FOLDER = "checkpoints"
+BEST_METRIC = "loss"
+
+
+class DataPosition:
+    """Where this process's input stands, as Orbax saves and loads it: one small JSON file a process."""
+
+    def __init__(self, state: dict | None = None):
+        self.state = state
+
+    @property
+    def _file(self) -> str:
+        return f"process_{jax.process_index()}_of_{jax.process_count()}.json"
+
+    async def save(self, directory) -> Awaitable[None]:
+        """Writes the position as it is now, in the background."""
+        text = json.dumps(self.state)
+
+        async def write() -> None:
+            path = await directory.await_creation()
+            (epath.Path(path) / self._file).write_text(text)
+
+        return write()
+
+    async def load(self, directory) -> Awaitable[None]:
+        """Reads the position that this process saved; None where another number of processes did."""
+
+        async def read() -> None:
+            path = epath.Path(directory) / self._file
+            self.state = json.loads(path.read_text()) if path.exists() else None
+
+        return read()
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held."""
+
+    step: int
+    state: Any
+    data: dict | None
+
+
+class Checkpoints:
+    """The checkpoints under a run's workdir: the latest `keep`, and the best by validation loss."""
+
+    def __init__(self, workdir: str | epath.Path, keep: int = 1, say: Callable[[str], None] = print):
+        self.root = epath.Path(workdir).absolute() / FOLDER
+        self._keep, self._say = keep, say
+        self._pending = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        return ocp.training.Checkpointer(
+            self.root,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps there are checkpoints of, first to last."""
+        return sorted(c.step for c in self._manager.checkpoints)
+
+    def best(self) -> int | None:
+        """The step with the lowest validation loss; None if none was evaluated."""
+        known = [(c.metrics[BEST_METRIC], c.step) for c in self._manager.checkpoints if c.metrics]
+        return min(known)[1] if known else None
+
+    def save(self, step: int, state: Any, data: dict, metrics: dict[str, float] | None = None) -> None:
+        """Starts writing a checkpoint; arrays are copied first, so the state may be donated at once."""
+        self.wait()
+        if step in self.steps():
+            return
+        self._pending = self._manager.save_checkpointables_async(
+            step, {"state": state, "data": DataPosition(data)}, metrics=metrics, force=True
+        )
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, abstract_state: Any, which: str = "latest") -> Restored:
+        """Loads a checkpoint onto the mesh that `abstract_state` is laid out on, whatever mesh it came from.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings to load as.
+          which: "latest", "best", or a step. A damaged latest falls back to the one before, and is set aside.
+
+        Raises:
+          InputError: no such checkpoint, or none that can be read.
+        """
+        step = self._find(which)
+        candidates = [s for s in reversed(self.steps()) if s <= step] if which == "latest" else [step]
+        failures: list[tuple[int, Exception]] = []
+        for candidate in candidates:
+            data = DataPosition()
+            try:
+                loaded = self._manager.load_checkpointables(
+                    candidate, {"state": abstract_state, "data": data}
+                )
+            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+                failures.append((candidate, error))
+                continue
+            for damaged, error in failures:
+                self._say(
+                    f"checkpoint {damaged} is damaged ({_first_line(error)}): going back to {candidate}"
+                )
+                self._set_aside(damaged)
+            return Restored(candidate, loaded["state"], data.state)
+        step, error = failures[0]
+        raise InputError(
+            f"checkpoint {step} under {self.root} cannot be read: {_first_line(error)}"
+        ) from error
+
+    def _find(self, which: str) -> int:
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"no checkpoint under {self.root}")
+        if which == "latest":
+            return steps[-1]
+        if which == "best":
+            return self.best() or steps[-1]
+        if not which.isdigit() or int(which) not in steps:
+            raise InputError(f"--checkpoint={which}: there are latest, best, {', '.join(map(str, steps))}")
+        return int(which)
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
+        target = self.root.parent / "damaged" / str(step)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            target.rmtree()
+        (self.root / str(step)).rename(target)
+        self._manager.close()
+        self._manager = self._open()
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over the names and bytes of all parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for name, leaf in sorted((parameter_name(path), leaf) for path, leaf in leaves):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return re.sub(r"\s+", " ", text.splitlines()[0])[:160]

@@ -1,0 +1,332 @@
+"""Optimizers and learning-rate schedules as configs, and the Optax chains they make.
+
+Every optimizer is one chain: direction, weight decay, factors by parameter name, learning rate.
+Clipping by the global norm comes before it, in the training step, which needs the norm anyway.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from attnlab.errors import InputError
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A rise over `warmup` steps, then the same rate."""
+
+    warmup: int = 0
+
+    def factor(self, steps: int) -> optax.Schedule:
+        """Step -> factor of the learning rate."""
+        del steps
+        return _after_warmup(self.warmup, optax.constant_schedule(1.0))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """A rise over `warmup` steps, then half a cosine down to `final` of the rate (Loshchilov and Hutter 2017)."""
+
+    warmup: int = 50
+    final: float = 0.1
+
+    def factor(self, steps: int) -> optax.Schedule:
+        """Step -> factor of the learning rate."""
+        return _after_warmup(
+            self.warmup, optax.cosine_decay_schedule(1.0, max(1, steps - self.warmup), self.final)
+        )
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay:
+    """A rise, a plateau, and a straight fall to `final` over the last `decay` share (arXiv 2404.06395, section 4)."""
+
+    warmup: int = 50
+    decay: float = 0.2
+    final: float = 0.0
+
+    def factor(self, steps: int) -> optax.Schedule:
+        """Step -> factor of the learning rate."""
+        fall = max(1, round(steps * self.decay))
+        tail = optax.linear_schedule(1.0, self.final, fall)
+        stable = max(0, steps - self.warmup - fall)
+        return _after_warmup(
+            self.warmup, optax.join_schedules([optax.constant_schedule(1.0), tail], [stable])
+        )
+
+
+@dataclass(frozen=True)
+class InverseSquareRoot:
+    """A rise over `warmup` steps, then sqrt(warmup / step) (Vaswani et al. 2017, equation 3, scaled to peak at 1)."""
+
+    warmup: int = 100
+
+    def factor(self, steps: int) -> optax.Schedule:
+        """Step -> factor of the learning rate."""
+        del steps
+        start = max(1, self.warmup)
+        return _after_warmup(self.warmup, lambda step: (start / (step + start)) ** 0.5)
+
+
+def _after_warmup(warmup: int, schedule: optax.Schedule) -> optax.Schedule:
+    if warmup == 0:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(1 / warmup, 1.0, warmup), schedule], [warmup])
+
+
+Schedule = Constant | Cosine | WarmupStableDecay | InverseSquareRoot
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Factors of the learning rate and weight decay of parameters whose path the pattern is found in."""
+
+    pattern: str
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What all optimizers have.
+
+    Attributes:
+      learning_rate: the peak rate.
+      schedule: how it changes over the run.
+      weight_decay: decoupled decay, times the learning rate each step.
+      clip_norm: largest global norm of the gradient; None is no limit.
+      rules: factors by parameter name, such as layers/periods/block0/attention/out/kernel; all that match apply.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: Constant | Cosine | WarmupStableDecay | InverseSquareRoot = field(default_factory=Cosine)
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    rules: tuple[Rule, ...] = (Rule(r"(scale|bias)$", weight_decay=0.0),)
+
+    def __post_init__(self):
+        if self.learning_rate < 0 or self.weight_decay < 0:
+            raise ValueError("learning_rate and weight_decay must be at least 0")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError("clip_norm must be over 0, or none")
+
+    def direction(self) -> optax.GradientTransformation:
+        """The transformation from gradients to a direction of unit learning rate, uphill."""
+        raise NotImplementedError
+
+    def chain(self, rate: optax.Schedule, factors: dict[str, Any]) -> optax.GradientTransformation:
+        """The whole transformation from clipped gradients to updates."""
+        return optax.chain(self.direction(), *_decay_and_rate(self, rate, factors))
+
+    def eval_params(self, opt_state, params):
+        """The parameters to evaluate with."""
+        del opt_state
+        return params
+
+
+def _decay_and_rate(config: Optimizer, rate: optax.Schedule, factors: dict[str, Any]):
+    decays = jax.tree.map(lambda f: config.weight_decay * f, factors["weight_decay"])
+    decay = optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda u, p, d: u + (d * p).astype(u.dtype) if d else u, updates, params, decays
+        )
+    )
+    by_name = optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda u, f: u if f == 1 else u * f, updates, factors["learning_rate"]
+        )
+    )
+    return decay, by_name, optax.scale_by_learning_rate(rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+
+    def direction(self):
+        """See `Optimizer.direction`."""
+        return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+    """The sign of a momentum (Chen et al. 2023, arXiv 2302.06675, algorithm 2)."""
+
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def direction(self):
+        """See `Optimizer.direction`."""
+        return optax.scale_by_lion(self.b1, self.b2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(Optimizer):
+    """Second moments in factored form, steps relative to the parameters' size (Shazeer and Stern 2018, arXiv 1804.04235)."""
+
+    learning_rate: float = 1e-2
+    decay_rate: float = 0.8
+    momentum: float | None = None
+    min_dim_size_to_factor: int = 128
+
+    def direction(self):
+        """See `Optimizer.direction`."""
+        downhill = optax.adafactor(
+            learning_rate=None,
+            decay_rate=self.decay_rate,
+            momentum=self.momentum,
+            min_dim_size_to_factor=self.min_dim_size_to_factor,
+        )
+        return optax.chain(downhill, optax.scale(-1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013)."""
+
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def direction(self):
+        """See `Optimizer.direction`."""
+        return optax.trace(self.momentum, self.nesterov)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Optimizer):
+    """Orthogonalised momentum for the weights inside blocks, Adam for all others (Jordan et al. 2024).
+
+    Updates are scaled to a root mean square of 0.2 (Liu et al. 2025, arXiv 2502.16982, section 2.2), so
+    one learning rate serves both.
+    """
+
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def direction(self):
+        """See `Optimizer.direction`."""
+        downhill = contrib.muon(
+            learning_rate=1.0,
+            beta=self.momentum,
+            ns_steps=self.newton_schulz_steps,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+        return optax.chain(_by_compiler(downhill), optax.scale(-1.0))
+
+
+def _matrices(params):
+    """Which axes of each block weight are its inputs and outputs; None for what is no matrix."""
+
+    def numbers(path, leaf):
+        names = parameter_name(path).split("/")
+        if names[0] != "layers" or names[-1] != "kernel":
+            return None
+        stacked = "periods" in names
+        inputs = 2 if names[-2] == "out" else 1
+        axes = tuple(range(stacked, leaf.ndim))
+        return contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def _by_compiler(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets the compiler lay out products that know nothing of sharding; results lie as the arguments do."""
+
+    def update(updates, state, params):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return transformation.update(updates, state, params)
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+        return jax.sharding.auto_axes(transformation.update, out_sharding=specs)(updates, state, params)
+
+    return optax.GradientTransformation(transformation.init, update)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFree(Optimizer):
+    """Adam on one sequence of points, evaluated on their average (Defazio et al. 2024, arXiv 2405.15682, equation 4)."""
+
+    schedule: Constant | Cosine | WarmupStableDecay | InverseSquareRoot = field(
+        default_factory=lambda: Constant(warmup=50)
+    )
+    interpolation: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+
+    def chain(self, rate, factors):
+        """See `Optimizer.chain`."""
+        base = optax.chain(
+            optax.scale_by_adam(0.0, self.b2, self.epsilon), *_decay_and_rate(self, rate, factors)
+        )
+        return contrib.schedule_free(base, rate, self.interpolation)
+
+    def eval_params(self, opt_state, params):
+        """The average, which is what converges."""
+        return contrib.schedule_free_eval_params(opt_state, params)
+
+
+def parameter_name(path) -> str:
+    """A parameter's path as rules see it: layers/periods/block0/attention/out/kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
+    """Step -> learning rate over a run of this length."""
+    factor = config.schedule.factor(steps)
+    return lambda step: config.learning_rate * factor(step)
+
+
+def make(
+    config: Optimizer, params, steps: int, model_rules: tuple[Rule, ...] = ()
+) -> optax.GradientTransformation:
+    """The transformation that `config` describes, for parameters of these names.
+
+    Args:
+      config: the optimizer.
+      params: the parameters, or their shapes.
+      steps: length of the run.
+      model_rules: rules that the model's own initialisation asks for.
+
+    Raises:
+      InputError: a rule that matches no parameter, or whose pattern is no regular expression.
+    """
+    names = [parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for rule in config.rules:
+        try:
+            matches = any(re.search(rule.pattern, name) for name in names)
+        except re.error as error:
+            raise InputError(
+                f"optimizer.rules: {rule.pattern!r} is no regular expression: {error}"
+            ) from error
+        if not matches:
+            raise InputError(
+                f"optimizer.rules: {rule.pattern!r} matches no parameter; names are like {names[0]}, {names[-1]}"
+            )
+
+    def factor(path, attribute: str) -> float:
+        product = 1.0
+        for rule in (*config.rules, *model_rules):
+            if re.search(rule.pattern, parameter_name(path)):
+                product *= getattr(rule, attribute)
+        return product
+
+    factors = {
+        attribute: jax.tree_util.tree_map_with_path(lambda path, _: factor(path, attribute), params)
+        for attribute in ("learning_rate", "weight_decay")
+    }
+    return config.chain(learning_rate(config, steps), factors)

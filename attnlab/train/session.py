@@ -1,0 +1,148 @@
+"""An experiment made ready to run: its model, optimizer and compiled steps on a mesh."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from attnlab import sharding
+from attnlab.data import Batch, Tokenizer
+from attnlab.errors import InputError
+from attnlab.models import Decoder
+from attnlab.train import optimizers
+from attnlab.train.experiment import Experiment
+from attnlab.train.step import State, init_params, init_state, make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Session:
+    """One experiment on one mesh, with nothing trained yet.
+
+    Attributes:
+      experiment: what to run.
+      mesh: where to run it.
+      tokenizer: how its text becomes tokens.
+    """
+
+    experiment: Experiment
+    mesh: Mesh
+    tokenizer: Tokenizer
+    _cache: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self):
+        e = self.experiment
+        dimensions = e.model.sharded_dimensions() | {
+            "data.batch_size": ("batch", e.data.batch_size // e.train.microbatches),
+        }
+        sharding.check_divides(dict(self.mesh.shape), dimensions)
+
+    @cached_property
+    def model(self) -> Decoder:
+        """The model for the tokenizer's vocabulary."""
+        return self.experiment.model.build(self.tokenizer.vocab_size)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer, its rules checked against the parameters' names."""
+        e = self.experiment
+        with jax.set_mesh(self.mesh):
+            params = jax.eval_shape(lambda: init_params(self.model, e, jax.random.key(0)))
+        factor = e.model.init.learning_rate(e.model.width)
+        rules = (optimizers.Rule("^layers/.*kernel$", learning_rate=factor),) if factor != 1 else ()
+        return optimizers.make(e.optimizer, params, e.train.steps, rules)
+
+    @cached_property
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state."""
+        with jax.set_mesh(self.mesh):
+            shapes = jax.eval_shape(lambda: init_state(self.model, self.experiment, self.optimizer))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding.named(self.mesh, x.sharding.spec)
+            ),
+            shapes,
+        )
+
+    def new_state(self) -> State:
+        """The state before the first step, each array made where it is to lie."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(lambda: init_state(self.model, self.experiment, self.optimizer))()
+
+    @cached_property
+    def train_step(self):
+        """The compiled training step; the state it is given is used up."""
+        step = make_train_step(self.model, self.experiment, self.optimizer)
+        return self._on_mesh(jax.jit(step, donate_argnums=0))
+
+    @cached_property
+    def eval_step(self):
+        """The compiled evaluation step."""
+        return self._on_mesh(jax.jit(make_eval_step(self.model)))
+
+    def _on_mesh(self, function):
+        def call(*args):
+            with jax.set_mesh(self.mesh):
+                return function(*args)
+
+        return call
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """The training step compiled for this mesh, whose devices need not be here."""
+        step = make_train_step(self.model, self.experiment, self.optimizer)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(step, donate_argnums=0).lower(self.abstract_state, self.abstract_batch).compile()
+
+    @cached_property
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of a training batch."""
+        data = self.experiment.data
+        shape = (data.batch_size, data.sequence_length)
+
+        def array(shape, dtype):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch_sharding(len(shape)))
+
+        ids = array(shape, np.int32)
+        return Batch(ids, ids, array(shape, np.float32), ids, ids, array(shape[:1], np.float32))
+
+    def _batch_sharding(self, ndim: int):
+        return sharding.named(self.mesh, P(sharding.spec("batch")[0], *(None,) * (ndim - 1)))
+
+    def to_devices(self, batch: Batch) -> Batch:
+        """A host's part of a batch, laid out over the mesh."""
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self._batch_sharding(x.ndim), x), batch
+        )
+
+    def eval_params(self, state: State) -> Any:
+        """The parameters to evaluate: averaged ones where the run keeps an average."""
+        if state.ema is not None:
+            return state.ema
+        with jax.set_mesh(self.mesh):
+            return self.experiment.optimizer.eval_params(state.opt_state, state.params)
+
+    def evaluate(self, params: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss in nats a token, accuracy and bits per byte over these batches.
+
+        Raises:
+          InputError: no batch has a token to predict.
+        """
+        sums: dict[str, float] = {}
+        for batch in batches:
+            for name, value in jax.device_get(self.eval_step(params, self.to_devices(batch))).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        if not sums.get("tokens"):
+            raise InputError("nothing to evaluate: the split has no token to predict")
+        metrics = {"loss": sums["nats"] / sums["tokens"], "accuracy": sums["correct"] / sums["tokens"]}
+        if sums["bytes"]:
+            metrics["bits_per_byte"] = sums["nats"] / np.log(2) / sums["bytes"]
+        return metrics
+
+    def with_experiment(self, experiment: Experiment) -> "Session":
+        """The same mesh and tokenizer for another experiment."""
+        return replace(self, experiment=experiment)

@@ -1,0 +1,213 @@
+"""One training step: (state, batch) -> (state, metrics), a pure function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from attnlab.data import Batch
+from attnlab.sharding import out_sharding
+from attnlab.train.experiment import Experiment, SpikeSkip
+from attnlab.train.loss import token_sums
+
+Metrics = dict[str, Array]
+
+
+class LossHistory(NamedTuple):
+    """Running mean and variance of the loss, and how many steps they are of."""
+
+    mean: Array
+    variance: Array
+    count: Array
+
+
+@flax.struct.dataclass
+class State:
+    """All that a step changes, and all that a checkpoint of the model holds.
+
+    Attributes:
+      step: steps done.
+      params: nested dict of parameters.
+      opt_state: the optimizer's own.
+      ema: averaged parameters, or None.
+      history: of the loss, to tell a spike by, or None.
+      rng: raw key data; each step folds its number in.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    history: LossHistory | None
+    rng: Array
+
+
+def init_params(model: nn.Module, experiment: Experiment, key: Array):
+    """The parameters a run of this seed starts from, laid out over the mesh."""
+    shape = (experiment.data.batch_size, experiment.data.sequence_length)
+    tokens = jnp.zeros(shape, jnp.int32, out_sharding=out_sharding("batch", "sequence"))
+    return model.init(key, tokens)["params"]
+
+
+def init_state(model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
+    params = init_params(model, experiment, init_key)
+    train = experiment.train
+    zero = jnp.zeros((), jnp.float32)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if train.ema else None,
+        history=LossHistory(zero, zero, zero) if train.spike_skip else None,
+        rng=jax.random.key_data(step_key),
+    )
+
+
+def make_train_step(
+    model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The training step of an experiment; `jax.jit` it with the state donated.
+
+    The gradient is that of the mean over the whole batch's weighted tokens, however many microbatches it
+    is added up from. An update whose loss or gradient is not finite, or whose loss is a spike, is skipped.
+    """
+    train, clip = experiment.train, experiment.optimizer.clip_norm
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        grads, sums = _gradients(model, experiment, state.params, batch, key)
+        loss = sums["nats"] / sums["tokens"]
+        leaf_norms = jnp.stack([_norm(g) for g in jax.tree.leaves(grads)])
+        grad_norm = jnp.sqrt(jnp.sum(leaf_norms**2))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        spike, history = _watch(train.spike_skip, state.history, loss, finite)
+
+        def update(state: State):
+            scaled = grads
+            if clip is not None:
+                scaled = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / grad_norm).astype(g.dtype), grads)
+            updates, opt_state = optimizer.update(scaled, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                # The first steps average over all there is: decay min(ema, (1 + t) / (10 + t)).
+                decay = jnp.minimum(train.ema, (1 + state.step) / (10 + state.step))
+                ema = jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
+            return state.replace(params=params, opt_state=opt_state, ema=ema), _tree_norm(updates)
+
+        applied = finite & ~spike
+        state, update_norm = jax.lax.cond(applied, update, lambda s: (s, jnp.zeros(())), state)
+        metrics = {
+            "loss": loss,
+            "accuracy": sums["correct"] / sums["tokens"],
+            "bits_per_byte": _bits(sums["nats"], sums["bytes"]),
+            "grad_norm": grad_norm,
+            "update_norm": update_norm,
+            "param_norm": _tree_norm(state.params),
+            "tokens": sums["tokens"],
+            "skipped": 1.0 - applied.astype(jnp.float32),
+            "leaf_norms": leaf_norms,
+        }
+        return state.replace(step=state.step + 1, history=history), metrics
+
+    return train_step
+
+
+def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
+    """Sums over a batch's tokens, to be added over batches: nats, correct, tokens, bytes."""
+
+    def eval_step(params, batch: Batch) -> Metrics:
+        statistics = _statistics(model, params, batch, None)
+        return token_sums(statistics, batch.weights) | _counts(batch)
+
+    return eval_step
+
+
+def _gradients(model, experiment: Experiment, params, batch: Batch, key):
+    """Gradient of the batch's mean loss, and its sums, over one or more microbatches."""
+    counts = _counts(batch)
+    count = experiment.train.microbatches
+    drops = experiment.model.dropout > 0 or experiment.model.attention.dropout > 0
+
+    def objective(params, batch, key):
+        statistics = _statistics(model, params, batch, key if drops else None)
+        total = experiment.loss(statistics, batch.weights) / jnp.maximum(counts["tokens"], 1.0)
+        return total, token_sums(statistics, batch.weights)
+
+    gradient = jax.grad(objective, has_aux=True)
+    if count == 1:
+        grads, sums = gradient(params, batch, key)
+        return grads, sums | counts
+
+    # Rows i, i + count, i + 2 count, ... make a microbatch, so that each stays spread over all devices.
+    pieces = jax.tree.map(lambda x: jnp.moveaxis(_cut(x, count), 1, 0), batch)
+
+    def add(carry, piece):
+        batch, i = piece
+        return jax.tree.map(jnp.add, carry, gradient(params, batch, jax.random.fold_in(key, i))), None
+
+    zeros = (jax.tree.map(jnp.zeros_like, params), {"nats": jnp.zeros(()), "correct": jnp.zeros(())})
+    (grads, sums), _ = jax.lax.scan(add, zeros, (pieces, jnp.arange(count)))
+    return grads, sums | counts
+
+
+def _cut(x: Array, count: int) -> Array:
+    rest = (None,) * (x.ndim - 1)
+    return x.reshape(
+        x.shape[0] // count, count, *x.shape[1:], out_sharding=out_sharding("batch", None, *rest)
+    )
+
+
+def _statistics(model, params, batch: Batch, dropout_key):
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    return model.apply(
+        {"params": params},
+        batch.tokens,
+        batch.targets,
+        batch.segments,
+        batch.positions,
+        deterministic=dropout_key is None,
+        rngs=rngs,
+        method="statistics",
+    )
+
+
+def _counts(batch: Batch) -> Metrics:
+    return {"tokens": batch.weights.sum(), "bytes": batch.num_bytes.sum()}
+
+
+def _bits(nats: Array, num_bytes: Array) -> Array:
+    return nats / jnp.log(2.0) / jnp.maximum(num_bytes, 1.0)
+
+
+def _norm(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
+
+
+def _tree_norm(tree) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def _watch(config: SpikeSkip | None, history: LossHistory | None, loss: Array, finite: Array):
+    """Whether this loss is a spike, and the history with it in it, unless it is one."""
+    if config is None or history is None:
+        return jnp.zeros((), bool), history
+    deviation = jnp.sqrt(history.variance)
+    known = history.count >= config.window
+    spike = known & (loss > history.mean + config.sigmas * deviation)
+    rate = jnp.maximum(1 / config.window, 1 / (history.count + 1))  # a plain mean until the window is full
+    difference = loss - history.mean
+    new = LossHistory(
+        history.mean + rate * difference,
+        (1 - rate) * (history.variance + rate * difference**2),
+        history.count + 1,
+    )
+    keep = finite & ~spike
+    return spike, jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, history)
