@@ -1,0 +1,165 @@
+"""Experiment files: find one, run its `get_config`, and tell in one line what is wrong with it."""
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import re
+import sys
+import traceback
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+import attnlab
+from attnlab.config.types import check, did_you_mean, is_config
+from attnlab.errors import InputError
+
+MODULE_PREFIX = "attnlab_experiment_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """An experiment: its config, and the file that it came from.
+
+    Attributes:
+        config: what `get_config` returned, before any override.
+        module: the experiment file as a module; None for a saved config without one beside it.
+        path: the experiment file.
+        argument: what stood after the colon in `path.py:argument`.
+        name: what to call it, `lm_docs`.
+        source: the text of the file as it was run.
+        sources: for a saved config, where each value came from; see `config.sources`.
+    """
+
+    config: Any
+    module: types.ModuleType | None
+    path: epath.Path
+    argument: str | None = None
+    name: str = "experiment"
+    source: bytes = b""
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def load(spec: str) -> Loaded:
+    """The experiment that `path.py`, `path.py:argument`, its bare name, or a saved `config.json` names.
+
+    A path is looked up from the current folder, then from the folder that holds attnlab and its experiments.
+    Raises InputError for a file that is not there or does not give a config.
+    """
+    if spec.endswith(".json"):
+        from attnlab.config.saved import load_saved
+
+        return load_saved(spec)
+    name, argument = _split_argument(spec)
+    path = find(name)
+    source = path.read_bytes()
+    module = import_source(source, path)
+    config = _call_get_config(module, path, argument)
+    return Loaded(config, module, path, argument, path.stem, source)
+
+
+def _split_argument(spec: str) -> tuple[str, str | None]:
+    file, suffix, argument = spec.partition(".py:")
+    if suffix:
+        return f"{file}.py", argument
+    if re.fullmatch(r"[\w-]+:.*", spec) and "://" not in spec:
+        return tuple(spec.split(":", 1))  # type: ignore[return-value]
+    return spec, None
+
+
+def roots() -> list[Path]:
+    """The folders whose experiments can be named from anywhere, nearest first."""
+    installed = Path(attnlab.__file__).resolve().parent.parent
+    return list(dict.fromkeys([Path.cwd(), installed]))
+
+
+def available() -> dict[str, str]:
+    """The experiments there are, by name, with the first line of their docstring; none of them is run."""
+    found: dict[str, str] = {}
+    for root in roots():
+        for file in sorted((root / "experiments").glob("*.py")):
+            if not file.stem.startswith("_"):
+                found.setdefault(file.stem, _first_line(file))
+    return found
+
+
+def _first_line(file: Path) -> str:
+    try:
+        docstring = ast.get_docstring(ast.parse(file.read_bytes()))
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"(cannot be read: {type(error).__name__})"
+    return (docstring or "").partition("\n")[0]
+
+
+def find(name: str) -> epath.Path:
+    """The file of an experiment; raises InputError listing the experiments there are."""
+    places = [epath.Path(name)] if "://" in name or Path(name).is_absolute() else roots()
+    for place in places:
+        for candidate in (place / name, place / f"{name}.py", place / "experiments" / f"{name}.py"):
+            if candidate.suffix == ".py" and candidate.is_file():
+                return epath.Path(candidate)
+    known = available()
+    hint = did_you_mean(Path(name).stem, known)
+    listing = ", ".join(known) or "none here"
+    raise InputError(f"no experiment file {name!r}{hint or '.'} Experiments: {listing}")
+
+
+def import_source(source: bytes, path: epath.PathLike) -> types.ModuleType:
+    """The experiment file as a module, under a name that depends on its path alone.
+
+    It is left in `sys.modules`, where dataclasses look for the names in their annotations; the same text is
+    not run twice, so that two configs of one file are of the same classes. Raises InputError for any
+    exception in it.
+    """
+    path = epath.Path(path)
+    identity = hashlib.sha256(str(path.resolve() if "://" not in str(path) else path).encode()).hexdigest()[
+        :8
+    ]
+    name = f"{MODULE_PREFIX}{re.sub(r'[^0-9a-zA-Z_]', '_', path.stem)}_{identity}"
+    known = sys.modules.get(name)
+    if known is not None and known.__dict__["__source__"] == source:
+        return known
+    module = types.ModuleType(name)
+    module.__dict__.update(__file__=str(path), __source__=source)
+    sys.modules[name] = module
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[name]
+        raise _told(error, path) from error
+    return module
+
+
+def _call_get_config(module: types.ModuleType, path: epath.Path, argument: str | None) -> Any:
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise InputError(f"{path} has no function get_config")
+    parameters = list(inspect.signature(get_config).parameters.values())
+    if argument is not None and not parameters:
+        raise InputError(f"{path} takes no argument, so {argument!r} after the colon means nothing")
+    if argument is None and any(p.default is p.empty and p.kind < p.VAR_POSITIONAL for p in parameters):
+        raise InputError(f"{path} needs an argument ({parameters[0].name}): --config={path}:...")
+    try:
+        config = get_config() if argument is None else get_config(argument)
+    except Exception as error:
+        raise _told(error, path) from error
+    if not is_config(config):
+        raise InputError(f"get_config of {path} returned {type(config).__name__}, not a dataclass")
+    check(config)
+    return config
+
+
+def _told(error: Exception, path: epath.Path) -> InputError:
+    """The error of an experiment in one line: where in the file, and what."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+    ]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else None
+    where = f"{path}:{line or (lines[-1] if lines else 1)}"
+    what = error.msg if isinstance(error, SyntaxError) else str(error)
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return InputError(f"{where}: {kind}{what}")

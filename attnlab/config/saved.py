@@ -1,0 +1,158 @@
+"""A config as JSON, and a run's folder as all that is needed to start the run again.
+
+A dataclass is an object with its class under "$type", `module:Name` (`experiment:Name` for one that the
+experiment file defines); a tuple is a list; an enum and a float that JSON has no number for are objects too.
+"""
+
+import dataclasses
+import enum
+import importlib
+import json
+import math
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+import attnlab
+from attnlab.config.experiments import MODULE_PREFIX, Loaded, import_source
+from attnlab.config.text import refuse_politely
+from attnlab.config.types import check, default_of, fields_of, is_config, no_field
+from attnlab.errors import InputError
+from attnlab.files import write_atomically
+
+CONFIG, EXPERIMENT = "config.json", "experiment.py"
+
+
+def to_dict(config: Any, path: str = "config") -> Any:
+    """`config` as what JSON can hold; raises InputError for a value that has no place there."""
+    if is_config(config):
+        names = fields_of(type(config))
+        fields = {name: to_dict(getattr(config, name), f"{path}.{name}") for name in names}
+        return {"$type": _tag(type(config))} | fields
+    if isinstance(config, enum.Enum):
+        return {"$enum": _tag(type(config)), "name": config.name}
+    if isinstance(config, tuple):
+        return [to_dict(value, f"{path}.{i}") for i, value in enumerate(config)]
+    if isinstance(config, float) and not math.isfinite(config):
+        return {"$float": repr(float(config))}
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    allowed = "use a number, a string, a tuple or a dataclass"
+    raise InputError(f"{path} is a {type(config).__name__}, which cannot be saved; {allowed}")
+
+
+def _tag(cls: type) -> str:
+    module = "experiment" if cls.__module__.startswith(MODULE_PREFIX) else cls.__module__
+    return f"{module}:{cls.__qualname__}"
+
+
+def from_dict(data: Any, experiment: types.ModuleType | None = None, path: str = "config") -> Any:
+    """The config that `to_dict` wrote; `experiment` is the module of the classes tagged "experiment:".
+
+    A field that the saved config lacks takes its default. Raises InputError for a type or a field that this
+    version does not have.
+    """
+    if isinstance(data, list):
+        return tuple(from_dict(value, experiment, f"{path}.{i}") for i, value in enumerate(data))
+    if not isinstance(data, dict):
+        return data
+    if "$float" in data:
+        return float(data["$float"])
+    if "$enum" in data:
+        return _member(data, experiment, path)
+    cls = _resolve(data.get("$type"), experiment, path)
+    if not dataclasses.is_dataclass(cls):
+        raise InputError(f"{path}: {data['$type']} is not a dataclass")
+    given = {name: value for name, value in data.items() if name != "$type"}
+    for name in given:
+        if name not in fields_of(cls):
+            raise no_field(f"{path} ({cls.__name__})", cls, name)
+    for field in dataclasses.fields(cls):
+        if field.init and field.name not in given and default_of(field) is dataclasses.MISSING:
+            raise InputError(f"{path} ({cls.__name__}) lacks the field {field.name!r}")
+    values = {name: from_dict(value, experiment, f"{path}.{name}") for name, value in given.items()}
+    try:
+        return refuse_politely(cls, values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _member(data: dict[str, Any], experiment: types.ModuleType | None, path: str) -> enum.Enum:
+    cls = _resolve(data["$enum"], experiment, path)
+    if not issubclass(cls, enum.Enum) or data.get("name") not in cls.__members__:
+        raise InputError(f"{path}: {data['$enum']} has no member {data.get('name')!r}")
+    return cls[data["name"]]
+
+
+def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
+    if not isinstance(tag, str) or ":" not in tag:
+        raise InputError(f"{path} does not say which type it is of (a $type like 'module:Name')")
+    module_name, _, name = tag.partition(":")
+    if module_name == "experiment" and experiment is None:
+        raise InputError(f"{path} is of type {tag}, but the experiment's source is not beside the config")
+    try:
+        found: Any = experiment if module_name == "experiment" else importlib.import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} is of type {tag}, which this version of attnlab does not have") from error
+    if not isinstance(found, type):
+        raise InputError(f"{path}: {tag} is not a type")
+    return found
+
+
+def save(workdir: epath.PathLike, loaded: Loaded, config: Any, sources: Mapping[str, str]) -> None:
+    """Write `config.json` and the experiment's source into `workdir`: enough to start the run again."""
+    workdir = epath.Path(workdir)
+    record = {
+        "attnlab": attnlab.__version__,
+        "experiment": {"name": loaded.name, "argument": loaded.argument},
+        "sources": dict(sources),
+        "config": to_dict(config),
+    }
+    # The config last: where it is, the folder is complete.
+    if loaded.source:
+        write_atomically(workdir / EXPERIMENT, loaded.source)
+    write_atomically(workdir / CONFIG, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def load_workdir(workdir: epath.PathLike) -> Loaded:
+    """The run that `save` wrote, from the files in `workdir` alone; raises InputError where there is none."""
+    return load_saved(epath.Path(workdir) / CONFIG)
+
+
+def load_saved(path: epath.PathLike) -> Loaded:
+    """As `load_workdir`, given the path of the `config.json`."""
+    path = epath.Path(path)
+    record = _read(path)
+    source_file = path.parent / EXPERIMENT
+    source = source_file.read_bytes() if source_file.is_file() else b""
+    module = import_source(source, source_file) if source else None
+    try:
+        config = from_dict(record["config"], module)
+        if not is_config(config):
+            raise InputError("config is not an object with a $type")
+        check(config)
+    except InputError as error:
+        raise InputError(f"{path} (saved by attnlab {record.get('attnlab', '?')}): {error}") from error
+    about = record["experiment"]
+    return Loaded(config, module, source_file, about["argument"], about["name"], source, record["sources"])
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} holds no run: it has no {path.name}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    shapes = {"config": dict, "experiment": dict, "sources": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), t) for k, t in shapes.items()):
+        raise InputError(f"{path} is not a config that attnlab saved")
+    if not {"name", "argument"} <= record["experiment"].keys():
+        raise InputError(f"{path} is not a config that attnlab saved: it does not name its experiment")
+    return record

@@ -1,0 +1,230 @@
+"""Values as text: what is written after `--config.path=`, and the same text back from a value.
+
+    12   1e-3   true   None   gelu   1,2,3   ()   Lion   Lion(learning_rate=1e-4)   Window(256)*5,Causal
+
+Text is read by the annotation of the field it is for: `12` is a number for an `int`, a word for a `str`.
+"""
+
+import ast
+import dataclasses
+import decimal
+import enum
+import re
+import types
+import typing
+from typing import Any, Literal
+
+from attnlab.config.types import (
+    choices,
+    conforms,
+    default_of,
+    did_you_mean,
+    element_types,
+    expectation,
+    fields_of,
+    is_config,
+    is_enum,
+    is_tuple,
+    members,
+    no_field,
+)
+from attnlab.errors import InputError
+
+BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+# Errors that a constructor's own checks raise; anything else is a bug and keeps its traceback.
+REFUSALS = (ValueError, TypeError, ArithmeticError, AssertionError)
+
+
+def parse(text: str, annotation: Any, current: Any = None) -> Any:
+    """The value that `text` means for a field annotated so; raises InputError saying what is allowed.
+
+    A component chosen by name keeps those values of `current` whose fields it has too.
+    """
+    text = text.strip()
+    constructor = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", text, re.DOTALL)
+    named = choices(annotation)
+    if constructor and constructor[1] in named and len(split(text)) == 1:
+        return construct(named[constructor[1]], constructor[2] or "", current)
+    # The narrow readings first: `str` takes any text, and a one-element tuple nearly any.
+    for member in sorted(members(annotation), key=_breadth):
+        if member is int and float in members(annotation) and not re.fullmatch(r"[+-]?[\d_]+", text):
+            continue  # 1e3 is the float that it looks like
+        try:
+            return _parse_member(text, member)
+        except (ValueError, ArithmeticError) as error:
+            if isinstance(error, InputError) and len(members(annotation)) == 1:
+                raise
+    words = constructor[1] if constructor else text
+    raise InputError(f"expected {expectation(annotation)}{did_you_mean(words, _words(annotation))}")
+
+
+def construct(cls: type, text: str, current: Any = None) -> Any:
+    """An instance of the dataclass `cls` from `256, field=value`; see `parse` for `current`."""
+    known = fields_of(cls)
+    values = {
+        name: getattr(current, name)
+        for name, annotation in known.items()
+        if is_config(current) and hasattr(current, name) and conforms(getattr(current, name), annotation)
+    }
+    positional = [field.name for field in dataclasses.fields(cls) if field.init and not field.kw_only]
+    given: set[str] = set()
+    arguments = split(text)
+    if len(arguments) > len(known):
+        listing = f"{len(known)} arguments: {', '.join(known)}" if known else "no arguments"
+        raise InputError(f"{cls.__name__} takes {listing}")
+    for position, argument in enumerate(arguments):
+        keyword = re.fullmatch(r"\s*(\w+)\s*=(.*)", argument, re.DOTALL)
+        if not keyword and position >= len(positional):
+            raise InputError(f"{cls.__name__} takes its fields by name: {', '.join(known)}")
+        name, value = keyword.groups() if keyword else (positional[position], argument)
+        if name not in known:
+            raise no_field(cls.__name__, cls, name)
+        if name in given:
+            raise InputError(f"{cls.__name__} has {name!r} given twice")
+        given.add(name)
+        try:
+            values[name] = parse(value, known[name], getattr(current, name, None))
+        except InputError as error:
+            raise InputError(f"{cls.__name__}.{name}={value.strip()}: {error}") from error
+    required = [f.name for f in dataclasses.fields(cls) if f.init and default_of(f) is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise InputError(f"{cls.__name__} needs {', '.join(missing)}, as in {cls.__name__}({missing[0]}=...)")
+    return refuse_politely(cls, values)
+
+
+def refuse_politely(make: Any, values: dict[str, Any]) -> Any:
+    """`make(**values)`, where a value that its own checks refuse becomes an InputError."""
+    try:
+        return make(**values)
+    except REFUSALS as error:
+        raise InputError(str(error) or type(error).__name__) from error
+
+
+def _breadth(member: Any) -> int:
+    order = (types.NoneType, Literal, enum.Enum, int, float, bool, tuple, str)
+    kind = Literal if typing.get_origin(member) is Literal else enum.Enum if is_enum(member) else member
+    kind = tuple if is_tuple(member) else kind
+    return order.index(kind) if kind in order else len(order)
+
+
+def _words(annotation: Any) -> list[str]:
+    literals = [
+        word
+        for member in members(annotation)
+        for word in (member.__members__ if is_enum(member) else _literals(member))
+    ]
+    return [*literals, *choices(annotation)]
+
+
+def _literals(member: Any) -> dict[str, Any]:
+    allowed = typing.get_args(member) if typing.get_origin(member) is Literal else ()
+    return {str(value): value for value in allowed}
+
+
+def _parse_member(text: str, member: Any) -> Any:
+    """One alternative of an annotation; raises ValueError or ArithmeticError where the text is not one."""
+    if member is types.NoneType and text in ("None", "none", "null"):
+        return None
+    if member is bool and text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
+    if member is int:
+        return _integer(text)
+    if member is float:
+        return float(text)
+    if member is str:
+        return _unquoted(text)
+    if is_tuple(member):
+        return _parse_tuple(text, member)
+    if is_enum(member) and text in member.__members__:
+        return member[text]
+    if _unquoted(text) in _literals(member):
+        return _literals(member)[_unquoted(text)]
+    raise ValueError(text)
+
+
+def _integer(text: str) -> int:
+    number = decimal.Decimal(text)
+    # `1e999999999` is an integer too, but writing out its digits would take the machine down.
+    if not number.is_finite() or number.adjusted() > 100 or number != number.to_integral_value():
+        raise ValueError(text)
+    return int(number)
+
+
+def _unquoted(text: str) -> str:
+    if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
+        try:
+            return str(ast.literal_eval(text))
+        except (SyntaxError, ValueError):
+            return text  # quotes that are part of the text
+    return text
+
+
+def _parse_tuple(text: str, member: Any) -> tuple:
+    pieces = split(text)
+    if len(pieces) == 1 and text.startswith("(") and text.endswith(")"):
+        pieces = split(text[1:-1])
+    repeated: list[str] = []
+    for piece in pieces:
+        times = re.fullmatch(r"([^'\"].*)\*\s*(\d{1,4})", piece.strip(), re.DOTALL)
+        repeated += [times[1]] * int(times[2]) if times else [piece]
+    parts = element_types(member, len(repeated))
+    if parts is None:
+        arity = len(typing.get_args(member))
+        raise InputError(f"expected {arity} values separated by commas, not {len(repeated)}")
+    values = []
+    for index, (piece, part) in enumerate(zip(repeated, parts, strict=True)):
+        try:
+            values.append(parse(piece, part))
+        except InputError as error:
+            raise InputError(f"element {index} is {piece.strip() or 'empty'}: {error}") from error
+    return tuple(values)
+
+
+def split(text: str) -> list[str]:
+    """Split at the commas that no bracket or quoted string holds; a last empty piece is dropped."""
+    pieces, depth, quote, escaped = [""], 0, "", False
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote and not escaped else quote
+            escaped = letter == "\\" and not escaped
+        elif letter in "'\"" and pieces[-1].rstrip()[-1:] in ("", "=", "(", ","):
+            quote = letter  # only at the start of a value: an apostrophe within a word is a letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        if depth < 0:
+            raise InputError(f"brackets do not match in {text!r}")
+        if letter == "," and depth == 0 and not quote:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    if depth or quote:
+        raise InputError(f"{'brackets' if depth else 'quotes'} do not match in {text!r}")
+    return pieces if pieces[-1].strip() else pieces[:-1]
+
+
+def render(value: Any) -> str:
+    """The text that `parse` reads as `value`; a class renders as its name."""
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, str):
+        return _render_string(value)
+    if isinstance(value, tuple):
+        return f"({','.join(map(render, value))}{',' * (len(value) == 1)})"
+    if is_config(value):
+        set_fields = [
+            f"{field.name}={render(getattr(value, field.name))}"
+            for field in dataclasses.fields(value)
+            if field.init and getattr(value, field.name) != default_of(field)
+        ]
+        return f"{type(value).__name__}({','.join(set_fields)})"
+    return repr(value)
+
+
+def _render_string(value: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z_./~$<][\w./:+\-<>|$~]*", value)
+    reserved = value.lower() in ("none", "null", "nan", "inf", "infinity", *BOOLEANS)
+    return value if plain and not reserved else repr(value)

@@ -1,0 +1,167 @@
+"""What a field's annotation allows: the classes it can hold, and whether a value fits."""
+
+import dataclasses
+import difflib
+import enum
+import inspect
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from attnlab.errors import InputError
+
+SCALARS = (bool, int, float, str, types.NoneType)
+
+
+def is_config(value: object) -> bool:
+    """Whether `value` is an instance of a dataclass (and not the class itself)."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def fields_of(cls: type) -> dict[str, Any]:
+    """The annotation of every field that the constructor of the dataclass `cls` takes.
+
+    Raises InputError where an annotation names something that does not exist.
+    """
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception as error:
+        raise InputError(f"{cls.__name__}: cannot resolve its annotations: {error}") from error
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a field, or `dataclasses.MISSING`."""
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, flat; anything else is its own only member."""
+    if isinstance(annotation, typing.NewType):
+        return members(annotation.__supertype__)
+    if hasattr(annotation, "__value__"):  # `type Component = A | B`, Python 3.12
+        return members(annotation.__value__)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(member for part in typing.get_args(annotation) for member in members(part))
+    return (types.NoneType,) if annotation is None else (annotation,)
+
+
+def is_enum(member: Any) -> bool:
+    """Whether an annotation is an Enum class."""
+    return isinstance(member, type) and issubclass(member, enum.Enum)
+
+
+def choices(annotation: Any) -> dict[str, type]:
+    """The dataclasses a field may hold, by name: those it names and the subclasses of them."""
+    found: dict[str, type] = {}
+    pending = list(members(annotation))
+    while pending:
+        cls = typing.get_origin(pending[0]) or pending[0]
+        del pending[0]
+        if not isinstance(cls, type) or cls in (*SCALARS, tuple, object) or is_enum(cls):
+            continue
+        if dataclasses.is_dataclass(cls) and not inspect.isabstract(cls):
+            found[cls.__name__] = cls
+        pending += type.__subclasses__(cls)
+    return found
+
+
+def element_types(annotation: Any, length: int) -> list[Any] | None:
+    """The annotation of each of `length` elements of a tuple; None where that length is not allowed."""
+    arguments = typing.get_args(annotation)
+    if not arguments:
+        return [Any] * length if annotation is tuple else [] if length == 0 else None
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return [arguments[0]] * length
+    return list(arguments) if len(arguments) == length else None
+
+
+def is_tuple(member: Any) -> bool:
+    """Whether an annotation is `tuple` or `tuple[...]`."""
+    return member is tuple or typing.get_origin(member) is tuple
+
+
+def conforms(value: Any, annotation: Any) -> bool:
+    """Whether `value` fits `annotation`; true of annotations that no rule here knows."""
+    return any(_conforms(value, member) for member in members(annotation))
+
+
+def _conforms(value: Any, member: Any) -> bool:
+    if typing.get_origin(member) is Literal:
+        return any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(member))
+    if is_tuple(member):
+        if not isinstance(value, tuple):
+            return False
+        parts = element_types(member, len(value))
+        return parts is not None and all(map(conforms, value, parts))
+    if isinstance(value, bool):  # a bool is an int to Python; to a reader of a config it is not
+        return member in (bool, Any, object) or not isinstance(member, type)
+    if member is float:
+        return isinstance(value, int | float)
+    cls = typing.get_origin(member) or member
+    try:
+        return isinstance(value, cls)
+    except TypeError:  # Any, a protocol, a type variable: nothing to hold the value against
+        return True
+
+
+def expectation(annotation: Any) -> str:
+    """What a field accepts, in words: "int or None", "one of 'relu', 'gelu'"."""
+    words: list[str] = []
+    for member in members(annotation):
+        if typing.get_origin(member) is Literal:
+            words.append(", ".join(repr(allowed) for allowed in typing.get_args(member)))
+        elif is_enum(member):
+            words.append(", ".join(member.__members__))
+        elif is_tuple(member):
+            words.append(_tuple_expectation(member))
+        elif member is types.NoneType:
+            words.append("None")
+        elif member is bool:
+            words.append("true or false")
+        elif member in SCALARS:
+            words.append(member.__name__)
+        elif named := choices(member):
+            words += [name for name in named if name not in words]
+    if len(words) > 1:
+        words = [", ".join(words[:-1]), words[-1]]
+    return " or ".join(words) or "nothing that can be written as text"
+
+
+def _tuple_expectation(member: Any) -> str:
+    arguments = typing.get_args(member)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return f"a tuple of ({expectation(arguments[0])})"
+    return "a tuple of " + ", ".join(f"({expectation(part)})" for part in arguments)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The clause "; did you mean 'x'?" for the nearest known word, or an empty string."""
+
+    def likeness(name: str) -> float:
+        # A first letter is seldom mistyped: "atn" means "attention" rather than "pattern".
+        return difflib.SequenceMatcher(None, word, name).ratio() + 0.15 * (word[:1] == name[:1])
+
+    nearest = max(known, key=likeness, default="")
+    return f"; did you mean {nearest!r}?" if nearest and likeness(nearest) >= 0.6 else ""
+
+
+def no_field(where: str, cls: type, name: str) -> InputError:
+    """The error for a field that `cls` does not have: which was meant, and all there are."""
+    known = fields_of(cls)
+    hint = did_you_mean(name, known) or "."
+    listing = f" Fields: {', '.join(known)}" if known else " It has no fields"
+    return InputError(f"{where} has no field {name!r}{hint}{listing}")
+
+
+def check(config: Any, path: str = "config") -> None:
+    """Raise InputError naming the first field, however deep, whose value does not fit its annotation."""
+    for name, annotation in fields_of(type(config)).items():
+        value, here = getattr(config, name), f"{path}.{name}"
+        if not conforms(value, annotation):
+            raise InputError(f"{here}={value!r}: expected {expectation(annotation)}")
+        elements = enumerate(value) if isinstance(value, tuple) else ()
+        for where, part in [(here, value), *((f"{here}.{i}", element) for i, element in elements)]:
+            if is_config(part):
+                check(part, where)

@@ -1,0 +1,153 @@
+"""`Data`: what a data set must say of itself, and the pipeline it gets for it."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grain
+import numpy as np
+
+from attnlab.data import batch as batching
+from attnlab.data.batch import Batch, Example
+from attnlab.data.packing import POOL_CHUNKS, Pack
+from attnlab.data.reading import Prefetch, Remembered
+from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
+from attnlab.errors import InputError
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set and how it is batched. Override `records`, and `encode` unless it is plain text.
+
+    Raises `InputError` for values out of range.
+    """
+
+    tokenizer: Bytes | BPE | Words = BPE()  # noqa: RUF009 - frozen, so safe to share
+    """How text becomes tokens."""
+    sequence_length: int = 256
+    """Tokens in a row."""
+    batch_size: int = 8
+    """Rows of a global batch, over all processes."""
+    prefetch: int = 4
+    """Batches kept ready ahead of the step; 0 makes them in the step's own thread."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"sequence_length": 2, "batch_size": 1, "prefetch": 0}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"data.{name} must be {least} or more, not {getattr(self, name)}")
+
+    def records(self, split: str) -> Sequence[Any]:
+        """The records of "train" or "validation": anything with `len` and `[i]`. To override."""
+        raise NotImplementedError(f"{type(self).__name__} must define records(split)")
+
+    def text(self, record: Any) -> str:
+        """The text of a record, for the tokenizer to learn from and for `encode`."""
+        return record["text"]
+
+    def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
+        """A record as an example; here, predict each next token and then the end."""
+        ids = tokenizer.encode(self.text(record))
+        stream = np.concatenate([[tokenizer.eos_id], ids, [tokenizer.eos_id]]).astype(np.int32)
+        targets = stream[1:]
+        return Example(
+            stream[:-1], targets, np.ones(len(targets), np.float32), tokenizer.token_bytes[targets]
+        )
+
+    def build_tokenizer(self) -> Tokenizer:
+        """The tokenizer, trained on the training split alone; the same in every process."""
+        return self.tokenizer.train(self._training_texts())
+
+    def train_iterator(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        batch_size: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_batches: int | None = None,
+    ) -> grain.DatasetIterator[Batch]:
+        """This process's rows of endless packed batches, every epoch in a new order.
+
+        `get_state()` is a small dict of numbers, and `set_state()` continues from it bit for bit.
+        `num_batches` repeats the first so many batches for ever.
+        """
+        rows = self._rows(batch_size, process_index, process_count)
+        documents = self._documents("train", tokenizer)
+        # Grain counts seeds up by epoch: without mixing, seed 1 would begin with seed 0's second epoch.
+        shuffle_seed, pick_seed = map(int, np.random.SeedSequence((seed, 0)).generate_state(2))
+        stream = documents.shuffle(shuffle_seed).repeat()[process_index::process_count]
+        # No more than an epoch in the pool, lest a small set be drawn as if with replacement.
+        packed = Pack(
+            stream,
+            self.sequence_length,
+            seed=pick_seed + process_index,
+            pool=min(len(documents), POOL_CHUNKS),
+        )
+        batches = packed.batch(rows, batch_fn=partial(batching.stack, num_rows=rows))
+        if num_batches is not None:
+            if num_batches < 1:
+                raise InputError(f"num_batches must be 1 or more, not {num_batches}")
+            first = list(itertools.islice(batches, num_batches))
+            batches = grain.MapDataset.source(first).repeat().to_iter_dataset()
+        return iter(self._prefetched(batches))
+
+    def eval_batches(
+        self,
+        split: str,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        limit: int | None = None,
+    ) -> Iterable[Batch]:
+        """This process's rows of batches that hold every target of the split once, in a fixed order.
+
+        The last batch is filled with empty rows, so all have one shape and every process sees as
+        many. At most `limit` batches. Can be iterated again.
+        """
+        rows = self._rows(batch_size, process_index, process_count)
+        size = rows * process_count
+        # Every process packs the whole split and keeps its own rows: sharding the documents
+        # instead would give processes different numbers of batches, and a collective would hang.
+        packed = Pack(self._documents(split, tokenizer), self.sequence_length, seed=None)
+        batches = packed.batch(size, drop_remainder=False, batch_fn=partial(batching.stack, num_rows=size))
+        if limit is not None:
+            batches = grain.experimental.LimitIterDataset(batches, count=limit)
+        own = slice(process_index * rows, (process_index + 1) * rows)
+        return self._prefetched(batches.map(lambda batch: Batch(*(field[own] for field in batch))))
+
+    def element_spec(self, batch_size: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Name, shape and dtype of each array of a global batch."""
+        return batching.spec(batch_size or self.batch_size, self.sequence_length)
+
+    def _training_texts(self) -> Iterator[str]:
+        records = self.records("train")
+        # In an order of its own, so that the first of them are a fair sample of a large set.
+        for index in grain.MapDataset.range(len(records)).shuffle(seed=0):
+            yield self.text(records[index])
+
+    def _documents(self, split: str, tokenizer: Tokenizer) -> grain.MapDataset[list[Example]]:
+        if split not in SPLITS:
+            raise InputError(f"unknown split {split!r}; there are {' and '.join(SPLITS)}")
+        records = self.records(split)
+        if not len(records):
+            raise InputError(f"the {split} split of {type(self).__name__} is empty")
+        encoded = Remembered(records, lambda record: self.encode(record, tokenizer))
+        return grain.MapDataset.source(encoded).map(partial(batching.chunks, length=self.sequence_length))
+
+    def _rows(self, batch_size: int | None, process_index: int, process_count: int) -> int:
+        size = self.batch_size if batch_size is None else batch_size
+        if size < 1 or size % process_count:
+            raise InputError(f"batch size {size} is not a positive multiple of the {process_count} processes")
+        if not 0 <= process_index < process_count:
+            raise InputError(f"process_index {process_index} is not below process_count {process_count}")
+        return size // process_count
+
+    def _prefetched(self, batches: grain.IterDataset[Batch]) -> grain.IterDataset[Batch]:
+        return Prefetch(batches, prefetch_buffer_size=self.prefetch)

@@ -1,0 +1,135 @@
+"""Pack chunks of documents into rows with next to no padding, resumable from a few numbers.
+
+    pool    [aaaaaaaa] [bbbbb] [cccc] [ddd] [ee] [f] ...     chunks of many documents, refilled as it is used
+    row     pick one at random: bbbbb, then the longest that still fits, until none does
+            b b b b b d d d         tokens
+            1 1 1 1 1 2 2 2         segments
+            0 1 2 3 4 0 1 2         positions
+
+Packers that come with Grain close a group of rows at a time and hand them out in a burst; a row
+from a pool costs the same every time, wastes less, and shuffles the chunks of long documents on
+the way. The state is where the pool's chunks come from, not the chunks: reading them again is cheap.
+"""
+
+import bisect
+from typing import Any
+
+import grain
+import numpy as np
+
+from attnlab.data.batch import Batch, Example, pack_row
+
+# The pool is refilled up to whichever comes first. More chunks mix better and leave less padding;
+# the tokens bound memory (16 bytes each) and the time to the first batch where rows are long.
+POOL_CHUNKS = 1024
+POOL_TOKENS = 2**20
+
+# Enough to hide the latency of storage far away; on a local disk one thread does the work.
+READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
+
+
+class Pack(grain.IterDataset[Batch]):
+    """Rows of `length` tokens packed from documents, each given as the list of its chunks.
+
+    With a `seed`, rows begin with a random chunk of the pool, else with the oldest; either way
+    every chunk is used once. The pool holds at most `pool` chunks, plus the rest of a document.
+    """
+
+    def __init__(
+        self,
+        documents: grain.MapDataset[list[Example]],
+        length: int,
+        *,
+        seed: int | None,
+        pool: int = POOL_CHUNKS,
+    ):
+        super().__init__(documents.to_iter_dataset(READING))
+        self._documents = documents
+        self._length = length
+        self._seed = seed
+        self._pool_size = min(pool, POOL_CHUNKS)
+
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        """Start at the first row."""
+        return _Packing(iter(self._parent), self._documents, self._length, self._seed, self._pool_size)
+
+
+class _Packing(grain.DatasetIterator[Batch]):
+    def __init__(
+        self,
+        reader: grain.DatasetIterator[list[Example]],
+        documents: grain.MapDataset[list[Example]],
+        length: int,
+        seed: int | None,
+        pool_size: int,
+    ):
+        super().__init__(reader)
+        self._reader = reader
+        self._documents = documents
+        self._length = length
+        self._seed = seed
+        self._pool_size = pool_size
+        self._begin(read=0, row=0)
+
+    def _begin(self, read: int, row: int) -> None:
+        self._read = read  # documents read so far
+        self._row = row  # rows made so far
+        self._tokens = 0  # tokens in the pool
+        # Chunks by (length, -document, -chunk), sorted: of those of one length the oldest comes last.
+        self._pool: list[tuple[int, int, int]] = []
+        self._chunks: dict[tuple[int, int], Example] = {}
+
+    def __next__(self) -> Batch:
+        self._refill()
+        if not self._pool:
+            raise StopIteration
+        picked = [self._take(self._first())]
+        room = self._length - len(picked[0].tokens)
+        while room:
+            self._refill()
+            longest = bisect.bisect_right(self._pool, (room, 0, 0)) - 1
+            if longest < 0:
+                break
+            picked.append(self._take(longest))
+            room -= len(picked[-1].tokens)
+        self._row += 1
+        return pack_row(picked, self._length)
+
+    def _first(self) -> int:
+        if self._seed is None:
+            return max(range(len(self._pool)), key=lambda at: self._pool[at][1:])
+        return int(np.random.default_rng((self._seed, self._row)).integers(len(self._pool)))
+
+    def _refill(self) -> None:
+        while len(self._pool) < self._pool_size and self._tokens < POOL_TOKENS:
+            try:
+                chunks = next(self._reader)
+            except StopIteration:
+                return
+            for index, chunk in enumerate(chunks):
+                self._put(self._read, index, chunk)
+            self._read += 1
+
+    def _put(self, document: int, index: int, chunk: Example) -> None:
+        bisect.insort(self._pool, (len(chunk.tokens), -document, -index))
+        self._chunks[document, index] = chunk
+        self._tokens += len(chunk.tokens)
+
+    def _take(self, at: int) -> Example:
+        length, document, index = self._pool.pop(at)
+        self._tokens -= length
+        return self._chunks.pop((-document, -index))
+
+    def get_state(self) -> dict[str, Any]:
+        sources = [number for _, document, index in self._pool for number in (-document, -index)]
+        return {"reader": self._reader.get_state(), "read": self._read, "row": self._row, "pool": sources}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._reader.set_state(state["reader"])
+        self._begin(state["read"], state["row"])
+        sources = sorted(zip(state["pool"][::2], state["pool"][1::2], strict=True))
+        opened, chunks = -1, []
+        for document, index in sources:
+            if document != opened:
+                opened, chunks = document, self._documents[document]
+            self._put(document, index, chunks[index])

@@ -1,0 +1,55 @@
+"""Two helpers that keep the step from waiting for data: encode once, and prefetch."""
+
+import atexit
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+
+from attnlab.data.batch import Batch, Example
+
+# Tokens of encoded documents to keep, 16 bytes each: small sets are encoded in the first epoch only.
+REMEMBERED_TOKENS = 2**22
+
+
+class Remembered(Sequence[Example]):
+    """Records encoded when asked for, the first `REMEMBERED_TOKENS` of them kept."""
+
+    def __init__(self, records: Sequence[Any], encode: Callable[[Any], Example]):
+        self._records = records
+        self._encode = encode
+        self._kept: dict[int, Example] = {}
+        self._room = REMEMBERED_TOKENS
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index):
+        # Threads may both encode a document; they get the same, and either may be kept.
+        if index in self._kept:
+            return self._kept[index]
+        example = self._encode(self._records[index])
+        if len(example.tokens) <= self._room:
+            self._room -= len(example.tokens)
+            self._kept[index] = example
+        return example
+
+
+class Prefetch(grain.experimental.ThreadPrefetchIterDataset[Batch]):
+    """Batches made ahead in a thread, which ends before the interpreter does."""
+
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        """Start at the first batch."""
+        iterator = super().__iter__()
+        _running.add(iterator)
+        return iterator
+
+
+_running: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop() -> None:
+    for iterator in list(_running):
+        iterator.close()

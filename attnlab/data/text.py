@@ -1,0 +1,41 @@
+"""`Text`: a language-modelling data set chosen by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attnlab.data.base import Data
+from attnlab.errors import InputError
+
+FORMS = "stdlib_docs, stdlib_code, tfds:NAME[/CONFIG][#FEATURE], text:GLOB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Data):
+    """Plain text to predict token by token. Raises `InputError` for a name of none of the forms."""
+
+    name: str = "stdlib_docs"
+    """"stdlib_docs", "stdlib_code", "tfds:NAME[/CONFIG][#FEATURE]" or "text:GLOB"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind, colon, rest = self.name.partition(":")
+        known = rest if colon and kind in ("tfds", "text") else self.name in ("stdlib_docs", "stdlib_code")
+        if not known:
+            raise InputError(f"data.name {self.name!r} is unknown; it is one of {FORMS}")
+
+    def records(self, split: str) -> Sequence[Any]:
+        """Records with a "text" each, read when asked for."""
+        # Imported here: TFDS takes a second that data sets of another kind need not wait for.
+        kind, _, rest = self.name.partition(":")
+        if kind == "tfds":
+            from attnlab.data import registry
+
+            return registry.records(rest, split)
+        if kind == "text":
+            from attnlab.data import files
+
+            return files.records(rest, split)
+        from attnlab.data import stdlib
+
+        return stdlib.records(self.name, split)

@@ -1,0 +1,162 @@
+"""Tokenizers: three kinds to configure, one object to use."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from attnlab.errors import InputError
+
+EOS = "<eos>"
+
+# Characters of text that a BPE learns from: merges settle long before, and memory stays small.
+TRAINING_CHARACTERS = 2**25
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level tokenizers write for each of the 256 bytes."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = itertools.count(0x100)
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()
+BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+
+
+class Tokenizer:
+    """Text to token ids and back; saved and loaded as a `tokenizer.json` of the `tokenizers` library."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        # Text may contain "<eos>"; it is text like any other, and the token never comes out of it.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._bytewise = isinstance(backend.decoder, decoders.ByteLevel)
+        self.vocab_size: int = backend.get_vocab_size()
+        self.eos_id: int = backend.token_to_id(EOS)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, int32 (n,), without any `eos_id`.
+
+        Raises `InputError` naming the word if a `Words` tokenizer has not met it in training.
+        """
+        try:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        except Exception:
+            unknown = next((w for w in text.split() if self._backend.token_to_id(w) is None), None)
+            if self._bytewise or unknown is None:
+                raise
+            raise InputError(
+                f"the word {unknown!r} is not in the vocabulary, made of the training split"
+            ) from None
+        return np.asarray(ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without any `eos_id`; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for, int32 (V,); 0 for `eos_id`.
+
+        A token of `Words` stands for the word and the space after it.
+        """
+        names = [self._backend.id_to_token(i) for i in range(self.vocab_size)]
+        sizes = [len(name) if self._bytewise else len(name.encode()) + 1 for name in names]
+        sizes[self.eos_id] = 0
+        return np.asarray(sizes, np.int32)
+
+    def token_text(self, token: int) -> str:
+        r"""How to show a token in a picture; part of a character as `\xe2`, the end as `<eos>`."""
+        name = self._backend.id_to_token(int(token))
+        if name is None:
+            raise InputError(f"token {token} is not among the {self.vocab_size} of the vocabulary")
+        if not self._bytewise or token == self.eos_id:
+            return name
+        return bytes(BYTE_OF_CHARACTER[c] for c in name).decode("utf-8", errors="backslashreplace")
+
+    def save(self, path: epath.PathLike) -> None:
+        """Write the tokenizer to a file, local or in a bucket."""
+        epath.Path(path).write_text(self._backend.to_str(pretty=True))
+
+    @classmethod
+    def load(cls, path: epath.PathLike) -> "Tokenizer":
+        """Read a tokenizer that `save` wrote; nothing else needs to be known of it."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(epath.Path(path).read_text()))
+        except FileNotFoundError:
+            raise InputError(f"there is no tokenizer at {path}") from None
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A token for each of the 256 bytes, and the end: 257 in all. Nothing to train, nothing lost."""
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        """The tokenizer; texts are not looked at."""
+        del texts
+        return Tokenizer(_bytewise(models.BPE(vocab=dict(BYTE_OF_CHARACTER), merges=[])))
+
+
+@dataclass(frozen=True)
+class BPE:
+    """Byte-pair encoding over bytes: any text comes back exactly (Sennrich et al. 2016, arXiv:1508.07909).
+
+    Raises `InputError` if the vocabulary has no room for all bytes and the end.
+    """
+
+    vocab_size: int = 4096
+    """Tokens in all; fewer come out if the text has not as many pairs to merge."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 257:
+            raise InputError(
+                f"BPE vocab_size must be 257 (256 bytes and the end) or more, not {self.vocab_size}"
+            )
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        """Learn the merges of the first `TRAINING_CHARACTERS` of the texts."""
+        backend = _bytewise(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[EOS],
+            initial_alphabet=BYTE_CHARACTERS,
+            show_progress=False,
+        )
+        backend.train_from_iterator(_up_to(TRAINING_CHARACTERS, texts), trainer)
+        return Tokenizer(backend)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A token for each word between white space, for small grammars; white space itself is lost."""
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        """Collect every word of the texts, in alphabetical order."""
+        words = sorted({word for text in texts for word in text.split()} - {EOS})
+        backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate([EOS, *words])}))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.add_special_tokens([EOS])
+        return Tokenizer(backend)
+
+
+def _bytewise(model: Any) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([EOS])
+    return backend
+
+
+def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        yield text[:characters]
+        characters -= len(text)

@@ -1,0 +1,14 @@
+"""Writing files so that a reader, or a killed process, never meets half of one."""
+
+import os
+
+from etils import epath
+
+
+def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
+    """Write `data` to `path` (local or gs://) whole or not at all, making its folder."""
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    temporary.replace(target)

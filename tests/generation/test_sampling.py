@@ -1,0 +1,211 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from attnlab.errors import InputError
+from attnlab.generation import Sampling, filter_logits, row_keys, sample
+
+jit_filter, jit_sample = jax.jit(filter_logits), jax.jit(sample)
+
+# Logits on a coarse grid, so that ties are common; -inf as a caller's own ban.
+entry = st.one_of(st.integers(-16, 16).map(lambda n: n / 4), st.just(-np.inf))
+rows = st.lists(entry, min_size=9, max_size=9).filter(lambda row: max(row) > -np.inf)
+
+
+def samplings(optional=lambda strategy: st.one_of(st.none(), strategy)):
+    return st.builds(
+        Sampling,
+        temperature=st.floats(0.1, 5),
+        top_k=optional(st.integers(1, 12)),
+        top_p=optional(st.floats(0.01, 1)),
+        min_p=optional(st.floats(0, 1)),
+    )
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def oracle(row, sampling):
+    """Probabilities after filtering, in float64 and without sorting; rejects cases at a filter's border."""
+    logits = np.asarray(row, np.float64) / sampling.temperature
+    if sampling.top_k is not None:
+        level = sorted(logits)[-min(sampling.top_k, len(logits))]
+        logits = np.array([x if x >= level else -np.inf for x in logits])
+    if sampling.top_p is not None:
+        p = softmax(logits)
+        before = np.array([p[logits > x].sum() for x in logits])
+        assume(np.abs(before[p > 0] - sampling.top_p).min() > 1e-5)
+        logits = np.where(before < sampling.top_p, logits, -np.inf)
+    if sampling.min_p is not None:
+        relative = np.exp(logits - logits.max())
+        at_border = np.abs(relative / max(sampling.min_p, 1e-30) - 1) < 1e-5
+        assume(not np.any(at_border & (relative < 1)))
+        logits = np.where(relative >= sampling.min_p, logits, -np.inf)
+    return softmax(logits)
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows, samplings())
+def test_filters_agree_with_the_oracle(row, sampling):
+    expected = oracle(row, sampling)
+    got = np.asarray(jit_filter(jnp.array([row]), sampling))[0]
+    np.testing.assert_array_equal(got > -np.inf, expected > 0)
+    np.testing.assert_allclose(softmax(got), expected, atol=1e-5)
+    assert got.max() == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows, samplings(), st.randoms(use_true_random=False))
+def test_filters_do_not_know_token_ids(row, sampling, random):
+    order = random.sample(range(len(row)), len(row))
+    kept = jit_filter(jnp.array([row]), sampling)[0]
+    # Masses are summed in sorted order, so a shuffled vocabulary changes no bit of them.
+    np.testing.assert_array_equal(
+        kept[jnp.array(order)], jit_filter(jnp.array([row])[:, jnp.array(order)], sampling)[0]
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows, samplings(), st.integers(0, 2**31 - 1))
+def test_a_draw_is_allowed_and_the_most_probable_always_is(row, sampling, seed):
+    kept = np.asarray(jit_filter(jnp.array([row]), sampling))[0]
+    assert kept[np.argmax(row)] == 0
+    drawn = jit_sample(row_keys(jax.random.key(seed), jnp.arange(1)), jnp.array([row]), sampling)
+    assert kept[int(drawn[0])] > -np.inf
+
+
+def test_filters_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
+
+    def kept(**filters):
+        return (filter_logits(logits, Sampling(**filters))[0] > -jnp.inf).tolist()
+
+    assert kept() == [True, True, True, True]
+    assert kept(top_k=1) == [True, False, False, False]
+    assert kept(top_k=3) == [True, True, True, True]  # the fourth equals the third
+    assert kept(top_k=99) == [True, True, True, True]
+    assert kept(top_p=1e-9) == [True, False, False, False]
+    assert kept(top_p=0.51) == [True, True, False, False]
+    assert kept(top_k=2, top_p=0.6) == [True, False, False, False]  # 0.5 is two thirds of what top-k left
+    assert kept(min_p=0.3) == [True, True, False, False]
+    assert kept(min_p=1.0) == [True, False, False, False]
+
+
+def test_top_p_of_one_keeps_even_what_a_float_cannot_sum():
+    kept = filter_logits(jnp.array([[0.0, -30.0, -200.0]]), Sampling(top_p=1.0))
+    np.testing.assert_allclose(kept, [[0.0, -30.0, -200.0]])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, 6, 0.9, 0.05)])
+def test_draws_follow_the_distribution(sampling):
+    logits, draws = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.0]), 20_000
+    probabilities = softmax(np.asarray(filter_logits(jnp.array([logits]), sampling), np.float64)[0])
+    keys = row_keys(jax.random.key(0), jnp.arange(draws))
+    ids = jit_sample(keys, jnp.broadcast_to(jnp.array(logits), (draws, 8)), sampling)
+    counts, possible = np.bincount(ids, minlength=8), probabilities > 0
+    assert counts[~possible].sum() == 0
+    assert scipy.stats.chisquare(counts[possible], draws * probabilities[possible]).pvalue > 0.01
+
+
+def test_temperature_zero_takes_the_first_of_the_most_probable():
+    logits = jnp.array([[1.0, 3.0, 3.0, 2.0], [-jnp.inf, -5.0, -6.0, -5.0]])
+    greedy = Sampling(temperature=0.0, top_k=3, top_p=0.9, min_p=0.1)
+    for seed in range(5):
+        assert sample(row_keys(jax.random.key(seed), jnp.arange(2)), logits, greedy).tolist() == [1, 1]
+    np.testing.assert_array_equal(jnp.isfinite(filter_logits(logits, greedy)).sum(-1), [1, 1])
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
+def test_extreme_temperatures_give_no_nan(temperature):
+    kept = filter_logits(jnp.array([[1e4, -1e4, 9e3]]), Sampling(temperature, 2, 0.9, 0.1))
+    assert not jnp.isnan(kept).any() and kept.max() == 0
+
+
+def test_half_precision_logits_are_filtered_in_float32():
+    logits = jnp.array([[1.0, 2.0, 3.0]], jnp.bfloat16)
+    assert filter_logits(logits, Sampling(top_p=0.9)).dtype == jnp.float32
+
+
+def test_a_row_draws_the_same_whoever_else_is_in_the_batch():
+    logits, key = jax.random.normal(jax.random.key(1), (8, 100)), jax.random.key(2)
+    numbers = jnp.arange(8)
+    together = jit_sample(row_keys(key, numbers), logits, Sampling(top_p=0.95))
+    backwards = jit_sample(row_keys(key, numbers[::-1]), logits[::-1], Sampling(top_p=0.95))
+    alone = jit_sample(row_keys(key, numbers[5:6]), logits[5:6], Sampling(top_p=0.95))
+    np.testing.assert_array_equal(together, backwards[::-1])
+    assert together[5] == alone[0]
+    same = jit_sample(row_keys(key, numbers), jnp.zeros((8, 100)), Sampling())
+    assert len(set(same.tolist())) > 4, "equal rows must not draw alike"
+
+
+def test_numbers_may_be_traced():
+    jit = jax.jit(lambda logits, sampling: filter_logits(logits, sampling))
+    logits = jax.random.normal(jax.random.key(0), (2, 20))
+    for sampling in [Sampling(0.5, 3, 0.9, 0.1), Sampling(0.0, 7, 0.2, 0.5), Sampling(2.0, 50, 1.0, 0.0)]:
+        np.testing.assert_allclose(jit(logits, sampling), filter_logits(logits, sampling), rtol=1e-6)
+    assert jit._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"temperature": -1}, "0 or more"),
+        ({"temperature": float("nan")}, "finite"),
+        ({"temperature": float("inf")}, "finite"),
+        ({"top_k": 0}, "1 or more"),
+        ({"top_k": 2.5}, "whole number"),
+        ({"top_p": 0.0}, r"\(0, 1\]"),
+        ({"top_p": np.float32(1.5)}, r"\(0, 1\]"),
+        ({"min_p": -0.1}, r"\[0, 1\]"),
+    ],
+)
+def test_bad_settings_say_what_is_allowed(bad, says):
+    with pytest.raises(InputError, match=says) as error:
+        Sampling(**bad)
+    assert f"Sampling.{next(iter(bad))}" in str(error.value)
+
+
+@pytest.mark.parametrize("spec", [P("data", None), P("data", "tensor"), P(None, "tensor"), P(None, None)])
+def test_under_an_explicit_mesh(spec):
+    """Runs on one device too: an Explicit mesh checks the types of arrays, however many hold them."""
+    tensor = 2 if jax.device_count() % 2 == 0 else 1
+    mesh = jax.make_mesh((jax.device_count() // tensor, tensor), ("data", "tensor"))
+    size, sampling = 2 * jax.device_count(), Sampling(0.8, 20, 0.9, 0.05)
+    logits = jax.random.normal(jax.random.key(0), (size, 64))
+    expected = sample(row_keys(jax.random.key(1), jnp.arange(size)), logits, sampling)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(logits, spec)
+        keys = row_keys(jax.random.key(1), jnp.arange(size))
+        ids = jit_sample(keys, sharded, sampling)
+        assert jax.typeof(ids).sharding.spec == P(spec[0])
+        assert jax.typeof(jit_filter(sharded, sampling)).sharding.spec == P(spec[0], None)
+    np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parity
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1), samplings())
+def test_parity_with_transformers(seed, sampling):
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    # No two tokens are equal: of equals at its border transformers keeps some, here they share their fate.
+    logits = np.random.default_rng(seed).normal(scale=2, size=(3, 9)).astype(np.float32)
+    for row in logits:
+        oracle(row, sampling)  # rejects borders, where rounding decides
+    warpers = [process.TemperatureLogitsWarper(sampling.temperature)]
+    warpers += [process.TopKLogitsWarper(sampling.top_k)] if sampling.top_k is not None else []
+    warpers += [process.TopPLogitsWarper(sampling.top_p)] if sampling.top_p not in (None, 1.0) else []
+    warpers += [process.MinPLogitsWarper(sampling.min_p)] if sampling.min_p is not None else []
+    theirs = torch.from_numpy(logits)
+    for warper in warpers:
+        theirs = warper(None, theirs)
+    np.testing.assert_allclose(
+        jax.nn.softmax(jit_filter(jnp.array(logits), sampling)), theirs.softmax(-1).numpy(), atol=1e-5
+    )

@@ -1,0 +1,625 @@
+"""The configuration system: experiment files, overrides, saved configs."""
+
+import dataclasses
+import enum
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnlab import config as configs
+from attnlab.config.text import parse, split
+from attnlab.errors import InputError
+
+
+class Precision(enum.Enum):
+    HALF = "bfloat16"
+    FULL = "float32"
+
+
+class Pattern:
+    """A base class that is no dataclass: its subclasses are the choices."""
+
+
+@dataclass(frozen=True)
+class Causal(Pattern):
+    pass
+
+
+@dataclass(frozen=True)
+class Window(Pattern):
+    size: int = 128
+    look_ahead: int = 0
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError("size must be positive")
+
+
+@dataclass(frozen=True)
+class Cosine:
+    warmup: int = 100
+    final: float = 0.1
+
+
+@dataclass(frozen=True)
+class Constant:
+    warmup: int = 100
+
+
+@dataclass(frozen=True)
+class AdamW:
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: Cosine | Constant = Cosine()
+
+
+@dataclass(frozen=True)
+class Lion:
+    learning_rate: float = 3e-4
+    weight_decay: float = 1.0
+    schedule: Cosine | Constant = Cosine()
+
+
+@dataclass(frozen=True)
+class SGD:
+    momentum: float
+    learning_rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class Average:
+    decay: float = 0.999
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    depth: int = 6
+    width: int = 64
+    heads: int = 4
+    attention: Pattern = Causal()
+    pattern: tuple[Pattern, ...] = ()
+    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
+    precision: Precision = Precision.FULL
+    tie: bool = True
+    dropout: float | None = None
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise InputError(f"width {self.width} is not a multiple of heads {self.heads}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    model: Model = Model()
+    optimizer: AdamW | Lion | SGD = AdamW()
+    average: Average | None = None
+    name: str = "toy"
+    note: str | None = None
+    sizes: tuple[int, ...] = (1, 2)
+    words: tuple[str, ...] = ()
+    nested: tuple[tuple[int, int], ...] = ()
+    limit: int | float | None = None
+    derived: int = field(default=0, init=False)
+
+
+TOY = Experiment()
+
+
+def get(config, path):
+    for part in path.split("."):
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+    return config
+
+
+def refused(path, text, config=TOY):
+    with pytest.raises(InputError) as caught:
+        configs.override(config, path, text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Overrides ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("model.depth", "12", 12),
+        ("model.depth", "1_000", 1000),
+        ("model.depth", "1e3", 1000),
+        ("model.depth", "-3", -3),
+        ("model.tie", "false", False),
+        ("model.tie", "0", False),
+        ("model.tie", "True", True),
+        ("model.dropout", "0.5", 0.5),
+        ("model.dropout", "1", 1.0),
+        ("model.dropout", "None", None),
+        ("model.activation", "relu", "relu"),
+        ("model.precision", "HALF", Precision.HALF),
+        ("model.attention", "Window", Window()),
+        ("model.attention", "Window(5)", Window(5)),
+        ("model.attention", "Window(5, look_ahead=2)", Window(5, 2)),
+        ("model.pattern", "Window(256),Window(9,1),Causal", (Window(256), Window(9, 1), Causal())),
+        ("model.pattern", "Window(256)*2, Causal()", (Window(256), Window(256), Causal())),
+        ("model.pattern", "()", ()),
+        ("optimizer.betas", "0.8,0.9", (0.8, 0.9)),
+        ("optimizer.learning_rate", "3e-4", 3e-4),
+        ("sizes", "1,2,3", (1, 2, 3)),
+        ("sizes", "(4,)", (4,)),
+        ("sizes", "4", (4,)),
+        ("sizes", "", ()),
+        ("sizes.1", "7", (1, 7)),
+        ("sizes.-1", "7", (1, 7)),
+        ("words", "a, b", ("a", "b")),
+        ("words", "'a, b',''", ("a, b", "")),
+        ("words", "don't,won't", ("don't", "won't")),
+        ("nested", "(1,2),(3,4)", ((1, 2), (3, 4))),
+        ("nested", "((1,2),)", ((1, 2),)),
+        ("note", "a=b, c(", "a=b, c("),
+        ("note", "None", None),
+        ("note", "'None'", "None"),
+        ("name", "None", "None"),
+        ("name", "", ""),
+        ("limit", "5", 5),
+        ("limit", "5.5", 5.5),
+        ("average", "Average", Average()),
+        ("average", "Average(decay=0.5)", Average(0.5)),
+    ],
+)
+def test_text_is_read_by_the_annotation(path, text, value):
+    changed = configs.override(TOY, path, text)
+    found = get(changed, path.removesuffix(".1").removesuffix(".-1"))
+    assert found == value
+    assert type(found) is type(value)
+    assert Experiment() == TOY  # the original is left alone
+
+
+def test_an_element_of_a_tuple_is_set_by_its_index():
+    config = configs.override(TOY, "model.pattern", "Window(8),Causal")
+    config = configs.override(config, "model.pattern.0.size", "5")
+    assert config.model.pattern == (Window(5), Causal())
+    config = configs.override(config, "model.pattern.1", "Window")
+    assert config.model.pattern == (Window(5), Window())
+    assert "elements are 0 to 1" in refused("model.pattern.2.size", "5", config)
+    assert "it is empty" in refused("model.pattern.0.size", "5")
+
+
+def test_another_type_keeps_the_values_that_both_have():
+    config = configs.override(TOY, "optimizer.weight_decay", "0.7")
+    config = configs.override(config, "optimizer.schedule", "Constant(5)")
+    assert configs.override(config, "optimizer", "Lion").optimizer == Lion(1e-3, 0.7, Constant(5))
+    lion = configs.override(config, "optimizer", "Lion(learning_rate=1e-4)").optimizer
+    assert lion == Lion(1e-4, 0.7, Constant(5))
+    assert configs.override(config, "optimizer.schedule", "Cosine").optimizer.schedule == Cosine(5)
+    assert "SGD needs momentum" in refused("optimizer", "SGD", config)
+    assert configs.override(config, "optimizer", "SGD(0.9)").optimizer == SGD(0.9, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "said"),
+    [
+        (
+            "model.atn",
+            "1",
+            "config.model has no field 'atn'; did you mean 'attention'? Fields: depth, width, heads",
+        ),
+        ("optimiser.learning_rate", "1", "config has no field 'optimiser'; did you mean 'optimizer'?"),
+        ("derived", "1", "config has no field 'derived'"),
+        ("model.depth", "twelve", "config.model.depth=twelve: expected int"),
+        ("model.depth", "1.5", "config.model.depth=1.5: expected int"),
+        ("model.depth", "1e999999999", "expected int"),
+        ("model.depth", "nan", "expected int"),
+        ("model.depth", "", "config.model.depth=: expected int"),
+        ("model.depth", "None", "expected int"),
+        ("model.tie", "maybe", "expected true or false"),
+        ("model.dropout", "half", "expected float or None"),
+        ("model.activation", "gleu", "expected 'relu', 'gelu', 'swiglu'; did you mean 'gelu'?"),
+        ("model.precision", "QUARTER", "expected HALF, FULL"),
+        ("optimizer", "Adam", "expected AdamW, Lion or SGD; did you mean 'AdamW'?"),
+        ("optimizer", "Lion(lr=1)", "Lion has no field 'lr'"),
+        ("optimizer", "Lion(learning_rate=fast)", "Lion.learning_rate=fast: expected float"),
+        ("optimizer", "Lion(1,2,3,4)", "Lion takes 3 arguments: learning_rate, weight_decay, schedule"),
+        ("optimizer", "Lion(1,learning_rate=2)", "'learning_rate' given twice"),
+        ("optimizer", "Lion(1))", "brackets do not match"),
+        ("optimizer", "Lion(", "expected AdamW, Lion or SGD"),
+        ("optimizer", "3", "expected AdamW, Lion or SGD"),
+        ("model.attention", "Windw(3)", "expected Causal or Window; did you mean 'Window'?"),
+        ("model.attention", "Window(0)", "config.model.attention=Window(0): size must be positive"),
+        ("model.pattern", "Window(3),Globl", "element 1 is Globl: expected Causal or Window"),
+        ("model.heads", "7", "config.model.heads=7: width 64 is not a multiple of heads 7"),
+        ("model.heads", "0", "config.model.heads=0: "),
+        ("average.decay", "0.9", "config.average is None; choose its type first, config.average=Average"),
+        ("note.x", "1", "config.note is None and has no fields"),
+        ("model.depth.x", "1", "config.model.depth is 6 and has no fields"),
+        ("optimizer.betas", "1,2,3", "expected 2 values separated by commas, not 3"),
+        ("optimizer.betas", "1,x", "element 1 is x: expected float"),
+        ("sizes.x", "1", "config.sizes has no element 'x'"),
+        ("sizes", "1,,2", "element 1 is empty: expected int"),
+        ("model", "6", "config.model=6: expected Model"),
+        ("", "6", "config has no field ''"),
+    ],
+)
+def test_a_refusal_says_what_was_wrong_and_what_is_allowed(path, text, said):
+    assert said in refused(path, text)
+
+
+def test_values_that_only_fit_together_can_be_given_in_any_order():
+    pairs = [("model.heads", "7"), ("model.width", "77")]
+    for order in (pairs, pairs[::-1]):
+        config = configs.override_all(TOY, order)
+        assert (config.model.width, config.model.heads) == (77, 7)
+    with pytest.raises(InputError, match=r"^config.model.heads=7 config.model.width=78: width 78 is not"):
+        configs.override_all(TOY, [("name", "x"), ("model.heads", "7"), ("model.width", "78")])
+
+
+def test_the_last_of_two_overrides_holds():
+    assert configs.override_all(TOY, [("name", "a"), ("name", "b")]).name == "b"
+
+
+def test_split_heeds_brackets_and_quotes():
+    assert split("a(b,c),d") == ["a(b,c)", "d"]
+    assert split("A(name='x,)'),B") == ["A(name='x,)')", "B"]
+    assert split("A('x,)')") == ["A('x,)')"]
+    assert split(r"'it\'s, so',b") == [r"'it\'s, so'", "b"]
+    assert split("a,b,") == ["a", "b"]
+    for wrong in ("(a", "a)", "'a"):
+        with pytest.raises(InputError, match="do not match"):
+            split(wrong)
+
+
+# Properties over random configs ---------------------------------------------------------------------------
+
+floats = st.floats(allow_nan=False)
+schedules = st.builds(Cosine, st.integers(), floats) | st.builds(Constant, st.integers())
+patterns = st.just(Causal()) | st.builds(Window, st.integers(1, 10**9), st.integers())
+optimizers = (
+    st.builds(AdamW, floats, floats, st.tuples(floats, floats), schedules)
+    | st.builds(Lion, floats, floats, schedules)
+    | st.builds(SGD, floats, floats)
+)
+models = st.builds(
+    Model,
+    st.integers(),
+    st.integers(1, 99).map(lambda n: 8 * n),
+    st.sampled_from([1, 2, 4, 8]),
+    patterns,
+    st.lists(patterns, max_size=4).map(tuple),
+    st.sampled_from(["relu", "gelu", "swiglu"]),
+    st.sampled_from(Precision),
+    st.booleans(),
+    st.none() | floats,
+)
+experiments = st.builds(
+    Experiment,
+    models,
+    optimizers,
+    st.none() | st.builds(Average, floats),
+    st.text(),
+    st.none() | st.text(),
+    st.lists(st.integers()).map(tuple),
+    st.lists(st.text()).map(tuple),
+    st.lists(st.tuples(st.integers(), st.integers())).map(tuple),
+    st.none() | st.integers() | floats,
+)
+
+
+@given(experiments)
+@settings(max_examples=100, deadline=None)
+def test_overriding_every_field_by_its_own_value_changes_nothing(config):
+    flat = configs.flatten(config)
+    assert configs.override_all(config, [(p, configs.render(v)) for p, v in flat.items()]) == config
+    assert configs.differences(config, config) == []
+
+
+# SGD is left out because its momentum has no default: `optimizer=SGD` alone is refused.
+@given(experiments, experiments.filter(lambda config: not isinstance(config.optimizer, SGD)))
+@settings(max_examples=100, deadline=None)
+def test_overriding_with_all_values_of_another_config_gives_that_config(one, other):
+    flat = configs.flatten(other)
+    assert configs.override_all(one, [(p, configs.render(v)) for p, v in flat.items()]) == other
+    assert bool(configs.differences(one, other)) == (one != other)
+
+
+@given(experiments)
+@settings(max_examples=100, deadline=None)
+def test_a_config_comes_back_from_json_as_it_was(config):
+    text = json.dumps(configs.to_dict(config), allow_nan=False)
+    back = configs.from_dict(json.loads(text))
+    assert back == config
+    assert configs.show(back, {}) == configs.show(config, {})  # types too: 1.0 is not 1 there
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_a_value_or_an_input_error(text):
+    for path in configs.flatten(TOY):
+        try:
+            configs.override(TOY, path, text)
+        except InputError as error:
+            assert str(error)
+    try:
+        configs.override(TOY, text, "1")
+    except InputError as error:
+        assert str(error)
+
+
+# Listings -------------------------------------------------------------------------------------------------
+
+
+def test_sources_tell_default_file_and_flag():
+    base = Experiment(model=Model(depth=8, pattern=(Window(3),)), optimizer=Lion(), name="mine")
+    flags = {"model.width": "128", "optimizer": "AdamW(weight_decay=0.5)", "model.pattern.0.size": "4"}
+    config = configs.override_all(base, flags.items())
+    told = configs.sources(config, base, flags)
+    assert told.keys() == configs.flatten(config).keys()
+    expected = {
+        "model": "default",
+        "model.depth": "file",
+        "model.width": "flag",
+        "model.heads": "default",
+        "model.pattern": "flag",
+        "optimizer": "flag",
+        "optimizer.learning_rate": "file",  # kept from Lion
+        "optimizer.weight_decay": "flag",
+        "optimizer.betas": "default",
+        "name": "file",
+        "note": "default",
+    }
+    assert {path: told[path] for path in expected} == expected
+
+
+def test_a_flag_that_repeats_the_default_is_a_flag():
+    assert configs.sources(TOY, TOY, ["name"])["name"] == "flag"
+
+
+def test_the_default_of_a_component_speaks_for_its_fields():
+    @dataclass(frozen=True)
+    class Big:
+        model: Model = Model(depth=48)
+
+    assert configs.sources(Big(), Big(), [])["model.depth"] == "default"
+    assert configs.sources(Big(Model()), Big(Model()), [])["model.depth"] == "file"
+
+
+def test_show_is_aligned():
+    lines = configs.show(TOY, configs.sources(TOY, TOY, ["sizes"])).splitlines()
+    assert len(lines) == len(configs.flatten(TOY))
+    assert len({line.index("default") for line in lines if line.endswith("default")}) == 1
+    assert any(line.split() == ["sizes", "(1,2)", "flag"] for line in lines)
+    assert any(line.split() == ["optimizer", "AdamW", "default"] for line in lines)
+
+
+def test_differences_name_the_path_and_both_values():
+    other = configs.override_all(TOY, [("model.depth", "12"), ("optimizer", "Lion")])
+    assert configs.differences(TOY, other) == [
+        "model.depth: 6 -> 12",
+        "optimizer: AdamW -> Lion",
+        "optimizer.betas: (0.9,0.95) -> absent",
+    ]
+
+
+# Experiment files -----------------------------------------------------------------------------------------
+
+EXPERIMENT = '''"""Pronouns: a toy.
+
+More about it.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Pronoun:
+    who: str = "she"
+
+@dataclass(frozen=True)
+class Other:
+    who: str = "it"
+    count: int = 1
+
+@dataclass(frozen=True)
+class Toy:
+    word: Pronoun | Other = Pronoun()
+    depth: int = 2
+
+def get_config(argument: str = "small") -> Toy:
+    return Toy(depth={"small": 2, "large": 20}[argument])
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "experiments" / "pronouns.py"
+    file.parent.mkdir()
+    file.write_text(EXPERIMENT)
+    return file
+
+
+def write(file, body):
+    file.write_text("import dataclasses\n" + body)
+    return str(file)
+
+
+def test_an_experiment_is_found_by_path_and_by_name(toy, tmp_path, monkeypatch):
+    for spec in ("experiments/pronouns.py", "experiments/pronouns", "pronouns", str(toy)):
+        loaded = configs.load(spec)
+        assert (loaded.config.depth, loaded.name, loaded.argument) == (2, "pronouns", None)
+    large = configs.load("pronouns:large")
+    assert (large.config.depth, large.argument) == (20, "large")
+    assert type(large.config) is type(loaded.config)
+    assert configs.load(f"{toy}:large").config == large.config
+    # From elsewhere, experiments beside the package are found.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr("attnlab.__file__", str(tmp_path / "attnlab" / "__init__.py"))
+    assert configs.load("experiments/pronouns.py").config == loaded.config
+    assert configs.available() == {"pronouns": "Pronouns: a toy."}
+
+
+def test_classes_of_the_experiment_file_are_choices(toy):
+    config = configs.override(configs.load("pronouns").config, "word", "Other(count=3)")
+    assert (config.word.who, config.word.count) == ("she", 3)
+
+
+def test_an_edited_experiment_is_read_anew(toy):
+    first = configs.load("pronouns").config
+    toy.write_text(EXPERIMENT.replace('"small": 2', '"small": 3'))
+    assert (first.depth, configs.load("pronouns").config.depth) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("x = 1", "has no function get_config"),
+        ("get_config = 3", "has no function get_config"),
+        ("def get_config(): return dict(a=1)", "returned dict, not a dataclass"),
+        ("def get_config(", "x.py:2: SyntaxError: '(' was never closed"),
+        ("import nonesuch_module", "x.py:2: ModuleNotFoundError: No module named 'nonesuch_module'"),
+        ("def get_config():\n  return 1 / 0", "x.py:3: ZeroDivisionError: division by zero"),
+        ("def get_config(size): return size", "needs an argument (size)"),
+        (
+            "@dataclasses.dataclass\nclass C:\n  a: int = 'x'\nget_config = C",
+            "config.a='x': expected int",
+        ),
+        (
+            "@dataclasses.dataclass\nclass C:\n  a: 'Nonesuch' = 1\nget_config = C",
+            "C: cannot resolve its annotations",
+        ),
+    ],
+)
+def test_a_broken_experiment_is_told_in_one_line(tmp_path, body, said):
+    with pytest.raises(InputError) as caught:
+        configs.load(write(tmp_path / "x.py", body))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_argument_to_an_experiment_that_takes_none(tmp_path):
+    file = write(tmp_path / "x.py", "@dataclasses.dataclass\nclass C: pass\ndef get_config(): return C()")
+    assert dataclasses.is_dataclass(configs.load(file).config)
+    with pytest.raises(InputError, match="takes no argument, so 'large'"):
+        configs.load(f"{file}:large")
+
+
+def test_a_mistyped_experiment_lists_those_there_are(toy):
+    with pytest.raises(InputError, match=r"'pronuns'; did you mean 'pronouns'\? Experiments: pronouns"):
+        configs.load("pronuns")
+
+
+# Saved configs --------------------------------------------------------------------------------------------
+
+
+def save(toy, workdir):
+    loaded = configs.load("pronouns:large")
+    config = configs.override(loaded.config, "word", "Other(count=3)")
+    told = configs.sources(config, loaded.config, ["word"])
+    configs.save(workdir, loaded, config, told)
+    return config, told
+
+
+def test_a_run_starts_again_from_its_workdir_alone(toy, tmp_path):
+    config, told = save(toy, tmp_path / "run")
+    toy.unlink()
+    back = configs.load_workdir(tmp_path / "run")
+    assert configs.differences(back.config, config) == []
+    assert (back.name, back.argument, dict(back.sources)) == ("pronouns", "large", told)
+    assert configs.load(str(tmp_path / "run" / "config.json")).config == back.config
+    # Sources live on, and saving again changes nothing.
+    again = configs.override(back.config, "depth", "9")
+    assert configs.sources(again, back.config, ["depth"], back.sources) == told | {"depth": "flag"}
+    before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
+    configs.save(tmp_path / "run", back, back.config, back.sources)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
+    assert before.keys() == {"config.json", "experiment.py"}
+
+
+def test_the_source_saved_is_the_one_that_ran(toy, tmp_path):
+    loaded = configs.load("pronouns")
+    toy.write_text("broken(")
+    configs.save(tmp_path / "run", loaded, loaded.config, {})
+    assert configs.load_workdir(tmp_path / "run").config.depth == 2
+
+
+def test_another_process_reads_the_saved_config(toy, tmp_path):
+    save(toy, tmp_path / "run")
+    code = f"from attnlab import config; print(config.load_workdir({str(tmp_path / 'run')!r}).config)"
+    code += "; import sys; assert 'jax' not in sys.modules and 'flax' not in sys.modules"
+    root = configs.experiments.Path(configs.__file__).parents[2]
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "Toy(word=Other(who='she', count=3), depth=20)"
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda text: "", "is not JSON"),
+        (lambda text: text[:40], "is not JSON"),
+        (lambda text: "[1, 2]", "is not a config that attnlab saved"),
+        (lambda text: '{"model": 3}', "is not a config that attnlab saved"),
+        (
+            lambda text: text.replace(":Other", ":Gone"),
+            "config.word is of type experiment:Gone, which this version",
+        ),
+        (lambda text: text.replace("experiment:Toy", "gone.module:Toy"), "config is of type gone.module:Toy"),
+        (lambda text: text.replace("experiment:Toy", "json:dumps"), "json:dumps is not a type"),
+        (lambda text: text.replace("experiment:Toy", "json:JSONDecoder"), "is not a dataclass"),
+        (lambda text: text.replace('"count": 3', '"number": 3'), "config.word (Other) has no field 'number'"),
+        (lambda text: text.replace('"count": 3', '"count": "3"'), "config.word.count='3': expected int"),
+        (lambda text: text.replace('"$type"', '"type"'), "does not say which type"),
+        (lambda text: text.replace('"name": "pronouns",', ""), "does not name its experiment"),
+    ],
+)
+def test_a_corrupt_or_foreign_config_is_told_in_one_line(toy, tmp_path, edit, said):
+    save(toy, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(edit(file.read_text()))
+    with pytest.raises(InputError) as caught:
+        configs.load_workdir(tmp_path / "run")
+    assert said in str(caught.value)
+    assert "config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(InputError, match=r"holds no run: it has no config.json"):
+        configs.load_workdir(tmp_path)
+
+
+def test_a_field_added_since_takes_its_default(toy, tmp_path):
+    save(toy, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    record = json.loads(file.read_text())
+    del record["config"]["depth"]
+    file.write_text(json.dumps(record))
+    assert configs.load_workdir(tmp_path / "run").config.depth == 2
+
+
+def test_a_value_that_json_cannot_hold_is_named():
+    @dataclass(frozen=True)
+    class Odd:
+        things: object
+
+    with pytest.raises(InputError, match=r"config.things is a list, which cannot be saved"):
+        configs.to_dict(Odd([1]))
+
+
+def test_floats_that_json_has_no_number_for():
+    for value in (math.inf, -math.inf):
+        assert configs.from_dict(configs.to_dict(Average(value))) == Average(value)
+    assert math.isnan(configs.from_dict(configs.to_dict(Average(math.nan))).decay)
+
+
+def test_parse_reads_the_narrow_meaning_first():
+    assert parse("1", bool | int) == 1
+    assert parse("x", str | None) == "x"
+    assert parse("5", int | tuple[int, ...]) == 5
+    assert parse("5,", int | tuple[int, ...]) == (5,)
