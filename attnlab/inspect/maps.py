@@ -1,17 +1,23 @@
 """Attention maps of a model: which token every head looks at, layer by layer."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab.models import Decoder
 
 
 def attention_maps(
-    model: Decoder, params, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
-) -> Float[Array, "L B H T S"]:
+    model: Decoder,
+    params,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+) -> Float[np.ndarray, "L B H T S"]:
     """The weights of every layer and head for these tokens, first layer first.
 
     The weights come from the reference backend: capturing them changes the path, not the mathematics.
@@ -24,7 +30,7 @@ def attention_maps(
         maps.append(jnp.stack(blocks, axis=1).reshape(-1, *blocks[0].shape[1:]))
     if "tail" in layers:
         maps.append(jnp.stack(_in_order(layers["tail"])))
-    return jax.device_get(jnp.concatenate(maps))
+    return jnp.concatenate(maps)
 
 
 def _in_order(blocks: dict) -> list[Array]:

@@ -1,7 +1,7 @@
 """An experiment made ready to run: its model, optimizer and compiled steps on a mesh."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +33,6 @@ class Session:
     experiment: Experiment
     mesh: Mesh
     tokenizer: Tokenizer
-    _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
         e = self.experiment
@@ -60,8 +59,9 @@ class Session:
     @cached_property
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state."""
+        optimizer = self.optimizer
         with jax.set_mesh(self.mesh):
-            shapes = jax.eval_shape(lambda: init_state(self.model, self.experiment, self.optimizer))
+            shapes = jax.eval_shape(lambda: init_state(self.model, self.experiment, optimizer))
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=sharding.named(self.mesh, x.sharding.spec)
@@ -71,8 +71,9 @@ class Session:
 
     def new_state(self) -> State:
         """The state before the first step, each array made where it is to lie."""
+        optimizer = self.optimizer
         with jax.set_mesh(self.mesh):
-            return jax.jit(lambda: init_state(self.model, self.experiment, self.optimizer))()
+            return jax.jit(lambda: init_state(self.model, self.experiment, optimizer))()
 
     @cached_property
     def train_step(self):
@@ -95,8 +96,9 @@ class Session:
     def compile_train_step(self) -> jax.stages.Compiled:
         """The training step compiled for this mesh, whose devices need not be here."""
         step = make_train_step(self.model, self.experiment, self.optimizer)
+        state, batch = self.abstract_state, self.abstract_batch
         with jax.set_mesh(self.mesh):
-            return jax.jit(step, donate_argnums=0).lower(self.abstract_state, self.abstract_batch).compile()
+            return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
 
     @cached_property
     def abstract_batch(self) -> Batch:
@@ -142,7 +144,3 @@ class Session:
         if sums["bytes"]:
             metrics["bits_per_byte"] = sums["nats"] / np.log(2) / sums["bytes"]
         return metrics
-
-    def with_experiment(self, experiment: Experiment) -> "Session":
-        """The same mesh and tokenizer for another experiment."""
-        return replace(self, experiment=experiment)

@@ -1,0 +1,35 @@
+"""Training: experiments as typed values, the step, the loop, optimizers, checkpoints."""
+
+from attnlab.train.experiment import Experiment, SpikeSkip, Train
+from attnlab.train.loss import Loss
+from attnlab.train.optimizers import (
+    SGD,
+    Adafactor,
+    AdamW,
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    Lion,
+    Muon,
+    Rule,
+    ScheduleFree,
+    WarmupStableDecay,
+)
+
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "Constant",
+    "Cosine",
+    "Experiment",
+    "InverseSquareRoot",
+    "Lion",
+    "Loss",
+    "Muon",
+    "Rule",
+    "ScheduleFree",
+    "SpikeSkip",
+    "Train",
+    "WarmupStableDecay",
+]

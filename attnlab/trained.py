@@ -1,0 +1,97 @@
+"""A trained model in hand: predict, look at its attention, generate, and keep pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+
+from attnlab.data import Batch
+from attnlab.generation import Completion, Generator
+from attnlab.inspect import pictures
+from attnlab.inspect.maps import attention_maps
+from attnlab.train.experiment import Experiment
+from attnlab.train.session import Session
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an experiment's `report(trained)` is given at the end of a run.
+
+    Attributes:
+      session: the experiment on its mesh.
+      params: the parameters to evaluate.
+      workdir: the run's folder.
+      say: takes lines for the person.
+    """
+
+    session: Session
+    params: Any
+    workdir: epath.Path
+    say: Callable[[str], None] = print
+
+    @property
+    def experiment(self) -> Experiment:
+        """The run's config."""
+        return self.session.experiment
+
+    @property
+    def tokenizer(self):
+        """The run's tokenizer."""
+        return self.session.tokenizer
+
+    def batches(self, split: str, limit: int | None = None) -> list[Batch]:
+        """The batches of a split, every target once."""
+        return list(self.experiment.data.eval_batches(split, self.tokenizer, limit=limit))
+
+    def predict(self, batch: Batch) -> Int[np.ndarray, "B T"]:
+        """The most probable target of each position."""
+        with jax.set_mesh(self.session.mesh):
+            return jax.device_get(_predict(self.session.model, self.params, self.session.to_devices(batch)))
+
+    def attention(self, batch: Batch) -> Float[np.ndarray, "L B H T S"]:
+        """Where each position of a batch looks, in every layer and head."""
+        with jax.set_mesh(self.session.mesh):
+            on_devices = self.session.to_devices(batch)
+            return attention_maps(
+                self.session.model, self.params, on_devices.tokens, on_devices.segments, on_devices.positions
+            )
+
+    def generator(self) -> Generator:
+        """Generates with this model; see `Generator`."""
+        length = self.experiment.data.sequence_length
+        return Generator(self.session.model, self.params, self.tokenizer, length, self.session.mesh)
+
+    def generate(self, prompts: Sequence[str], **options) -> list[Completion]:
+        """Completions of prompts; options as of `Generator`."""
+        return self.generator()(prompts, **options)
+
+    def attention_of(self, tokens: Sequence[int]) -> Float[np.ndarray, "L H T S"]:
+        """Where each token of one text looks, in every layer and head."""
+        rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
+        ids = np.tile(np.asarray(tokens, np.int32), (rows, 1))
+        zero, one = np.zeros_like(ids), np.ones_like(ids)
+        batch = Batch(
+            ids,
+            zero,
+            zero.astype(np.float32),
+            one,
+            zero + np.arange(ids.shape[1], dtype=np.int32)[None],
+            np.zeros(rows, np.float32),
+        )
+        return self.attention(batch)[:, 0]
+
+    def keep(self, figure, name: str) -> None:
+        """Saves a figure as PNG and SVG under the run's `pictures`, and says where."""
+        paths = pictures.save(figure, self.workdir / "pictures" / name)
+        self.say(f"picture: {', '.join(str(path) for path in paths)}")
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict(model, params, batch: Batch):
+    logits = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions)
+    return logits.argmax(axis=-1)
