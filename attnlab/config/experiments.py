@@ -159,7 +159,8 @@ def _told(error: Exception, path: epath.Path) -> InputError:
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
     ]
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else None
-    where = f"{path}:{line or (lines[-1] if lines else 1)}"
+    near = Path(path).is_relative_to(Path.cwd()) and Path(path).relative_to(Path.cwd())
+    where = f"{near or path}:{line or (lines[-1] if lines else 1)}"
     what = error.msg if isinstance(error, SyntaxError) else str(error)
     kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
     return InputError(f"{where}: {kind}{what}")
