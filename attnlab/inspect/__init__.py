@@ -1,0 +1,1 @@
+"""Looking into attention: what a trained model attends to, drawn and measured."""
