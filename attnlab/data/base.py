@@ -77,6 +77,8 @@ class Data:
         `num_batches` repeats the first so many batches for ever.
         """
         rows = self._rows(batch_size, process_index, process_count)
+        if seed < 0:
+            raise InputError(f"seed must be 0 or more, not {seed}")
         documents = self._documents("train", tokenizer)
         # Grain counts seeds up by epoch: without mixing, seed 1 would begin with seed 0's second epoch.
         shuffle_seed, pick_seed = map(int, np.random.SeedSequence((seed, 0)).generate_state(2))
@@ -150,4 +152,4 @@ class Data:
         return size // process_count
 
     def _prefetched(self, batches: grain.IterDataset[Batch]) -> grain.IterDataset[Batch]:
-        return Prefetch(batches, prefetch_buffer_size=self.prefetch)
+        return Prefetch(batches, self.prefetch)

@@ -36,17 +36,32 @@ class Remembered(Sequence[Example]):
         return example
 
 
-class Prefetch(grain.experimental.ThreadPrefetchIterDataset[Batch]):
-    """Batches made ahead in a thread, which ends before the interpreter does."""
+class Prefetch(grain.IterDataset[Batch]):
+    """Up to `size` batches made ahead in a thread, which ends before the interpreter does."""
+
+    def __init__(self, batches: grain.IterDataset[Batch], size: int):
+        super().__init__(batches)
+        self._size = size
 
     def __iter__(self) -> grain.DatasetIterator[Batch]:
         """Start at the first batch."""
-        iterator = super().__iter__()
-        _running.add(iterator)
-        return iterator
+        return _Prefetching(iter(self._parent), self._size)
 
 
-_running: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()
+class _Prefetching(grain.experimental.ThreadPrefetchDatasetIterator[Batch]):
+    def __init__(self, batches: grain.DatasetIterator[Batch], size: int):
+        super().__init__(batches, size)
+        self._ended = False
+        _running.add(self)
+
+    def close(self) -> None:
+        # Once only: a second call, from Grain's __del__, may come when its modules are gone.
+        if not self._ended:
+            self._ended = True
+            super().close()
+
+
+_running: weakref.WeakSet[_Prefetching] = weakref.WeakSet()
 
 
 @atexit.register

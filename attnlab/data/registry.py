@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from attnlab.errors import InputError
+
+SPLITS = ("train", "validation")
 
 # Share of the training split that is held out where a set has neither validation nor test.
 VALIDATION_SHARE = 20
@@ -33,17 +35,17 @@ def records(name: str, split: str) -> Column:
     """The records of a prepared set.
 
     Validation is its split of that name, else "test", else the last twentieth of "train".
-    Raises `InputError` for a name that TFDS does not know, for a set that is not prepared here
-    (with the command to do so), and for a set without a text feature or with a choice of them.
+    Raises `InputError` for a name or config that TFDS does not know, for a set that is not prepared
+    here (with the command to do so), and for a set without a text feature or with a choice of them.
     """
     name, _, feature = name.partition("#")
     builder = _builder(name)
     feature = _text_feature(name, builder.info.features, feature)
-    splits = list(builder.info.splits)
+    splits = list(builder.info.splits) or list(SPLITS)  # none are known before it is prepared
     if "train" not in splits:
         raise InputError(f"tfds:{name} has no split 'train', only {', '.join(splits)}")
     held_out = next((s for s in ("validation", "test") if s in splits), None)
-    source = builder.as_data_source(split=held_out if split == "validation" and held_out else "train")
+    source = _source(name, builder, held_out if split == "validation" and held_out else "train")
     if held_out:
         return Column(source, feature)
     border = len(source) - len(source) // VALIDATION_SHARE
@@ -51,26 +53,36 @@ def records(name: str, split: str) -> Column:
 
 
 def _builder(name: str) -> tfds.core.DatasetBuilder:
+    base, _, config = name.partition("/")
     try:
-        builder = tfds.builder(name)
+        return tfds.builder(name)
     except tfds.core.DatasetNotFoundError:
-        known = tfds.list_builders(with_community_datasets=False)
-        close = difflib.get_close_matches(name.partition("/")[0], known, n=3)
-        hint = f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
-        raise InputError(f"tfds:{name} is neither registered with TFDS nor prepared here{hint}") from None
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"tfds:{name}: {str(error).splitlines()[0]}") from None
-    prepare = (
-        f"""python -c "import tensorflow_datasets as t; """
-        f"""t.builder('{name}', file_format='array_record').download_and_prepare()\""""
-    )
-    if not (Path(builder.data_dir) / "dataset_info.json").exists():
-        raise InputError(f"tfds:{name} is not prepared in {builder.data_dir}; with a network: {prepare}")
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        known = sorted(set(tfds.list_builders(with_community_datasets=False)))
+        where = "neither registered with TFDS (without TensorFlow) nor prepared here"
+        raise InputError(f"tfds:{base} is {where}{_close(base, known)}") from None
+    except ValueError:
+        configs = list(tfds.builder_cls(base).builder_configs)
+        raise InputError(f"tfds:{base} has no config {config!r}{_close(config, configs)}") from None
+
+
+def _close(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3) or (known if len(known) < 10 else [])
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _source(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Sequence[Any]:
+    try:
+        return builder.as_data_source(split=split)
+    except Exception as error:
+        there = (epath.Path(builder.data_dir) / "dataset_info.json").exists()
+        if there and not isinstance(error, NotImplementedError):
+            raise
+        wrong = "prepared in a format without random access" if there else "not prepared"
         raise InputError(
-            f"tfds:{name} is prepared as {builder.info.file_format}, not array_record: {prepare}"
-        )
-    return builder
+            f"tfds:{name} is {wrong} in {builder.data_dir}; where there is a network, run: "
+            f"""python -c "import tensorflow_datasets as t; """
+            f"""t.builder('{name}', file_format='array_record').download_and_prepare()\""""
+        ) from None
 
 
 def _text_feature(name: str, features: Any, wanted: str) -> str:

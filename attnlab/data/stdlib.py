@@ -40,7 +40,7 @@ def data_dir() -> Path:
     return Path(os.environ.get("ATTNLAB_DATA_DIR") or "~/.cache/attnlab/data").expanduser()
 
 
-class _Stdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Stdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     # Another Python has another library: its text is another version of the set.
     VERSION = tfds.core.Version("{}.{}.{}".format(*sys.version_info))
     DESCRIPTION = ""

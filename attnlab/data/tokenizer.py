@@ -34,12 +34,16 @@ class Tokenizer:
     """Text to token ids and back; saved and loaded as a `tokenizer.json` of the `tokenizers` library."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        # Text may contain "<eos>"; it is text like any other, and the token never comes out of it.
+        # Bytewise, "<eos>" in a text is five characters like any other and never becomes the token.
         backend.encode_special_tokens = True
         self._backend = backend
         self._bytewise = isinstance(backend.decoder, decoders.ByteLevel)
-        self.vocab_size: int = backend.get_vocab_size()
-        self.eos_id: int = backend.token_to_id(EOS)
+        vocabulary = backend.get_vocab()
+        if EOS not in vocabulary:
+            raise InputError(f"this tokenizer was not made by attnlab: it has no token {EOS}")
+        self._names = sorted(vocabulary, key=vocabulary.__getitem__)
+        self.vocab_size = len(self._names)
+        self.eos_id = vocabulary[EOS]
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 (n,), without any `eos_id`.
@@ -67,16 +71,13 @@ class Tokenizer:
 
         A token of `Words` stands for the word and the space after it.
         """
-        names = [self._backend.id_to_token(i) for i in range(self.vocab_size)]
-        sizes = [len(name) if self._bytewise else len(name.encode()) + 1 for name in names]
+        sizes = [len(name) if self._bytewise else len(name.encode()) + 1 for name in self._names]
         sizes[self.eos_id] = 0
         return np.asarray(sizes, np.int32)
 
     def token_text(self, token: int) -> str:
         r"""How to show a token in a picture; part of a character as `\xe2`, the end as `<eos>`."""
-        name = self._backend.id_to_token(int(token))
-        if name is None:
-            raise InputError(f"token {token} is not among the {self.vocab_size} of the vocabulary")
+        name = self._names[token]
         if not self._bytewise or token == self.eos_id:
             return name
         return bytes(BYTE_OF_CHARACTER[c] for c in name).decode("utf-8", errors="backslashreplace")
@@ -139,7 +140,9 @@ class Words:
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """Collect every word of the texts, in alphabetical order."""
-        words = sorted({word for text in texts for word in text.split()} - {EOS})
+        words = sorted({word for text in texts for word in text.split()})
+        if EOS in words:
+            raise InputError(f"the word {EOS} in the training split is reserved for the end of a document")
         backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate([EOS, *words])}))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         backend.add_special_tokens([EOS])

@@ -1,0 +1,236 @@
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from itertools import islice
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnlab.data import BPE, Batch, Data, Words
+from attnlab.errors import InputError
+from tests.data.toys import Documents, LastWord, assert_equal, segments
+
+POEMS = tuple(f"{i} " * (i % 23 + 1) + "é" * (i % 3) for i in range(70))
+POETRY = Documents(documents=POEMS, sequence_length=32, batch_size=4)
+
+
+def text_of(batches, tokenizer):
+    """All the weighted targets of the batches, document by document as they come."""
+    return Counter(t for b in batches for t in b.targets[b.weights > 0].tolist())
+
+
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=50), min_size=1, max_size=12),
+    length=st.integers(2, 40),
+    rows=st.integers(1, 5),
+)
+@settings(max_examples=30, deadline=None)
+def test_evaluation_sees_every_target_once(texts, length, rows):
+    data = Documents(documents=tuple(texts), sequence_length=length, batch_size=rows)
+    tokenizer = data.build_tokenizer()
+    batches = list(data.eval_batches("validation", tokenizer))
+    wanted = Counter(t for text in texts for t in [*text.encode(), tokenizer.eos_id])
+    assert text_of(batches, tokenizer) == wanted
+    assert sum(b.num_bytes.sum() for b in batches) == sum(len(text.encode()) for text in texts)
+    for batch in batches:
+        assert {n: (a.shape, a.dtype) for n, a in batch._asdict().items()} == data.element_spec()
+
+
+def test_chunks_put_together_are_the_document():
+    data = Documents(documents=("abcdefghij" * 3,), sequence_length=8)
+    tokenizer = data.build_tokenizer()
+    (batch,) = data.eval_batches("train", tokenizer)
+    pieces = sorted(segments(batch), key=lambda piece: -len(piece[0]))
+    assert all(piece[3][0] == 0 for piece in pieces)
+    assert pieces[0][0][0] == tokenizer.eos_id
+    assert tokenizer.decode(np.concatenate([piece[1] for piece in pieces])) == data.documents[0]
+
+
+def test_evaluation_is_the_same_for_any_number_of_processes():
+    tokenizer = POETRY.build_tokenizer()
+    whole = list(POETRY.eval_batches("validation", tokenizer))
+    shares = [
+        list(POETRY.eval_batches("validation", tokenizer, process_index=i, process_count=2)) for i in (0, 1)
+    ]
+    assert len(whole) == len(shares[0]) == len(shares[1])
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert_equal(batch, Batch(*map(np.concatenate, zip(*parts, strict=True))))
+
+
+def test_evaluation_can_be_limited_and_repeated():
+    batches = POETRY.eval_batches("validation", POETRY.build_tokenizer(), limit=2)
+    first, second = list(batches), list(batches)
+    assert len(first) == len(second) == 2
+    for a, b in zip(first, second, strict=True):
+        assert_equal(a, b)
+
+
+def test_training_is_determined_by_its_seed():
+    tokenizer = POETRY.build_tokenizer()
+    runs = [list(islice(POETRY.train_iterator(tokenizer, seed=s), 30)) for s in (5, 5, 6)]
+    for a, b in zip(*runs[:2], strict=True):
+        assert_equal(a, b)
+    assert any((a.tokens != b.tokens).any() for a, b in zip(runs[0], runs[2], strict=True))
+
+
+def test_every_epoch_is_whole_and_in_another_order():
+    # One document a row, so that the order can be read off.
+    data = Documents(documents=tuple(f"{i:07}" for i in range(50)), sequence_length=8, batch_size=1)
+    tokenizer = data.build_tokenizer()
+    order = [tokenizer.decode(b.targets[0]) for b in islice(data.train_iterator(tokenizer, seed=0), 200)]
+    assert order[:50] != order[50:100]
+    assert order[:50] != sorted(order[:50])
+    # Rows come from a pool no larger than an epoch, so counts stay close to one an epoch.
+    counts = Counter(order)
+    assert set(counts) == set(data.documents)
+    assert max(counts.values()) <= 5
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_an_epoch(count):
+    documents = tuple(f"{i:03}" for i in range(60))
+    data = Documents(documents=documents, sequence_length=4, batch_size=count)
+    tokenizer = data.build_tokenizer()
+    read = []
+    for index in range(count):
+        iterator = data.train_iterator(tokenizer, seed=0, process_index=index, process_count=count)
+        rows = list(islice(iterator, 200))
+        assert rows[0].tokens.shape == (1, 4)
+        # What has been read of the first epoch: rows, and what waits in the pool.
+        read.append([tokenizer.decode(b.targets[0]) for b in rows])
+    assert read[0] != read[1]
+    assert set().union(*map(set, read)) == set(documents)
+
+
+def test_processes_read_different_documents(monkeypatch):
+    # With a pool of one chunk rows come as documents are read.
+    monkeypatch.setattr("attnlab.data.base.POOL_CHUNKS", 1)
+    documents = tuple(f"{i:03}" for i in range(60))
+    data = Documents(documents=documents, sequence_length=4, batch_size=3)
+    tokenizer = data.build_tokenizer()
+    shares = []
+    for index in range(3):
+        iterator = data.train_iterator(tokenizer, seed=0, process_index=index, process_count=3)
+        shares += [tokenizer.decode(b.targets[0]) for b in islice(iterator, 20)]
+    assert sorted(shares) == sorted(documents)
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 40])
+def test_training_resumes_from_its_state(at):
+    tokenizer = POETRY.build_tokenizer()
+    straight = POETRY.train_iterator(tokenizer, seed=1)
+    for _ in range(at):
+        next(straight)
+    state = json.loads(json.dumps(straight.get_state()))
+    resumed = POETRY.train_iterator(tokenizer, seed=1)
+    resumed.set_state(state)
+    for _ in range(40):
+        assert_equal(next(straight), next(resumed))
+
+
+def test_training_resumes_in_a_fresh_process():
+    tokenizer = POETRY.build_tokenizer()
+    straight = POETRY.train_iterator(tokenizer, seed=1)
+    for _ in range(9):
+        next(straight)
+    program = (
+        "import sys, json; from tests.data.test_base import POETRY;"
+        "it = POETRY.train_iterator(POETRY.build_tokenizer(), seed=1); it.set_state(json.loads(sys.argv[1]));"
+        "print(json.dumps([next(it).tokens.tolist() for _ in range(5)]))"
+    )
+    command = [sys.executable, "-c", program, json.dumps(straight.get_state())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == [next(straight).tokens.tolist() for _ in range(5)]
+
+
+def test_first_batches_repeated():
+    tokenizer = POETRY.build_tokenizer()
+    plain = list(islice(POETRY.train_iterator(tokenizer, seed=2), 3))
+    iterator = POETRY.train_iterator(tokenizer, seed=2, num_batches=3)
+    for wanted in plain * 2:
+        assert_equal(next(iterator), wanted)
+    resumed = POETRY.train_iterator(tokenizer, seed=2, num_batches=3)
+    resumed.set_state(iterator.get_state())
+    assert_equal(next(resumed), plain[0])
+
+
+def test_examples_of_their_own_kind_are_packed_whole():
+    data = LastWord(sequence_length=16, batch_size=2)
+    tokenizer = data.build_tokenizer()
+    batches = list(data.eval_batches("validation", tokenizer))
+    pieces = [piece for batch in batches for piece in segments(batch)]
+    assert len(pieces) == data.count
+    assert max(batch.segments.max() for batch in batches) > 2
+    for tokens, targets, weights, _ in pieces:
+        assert weights.tolist() == [0] * (len(tokens) - 1) + [1]
+        assert tokenizer.decode(targets[-1:]).startswith("w")
+    assert sum(b.num_bytes.sum() for b in batches) == sum(len(f"w{i} ") for i in range(data.count))
+
+
+def test_one_example_a_row():
+    data = LastWord(sequence_length=16, batch_size=2, count=3)
+    exact = LastWord(sequence_length=4, batch_size=2, count=3)  # examples of 2, 3, 4 tokens
+    tokenizer = data.build_tokenizer()
+    assert all(batch.segments.max() <= 1 for batch in exact.eval_batches("train", tokenizer))
+
+
+def test_words_of_validation_must_be_known():
+    class Held(Documents):
+        def records(self, split):
+            return [{"text": "a b" if split == "train" else "a zebra"}]
+
+    held = Held(tokenizer=Words())
+    tokenizer = held.build_tokenizer()
+    with pytest.raises(InputError, match="'zebra'"):
+        list(held.eval_batches("validation", tokenizer))
+
+
+def test_tokenizer_of_a_data_set_is_the_same_twice(tmp_path):
+    data = Documents(documents=POEMS, tokenizer=BPE(vocab_size=280))
+    for name in "ab":
+        data.build_tokenizer().save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_batch_is_a_pytree():
+    batch = next(POETRY.train_iterator(POETRY.build_tokenizer(), seed=0))
+    assert [leaf.shape for leaf in jax.tree.leaves(batch)] == [(4, 32)] * 5 + [(4,)]
+
+
+def test_prefetching_changes_nothing_but_where_the_work_is_done():
+    tokenizer = POETRY.build_tokenizer()
+    for prefetch in (0, 4):
+        data = Documents(documents=POEMS, sequence_length=32, batch_size=4, prefetch=prefetch)
+        before = threading.active_count()
+        iterator = data.train_iterator(tokenizer, seed=0)
+        batch = next(iterator)
+        names = [thread.name for thread in threading.enumerate()]
+        assert any("thread-prefetch" in name for name in names) == (prefetch > 0)
+        iterator.close()
+        assert_equal(batch, next(POETRY.train_iterator(tokenizer, seed=0)))
+        assert threading.active_count() <= before + 8
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: Data(sequence_length=1), "sequence_length must be 2"),
+        (lambda: Data(batch_size=0), "batch_size must be 1"),
+        (lambda: Data(prefetch=-1), "prefetch must be 0"),
+        (lambda: POETRY.train_iterator(None, seed=-1), "seed must be 0"),
+        (lambda: POETRY.train_iterator(None, seed=0, num_batches=0), "num_batches must be 1"),
+        (lambda: POETRY.train_iterator(None, seed=0, process_count=3), "multiple of the 3"),
+        (lambda: POETRY.train_iterator(None, seed=0, process_index=2, process_count=2), "process_index 2"),
+        (lambda: POETRY.eval_batches("dev", None), "unknown split 'dev'"),
+        (lambda: Documents().eval_batches("train", None), "train split of Documents is empty"),
+    ],
+)
+def test_refusals(ask, message):
+    with pytest.raises(InputError, match=message):
+        ask()

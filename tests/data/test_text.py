@@ -1,0 +1,95 @@
+import os
+
+import pytest
+
+from attnlab.data import Bytes, Text, files
+from attnlab.errors import InputError
+
+
+def text(name):
+    return Text(name=name, tokenizer=Bytes(), sequence_length=64)
+
+
+def joined(data, split):
+    return "".join(record["text"] for record in data.records(split))
+
+
+@pytest.mark.parametrize("name", ["", "stdlib", "tfds:", "text:", "lm1b", "wiki:en"])
+def test_unknown_names(name):
+    with pytest.raises(InputError, match="stdlib_docs, stdlib_code, tfds:"):
+        Text(name=name)
+
+
+def test_few_files_give_their_last_tenth(tmp_path):
+    contents = ["".join(f"line {i} of {n}: é\r\n" for i in range(400)) for n in range(3)]
+    for n, content in enumerate(contents):
+        (tmp_path / f"{n}.txt").write_bytes(content.encode())
+    data = text(f"text:{tmp_path}/*.txt")
+    train, validation = joined(data, "train"), joined(data, "validation")
+    assert 0.08 < len(validation) / len(train + validation) < 0.11
+    assert validation.startswith("line 3")
+    assert sorted((train + validation).splitlines()) == sorted("".join(contents).splitlines())
+    batches = data.eval_batches("validation", data.build_tokenizer())
+    assert sum(batch.num_bytes.sum() for batch in batches) == len(validation.encode())
+
+
+def test_many_files_are_split_by_file(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place / "deep").mkdir(parents=True)
+        for n in range(20):
+            (tmp_path / place / ("deep" if n % 2 else "") / f"{n}.txt").write_text(f"file {n}\n")
+    splits = {p: joined(text(f"text:{tmp_path}/{p}/**/*.txt"), "validation") for p in ("a", "b")}
+    assert splits["a"] == splits["b"] != ""
+    assert len(splits["a"].splitlines()) == 2
+    assert not set(splits["a"].splitlines()) & set(
+        joined(text(f"text:{tmp_path}/a/**/*.txt"), "train").splitlines()
+    )
+
+
+@pytest.mark.parametrize("line", ["a line of text é🙂\n", "é🙂"], ids=["lines", "one line"])
+def test_long_files_become_many_documents(tmp_path, line):
+    content = line * (5 * files.DOCUMENT_BYTES // len(line.encode()))
+    (tmp_path / "long.txt").write_text(content)
+    records = text(f"text:{tmp_path}/long.txt").records("train")
+    assert len(records) >= 4
+    assert max(len(record["text"].encode()) for record in records) <= 1.3 * files.DOCUMENT_BYTES
+    rest = joined(text(f"text:{tmp_path}/long.txt"), "validation")
+    assert "".join(record["text"] for record in records) + rest == content
+
+
+def test_relative_globs_and_home(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text\n" * 50)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert joined(text("text:*.txt"), "train") == joined(text("text:~/a.txt"), "train")
+
+
+def refused(tmp_path, name, content=None):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        text(f"text:{path}").records("validation")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_refusals_name_the_file(tmp_path):
+    assert "matches no file" in refused(tmp_path, "nothing-*.txt")
+    assert "empty.txt is empty" in refused(tmp_path, "empty.txt", b" \n")
+    assert "bad.txt is not UTF-8 text, see byte 3" in refused(tmp_path, "bad.txt", b"abc\xff")
+    assert "too little text" in refused(tmp_path, "tiny.txt", b"hello")
+    assert f"text:{tmp_path}/*.txt" in refused(tmp_path, "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file(tmp_path):
+    path = tmp_path / "secret.txt"
+    path.write_text("text")
+    path.chmod(0)
+    assert "cannot read" in refused(tmp_path, "secret.txt")
+
+
+def test_file_that_vanishes_is_named(tmp_path):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
+    assert "link.txt" in refused(tmp_path, "link.txt")

@@ -1,0 +1,49 @@
+"""Data sets small enough to check by hand."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnlab.data import Bytes, Data, Example, Words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents(Data):
+    tokenizer: Bytes = Bytes()  # noqa: RUF009
+    documents: tuple[str, ...] = ()
+
+    def records(self, split):
+        return [{"text": text} for text in self.documents]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastWord(Data):
+    """A sentence whose last word alone is to be predicted, read from both sides."""
+
+    tokenizer: Words = Words()  # noqa: RUF009
+    count: int = 40
+
+    def records(self, split):
+        return [{"text": " ".join(["a"] * (i % 5 + 1)) + f" w{i}"} for i in range(self.count)]
+
+    def encode(self, record, tokenizer):
+        targets = tokenizer.encode(record["text"])
+        weights = np.zeros(len(targets))
+        weights[-1] = 1
+        tokens = np.where(weights, tokenizer.eos_id, targets)
+        return Example(tokens, targets, weights, tokenizer.token_bytes[targets])
+
+
+def segments(batch):
+    """Every packed piece of a batch as (tokens, targets, weights, positions)."""
+    for row in range(len(batch.tokens)):
+        for segment in range(1, batch.segments[row].max() + 1):
+            at = batch.segments[row] == segment
+            yield tuple(
+                field[row][at] for field in (batch.tokens, batch.targets, batch.weights, batch.positions)
+            )
+
+
+def assert_equal(left, right):
+    for name, a, b in zip(left._fields, left, right, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
