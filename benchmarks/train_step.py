@@ -275,6 +275,8 @@ def main() -> None:
         return check_same(shape)
 
     peers = available({name: functools.partial(PEERS[name], shape) for name in options.peers})
+    if not peers:
+        raise SystemExit("none of the peers can run here")
     sizes = {name: peer.parameters for name, peer in peers.items()}
     print("parameters:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
     assert max(sizes.values()) <= 1.01 * min(sizes.values()), "the peers are different models"

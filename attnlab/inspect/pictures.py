@@ -6,6 +6,7 @@ that text keeps its size however many heads or words there are.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -31,6 +33,7 @@ COLOURS = LinearSegmentedColormap.from_list(
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "Microsoft YaHei")
 MOST_LABELS = 40
 LONGEST_LABEL = 18
+ROW, LAYER_GAP, ARC = 0.2, 0.14, 1.1  # inches: a line of words, between layers, the reach of an arc
 
 
 # --- words
@@ -107,13 +110,8 @@ def head_grid(
     the right), the same tokens if not given. Up to 40 tokens are written out along the edges.
     Errors: `InputError` if the numbers of tokens are not T and S.
     """
-    weights = np.asarray(weights, np.float32)
     sources = tokens if sources is None else sources
-    if weights.ndim != 4 or weights.shape[2:] != (len(tokens), len(sources)) or 0 in weights.shape:
-        raise InputError(
-            f"weights must be (L, H, T, S) with one token for each query and key: got {weights.shape} "
-            f"and ({len(tokens)}, {len(sources)}) tokens"
-        )
+    weights = _maps(weights, "L H T S", tokens, sources)
     L, H, T, S = weights.shape
     written = max(T, S) <= MOST_LABELS
     points = 7.0
@@ -121,7 +119,7 @@ def head_grid(
     queries, keys = [legible(token) for token in tokens], [legible(token) for token in sources]
     left = 0.35 + max(_width(word, points) for word in queries) if written else 0.6
     below = 0.15 + max(_width(word, points) for word in keys) if written else 0.35
-    gap, head, top = 0.14, 0.24, 0.95
+    gap, head, top = 0.14, 0.24, 0.95 if title else 0.6
 
     figure, page = _canvas(
         max(left + H * (wide + gap), _width(title, 12)) + 0.15, top + L * (high + head) - head + below + 0.1
@@ -145,8 +143,19 @@ def head_grid(
         _label(axes.yaxis, queries if written else None, shown=head_number == 0)
         _label(axes.xaxis, keys if written else None, shown=layer == L - 1, rotation=90 if written else 0)
     _text(page, 0.12, 0.28, title, fontsize=11, weight="bold")
-    _scale_bar(figure, (left, 0.46, 1.1, 0.08), peak)
+    _scale_bar(figure, (left, top - 0.49, 1.1, 0.08), peak)
     return figure
+
+
+def _maps(weights: ArrayLike, axes: str, tokens: Sequence[str], sources: Sequence[str]) -> np.ndarray:
+    """Attention maps as float32, checked to have these axes and a token for each query and key."""
+    maps, names = np.asarray(weights, np.float32), axes.split()
+    if maps.ndim != len(names) or maps.shape[-2:] != (len(tokens), len(sources)) or 0 in maps.shape:
+        raise InputError(
+            f"weights must be ({', '.join(names)}) with one token for each query and key: got {maps.shape} "
+            f"and ({len(tokens)}, {len(sources)}) tokens"
+        )
+    return maps
 
 
 def _label(axis, words: list[str] | None, shown: bool, rotation: float = 0) -> None:
@@ -156,6 +165,47 @@ def _label(axis, words: list[str] | None, shown: bool, rotation: float = 0) -> N
     elif words is not None:
         style = {"color": INK, "family": _fonts()[0], "parse_math": False, "rotation": rotation}
         axis.set_ticks(range(len(words)), labels=words, **style)
+
+
+# --- arcs
+
+
+def arcs(
+    weights: ArrayLike, tokens: Sequence[str], title: str = "", sources: Sequence[str] | None = None
+) -> Figure:
+    """One layer's heads, each as two columns of words with a line from every query to what it attends to.
+
+    weights (H, T, S); `tokens` names the T queries on the left, `sources` the S keys on the right, the
+    same tokens if not given. A line is as dark as its weight; below 0.02 it is left out (Vig 2019 draws
+    heads so). Errors: `InputError` if the numbers of tokens are not T and S.
+    """
+    sources = tokens if sources is None else sources
+    maps = _maps(weights, "H T S", tokens, sources)
+    sides = [legible(token) for token in tokens], [legible(token) for token in sources]
+    left, right = (max(_width(word, 8) for word in side) for side in sides)
+    wide, high = left + ARC + right + 0.35, max(len(tokens), len(sources)) * ROW + 0.5
+    rows, top = math.ceil(len(maps) * wide / 16), 0.45 if title else 0.1  # about 16 inches across
+    abreast = math.ceil(len(maps) / rows)
+    figure, page = _canvas(max(abreast * wide, _width(title, 12)) + 0.2, top + rows * high)
+    _text(page, 0.12, 0.3, title, fontsize=11, weight="bold")
+    for head, one in enumerate(maps):
+        y, x = top + head // abreast * high, 0.2 + head % abreast * wide
+        _text(page, x + left, y + 0.2, f"head {head + 1}", fontsize=7, color=GREY)
+        _arcs(page, x + left, y + 0.3, *sides, one)
+    return figure
+
+
+def _arcs(page: Axes, x: float, y: float, queries: list[str], keys: list[str], weights: np.ndarray) -> None:
+    """One head, its lines beginning at x and its words at y."""
+    for place, align, side in [(x - 0.06, "right", queries), (x + ARC + 0.06, "left", keys)]:
+        for row, word in enumerate(side):
+            _text(page, place, y + (row + 0.5) * ROW, word, ha=align, va="center")
+    pairs = np.argwhere(weights >= 0.02)
+    ends = [[(x, y + (query + 0.5) * ROW), (x + ARC, y + (key + 0.5) * ROW)] for query, key in pairs]
+    strength = np.clip(weights[tuple(pairs.T)], 0, 1)
+    page.add_collection(
+        LineCollection(ends, colors="#23649e", linewidths=0.4 + 1.8 * strength, alpha=strength)
+    )
 
 
 # --- one word's look
@@ -204,9 +254,6 @@ def looks(sentences: Sequence[Look | tuple], title: str = "") -> Figure:
         x, y = (x + widths[index] + gap, y) if abreast else (x, y + tall)
     _key(figure, page, left, top + size[1] + 0.1, peak, any(look.answer is not None for look in looked))
     return figure
-
-
-ROW, LAYER_GAP = 0.2, 0.14  # inches
 
 
 def _checked(sentence: Look) -> Look:

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from attnlab.errors import InputError
-from attnlab.generation import Sampling, filter_logits, row_keys, sample
+from attnlab.generation import Sampling, filter_logits, sample
+from attnlab.generation import row_keys as eager_row_keys
 
-jit_filter, jit_sample = jax.jit(filter_logits), jax.jit(sample)
+jit_filter, jit_sample, row_keys = jax.jit(filter_logits), jax.jit(sample), jax.jit(eager_row_keys)
 
 # Logits on a coarse grid, so that ties are common; -inf as a caller's own ban.
 entry = st.one_of(st.integers(-16, 16).map(lambda n: n / 4), st.just(-np.inf))
@@ -118,7 +119,7 @@ def test_temperature_zero_takes_the_first_of_the_most_probable():
     logits = jnp.array([[1.0, 3.0, 3.0, 2.0], [-jnp.inf, -5.0, -6.0, -5.0]])
     greedy = Sampling(temperature=0.0, top_k=3, top_p=0.9, min_p=0.1)
     for seed in range(5):
-        assert sample(row_keys(jax.random.key(seed), jnp.arange(2)), logits, greedy).tolist() == [1, 1]
+        assert jit_sample(row_keys(jax.random.key(seed), jnp.arange(2)), logits, greedy).tolist() == [1, 1]
     np.testing.assert_array_equal(jnp.isfinite(filter_logits(logits, greedy)).sum(-1), [1, 1])
 
 
@@ -179,7 +180,7 @@ def test_under_an_explicit_mesh(spec):
     mesh = jax.make_mesh((jax.device_count() // tensor, tensor), ("data", "tensor"))
     size, sampling = 2 * jax.device_count(), Sampling(0.8, 20, 0.9, 0.05)
     logits = jax.random.normal(jax.random.key(0), (size, 64))
-    expected = sample(row_keys(jax.random.key(1), jnp.arange(size)), logits, sampling)
+    expected = jit_sample(row_keys(jax.random.key(1), jnp.arange(size)), logits, sampling)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(logits, spec)
         keys = row_keys(jax.random.key(1), jnp.arange(size))

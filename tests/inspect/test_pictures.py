@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from attnlab.errors import InputError
-from attnlab.inspect.pictures import Look, head_grid, legible, looks, save, training_curve
+from attnlab.inspect.pictures import Look, arcs, head_grid, legible, looks, save, training_curve
 
 SENTENCE = ["The", "animal", "didn't", "cross", "the", "street", "because", "it", "was", "too", "tired"]
 TWIN = [*SENTENCE[:-1], "wide"]
@@ -94,6 +94,18 @@ def test_odd_tokens_can_be_drawn(token, tmp_path):
     svg(looks([(["a", token], 0, attention(1, 2, 2), 1)]), tmp_path)
 
 
+def test_arcs_write_both_sides_of_every_head(tmp_path):
+    source = svg(arcs(attention(3, 11, 11), SENTENCE, "Layer 2"), tmp_path)
+    assert source.count("<!-- animal -->") == 3 * 2 and "<!-- head 3 -->" in source
+    source = svg(arcs(attention(1, 1, 2), ["ein"], sources=["a", "an"]), tmp_path)
+    assert all(f"<!-- {word} -->" in source for word in ["ein", "a", "an"])
+
+
+def test_arcs_leave_out_what_is_not_attended():
+    lines = arcs(np.eye(4)[None], list("abcd")).axes[0].collections[0]
+    assert len(lines.get_segments()) == 4
+
+
 def test_looks_writes_every_word_in_every_head_and_the_answers_weight(tmp_path):
     weights = attention(2, 3, 11)
     pair = [Look(SENTENCE, 7, weights, 1), (TWIN, 7, attention(2, 3, 11), 5)]
@@ -159,6 +171,7 @@ def test_files_are_the_same_every_time(tmp_path):
         (lambda: head_grid(attention(1, 1, 3, 4), ["a"] * 3), r"\(1, 1, 3, 4\) and \(3, 3\)"),
         (lambda: head_grid(attention(1, 3, 3), ["a"] * 3), r"\(1, 3, 3\) and \(3, 3\)"),
         (lambda: head_grid(attention(0, 1, 3, 3), ["a"] * 3), r"\(0, 1, 3, 3\)"),
+        (lambda: arcs(attention(2, 3, 4), ["a"] * 3), r"\(H, T, S\).*\(2, 3, 4\) and \(3, 3\)"),
         (lambda: looks([(SENTENCE, 7, attention(1, 2, 5))]), r"\(1, 2, 5\) and \(11,\)"),
         (lambda: looks([(SENTENCE, 11, attention(1, 2, 11))]), "query 11"),
         (lambda: looks([(SENTENCE, 7, attention(1, 2, 11), -1)]), "answer -1"),
