@@ -85,6 +85,10 @@ class Trained:
         )
         return self.attention(batch)[:, 0]
 
+    def claim(self, text: str, holds: bool) -> None:
+        """Says whether a claim of the experiment came true."""
+        self.say(f"claim {'holds' if holds else 'FAILS'}: {text}")
+
     def keep(self, figure, name: str) -> None:
         """Saves a figure as PNG and SVG under the run's `pictures`, and says where."""
         paths = pictures.save(figure, self.workdir / "pictures" / name)

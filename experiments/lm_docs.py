@@ -6,10 +6,12 @@ Source: the decoder is that of Llama (Touvron et al. 2023, arXiv 2302.13971, sec
 Command: python run.py
 """
 
+from attnlab import reports
 from attnlab.data import BPE, Text
 from attnlab.layers import Attention, GatedMLP
 from attnlab.models import DecoderConfig
 from attnlab.train import AdamW, Experiment, Train, WarmupStableDecay
+from attnlab.trained import Trained
 
 
 def get_config() -> Experiment:
@@ -22,3 +24,8 @@ def get_config() -> Experiment:
         optimizer=AdamW(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=20, decay=0.3)),
         train=Train(steps=300, eval_every=100, checkpoint_every=100),
     )
+
+
+def report(trained: Trained) -> dict[str, float]:
+    """A sample, its attention map, and bits per byte beside two compressors."""
+    return reports.language_model(trained, prompt="Return the")

@@ -22,7 +22,14 @@ def attention_maps(
 
     The weights come from the reference backend: capturing them changes the path, not the mathematics.
     """
-    _, captured = model.apply({"params": params}, tokens, segment_ids, mutable=["intermediates"])
+    return jax.device_get(_maps(model, params, tokens, segment_ids, positions))
+
+
+@partial(jax.jit, static_argnums=0)
+def _maps(model: Decoder, params, tokens, segment_ids, positions) -> Float[Array, "L B H T S"]:
+    _, captured = model.apply(
+        {"params": params}, tokens, segment_ids, positions, mutable=["intermediates"], method="hidden"
+    )
     layers = captured["intermediates"]["layers"]
     maps = []
     if "periods" in layers:
