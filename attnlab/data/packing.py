@@ -22,7 +22,7 @@ from attnlab.data.batch import Batch, Example, pack_row
 # The pool is refilled up to whichever comes first. More chunks mix better and leave less padding;
 # the tokens bound memory (16 bytes each) and the time to the first batch where rows are long.
 POOL_CHUNKS = 1024
-POOL_TOKENS = 2**20
+POOL_TOKENS = 2**18
 
 # Enough to hide the latency of storage far away; on a local disk one thread does the work.
 READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
