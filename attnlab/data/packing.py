@@ -22,7 +22,7 @@ from attnlab.data.batch import Batch, Example, pack_row
 # The pool is refilled up to whichever comes first. More chunks mix better and leave less padding;
 # the tokens bound memory (16 bytes each) and the time to the first batch where rows are long.
 POOL_CHUNKS = 1024
-POOL_TOKENS = 2**20
+POOL_TOKENS = 2**18
 
 # Enough to hide the latency of storage far away; on a local disk one thread does the work.
 READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
@@ -121,13 +121,14 @@ class _Packing(grain.DatasetIterator[Batch]):
         return self._chunks.pop((-document, -index))
 
     def get_state(self) -> dict[str, Any]:
-        sources = [number for _, document, index in self._pool for number in (-document, -index)]
-        return {"reader": self._reader.get_state(), "read": self._read, "row": self._row, "pool": sources}
+        # A string, since Grain makes a deep copy of the state with every batch, number by number.
+        pool = " ".join(f"{-document}:{-index}" for _, document, index in self._pool)
+        return {"reader": self._reader.get_state(), "read": self._read, "row": self._row, "pool": pool}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._reader.set_state(state["reader"])
         self._begin(state["read"], state["row"])
-        sources = sorted(zip(state["pool"][::2], state["pool"][1::2], strict=True))
+        sources = sorted(tuple(map(int, source.split(":"))) for source in state["pool"].split())
         opened, chunks = -1, []
         for document, index in sources:
             if document != opened:
