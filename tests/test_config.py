@@ -484,6 +484,7 @@ def test_an_edited_experiment_is_read_anew(toy):
         ("def get_config(): return dict(a=1)", "returned dict, not a dataclass"),
         ("def get_config(", "x.py:2: SyntaxError: '(' was never closed"),
         ("import nonesuch_module", "x.py:2: ModuleNotFoundError: No module named 'nonesuch_module'"),
+        ("raise SystemExit('no data')", "x.py:2: SystemExit: no data"),
         ("def get_config():\n  return 1 / 0", "x.py:3: ZeroDivisionError: division by zero"),
         ("def get_config(size): return size", "needs an argument (size)"),
         (

@@ -286,6 +286,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
 
 def test_one_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path):
     writers = Writers(tmp_path, primary=True, progress=False)
+    writers.close()
     closed = []
     writers._sinks = [
         types.SimpleNamespace(close=closed.append),
