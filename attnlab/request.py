@@ -229,6 +229,10 @@ def _sweep(
         folder = re.sub(r"[^\w.=,+()-]", "_", folder)
         if folder in requests:
             raise InputError(f"--sweep asks for {folder} twice")
+        if len(folder.encode()) > 200:  # file systems take 255
+            raise InputError(
+                f"--sweep={texts[0]}...: too long for the name of a folder; make it an experiment"
+            )
         place = workdir / folder if workdir else None
         request = _request(mode, spec, place, [*overrides, *chosen], options) if place else draft
         requests[folder] = dataclasses.replace(request, swept=swept, workdir=place or epath.Path(folder))
