@@ -5,6 +5,25 @@ import os
 
 from etils import epath
 
+from attnlab.errors import InputError
+
+
+def reach(text: str) -> epath.Path:
+    """A folder or file by its name, local (then absolute) or gs://.
+
+    Raises InputError for storage that cannot be reached: no such bucket, no rights, a missing package.
+    """
+    if "://" not in text:
+        return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    try:
+        path = epath.Path(text)
+        path.exists()
+    except KeyError as error:
+        raise InputError(f"{text}: no such kind of storage; use a local folder or gs://") from error
+    except Exception as error:  # of whatever client library serves it
+        raise InputError(f"{text} cannot be reached: {error}") from error
+    return path
+
 
 def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
     """Write `data` to `path` (local or gs://) whole or not at all, making its folder."""

@@ -16,6 +16,7 @@ from attnlab.config.saved import CONFIG
 from attnlab.config.text import split
 from attnlab.config.tree import Override
 from attnlab.errors import InputError
+from attnlab.files import reach
 
 Mode = Literal["train", "eval", "sample", "describe"]
 MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe")
@@ -135,6 +136,8 @@ def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Over
             dataclasses.replace(request, workdir=made / str(request.workdir) if request.workdir else made)
             for request in requests
         ]
+    elif mode == "train" and workdir is not None:
+        _make_folder(workdir)
     return requests
 
 
@@ -181,7 +184,7 @@ def _request(
     if run is None and mode in ("eval", "sample"):
         where = f"{workdir} holds none (it has no {CONFIG})" if workdir else "say which with --workdir"
         raise InputError(f"--mode={mode} needs a run that was trained; {where}")
-    loaded = run if run and spec is None else configs.load(spec or DEFAULT_EXPERIMENT)
+    loaded = run if run and spec is None else configs.load(DEFAULT_EXPERIMENT if spec is None else spec)
     config = configs.override_all(loaded.config, overrides)
     if run and mode != "describe":
         _refuse_another_config(mode, workdir, run.config, config)
@@ -226,6 +229,10 @@ def _sweep(
         folder = re.sub(r"[^\w.=,+()-]", "_", folder)
         if folder in requests:
             raise InputError(f"--sweep asks for {folder} twice")
+        if len(folder.encode()) > 200:  # file systems take 255
+            raise InputError(
+                f"--sweep={texts[0]}...: too long for the name of a folder; make it an experiment"
+            )
         place = workdir / folder if workdir else None
         request = _request(mode, spec, place, [*overrides, *chosen], options) if place else draft
         requests[folder] = dataclasses.replace(request, swept=swept, workdir=place or epath.Path(folder))
@@ -260,7 +267,7 @@ def _folder(flag: str, text: str | None) -> epath.Path | None:
         return None
     if not text:
         raise InputError(f"--{flag} is empty")
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    return reach(text)
 
 
 def _make_workdir(name: str) -> epath.Path:
@@ -276,6 +283,15 @@ def _make_workdir(name: str) -> epath.Path:
             raise InputError(f"cannot make {folder}: {error.strerror}; choose a --workdir") from error
         return epath.Path(folder)
     raise AssertionError("unreachable")
+
+
+def _make_folder(folder: epath.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    if "://" not in str(folder) and not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write into {folder}")
 
 
 def _seconds(text: str | None) -> float | None:

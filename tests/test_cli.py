@@ -234,6 +234,10 @@ def test_evaluation_may_use_other_data(runner, capsys):
         (["train"], "unexpected argument 'train'"),
         (["--fast_dev_run", "true"], "unexpected argument 'true'"),
         (["--workdir="], "--workdir is empty"),
+        (["--workdir=experiments/toy.py"], "cannot make the folder"),
+        (["--workdir=experiments/toy.py/x"], "cannot make the folder"),
+        (["--workdir=nostorage://x"], "nostorage://x"),
+        (["--config="], "no experiment file ''"),
         (["--config=tpy"], "no experiment file 'tpy'; did you mean 'toy'? Experiments: toy"),
         (["--config=toy:huge"], "error: experiments/toy.py:35: KeyError: 'huge'"),
         (["--config.model.dpth=3"], "config.model has no field 'dpth'; did you mean 'depth'? Fields: depth"),
@@ -242,6 +246,11 @@ def test_evaluation_may_use_other_data(runner, capsys):
         (["--config.model.depth", "--fast_dev_run"], "--config.model.depth needs a value"),
         (["--sweep=model.depth"], "--sweep=model.depth: expected a field and its values"),
         (["--sweep=model.depth=1,x"], "config.model.depth=x: expected int"),
+        ([f"--sweep=model.depth={'1' * 99},{'2' * 210}"], "config.model.depth=22222"),
+        (
+            [f"--sweep=optimizer=Lion(learning_rate=0.{'1' * 210})"],
+            "too long for the name of a folder; make it an experiment",
+        ),
         (["--sweep=model.depth=1,1"], "--sweep asks for depth=1 twice"),
         (["--sweep=model.depth=1", "--sweep=config.model.depth=2"], "--sweep names model.depth twice"),
         (

@@ -484,6 +484,7 @@ def test_an_edited_experiment_is_read_anew(toy):
         ("def get_config(): return dict(a=1)", "returned dict, not a dataclass"),
         ("def get_config(", "x.py:2: SyntaxError: '(' was never closed"),
         ("import nonesuch_module", "x.py:2: ModuleNotFoundError: No module named 'nonesuch_module'"),
+        ("raise SystemExit('no data')", "x.py:2: SystemExit: no data"),
         ("def get_config():\n  return 1 / 0", "x.py:3: ZeroDivisionError: division by zero"),
         ("def get_config(size): return size", "needs an argument (size)"),
         (
@@ -623,3 +624,25 @@ def test_parse_reads_the_narrow_meaning_first():
     assert parse("x", str | None) == "x"
     assert parse("5", int | tuple[int, ...]) == 5
     assert parse("5,", int | tuple[int, ...]) == (5,)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the `type` statement is of Python 3.12")
+def test_a_type_alias_is_what_it_stands_for():
+    names = {"AdamW": AdamW, "Lion": Lion}
+    exec("type Optimizer = AdamW | Lion\ntype Maybe = Optimizer | None", names)
+    assert parse("Lion", names["Maybe"], AdamW(weight_decay=0.3)) == Lion(1e-3, 0.3)
+    assert parse("None", names["Maybe"]) is None
+    with pytest.raises(InputError, match="expected AdamW, Lion or None; did you mean 'Lion'"):
+        parse("Lino", names["Maybe"])
+
+
+def test_a_choice_may_be_a_subclass_that_is_not_named(toy):
+    toy.write_text(
+        "from tests import test_config\nfrom dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\nclass Dilated(test_config.Window):\n  rate: int = 2\n"
+        "def get_config(): return test_config.Experiment()\n"
+    )
+    config = configs.override(configs.load("pronouns").config, "model.attention", "Dilated(64, rate=4)")
+    assert type(config.model.attention).__name__ == "Dilated"
+    assert config.model.attention.size == 64
+    assert configs.to_dict(config)["model"]["attention"]["$type"] == "experiment:Dilated"

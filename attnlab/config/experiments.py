@@ -17,6 +17,7 @@ from etils import epath
 import attnlab
 from attnlab.config.types import check, did_you_mean, is_config
 from attnlab.errors import InputError
+from attnlab.files import reach
 
 MODULE_PREFIX = "attnlab_experiment_"
 
@@ -97,11 +98,14 @@ def _first_line(file: Path) -> str:
 
 def find(name: str) -> epath.Path:
     """The file of an experiment; raises InputError listing the experiments there are."""
-    places = [epath.Path(name)] if "://" in name or Path(name).is_absolute() else roots()
-    for place in places:
-        for candidate in (place / name, place / f"{name}.py", place / "experiments" / f"{name}.py"):
-            if candidate.suffix == ".py" and candidate.is_file():
-                return epath.Path(candidate)
+    if "://" in name:
+        candidates = [reach(name)]
+    else:
+        tries = (name, f"{name}.py", f"experiments/{name}.py")
+        candidates = [epath.Path(root) / file for root in roots() for file in tries]
+    for candidate in candidates:
+        if candidate.suffix == ".py" and candidate.is_file():
+            return candidate
     known = available()
     hint = did_you_mean(Path(name).stem, known)
     listing = ", ".join(known) or "none here"
@@ -128,7 +132,7 @@ def import_source(source: bytes, path: epath.PathLike) -> types.ModuleType:
     sys.modules[name] = module
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _told(error, path) from error
     return module
@@ -145,7 +149,7 @@ def _call_get_config(module: types.ModuleType, path: epath.Path, argument: str |
         raise InputError(f"{path} needs an argument ({parameters[0].name}): --config={path}:...")
     try:
         config = get_config() if argument is None else get_config(argument)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _told(error, path) from error
     if not is_config(config):
         raise InputError(f"get_config of {path} returned {type(config).__name__}, not a dataclass")
@@ -153,7 +157,7 @@ def _call_get_config(module: types.ModuleType, path: epath.Path, argument: str |
     return config
 
 
-def _told(error: Exception, path: epath.Path) -> InputError:
+def _told(error: BaseException, path: epath.Path) -> InputError:
     """The error of an experiment in one line: where in the file, and what."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
