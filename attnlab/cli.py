@@ -15,7 +15,7 @@ from attnlab.config.types import did_you_mean
 from attnlab.errors import InputError
 from attnlab.request import MODES, USED_BY, resolve
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 WHAT_MODES_DO = {
     "train": "train, or go on with the run that --workdir holds",
@@ -34,7 +34,8 @@ EXAMPLES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the arguments ask for (absl's flags are defined by the caller); the exit code.
 
-    Bad input of any kind is one line on stderr and exit code 2; a bug keeps its traceback.
+    Bad input of any kind is one line on stderr and exit code 2, a loss that is no number one line and
+    exit code 1; a bug keeps its traceback.
     """
     try:
         try:
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_flag_error(error), EXIT_BAD_INPUT)
     except InputError as error:
         return _fail(f"error: {error}", EXIT_BAD_INPUT)
+    except FloatingPointError as error:
+        return _fail(f"error: {error}", EXIT_DIVERGED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:

@@ -34,7 +34,12 @@ USED_BY: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("top_k", "top_p", "min_p", "stop"), ("sample",)),
 }
 # Fields (and all below them) in which a run may differ from the config that its workdir holds.
-MAY_CHANGE: dict[Mode, tuple[str, ...]] = {"train": ("train.steps",), "eval": ("data",), "sample": ()}
+ALONG_THE_WAY = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep")
+MAY_CHANGE: dict[Mode, tuple[str, ...]] = {
+    "train": (*(f"train.{name}" for name in ALONG_THE_WAY), "data.prefetch"),
+    "eval": ("data",),
+    "sample": (),
+}
 BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
         ("max_steps", "overfit_batches", "num_samples", "max_new_tokens", "top_k"),
@@ -74,10 +79,10 @@ class Request:
         mesh: the device mesh, by name.
         max_steps: stop after this step, however many the config plans.
         max_time: stop after this many seconds.
-        seed: in place of the config's.
+        seed: in place of the config's in mode train (and in it already); of the draws in mode sample.
         fast_dev_run: go through every stage with a few steps only.
         overfit_batches: train on this many batches over and over.
-        profile: the steps (start, stop) to trace.
+        profile: the steps to trace, from the first up to but not the second.
         debug_nans: stop at the operation that makes the first NaN.
         checkpoint: "latest", "best" or a step; in mode train, of `init_from`.
         init_from: the workdir of the run whose parameters to start from.
@@ -124,6 +129,8 @@ def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Over
         if values[name] is not None and not within(values[name]):
             raise InputError(f"--{name}={values[name]} is out of bounds; it has to be {bounds}")
     options = _options(values)
+    if mode == "train" and values["seed"] is not None:
+        overrides = [*overrides, ("seed", str(values["seed"]))]
     workdir = _folder("workdir", values["workdir"])
     spec = values["config"] if "config" in given else None
     if values["sweep"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import re
 import sys
@@ -10,11 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
 from attnlab import config, sharding
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
+from attnlab.files import as_json, write_atomically
 from attnlab.generation import Sampling
 from attnlab.request import Request
 from attnlab.train import loop
@@ -26,7 +29,7 @@ from attnlab.train.metrics import Writers
 from attnlab.train.session import Session
 from attnlab.trained import Trained
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, REPORT = "tokenizer.json", "report.json"
 MAX_SIMULATED = 8  # CPU devices simulated for a mesh that names its sizes
 
 
@@ -47,7 +50,8 @@ def run(request: Request) -> dict[str, float]:
 
 
 def prepare(request: Request) -> None:
-    """Sets JAX up: simulated devices, the compile cache, NaN checks."""
+    """Sets JAX up: simulated devices, the compile cache, NaN checks; libraries speak up only to warn."""
+    logging.set_verbosity(logging.WARNING)
     sizes = [int(size) for size in re.findall(r":(\d+)", request.mesh)]
     count = 1
     for size in sizes:
@@ -58,7 +62,9 @@ def prepare(request: Request) -> None:
         except RuntimeError:
             pass  # JAX is running already: an earlier run of a sweep
     if not jax.config.jax_compilation_cache_dir:
-        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "attnlab", "xla")
+        cache = os.path.join(
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "attnlab", "xla"
+        )
         jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_debug_nans", request.debug_nans)
 
@@ -86,45 +92,48 @@ def run_train(request: Request) -> dict[str, float]:
 
     data, processes = experiment.data, (jax.process_index(), jax.process_count())
     batches = data.train_iterator(
-        session.tokenizer, seed=experiment.seed, process_index=processes[0], process_count=processes[1],
+        session.tokenizer,
+        seed=experiment.seed,
+        process_index=processes[0],
+        process_count=processes[1],
         num_batches=request.overfit_batches,
     )
 
     def validation():
         return data.eval_batches(
-            "validation", session.tokenizer, limit=experiment.train.eval_batches,
-            process_index=processes[0], process_count=processes[1],
+            "validation",
+            session.tokenizer,
+            limit=experiment.train.eval_batches,
+            process_index=processes[0],
+            process_count=processes[1],
         )
 
-    with Writers(workdir, total_steps=experiment.train.steps, trackers=request.trackers, config=config.flatten(experiment)) as writers:
-        say = writers.say
-        checkpoints = Checkpoints(workdir, experiment.train.keep, say)
-        state, step = _start(request, session, checkpoints, batches, say)
-        writers.resume(step)
-        limits = loop.Limits(request.max_steps, request.max_time, request.profile)
-        say(
-            f"{'going on at step ' + str(step) if step else 'training'} in {workdir} on mesh "
-            f"{sharding.describe(session.mesh)} ({session.mesh.size} {session.mesh.devices.flat[0].platform})"
-        )
+    checkpoints = Checkpoints(workdir, experiment.train.keep)
+    state, step = _start(request, session, checkpoints, batches)
+    limits = loop.Limits(request.max_steps, request.max_time, request.profile)
+    verb = f"going on at step {step}" if step else "training"
+    print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_devices(session)})")
+    with Writers(
+        workdir,
+        steps=min(experiment.train.steps, request.max_steps or experiment.train.steps),
+        resume=step,
+        trackers=request.trackers,
+        config=config.flatten(experiment),
+    ) as writers:
         outcome = loop.train(
-            session, batches, validation, checkpoints, writers, state, limits, str(workdir / "profile"), say
+            session, batches, validation, checkpoints, writers, state, limits, str(workdir / "profile"), print
         )
-        checkpoints.close()
-        if outcome.reason == "signal":
-            say(f"stopped by a signal at step {outcome.step}, saved; go on with: {_again(workdir)}")
-            return outcome.metrics
-        metrics = {f"eval_{name}": value for name, value in outcome.metrics.items()}
-        trained = Trained(session, session.eval_params(outcome.state), workdir, say)
-        if outcome.reason == "done":
-            metrics |= _report(request, trained)
-            if metrics:
-                writers.write(outcome.step, "report", metrics)
-    for line in (
-        f"{outcome.reason.replace('_', ' ')} at step {outcome.step} after {time.perf_counter() - began:.0f} s",
-        f"config, metrics, checkpoints and pictures: {workdir}",
-        f"go on, evaluate, sample: {_again(workdir)} [--mode=eval|sample]",
-    ):
-        print(line)
+    checkpoints.close()
+    if outcome.reason == "signal":
+        print(f"stopped by a signal at step {outcome.step}, saved; go on with: {_again(workdir)}")
+        return {}
+    metrics = {f"eval_{name}": value for name, value in outcome.metrics.items()}
+    if outcome.reason == "done":
+        metrics |= _report(request, Trained(session, session.eval_params(outcome.state), workdir))
+    seconds = time.perf_counter() - began
+    print(f"{outcome.reason.replace('_', ' ')} at step {outcome.step} after {seconds:.0f} s")
+    print(f"config, metrics, checkpoints and pictures are in {workdir}")
+    print(f"go on, evaluate or sample with: {_again(workdir)} [--mode=eval|sample]")
     return metrics
 
 
@@ -170,7 +179,10 @@ def run_sample(request: Request) -> dict[str, float]:
         else:
             print(f"--- {i + 1} of {len(completions)}\n{completion.prompt}{completion.text}")
         if completion.ended == "context":
-            print(f"(ended at the model's context of {request.config.data.sequence_length} tokens)", file=sys.stderr)
+            print(
+                f"(ended at the model's context of {request.config.data.sequence_length} tokens)",
+                file=sys.stderr,
+            )
     return {}
 
 
@@ -197,7 +209,7 @@ def _as_asked(request: Request) -> Experiment:
     return experiment
 
 
-def _start(request: Request, session: Session, checkpoints: Checkpoints, batches, say) -> tuple[Any, int]:
+def _start(request: Request, session: Session, checkpoints: Checkpoints, batches) -> tuple[Any, int]:
     """The state to train from: the latest checkpoint, another run's parameters, or the seed's."""
     if checkpoints.steps():
         restored = checkpoints.restore(session.abstract_state)
@@ -212,7 +224,7 @@ def _start(request: Request, session: Session, checkpoints: Checkpoints, batches
         source = config.load_workdir(request.init_from)
         other = open_session(dataclasses.replace(request, workdir=request.init_from), source.config)
         theirs = _restore(dataclasses.replace(request, workdir=request.init_from), other)
-        state = start_from(state, other.eval_params(theirs.state), request.init_rules, say)
+        state = start_from(state, other.eval_params(theirs.state), request.init_rules, print)
     return state, 0
 
 
@@ -227,10 +239,19 @@ def _restore(request: Request, session: Session) -> Restored:
 def _report(request: Request, trained: Trained) -> Mapping[str, float]:
     """What the experiment file's own `report(trained)` finds; nothing if it has none."""
     report = getattr(request.loaded.module, "report", None)
-    return (report(trained) or {}) if report is not None else {}
+    if report is None:
+        return {}
+    found = report(trained) or {}
+    write_atomically(
+        request.workdir / REPORT, json.dumps({n: as_json(x) for n, x in found.items()}, indent=2) + "\n"
+    )
+    return found
+
+
+def _devices(session: Session) -> str:
+    device = session.mesh.devices.flat[0]
+    return f"{session.mesh.size} {device.platform} device{'s' if session.mesh.size > 1 else ''}"
 
 
 def _again(workdir: epath.Path) -> str:
     return f"python {os.path.relpath(sys.argv[0])} --workdir={workdir}"
-
-

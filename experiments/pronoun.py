@@ -103,7 +103,9 @@ def report(trained: Trained) -> dict[str, float]:
         row, at = np.nonzero(batch.weights)  # every "it"
         right.append(trained.predict(batch)[row, at] == batch.targets[row, at])
         looked_at = trained.attention(batch)[:, row, :, at].argmax(-1)  # ("it"s, layers, heads)
-        looks_right.append(batch.tokens[row[:, None, None], looked_at] == batch.targets[row, at][:, None, None])
+        looks_right.append(
+            batch.tokens[row[:, None, None], looked_at] == batch.targets[row, at][:, None, None]
+        )
     accuracy, heads = np.concatenate(right).mean(), np.concatenate(looks_right).mean(axis=0)
     layer, head = np.unravel_index(heads.argmax(), heads.shape)
     trained.say(f"resolved: {accuracy:.1%} of unseen combinations (nearest noun and first noun: 50.0%)")

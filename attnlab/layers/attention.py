@@ -52,9 +52,14 @@ class Sliding:
 
 @dataclass(frozen=True)
 class Bidirectional:
-    """Every token sees the whole document."""
+    """Every token sees the whole document, or `window` tokens to either side (ModernBERT, arXiv 2412.13663)."""
 
+    window: int | None = None
     positions: Rotary | NoPositions | None = None  # None: the model's own
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError("window must be at least 1, or none")
 
 
 Kind = Causal | Sliding | Bidirectional
@@ -179,6 +184,6 @@ class AttentionLayer(nn.Module):
             return Slots(cache.index - segment_ids.shape[1], left) & segments(segment_ids, cache.segments)
         mask = segments(segment_ids)
         if isinstance(self.kind, Bidirectional):
-            return mask
+            return mask if self.kind.window is None else mask & window(self.kind.window, self.kind.window)
         mask = causal() & mask
         return mask if left is None else mask & window(left, 0)

@@ -25,7 +25,15 @@ def describe(session: Session) -> str:
     count = sum(x.size for x in jax.tree.leaves(state.params))
     batch = [(name, _dims(shape), str(dtype)) for name, (shape, dtype) in e.data.element_spec().items()]
     sections = [
-        ("mesh", [(sharding.describe(session.mesh), f"{session.mesh.size} of {session.mesh.devices.flat[0].device_kind}")]),
+        (
+            "mesh",
+            [
+                (
+                    sharding.describe(session.mesh),
+                    f"{session.mesh.size} of {session.mesh.devices.flat[0].device_kind}",
+                )
+            ],
+        ),
         ("parameters", [*rows, ("total", "", "", "", f"{count:,}")]),
         (
             "FLOPs a token",

@@ -56,7 +56,9 @@ def start_from(
     params = jax.tree_util.tree_map_with_path(take, state.params)
     total = len(jax.tree.leaves(params))
     if not taken:
-        raise InputError(f"--init_from: no parameter there has a name that is here, such as {next(iter(found))}")
+        raise InputError(
+            f"--init_from: no parameter there has a name that is here, such as {next(iter(found))}"
+        )
     say(f"started {taken} of {total} parameters from the other run")
     ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
     return state.replace(params=params, ema=ema)

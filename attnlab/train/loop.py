@@ -17,7 +17,7 @@ from attnlab.train.session import Session
 from attnlab.train.step import State
 
 
-class Diverged(RuntimeError):
+class Diverged(FloatingPointError):
     """The loss or a gradient is no longer finite."""
 
 
@@ -35,7 +35,7 @@ class Limits:
     Attributes:
       max_steps: step to stop at; None is the run's own length.
       max_time: seconds of training to stop after; None is no limit.
-      profile: first and last step of a profiler trace; None is none.
+      profile: steps of a profiler trace, from the first up to but not the second; None is none.
     """
 
     max_steps: int | None = None
@@ -128,10 +128,10 @@ def train(
             step += 1
             settle()
             pending = (step, metrics)
-            if limits.profile and step == limits.profile[1]:
+            if limits.profile and step + 1 == limits.profile[1]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
-                say(f"profile of steps {limits.profile[0]} to {step} in {profile_dir}")
+                say(f"a trace of steps {limits.profile[0]} to {step} is in {profile_dir}")
             if signalled.name:
                 reason = "signal"
             elif limits.max_time is not None and meter.total() >= limits.max_time:

@@ -79,7 +79,8 @@ class Session:
     def train_step(self):
         """The compiled training step; the state it is given is used up."""
         step = make_train_step(self.model, self.experiment, self.optimizer)
-        return self._on_mesh(jax.jit(step, donate_argnums=0))
+        donated = () if jax.config.jax_debug_nans else (0,)  # the search for a NaN runs the step again
+        return self._on_mesh(jax.jit(step, donate_argnums=donated))
 
     @cached_property
     def eval_step(self):
