@@ -1,0 +1,349 @@
+"""The README, CONTRIBUTING and docs/: what they tell a reader to type is typed, what they name is there.
+
+A page is lived through from top to bottom in a copy of the project, in a process of its own with eight
+simulated devices. Its commands run with a tiny model and a few steps. A comment before a block says where
+it is otherwise:
+
+    <!-- resolve only -->   flags, fields and files are resolved and nothing is run: it needs a network, or
+                            other devices, or longer than a test should
+    <!-- preflight -->      run by the tests marked so
+    <!-- from FILE -->      a quotation
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTES = ("resolve only", "preflight", "from ")
+LANGUAGES = ("", "bash", "console", "python", "diff")
+# Run by .ci/run, which a test cannot do in its own environment.
+INSTALLING_AND_CHECKING = ("pip", "pytest", "ruff", "mypy")
+TINY = {
+    "model.depth": "2",
+    "model.width": "32",
+    "model.attention.heads": "4",
+    "data.sequence_length": "64",
+    "data.batch_size": "32",
+    "train.eval_batches": "1",
+}
+FEW_STEPS, FEW_STEPS_MORE = 12, 112
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the comment before it, its language, its text, and where it is."""
+
+    note: str
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    fence = re.compile(r"(?:<!-- ([^>]*?) -->\n\n?)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    return [Block(m[1] or "", m[2], m[3], text.count("\n", 0, m.start(3)) + 1) for m in fence.finditer(text)]
+
+
+def inline_code(page: Path) -> set[str]:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return set(re.findall(r"`([^`\n]+)`", prose))
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The commands of a block, without what a shell makes of comments, `$` and `&&`."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if block.language == "console" and not line.startswith("$ "):
+            continue
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        while "&&" in words:
+            yield words[: words.index("&&")]
+            words = words[words.index("&&") + 1 :]
+        if words:
+            yield words
+
+
+# --- what is named is there
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+def page(request) -> Path:
+    return request.param
+
+
+def test_blocks_are_of_a_known_kind(page):
+    for block in blocks(page):
+        where = f"{page.name}:{block.line}"
+        assert block.language in LANGUAGES, where
+        assert not block.note or block.note.startswith(NOTES), f"{where}: <!-- {block.note} --> means nothing"
+        if block.language in ("bash", "console"):
+            for words in commands(block):
+                known = words[:2] == ["python", "run.py"] or words[0] in INSTALLING_AND_CHECKING
+                assert known, f"{where}: {' '.join(words)} is run by nobody"
+        else:
+            assert "python run.py" not in block.text or block.language == "python" or block.note, where
+
+
+def test_flags_are_there(page):
+    from attnlab.request import USED_BY
+
+    for code in inline_code(page):
+        for flag in re.findall(r"(?:^|\s)'?--([\w.]+)", code if code.startswith(("--", "'--")) else ""):
+            assert flag.startswith("config.") or flag in (*USED_BY, "help"), f"{page.name}: --{flag}"
+
+
+def test_fields_are_there(page):
+    from attnlab.train import Experiment
+
+    known = set(field_paths(Experiment))
+    for code in inline_code(page):
+        named = re.fullmatch(
+            r"(?:--)?(?:config\.)?((?:model|data|optimizer|loss|train)\.[\w.]*\w)(=.*)?", code
+        )
+        if named and not re.search(r"\.-?\d+(\.|$)", named[1]):
+            assert named[1] in known, f"{page.name}: there is no field {named[1]}"
+
+
+def field_paths(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every field of a config, whatever the types of its components are."""
+    from attnlab.config.types import choices, fields_of
+
+    for name, annotation in fields_of(cls).items():
+        yield prefix + name
+        for choice in choices(annotation).values():
+            yield from field_paths(choice, f"{prefix}{name}.")
+
+
+def test_files_are_there(page):
+    tops = {path.name for path in ROOT.iterdir()}
+    for code in inline_code(page):
+        if re.fullmatch(r"[\w./-]+", code) and "/" in code and code.split("/")[0] in tops - {"runs"}:
+            assert (ROOT / code).exists(), f"{page.name}: there is no {code}"
+
+
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{page.name}: {target} is none of {slugs}"
+
+
+def test_extras_are_there(page):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for group in re.findall(r"\"\.\[([\w,]+)\]\"", page.read_text()):
+        assert set(group.split(",")) <= set(extras), f"{page.name}: {group}"
+
+
+def test_quotations_are_true(page):
+    for block in blocks(page):
+        if block.note.startswith("from "):
+            assert block.text in (ROOT / block.note.removeprefix("from ")).read_text(), (
+                f"{page.name}:{block.line} is not what {block.note.removeprefix('from ')} says"
+            )
+
+
+def test_tree_of_the_architecture():
+    (tree,) = (b for b in blocks(ROOT / "docs" / "architecture.md") if not b.language)
+    folders: dict[int, str] = {}
+    for line in tree.text.splitlines():
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        path = ROOT / "".join(folders[d] for d in folders if d < depth) / name
+        assert path.exists(), f"architecture.md: there is no {path.relative_to(ROOT)}"
+        folders = {d: f for d, f in folders.items() if d < depth} | {depth: name}
+
+
+def test_table_of_axes():
+    from attnlab.sharding import RULES
+
+    def cell(axes) -> str:
+        return ", ".join(f"`{a}`" for a in ((axes,) if isinstance(axes, str) else axes)) if axes else "—"
+
+    table = (
+        (ROOT / "docs" / "sharding.md").read_text().partition("<!-- rules -->")[2].strip().split("\n\n")[0]
+    )
+    rows = [tuple(c.strip() for c in row.strip("|").split("|")) for row in table.splitlines()[2:]]
+    assert rows == [(f"`{name}`", cell(used), cell(stored)) for name, (used, stored) in RULES.items()]
+
+
+# --- what is to be typed runs
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Path:
+    """Compiled programs, shared by pages."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def project(page, tmp_path) -> Path:
+    """A copy of the project, changed as the page's diffs say."""
+    for name in ("attnlab", "experiments", "run.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    for block in blocks(page):
+        if block.language == "diff":
+            patch = subprocess.run(
+                ["git", "apply", "-"], cwd=tmp_path, input=block.text, text=True, capture_output=True
+            )
+            assert not patch.returncode, f"{page.name}:{block.line} does not apply: {patch.stderr}"
+    return tmp_path
+
+
+def lives(page: Path) -> bool:
+    return any(
+        b.language in ("bash", "console", "python") and not b.note.startswith("from ") for b in blocks(page)
+    )
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if lives(p)], ids=lambda page: page.name, indirect=True)
+def test_page_from_top_to_bottom(page, project, compiled):
+    spawn(["-m", "tests.test_docs", str(page)], project, compiled)
+
+
+@pytest.mark.preflight
+def test_compiling_for_a_tpu(tmp_path, compiled):
+    pytest.importorskip("libtpu")
+    for page in PAGES:
+        for block in blocks(page):
+            if block.note == "preflight":
+                assert "True" in spawn(["-c", block.text], tmp_path, compiled)
+
+
+def spawn(arguments: list[str], folder: Path, compiled: Path) -> str:
+    environment = os.environ | {
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def live(page: Path) -> None:
+    """Does what a page says, from top to bottom, in the current folder."""
+    names: dict[str, Any] = {"__name__": page.stem}
+    for block in blocks(page):
+        where = f"{page.name}:{block.line}"
+        if block.note == "preflight" or block.note.startswith("from "):
+            continue
+        if block.language == "python":
+            print(f"# {where}", flush=True)
+            if file := re.match(r"# ([\w/]+\.py)\n", block.text):
+                Path(file[1]).parent.mkdir(parents=True, exist_ok=True)
+                Path(file[1]).write_text(block.text)
+            else:
+                exec(compile(block.text, where, "exec"), names)
+        elif block.language == "console":
+            answers = [line for line in block.text.splitlines() if not line.startswith("$ ")]
+            for words, answer in zip(commands(block), answers, strict=True):
+                refuse(words, answer)
+        elif block.language == "bash":
+            for words in commands(block):
+                if words[0] == "pytest" and len(words) > 1 and Path(words[1]).is_file():
+                    subprocess.run([sys.executable, "-m", "pytest", "-q", words[1]], check=True)
+                elif words[:2] == ["python", "run.py"]:
+                    do(words[1:], resolve_only=block.note == "resolve only")
+    if "<!-- workdir -->" in page.read_text():
+        table = page.read_text().partition("<!-- workdir -->")[2].strip().split("\n\n")[0]
+        for name in re.findall(r"^\| `([\w./]+)`", table, flags=re.MULTILINE):
+            assert (Path("runs/first") / name).exists(), f"a run's folder has no {name}"
+
+
+def do(words: list[str], resolve_only: bool) -> None:
+    """Runs a command made small, or resolves it alone."""
+    print("$ python " + shlex.join(words), flush=True)
+    requests: list[Any] = []
+    stub = types.ModuleType("attnlab.runner")
+    stub.run = lambda request: requests.append(request) or {}  # type: ignore[attr-defined]
+    code = call(words, stub)
+    assert code == 0, f"exit code {code}"
+    if not resolve_only and requests:
+        code = call([*words, *smaller(words, requests[0])])
+        assert code == 0, f"exit code {code}"
+
+
+def smaller(words: list[str], request: Any) -> list[str]:
+    """Flags that make a command quick; the run that a workdir holds has been made small before."""
+    from attnlab.data import Bytes, Text
+
+    tiny = dict(TINY)
+    if isinstance(request.config.data, Text):
+        tiny["data.tokenizer"] = Bytes.__name__
+    if request.mode in ("eval", "sample") or (request.mode == "describe" and request.workdir):
+        tiny = {}
+    swept = [re.match(r"--sweep=(?:config\.)?([^=]*)", word) for word in words]
+    flags = [f"--config.{p}={text}" for p, text in tiny.items() if p not in [m[1] for m in swept if m]]
+    if request.mode == "train" and not request.fast_dev_run and request.max_steps is None:
+        resumed = (request.workdir / "checkpoints").exists()
+        flags.append(f"--max_steps={FEW_STEPS_MORE if resumed else FEW_STEPS}")
+    if request.mode == "sample":
+        flags.append("--max_new_tokens=4")
+    return flags
+
+
+def call(words: list[str], runner: types.ModuleType | None = None) -> int:
+    """The exit code of run.py; with `runner` in place of the real one."""
+    from absl import flags
+
+    import run  # noqa: F401 - declares the flags
+    from attnlab import cli
+    from attnlab.request import USED_BY
+
+    real = sys.modules.pop("attnlab.runner", None)
+    if runner is not None or real is not None:
+        sys.modules["attnlab.runner"] = runner or real
+    try:
+        return cli.main(words)
+    finally:
+        for name in USED_BY:
+            flags.FLAGS[name].unparse()  # back to its default
+        if runner is not None:
+            del sys.modules["attnlab.runner"]
+            if real is not None:
+                sys.modules["attnlab.runner"] = real
+
+
+def refuse(words: list[str], answer: str) -> None:
+    """Checks that a command is refused with the answer printed under it, `...` standing for anything."""
+    print("$ " + shlex.join(words), flush=True)
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        code = call(words[1:])
+    pattern = re.escape(answer).replace(re.escape("..."), ".*")
+    assert code == 2 and re.fullmatch(pattern, told.getvalue().strip()), (code, told.getvalue())
+
+
+if __name__ == "__main__":
+    live(Path(sys.argv[1]))
