@@ -62,12 +62,13 @@ class Session:
         optimizer = self.optimizer
         with jax.set_mesh(self.mesh):
             shapes = jax.eval_shape(lambda: init_state(self.model, self.experiment, optimizer))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=sharding.named(self.mesh, x.sharding.spec)
-            ),
-            shapes,
-        )
+
+        def laid_out(x):
+            # A constant such as an optimizer's count says nothing of where it lies, which is everywhere.
+            where = sharding.named(self.mesh, x.sharding.spec if x.sharding else P())
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        return jax.tree.map(laid_out, shapes)
 
     def new_state(self) -> State:
         """The state before the first step, each array made where it is to lie."""
