@@ -66,8 +66,9 @@ def run(request: Request) -> dict[str, float]:
 def _remove_if_empty(request: Request) -> None:
     """Leaves no folder behind for a run that never began."""
     if request.mode == "train" and request.workdir is not None:
-        with contextlib.suppress(OSError):
-            request.workdir.rmdir()
+        for folder in (request.workdir / FOLDER, request.workdir):
+            with contextlib.suppress(OSError, ValueError):  # epath raises a ValueError where it is not empty
+                folder.rmdir()
 
 
 def prepare(request: Request) -> None:

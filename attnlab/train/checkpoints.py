@@ -103,6 +103,10 @@ class Checkpoints:
         known = [(c.metrics[BEST_METRIC], c.step) for c in self._manager.checkpoints if c.metrics]
         return min(known)[1] if known else None
 
+    def measured(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step with its validation loss."""
+        return any(c.step == step and c.metrics for c in self._manager.checkpoints)
+
     def save(self, step: int, state: Any, data: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts writing a checkpoint; arrays are copied first, so the state may be donated at once."""
         self.wait()

@@ -113,7 +113,8 @@ def train(
             due = final or step % config.eval_every == 0
             if due:
                 evaluated = session.evaluate(session.eval_params(state), validation)
-                sink.write(step, "eval", evaluated)
+                if not checkpoints.measured(step):  # else a run that was at its end has its line already
+                    sink.write(step, "eval", evaluated)
             if (final or step % config.checkpoint_every == 0) and saved != step:
                 checkpoints.save(step, state, batches.get_state(), evaluated if due else None)
                 saved = step
