@@ -86,7 +86,7 @@ class Pronouns(Data):
 
 def get_config() -> Experiment:
     """Two layers that read in both directions, near words first."""
-    near_then_far = (Bidirectional(window=2), Bidirectional())
+    near_then_far = (Bidirectional(left=0, right=2), Bidirectional())
     return Experiment(
         model=DecoderConfig(depth=2, width=64, attention=Attention(heads=1), pattern=near_then_far),
         data=Pronouns(sequence_length=64, batch_size=32),
