@@ -12,7 +12,7 @@ DEFAULTS = Sampling()
 flags.DEFINE_enum("mode", "train", MODES, "what to do")
 flags.DEFINE_string("config", DEFAULT_EXPERIMENT, "experiment: path.py, path.py:argument or a config.json")
 flags.DEFINE_string("workdir", None, "the run's folder; for train a new one under runs/ if not given")
-flags.DEFINE_string("mesh", "single", "the device mesh, by name")
+flags.DEFINE_string("mesh", "single", "preset, or data:2,fsdp:2,tensor:2; a run keeps its own")
 
 flags.DEFINE_integer("max_steps", None, "stop after this step")
 flags.DEFINE_string("max_time", None, "stop after this time: 90 or 90s, 5m, 1h")

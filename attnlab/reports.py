@@ -5,6 +5,7 @@ import numpy as np
 from attnlab.data.baselines import compressed_bits_per_byte
 from attnlab.generation.sampling import Sampling
 from attnlab.inspect import pictures
+from attnlab.train.metrics import read
 from attnlab.trained import Trained
 
 
@@ -14,16 +15,15 @@ def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -
     A model that reads whole texts has no sample; a prompt that fills the context is cut to half of it.
     """
     data = trained.experiment.data
-    figures = {
-        "model": trained.session.evaluate(
-            trained.params, data.eval_batches("validation", trained.tokenizer)
-        ).get("bits_per_byte", float("nan"))
-    }
+    figures = {"model": trained.metrics.get("bits_per_byte", float("nan"))}
     figures |= compressed_bits_per_byte(data)
+    told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    limit = trained.experiment.train.eval_batches
     trained.say(
-        "bits per byte of the validation text: " + ", ".join(f"{n} {v:.3f}" for n, v in figures.items())
+        f"bits per byte of the validation text: {told}" + (f" (model: of {limit} batches)" if limit else "")
     )
 
+    _curve(trained, {name: figures[name] for name in ("bz2", "xz")})
     start = trained.tokenizer.encode(prompt)[: data.sequence_length // 2]
     shown = [trained.tokenizer.eos_id, *start]
     if trained.experiment.model.causal:
@@ -36,3 +36,18 @@ def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -
     words = [trained.tokenizer.token_text(i) for i in shown]
     trained.keep(pictures.head_grid(np.asarray(weights), words, "Where each token looks"), "attention")
     return {f"bits_per_byte_{name}": value for name, value in figures.items()}
+
+
+def _curve(trained: Trained, baselines: dict[str, float]) -> None:
+    """Bits per byte over the run, from the metrics it has written."""
+    file = trained.workdir / "metrics.jsonl"
+    lines = [line for line in read(file) if "bits_per_byte" in line] if file.exists() else []
+    train, validation = (
+        [(line["step"], line["bits_per_byte"]) for line in lines if line["split"] == split]
+        for split in ("train", "eval")
+    )
+    if len(train) > 1 and validation:
+        figure = pictures.training_curve(
+            *zip(*train, strict=True), *zip(*validation, strict=True), baselines, "bits per byte"
+        )
+        trained.keep(figure, "curve")

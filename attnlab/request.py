@@ -76,7 +76,7 @@ class Request:
         config: its config with the overrides applied.
         sources: where each value of `config` comes from; see `attnlab.config.sources`.
         workdir: the run's folder, absolute; None only in mode describe.
-        mesh: the device mesh, by name.
+        mesh: the device mesh: as asked, else the one that the run was trained on, else a single device.
         max_steps: stop after this step, however many the config plans.
         max_time: stop after this many seconds.
         seed: in place of the config's in mode train (and in it already); of the draws in mode sample.
@@ -137,14 +137,15 @@ def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Over
     if "" in values["stop"]:
         raise InputError("--stop is empty; it has to be the text at which a sample ends")
     options = _options(values)
+    mesh = values["mesh"] if "mesh" in given else None
     if mode == "train" and values["seed"] is not None:
         overrides = [*overrides, ("seed", str(values["seed"]))]
     workdir = _folder("workdir", values["workdir"])
     spec = values["config"] if "config" in given else None
     if values["sweep"]:
-        requests = _sweep(values["sweep"], mode, spec, workdir, overrides, options)
+        requests = _sweep(values["sweep"], mode, spec, workdir, overrides, mesh, options)
     else:
-        requests = [_request(mode, spec, workdir, overrides, options)]
+        requests = [_request(mode, spec, workdir, overrides, mesh, options)]
     if mode == "train" and workdir is None:
         made = _make_workdir(requests[0].loaded.name)
         requests = [
@@ -170,7 +171,7 @@ def _refuse_ignored(mode: Mode, values: Mapping[str, Any], given: Iterable[str])
 
 def _options(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Request that flags alone decide."""
-    plain = ("mesh", "max_steps", "seed", "fast_dev_run", "overfit_batches", "debug_nans")
+    plain = ("max_steps", "seed", "fast_dev_run", "overfit_batches", "debug_nans")
     sampling = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     return {name: values[name] for name in plain} | {
         "max_time": _seconds(values["max_time"]),
@@ -192,6 +193,7 @@ def _request(
     spec: str | None,
     workdir: epath.Path | None,
     overrides: Sequence[Override],
+    mesh: str | None,
     options: Mapping[str, Any],
 ) -> Request:
     """One run: of the experiment named, or of the one that its workdir holds."""
@@ -204,7 +206,10 @@ def _request(
     if run and mode != "describe":
         _refuse_another_config(mode, workdir, run.config, config)
     told = configs.sources(config, loaded.config, [path for path, _ in overrides], loaded.sources)
-    return Request(mode=mode, loaded=loaded, config=config, sources=told, workdir=workdir, **options)
+    mesh = mesh or (run.mesh if run else None) or "single"
+    return Request(
+        mode=mode, loaded=loaded, config=config, sources=told, workdir=workdir, mesh=mesh, **options
+    )
 
 
 def _refuse_another_config(mode: Mode, workdir: epath.Path | None, saved: Any, config: Any) -> None:
@@ -225,6 +230,7 @@ def _sweep(
     spec: str | None,
     workdir: epath.Path | None,
     overrides: Sequence[Override],
+    mesh: str | None,
     options: Mapping[str, Any],
 ) -> list[Request]:
     """One run for each combination of the swept values, each in a folder of its own within `workdir`."""
@@ -238,7 +244,7 @@ def _sweep(
     for texts in itertools.product(*(values for _, values in axes)):
         chosen = list(zip(paths, texts, strict=True))
         # The config is needed for the name of the folder, so the first resolution is without one.
-        draft = _request(mode, spec, None, [*overrides, *chosen], options)
+        draft = _request(mode, spec, None, [*overrides, *chosen], mesh, options)
         swept = {path: _value_text(draft.config, path, text) for path, text in chosen}
         folder = ",".join(f"{_short(path, paths)}={text}" for path, text in swept.items())
         folder = re.sub(r"[^\w.=,+()-]", "_", folder)
@@ -249,7 +255,7 @@ def _sweep(
                 f"--sweep={texts[0]}...: too long for the name of a folder; make it an experiment"
             )
         place = workdir / folder if workdir else None
-        request = _request(mode, spec, place, [*overrides, *chosen], options) if place else draft
+        request = _request(mode, spec, place, [*overrides, *chosen], mesh, options) if place else draft
         requests[folder] = dataclasses.replace(request, swept=swept, workdir=place or epath.Path(folder))
     return list(requests.values())
 

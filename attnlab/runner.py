@@ -136,7 +136,7 @@ def run_train(request: Request) -> dict[str, float]:
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir, experiment.train.keep) as checkpoints:
         state, step = _start(request, session, checkpoints, batches)
-        config.save(workdir, request.loaded, experiment, request.sources)
+        config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         verb = f"going on at step {step}" if step else "training"
         print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_devices(session)})")
@@ -159,7 +159,9 @@ def run_train(request: Request) -> dict[str, float]:
         return {}
     metrics = {f"eval_{name}": value for name, value in outcome.metrics.items()}
     if outcome.reason == "done":
-        metrics |= _report(request, Trained(session, session.eval_params(outcome.state), workdir))
+        metrics |= _report(
+            request, Trained(session, session.eval_params(outcome.state), workdir, outcome.metrics)
+        )
     seconds = time.perf_counter() - began
     print(f"{outcome.reason.replace('_', ' ')} at step {outcome.step} after {seconds:.0f} s")
     print(f"config, metrics, checkpoints and pictures are in {workdir}")
@@ -205,7 +207,7 @@ def run_eval(request: Request) -> dict[str, float]:
     params = session.eval_params(restored.state)
     metrics = session.evaluate(params, data.eval_batches("validation", session.tokenizer))
     print(f"step {restored.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return metrics | _report(request, Trained(session, params, request.folder))
+    return metrics | _report(request, Trained(session, params, request.folder, metrics))
 
 
 def run_sample(request: Request) -> dict[str, float]:
@@ -214,7 +216,7 @@ def run_sample(request: Request) -> dict[str, float]:
     wanted = request.sampling
     sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p)
     restored = _restore(request, session)
-    trained = Trained(session, session.eval_params(restored.state), request.folder)
+    trained = Trained(session, session.eval_params(restored.state), request.folder, {})
     prompts = wanted.prompts or ("",)
     alone = len(prompts) * wanted.num_samples == 1
     head = iter(prompts)  # shown with the first new text, when nothing is left that could be refused

@@ -1,7 +1,7 @@
 """A trained model in hand: predict, look at its attention, generate, and keep pictures."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,12 +27,14 @@ class Trained:
       session: the experiment on its mesh.
       params: the parameters to evaluate.
       workdir: the run's folder.
+      metrics: of its last evaluation.
       say: takes lines for the person.
     """
 
     session: Session
     params: Any
     workdir: epath.Path
+    metrics: Mapping[str, float] = field(default_factory=dict)
     say: Callable[[str], None] = print
 
     @property

@@ -93,7 +93,9 @@ def attnlab_step(shape: Shape) -> Peer:
     def step(tokens, targets):
         nonlocal state
         tokens, targets = tokens.astype(np.int32), targets.astype(np.int32)
-        batch = Batch(tokens, targets, ones.astype(np.float32), ones, positions, ones[:, 0].astype(np.float32))
+        batch = Batch(
+            tokens, targets, ones.astype(np.float32), ones, positions, ones[:, 0].astype(np.float32)
+        )
         state, metrics = session.train_step(state, session.to_devices(batch))
         return metrics["loss"]
 

@@ -17,7 +17,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Before anything imports them: the shapes in signatures are checked at every call. Not of masks and
 # caches: JAX rebuilds a pytree with leaves that are no arrays, so its constructor must take them.
 _CHECKED = ("blockwise", "dispatch", "positions", "reference", "scores")
-install_import_hook([*(f"attnlab.attention.{name}" for name in _CHECKED), "attnlab.layers"], "beartype.beartype")
+install_import_hook(
+    [*(f"attnlab.attention.{name}" for name in _CHECKED), "attnlab.layers"], "beartype.beartype"
+)
 
 from attnlab import sharding
 from attnlab.errors import InputError

@@ -34,6 +34,7 @@ class Loaded:
         name: what to call it, `lm_docs`.
         source: the text of the file as it was run.
         sources: for a saved config, where each value came from; see `config.sources`.
+        mesh: for a saved config, the mesh it was last trained on.
     """
 
     config: Any
@@ -43,6 +44,7 @@ class Loaded:
     name: str = "experiment"
     source: bytes = b""
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mesh: str | None = None
 
 
 def load(spec: str) -> Loaded:

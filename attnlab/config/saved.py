@@ -103,12 +103,15 @@ def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
     return found
 
 
-def save(workdir: epath.PathLike, loaded: Loaded, config: Any, sources: Mapping[str, str]) -> None:
+def save(
+    workdir: epath.PathLike, loaded: Loaded, config: Any, sources: Mapping[str, str], mesh: str | None = None
+) -> None:
     """Write `config.json` and the experiment's source into `workdir`: enough to start the run again."""
     workdir = epath.Path(workdir)
     record = {
         "attnlab": attnlab.__version__,
         "experiment": {"name": loaded.name, "argument": loaded.argument},
+        "mesh": mesh,
         "sources": dict(sources),
         "config": to_dict(config),
     }
@@ -138,7 +141,16 @@ def load_saved(path: epath.PathLike) -> Loaded:
     except InputError as error:
         raise InputError(f"{path} (saved by attnlab {record.get('attnlab', '?')}): {error}") from error
     about = record["experiment"]
-    return Loaded(config, module, source_file, about["argument"], about["name"], source, record["sources"])
+    return Loaded(
+        config,
+        module,
+        source_file,
+        about["argument"],
+        about["name"],
+        source,
+        record["sources"],
+        record.get("mesh"),
+    )
 
 
 def _read(path: epath.Path) -> dict[str, Any]:

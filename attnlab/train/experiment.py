@@ -31,7 +31,7 @@ class Train:
       spike_skip: when to skip an update; None is never.
       log_every: between lines of metrics.
       eval_every: between evaluations on the validation split.
-      eval_batches: first batches of the validation split that each evaluation reads, so that all compare.
+      eval_batches: first batches of the validation split that each evaluation reads; None is all of it.
       checkpoint_every: between checkpoints; one is always made at the end.
       keep: latest checkpoints kept, beside the best.
     """
@@ -42,22 +42,16 @@ class Train:
     spike_skip: SpikeSkip | None = None
     log_every: int = 10
     eval_every: int = 100
-    eval_batches: int = 8
+    eval_batches: int | None = None
     checkpoint_every: int = 100
     keep: int = 2
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "microbatches",
-            "log_every",
-            "eval_every",
-            "eval_batches",
-            "checkpoint_every",
-            "keep",
-        ):
+        for name in ("steps", "microbatches", "log_every", "eval_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.eval_batches is not None and self.eval_batches < 1:
+            raise ValueError("eval_batches must be at least 1, or none")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError("ema must be between 0 and 1, or none")
 

@@ -286,6 +286,8 @@ class Meter:
         e = self.session.experiment
         rate = optimizers.learning_rate(e.optimizer, e.train.steps)(step - 1)
         scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+        if not scalars["bytes"]:
+            del scalars["bits_per_byte"]  # the targets stand for no text
         self._started, self._tokens, self._paused = now, 0.0, 0.0
         waited, self._waited = self._waited, 0.0
         return scalars | {

@@ -116,6 +116,7 @@ def make_train_step(
             "update_norm": update_norm,
             "param_norm": _tree_norm(state.params),
             "tokens": sums["tokens"],
+            "bytes": sums["bytes"],
             "skipped": 1.0 - applied.astype(jnp.float32),
             "leaf_norms": leaf_norms,
         }
