@@ -22,8 +22,8 @@ install_import_hook(
     [*(f"attnlab.attention.{name}" for name in _CHECKED), "attnlab.layers"], "beartype.beartype"
 )
 
-from attnlab import sharding
-from attnlab.errors import InputError
+from attnlab import sharding  # noqa: E402
+from attnlab.errors import InputError  # noqa: E402
 
 
 @pytest.fixture
