@@ -148,20 +148,22 @@ class _State:
     done: jax.Array
 
 
+def _forward(model: Decoder, params, tokens, segments, positions, cache: Cache) -> tuple[jax.Array, Cache]:
+    return model.apply({"params": params}, tokens, segments, positions, cache)  # type: ignore[return-value]
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _start(model: Decoder, slots: int, params, tokens, segments, seed) -> _State:
     rows = tokens.shape[0]
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    logits, cache = model.apply(
-        {"params": params}, tokens, segments, positions, model.init_cache(rows, slots)
-    )
+    logits, cache = _forward(model, params, tokens, segments, positions, model.init_cache(rows, slots))
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
     keys = jax.sharding.reshard(keys, P(("data", "fsdp")))
     last = logits[:, -1].astype(jnp.float32)
     return _State(cache, last, positions[:, -1] + 1, keys, jnp.zeros_like(tokens[:, 0], bool))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode(model: Decoder, eos_id: int, sampling: Sampling, params, state: _State):
     """The next stretch of tokens of every row, (B, STRETCH); a row past its end repeats the end."""
 
@@ -169,12 +171,9 @@ def _decode(model: Decoder, eos_id: int, sampling: Sampling, params, state: _Sta
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions)
         token = jnp.where(state.done, eos_id, sample(keys, state.logits, sampling))
         done = state.done | (token == eos_id)
-        logits, cache = model.apply(
-            {"params": params},
-            token[:, None],
-            jnp.ones_like(token)[:, None],
-            state.positions[:, None],
-            state.cache,
+        new = token[:, None]
+        logits, cache = _forward(
+            model, params, new, jnp.ones_like(new), state.positions[:, None], state.cache
         )
         last = logits[:, -1].astype(jnp.float32)
         return _State(cache, last, state.positions + 1, state.keys, done), token

@@ -52,7 +52,7 @@ class Sliding:
 
 @dataclass(frozen=True)
 class Bidirectional:
-    """Every token sees the whole document, or `window` tokens to either side (ModernBERT, arXiv 2412.13663)."""
+    """Every token sees its document, or `window` tokens to either side (ModernBERT, arXiv 2412.13663)."""
 
     window: int | None = None
     positions: Rotary | NoPositions | None = None  # None: the model's own
@@ -151,7 +151,7 @@ class AttentionLayer(nn.Module):
                 for y in (query, key)
             )
         mask = self._mask(segment_ids, cache)
-        if cache is not None:
+        if cache is not None and layer_cache is not None:
             first = cache.index - x.shape[1]
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)

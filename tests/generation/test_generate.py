@@ -117,6 +117,7 @@ def test_like_shapes_share_their_programs(one):
     before = module._start._cache_size(), module._decode._cache_size()
     one(["abcde", "xyz"], max_new_tokens=30, sampling=GREEDY, seed=9)
     one(["ab", "abcdefg"], max_new_tokens=20, sampling=GREEDY)
+    one(["ab", "abc"], max_new_tokens=20, sampling=Sampling(temperature=0.7))
     assert (module._start._cache_size(), module._decode._cache_size()) == before
 
 
