@@ -6,6 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
+from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 # By config and not by XLA_FLAGS: a test that runs a program of its own decides its devices itself.
@@ -21,8 +22,8 @@ install_import_hook(
     [*(f"attnlab.attention.{name}" for name in _CHECKED), "attnlab.layers"], "beartype.beartype"
 )
 
-from attnlab import sharding
-from attnlab.errors import InputError
+from attnlab import sharding  # noqa: E402
+from attnlab.errors import InputError  # noqa: E402
 
 
 @pytest.fixture
@@ -43,6 +44,14 @@ def refuses():
         return _Refusal(words)
 
     return check
+
+
+@pytest.fixture
+def unchecked():
+    """No runtime check of signatures: what a person meets who passes a wrong shape."""
+    shape_checks.update("jaxtyping_disable", True)
+    yield
+    shape_checks.update("jaxtyping_disable", False)
 
 
 class _Refusal:

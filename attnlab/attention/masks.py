@@ -6,12 +6,14 @@ blocks it visits. It also says which keys a run of queries can reach, so that wh
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 Index = int | Int[Array, ""]
+T = TypeVar("T")
 
 
 class Mask:
@@ -40,11 +42,13 @@ class Mask:
         return Not(self)
 
 
-def _pytree(cls):
+@dataclass_transform(frozen_default=True)
+def _pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass that is a pytree; fields marked static are part of its type."""
     cls = dataclass(frozen=True)(cls)
-    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
-    data = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # it has just become one
+    static = [f.name for f in fields if f.metadata.get("static")]
+    data = [f.name for f in fields if f.name not in static]
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
 
 

@@ -11,8 +11,8 @@ def rotary(
     theta: float = 10_000.0,
     fraction: float = 1.0,
 ) -> Float[Array, "B T H D"]:
-    """Rotates pairs (i, i + D'/2) of each head by angle position * theta^(-2i/D') (RoFormer, arXiv 2104.09864,
-    equation 34), over the first D' = fraction * D of its width.
+    """Rotates pairs (i, i + D'/2) of each head by angle position * theta^(-2i/D'), over the first
+    D' = fraction * D of its width (RoFormer, arXiv 2104.09864, equation 34).
     """
     width = int(x.shape[-1] * fraction) // 2 * 2
     frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)

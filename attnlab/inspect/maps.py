@@ -10,13 +10,15 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.models import Decoder
 
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+
 
 def attention_maps(
     model: Decoder,
     params,
-    tokens: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B T"] | None = None,
+    tokens: Ids,
+    segment_ids: Ids | None = None,
+    positions: Ids | None = None,
 ) -> Float[np.ndarray, "L B H T S"]:
     """The weights of every layer and head for these tokens, first layer first.
 

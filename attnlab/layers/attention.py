@@ -152,7 +152,7 @@ class AttentionLayer(nn.Module):
                 for y in (query, key)
             )
         mask = self._mask(segment_ids, cache)
-        if cache is not None:
+        if cache is not None and layer_cache is not None:
             first = cache.index - x.shape[1]
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)

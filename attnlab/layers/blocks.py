@@ -38,7 +38,7 @@ class BlockConfig:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm: Xiong et al. 2020, arXiv 2002.04745)."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm, arXiv 2002.04745)."""
 
     config: BlockConfig
     kind: Kind
@@ -96,7 +96,7 @@ class Period(nn.Module):
 
 
 class Stack(nn.Module):
-    """`depth` blocks whose kinds repeat `pattern`: whole periods stacked and scanned over, the rest after them.
+    """`depth` blocks whose kinds repeat `pattern`: whole periods are scanned over, the rest come after them.
 
     Parameters lie the same way whether the scan is a loop or unrolled, so one checkpoint fits both.
     """
@@ -111,12 +111,16 @@ class Stack(nn.Module):
         """The activations after all blocks, and their caches as `caches` lays them out."""
         periods, rest = divmod(self.config.depth, len(self.pattern))
         scanned, tail = layer_caches if layer_caches is not None else (None, None)
-        body = Period
-        if self.remat != "none":
-            body = nn.remat(Period, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
+
+        def body(looped: bool):
+            if self.remat == "none":
+                return Period
+            # Inside a loop XLA cannot merge the recomputation with what it recomputes; elsewhere it would.
+            return nn.remat(Period, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)
+
         if periods:
             loop = nn.scan(
-                body,
+                body(looped=self.scan),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -126,7 +130,7 @@ class Stack(nn.Module):
             stack = loop(self.config, self.pattern, deterministic, name="periods")
             x, scanned = stack(x, scanned, segment_ids, positions, cache)
         if rest:
-            x, tail = body(self.config, self.pattern[:rest], deterministic, name="tail")(
+            x, tail = body(looped=False)(self.config, self.pattern[:rest], deterministic, name="tail")(
                 x, tail, segment_ids, positions, cache
             )
         return x, (scanned, tail) if layer_caches is not None else None

@@ -54,7 +54,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """(activation(x Wg) * x W1) W2 (Shazeer 2020, arXiv 2002.05202, equation 6): SwiGLU by "silu", GeGLU by "gelu".
+    """(activation(x Wg) * x W1) W2: SwiGLU by "silu", GeGLU by "gelu" (arXiv 2002.05202, equation 6).
 
     `width` None is 8/3 model widths, rounded up to a multiple of 8: as many weights as an `MLP`.
     """

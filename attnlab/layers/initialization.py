@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Normal:
-    """One deviation for all weights, the last map of each residual branch smaller by sqrt(2 L) (GPT-2, section 2.3)."""
+    """One deviation for all weights, sqrt(2 L) smaller for the last map of a branch (GPT-2, section 2.3)."""
 
     std: float = 0.02
 

@@ -49,7 +49,7 @@ def token_statistics(
     softcap: float | None,
     dtype: str,
 ) -> TokenStatistics:
-    """What a loss needs of the logits, which are never held whole: recomputed by stretches in the backward pass."""
+    """What a loss needs of the logits, never held whole: the backward pass recomputes each stretch."""
 
     def stretch(x, targets):
         y = logits(x, table, softcap, dtype).astype(jnp.float32)

@@ -1,0 +1,89 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnlab.attention import causal, reference, segments, window
+from attnlab.inspect.maps import attention_maps
+from attnlab.layers import Attention, Bidirectional, Causal, NoPositions, Sliding
+from attnlab.models import DecoderConfig
+
+TOKENS = np.random.default_rng(0).integers(0, 11, (2, 6)).astype(np.int32)
+IDS = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]], np.int32)
+KINDS = (Sliding(2), Causal())
+
+
+def start(**options):
+    config = DecoderConfig(
+        width=16, attention=Attention(heads=4, kv_heads=2), positions=NoPositions(), **options
+    )
+    model = config.build(11)
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    return model, jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, params)
+
+
+def test_rows_sum_to_one_where_something_is_seen():
+    model, params = start(depth=2, pattern=KINDS)
+    maps = attention_maps(model, params, TOKENS, IDS)
+    assert maps.shape == (2, 2, 4, 6, 6)
+    total = np.broadcast_to((IDS > 0)[None, :, None], maps.shape[:-1])
+    np.testing.assert_allclose(maps.sum(-1), total, atol=1e-5)
+
+
+def test_the_first_layer_by_hand():
+    model, params = start(depth=1, pattern=KINDS[:1])
+    (got,) = attention_maps(model, params, TOKENS, IDS)
+    block = jax.tree.map(lambda x: x[0], params["layers"]["periods"]["block0"])
+    x = params["embedding"]["table"][TOKENS]
+    x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    kernels = (block["attention"][name]["kernel"] for name in ("query", "key", "value"))
+    q, k, v = (jnp.einsum("bte,ehd->bthd", x, kernel) for kernel in kernels)
+    mask = causal() & window(1, 0) & segments(jnp.asarray(IDS))
+    *_, expected = reference(q, k, v, mask=mask, score=None, scale=0.5)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_come_in_order(depth, scan):
+    pattern = (Sliding(2), Bidirectional(), Causal())
+    model, params = start(depth=depth, pattern=pattern, scan=scan)
+    maps = attention_maps(model, params, TOKENS)
+    i, j = np.indices((6, 6))
+    seen = [(j <= i) & (j > i - 2), i == i, j <= i]
+    assert len(maps) == depth
+    for layer, map_ in enumerate(maps):
+        np.testing.assert_array_equal((map_ > 0).all(axis=(0, 1)), seen[layer % 3])
+    # Two layers of one kind differ: a layer's own output is the next one's input.
+    for a in range(3, depth):
+        assert not np.allclose(maps[a], maps[a - 3], atol=1e-4)
+
+
+def test_order_of_equal_kinds_follows_the_activations():
+    """What a layer is changed by shows in its own map and those after it."""
+    model, params = start(depth=4, pattern=KINDS)
+    whole = attention_maps(model, params, TOKENS)
+    for layer in range(4):
+        period, block = divmod(layer, 2)
+        path = params["layers"]["periods"][f"block{block}"]["attention"]["query"]
+        changed = jax.tree.map(lambda x: x, params)
+        kernel = path["kernel"]
+        changed["layers"]["periods"][f"block{block}"]["attention"]["query"] = {
+            "kernel": kernel.at[period].multiply(-1)
+        }
+        maps = attention_maps(model, changed, TOKENS)
+        same = [np.allclose(a, b, atol=1e-6) for a, b in zip(maps, whole, strict=True)]
+        assert same == [n < layer for n in range(4)]
+
+
+def test_a_mesh_changes_no_map(mesh_of):
+    model, params = start(depth=3, pattern=KINDS)
+    expected = attention_maps(model, params, np.tile(TOKENS, (2, 1)), np.tile(IDS, (2, 1)))
+    mesh = mesh_of("data:2,fsdp:2,tensor:2")
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, P(("data", "fsdp"), None))
+        tokens, ids = (jax.device_put(np.tile(x, (2, 1)), rows) for x in (TOKENS, IDS))
+        params = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P())), params)
+        got = attention_maps(model, params, tokens, ids)
+    np.testing.assert_allclose(got, expected, atol=1e-5)

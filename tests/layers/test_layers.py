@@ -1,0 +1,148 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.layers import LayerNorm, RMSNorm
+from attnlab.layers.dropout import Dropout
+from attnlab.layers.feed_forward import ACTIVATIONS, MLP, FeedForward, GatedMLP, gelu
+from attnlab.layers.linear import Embedding, Linear, look_up
+from attnlab.layers.norms import Norm
+from attnlab.layers.parameters import Dtypes
+
+RNG = np.random.default_rng(0)
+F32 = Dtypes()
+
+
+def normal(*shape, dtype=jnp.float32):
+    return jnp.asarray(RNG.normal(size=shape), dtype)
+
+
+def test_gelu_and_its_gradient():
+    x = jnp.linspace(-9, 9, 301)
+
+    def both(f):
+        return jax.vmap(jax.value_and_grad(f))(x)
+
+    for ours, theirs in zip(both(gelu), both(lambda x: jax.nn.gelu(x, approximate=True)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert jax.grad(lambda x: gelu(x).astype(jnp.float32))(jnp.bfloat16(0.3)).dtype == jnp.bfloat16
+
+
+def test_activations_are_what_they_are_called():
+    x = jnp.array([-1.3, 0.0, 2.1])
+    exact = jax.scipy.special.ndtr(x) * x
+    np.testing.assert_allclose(ACTIVATIONS["gelu_exact"](x), exact, rtol=1e-5)
+    np.testing.assert_allclose(ACTIVATIONS["silu"](x), x / (1 + jnp.exp(-x)), rtol=1e-5)
+    np.testing.assert_array_equal(ACTIVATIONS["relu"](x), x * (x > 0))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_is_an_einsum(bias):
+    cases = [
+        (((6,), (2, 3), ("embed", "heads", "head_dim")), "bte,ehd->bthd"),
+        (((2, 3), (6,), ("heads", "head_dim", "embed")), "bthd,hde->bte"),
+    ]
+    for (inputs, outputs, axes), formula in cases:
+        module = Linear(inputs, outputs, axes, 0.5, bias, F32)
+        x = normal(2, 5, *inputs)
+        params = module.init(jax.random.key(0), x)["params"]
+        assert set(params) == ({"kernel", "bias"} if bias else {"kernel"})
+        expected = jnp.einsum(formula, x, params["kernel"])
+        if bias:
+            assert (params["bias"] == 0).all()
+            params["bias"] = normal(*outputs)
+            expected += params["bias"][None, None]
+        np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_initial_deviation_is_what_was_asked():
+    params = Linear((64,), (64,), ("embed", "mlp"), 0.3, False, F32).init(
+        jax.random.key(0), jnp.ones((1, 1, 64))
+    )
+    kernel = params["params"]["kernel"]
+    np.testing.assert_allclose([kernel.mean(), kernel.std()], [0, 0.3], atol=0.02)
+
+
+def test_feed_forward_by_hand():
+    x = normal(1, 3, 4)
+    module = FeedForward(MLP(activation="relu"), 0.5, 0.5, F32)
+    p = module.init(jax.random.key(0), x)["params"]
+    assert p["up"]["kernel"].shape == (4, 16)
+    expected = jax.nn.relu(x @ p["up"]["kernel"]) @ p["down"]["kernel"]
+    np.testing.assert_allclose(module.apply({"params": p}, x), expected, rtol=1e-5, atol=1e-6)
+    module = FeedForward(GatedMLP(), 0.5, 0.5, F32)
+    p = module.init(jax.random.key(0), x)["params"]
+    assert p["up"]["kernel"].shape == (4, 16) and GatedMLP().hidden(48) == 128
+    expected = (jax.nn.silu(x @ p["gate"]["kernel"]) * (x @ p["up"]["kernel"])) @ p["down"]["kernel"]
+    np.testing.assert_allclose(module.apply({"params": p}, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [RMSNorm(), LayerNorm(), LayerNorm(bias=False)])
+def test_norms_of_any_scale(config):
+    x = 1e3 * normal(2, 3, 8) + 50
+    module = Norm(config, F32)
+    params = module.init(jax.random.key(0), x)
+    y = module.apply(params, x)
+    np.testing.assert_allclose(jnp.mean(y * y, -1), 1, rtol=1e-4)
+    if isinstance(config, LayerNorm):
+        np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
+    assert ("bias" in params["params"]) == (config == LayerNorm())
+
+
+def test_bfloat16_is_normalised_in_float32():
+    x = normal(1, 1, 64, dtype=jnp.bfloat16)
+    module = Norm(RMSNorm(), Dtypes(compute="bfloat16"))
+    y = module.apply(module.init(jax.random.key(0), x), x)
+    exact = x.astype(jnp.float32)
+    exact = exact / jnp.sqrt(jnp.mean(exact**2) + 1e-6)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parity
+def test_norms_agree_with_torch():
+    torch = pytest.importorskip("torch")
+    x, scale, bias = normal(2, 3, 8), normal(8), normal(8)
+    theirs = [torch.tensor(np.asarray(a)) for a in (x, scale, bias)]
+    got = Norm(LayerNorm(), F32).apply({"params": {"scale": scale, "bias": bias}}, x)
+    expected = torch.nn.functional.layer_norm(theirs[0], (8,), theirs[1], theirs[2], eps=1e-5)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
+    got = Norm(RMSNorm(), F32).apply({"params": {"scale": scale}}, x)
+    expected = torch.nn.functional.rms_norm(theirs[0], (8,), theirs[1], eps=1e-6)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_dtypes_are_kept_apart():
+    dtypes = Dtypes(param="float32", compute="bfloat16")
+    module = Linear((4,), (3,), ("embed", "mlp"), 0.5, True, dtypes)
+    params = module.init(jax.random.key(0), jnp.ones((1, 1, 4), jnp.bfloat16))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert module.apply(params, jnp.ones((1, 1, 4), jnp.bfloat16)).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="compute dtype"):
+        Dtypes(compute="int8")
+
+
+def test_look_up_takes_rows():
+    module = Embedding(7, 3, ("vocab", "embed"), 1.0, F32)
+    params = module.init(jax.random.key(0))
+    ids = jnp.array([[6, 0], [3, 3]])
+    got = look_up(module.apply(params), ids)
+    np.testing.assert_array_equal(got, params["params"]["table"][np.asarray(ids)])
+
+
+@pytest.mark.parametrize("text", ["single", "data:2,fsdp:2,tensor:2"])
+def test_dropout_on_a_mesh(mesh_of, text):
+    mesh = mesh_of(text)
+    module = Dropout(0.3)
+    rngs = {"dropout": jax.random.key(0)}
+    expected = module.apply({}, jnp.ones((8, 16, 16)), False, rngs=rngs)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((8, 16, 16)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        got = module.apply({}, x, False, rngs=rngs)
+        assert jax.typeof(got).sharding == jax.typeof(x).sharding
+        assert module.apply({}, x, True) is x
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_allclose((got == 0).mean(), 0.3, atol=0.05)
+    got = np.asarray(got)
+    np.testing.assert_allclose(got[got != 0], 1 / 0.7, rtol=1e-6)

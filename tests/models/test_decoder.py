@@ -1,0 +1,422 @@
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnlab.layers import (
+    Attention,
+    Bidirectional,
+    Causal,
+    Dtypes,
+    GatedMLP,
+    LayerNorm,
+    MuP,
+    NoPositions,
+    Normal,
+    RMSNorm,
+    Rotary,
+    Sliding,
+)
+from attnlab.models import DecoderConfig, Learned
+from attnlab.sharding import out_sharding
+
+VOCAB = 13
+SMALL = DecoderConfig(
+    depth=3,
+    width=16,
+    attention=Attention(heads=4, kv_heads=2, qk_norm=True),
+    feed_forward=GatedMLP(width=24),
+    pattern=(Sliding(3), Causal()),
+)
+GPT2 = DecoderConfig(
+    depth=2,
+    width=16,
+    attention=Attention(heads=2, bias=True),
+    norm=LayerNorm(),
+    positions=Learned(32),
+)
+MQA = replace(SMALL, depth=1, attention=Attention(heads=4, kv_heads=1, softcap=5.0), logit_softcap=4.0)
+
+
+def tokens_of(b=2, t=9, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (b, t)), jnp.int32)
+
+
+def start(config, tokens=None, scale=8.0, vocab=VOCAB):
+    """The model and parameters large enough that attention is far from even."""
+    model = config.build(vocab)
+    tokens = tokens_of() if tokens is None else tokens
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    return model, jax.tree.map(lambda x: scale * x if x.std() > 0 else x, params)
+
+
+def forward(model):
+    return jax.jit(lambda params, *args: model.apply({"params": params}, *args))
+
+
+def dependence(config, t=8):
+    """Whether the output at i (rows) has a gradient by the embedding at j (columns), (t, t)."""
+    model, params = start(config, vocab=t)
+    tokens = jnp.arange(t)[None]  # each position has a row of the table of its own
+
+    def rows(table):
+        x, _ = model.apply({"params": params | {"embedding": {"table": table}}}, tokens, method="hidden")
+        return x[0].sum(-1) + (x[0] ** 2).sum(-1)
+
+    return np.asarray(jnp.abs(jax.jit(jax.jacrev(rows))(params["embedding"]["table"])).max(-1))
+
+
+DISTANCE = np.arange(8)[:, None] - np.arange(8)[None]  # query after key
+
+
+@pytest.mark.parametrize(
+    "pattern, depth, sees",
+    [
+        ((Causal(),), 2, DISTANCE >= 0),
+        ((Sliding(2),), 1, (DISTANCE >= 0) & (DISTANCE < 2)),
+        ((Sliding(2),), 3, (DISTANCE >= 0) & (DISTANCE < 4)),  # one more back with each layer
+        ((Sliding(3), Causal(NoPositions())), 3, DISTANCE >= 0),
+        ((Bidirectional(),), 1, DISTANCE == DISTANCE),
+        ((Bidirectional(window=2),), 1, abs(DISTANCE) <= 2),
+    ],
+)
+def test_outputs_depend_on_what_a_pattern_sees_and_nothing_else(pattern, depth, sees):
+    got = dependence(replace(SMALL, pattern=pattern, depth=depth))
+    assert (got[~sees] == 0).all()
+    assert (got[sees] > 1e-6).all()
+
+
+@pytest.mark.parametrize("config", [SMALL, GPT2], ids=["small", "gpt2"])
+def test_padding_and_neighbours_in_a_row_change_nothing(config):
+    model, params = start(config)
+    run = forward(model)
+    a, b = tokens_of(1, 4), tokens_of(1, 5, seed=1)
+    row = jnp.concatenate([a, b, tokens_of(1, 2, seed=2)], axis=1)
+    segments = jnp.array([[1] * 4 + [2] * 5 + [0] * 2])
+    positions = jnp.array([[*range(4), *range(5), 0, 0]])
+    packed = run(params, row, segments, positions)
+    np.testing.assert_allclose(packed[:, :4], run(params, a), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(packed[:, 4:9], run(params, b), rtol=1e-4, atol=1e-4)
+    other = run(params, row.at[:, 9:].set(0).at[:, :4].set(7), segments, positions)
+    np.testing.assert_array_equal(other[:, 4:9], packed[:, 4:9])
+    assert jnp.isfinite(packed).all()
+
+
+def loss_and_gradients(config, params, dropout=None):
+    model, tokens = config.build(VOCAB), tokens_of()
+
+    def loss(params):
+        rngs = {} if dropout is None else {"dropout": dropout}
+        stats = model.apply(
+            {"params": params},
+            tokens,
+            jnp.roll(tokens, -1, axis=1),
+            deterministic=dropout is None,
+            method="statistics",
+            rngs=rngs,
+        )
+        return jnp.mean(stats.lse - stats.target_logit)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("change", [{"scan": False}, {"remat": "full"}, {"remat": "dots", "scan": False}])
+def test_scan_and_remat_change_no_number(change):
+    config = replace(SMALL, depth=5, dropout=0.2)  # two periods, and one block of a third
+    _, params = start(config, scale=3.0)
+    assert set(params["layers"]) == {"periods", "tail"}
+    other = replace(config, **change)
+    tree = jax.eval_shape(other.build(VOCAB).init, jax.random.key(0), tokens_of())["params"]
+    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, tree)
+    key = jax.random.key(7)
+    expected, got = (loss_and_gradients(c, params, key) for c in (config, other))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_drawn_by_its_key():
+    config = replace(SMALL, dropout=0.2, attention=Attention(heads=4, dropout=0.2))
+    _, params = start(config, scale=3.0)
+    first, again, other = (loss_and_gradients(config, params, jax.random.key(i))[0] for i in (0, 0, 1))
+    assert first == again != other
+    assert first != loss_and_gradients(config, params)[0]
+
+
+def test_layers_of_a_scan_start_apart():
+    _, params = start(replace(SMALL, depth=4))
+    kernel = params["layers"]["periods"]["block0"]["attention"]["query"]["kernel"]
+    assert kernel.shape == (2, 16, 4, 4)
+    assert abs(np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize("config", [SMALL, GPT2, MQA], ids=["sliding", "learned", "mqa"])
+def test_cached_decoding_is_the_full_forward(config):
+    model, params = start(config)
+    tokens = tokens_of(2, 9)
+    lengths, prompt = (9, 7), 5  # the second row starts two tokens later
+    full = forward(model)(params, tokens)
+    short = forward(model)(params, tokens[1:, : lengths[1]])
+    padded = jnp.stack([tokens[0], jnp.concatenate([jnp.zeros(2, jnp.int32), tokens[1, :7]])])
+    segments = jnp.array([[1] * 9, [0] * 2 + [1] * 7])
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    step = jax.jit(lambda params, *a: model.apply({"params": params}, *a))
+    for given in (positions, None):  # None: as many as the cache holds
+        cache, parts = model.init_cache(2, 11), []
+        for cut in (slice(0, prompt), *(slice(i, i + 1) for i in range(prompt, 9))):
+            where = None if given is None else given[:, cut]
+            out, cache = step(params, padded[:, cut], segments[:, cut], where, cache)
+            parts.append(out)
+        got = jnp.concatenate(parts, axis=1)
+        np.testing.assert_allclose(got[0], full[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got[1, 2:], short[0], rtol=1e-4, atol=1e-4)
+        assert int(cache.index) == 9
+
+
+def test_dtypes_of_a_whole_model():
+    config = replace(SMALL, dtypes=Dtypes(compute="bfloat16"))
+    model, params = start(config)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    hidden, _ = model.apply({"params": params}, tokens_of(), method="hidden")
+    assert hidden.dtype == jnp.bfloat16
+    assert model.apply({"params": params}, tokens_of()).dtype == jnp.float32
+    assert model.init_cache(1, 4).layers[0][0].key.dtype == jnp.bfloat16
+
+
+def test_tied_models_have_one_table():
+    assert "readout" not in start(SMALL)[1]
+    assert start(replace(SMALL, tied=False))[1]["readout"]["table"].shape == (VOCAB, 16)
+
+
+@pytest.mark.parametrize("text", ["fsdp:8", "tensor:2", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.parametrize("vocab", [64, 257])
+def test_parameters_are_stored_as_the_table_says(mesh_of, text, vocab):
+    config = replace(
+        SMALL, tied=False, positions=Learned(8), attention=Attention(heads=4, kv_heads=2, bias=True)
+    )
+    with jax.set_mesh(mesh_of(text)):
+        tokens = jnp.zeros((8, 4), jnp.int32, out_sharding=out_sharding("batch", None))
+        shapes = jax.eval_shape(config.build(vocab).init, jax.random.key(0), tokens)["params"]
+    got = jax.tree.map(lambda x: x.sharding.spec, shapes)
+    # With one device on the tensor axis, 257 divides as well.
+    whole = None if vocab == 257 and "tensor" in text else "tensor"
+    assert got["embedding"]["table"] == got["readout"]["table"] == P(whole, "fsdp")
+    assert got["position_embedding"]["table"] == P(None, "fsdp")
+    block = got["layers"]["periods"]["block1"]
+    assert block["attention"]["query"]["kernel"] == P(None, "fsdp", "tensor", None)
+    assert block["attention"]["key"]["bias"] == P(None, "tensor", None)
+    assert block["attention"]["out"]["kernel"] == P(None, "tensor", None, "fsdp")
+    assert block["attention"]["out"]["bias"] == P(None, None)
+    assert block["feed_forward"]["up"]["kernel"] == P(None, "fsdp", "tensor")
+    assert block["feed_forward"]["down"]["kernel"] == P(None, "tensor", "fsdp")
+    assert block["attention_norm"]["scale"] == P(None, None)
+    assert got["layers"]["tail"]["block0"]["attention"]["value"]["kernel"] == P("fsdp", "tensor", None)
+    assert got["norm"]["scale"] == P(None)
+
+
+@pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2", "fsdp:8"])
+def test_a_mesh_changes_no_number(mesh_of, text):
+    config = replace(SMALL, depth=2, dropout=0.1)
+    model, tokens = config.build(257), tokens_of(8, 5)
+
+    def run(tokens):
+        params = model.init(jax.random.key(0), tokens)["params"]
+
+        def loss(params):
+            stats = model.apply(
+                {"params": params},
+                tokens,
+                tokens,
+                deterministic=False,
+                method="statistics",
+                rngs={"dropout": jax.random.key(1)},
+            )
+            return stats.lse.mean()
+
+        logits = model.apply({"params": params}, tokens)
+        return params, logits, jax.value_and_grad(loss)(params)
+
+    expected = jax.jit(run)(tokens)
+    mesh = mesh_of(text)
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(jax.device_put(tokens, jax.NamedSharding(mesh, P(("data", "fsdp"), None))))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), got[0], expected[0])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got[1:], expected[1:])
+
+
+def test_mup_keeps_activations_steady_as_width_grows():
+    """The coordinate check of arXiv 2203.03466, appendix D.1: sizes after a step of Adam, by width."""
+
+    def sizes(init, width):
+        config = DecoderConfig(depth=1, width=width, attention=Attention(heads=width // 16), init=init)
+        model, tokens = config.build(VOCAB), tokens_of(4, 8)
+        params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+
+        def change(path, p, g):
+            hidden = jax.tree_util.keystr(path, simple=True).endswith("kernel")
+            return p - 0.02 * (init.learning_rate(width) if hidden else 1.0) * jnp.sign(g)
+
+        @jax.jit
+        def step(params):
+            def loss(params):
+                stats = model.apply({"params": params}, tokens, tokens, method="statistics")
+                return jnp.mean(stats.lse - stats.target_logit)
+
+            return jax.tree_util.tree_map_with_path(change, params, jax.grad(loss)(params))
+
+        def outputs(params):
+            logits, state = model.apply({"params": params}, tokens, capture_intermediates=True)
+            block = state["intermediates"]["layers"]["periods"]["block0"]
+            return logits, block["feed_forward"]["__call__"][0]
+
+        before, after = outputs(params), outputs(step(params))
+        return [float(jnp.sqrt(jnp.mean((a - b) ** 2))) for a, b in zip(after, before, strict=True)]
+
+    narrow, wide = (np.array(sizes(MuP(base_width=64, base_head_dim=16), w)) for w in (64, 512))
+    assert ((wide / narrow > 0.4) & (wide / narrow < 2.5)).all()
+    narrow, wide = (np.array(sizes(Normal(), w)) for w in (64, 512))
+    assert (wide / narrow > 4).any()  # what it is there to prevent
+
+
+def test_configs_that_cannot_be_say_why(refuses):
+    for change, words in [
+        ({"width": 18}, "no multiple of attention.heads"),
+        ({"pattern": ()}, "at least one kind"),
+        ({"depth": 0}, "at least 1"),
+        ({"dropout": 1.0}, "under 1"),
+        ({"logit_softcap": 0.0}, "over 0"),
+        ({"positions": Rotary(fraction=0.25)}, "head_dim"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            replace(SMALL, **change)
+    with pytest.raises(ValueError, match="one of 1, 2, 4"):
+        Attention(heads=4, kv_heads=3)
+    with refuses("length 33", "positions.length=32"):
+        GPT2.check_length(33)
+    GPT2.check_length(32)
+
+
+@pytest.mark.parity
+def test_parity_with_gpt2():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": VOCAB}
+    config = transformers.GPT2Config(**sizes, initializer_range=0.3)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    # Biases and norms start at 0 and 1 there: random ones can be mistaken for no others.
+    rng = np.random.default_rng(0)
+    state = theirs.state_dict()
+    for name, value in state.items():
+        if value.ndim == 1:
+            value.copy_(torch.tensor(rng.normal(size=value.shape) + name.count("ln") * name.count("weight")))
+    w = {k: v.numpy() for k, v in state.items()}
+    blocks = []
+    for i in range(2):
+        h = f"transformer.h.{i}."
+        qkv = np.split(w[h + "attn.c_attn.weight"], 3, axis=1)
+        qkv_bias = np.split(w[h + "attn.c_attn.bias"], 3)
+        attention = {
+            name: {"kernel": k.reshape(16, 2, 8), "bias": b.reshape(2, 8)}
+            for name, k, b in zip(("query", "key", "value"), qkv, qkv_bias, strict=True)
+        }
+        out = {"kernel": w[h + "attn.c_proj.weight"].reshape(2, 8, 16), "bias": w[h + "attn.c_proj.bias"]}
+        blocks.append(
+            {
+                "attention": attention | {"out": out},
+                "attention_norm": {"scale": w[h + "ln_1.weight"], "bias": w[h + "ln_1.bias"]},
+                "feed_forward_norm": {"scale": w[h + "ln_2.weight"], "bias": w[h + "ln_2.bias"]},
+                "feed_forward": {
+                    "up": {"kernel": w[h + "mlp.c_fc.weight"], "bias": w[h + "mlp.c_fc.bias"]},
+                    "down": {"kernel": w[h + "mlp.c_proj.weight"], "bias": w[h + "mlp.c_proj.bias"]},
+                },
+            }
+        )
+    params = {
+        "embedding": {"table": w["transformer.wte.weight"]},
+        "position_embedding": {"table": w["transformer.wpe.weight"]},
+        "norm": {"scale": w["transformer.ln_f.weight"], "bias": w["transformer.ln_f.bias"]},
+        "layers": {"periods": {"block0": jax.tree.map(lambda *x: np.stack(x), *blocks)}},
+    }
+    assert_same_logits(GPT2, params, theirs)
+
+
+@pytest.mark.parity
+def test_parity_with_llama():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        rms_norm_eps=1e-6,
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    rng = np.random.default_rng(0)
+    state = theirs.state_dict()
+    for value in state.values():
+        if value.ndim == 1:
+            value.copy_(torch.tensor(rng.normal(size=value.shape)))
+    w = {k: v.numpy() for k, v in state.items()}
+    blocks = []
+    for i in range(2):
+        h = f"model.layers.{i}."
+
+        def heads(name, n, h=h):
+            return {"kernel": w[h + f"self_attn.{name}_proj.weight"].T.reshape(16, n, 4)}
+
+        def mlp(name, h=h):
+            return {"kernel": w[h + f"mlp.{name}_proj.weight"].T}
+
+        out = {"kernel": w[h + "self_attn.o_proj.weight"].T.reshape(4, 4, 16)}
+        blocks.append(
+            {
+                "attention": {
+                    "query": heads("q", 4),
+                    "key": heads("k", 2),
+                    "value": heads("v", 2),
+                    "out": out,
+                },
+                "attention_norm": {"scale": w[h + "input_layernorm.weight"]},
+                "feed_forward_norm": {"scale": w[h + "post_attention_layernorm.weight"]},
+                "feed_forward": {name: mlp(name) for name in ("gate", "up", "down")},
+            }
+        )
+    params = {
+        "embedding": {"table": w["model.embed_tokens.weight"]},
+        "readout": {"table": w["lm_head.weight"]},
+        "norm": {"scale": w["model.norm.weight"]},
+        "layers": {"periods": {"block0": jax.tree.map(lambda *x: np.stack(x), *blocks)}},
+    }
+    ours = replace(
+        SMALL,
+        depth=2,
+        attention=Attention(heads=4, kv_heads=2),
+        norm=RMSNorm(),
+        pattern=(Causal(),),
+        tied=False,
+    )
+    assert_same_logits(ours, params, theirs)
+
+
+def assert_same_logits(config, params, theirs):
+    import torch
+
+    tokens = tokens_of(2, 11)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.numpy()
+    model = config.build(VOCAB)
+    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tree)
+    params = jax.tree.map(jnp.asarray, params)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(forward(model)(params, tokens), expected, rtol=1e-4, atol=1e-4)
