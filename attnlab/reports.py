@@ -9,7 +9,10 @@ from attnlab.trained import Trained
 
 
 def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -> dict[str, float]:
-    """A sample, its attention map, and the model's bits per byte beside those of two compressors."""
+    """A sample, its attention map, and the model's bits per byte beside those of two compressors.
+
+    A model that reads whole texts has no sample; a prompt that fills the context is cut to half of it.
+    """
     data = trained.experiment.data
     figures = {
         "model": trained.session.evaluate(
@@ -21,11 +24,14 @@ def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -
         "bits per byte of the validation text: " + ", ".join(f"{n} {v:.3f}" for n, v in figures.items())
     )
 
-    sampling = Sampling(temperature=0.8, top_p=0.95)
-    (sample,) = trained.generate([prompt], max_new_tokens=max_new_tokens, sampling=sampling)
-    trained.say(f"sample:\n{prompt}{sample.text}")
-
-    shown = [trained.tokenizer.eos_id, *trained.tokenizer.encode(prompt), *sample.tokens][:24]
+    start = trained.tokenizer.encode(prompt)[: data.sequence_length // 2]
+    shown = [trained.tokenizer.eos_id, *start]
+    if trained.experiment.model.causal:
+        prompt, sampling = trained.tokenizer.decode(start), Sampling(temperature=0.8, top_p=0.95)
+        (sample,) = trained.generate([prompt], max_new_tokens=max_new_tokens, sampling=sampling)
+        trained.say(f"sample:\n{prompt}{sample.text}")
+        shown += sample.tokens
+    shown = shown[: min(24, data.sequence_length)]
     weights = trained.attention_of(shown)
     words = [trained.tokenizer.token_text(i) for i in shown]
     trained.keep(pictures.head_grid(np.asarray(weights), words, "Where each token looks"), "attention")

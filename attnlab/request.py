@@ -112,6 +112,12 @@ class Request:
     sampling: Sampling = Sampling()
     swept: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def folder(self) -> epath.Path:
+        """The workdir, in a mode that has one."""
+        assert self.workdir is not None
+        return self.workdir
+
 
 def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Override]) -> list[Request]:
     """The run that the flags ask for, or the runs of a sweep.
@@ -128,6 +134,8 @@ def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Over
     for name, (bounds, within) in BOUNDS.items():
         if values[name] is not None and not within(values[name]):
             raise InputError(f"--{name}={values[name]} is out of bounds; it has to be {bounds}")
+    if "" in values["stop"]:
+        raise InputError("--stop is empty; it has to be the text at which a sample ends")
     options = _options(values)
     if mode == "train" and values["seed"] is not None:
         overrides = [*overrides, ("seed", str(values["seed"]))]
@@ -315,8 +323,8 @@ def _profile(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    if not parts or int(parts[1]) >= int(parts[2]):
-        raise InputError(f"--profile={text}: expected the steps start:stop to trace, as in 10:13")
+    if not parts or not 1 <= int(parts[1]) < int(parts[2]):
+        raise InputError(f"--profile={text}: expected the steps start:stop to trace, from 1, as in 10:13")
     return int(parts[1]), int(parts[2])
 
 

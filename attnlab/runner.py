@@ -1,13 +1,15 @@
 """The modes of `run.py`: train, eval, sample and describe."""
 
+import contextlib
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,6 +32,11 @@ from attnlab.train.session import Session
 from attnlab.trained import Trained
 
 TOKENIZER, REPORT = "tokenizer.json", "report.json"
+# Errors that tell of the machine or of what was asked, and not of a bug.
+OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 MAX_SIMULATED = 8  # CPU devices simulated for a mesh that names its sizes
 
 
@@ -39,29 +46,44 @@ def run(request: Request) -> dict[str, float]:
     Raises:
       InputError: what was asked cannot be done; the message is for the person.
     """
-    prepare(request)
     modes = {"train": run_train, "eval": run_eval, "sample": run_sample, "describe": run_describe}
     try:
+        if not isinstance(request.config, Experiment):
+            found = f"{type(request.config).__module__}.{type(request.config).__name__}"
+            raise InputError(f"get_config() has to return an attnlab.train.Experiment, not a {found}")
+        prepare(request)
         return modes[request.mode](request)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR):
-            raise InputError(f"{error.filename or request.workdir}: {error.strerror}") from error
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        _remove_if_empty(request)
+        raise InputError(f"{error.filename or request.workdir}: {error.strerror}") from error
+    except InputError:
+        _remove_if_empty(request)
         raise
 
 
+def _remove_if_empty(request: Request) -> None:
+    """Leaves no folder behind for a run that never began."""
+    if request.mode == "train" and request.workdir is not None:
+        for folder in (request.workdir / FOLDER, request.workdir):
+            with contextlib.suppress(OSError, ValueError):  # epath raises a ValueError where it is not empty
+                folder.rmdir()
+
+
 def prepare(request: Request) -> None:
-    """Sets JAX up: simulated devices, the compile cache, NaN checks; libraries speak up only to warn."""
-    logging.set_verbosity(logging.WARNING)
+    """Sets JAX up: simulated devices, the compile cache, NaN checks."""
+    # What goes wrong in a library is raised, and told once, by us: it need not log it as well.
+    logging.set_verbosity(logging.FATAL)
+    _leave_libtpu_alone()
     sizes = [int(size) for size in re.findall(r":(\d+)", request.mesh)]
     count = 1
     for size in sizes:
         count *= size
     if 1 < count <= MAX_SIMULATED and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        try:
+        with contextlib.suppress(RuntimeError):  # JAX is running already: an earlier run of a sweep
             jax.config.update("jax_num_cpu_devices", count)  # counts only where the CPU is all there is
-        except RuntimeError:
-            pass  # JAX is running already: an earlier run of a sweep
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         cache = os.path.join(
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "attnlab", "xla"
         )
@@ -69,61 +91,69 @@ def prepare(request: Request) -> None:
     jax.config.update("jax_debug_nans", request.debug_nans)
 
 
+def _leave_libtpu_alone() -> None:
+    """Keeps a libtpu that is only here to compile for TPUs from complaining that there is none."""
+    no_chip = os.environ.get("TPU_SKIP_MDS_QUERY")  # JAX sets it where it finds none
+    others = importlib.util.find_spec("jax_plugins")
+    if no_chip and others is None and importlib.util.find_spec("libtpu"):
+        jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
+
+
 def open_session(request: Request, experiment: Experiment) -> Session:
     """The experiment on the mesh that was asked for, with the run's tokenizer."""
-    mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(jax.devices())))
-    tokenizer = None
-    if request.workdir is not None and (request.workdir / TOKENIZER).exists():
-        tokenizer = Tokenizer.load(request.workdir / TOKENIZER)
-    return Session(experiment, mesh, tokenizer or experiment.data.build_tokenizer())
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise InputError(f"JAX has no devices to run on: {error}") from error
+    mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
+    return Session(experiment, mesh, _saved_tokenizer(request) or experiment.data.build_tokenizer())
+
+
+def _saved_tokenizer(request: Request) -> Tokenizer | None:
+    """The tokenizer that a run was trained with; None before there is anything trained."""
+    if request.workdir is None:
+        return None
+    file = request.workdir / TOKENIZER
+    if file.exists():
+        try:
+            return Tokenizer.load(file)
+        except Exception as error:  # the library raises plain Exceptions
+            raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
+    if (request.workdir / FOLDER).exists():
+        # Another one, of text that may have changed since, would give the parameters another meaning.
+        raise InputError(f"{file} is missing, and without it the checkpoints beside it mean nothing")
+    return None
 
 
 def run_train(request: Request) -> dict[str, float]:
     """Trains, or goes on with, the run of a workdir."""
     began = time.perf_counter()
-    experiment = _as_asked(request)
-    workdir = request.workdir
+    experiment, workdir = _as_asked(request), request.folder
     session = open_session(request, experiment)
     session.optimizer  # noqa: B018 - rules that match nothing are told before anything is written
+    batches, validation = _input(request, session)
+    last = _last_step(request, experiment)
     workdir.mkdir(parents=True, exist_ok=True)
-    config.save(workdir, request.loaded, experiment, request.sources)
-    if jax.process_index() == 0:
-        session.tokenizer.save(workdir / TOKENIZER)
-
-    data, processes = experiment.data, (jax.process_index(), jax.process_count())
-    batches = data.train_iterator(
-        session.tokenizer,
-        seed=experiment.seed,
-        process_index=processes[0],
-        process_count=processes[1],
-        num_batches=request.overfit_batches,
-    )
-
-    def validation():
-        return data.eval_batches(
-            "validation",
-            session.tokenizer,
-            limit=experiment.train.eval_batches,
-            process_index=processes[0],
-            process_count=processes[1],
-        )
-
-    checkpoints = Checkpoints(workdir, experiment.train.keep)
-    state, step = _start(request, session, checkpoints, batches)
-    limits = loop.Limits(request.max_steps, request.max_time, request.profile)
-    verb = f"going on at step {step}" if step else "training"
-    print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_devices(session)})")
-    with Writers(
-        workdir,
-        steps=min(experiment.train.steps, request.max_steps or experiment.train.steps),
-        resume=step,
-        trackers=request.trackers,
-        config=config.flatten(experiment),
-    ) as writers:
-        outcome = loop.train(
-            session, batches, validation, checkpoints, writers, state, limits, str(workdir / "profile"), print
-        )
-    checkpoints.close()
+    with Checkpoints(workdir, experiment.train.keep) as checkpoints:
+        state, step = _start(request, session, checkpoints, batches)
+        config.save(workdir, request.loaded, experiment, request.sources)
+        _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
+        verb = f"going on at step {step}" if step else "training"
+        print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_devices(session)})")
+        limits = loop.Limits(request.max_steps, request.max_time, request.profile)
+        flat = config.flatten(experiment)
+        with Writers(workdir, steps=last, resume=step, trackers=request.trackers, config=flat) as writers:
+            outcome = loop.train(
+                session,
+                batches,
+                validation,
+                checkpoints,
+                writers,
+                state,
+                limits,
+                str(workdir / "profile"),
+                print,
+            )
     if outcome.reason == "signal":
         print(f"stopped by a signal at step {outcome.step}, saved; go on with: {_again(workdir)}")
         return {}
@@ -137,6 +167,36 @@ def run_train(request: Request) -> dict[str, float]:
     return metrics
 
 
+def _input(request: Request, session: Session) -> tuple[Any, Any]:
+    """This process's training batches, and its part of what every evaluation reads.
+
+    Both splits are opened here: a validation split that cannot be read is told before the first step.
+    """
+    experiment = session.experiment
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = experiment.data.train_iterator(
+        session.tokenizer, seed=experiment.seed, num_batches=request.overfit_batches, **processes
+    )
+    limit = experiment.train.eval_batches
+    return batches, experiment.data.eval_batches("validation", session.tokenizer, limit=limit, **processes)
+
+
+def _last_step(request: Request, experiment: Experiment) -> int:
+    """The step this command ends at."""
+    last = min(experiment.train.steps, request.max_steps or experiment.train.steps)
+    if request.profile and request.profile[0] > last:
+        raise InputError(f"--profile={request.profile[0]}:{request.profile[1]}: the last step is {last}")
+    return last
+
+
+def _save_tokenizer(tokenizer: Tokenizer, file: epath.Path) -> None:
+    """Writes it once, and whole or not at all."""
+    if jax.process_index() == 0 and not file.exists():
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        tokenizer.save(temporary)
+        temporary.replace(file)
+
+
 def run_eval(request: Request) -> dict[str, float]:
     """Evaluates a run's checkpoint on the whole validation split, and reports as at the end of training."""
     session = open_session(request, request.config)
@@ -145,7 +205,7 @@ def run_eval(request: Request) -> dict[str, float]:
     params = session.eval_params(restored.state)
     metrics = session.evaluate(params, data.eval_batches("validation", session.tokenizer))
     print(f"step {restored.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return metrics | _report(request, Trained(session, params, request.workdir))
+    return metrics | _report(request, Trained(session, params, request.folder))
 
 
 def run_sample(request: Request) -> dict[str, float]:
@@ -154,16 +214,15 @@ def run_sample(request: Request) -> dict[str, float]:
     wanted = request.sampling
     sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p)
     restored = _restore(request, session)
-    trained = Trained(session, session.eval_params(restored.state), request.workdir)
+    trained = Trained(session, session.eval_params(restored.state), request.folder)
     prompts = wanted.prompts or ("",)
     alone = len(prompts) * wanted.num_samples == 1
+    head = iter(prompts)  # shown with the first new text, when nothing is left that could be refused
 
     def stream(_: int, text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(next(head, "") + text)
         sys.stdout.flush()
 
-    if alone:
-        stream(0, prompts[0])
     completions = trained.generate(
         prompts,
         num_samples=wanted.num_samples,
@@ -175,7 +234,7 @@ def run_sample(request: Request) -> dict[str, float]:
     )
     for i, completion in enumerate(completions):
         if alone:
-            print()
+            print(next(head, ""))
         else:
             print(f"--- {i + 1} of {len(completions)}\n{completion.prompt}{completion.text}")
         if completion.ended == "context":
@@ -214,36 +273,31 @@ def _start(request: Request, session: Session, checkpoints: Checkpoints, batches
     if checkpoints.steps():
         restored = checkpoints.restore(session.abstract_state)
         if restored.data is None:
-            raise InputError(
-                f"checkpoint {restored.step} was saved by another number of processes than {jax.process_count()}"
-            )
+            processes = f"another number of processes than {jax.process_count()}"
+            raise InputError(f"checkpoint {restored.step} was saved by {processes}; go on with as many")
         batches.set_state(restored.data)
         return restored.state, restored.step
-    state = session.new_state()
-    if request.init_from is not None:
-        source = config.load_workdir(request.init_from)
-        other = open_session(dataclasses.replace(request, workdir=request.init_from), source.config)
-        theirs = _restore(dataclasses.replace(request, workdir=request.init_from), other)
-        state = start_from(state, other.eval_params(theirs.state), request.init_rules, print)
-    return state, 0
+    if request.init_from is None:
+        return session.new_state(), 0
+    source = dataclasses.replace(request, workdir=request.init_from)
+    other = open_session(source, config.load_workdir(request.init_from).config)
+    theirs = _restore(source, other)
+    return start_from(session, other.eval_params(theirs.state), request.init_rules, print), 0
 
 
 def _restore(request: Request, session: Session) -> Restored:
-    checkpoints = Checkpoints(request.workdir)
-    try:
+    with Checkpoints(request.folder) as checkpoints:
         return checkpoints.restore(session.abstract_state, str(request.checkpoint))
-    finally:
-        checkpoints.close()
 
 
-def _report(request: Request, trained: Trained) -> Mapping[str, float]:
+def _report(request: Request, trained: Trained) -> dict[str, float]:
     """What the experiment file's own `report(trained)` finds; nothing if it has none."""
     report = getattr(request.loaded.module, "report", None)
     if report is None:
         return {}
-    found = report(trained) or {}
+    found = dict(report(trained) or {})
     write_atomically(
-        request.workdir / REPORT, json.dumps({n: as_json(x) for n, x in found.items()}, indent=2) + "\n"
+        request.folder / REPORT, json.dumps({n: as_json(x) for n, x in found.items()}, indent=2) + "\n"
     )
     return found
 
@@ -254,4 +308,4 @@ def _devices(session: Session) -> str:
 
 
 def _again(workdir: epath.Path) -> str:
-    return f"python {os.path.relpath(sys.argv[0])} --workdir={workdir}"
+    return f"python {shlex.quote(os.path.relpath(sys.argv[0]))} --workdir={shlex.quote(str(workdir))}"

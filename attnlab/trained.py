@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
@@ -56,10 +57,9 @@ class Trained:
     def attention(self, batch: Batch) -> Float[np.ndarray, "L B H T S"]:
         """Where each position of a batch looks, in every layer and head."""
         with jax.set_mesh(self.session.mesh):
-            on_devices = self.session.to_devices(batch)
-            return attention_maps(
-                self.session.model, self.params, on_devices.tokens, on_devices.segments, on_devices.positions
-            )
+            there = self.session.to_devices(batch)
+            tokens, segments, positions = map(jnp.asarray, (there.tokens, there.segments, there.positions))
+            return attention_maps(self.session.model, self.params, tokens, segments, positions)
 
     def generator(self) -> Generator:
         """Generates with this model; see `Generator`."""

@@ -24,6 +24,7 @@ from timing import Unavailable, alternate, available, environment, table
 OPTIMIZER = {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0
 LAYER_NORM_EPSILON = 1e-5
+SCAN = True
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,52 @@ class Peer:
 
 def attnlab_step(shape: Shape) -> Peer:
     """The decoder of this project, through the step that its own training loop runs."""
-    import attnlab.models  # noqa: F401
+    import types
 
-    raise Unavailable("attnlab.models is there, but this adapter is not written yet")
+    from attnlab import sharding
+    from attnlab.data import Batch, Bytes, Text
+    from attnlab.layers import MLP, Attention, LayerNorm
+    from attnlab.models import DecoderConfig, Learned
+    from attnlab.train import AdamW, Constant, Experiment, Rule, Train
+    from attnlab.train.session import Session
+
+    experiment = Experiment(
+        model=DecoderConfig(
+            depth=shape.layers,
+            width=shape.width,
+            attention=Attention(heads=shape.heads, bias=True),
+            feed_forward=MLP(activation="gelu", bias=True),
+            norm=LayerNorm(epsilon=LAYER_NORM_EPSILON),
+            positions=Learned(shape.length),
+            scan=SCAN,
+        ),
+        data=Text(tokenizer=Bytes(), sequence_length=shape.length, batch_size=shape.batch),
+        optimizer=AdamW(
+            learning_rate=OPTIMIZER["learning_rate"],
+            b1=OPTIMIZER["b1"],
+            b2=OPTIMIZER["b2"],
+            epsilon=OPTIMIZER["eps"],
+            weight_decay=OPTIMIZER["weight_decay"],
+            schedule=Constant(),
+            clip_norm=CLIP,
+            rules=(Rule(""),),
+        ),
+        train=Train(),
+    )
+    vocabulary: Any = types.SimpleNamespace(vocab_size=shape.vocab)
+    session = Session(experiment, sharding.make_mesh(sharding.parse_mesh("single", 1)), vocabulary)
+    state = session.new_state()
+    ones = np.ones((shape.batch, shape.length), np.int32)
+    positions = ones * np.arange(shape.length, dtype=np.int32)
+
+    def step(tokens, targets):
+        nonlocal state
+        tokens, targets = tokens.astype(np.int32), targets.astype(np.int32)
+        batch = Batch(tokens, targets, ones.astype(np.float32), ones, positions, ones[:, 0].astype(np.float32))
+        state, metrics = session.train_step(state, session.to_devices(batch))
+        return metrics["loss"]
+
+    return Peer(step, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
 
 
 # --- JAX by hand, as one would write it without having measured anything

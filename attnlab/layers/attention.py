@@ -52,14 +52,15 @@ class Sliding:
 
 @dataclass(frozen=True)
 class Bidirectional:
-    """Every token sees the whole document, or `window` tokens to either side (ModernBERT, arXiv 2412.13663)."""
+    """Every token sees the whole document, or so many tokens before (`left`) and after it (`right`)."""
 
-    window: int | None = None
+    left: int | None = None
+    right: int | None = None
     positions: Rotary | NoPositions | None = None  # None: the model's own
 
     def __post_init__(self):
-        if self.window is not None and self.window < 1:
-            raise ValueError("window must be at least 1, or none")
+        if min(self.left or 0, self.right or 0) < 0:
+            raise ValueError("left and right must be at least 0, or none")
 
 
 Kind = Causal | Sliding | Bidirectional
@@ -184,6 +185,6 @@ class AttentionLayer(nn.Module):
             return Slots(cache.index - segment_ids.shape[1], left) & segments(segment_ids, cache.segments)
         mask = segments(segment_ids)
         if isinstance(self.kind, Bidirectional):
-            return mask if self.kind.window is None else mask & window(self.kind.window, self.kind.window)
+            return mask & window(self.kind.left, self.kind.right)
         mask = causal() & mask
         return mask if left is None else mask & window(left, 0)

@@ -1,5 +1,6 @@
 """Checkpoints of a run: state, data position and metrics, written by Orbax while training goes on."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -59,12 +60,23 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints under a run's workdir: the latest `keep`, and the best by validation loss."""
+    """The checkpoints under a run's workdir: the latest `keep`, and the best by validation loss.
 
-    def __init__(self, workdir: str | epath.Path, keep: int = 1, say: Callable[[str], None] = print):
+    Args:
+      workdir: the run's folder.
+      keep: how many of the latest to keep; None only reads, and changes nothing in a folder that a run
+        may be writing to at the same time.
+      say: takes lines for the person.
+    """
+
+    def __init__(
+        self, workdir: str | epath.Path, keep: int | None = None, say: Callable[[str], None] = print
+    ):
         self.root = epath.Path(workdir).absolute() / FOLDER
         self._keep, self._say = keep, say
-        self._pending = None
+        self._pending: tuple[int, Any] | None = None
+        if keep is None and not self.root.exists():
+            raise InputError(f"no checkpoint under {self.root}")
         self._manager = self._open()
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -78,8 +90,8 @@ class Checkpoints:
         return ocp.training.Checkpointer(
             self.root,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
-            cleanup_tmp_directories=True,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep or 1), best]),
+            cleanup_tmp_directories=self._keep is not None,
         )
 
     def steps(self) -> list[int]:
@@ -91,25 +103,63 @@ class Checkpoints:
         known = [(c.metrics[BEST_METRIC], c.step) for c in self._manager.checkpoints if c.metrics]
         return min(known)[1] if known else None
 
+    def measured(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step with its validation loss."""
+        return any(c.step == step and c.metrics for c in self._manager.checkpoints)
+
     def save(self, step: int, state: Any, data: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts writing a checkpoint; arrays are copied first, so the state may be donated at once."""
         self.wait()
         if step in self.steps():
             return
-        self._pending = self._manager.save_checkpointables_async(
-            step, {"state": state, "data": DataPosition(data)}, metrics=metrics, force=True
-        )
+        with self._telling(step):
+            pending = self._manager.save_checkpointables_async(
+                step, {"state": state, "data": DataPosition(data)}, metrics=metrics, force=True
+            )
+        self._pending = step, pending
 
     def wait(self) -> None:
-        """Returns when the last save is on disk."""
+        """Returns when the last save is on disk.
+
+        Raises:
+          InputError: it could not be written: the disk is full, say. Earlier checkpoints are whole.
+        """
         if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+            (step, pending), self._pending = self._pending, None
+            with self._telling(step):
+                pending.result()
+
+    @contextlib.contextmanager
+    def _telling(self, step: int):
+        """Turns what Orbax and TensorStore raise when they cannot write into one line."""
+        try:
+            yield
+        except Exception as error:
+            reason = _system_error(error)
+            if reason is None:
+                raise
+            whole = ", ".join(str(s) for s in self.steps() if s != step) or "none"
+            raise InputError(
+                f"checkpoint {step} could not be written under {self.root}: {reason}; whole ones: {whole}"
+            ) from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except InputError:
+            if kind is None:  # else what went wrong first is what to tell
+                raise
+        finally:
+            # Closing tells of a save that failed once more.
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self.wait()
-        self._manager.close()
+        self.__exit__(None)
 
     def restore(self, abstract_state: Any, which: str = "latest") -> Restored:
         """Loads a checkpoint onto the mesh that `abstract_state` is laid out on, whatever mesh it came from.
@@ -137,7 +187,8 @@ class Checkpoints:
                 self._say(
                     f"checkpoint {damaged} is damaged ({_first_line(error)}): going back to {candidate}"
                 )
-                self._set_aside(damaged)
+                if self._keep is not None:
+                    self._set_aside(damaged)
             return Restored(candidate, loaded["state"], data.state)
         step, error = failures[0]
         raise InputError(
@@ -175,6 +226,14 @@ def params_sha256(params: Any) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
+
+
+def _system_error(error: Exception) -> str | None:
+    """The operating system's reason for an error of writing; None for an error of another kind."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r"([^:]*)\[os_error_code=", str(error))  # as TensorStore tells it
+    return found[1].strip() if found else None
 
 
 def _first_line(error: Exception) -> str:

@@ -23,8 +23,10 @@ def describe(session: Session) -> str:
         for path, x in jax.tree_util.tree_leaves_with_path(state.params)
     ]
     count = sum(x.size for x in jax.tree.leaves(state.params))
-    batch = [(name, _dims(shape), str(dtype)) for name, (shape, dtype) in e.data.element_spec().items()]
-    sections = [
+    batch: list[tuple[str, ...]] = [
+        (name, _dims(shape), str(dtype)) for name, (shape, dtype) in e.data.element_spec().items()
+    ]
+    sections: list[tuple[str, list[tuple[str, ...]]]] = [
         (
             "mesh",
             [
@@ -48,7 +50,7 @@ def describe(session: Session) -> str:
             [
                 ("parameters", _bytes(per_device(state.params))),
                 ("optimizer", _bytes(per_device(state.opt_state) + per_device(state.ema))),
-                ("activations and temporaries", _bytes(memory.temp_size_in_bytes)),
+                ("activations and temporaries", _bytes(memory.temp_size_in_bytes) if memory else "unknown"),
             ],
         ),
         ("batch", batch),

@@ -31,7 +31,7 @@ class Train:
       spike_skip: when to skip an update; None is never.
       log_every: between lines of metrics.
       eval_every: between evaluations on the validation split.
-      eval_batches: batches of each evaluation along the way; the last one, at the end, reads the whole split.
+      eval_batches: first batches of the validation split that each evaluation reads, so that all compare.
       checkpoint_every: between checkpoints; one is always made at the end.
       keep: latest checkpoints kept, beside the best.
     """
@@ -75,7 +75,6 @@ class Experiment:
 
     def __post_init__(self):
         if self.data.batch_size % self.train.microbatches:
-            raise ValueError(
-                f"data.batch_size={self.data.batch_size} is no multiple of train.microbatches={self.train.microbatches}"
-            )
+            rows, pieces = self.data.batch_size, self.train.microbatches
+            raise ValueError(f"data.batch_size={rows} is no multiple of train.microbatches={pieces}")
         self.model.check_length(self.data.sequence_length)

@@ -58,7 +58,7 @@ def token_flops(config: DecoderConfig, vocab_size: int, length: int) -> TokenFlo
 def _pairs(kind, length: int) -> int:
     if isinstance(kind, Bidirectional):
         # Both sides of the diagonal, which is counted once.
-        return 2 * causal_pairs(length, kind.window) - length
+        return causal_pairs(length, kind.left) + causal_pairs(length, kind.right) - length
     return causal_pairs(length, kind.window - 1 if isinstance(kind, Sliding) else None)
 
 

@@ -1,5 +1,6 @@
 """Parameters of one run as the start of another."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,16 +10,17 @@ import jax.numpy as jnp
 
 from attnlab.errors import InputError
 from attnlab.train.optimizers import parameter_name
+from attnlab.train.session import Session
 from attnlab.train.step import State
 
 
 def start_from(
-    state: State, theirs: Any, rules: Sequence[tuple[str, str]], say: Callable[[str], None]
+    session: Session, theirs: Any, rules: Sequence[tuple[str, str]], say: Callable[[str], None]
 ) -> State:
     """A new state with the parameters of another run where names agree after renaming.
 
     Args:
-      state: a new state; what finds no counterpart keeps its values.
+      session: of the new state; a parameter that finds no counterpart starts as it would without this.
       theirs: the other run's parameters.
       rules: (regular expression, replacement), applied in order to the other run's names.
       say: takes a line on what was taken.
@@ -41,7 +43,7 @@ def start_from(
         if not count:
             raise InputError(f"--init_rules: {pattern!r} matches no parameter of --init_from")
 
-    taken = 0
+    state, taken = session.new_state(), 0
 
     def take(path, ours):
         nonlocal taken
@@ -61,4 +63,7 @@ def start_from(
         )
     say(f"started {taken} of {total} parameters from the other run")
     ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
-    return state.replace(params=params, ema=ema)
+    # Some optimizers keep the point they started from, so theirs is made anew.
+    with jax.set_mesh(session.mesh):
+        opt_state = jax.jit(session.optimizer.init)(params)
+    return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)

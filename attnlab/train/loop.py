@@ -2,11 +2,12 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import grain
 import jax
 import numpy as np
 
@@ -62,8 +63,8 @@ class Outcome:
 
 def train(
     session: Session,
-    batches: Iterator[Batch],
-    validation: Callable[[], Any],
+    batches: grain.DatasetIterator[Batch],
+    validation: Iterable[Batch],
     checkpoints: Checkpoints,
     sink: Sink,
     start: State,
@@ -76,7 +77,7 @@ def train(
     Args:
       session: what to train and where.
       batches: this process's input, with `get_state`.
-      validation: makes the batches of one evaluation.
+      validation: the batches of each evaluation.
       checkpoints: where to save.
       sink: takes metrics.
       start: the state to go on from.
@@ -111,16 +112,16 @@ def train(
         with meter.paused():
             due = final or step % config.eval_every == 0
             if due:
-                evaluated = session.evaluate(session.eval_params(state), validation())
-                sink.write(step, "eval", evaluated)
+                evaluated = session.evaluate(session.eval_params(state), validation)
+                if not checkpoints.measured(step):  # else a run that was at its end has its line already
+                    sink.write(step, "eval", evaluated)
             if (final or step % config.checkpoint_every == 0) and saved != step:
                 checkpoints.save(step, state, batches.get_state(), evaluated if due else None)
                 saved = step
 
-    with stop_on_signal() as signalled:
+    with stop_on_signal() as signalled, Tracer(limits.profile, profile_dir, say) as tracer:
         while step < last:
-            if limits.profile and step + 1 == limits.profile[0]:
-                jax.profiler.start_trace(profile_dir)
+            tracer.before(step + 1)
             with meter.waiting():
                 batch = next(batches)
             with meter.dispatching():
@@ -128,10 +129,7 @@ def train(
             step += 1
             settle()
             pending = (step, metrics)
-            if limits.profile and step + 1 == limits.profile[1]:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
-                say(f"a trace of steps {limits.profile[0]} to {step} is in {profile_dir}")
+            tracer.after(step, metrics)
             if signalled.name:
                 reason = "signal"
             elif limits.max_time is not None and meter.total() >= limits.max_time:
@@ -167,6 +165,40 @@ def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
         f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; "
         f"the first bad tensor is {where}"
     )
+
+
+class Tracer:
+    """A profiler trace of some steps, written also where the run ends within them."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: str, say: Callable[[str], None]):
+        self._steps, self._folder, self._say = steps or (0, 0), folder, say
+        self._began: int | None = None
+        self._last = 0
+
+    def before(self, step: int) -> None:
+        """Starts with the first of the steps."""
+        if self._began is None and step in range(*self._steps):
+            jax.profiler.start_trace(self._folder)
+            self._began = step
+
+    def after(self, step: int, metrics: Any) -> None:
+        """Ends with the last of them, when the devices are done with it."""
+        self._last = step
+        if self._began is not None and step + 1 == self._steps[1]:
+            jax.block_until_ready(metrics)
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._say(f"a trace of steps {self._began} to {self._last} is in {self._folder}")
+        self._began, self._steps = None, (0, 0)
+
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._began is not None:
+            self._stop()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from attnlab.train.progress import Progress
 from attnlab.train.trackers import open_tracker
 
 Metrics = Mapping[str, float]
+SECONDS_TO_DISK = 5.0  # between flushes of TensorBoard's file
 
 
 class Sink(Protocol):
@@ -121,7 +123,7 @@ class JsonLines:
         numbers = {name: as_json(value) for name, value in metrics.items()}
         line = json.dumps({"step": step, "split": split} | numbers, allow_nan=False) + "\n"
         if self._appends:
-            with open(self._path, "a") as file:
+            with _naming(self._path), open(self._path, "a") as file:
                 file.write(line)
         else:
             self._text += line
@@ -137,6 +139,15 @@ class JsonLines:
 
     def close(self, failed: bool = False) -> None:
         """Nothing is left to do: every line is written."""
+
+
+@contextlib.contextmanager
+def _naming(path: epath.PathLike):
+    """Says of which file an error is: a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -155,22 +166,45 @@ def _parse(text: str) -> dict[str, Any] | None:
 
 
 class TensorBoard:
-    """Scalars called `split/metric`, on disk in a few seconds; see them with `tensorboard --logdir runs`."""
+    """Scalars called `split/metric`, on disk in a few seconds; see them with `tensorboard --logdir runs`.
+
+    Written by the caller's own thread: tensorboardX's `SummaryWriter` waits for ever for its writing
+    thread where that died of a full disk.
+    """
 
     def __init__(self, folder: epath.PathLike, resume: int | None = None):
-        from tensorboardX import SummaryWriter  # takes a while to import
+        from tensorboardX.event_file_writer import EventsWriter  # takes a while to import
 
-        # Event files only grow: TensorBoard itself hides the steps from here on that came before.
-        purge = None if resume is None else resume + 1
+        self._folder, self._flushed = epath.Path(folder), time.monotonic()
         # File names tell the second only, and a run that goes on at once must not overwrite its own past.
         suffix = f".{uuid.uuid4().hex[:8]}"
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=5, filename_suffix=suffix)
+        with _naming(folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._folder / "events"), suffix)
+            if resume is not None:
+                # Event files only grow: TensorBoard itself hides the steps from here on that came before.
+                self._add(resume + 1, session_log={"status": 1})
+            self._writer.flush()
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
         """Add a point to each curve."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
+        points = [{"tag": f"{split}/{name}", "simple_value": value} for name, value in metrics.items()]
+        self._add(step, summary={"value": points})
+        if time.monotonic() - self._flushed > SECONDS_TO_DISK:
+            self._flush()
 
     def close(self, failed: bool = False) -> None:
         """Close the event file."""
-        self._writer.close()
+        with _naming(self._folder):
+            self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with _naming(self._folder):
+            self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def _flush(self) -> None:
+        with _naming(self._folder):
+            self._writer.flush()
+        self._flushed = time.monotonic()

@@ -62,18 +62,18 @@ class Session:
         optimizer = self.optimizer
         with jax.set_mesh(self.mesh):
             shapes = jax.eval_shape(lambda: init_state(self.model, self.experiment, optimizer))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=sharding.named(self.mesh, x.sharding.spec)
-            ),
-            shapes,
-        )
+
+        def laid_out(x):
+            # A constant such as an optimizer's count says nothing of where it lies, which is everywhere.
+            where = sharding.named(self.mesh, x.sharding.spec if x.sharding else P())
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        return jax.tree.map(laid_out, shapes)
 
     def new_state(self) -> State:
         """The state before the first step, each array made where it is to lie."""
         optimizer = self.optimizer
-        with jax.set_mesh(self.mesh):
-            return jax.jit(lambda: init_state(self.model, self.experiment, optimizer))()
+        return self._on_mesh(jax.jit(lambda: init_state(self.model, self.experiment, optimizer)))()
 
     @cached_property
     def train_step(self):
@@ -88,9 +88,14 @@ class Session:
         return self._on_mesh(jax.jit(make_eval_step(self.model)))
 
     def _on_mesh(self, function):
+        # Simulated devices share a few threads: of two programs under way at once, each could wait in a
+        # collective for threads that the other one holds, and XLA would end the process.
+        simulated = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+
         def call(*args):
             with jax.set_mesh(self.mesh):
-                return function(*args)
+                result = function(*args)
+            return jax.block_until_ready(result) if simulated else result
 
         return call
 

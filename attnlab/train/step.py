@@ -1,10 +1,10 @@
 """One training step: (state, batch) -> (state, metrics), a pure function."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,7 +18,9 @@ from attnlab.train.loss import token_sums
 Metrics = dict[str, Array]
 
 
-class LossHistory(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossHistory:
     """Running mean and variance of the loss, and how many steps they are of."""
 
     mean: Array
@@ -26,7 +28,8 @@ class LossHistory(NamedTuple):
     count: Array
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class State:
     """All that a step changes, and all that a checkpoint of the model holds.
 
@@ -98,9 +101,10 @@ def make_train_step(
             ema = state.ema
             if ema is not None:
                 # The first steps average over all there is: decay min(ema, (1 + t) / (10 + t)).
-                decay = jnp.minimum(train.ema, (1 + state.step) / (10 + state.step))
+                decay = jnp.minimum(train.ema or 0.0, (1 + state.step) / (10 + state.step))
                 ema = jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
-            return state.replace(params=params, opt_state=opt_state, ema=ema), _tree_norm(updates)
+            new = dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
+            return new, _tree_norm(updates)
 
         applied = finite & ~spike
         state, update_norm = jax.lax.cond(applied, update, lambda s: (s, jnp.zeros(())), state)
@@ -115,7 +119,7 @@ def make_train_step(
             "skipped": 1.0 - applied.astype(jnp.float32),
             "leaf_norms": leaf_norms,
         }
-        return state.replace(step=state.step + 1, history=history), metrics
+        return dataclasses.replace(state, step=state.step + 1, history=history), metrics
 
     return train_step
 
@@ -125,7 +129,7 @@ def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
 
     def eval_step(params, batch: Batch) -> Metrics:
         statistics = _statistics(model, params, batch, None)
-        return token_sums(statistics, batch.weights) | _counts(batch)
+        return token_sums(statistics, jnp.asarray(batch.weights)) | _counts(batch)
 
     return eval_step
 

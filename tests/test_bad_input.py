@@ -1,0 +1,376 @@
+"""Whatever is asked wrongly: exit code 2, one line on stderr, and nothing that existed is lost."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import jax
+import pytest
+
+from tests.programs import call, metrics, program, write_tiny
+
+TEXT = "config.data.name=text:"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def devices():
+    """All eight, before a run could ask for fewer of them."""
+    assert len(jax.devices()) == 8
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with checkpoints of steps 2 and 4, and a folder with the experiment it is of."""
+    folder = tmp_path_factory.mktemp("trained")
+    experiment = write_tiny(folder)
+    assert call(f"--config={experiment}", f"--workdir={folder / 'run'}") == 0
+    return folder
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch):
+    """A folder of this test alone with a copy of both, and the working directory."""
+    shutil.copytree(trained, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def refused(capfd):
+    """Calls the program with arguments it has to refuse, in these words."""
+
+    def check(*arguments, said, keeps=None):
+        before = contents(keeps) if keeps else {}
+        capfd.readouterr()
+        code = call(*arguments)
+        out, err = capfd.readouterr()
+        assert code == 2, (code, out, err)
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        for words in [said] if isinstance(said, str) else said:
+            assert words in err, err
+        after = contents(keeps) if keeps else {}
+        assert {path: after.get(path) for path in before} == before
+        return out
+
+    return check
+
+
+MISTAKES = [
+    # flags
+    (["--wrokdir=x"], "no flag --wrokdir; did you mean 'workdir'?"),
+    (["--mode=trian"], "trian"),
+    (["--config=experiments/lm_dosc.py"], "lm_dosc"),
+    (["--max_steps=many"], "max_steps"),
+    (["--max_steps=0"], "--max_steps=0 is out of bounds"),
+    (["--max_time=soon"], "--max_time=soon: expected seconds"),
+    (["--seed=-1"], "--seed=-1 is out of bounds"),
+    (["--overfit_batches=0"], "--overfit_batches=0 is out of bounds"),
+    (["--profile=5:3"], "--profile=5:3: expected the steps start:stop"),
+    (["--profile=0:3"], "--profile=0:3: expected the steps start:stop"),
+    (["--profile=10:13"], "--profile=10:13: the last step is 4"),
+    (["--temperature=0.5"], "--temperature means nothing with --mode=train"),
+    (["--init_rules=a->b"], "say which with --init_from"),
+    (["--init_from=run", "--init_rules=(->b"], "--init_rules=(->b"),
+    (["--tracker=tensorbored"], "tensorbored"),
+    # the config
+    (["--config.model.dpeth=2"], "no field 'dpeth'; did you mean 'depth'?"),
+    (["--config.model.depth=two"], "config.model.depth=two: expected int"),
+    (["--config.model.depth=0"], "depth and width must be at least 1"),
+    (["--config.model.width=18"], "width=18 is no multiple of attention.heads=4"),
+    (["--config.model.attention.kv_heads=3"], "kv_heads must divide heads=4: one of 1, 2, 4"),
+    (["--config.model.dropout=1.5"], "dropout must be"),
+    (["--config.model.dtypes.compute=float8"], "compute dtype must be"),
+    (["--config.model.feed_forward=MPL"], "MPL"),
+    (["--config.model.positions=Learned(length=8)"], "length 16 is over model.positions.length=8"),
+    (["--config.optimizer=Adam"], "Adam"),
+    (["--config.optimizer.clip_norm=0"], "clip_norm must be over 0"),
+    (["--config.optimizer.rules=(Rule('nothing_like_it'),)"], "'nothing_like_it' matches no parameter"),
+    (["--config.optimizer.rules=(Rule('(bad'),)"], "'(bad' is no regular expression"),
+    (["--config.train.microbatches=3"], "data.batch_size=8 is no multiple of train.microbatches=3"),
+    (["--config.train.ema=1"], "ema must be between 0 and 1"),
+    (["--config.train.steps=0"], "steps must be at least 1"),
+    (["--config.loss.label_smoothing=1"], "label_smoothing"),
+    # the mesh
+    (["--mesh=daat"], "--mesh=daat: expected one of single, data, fsdp"),
+    (["--mesh=model:2"], "sizes of the axes data, fsdp, tensor"),
+    (["--mesh=data:none"], "the size of data must be a whole number"),
+    (["--mesh=data:16"], "needs 16 devices and there are 8; these fit: single, data:8, fsdp:8"),
+    (["--mesh=data:4", "--config.data.batch_size=6"], "data.batch_size=6 cannot be cut into 4 pieces"),
+    (["--mesh=tensor:4"], "model.attention.kv_heads=2 cannot be cut into 4 pieces over mesh axes tensor: "
+                          "use a multiple of 4, or tensor of 1 or 2"),
+    (["--mesh=tensor:8"], "model.attention.heads=4 cannot be cut into 8 pieces"),
+    (["--mesh=fsdp:3"], "model.width=16 cannot be cut into 3 pieces"),
+    # the data
+    ([f"--{TEXT}none/*.txt"], "text:none/*.txt matches no file"),
+    ([f"--{TEXT}empty.txt"], "empty.txt is empty"),
+    ([f"--{TEXT}."], "text:. is a directory"),
+    ([f"--{TEXT}latin.txt"], "latin.txt is not UTF-8 text, see byte 3"),
+    ([f"--{TEXT}short.txt"], "too little text to leave any for validation"),
+    ([f"--{TEXT}/proc/self/mem"], "cannot read /proc/self/mem"),
+    ([f"--{TEXT}words.txt/deeper"], "matches no file"),
+    (["--config.data.name=tfds:nope"], "tfds:nope is neither registered with TFDS"),
+    (["--config.data.name=stdlib"], "data.name 'stdlib' is unknown"),
+    (["--config.data.tokenizer=BPE(vocab_size=100)"], "BPE vocab_size must be 257"),
+    (["--config.data.sequence_length=1"], "data.sequence_length must be 2 or more"),
+    # sweeps
+    (["--sweep=config.model.dpeth=1,2"], "no field 'dpeth'"),
+    (["--sweep=config.model.depth=1,x"], "config.model.depth=x: expected int"),
+    (["--sweep=config.model.depth"], "expected a field and its values"),
+    # other runs
+    (["--init_from=nowhere"], "nowhere holds no run"),
+    (["--init_from=run", "--init_rules=nothing_like_it->x"], "'nothing_like_it' matches no parameter"),
+    (["--init_from=run", "--init_rules=^->x/"], "no parameter there has a name that is here, such as x/"),
+    (["--init_from=run", "--init_rules=(up|down)->up"], "two parameters are renamed to"),
+    (["--init_from=run", "--config.model.width=32"], "has shape (257, 16) there and (257, 32) here"),
+    (["--init_from=run", "--checkpoint=3"], "--checkpoint=3: there are latest, best, 2, 4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_mistakes_in_training(place, refused, arguments, said):
+    (place / "empty.txt").write_text("\n\n")
+    (place / "latin.txt").write_bytes(b"nai\xefve " * 100)
+    (place / "short.txt").write_text("word")
+    out = refused("--config=tiny.py", "--workdir=new", *arguments, said=said, keeps=place)
+    assert out == ""
+    assert not (place / "new" / "config.json").exists()
+
+
+def test_a_run_that_never_began_leaves_no_folder(place, refused):
+    refused("--config=tiny.py", "--mesh=tensor:8", said="model.attention.heads=4 cannot be cut")
+    assert not list((place / "runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temperature=-1"], "--temperature=-1.0 is out of bounds"),
+        (["--temperature=nan"], "--temperature=nan is out of bounds"),
+        (["--temperature=warm"], "temperature"),
+        (["--top_p=0"], "--top_p=0.0 is out of bounds"),
+        (["--top_p=1.1"], "--top_p=1.1 is out of bounds"),
+        (["--top_k=0"], "--top_k=0 is out of bounds"),
+        (["--min_p=2"], "--min_p=2.0 is out of bounds"),
+        (["--num_samples=0"], "--num_samples=0 is out of bounds"),
+        (["--max_new_tokens=0"], "--max_new_tokens=0 is out of bounds"),
+        (["--stop="], "--stop is empty"),
+        (["--prompt=longer than the context of sixteen"], "the prompt has 35 tokens and the model's context holds 16"),
+        (["--checkpoint=3"], "--checkpoint=3: there are latest, best, 2, 4"),
+        (["--checkpoint=newest"], "expected latest, best or a step"),
+        (["--config.model.depth=3"], "holds a run of another config: model.depth: 2 -> 3"),
+        (["--fast_dev_run"], "--fast_dev_run means nothing with --mode=sample"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_sampling(place, refused, arguments, said):
+    assert refused("--mode=sample", "--workdir=run", *arguments, said=said, keeps=place / "run") == ""
+
+
+def test_a_model_that_reads_whole_texts_writes_none(place, refused):
+    whole = "--config.model.pattern=(Bidirectional(),)"
+    assert call("--config=tiny.py", "--workdir=whole", whole, "--max_steps=1") == 0
+    said = "reads whole texts: it cannot generate"
+    assert refused("--mode=sample", "--workdir=whole", "--prompt=a", said=said, keeps=place / "whole") == ""
+
+
+@pytest.mark.parametrize("mode", ["eval", "sample", "train", "describe"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: (run / "config.json").write_text(""), "config.json is not JSON"),
+        (lambda run: (run / "config.json").write_text('{"a": 1'), "config.json is not JSON"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json is not a config that attnlab saved"),
+        (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda run: (run / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read as a tokenizer"),
+        (lambda run: (run / "experiment.py").write_text("def ("), "experiment.py"),
+    ],
+    ids=["empty config", "broken config", "other config", "no tokenizer", "broken tokenizer", "broken source"],
+)  # fmt: skip
+def test_a_damaged_workdir(place, refused, damage, said, mode):
+    damage(place / "run")
+    refused(f"--mode={mode}", "--workdir=run", said=said, keeps=place / "run")
+
+
+def test_a_workdir_of_another_config(place, refused):
+    said = "run holds a run of another config: model.width: 16 -> 32"
+    refused("--config=tiny.py", "--workdir=run", "--config.model.width=32", said=said, keeps=place / "run")
+    refused("--workdir=run", "--seed=7", said="another config: seed: 0 -> 7", keeps=place / "run")
+
+
+@pytest.mark.parametrize("mode", ["eval", "sample"])
+def test_a_workdir_without_a_run(place, refused, mode):
+    (place / "hollow").mkdir()
+    refused(f"--mode={mode}", "--workdir=hollow", said="hollow holds none (it has no config.json)")
+    refused(f"--mode={mode}", said="say which with --workdir")
+    shutil.rmtree(place / "run" / "checkpoints")
+    refused(f"--mode={mode}", "--workdir=run", said="no checkpoint under", keeps=place / "run")
+
+
+def test_a_workdir_that_is_a_file_or_cannot_be_made(place, refused):
+    refused("--config=tiny.py", "--workdir=words.txt", said="cannot make the folder", keeps=place)
+    refused("--config=tiny.py", "--workdir=words.txt/in/it", said="cannot make the folder", keeps=place)
+    refused("--config=tiny.py", "--workdir=/proc/run", said="cannot make the folder /proc/run")
+
+
+def test_checkpoints_of_another_number_of_processes(place, refused):
+    for step in (2, 4):
+        data = place / "run" / "checkpoints" / str(step) / "data"
+        (data / "process_0_of_1.json").rename(data / "process_0_of_2.json")
+    refused("--workdir=run", said="was saved by another number of processes than 1", keeps=place / "run")
+    assert call("--mode=eval", "--workdir=run") == 0  # which needs no position in the training data
+
+
+EXPERIMENTS = {
+    "def (": "broken.py",
+    "x = 1": "get_config",
+    "def get_config():\n    return {}": "get_config",
+    "def get_config():\n    return None": "get_config",
+    "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass C:\n  a: int = 1\ndef get_config():\n  return C()": (
+        "get_config() has to return an attnlab.train.Experiment, not a "
+    ),
+    "from attnlab.train import Experiment\ndef get_config():\n    return Experiment(model=None, data=None)": "broken.py",
+    "import nothing_like_it\ndef get_config(): pass": "nothing_like_it",
+    "def get_config():\n    return 1 / 0": "ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("source", EXPERIMENTS, ids=range(len(EXPERIMENTS)))
+def test_an_experiment_file_that_is_none(place, refused, source):
+    (place / "broken.py").write_text(source)
+    refused("--config=broken.py", "--workdir=new", said=EXPERIMENTS[source])
+    assert not (place / "new").exists() or not list((place / "new").iterdir())
+
+
+# Damaged checkpoints ------------------------------------------------------------------------------------
+
+
+def truncate(checkpoint):
+    """Cuts every array file in half, as a machine that lost its power may."""
+    files = [p for p in (checkpoint / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
+    assert files
+    for file in files:
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(place, capfd):
+    run = place / "run"
+    truncate(run / "checkpoints" / "4")
+    before = contents(run / "checkpoints" / "4")
+    assert call("--mode=eval", "--workdir=run") == 0  # it only reads, so it moves nothing
+    out, err = capfd.readouterr()
+    assert "checkpoint 4 is damaged" in out and "going back to 2" in out and "step 2: loss" in out and err == ""
+    assert contents(run / "checkpoints" / "4") == before
+    assert call("--workdir=run") == 0
+    out, err = capfd.readouterr()
+    assert "checkpoint 4 is damaged" in out and "going on at step 2" in out and err == ""
+    assert {p.relative_to(run / "damaged" / "4"): x for p, x in contents(run / "damaged").items()} == {
+        p.relative_to(run / "checkpoints" / "4"): x for p, x in before.items()
+    }
+    assert [line["step"] for line in metrics(run, "train")] == [1, 2, 3, 4]
+    assert call("--mode=eval", "--workdir=run") == 0
+    assert "step 4: loss" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_only_damaged_checkpoints(place, refused, mode):
+    for step in (2, 4):
+        truncate(place / "run" / "checkpoints" / str(step))
+    refused(f"--mode={mode}", "--workdir=run", said="checkpoint 4 under", keeps=place / "run")
+
+
+# A full disk --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"cannot mount a small disk here: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder, leave):
+    """Takes all room but `leave` bytes."""
+    free = os.statvfs(folder)
+    room = free.f_bavail * free.f_frsize - leave
+    (folder / "filler").write_bytes(b"x" * room)
+
+
+def test_a_full_disk_at_the_start(place, refused):
+    with small_disk(place / "disk", "64k") as disk:
+        fill(disk, 0)
+        refused("--config=tiny.py", f"--workdir={disk / 'run'}", said=["disk", "No space left on device"])
+
+
+def test_a_full_disk_in_the_middle_keeps_earlier_checkpoints(place, refused, capfd):
+    with small_disk(place / "disk", "1m") as disk:
+        run = disk / "run"
+        small = ["--config=tiny.py", f"--workdir={run}", "--config.train.keep=1000", "--config.train.steps=1000"]
+        out = refused(*small, "--config.train.checkpoint_every=1", said=["could not be written", "No space left on device", "whole ones: 1, 2, "])
+        assert "done" not in out
+        assert call("--mode=eval", f"--workdir={run}") == 0
+        out, err = capfd.readouterr()
+        assert "loss" in out and err == ""
+
+
+def test_a_full_disk_for_metrics(place, refused):
+    with small_disk(place / "disk", "2m") as disk:
+        run = disk / "run"
+        assert call("--config=tiny.py", f"--workdir={run}") == 0
+        step = max(int(p.name) for p in (run / "checkpoints").iterdir())
+        fill(disk, 0)
+        lines = metrics(run)
+        refused(f"--workdir={run}", "--config.train.steps=400", "--config.train.checkpoint_every=400",
+                "--config.train.eval_every=400", said=[str(run), "No space left on device"])  # fmt: skip
+        (disk / "filler").unlink()
+        assert metrics(run)[: len(lines)] == lines
+        assert call(f"--workdir={run}", f"--config.train.steps={step + 2}") == 0
+        assert [line["step"] for line in metrics(run, "train")] == list(range(1, step + 3))
+
+
+# The program itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config=tiny.py", "--mesh=data:3"], "data.batch_size=8 cannot be cut into 3 pieces"),
+        (["--config=tiny.py", "--mesh=data:16"], "needs 16 devices and there is 1"),
+        (["--mode=sample", "--workdir=run", "--prompt=longer than the context"], "the prompt has 24 tokens"),
+    ],
+)
+def test_the_program_itself(place, arguments, said):
+    done = program(*arguments, cwd=place)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_exit_code_1(place, capfd):
+    run = place / "nan"
+    big = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=none", "--config.train.steps=50"]
+    assert call("--config=tiny.py", f"--workdir={run}", *big) == 1
+    out, err = capfd.readouterr()
+    assert err.startswith("error: step ") and err.count("\n") == 1
+    assert "the first bad tensor is the " in err
+    assert "done" not in out
+
+
+def test_messages_are_told_apart():
+    """No two rows of the table are the same mistake."""
+    assert all(a != b for a, b in itertools.combinations([json.dumps(m[0]) for m in MISTAKES], 2))
+    assert len(MISTAKES) >= 40
+
+

@@ -1,0 +1,148 @@
+"""A run that is killed, told to stop, or moved to another mesh goes on as if nothing had been."""
+
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import time
+
+import jax
+import pytest
+
+from tests.programs import call, command, environment, metrics, program, write_tiny
+
+STEPS = 60
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The arguments of a run of a few minutes' worth of checkpoints: one every third step."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path)
+    every = [f"--config.train.{name}" for name in ("steps=60", "checkpoint_every=3", "eval_every=20", "keep=2")]
+    return ["--config=tiny.py", *every]
+
+
+def curve(workdir):
+    return {(line["step"], line["split"]): line["loss"] for line in metrics(workdir)}
+
+
+def steps_so_far(workdir):
+    try:
+        return max((line["step"] for line in metrics(workdir, "train")), default=0)
+    except (FileNotFoundError, ValueError):  # not there yet, or a line half written
+        return 0
+
+
+def being_written(workdir):
+    return [p for p in (workdir / "checkpoints").glob("*tmp*")]
+
+
+def kill(arguments, workdir, after, rng, while_saving):
+    """Starts the run and kills it once it is past a step: at a random moment, or within a save."""
+    child = subprocess.Popen(
+        command(*arguments, f"--workdir={workdir}"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 240
+    while steps_so_far(workdir) < after or (while_saving and not being_written(workdir)):
+        assert child.poll() is None, child.stderr.read()
+        assert time.monotonic() < deadline, "no step was reached"
+        time.sleep(0.001)
+    if not while_saving:
+        time.sleep(rng.random() * 0.1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    return bool(being_written(workdir))
+
+
+def sha256(workdir, mesh):
+    done = program("--mode=describe", f"--workdir={workdir}", f"--mesh={mesh}")
+    assert (done.returncode, done.stderr) == (0, "")
+    return re.search(r"^params_sha256: ([0-9a-f]{64})$", done.stdout, re.MULTILINE)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["single", "data:2,fsdp:2,tensor:2"])
+def test_killed_three_times_ends_bit_for_bit_the_same(tiny, tmp_path, mesh):
+    arguments = [*tiny, f"--mesh={mesh}"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = program(*arguments, f"--workdir={straight}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+    rng = random.Random(int(os.environ.get("ATTNLAB_TEST_SEED", "0")))
+    moments = sorted(rng.sample(range(4, STEPS - 10), 3))
+    within = [kill(arguments, killed, step, rng, while_saving=i == 1) for i, step in enumerate(moments)]
+    assert within[1], "the kill that was to fall within a save left nothing half written"
+    done = program(*arguments, f"--workdir={killed}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "going on at step" in done.stdout
+    assert not being_written(killed)
+
+    assert curve(killed) == curve(straight)
+    assert [line["step"] for line in metrics(killed, "train")] == list(range(1, STEPS + 1))
+    assert sha256(killed, mesh) == sha256(straight, mesh)
+
+
+def test_sigterm_saves_and_tells_how_to_go_on(tiny, tmp_path):
+    child = subprocess.Popen(
+        command(*tiny, "--config.train.steps=100000", "--config.train.checkpoint_every=100000", "--workdir=run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    while steps_so_far(tmp_path / "run") < 5:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (0, "")
+    step = int(re.search(r"stopped by a signal at step (\d+), saved", out)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+    assert [line["step"] for line in metrics("run", "train")] == list(range(1, step + 1))
+    told = shlex.split(re.search(r"go on with: (.*)", out)[1])
+    assert told[0] == "python"
+    done = program(*told[2:], f"--max_steps={step + 2}")
+    assert done.returncode == 0, done.stderr
+    assert f"going on at step {step} " in done.stdout
+    assert [line["step"] for line in metrics("run", "train")] == list(range(1, step + 3))
+
+
+def test_another_mesh_goes_on_with_the_same_losses(tiny, tmp_path):
+    assert len(jax.devices()) == 8
+    tiny += ["--config.train.steps=18", "--config.train.eval_every=100"]
+    assert call(*tiny, "--workdir=straight") == 0
+    for mesh, stop in (("single", 6), ("data:8", 12), ("single", 18)):
+        assert call(*tiny, "--workdir=moved", f"--mesh={mesh}", f"--max_steps={stop}") == 0
+    there, here = ([x["loss"] for x in metrics(name, "train")] for name in ("straight", "moved"))
+    assert len(there) == len(here) == 18
+    assert here == pytest.approx(there, abs=1e-4)
+    assert here[0] - here[-1] > 0.5
+
+
+def test_max_steps_stops_cleanly_and_the_rest_follows(tiny, capfd):
+    assert call(*tiny, "--workdir=run", "--max_steps=4") == 0
+    out, err = capfd.readouterr()
+    assert "max steps at step 4" in out
+    assert err == ""
+    assert call("--workdir=run", "--max_steps=2") == 0  # which is past: nothing to do, nothing lost
+    assert "max steps at step 4" in capfd.readouterr().out
+    assert call("--workdir=run", "--max_steps=7") == 0
+    assert "going on at step 4" in capfd.readouterr().out
+    assert [line["step"] for line in metrics("run", "train")] == list(range(1, 8))
+    assert [line["step"] for line in metrics("run", "eval")] == [4, 7]
+
+
+def test_max_time_stops_cleanly(tiny, tmp_path, capfd):
+    assert call(*tiny, "--workdir=run", "--config.train.steps=1000000", "--max_time=3s") == 0
+    out, err = capfd.readouterr()
+    step = int(re.search(r"max time at step (\d+)", out)[1])
+    assert err == ""
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+    assert metrics("run", "train")[-1]["step"] == metrics("run", "eval")[-1]["step"] == step
