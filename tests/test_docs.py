@@ -1,8 +1,9 @@
 """The README, CONTRIBUTING and docs/: what they tell a reader to type is typed, what they name is there.
 
 A page is lived through from top to bottom in a copy of the project, in a process of its own with eight
-simulated devices. Its commands run with a tiny model and a few steps. A comment before a block says where
-it is otherwise:
+simulated devices. Its commands run with a tiny model and a few steps; of pages with many commands that is
+slow, so they are also lived through with every command resolved only. A comment before a block says where it
+is otherwise:
 
     <!-- resolve only -->   flags, fields and files are resolved and nothing is run: it needs a network, or
                             other devices, or longer than a test should
@@ -42,6 +43,8 @@ TINY = {
     "train.eval_batches": "1",
 }
 FEW_STEPS, FEW_STEPS_MORE = 12, 112
+# Pages whose commands take over ten seconds in all.
+LONG = ("CONTRIBUTING.md", "checkpoints.md", "configuration.md", "getting_started.md")
 
 
 @dataclass(frozen=True)
@@ -210,13 +213,25 @@ def project(page, tmp_path) -> Path:
     return tmp_path
 
 
-def lives(page: Path) -> bool:
-    return any(
-        b.language in ("bash", "console", "python") and not b.note.startswith("from ") for b in blocks(page)
-    )
+def lived(long: bool | None = None) -> list[Any]:
+    """Pages with something to do; the long ones, the others, or all with the long ones marked slow."""
+    return [
+        pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (long is None and page.name in LONG))
+        for page in PAGES
+        if any(
+            b.language in ("bash", "console", "python") and not b.note.startswith("from ")
+            for b in blocks(page)
+        )
+        and long in (None, page.name in LONG)
+    ]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if lives(p)], ids=lambda page: page.name, indirect=True)
+@pytest.mark.parametrize("page", lived(long=True), indirect=True)
+def test_page_resolves(page, project, compiled):
+    spawn(["-m", "tests.test_docs", str(page), "resolve"], project, compiled)
+
+
+@pytest.mark.parametrize("page", lived(), indirect=True)
 def test_page_from_top_to_bottom(page, project, compiled):
     spawn(["-m", "tests.test_docs", str(page)], project, compiled)
 
@@ -251,7 +266,7 @@ def spawn(arguments: list[str], folder: Path, compiled: Path) -> str:
     return done.stdout
 
 
-def live(page: Path) -> None:
+def live(page: Path, resolve_only: bool = False) -> None:
     """Does what a page says, from top to bottom, in the current folder."""
     names: dict[str, Any] = {"__name__": page.stem}
     for block in blocks(page):
@@ -263,7 +278,7 @@ def live(page: Path) -> None:
             if file := re.match(r"# ([\w/]+\.py)\n", block.text):
                 Path(file[1]).parent.mkdir(parents=True, exist_ok=True)
                 Path(file[1]).write_text(block.text)
-            else:
+            elif not resolve_only:
                 exec(compile(block.text, where, "exec"), names)
         elif block.language == "console":
             answers = [line for line in block.text.splitlines() if not line.startswith("$ ")]
@@ -271,24 +286,29 @@ def live(page: Path) -> None:
                 refuse(words, answer)
         elif block.language == "bash":
             for words in commands(block):
-                if words[0] == "pytest" and len(words) > 1 and Path(words[1]).is_file():
+                if words[0] == "pytest" and not resolve_only and len(words) > 1 and Path(words[1]).is_file():
                     subprocess.run([sys.executable, "-m", "pytest", "-q", words[1]], check=True)
                 elif words[:2] == ["python", "run.py"]:
-                    do(words[1:], resolve_only=block.note == "resolve only")
-    if "<!-- workdir -->" in page.read_text():
+                    do(words[1:], resolve_only or block.note == "resolve only", remember=resolve_only)
+    if not resolve_only and "<!-- workdir -->" in page.read_text():
         table = page.read_text().partition("<!-- workdir -->")[2].strip().split("\n\n")[0]
         for name in re.findall(r"^\| `([\w./]+)`", table, flags=re.MULTILINE):
             assert (Path("runs/first") / name).exists(), f"a run's folder has no {name}"
 
 
-def do(words: list[str], resolve_only: bool) -> None:
-    """Runs a command made small, or resolves it alone."""
+def do(words: list[str], resolve_only: bool, remember: bool) -> None:
+    """Runs a command made small, or resolves it alone; `remember` saves what it would have trained."""
+    from attnlab import config
+
     print("$ python " + shlex.join(words), flush=True)
     requests: list[Any] = []
     stub = types.ModuleType("attnlab.runner")
     stub.run = lambda request: requests.append(request) or {}  # type: ignore[attr-defined]
     code = call(words, stub)
     assert code == 0, f"exit code {code}"
+    for request in requests if remember else ():
+        if request.mode == "train":
+            config.save(request.workdir, request.loaded, request.config, request.sources)
     if not resolve_only and requests:
         code = call([*words, *smaller(words, requests[0])])
         assert code == 0, f"exit code {code}"
@@ -346,4 +366,4 @@ def refuse(words: list[str], answer: str) -> None:
 
 
 if __name__ == "__main__":
-    live(Path(sys.argv[1]))
+    live(Path(sys.argv[1]), resolve_only="resolve" in sys.argv[2:])
