@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import Unavailable, alternate, available, environment, table
+from timing import alternate, available, environment, table
 
 OPTIMIZER = {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0

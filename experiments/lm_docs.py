@@ -1,7 +1,7 @@
 """A small language model of the Python standard library's documentation.
 
 Claim: a decoder trained for a few minutes on a laptop predicts documentation of modules it never saw
-  better than a general compressor squeezes it: fewer than 2.35 bits per byte, which is about what bzip2 needs.
+  better than bzip2 and xz can squeeze it, and in fewer than 2.35 bits per byte.
 Source: the decoder is that of Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2) made small.
 Command: python run.py
 """

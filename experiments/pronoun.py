@@ -6,7 +6,7 @@ first. The first layer looks two words ahead, the second everywhere: one reads "
 
 Claim: of sentences whose noun was never seen with this predicate, with this verb, or with the other noun,
   at least 99% are resolved; and in at least 95% the best head's "it" looks most of all at the antecedent.
-Source: Winograd schemas (Levesque et al. 2012); coreference heads of BERT (Clark et al. 2019, arXiv 1906.04341).
+Source: Winograd schemas (Levesque et al. 2012); BERT's coreference heads (Clark et al., arXiv 1906.04341).
 Command: python run.py --config=experiments/pronoun.py
 """
 

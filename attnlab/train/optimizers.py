@@ -4,6 +4,7 @@ Every optimizer is one chain: direction, weight decay, factors by parameter name
 Clipping by the global norm comes before it, in the training step, which needs the norm anyway.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine:
-    """A rise over `warmup` steps, then half a cosine down to `final` of the rate (Loshchilov and Hutter 2017)."""
+    """A rise over `warmup` steps, then half a cosine down to `final` of the rate (arXiv 1608.03983)."""
 
     warmup: int = 50
     final: float = 0.1
@@ -43,7 +44,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class WarmupStableDecay:
-    """A rise, a plateau, and a straight fall to `final` over the last `decay` share (arXiv 2404.06395, section 4)."""
+    """A rise, a plateau, and a straight fall to `final` over the last `decay` share (arXiv 2404.06395)."""
 
     warmup: int = 50
     decay: float = 0.2
@@ -61,7 +62,7 @@ class WarmupStableDecay:
 
 @dataclass(frozen=True)
 class InverseSquareRoot:
-    """A rise over `warmup` steps, then sqrt(warmup / step) (Vaswani et al. 2017, equation 3, scaled to peak at 1)."""
+    """A rise over `warmup` steps, then sqrt(warmup / step) (Vaswani et al. 2017, equation 3, scaled)."""
 
     warmup: int = 100
 
@@ -99,7 +100,7 @@ class Optimizer:
       schedule: how it changes over the run.
       weight_decay: decoupled decay, times the learning rate each step.
       clip_norm: largest global norm of the gradient; None is no limit.
-      rules: factors by parameter name, such as layers/periods/block0/attention/out/kernel; all that match apply.
+      rules: factors by parameter name, layers/periods/block0/attention/out/kernel; all that match apply.
     """
 
     learning_rate: float = 1e-3
@@ -171,7 +172,7 @@ class Lion(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor(Optimizer):
-    """Second moments in factored form, steps relative to the parameters' size (Shazeer and Stern 2018, arXiv 1804.04235)."""
+    """Factored second moments, steps relative to the parameters' size (arXiv 1804.04235)."""
 
     learning_rate: float = 1e-2
     decay_rate: float = 0.8
@@ -259,7 +260,7 @@ def _by_compiler(transformation: optax.GradientTransformation) -> optax.Gradient
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFree(Optimizer):
-    """Adam on one sequence of points, evaluated on their average (Defazio et al. 2024, arXiv 2405.15682, equation 4)."""
+    """Adam on one sequence of points, evaluated on their average (Defazio et al. 2024, arXiv 2405.15682)."""
 
     schedule: Constant | Cosine | WarmupStableDecay | InverseSquareRoot = field(
         default_factory=lambda: Constant(warmup=50)
@@ -315,18 +316,17 @@ def make(
             ) from error
         if not matches:
             raise InputError(
-                f"optimizer.rules: {rule.pattern!r} matches no parameter; names are like {names[0]}, {names[-1]}"
+                f"optimizer.rules: {rule.pattern!r} matches no parameter; "
+                f"names are like {names[0]}, {names[-1]}"
             )
 
-    def factor(path, attribute: str) -> float:
-        product = 1.0
-        for rule in (*config.rules, *model_rules):
-            if re.search(rule.pattern, parameter_name(path)):
-                product *= getattr(rule, attribute)
-        return product
+    def factors(attribute: str):
+        def product(path, _) -> float:
+            name = parameter_name(path)
+            matching = [rule for rule in (*config.rules, *model_rules) if re.search(rule.pattern, name)]
+            return math.prod(getattr(rule, attribute) for rule in matching)
 
-    factors = {
-        attribute: jax.tree_util.tree_map_with_path(lambda path, _: factor(path, attribute), params)
-        for attribute in ("learning_rate", "weight_decay")
-    }
-    return config.chain(learning_rate(config, steps), factors)
+        return jax.tree_util.tree_map_with_path(product, params)
+
+    by_name = {attribute: factors(attribute) for attribute in ("learning_rate", "weight_decay")}
+    return config.chain(learning_rate(config, steps), by_name)

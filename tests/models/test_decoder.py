@@ -81,7 +81,7 @@ DISTANCE = np.arange(8)[:, None] - np.arange(8)[None]  # query after key
         ((Sliding(2),), 3, (DISTANCE >= 0) & (DISTANCE < 4)),  # one more back with each layer
         ((Sliding(3), Causal(NoPositions())), 3, DISTANCE >= 0),
         ((Bidirectional(),), 1, DISTANCE == DISTANCE),
-        ((Bidirectional(window=2),), 1, abs(DISTANCE) <= 2),
+        ((Bidirectional(left=2, right=2),), 1, abs(DISTANCE) <= 2),
     ],
 )
 def test_outputs_depend_on_what_a_pattern_sees_and_nothing_else(pattern, depth, sees):
