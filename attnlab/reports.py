@@ -42,12 +42,12 @@ def _curve(trained: Trained, baselines: dict[str, float]) -> None:
     """Bits per byte over the run, from the metrics it has written."""
     file = trained.workdir / "metrics.jsonl"
     lines = [line for line in read(file) if "bits_per_byte" in line] if file.exists() else []
-    train, validation = (
-        [(line["step"], line["bits_per_byte"]) for line in lines if line["split"] == split]
-        for split in ("train", "eval")
-    )
-    if len(train) > 1 and validation:
-        figure = pictures.training_curve(
-            *zip(*train, strict=True), *zip(*validation, strict=True), baselines, "bits per byte"
-        )
+
+    def points(split: str) -> tuple[list[int], list[float]]:
+        own = [line for line in lines if line["split"] == split]
+        return [line["step"] for line in own], [line["bits_per_byte"] for line in own]
+
+    (steps, values), (eval_steps, eval_values) = points("train"), points("eval")
+    if len(steps) > 1:
+        figure = pictures.training_curve(steps, values, eval_steps, eval_values, baselines, "bits per byte")
         trained.keep(figure, "curve")
