@@ -44,7 +44,7 @@ TINY = {
 }
 FEW_STEPS, FEW_STEPS_MORE = 12, 112
 # Pages whose commands take over ten seconds in all.
-LONG = ("CONTRIBUTING.md", "checkpoints.md", "configuration.md", "getting_started.md")
+LONG = ("CONTRIBUTING.md", "checkpoints.md", "configuration.md", "getting_started.md", "sharding.md")
 
 
 @dataclass(frozen=True)
