@@ -10,7 +10,7 @@ from attnlab import reports
 from attnlab.data import BPE, Text
 from attnlab.layers import Attention, GatedMLP
 from attnlab.models import DecoderConfig
-from attnlab.train import AdamW, Experiment, Train, WarmupStableDecay
+from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 from attnlab.trained import Trained
 
 
@@ -18,11 +18,11 @@ def get_config() -> Experiment:
     """The default experiment."""
     return Experiment(
         model=DecoderConfig(
-            depth=4, width=256, attention=Attention(heads=8, kv_heads=4), feed_forward=GatedMLP()
+            depth=4, width=192, attention=Attention(heads=8, kv_heads=4), feed_forward=GatedMLP()
         ),
         data=Text(name="stdlib_docs", tokenizer=BPE(vocab_size=4096), sequence_length=256, batch_size=8),
-        optimizer=AdamW(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=20, decay=0.3)),
-        train=Train(steps=300, eval_every=100, checkpoint_every=100),
+        optimizer=Muon(learning_rate=5e-3, schedule=WarmupStableDecay(warmup=20, decay=0.4)),
+        train=Train(steps=280, eval_every=140, checkpoint_every=70),
     )
 
 
