@@ -77,6 +77,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     sizes = dict.fromkeys(MESH_AXES, 1)
     if text in PRESETS:
         return sizes | _preset(text, num_devices)
+    given: set[str] = set()
     for part in text.split(","):
         axis, colon, size = part.strip().partition(":")
         if not colon or axis not in MESH_AXES:
@@ -84,7 +85,10 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
                 f"--mesh={text}: expected one of {', '.join(PRESETS)}, or sizes of the axes "
                 f"{', '.join(MESH_AXES)} as in data:2,fsdp:2,tensor:2"
             )
-        if not size.isdigit() or int(size) < 1:
+        if axis in given:
+            raise InputError(f"--mesh={text} names {axis} twice")
+        given.add(axis)
+        if not size.isdecimal() or int(size) < 1:
             raise InputError(f"--mesh={text}: the size of {axis} must be a whole number of at least 1")
         sizes[axis] = int(size)
     needed = math.prod(sizes.values())

@@ -1,12 +1,70 @@
-"""Every test runs on 8 simulated CPU devices, with no silent rank promotion."""
+"""Every test runs on 8 simulated CPU devices, with shapes checked and no silent rank promotion."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import pytest
+from jaxtyping import config as shape_checks
+from jaxtyping import install_import_hook
 
 # By config and not by XLA_FLAGS: a test that runs a program of its own decides its devices itself.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # what is run once should compile quickly
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Before anything imports them: the shapes in signatures are checked at every call. Not of masks and
+# caches: JAX rebuilds a pytree with leaves that are no arrays, so its constructor must take them.
+_CHECKED = ("blockwise", "dispatch", "positions", "reference", "scores")
+install_import_hook(
+    [*(f"attnlab.attention.{name}" for name in _CHECKED), "attnlab.layers"], "beartype.beartype"
+)
+
+from attnlab import sharding
+from attnlab.errors import InputError
+
+
+@pytest.fixture
+def mesh_of():
+    """Makes the mesh that `--mesh` would."""
+
+    def make(text):
+        return sharding.make_mesh(sharding.parse_mesh(text, len(jax.devices())))
+
+    return make
+
+
+@pytest.fixture
+def refuses():
+    """Asserts that a call raises an `InputError` of one line that has these words."""
+
+    def check(*words):
+        return _Refusal(words)
+
+    return check
+
+
+@pytest.fixture
+def unchecked():
+    """No runtime check of signatures: what a person meets who passes a wrong shape."""
+    shape_checks.update("jaxtyping_disable", True)
+    yield
+    shape_checks.update("jaxtyping_disable", False)
+
+
+class _Refusal:
+    def __init__(self, words):
+        self._words = words
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        assert kind is not None and issubclass(kind, InputError), f"no InputError but {error!r}"
+        text = str(error)
+        assert "\n" not in text
+        for word in self._words:
+            assert word in text, f"{word!r} is not in {text!r}"
+        return True

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from attnlab.attention.blockwise import blockwise
-from attnlab.attention.masks import Mask
+from attnlab.attention.masks import Mask, Segments
 from attnlab.attention.reference import reference
 from attnlab.attention.scores import Score
 from attnlab.errors import InputError
@@ -50,9 +50,11 @@ def attend(
       mesh as `query` is.
 
     Raises:
-      InputError: shapes that do not fit, an unknown backend, or one that cannot do what is asked.
+      InputError: shapes or layouts that do not fit, an unknown backend, or one that cannot do what is asked.
     """
     _check_shapes(query, key, value)
+    if not 0 <= dropout_rate < 1:
+        raise InputError(f"attend: dropout_rate must be at least 0 and under 1, not {dropout_rate}")
     drops = dropout_rate > 0 and dropout_key is not None
     backend = _choose(backend, drops, return_weights)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -68,7 +70,7 @@ def attend(
             score=score,
             scale=scale,
             dropout_rate=dropout_rate,
-            dropout_key=_local_key(dropout_key),
+            dropout_key=dropout_key,
         )
         return out, lse, weights if return_weights else None
 
@@ -106,13 +108,16 @@ def _choose(backend: str, drops: bool, return_weights: bool) -> str:
     return backend
 
 
-def _local_key(key):
-    """A dropout key of this device's own, so that no two shards drop the same places."""
+def _local_key(key, layout):
+    """A dropout key of this device's own, so that no two shards drop the same places.
+
+    Devices that hold the same rows and heads keep one key: they must agree.
+    """
     if key is None:
         return None
-    mesh = jax.sharding.get_abstract_mesh()
-    for axis in mesh.manual_axes:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    for axes in layout:
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     return key
 
 
@@ -120,20 +125,55 @@ def _per_device(local):
     """Runs `local` on each device's own batch rows and heads, as the types of the arguments say."""
 
     def run(query, key, value, mask, dropout_key):
-        mesh = jax.sharding.get_abstract_mesh()
-        layout = jax.typeof(query).sharding.spec if not mesh.empty else ()
-        if not any(layout):
+        layouts = [() if jax.sharding.get_abstract_mesh().empty else _spec(x) for x in (query, key, value)]
+        if not any(map(any, layouts)):
             return local(query, key, value, mask, dropout_key)
-        batch, length, heads, _ = layout
-        if length is not None or jax.typeof(key).sharding.spec[1] is not None:
-            raise InputError("attend: the length must be whole on every device; reshard it first")
+        batch, heads = _check_layouts(layouts, key.shape[2])
+
+        def place(m):
+            if not isinstance(m, Segments):
+                return m
+            whole = query.shape[0]
+            return Segments(
+                *(
+                    jax.sharding.reshard(x, P(batch if x.shape[0] == whole else None, None))
+                    for x in (m.queries, m.keys)
+                )
+            )
+
+        mask = jax.tree.map(place, mask, is_leaf=lambda m: isinstance(m, Segments))
+        arguments = (query, key, value, mask, dropout_key)
         out_specs = (P(batch, None, heads, None), P(batch, None, heads), P(batch, heads, None, None))
-        in_specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (query, key, value, mask, dropout_key))
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-            query, key, value, mask, dropout_key
-        )
+        return jax.shard_map(
+            lambda q, k, v, m, d: local(q, k, v, m, _local_key(d, (batch, heads))),
+            in_specs=jax.tree.map(_spec, arguments),
+            out_specs=out_specs,
+            check_vma=False,
+        )(*arguments)
 
     return run
+
+
+def _spec(x) -> P:
+    return jax.typeof(x).sharding.spec
+
+
+def _check_layouts(layouts, kv_heads: int):
+    """The mesh axes of batch and heads, after a check that each device has all it needs of its rows."""
+    query, key, value = layouts
+    if any(spec[1] or spec[3] for spec in layouts):
+        raise InputError(
+            "attend: length and head_dim must be whole on every device, reshard first; laid out are "
+            f"query {query}, key {key}, value {value}"
+        )
+    # One key head serves every query head, wherever those lie.
+    heads = (query[2],) if kv_heads > 1 else (query[2], None)
+    if any(spec[0] != query[0] or spec[2] not in heads for spec in (key, value)):
+        raise InputError(
+            "attend: batch and heads of key and value must be laid out as the query's, reshard first; laid "
+            f"out are query {query}, key {key}, value {value}"
+        )
+    return query[0], query[2]
 
 
 def causal_pairs(length: int, left: int | None = None) -> int:

@@ -1,13 +1,14 @@
 """How a score is changed between the scaled product and the softmax."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@runtime_checkable
 class Score(Protocol):
     """An elementwise function of the scaled scores."""
 

@@ -80,8 +80,10 @@ class Generator:
           stream: called with (row, new text) as text becomes certain.
 
         Raises:
-          InputError: a prompt that leaves no room in the context.
+          InputError: a prompt that leaves no room in the context, or an empty stop string.
         """
+        if isinstance(stop, str) or not all(stop):
+            raise InputError(f"stop must be a list of strings of at least one character, not {stop!r}")
         ids = [self._encode(prompt) for prompt in prompts for _ in range(num_samples)]
         room = self.context - max(map(len, ids))
         steps = min(max_new_tokens, room)
@@ -99,7 +101,11 @@ class Generator:
                 if all(row.ended for row in rows):
                     break
         limit = "length" if steps == max_new_tokens else "context"
-        return [row.completion(limit) for row in rows]
+        for i, row in enumerate(rows):
+            rest = row.end(limit)
+            if stream is not None and rest:
+                stream(i, rest)
+        return [row.completion() for row in rows]
 
     def _encode(self, prompt: str) -> list[int]:
         ids = [
@@ -194,25 +200,40 @@ class _Row:
         if self._tokenizer.eos_id in tokens:
             tokens = tokens[: tokens.index(self._tokenizer.eos_id)]
             self.ended = "eos"
+        text = self._tokenizer.decode(self._tokens + tokens)
+        if any(s in text for s in self._stop):
+            # The first token that completes a stop string is the last.
+            counts = range(1, len(tokens) + 1)
+            texts = [self._tokenizer.decode(self._tokens + tokens[:n]) for n in counts]
+            count = next(
+                n for n, text in zip(counts, texts, strict=True) if any(s in text for s in self._stop)
+            )
+            tokens, text = tokens[:count], texts[count - 1]
+            text = text[: min(text.find(s) for s in self._stop if s in text)]
+            self.ended = "stop"
         self._tokens += tokens
-        self._text = self._tokenizer.decode(self._tokens)
-        hits = [self._text.find(s) for s in self._stop if s in self._text]
-        if hits:
-            self._text, self.ended = self._text[: min(hits)], "stop"
-        certain = self._text if self.ended else self._text[: len(self._text) - self._uncertain()]
+        self._text = text
+        return self._fresh(0 if self.ended else self._uncertain())
+
+    def _fresh(self, uncertain: int) -> str:
+        certain = self._text[: len(self._text) - uncertain]
         fresh, self._given = certain[self._given :], max(self._given, len(certain))
         return fresh
 
     def _uncertain(self) -> int:
-        """Characters at the end that a next token may change: half a character, or half a stop string."""
-        text = self._text
-        broken = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        """Characters at the end that a next token may change: half a character after half a stop string."""
+        text = self._text.rstrip("\N{REPLACEMENT CHARACTER}")
         half = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        return max(broken, half)
+        return len(self._text) - len(text) + half
 
-    def completion(self, limit: str) -> Completion:
+    def end(self, limit: str) -> str:
+        """Ends a row that has not ended by itself; returns the text that was still uncertain."""
+        self.ended = self.ended or limit
+        return self._fresh(0)
+
+    def completion(self) -> Completion:
         """The finished row."""
-        return Completion(self.prompt, self._text, self._tokens, self.ended or limit)
+        return Completion(self.prompt, self._text, self._tokens, self.ended)
 
 
 def _power_of_two(n: int) -> int:

@@ -62,7 +62,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     greedy = jnp.asarray(sampling.temperature) == 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
     kept = jnp.where(scaled >= _lowest_kept(scaled, sampling), scaled, -jnp.inf)
-    first = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
+    first = jnp.arange(logits.shape[-1])[None] == logits.argmax(-1, keepdims=True)
     return jnp.where(greedy, jnp.where(first, 0.0, -jnp.inf), kept)
 
 
@@ -92,7 +92,7 @@ def _lowest_sorted(ascending: Float[Array, "B V"], sampling: Sampling) -> Float[
     lowest = jnp.full_like(ascending[:, :1], -jnp.inf)
     if sampling.top_k is not None:
         size = ascending.shape[-1]
-        lowest = smallest(jnp.arange(size) >= size - sampling.top_k)
+        lowest = smallest(jnp.arange(size)[None] >= size - sampling.top_k)
     if sampling.top_p is not None:
         # Mass is summed from the improbable end, where float32 loses least. At p = 1 everything stays,
         # even a token whose probability is too small for a float.

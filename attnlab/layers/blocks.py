@@ -1,6 +1,7 @@
 """A pre-norm residual block, and a run of blocks scanned over."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.attention.cache import Cache, LayerCache
 from attnlab.layers.attention import Attention, AttentionLayer, Kind, NoPositions, Rotary
+from attnlab.layers.dropout import Dropout
 from attnlab.layers.feed_forward import MLP, FeedForward, GatedMLP
 from attnlab.layers.initialization import Normal
 from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
@@ -56,7 +58,7 @@ class Block(nn.Module):
         std = c.init.hidden_std(c.width)
         out_std = std / (2 * c.depth) ** 0.5
         scale = c.init.attention_scale(c.attention.head_dim or c.width // c.attention.heads)
-        drop = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        drop = partial(Dropout(c.dropout), deterministic=self.deterministic)
         attention = AttentionLayer(
             c.attention,
             self.kind,

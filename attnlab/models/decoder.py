@@ -12,6 +12,7 @@ from attnlab.attention.cache import Cache, empty_layer
 from attnlab.errors import InputError
 from attnlab.layers.attention import Attention, Causal, Kind, NoPositions, Rotary
 from attnlab.layers.blocks import BlockConfig, Stack
+from attnlab.layers.dropout import Dropout
 from attnlab.layers.feed_forward import MLP, GatedMLP
 from attnlab.layers.initialization import MuP, Normal
 from attnlab.layers.linear import Embedding, look_up
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
         )
         self.layers = Stack(block, c.pattern, c.scan, c.remat)
         self.norm = Norm(c.norm, c.dtypes)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def hidden(
         self,
@@ -167,7 +168,8 @@ class Decoder(nn.Module):
         Args:
           tokens: ids.
           segment_ids: packed document of each token, 0 for padding; None is one document a row.
-          positions: place of each token in its document; None is 0, 1, 2, ...
+          positions: place of each token in its document; None is 0, 1, 2, ..., and after what
+            the cache holds.
           cache: what was read before, from `init_cache`.
           deterministic: False drops out, with an rng named "dropout".
         """
@@ -175,6 +177,10 @@ class Decoder(nn.Module):
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1])[None]
+            if cache is not None:
+                before = jnp.sum(cache.segments > 0, axis=1, keepdims=True)
+                positions = jnp.maximum(before + jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
+        segment_ids, positions = (constrain(a, "batch", "sequence") for a in (segment_ids, positions))
         x = look_up(self.embedding(), tokens)
         if isinstance(self.config.positions, Learned):
             x = x + look_up(self.position_embedding(), positions)
@@ -191,7 +197,7 @@ class Decoder(nn.Module):
 
     def __call__(
         self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic)
         out = logits(x, self._table(), self.config.logit_softcap, self.config.dtypes.logits)

@@ -1,0 +1,76 @@
+"""Random attention inputs, masks as strategies, and gradients of whatever a function returns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from attnlab.attention.masks import Mask, causal, segments, window
+
+
+def qkv(seed, b=2, t=5, s=7, h=4, k=2, d=6, dv=3, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = ((b, t, h, d), (b, s, k, d), (b, s, k, dv))
+    return tuple(jnp.asarray(2 * rng.normal(size=shape), dtype) for shape in shapes)
+
+
+# A few shapes and not any: JAX compiles every operation once for each.
+SHAPES = (
+    {"b": 2, "t": 5, "s": 9, "h": 6, "k": 2, "d": 3, "dv": 4},
+    {"b": 1, "t": 1, "s": 7, "h": 3, "k": 1, "d": 5, "dv": 2},
+    {"b": 2, "t": 11, "s": 6, "h": 2, "k": 2, "d": 4, "dv": 1},
+)
+
+
+@st.composite
+def masks(draw, b, t, s, depth=2) -> Mask:
+    if depth and draw(st.booleans()):
+        left = draw(masks(b, t, s, depth - 1))
+        match draw(st.sampled_from("&|~")):
+            case "~":
+                return ~left
+            case "&":
+                return left & draw(masks(b, t, s, depth - 1))
+            case _:
+                return left | draw(masks(b, t, s, depth - 1))
+    match draw(st.sampled_from(("causal", "window", "segments"))):
+        case "causal":
+            return causal(draw(st.integers(-t, s)))
+        case "window":
+            width = st.none() | st.integers(0, s)
+            return window(draw(width), draw(width), draw(st.integers(-t, s)))
+        case _:
+            rng = np.random.default_rng(draw(st.integers(0, 99)))
+            return segments(jnp.asarray(rng.integers(0, 3, (b, t))), jnp.asarray(rng.integers(0, 3, (b, s))))
+
+
+def allowed_pairs(mask, b, t, s):
+    """A mask as (b, t, s) booleans, one pair at a time, by the definitions and not by `block`."""
+
+    def allows(m, row, i, j):
+        match type(m).__name__:
+            case "And":
+                return allows(m.left, row, i, j) and allows(m.right, row, i, j)
+            case "Or":
+                return allows(m.left, row, i, j) or allows(m.right, row, i, j)
+            case "Not":
+                return not allows(m.mask, row, i, j)
+            case "Causal":
+                return j <= i + m.offset
+            case "Window":
+                at = i + m.offset
+                return (m.left is None or j >= at - m.left) and (m.right is None or j <= at + m.right)
+            case "Segments":
+                return m.keys[row, j] > 0 and m.queries[row, i] == m.keys[row, j]
+        raise AssertionError(m)
+
+    mask = jax.tree.map(np.asarray, mask)
+    return np.array([[[allows(mask, r, i, j) for j in range(s)] for i in range(t)] for r in range(b)])
+
+
+def weighted_sum(out, lse):
+    """A number that depends on every output and finite log-sum-exp in its own way."""
+    finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    a = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+    b = jnp.sin(jnp.arange(lse.size, dtype=jnp.float32)).reshape(lse.shape)
+    return jnp.sum(a * out.astype(jnp.float32)) + jnp.sum(b * finite)

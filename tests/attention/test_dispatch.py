@@ -1,0 +1,129 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnlab.attention import attend, causal, segments, softcap, window
+from tests.attention.inputs import qkv, weighted_sum
+
+ROWS = ("data", "fsdp")
+
+
+def on_mesh(mesh_of, text, arrays, spec=None):
+    mesh = mesh_of(text)
+    spec = spec or P(ROWS, None, "tensor", None)
+    return mesh, [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x in arrays]
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "reference"])
+@pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2", "fsdp:4"])
+def test_a_mesh_changes_no_number_and_keeps_the_layout(mesh_of, text, backend):
+    arrays = qkv(0, b=4, t=7, s=7, h=4, k=2)
+    ids = jnp.array([[1] * 4 + [2] * 3, [1] * 7, [0] * 2 + [1] * 5, [1] * 6 + [0]])
+
+    @jax.jit
+    def run(query, key, value, ids):
+        def loss(query, key, value):
+            mask = causal() & segments(ids) & window(3, None)
+            out, lse = attend(
+                query, key, value, mask=mask, score=softcap(3.0), backend=backend, return_lse=True
+            )
+            if not jax.sharding.get_abstract_mesh().empty:
+                assert jax.typeof(out).sharding.spec == jax.typeof(query).sharding.spec
+                assert jax.typeof(lse).sharding.spec == P(*jax.typeof(query).sharding.spec[:3])
+                lse, out = jax.sharding.reshard((lse, out), P())
+            return weighted_sum(out, lse), (out, lse)
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
+
+    expected = run(*arrays, ids)
+    mesh, placed = on_mesh(mesh_of, text, arrays)
+    with jax.set_mesh(mesh):
+        got = run(*placed, ids)  # segments whole on every device: attend lays them out
+        assert got[1][0].sharding.spec == P(ROWS, None, "tensor", None)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_one_key_head_may_be_whole_beside_cut_query_heads(mesh_of):
+    query, key, value = qkv(1, b=2, h=4, k=1)
+    mesh, (query_,) = on_mesh(mesh_of, "fsdp:2,tensor:2", [query])
+    _, others = on_mesh(mesh_of, "fsdp:2,tensor:2", [key, value], P(ROWS, None, None, None))
+    with jax.set_mesh(mesh):
+        got = jax.jit(attend)(query_, *others)
+    np.testing.assert_allclose(got, attend(query, key, value), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "query_spec, key_spec, words",
+    [
+        (P(None, "fsdp", None, None), P(), "length and head_dim must be whole"),
+        (P(None, None, None, "fsdp"), P(None, None, None, "fsdp"), "length and head_dim must be whole"),
+        (P("fsdp", None, None, None), P("fsdp", "tensor", None, None), "length and head_dim must be whole"),
+        (P("fsdp", None, "tensor", None), P("fsdp", None, None, None), "as the query's"),
+        (P("fsdp", None, None, None), P(), "as the query's"),
+        (P(), P("fsdp", None, None, None), "as the query's"),
+    ],
+)
+def test_layouts_that_would_mix_up_heads_or_rows_are_refused(mesh_of, refuses, query_spec, key_spec, words):
+    query, key, value = qkv(1, b=2, t=4, s=4, h=4, k=2, d=2, dv=2)
+    mesh, (query,) = on_mesh(mesh_of, "fsdp:2,tensor:2", [query], query_spec)
+    _, (key, value) = on_mesh(mesh_of, "fsdp:2,tensor:2", [key, value], key_spec)
+    with jax.set_mesh(mesh), refuses(words, "reshard first"):
+        attend(query, key, value)
+
+
+def test_devices_drop_different_places_and_copies_the_same(mesh_of):
+    one = jnp.ones((4, 6, 4, 2))
+    eye = jnp.broadcast_to(jnp.eye(6)[None, :, None], (4, 6, 4, 6))  # the output shows the weights
+
+    def run(mesh_text, spec):
+        mesh, arrays = on_mesh(mesh_of, mesh_text, [one, one, eye], spec)
+        with jax.set_mesh(mesh):
+            f = jax.jit(lambda *a: attend(*a, dropout_rate=0.5, dropout_key=jax.random.key(0)))
+            return f(*arrays)
+
+    out = np.asarray(run("fsdp:4,tensor:2", P(ROWS, None, "tensor", None)))
+    shards = [(out[i, :, j : j + 2] != 0).tobytes() for i in range(4) for j in (0, 2)]
+    assert len(set(shards)) == 8
+    copies = run("fsdp:4,tensor:2", P(ROWS, None, None, None)).addressable_shards
+    for shard in copies:
+        for other in copies:
+            if shard.index == other.index:
+                np.testing.assert_array_equal(shard.data, other.data)
+
+
+def test_returns_what_is_asked_in_order():
+    query, key, value = qkv(2)
+    out, lse, weights = attend(query, key, value, return_lse=True, return_weights=True)
+    assert (out.shape, lse.shape, weights.shape) == ((2, 5, 4, 3), (2, 5, 4), (2, 4, 5, 7))
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(attend(query, key, value, backend="blockwise"), out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(attend(query * 6**0.5, key, value, scale=1 / 6), out, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_is_refused_in_one_line(refuses, unchecked):
+    query, key, value = qkv(3)
+    with refuses("(batch, length, heads, head_dim)", "(5, 4, 6)"):
+        attend(query[0], key, value)
+    with refuses("batch, length and heads", "(1, 7, 2, 3)"):
+        attend(query, key, value[:1])
+    with refuses("one head_dim"):
+        attend(query[..., :2], key, value)
+    with refuses("multiple of key heads"):
+        attend(query[:, :, :3], key, value)
+    with refuses("unknown backend 'flash'", "auto, reference, blockwise"):
+        attend(query, key, value, backend="flash")
+    with refuses("return_weights needs backend='reference'"):
+        attend(query, key, value, backend="blockwise", return_weights=True)
+    with refuses("dropout needs backend='reference'"):
+        attend(query, key, value, backend="blockwise", dropout_rate=0.1, dropout_key=jax.random.key(0))
+    with refuses("dropout_rate", "under 1"):
+        attend(query, key, value, dropout_rate=1.0, dropout_key=jax.random.key(0))
+
+
+def test_swapped_layout_is_guessed(refuses, unchecked):
+    swapped = [jnp.swapaxes(x, 1, 2) for x in qkv(4, t=5, s=7, h=4, k=2)]
+    with refuses("laid out (batch, heads, length, head_dim)?"):
+        attend(*swapped)

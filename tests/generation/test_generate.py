@@ -1,0 +1,192 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnlab.data import Bytes
+from attnlab.generation import Generator, Sampling
+from attnlab.generation import generate as module
+from attnlab.layers import Attention, Bidirectional, Causal, Sliding
+from attnlab.models import DecoderConfig, Learned
+
+TOKENIZER = Bytes().train([])
+GREEDY = Sampling(temperature=0.0)
+CONTEXT = 40
+CONFIG = DecoderConfig(
+    depth=2, width=16, attention=Attention(heads=4, kv_heads=2), pattern=(Sliding(5), Causal())
+)
+
+
+def generator(mesh, config=CONFIG, context=CONTEXT):
+    model = config.build(TOKENIZER.vocab_size)
+    with jax.set_mesh(mesh):
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        tokens = jax.device_put(np.zeros((rows, 4), np.int32), jax.NamedSharding(mesh, P(("data", "fsdp"))))
+        params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+        params = jax.tree.map(lambda x: 15 * x if x.ndim > 1 else x, params)  # decided, and varied
+    return Generator(model, params, TOKENIZER, context, mesh)
+
+
+@pytest.fixture(scope="module")
+def one():
+    from attnlab.sharding import make_mesh, parse_mesh
+
+    return generator(make_mesh(parse_mesh("single", 1)))
+
+
+def by_full_forwards(g, prompt, count):
+    ids = [g.tokenizer.eos_id, *g.tokenizer.encode(prompt)]
+    forward = jax.jit(lambda tokens: g.model.apply({"params": g.params}, tokens))
+    with jax.set_mesh(g.mesh):
+        for _ in range(count):
+            padded = np.zeros((1, CONTEXT), np.int32)
+            padded[0, : len(ids)] = ids
+            ids.append(int(forward(jnp.asarray(padded))[0, len(ids) - 1].argmax()))
+    return ids[-count:]
+
+
+def test_greedy_is_the_argmax_of_full_forwards(one):
+    for prompt, count in (("abc", 19), ("", 5)):
+        (got,) = one([prompt], max_new_tokens=count, sampling=GREEDY)
+        expected = by_full_forwards(one, prompt, count)
+        if one.tokenizer.eos_id in expected:
+            expected = expected[: expected.index(one.tokenizer.eos_id)]
+        assert got.tokens == expected and len(set(expected)) > 2
+        assert got.ended in ("length", "eos")
+
+
+def test_a_batch_of_unequal_lengths_is_each_alone(one):
+    prompts = ["a", "hello wor", "x" * 14]
+    together = one(prompts, max_new_tokens=17, sampling=GREEDY)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert [row] == one([prompt], max_new_tokens=17, sampling=GREEDY)
+
+
+def test_draws_of_a_row_do_not_depend_on_the_others(one):
+    first = one(["abc", "q", "zz"], max_new_tokens=17, seed=3)
+    other = one(["abc", "a much longer one", "zz", "abc"], max_new_tokens=17, seed=3)
+    assert first[0] == other[0] and first[2] == other[2]
+    assert other[3].tokens != other[0].tokens  # the same prompt in another row
+    assert one(["abc"], max_new_tokens=17, seed=4)[0].tokens != first[0].tokens
+    samples = one(["abc"], max_new_tokens=17, num_samples=2, seed=3)
+    assert samples[0] == first[0] and samples[1].tokens != samples[0].tokens
+
+
+@pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2"])
+def test_a_mesh_changes_no_token(one, mesh_of, text):
+    prompts = ["a", "hello", "b" * 9]
+    on_mesh = generator(mesh_of(text))
+    assert on_mesh(prompts, max_new_tokens=9, sampling=GREEDY) == one(
+        prompts, max_new_tokens=9, sampling=GREEDY
+    )
+    assert on_mesh(prompts, max_new_tokens=9, seed=5) == one(prompts, max_new_tokens=9, seed=5)
+
+
+def test_ends_with_the_context_and_says_so(one, refuses):
+    (row,) = one(["a" * 30], max_new_tokens=100, sampling=Sampling(top_k=20))
+    assert row.ended in ("context", "eos") and len(row.tokens) <= CONTEXT - 31
+    if row.ended == "context":
+        assert len(row.tokens) == CONTEXT - 31
+    (row,) = one(["a" * 38], max_new_tokens=1, sampling=GREEDY)
+    assert len(row.tokens) == 1 and row.ended == "length"
+    with refuses("40 tokens", "holds 40", "at most 39"):
+        one(["short", "a" * 39], max_new_tokens=1)
+    assert one(["abc"], max_new_tokens=0)[0].tokens == []
+
+
+def test_learned_positions_last_to_the_end_of_the_context(mesh_of):
+    config = DecoderConfig(depth=1, width=16, attention=Attention(heads=2), positions=Learned(CONTEXT))
+    g = generator(mesh_of("single"), config)
+    (row,) = g(["a" * 20], max_new_tokens=CONTEXT, sampling=GREEDY)
+    expected = by_full_forwards(g, "a" * 20, CONTEXT - 21)
+    assert row.tokens == expected[: len(row.tokens)] and row.ended in ("context", "eos")
+
+
+def test_models_that_look_ahead_are_refused(one, refuses):
+    config = DecoderConfig(depth=1, width=16, attention=Attention(heads=2), pattern=(Bidirectional(),))
+    with refuses("Bidirectional"):
+        Generator(config.build(9), {}, TOKENIZER, 8, one.mesh)
+    for stop in ("abc", ["a", ""]):
+        with refuses("stop must be a list"):
+            one(["x"], stop=stop)
+
+
+def test_like_shapes_share_their_programs(one):
+    one(["abc", "abcd"], max_new_tokens=17, sampling=GREEDY)
+    before = module._start._cache_size(), module._decode._cache_size()
+    one(["abcde", "xyz"], max_new_tokens=30, sampling=GREEDY, seed=9)
+    one(["ab", "abcdefg"], max_new_tokens=20, sampling=GREEDY)
+    assert (module._start._cache_size(), module._decode._cache_size()) == before
+
+
+def rows_of(text, stop=(), piece=1):
+    """A row fed with these bytes, a few at a time; what it gave, piece by piece."""
+    row, given = module._Row("", TOKENIZER, stop), []
+    ids = TOKENIZER.encode(text).tolist() if isinstance(text, str) else list(text)
+    for start in range(0, len(ids), piece):
+        given.append(row.add(ids[start : start + piece]))
+    given.append(row.end("length"))
+    return row.completion(), given
+
+
+@pytest.mark.parametrize("piece", [1, 3, 16])
+@pytest.mark.parametrize(
+    "text, stop, expected",
+    [
+        ("one. two", ["."], "one"),
+        ("one END two", ["END", "two"], "one "),
+        ("one EN END", ["END"], "one EN "),
+        ("no stop EN", ["END"], "no stop EN"),
+        ("abé€é abé", ["bé€x", "abé€é a"], ""),
+        ("xbé", ["bé"], "x"),
+        ("tail \N{SNOWMAN}", [], "tail \N{SNOWMAN}"),
+    ],
+)
+def test_what_is_streamed_is_the_text(text, stop, expected, piece):
+    done, given = rows_of(text, stop, piece)
+    assert done.text == expected == "".join(given)
+    assert done.ended == ("stop" if expected != text else "length")
+    for i in range(len(given)):
+        assert expected.startswith("".join(given[:i]))
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5])
+def test_the_token_that_completes_a_stop_string_is_the_last(piece):
+    done, _ = rows_of("one, two, three", [", t"], piece)
+    assert TOKENIZER.decode(done.tokens) == "one, t" and done.text == "one"
+
+
+def test_half_a_character_waits_for_its_other_half():
+    done, given = rows_of("a€b")
+    ids = TOKENIZER.encode("a€b")
+    assert len(ids) == 5
+    assert given == ["a", "", "", "€", "b", ""]
+    done, given = rows_of("a€")
+    assert given[:-1] == ["a", "", "", "€"]
+
+
+def test_a_broken_end_is_given_once_nothing_can_mend_it():
+    ids = TOKENIZER.encode("a€").tolist()[:-1]
+    row = module._Row("", TOKENIZER, ())
+    assert row.add(ids) == "a"
+    assert row.end("length") == row.completion().text[1:] == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_nothing_comes_after_the_end():
+    row = module._Row("", TOKENIZER, ["z"])
+    ids = TOKENIZER.encode("ab").tolist()
+    assert row.add([*ids, TOKENIZER.eos_id, *ids]) == "ab"
+    assert row.add(ids) == "" and row.end("length") == ""
+    assert row.completion().tokens == ids and row.completion().ended == "eos"
+
+
+def test_stream_concatenates_to_the_completions(one):
+    pieces = {0: "", 1: ""}
+
+    def stream(row, text):
+        pieces[row] += text
+
+    rows = one(["abc", "de"], max_new_tokens=21, stop=["e"], stream=stream, seed=1)
+    assert [pieces[0], pieces[1]] == [row.text for row in rows]
+    assert any(row.text for row in rows)

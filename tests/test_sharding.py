@@ -1,0 +1,72 @@
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnlab.sharding import check_divides, describe, make_mesh, parse_mesh, spec, stored_spec, used_spec
+
+
+@pytest.mark.parametrize(
+    "text, devices, sizes",
+    [
+        ("single", 8, (1, 1, 1)),
+        ("data", 8, (8, 1, 1)),
+        ("fsdp", 6, (1, 6, 1)),
+        ("tensor", 4, (1, 1, 4)),
+        ("fsdp_tensor", 8, (1, 4, 2)),
+        ("fsdp_tensor", 16, (1, 4, 4)),
+        ("fsdp_tensor", 6, (1, 3, 2)),
+        ("fsdp_tensor", 7, (1, 7, 1)),
+        ("fsdp_tensor", 1, (1, 1, 1)),
+        ("data:2,fsdp:2,tensor:2", 8, (2, 2, 2)),
+        ("tensor:2", 8, (1, 1, 2)),
+        (" fsdp:4, data:2", 8, (2, 4, 1)),
+    ],
+)
+def test_presets_and_sizes(text, devices, sizes):
+    assert tuple(parse_mesh(text, devices).values()) == sizes
+
+
+@pytest.mark.parametrize(
+    "text, devices, words",
+    [
+        ("fdsp:8", 8, ["--mesh=fdsp:8", "data, fsdp, tensor", "fsdp_tensor"]),
+        ("", 8, ["expected one of"]),
+        ("fsdp:0", 8, ["size of fsdp", "at least 1"]),
+        ("fsdp:-1", 8, ["size of fsdp"]),
+        ("fsdp:x", 8, ["size of fsdp"]),
+        ("fsdp:²", 8, ["size of fsdp"]),
+        ("data:2,data:4", 8, ["data twice"]),
+        ("fsdp:8,tensor:2", 8, ["needs 16 devices", "are 8", "single, data:8, fsdp:8, fsdp:4,tensor:2"]),
+        ("data:2", 1, ["needs 2 devices", "is 1", "these fit: single"]),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(refuses, text, devices, words):
+    with refuses(*words):
+        parse_mesh(text, devices)
+
+
+@pytest.mark.parametrize("text", ["single", "fsdp:8", "data:2,fsdp:2,tensor:2", "tensor:4"])
+def test_describe_is_what_parse_reads(text):
+    mesh = make_mesh(parse_mesh(text, 8))
+    assert describe(mesh) == text
+    assert all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
+
+
+def test_specs_of_activations_and_parameters(mesh_of):
+    with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
+        assert spec("batch", "sequence", "heads", None) == P(("data", "fsdp"), None, "tensor", None)
+        assert stored_spec((512, 64), ("vocab", "embed")) == P("tensor", "fsdp")
+        assert used_spec((512, 64), ("vocab", "embed")) == P("tensor", None)
+        assert stored_spec((257, 64), ("vocab", "embed")) == P(None, "fsdp")
+        assert stored_spec((64, 4, 16), ("embed", "heads", "head_dim")) == P("fsdp", "tensor", None)
+
+
+def test_dimensions_that_cannot_be_cut_name_what_would_do(refuses):
+    sizes = {"data": 2, "fsdp": 4, "tensor": 4}
+    check_divides(sizes, {"batch": ("batch", 16), "width": ("embed", 12), "heads": ("heads", 4)})
+    with refuses("data.batch=12", "8 pieces", "data x fsdp", "a multiple of 8", "1 or 2 or 3 or 4 or 6"):
+        check_divides(sizes, {"data.batch": ("batch", 12)})
+    with refuses("model.width=10", "4 pieces over mesh axes fsdp", "fsdp of 1 or 2"):
+        check_divides(sizes, {"model.width": ("embed", 10)})
+    with refuses("kv_heads=2", "tensor of 1 or 2"):
+        check_divides(sizes, {"kv_heads": ("kv_heads", 2)})
