@@ -133,7 +133,9 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "said"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
 def test_mistakes_in_training(place, refused, arguments, said):
     (place / "empty.txt").write_text("\n\n")
     (place / "latin.txt").write_bytes(b"nai\xefve " * 100)
@@ -264,7 +266,9 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(place, capfd):
     before = contents(run / "checkpoints" / "4")
     assert call("--mode=eval", "--workdir=run") == 0  # it only reads, so it moves nothing
     out, err = capfd.readouterr()
-    assert "checkpoint 4 is damaged" in out and "going back to 2" in out and "step 2: loss" in out and err == ""
+    assert (
+        "checkpoint 4 is damaged" in out and "going back to 2" in out and "step 2: loss" in out and err == ""
+    )
     assert contents(run / "checkpoints" / "4") == before
     assert call("--workdir=run") == 0
     out, err = capfd.readouterr()
@@ -317,8 +321,17 @@ def test_a_full_disk_at_the_start(place, refused):
 def test_a_full_disk_in_the_middle_keeps_earlier_checkpoints(place, refused, capfd):
     with small_disk(place / "disk", "1m") as disk:
         run = disk / "run"
-        small = ["--config=tiny.py", f"--workdir={run}", "--config.train.keep=1000", "--config.train.steps=1000"]
-        out = refused(*small, "--config.train.checkpoint_every=1", said=["could not be written", "No space left on device", "whole ones: 1, 2, "])
+        small = [
+            "--config=tiny.py",
+            f"--workdir={run}",
+            "--config.train.keep=1000",
+            "--config.train.steps=1000",
+        ]
+        out = refused(
+            *small,
+            "--config.train.checkpoint_every=1",
+            said=["could not be written", "No space left on device", "whole ones: 1, 2, "],
+        )
         assert "done" not in out
         assert call("--mode=eval", f"--workdir={run}") == 0
         out, err = capfd.readouterr()
@@ -360,7 +373,11 @@ def test_the_program_itself(place, arguments, said):
 
 def test_a_loss_that_is_no_number_is_one_line_and_exit_code_1(place, capfd):
     run = place / "nan"
-    big = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=none", "--config.train.steps=50"]
+    big = [
+        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.clip_norm=none",
+        "--config.train.steps=50",
+    ]
     assert call("--config=tiny.py", f"--workdir={run}", *big) == 1
     out, err = capfd.readouterr()
     assert err.startswith("error: step ") and err.count("\n") == 1
@@ -372,5 +389,3 @@ def test_messages_are_told_apart():
     """No two rows of the table are the same mistake."""
     assert all(a != b for a, b in itertools.combinations([json.dumps(m[0]) for m in MISTAKES], 2))
     assert len(MISTAKES) >= 40
-
-

@@ -21,7 +21,9 @@ def tiny(tmp_path, monkeypatch):
     """The arguments of a run of a few minutes' worth of checkpoints: one every third step."""
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path)
-    every = [f"--config.train.{name}" for name in ("steps=60", "checkpoint_every=3", "eval_every=20", "keep=2")]
+    every = [
+        f"--config.train.{name}" for name in ("steps=60", "checkpoint_every=3", "eval_every=20", "keep=2")
+    ]
     return ["--config=tiny.py", *every]
 
 
@@ -91,7 +93,9 @@ def test_killed_three_times_ends_bit_for_bit_the_same(tiny, tmp_path, mesh):
 
 def test_sigterm_saves_and_tells_how_to_go_on(tiny, tmp_path):
     child = subprocess.Popen(
-        command(*tiny, "--config.train.steps=100000", "--config.train.checkpoint_every=100000", "--workdir=run"),
+        command(
+            *tiny, "--config.train.steps=100000", "--config.train.checkpoint_every=100000", "--workdir=run"
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

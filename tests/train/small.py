@@ -15,10 +15,16 @@ from attnlab.train.session import Session
 TOKENIZER = Bytes().train([])
 
 
-def experiment(*, optimizer=None, loss=None, dropout=0.0, batch_size=8, model=None, data="stdlib_docs", **train):
+def experiment(
+    *, optimizer=None, loss=None, dropout=0.0, batch_size=8, model=None, data="stdlib_docs", **train
+):
     """A small experiment; what is left over are fields of `Train`."""
     config = DecoderConfig(
-        depth=2, width=16, attention=Attention(heads=4, kv_heads=2), feed_forward=MLP(width=32), dropout=dropout
+        depth=2,
+        width=16,
+        attention=Attention(heads=4, kv_heads=2),
+        feed_forward=MLP(width=32),
+        dropout=dropout,
     )
     return Experiment(
         model=dataclasses.replace(config, **(model or {})),

@@ -26,7 +26,9 @@ def state_on(text, seed=0):
     rng = np.random.default_rng(seed)
     specs = {"kernel": P("fsdp", "tensor"), "scale": P(None), "step": P()}
     values = {"kernel": rng.normal(size=(16, 8)), "scale": rng.normal(size=(16,)), "step": np.array(seed)}
-    return {n: jax.device_put(jnp.float32(x), sharding.named(mesh(text), specs[n])) for n, x in values.items()}
+    return {
+        n: jax.device_put(jnp.float32(x), sharding.named(mesh(text), specs[n])) for n, x in values.items()
+    }
 
 
 def abstract(state):

@@ -22,7 +22,9 @@ class Batches:
     def __next__(self):
         self.taken += 1
         batch = random_batch(self.taken)
-        return batch._replace(weights=batch.weights * np.float32("nan")) if self.taken == self.poison else batch
+        return (
+            batch._replace(weights=batch.weights * np.float32("nan")) if self.taken == self.poison else batch
+        )
 
     def get_state(self):
         return {"taken": self.taken}
@@ -186,4 +188,3 @@ def test_the_wait_for_input_is_a_share_of_the_time():
     waits = [metrics["input_wait"] for kind, _, metrics in record.events if kind == "train"]
     assert all(0 <= wait <= 1 for wait in waits)
     assert max(waits) > 0.5
-

@@ -117,7 +117,9 @@ def test_by_default_scales_and_biases_do_not_decay():
 
 
 def test_rules_that_match_nothing_are_refused():
-    with pytest.raises(InputError, match="'nothing' matches no parameter; names are like layers/up/bias, norm/scale"):
+    with pytest.raises(
+        InputError, match="'nothing' matches no parameter; names are like layers/up/bias, norm/scale"
+    ):
         updates(AdamW(rules=(Rule("nothing"),)))
     with pytest.raises(InputError, match="'\\(' is no regular expression"):
         updates(AdamW(rules=(Rule("("),)))

@@ -20,7 +20,9 @@ STEPS = 50
 
 @cache
 def losses(mesh):
-    made = session(experiment(optimizer=AdamW(learning_rate=1e-2, schedule=Constant(warmup=5)), steps=STEPS), mesh)
+    made = session(
+        experiment(optimizer=AdamW(learning_rate=1e-2, schedule=Constant(warmup=5)), steps=STEPS), mesh
+    )
     state, found = made.new_state(), []
     for step in range(STEPS):
         state, metrics = made.train_step(state, made.to_devices(random_batch(step % 4)))
@@ -84,7 +86,9 @@ def collectives(text):
         match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
         if match:
             result, kind, start = match.groups()
-            shapes = [tuple(map(int, filter(None, s.split(",")))) for s in re.findall(r"\w+\[([\d,]*)\]", result)]
+            shapes = [
+                tuple(map(int, filter(None, s.split(",")))) for s in re.findall(r"\w+\[([\d,]*)\]", result)
+            ]
             if start and kind == "all-gather":
                 shapes = shapes[len(shapes) // 2 :]  # operands, then results
             found += [Collective(kind, shape) for shape in shapes]
@@ -123,7 +127,12 @@ def parameter_shapes(made):
 def activation_sizes(made):
     """Sizes of arrays with a batch dimension on one device and, over fsdp and data, of all of them."""
     sizes = set()
-    for pieces in (1, made.mesh.shape["data"] * made.mesh.shape["fsdp"], made.mesh.shape["fsdp"], made.mesh.shape["data"]):
+    for pieces in (
+        1,
+        made.mesh.shape["data"] * made.mesh.shape["fsdp"],
+        made.mesh.shape["fsdp"],
+        made.mesh.shape["data"],
+    ):
         sizes |= {ROWS // pieces, ROWS // pieces * 16}
     return sizes
 
@@ -133,7 +142,9 @@ def of_activations(made, found):
     return [c for c in found if c.kind == "all-gather" and math.prod(c.shape) not in parameter_shapes(made)]
 
 
-@pytest.mark.parametrize("mesh", ["single", "data:8", "fsdp:8", "tensor:2", "fsdp:4,tensor:2", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.parametrize(
+    "mesh", ["single", "data:8", "fsdp:8", "tensor:2", "fsdp:4,tensor:2", "data:2,fsdp:2,tensor:2"]
+)
 def test_collectives_of_the_step(mesh):
     made, found = compiled(mesh)
     kinds = Counter(c.kind for c in found)
@@ -160,6 +171,10 @@ def test_the_check_finds_a_gathered_activation():
     """A program that gathers the batch is told from one that gathers a parameter."""
     made = session(experiment(model={"width": WIDTH}, batch_size=ROWS), "fsdp:8")
     with jax.set_mesh(made.mesh):
-        x = jax.ShapeDtypeStruct((ROWS, 16, WIDTH), "float32", sharding=jax.NamedSharding(made.mesh, P("fsdp")))
-        text = jax.jit(lambda x: jax.sharding.reshard(x, P(None, None, None)) * 2).lower(x).compile().as_text()
+        x = jax.ShapeDtypeStruct(
+            (ROWS, 16, WIDTH), "float32", sharding=jax.NamedSharding(made.mesh, P("fsdp"))
+        )
+        text = (
+            jax.jit(lambda x: jax.sharding.reshard(x, P(None, None, None)) * 2).lower(x).compile().as_text()
+        )
     assert of_activations(made, collectives(text))

@@ -27,9 +27,7 @@ def leaves(tree):
 def test_gradient_accumulation_equals_the_whole_batch(optimizer):
     # AdamW's epsilon is above the noise, which a gradient of nearly nothing would otherwise be all of.
     batch = random_batch(uneven=True)
-    whole, parts = (
-        session(experiment(optimizer=optimizer, microbatches=count)) for count in (1, 4)
-    )
+    whole, parts = (session(experiment(optimizer=optimizer, microbatches=count)) for count in (1, 4))
     start = whole.new_state()
     one, metrics_one = stepped(whole, start, batch)
     four, metrics_four = stepped(parts, start, batch)
@@ -40,9 +38,7 @@ def test_gradient_accumulation_equals_the_whole_batch(optimizer):
 
 def test_clipping_scales_the_whole_gradient_to_the_norm():
     plain = {"momentum": 0.0, "weight_decay": 0.0, "schedule": Constant(), "learning_rate": 1.0}
-    free, clipped = (
-        session(experiment(optimizer=SGD(clip_norm=norm, **plain))) for norm in (None, 0.01)
-    )
+    free, clipped = (session(experiment(optimizer=SGD(clip_norm=norm, **plain))) for norm in (None, 0.01))
     start, batch = free.new_state(), random_batch()
     one, metrics = stepped(free, start, batch)
     two, same = stepped(clipped, start, batch)
