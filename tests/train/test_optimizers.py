@@ -21,8 +21,8 @@ from attnlab.train import (
     Rule,
     ScheduleFree,
     WarmupStableDecay,
+    optimizers,
 )
-from attnlab.train import optimizers
 from tests.train.small import experiment, random_batch, session
 
 PARAMS = {

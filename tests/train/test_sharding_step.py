@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.train import Constant, AdamW
+from attnlab.train import AdamW, Constant
 from tests.train.small import experiment, random_batch, session
 
 MESHES = ["single", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"]
