@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from attnlab import config, sharding
 from attnlab.data import Tokenizer
@@ -72,7 +73,7 @@ def _remove_if_empty(request: Request) -> None:
 
 
 def prepare(request: Request) -> None:
-    """Sets JAX up: simulated devices, the compile cache, NaN checks."""
+    """Sets JAX up: simulated devices, NaN checks."""
     # What goes wrong in a library is raised, and told once, by us: it need not log it as well.
     logging.set_verbosity(logging.FATAL)
     _leave_libtpu_alone()
@@ -83,11 +84,6 @@ def prepare(request: Request) -> None:
     if 1 < count <= MAX_SIMULATED and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX is running already: an earlier run of a sweep
             jax.config.update("jax_num_cpu_devices", count)  # counts only where the CPU is all there is
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "attnlab", "xla"
-        )
-        jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_debug_nans", request.debug_nans)
 
 
@@ -106,7 +102,21 @@ def open_session(request: Request, experiment: Experiment) -> Session:
     except RuntimeError as error:
         raise InputError(f"JAX has no devices to run on: {error}") from error
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
+    _keep_programs(mesh)
     return Session(experiment, mesh, _saved_tokenizer(request) or experiment.data.build_tokenizer())
+
+
+def _keep_programs(mesh: jax.sharding.Mesh) -> None:
+    """Keeps compiled programs on disk for the next start, except those of simulated devices.
+
+    Of those, one that is read back hangs in its collectives until XLA ends the process (jax 0.10.2).
+    """
+    simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    jax.config.update("jax_enable_compilation_cache", not simulated)
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "attnlab", "xla"))
+    compilation_cache.reset_cache()  # JAX looks at these once a process
 
 
 def _saved_tokenizer(request: Request) -> Tokenizer | None:

@@ -18,6 +18,7 @@ from attnlab.train.optimizers import parameter_name
 
 FOLDER = "checkpoints"
 BEST_METRIC = "loss"
+METRICS = "metrics/metrics"  # within a checkpoint; as Orbax has it
 
 
 class DataPosition:
@@ -77,7 +78,10 @@ class Checkpoints:
         self._pending: tuple[int, Any] | None = None
         if keep is None and not self.root.exists():
             raise InputError(f"no checkpoint under {self.root}")
-        self._manager = self._open()
+        if keep is not None:
+            self._set_aside_unreadable()
+        # A reader does without: Orbax reads the description of every checkpoint before it opens the folder.
+        self._manager = None if keep is None else self._open()
 
     def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
@@ -96,19 +100,32 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps there are checkpoints of, first to last."""
-        return sorted(c.step for c in self._manager.checkpoints)
+        if self._manager is not None:
+            return sorted(c.step for c in self._manager.checkpoints)
+        return self._folders()
+
+    def _folders(self) -> list[int]:
+        found = self.root.iterdir() if self.root.exists() else ()
+        return sorted(int(path.name) for path in found if path.name.isdigit())
 
     def best(self) -> int | None:
         """The step with the lowest validation loss; None if none was evaluated."""
-        known = [(c.metrics[BEST_METRIC], c.step) for c in self._manager.checkpoints if c.metrics]
-        return min(known)[1] if known else None
+        known = {step: metrics[BEST_METRIC] for step in self.steps() if (metrics := self._metrics(step))}
+        return min(known, key=known.__getitem__) if known else None
 
     def measured(self, step: int) -> bool:
         """Whether there is a checkpoint of this step with its validation loss."""
-        return any(c.step == step and c.metrics for c in self._manager.checkpoints)
+        return step in self.steps() and self._metrics(step) is not None
+
+    def _metrics(self, step: int) -> dict[str, float] | None:
+        try:
+            return json.loads((self.root / str(step) / METRICS).read_text())
+        except (OSError, ValueError):  # not evaluated, or damaged
+            return None
 
     def save(self, step: int, state: Any, data: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts writing a checkpoint; arrays are copied first, so the state may be donated at once."""
+        assert self._manager is not None, "opened for reading only"
         self.wait()
         if step in self.steps():
             return
@@ -155,7 +172,8 @@ class Checkpoints:
         finally:
             # Closing tells of a save that failed once more.
             with contextlib.suppress(Exception):
-                self._manager.close()
+                if self._manager is not None:
+                    self._manager.close()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
@@ -177,8 +195,8 @@ class Checkpoints:
         for candidate in candidates:
             data = DataPosition()
             try:
-                loaded = self._manager.load_checkpointables(
-                    candidate, {"state": abstract_state, "data": data}
+                loaded = ocp.load_checkpointables(
+                    self.root / str(candidate), {"state": abstract_state, "data": data}
                 )
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
                 failures.append((candidate, error))
@@ -187,8 +205,7 @@ class Checkpoints:
                 self._say(
                     f"checkpoint {damaged} is damaged ({_first_line(error)}): going back to {candidate}"
                 )
-                if self._keep is not None:
-                    self._set_aside(damaged)
+                self._set_aside(damaged)
             return Restored(candidate, loaded["state"], data.state)
         step, error = failures[0]
         raise InputError(
@@ -207,15 +224,29 @@ class Checkpoints:
             raise InputError(f"--checkpoint={which}: there are latest, best, {', '.join(map(str, steps))}")
         return int(which)
 
+    def _set_aside_unreadable(self) -> None:
+        """Moves checkpoints out of the way whose description is broken: Orbax would not open the folder."""
+        steps = self._folders()
+        broken = {step: error for step in steps if (error := _broken(self.root / str(step)))}
+        if broken and len(broken) == len(steps):
+            raise InputError(f"checkpoint {steps[-1]} under {self.root} cannot be read: {broken[steps[-1]]}")
+        for step, error in broken.items():
+            self._say(f"checkpoint {step} is damaged ({error}): set aside")
+            self._move(step)
+
     def _set_aside(self, step: int) -> None:
         """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
+        if self._manager is not None:  # a reader leaves everything where it is
+            self._move(step)
+            self._manager.close()
+            self._manager = self._open()
+
+    def _move(self, step: int) -> None:
         target = self.root.parent / "damaged" / str(step)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rmtree()
         (self.root / str(step)).rename(target)
-        self._manager.close()
-        self._manager = self._open()
 
 
 def params_sha256(params: Any) -> str:
@@ -234,6 +265,17 @@ def _system_error(error: Exception) -> str | None:
         return error.strerror
     found = re.search(r"([^:]*)\[os_error_code=", str(error))  # as TensorStore tells it
     return found[1].strip() if found else None
+
+
+def _broken(checkpoint: epath.Path) -> str | None:
+    """What is wrong with the files that describe a checkpoint; None if they can be read."""
+    for name in ("_CHECKPOINT_METADATA", METRICS):
+        try:
+            if (file := checkpoint / name).exists():
+                json.loads(file.read_text())
+        except ValueError as error:
+            return f"{name}: {_first_line(error)}"
+    return None
 
 
 def _first_line(error: Exception) -> str:

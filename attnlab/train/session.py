@@ -88,14 +88,9 @@ class Session:
         return self._on_mesh(jax.jit(make_eval_step(self.model)))
 
     def _on_mesh(self, function):
-        # Simulated devices share a few threads: of two programs under way at once, each could wait in a
-        # collective for threads that the other one holds, and XLA would end the process.
-        simulated = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
-
         def call(*args):
             with jax.set_mesh(self.mesh):
-                result = function(*args)
-            return jax.block_until_ready(result) if simulated else result
+                return function(*args)
 
         return call
 

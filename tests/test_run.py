@@ -1,0 +1,203 @@
+"""The program end to end, as a person runs it: in a process of its own, from another directory."""
+
+import json
+import os
+import re
+import resource
+
+import pytest
+
+from tests.programs import ROOT, call, metrics, program, write_text, write_tiny
+
+SMALL = [
+    *("--config.model.depth=1", "--config.model.width=32", "--config.model.attention.heads=4"),
+    *("--config.model.attention.kv_heads=2", "--config.data.tokenizer=Bytes"),
+    *("--config.data.sequence_length=32", "--config.data.batch_size=8"),
+]  # fmt: skip
+
+
+def ran(*arguments, cwd, **options):
+    done = program(*arguments, cwd=cwd, **options)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    """A quick run of the default experiment, made small; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    text = write_text(folder / "words.txt", lines=2000)
+    config = f"--config={ROOT / 'experiments' / 'lm_docs.py'}"
+    out = ran(
+        config, *SMALL, f"--config.data.name=text:{text}", "--fast_dev_run", "--workdir=run", cwd=folder
+    )
+    return folder, out
+
+
+def test_a_quick_run_goes_through_every_stage(lm):
+    folder, out = lm
+    there = {p.name for p in (folder / "run").iterdir()}
+    assert there == {
+        *("config.json", "experiment.py", "tokenizer.json", "metrics.jsonl", "tensorboard"),
+        *("checkpoints", "report.json", "pictures"),
+    }
+    assert {p.name for p in (folder / "run" / "pictures").iterdir()} == {"attention.png", "attention.svg"}
+    report = json.loads((folder / "run" / "report.json").read_text())
+    assert set(report) == {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz"}
+    assert (
+        "training in" in out and "done at step 2" in out and "go on, evaluate or sample with: python " in out
+    )
+
+
+def test_progress_is_plain_lines_where_nobody_watches(lm):
+    _, out = lm
+    assert "\x1b" not in out and "\r" not in out
+    assert re.search(r"^step 1/2  train +loss \d\.\d{4} +[\d.]+k? tokens/s", out, re.MULTILINE)
+    assert re.search(r"^step 2/2  eval +loss \d\.\d{4}  accuracy", out, re.MULTILINE)
+
+
+def test_metrics_are_one_object_a_line(lm):
+    folder, _ = lm
+    lines = metrics(folder / "run")
+    assert [(line["step"], line["split"]) for line in lines] == [
+        (1, "train"),
+        (1, "eval"),
+        (2, "train"),
+        (2, "eval"),
+    ]
+    both = {"step", "split", "loss", "accuracy", "bits_per_byte"}
+    speed = {"grad_norm", "tokens_per_second", "model_flops_utilization", "input_wait"}
+    for line in lines:
+        assert both | (speed if line["split"] == "train" else set()) <= set(line)
+        assert all(isinstance(value, int | float) for name, value in line.items() if name != "split")
+
+
+def test_the_workdir_alone_goes_on(lm):
+    folder, _ = lm
+    before = metrics(folder / "run")
+    out = ran("--workdir=run", "--config.train.steps=4", cwd=folder)
+    assert "going on at step 2" in out and "done at step 4" in out
+    assert metrics(folder / "run")[: len(before)] == before
+    assert metrics(folder / "run")[-1]["step"] == 4
+
+
+def test_eval_and_describe(lm):
+    folder, _ = lm
+    out = ran("--mode=eval", "--workdir=run", cwd=folder)
+    assert re.search(r"^step \d: loss \d\.\d{4}, accuracy [\d.]+, bits_per_byte [\d.]+$", out, re.MULTILINE)
+    out = ran("--mode=describe", "--workdir=run", cwd=folder)
+    assert re.search(r"^params_sha256: [0-9a-f]{64}$", out, re.MULTILINE)
+    assert "model.depth" in out and "FLOPs a token" in out
+
+
+def test_sample(lm):
+    folder, _ = lm
+    out = ran("--mode=sample", "--workdir=run", "--prompt=the cat", "--max_new_tokens=8", cwd=folder)
+    assert out.startswith("the cat") and out.endswith("\n") and "---" not in out
+    again = ran("--mode=sample", "--workdir=run", "--prompt=the cat", "--max_new_tokens=8", cwd=folder)
+    assert again == out  # the seed decides
+    two = ran(
+        "--mode=sample", "--workdir=run", "--prompt=the", "--num_samples=2", "--max_new_tokens=8", cwd=folder
+    )
+    assert two.count("--- ") == 2 and "--- 1 of 2\nthe" in two
+    stopped = ran(
+        *("--mode=sample", "--workdir=run", "--prompt=the", "--stop= ", "--temperature=0"),
+        *("--max_new_tokens=20",), cwd=folder,
+    )  # fmt: skip
+    assert " " not in stopped.removeprefix("the").removesuffix("\n")
+
+
+@pytest.mark.slow
+def test_pronoun(tmp_path):
+    config = f"--config={ROOT / 'experiments' / 'pronoun.py'}"
+    out = ran(config, "--fast_dev_run", "--workdir=run", "--config.model.width=16", cwd=tmp_path)
+    assert "resolved: " in out and "claim FAILS" in out
+    assert {p.name for p in (tmp_path / "run" / "pictures").iterdir()} == {"it.png", "it.svg"}
+    assert set(json.loads((tmp_path / "run" / "report.json").read_text())) == {"accuracy", "best_head"}
+    assert all("bits_per_byte" not in line for line in metrics(tmp_path / "run", "eval"))
+
+
+# In this process, to be quick -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path)
+    return "--config=tiny.py"
+
+
+def test_a_sweep_is_compared_in_a_table(tiny, tmp_path, capfd):
+    assert call(tiny, "--sweep=optimizer.learning_rate=1e-2,1e-4", "--workdir=sweep") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    header, best, other = out[out.index("optimizer.learning_rate  eval_loss") :].splitlines()[:3]
+    assert best.split()[0] == "0.01" and other.split()[0] == "0.0001"
+    assert float(best.split()[1]) < float(other.split()[1])
+    assert {p.name for p in (tmp_path / "sweep").iterdir()} == {
+        *("learning_rate=0.01", "learning_rate=0.0001", "sweep.json")
+    }
+
+
+def test_one_batch_over_and_over_is_learnt_by_heart(tiny):
+    assert call(tiny, "--workdir=run", "--overfit_batches=1", "--config.train.steps=40") == 0
+    losses = [line["loss"] for line in metrics("run", "train")]
+    assert losses[-1] < losses[0] - 2
+
+
+def test_a_trace_of_some_steps(tiny, tmp_path, capfd):
+    assert call(tiny, "--workdir=run", "--profile=2:4") == 0
+    assert "a trace of steps 2 to 3 is in" in capfd.readouterr().out
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_another_run_s_parameters_are_a_start(tiny, capfd):
+    assert call(tiny, "--workdir=one") == 0
+    assert call(tiny, "--workdir=two", "--init_from=one", "--seed=3", "--max_steps=1") == 0
+    assert "started 12 of 12 parameters from the other run" in capfd.readouterr().out
+    first, last = metrics("two", "train")[0]["loss"], metrics("one", "eval")[-1]["loss"]
+    assert first == pytest.approx(last, abs=0.5)
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp_tensor", "data:2,fsdp:2,tensor:2"])
+def test_meshes_by_name(tiny, mesh, capfd):
+    assert call(tiny, "--workdir=run", f"--mesh={mesh}", "--max_steps=1") == 0
+    out, err = capfd.readouterr()
+    assert (
+        f"on mesh {'data:8' if mesh == 'data' else 'fsdp:4,tensor:2' if mesh == 'fsdp_tensor' else mesh} (8 cpu devices)"
+        in out
+    )
+    assert err == ""
+
+
+def test_debug_nans_stops_at_the_operation(tiny, capfd):
+    huge = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=none"]
+    assert call(tiny, "--workdir=run", "--debug_nans", *huge, "--config.train.steps=9") == 1
+    _, err = capfd.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "nan" in err
+
+
+def test_the_seed_decides_a_run(tiny):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert call(tiny, f"--workdir={name}", f"--seed={seed}", "--max_steps=2") == 0
+    a, b, c = ([line["loss"] for line in metrics(name)] for name in "abc")
+    assert a == b != c
+
+
+def test_each_evaluation_reads_as_many_batches_as_asked(tiny):
+    for count in (1, 2):
+        assert call(tiny, f"--workdir={count}", f"--config.train.eval_batches={count}", "--max_steps=1") == 0
+    assert metrics("1", "eval")[0]["loss"] != metrics("2", "eval")[0]["loss"]
+
+
+def test_help_is_quick_and_needs_no_jax(tmp_path):
+    """Two seconds of the processor, wherever JAX is or is not."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("jax", "flax", "orbax"):
+        (hidden / f"{name}.py").write_text("raise ImportError('hidden')")
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
+    out = ran("--help", cwd=tmp_path, PYTHONPATH=os.fspath(hidden))
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "--workdir" in out
+    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 2

@@ -1,0 +1,59 @@
+"""Operations counted from the config against those that XLA counts in the program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.layers import MLP, Attention, Bidirectional, Causal, GatedMLP, Sliding
+from attnlab.models import DecoderConfig
+from attnlab.train.flops import PEAK, peak_flops, token_flops
+
+LENGTH, VOCAB, ROWS = 64, 96, 2
+
+
+@pytest.mark.parametrize("feed_forward", [MLP(width=96), GatedMLP(width=64)], ids=["MLP", "GatedMLP"])
+@pytest.mark.parametrize("kv_heads", [None, 2], ids=["all heads", "grouped"])
+def test_the_count_is_that_of_the_program(feed_forward, kv_heads):
+    """Wide enough that matrix products are nearly all of it; bidirectional, so that every pair counts."""
+    config = DecoderConfig(
+        depth=2,
+        width=128,
+        attention=Attention(heads=4, kv_heads=kv_heads),
+        feed_forward=feed_forward,
+        pattern=(Bidirectional(),),
+        scan=False,
+    )
+    model, tokens = config.build(VOCAB), jnp.zeros((ROWS, LENGTH), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    analysis = jax.jit(model.apply).lower(params, tokens).compile().cost_analysis()
+    counted = token_flops(config, VOCAB, LENGTH)
+    ours = (counted.weights + counted.attention) * ROWS * LENGTH
+    assert analysis["flops"] == pytest.approx(ours, rel=0.06)
+    assert counted.training == 3 * (counted.weights + counted.attention)
+
+
+def brute_force(kind, length):
+    i, j = np.mgrid[:length, :length]
+    if isinstance(kind, Bidirectional):
+        return (abs(i - j) <= (length if kind.window is None else kind.window)).sum()
+    return ((j <= i) & (j > i - (kind.window if isinstance(kind, Sliding) else length))).sum()
+
+
+@pytest.mark.parametrize("kind", [Causal(), Sliding(window=1), Sliding(window=5), Sliding(window=99), Bidirectional(), Bidirectional(window=3)], ids=repr)  # fmt: skip
+def test_attention_counts_the_pairs_that_its_mask_allows(kind):
+    config = DecoderConfig(depth=3, width=32, attention=Attention(heads=2), pattern=(kind,))
+    expected = 3 * 4 * 32 * brute_force(kind, 20) / 20
+    assert token_flops(config, VOCAB, 20).attention == pytest.approx(expected)
+
+
+def test_peaks():
+    class Device:
+        def __init__(self, kind):
+            self.platform, self.device_kind = "tpu", kind
+
+    assert peak_flops(Device("TPU v5 lite")) == PEAK["TPU v5 lite"]  # not the v5, whose name it begins with
+    assert peak_flops(Device("TPU v5")) == PEAK["TPU v5"]
+    assert peak_flops(Device("NVIDIA H100 80GB HBM3")) == PEAK["NVIDIA H100"]
+    assert np.isnan(peak_flops(Device("TPU v99")))
+    assert peak_flops(jax.devices("cpu")[0]) > 1e8

@@ -1,0 +1,196 @@
+"""Optimizers, schedules and rules."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attnlab.errors import InputError
+from attnlab.train import (
+    SGD,
+    Adafactor,
+    AdamW,
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    Lion,
+    Muon,
+    Rule,
+    ScheduleFree,
+    WarmupStableDecay,
+    optimizers,
+)
+from tests.train.small import experiment, random_batch, session
+
+PARAMS = {
+    "layers": {"up": {"kernel": jnp.linspace(-1, 1, 12).reshape(3, 4), "bias": jnp.linspace(0, 1, 4)}},
+    "norm": {"scale": jnp.linspace(1, 2, 3)},
+}
+GRADS = jax.tree.map(lambda p: jnp.sin(7 * p) + 0.1, PARAMS)
+
+
+def updates(config, params=PARAMS, grads=GRADS, steps=20, count=1, rules=()):
+    """The last of some updates, all of the same gradients."""
+    transformation = optimizers.make(config, params, steps, rules)
+    state = transformation.init(params)
+    for _ in range(count):
+        change, state = transformation.update(grads, state, params)
+        params = optax.apply_updates(params, change)
+    return change, params, state
+
+
+def assert_trees_equal(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **({"rtol": 1e-6, "atol": 1e-7} | tolerance))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdamW(learning_rate=3e-2, schedule=Constant()),
+        Lion(learning_rate=1e-2, schedule=Constant()),
+        Adafactor(learning_rate=1e-1, schedule=Constant(), min_dim_size_to_factor=8),
+        SGD(learning_rate=3.0, schedule=Constant()),
+        Muon(learning_rate=1e-1, schedule=Constant()),
+        ScheduleFree(learning_rate=3e-2, schedule=Constant(warmup=2)),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_each_optimizer_learns_a_batch_by_heart(config):
+    made = session(experiment(optimizer=config))
+    state, batch = made.new_state(), made.to_devices(random_batch())
+    first = made.evaluate(made.eval_params(state), [random_batch()])["loss"]
+    for _ in range(20):
+        state, metrics = made.train_step(state, batch)
+    assert float(metrics["skipped"]) == 0
+    assert made.evaluate(made.eval_params(state), [random_batch()])["loss"] < first - 0.3
+
+
+def test_adamw_by_hand():
+    config = AdamW(learning_rate=0.1, schedule=Constant(), weight_decay=0.2, rules=(), clip_norm=None)
+    _, params, _ = updates(config, count=3)
+    for found, p, g in zip(*map(jax.tree.leaves, (params, PARAMS, GRADS)), strict=True):
+        p, g, m, v = np.float64(p), np.float64(g), 0, 0
+        for t in range(1, 4):
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+            p = p - 0.1 * (step + 0.2 * p)
+        np.testing.assert_allclose(found, p, rtol=1e-5)
+    peer = optax.adamw(0.1, 0.9, 0.95, 1e-8, weight_decay=0.2)
+    theirs, state = PARAMS, peer.init(PARAMS)
+    for _ in range(3):
+        change, state = peer.update(GRADS, state, theirs)
+        theirs = optax.apply_updates(theirs, change)
+    assert_trees_equal(params, theirs)
+
+
+@pytest.mark.parametrize("config", [AdamW(), Lion(), SGD(), Adafactor()], ids=lambda c: type(c).__name__)
+def test_weight_decay_is_decoupled(config):
+    """It takes its share of the parameters whatever the gradient, and does not enter the direction."""
+    plain = dataclasses.replace(config, weight_decay=0.0, schedule=Constant(), learning_rate=0.1)
+    decayed = dataclasses.replace(plain, weight_decay=0.5, rules=())
+    without, _, _ = updates(plain)
+    change, _, _ = updates(decayed)
+    assert_trees_equal(change, jax.tree.map(lambda u, p: u - 0.1 * 0.5 * p, without, PARAMS), atol=1e-6)
+
+
+def test_rules_multiply_rate_and_decay_where_they_match():
+    plain = AdamW(learning_rate=0.1, schedule=Constant(), weight_decay=0.5, rules=())
+    rules = (Rule("kernel$", learning_rate=2.0), Rule("^layers/", learning_rate=3.0, weight_decay=0.0))
+    before, _, _ = updates(plain)
+    after, _, _ = updates(dataclasses.replace(plain, rules=rules))
+    assert_trees_equal(after["norm"], before["norm"])
+    without, _, _ = updates(dataclasses.replace(plain, weight_decay=0.0))
+    assert_trees_equal(after["layers"]["up"]["kernel"], 6 * without["layers"]["up"]["kernel"])
+    assert_trees_equal(after["layers"]["up"]["bias"], 3 * without["layers"]["up"]["bias"])
+
+
+def test_by_default_scales_and_biases_do_not_decay():
+    grads = jax.tree.map(jnp.zeros_like, GRADS)
+    change, _, _ = updates(SGD(learning_rate=0.1, schedule=Constant(), weight_decay=0.5), grads=grads)
+    assert not change["norm"]["scale"].any()
+    assert not change["layers"]["up"]["bias"].any()
+    np.testing.assert_allclose(change["layers"]["up"]["kernel"], -0.05 * PARAMS["layers"]["up"]["kernel"])
+
+
+def test_rules_that_match_nothing_are_refused():
+    with pytest.raises(
+        InputError, match="'nothing' matches no parameter; names are like layers/up/bias, norm/scale"
+    ):
+        updates(AdamW(rules=(Rule("nothing"),)))
+    with pytest.raises(InputError, match="'\\(' is no regular expression"):
+        updates(AdamW(rules=(Rule("("),)))
+    updates(AdamW(rules=()), rules=(Rule("nothing"),))  # the model's own rules may
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (Constant(), {0: 1, 99: 1}),
+        (Constant(warmup=4), {0: 0.25, 1: 0.4375, 4: 1, 99: 1}),
+        (Cosine(warmup=20, final=0.1), {0: 0.05, 20: 1, 60: 0.55, 100: 0.1, 200: 0.1}),
+        (Cosine(warmup=0, final=0.0), {0: 1, 50: 0.5, 100: 0}),
+        (WarmupStableDecay(warmup=10, decay=0.2), {0: 0.1, 10: 1, 80: 1, 90: 0.5, 100: 0}),
+        (WarmupStableDecay(warmup=0, decay=0.5, final=0.5), {0: 1, 50: 1, 75: 0.75, 100: 0.5}),
+        (InverseSquareRoot(warmup=25), {0: 0.04, 25: 1, 100: 0.5, 225: 1 / 3}),
+    ],
+    ids=repr,
+)
+def test_schedules(schedule, values):
+    rate = optimizers.learning_rate(AdamW(learning_rate=2.0, schedule=schedule), 100)
+    for step, factor in values.items():
+        assert float(rate(step)) == pytest.approx(2 * factor, abs=1e-6), step
+
+
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam():
+    config = Muon(learning_rate=1.0, schedule=Constant(), weight_decay=0.0, momentum=0.0)
+    grads = jax.tree.map(lambda g: g + 0.3 * jax.random.normal(jax.random.key(0), g.shape), GRADS)
+    change, _, _ = updates(config, grads=grads)
+    values = np.linalg.svd(change["layers"]["up"]["kernel"], compute_uv=False)
+    scale = 0.2 * np.sqrt(4)  # a root mean square of 0.2 for an orthogonal matrix of 3 x 4
+    np.testing.assert_allclose(values, scale, rtol=0.35)  # its polynomial maps them to about 0.7 to 1.2
+    np.testing.assert_allclose(np.abs(change["norm"]["scale"]), 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mesh", ["data:2,fsdp:2,tensor:2"])
+def test_muon_on_a_mesh_equals_one_device(mesh):
+    batch = random_batch()
+    params = []
+    for where in ("single", mesh):
+        made = session(experiment(optimizer=Muon(schedule=Constant())), where)
+        state = made.new_state()
+        for _ in range(3):
+            state, _ = made.train_step(state, made.to_devices(batch))
+        params.append(jax.device_get(state.params))
+        assert jax.tree.map(lambda x: x.sharding.spec, state.params) == jax.tree.map(
+            lambda x: x.sharding.spec, made.abstract_state.params
+        )
+    assert_trees_equal(*params, atol=2e-5, rtol=1e-3)
+
+
+def test_schedule_free_evaluates_the_average():
+    """The evaluated point is the running mean of the points z that plain steps lead to (equation 4)."""
+    config = ScheduleFree(
+        learning_rate=0.1, schedule=Constant(), weight_decay=0.0, rules=(), interpolation=0.9, b2=0.5
+    )
+    transformation = optimizers.make(config, PARAMS, 20)
+    params, state, points = PARAMS, transformation.init(PARAMS), []
+    for _ in range(4):
+        change, state = transformation.update(GRADS, state, params)
+        params = optax.apply_updates(params, change)
+        points.append(state.z)
+    mean = jax.tree.map(lambda *z: sum(z) / len(z), *points)
+    assert_trees_equal(config.eval_params(state, params), mean, atol=1e-6, rtol=1e-5)
+    trained = jax.tree.map(lambda z, x: 0.1 * z + 0.9 * x, points[-1], mean)
+    assert_trees_equal(params, trained, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"learning_rate": -1.0}, {"weight_decay": -0.1}, {"clip_norm": 0.0}], ids=repr
+)
+def test_values_out_of_range(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        AdamW(**fields)
