@@ -39,7 +39,7 @@ def steps_so_far(workdir):
 
 
 def being_written(workdir):
-    return [p for p in (workdir / "checkpoints").glob("*tmp*")]
+    return list((workdir / "checkpoints").glob("*tmp*"))
 
 
 def kill(arguments, workdir, after, rng, while_saving):

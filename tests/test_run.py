@@ -131,7 +131,7 @@ def test_a_sweep_is_compared_in_a_table(tiny, tmp_path, capfd):
     assert call(tiny, "--sweep=optimizer.learning_rate=1e-2,1e-4", "--workdir=sweep") == 0
     out, err = capfd.readouterr()
     assert err == ""
-    header, best, other = out[out.index("optimizer.learning_rate  eval_loss") :].splitlines()[:3]
+    _header, best, other = out[out.index("optimizer.learning_rate  eval_loss") :].splitlines()[:3]
     assert best.split()[0] == "0.01" and other.split()[0] == "0.0001"
     assert float(best.split()[1]) < float(other.split()[1])
     assert {p.name for p in (tmp_path / "sweep").iterdir()} == {

@@ -40,7 +40,7 @@ def brute_force(kind, length):
     return ((j <= i) & (j > i - (kind.window if isinstance(kind, Sliding) else length))).sum()
 
 
-@pytest.mark.parametrize("kind", [Causal(), Sliding(window=1), Sliding(window=5), Sliding(window=99), Bidirectional(), Bidirectional(window=3)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("kind", [Causal(), Sliding(window=1), Sliding(window=5), Sliding(window=99), Bidirectional(), Bidirectional(left=3, right=3)], ids=repr)  # fmt: skip
 def test_attention_counts_the_pairs_that_its_mask_allows(kind):
     config = DecoderConfig(depth=3, width=32, attention=Attention(heads=2), pattern=(kind,))
     expected = 3 * 4 * 32 * brute_force(kind, 20) / 20
