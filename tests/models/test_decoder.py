@@ -124,6 +124,7 @@ def loss(config, params, dropout):
     return jnp.mean(stats.lse - stats.target_logit)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_no_number():
     config = replace(SMALL, depth=5, dropout=0.2)  # two periods, and one block of a third
     _, params = start(config, scale=0.1)
@@ -253,6 +254,7 @@ def test_a_mesh_changes_no_number(mesh_of, text):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got[1:], expected[1:])
 
 
+@pytest.mark.slow
 def test_mup_keeps_activations_steady_as_width_grows():
     """The coordinate check of arXiv 2203.03466, appendix D.1: sizes after a step of Adam, by width."""
 
