@@ -44,7 +44,7 @@ def _heads_first(x: Float[Array, "B S K D"]) -> Float[Array, "B K S D"]:
 
 
 def _blocks(num_queries: int, num_keys: int, mask: Mask | None) -> list[tuple[slice, slice]]:
-    """Runs of query rows, a multiple of `MIN_BLOCK` but for the last, each with the run of keys it can reach."""
+    """Runs of query rows, multiples of `MIN_BLOCK` but for the last, each with the keys that it can reach."""
     rows = -(-num_queries // (MIN_BLOCK * MAX_BLOCKS)) * MIN_BLOCK
     whole = num_queries // MIN_BLOCK * MIN_BLOCK
     starts = list(range(0, whole, rows))

@@ -158,9 +158,13 @@ def _start(model: Decoder, slots: int, params, tokens, segments, seed) -> _State
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     logits, cache = _forward(model, params, tokens, segments, positions, model.init_cache(rows, slots))
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
-    keys = jax.sharding.reshard(keys, P(("data", "fsdp")))
     last = logits[:, -1].astype(jnp.float32)
-    return _State(cache, last, positions[:, -1] + 1, keys, jnp.zeros_like(tokens[:, 0], bool))
+    # Said of each, for a slice of a single row may lose its layout.
+    keys, positions, done = (
+        sharding.constrain(x, "batch")
+        for x in (keys, positions[:, -1] + 1, jnp.zeros_like(tokens[:, 0], bool))
+    )
+    return _State(cache, last, positions, keys, done)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

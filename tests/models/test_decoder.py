@@ -1,5 +1,5 @@
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,17 @@ def tokens_of(b=2, t=9, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (b, t)), jnp.int32)
 
 
-def start(config, tokens=None, scale=8.0, vocab=VOCAB):
-    """The model and parameters large enough that attention is far from even."""
-    model = config.build(vocab)
-    tokens = tokens_of() if tokens is None else tokens
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    return model, jax.tree.map(lambda x: scale * x if x.std() > 0 else x, params)
+@cache
+def start(config, scale=0.2, vocab=VOCAB):
+    """The model, and parameters so large that attention is far from even."""
+    model, rng = config.build(vocab), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_of())["params"]
+
+    def draw(path, x):
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(mean + scale * rng.normal(size=x.shape), x.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def forward(model):
@@ -106,48 +111,50 @@ def test_padding_and_neighbours_in_a_row_change_nothing(config):
     assert jnp.isfinite(packed).all()
 
 
-def loss_and_gradients(config, params, dropout=None):
-    model, tokens = config.build(VOCAB), tokens_of()
-
-    def loss(params):
-        rngs = {} if dropout is None else {"dropout": dropout}
-        stats = model.apply(
-            {"params": params},
-            tokens,
-            jnp.roll(tokens, -1, axis=1),
-            deterministic=dropout is None,
-            method="statistics",
-            rngs=rngs,
-        )
-        return jnp.mean(stats.lse - stats.target_logit)
-
-    return jax.jit(jax.value_and_grad(loss))(params)
+def loss(config, params, dropout):
+    tokens = tokens_of()
+    stats = config.build(VOCAB).apply(
+        {"params": params},
+        tokens,
+        jnp.roll(tokens, -1, axis=1),
+        deterministic=dropout is None,
+        method="statistics",
+        rngs={} if dropout is None else {"dropout": dropout},
+    )
+    return jnp.mean(stats.lse - stats.target_logit)
 
 
-@pytest.mark.parametrize("change", [{"scan": False}, {"remat": "full"}, {"remat": "dots", "scan": False}])
-def test_scan_and_remat_change_no_number(change):
+@pytest.mark.slow
+def test_scan_and_remat_change_no_number():
     config = replace(SMALL, depth=5, dropout=0.2)  # two periods, and one block of a third
-    _, params = start(config, scale=3.0)
+    _, params = start(config, scale=0.1)
     assert set(params["layers"]) == {"periods", "tail"}
-    other = replace(config, **change)
-    tree = jax.eval_shape(other.build(VOCAB).init, jax.random.key(0), tokens_of())["params"]
-    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, tree)
     key = jax.random.key(7)
-    expected, got = (loss_and_gradients(c, params, key) for c in (config, other))
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def both(config):
+        return jax.jit(jax.value_and_grad(lambda params: loss(config, params, key)))(params)
+
+    expected = both(config)
+    for change in ({"scan": False}, {"remat": "full"}, {"remat": "dots"}):
+        other = replace(config, **change)
+        tree = jax.eval_shape(other.build(VOCAB).init, jax.random.key(0), tokens_of())["params"]
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tree)
+        for ours, theirs in zip(jax.tree.leaves(both(other)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_drawn_by_its_key():
     config = replace(SMALL, dropout=0.2, attention=Attention(heads=4, dropout=0.2))
-    _, params = start(config, scale=3.0)
-    first, again, other = (loss_and_gradients(config, params, jax.random.key(i))[0] for i in (0, 0, 1))
+    _, params = start(config, scale=0.1)
+    run = jax.jit(lambda key: loss(config, params, key))
+    first, again, other = (run(jax.random.key(i)) for i in (0, 0, 1))
     assert first == again != other
-    assert first != loss_and_gradients(config, params)[0]
+    assert first != jax.jit(lambda: loss(config, params, None))()
 
 
 def test_layers_of_a_scan_start_apart():
-    _, params = start(replace(SMALL, depth=4))
+    model = replace(SMALL, depth=4).build(VOCAB)
+    params = jax.jit(model.init)(jax.random.key(0), tokens_of())["params"]
     kernel = params["layers"]["periods"]["block0"]["attention"]["query"]["kernel"]
     assert kernel.shape == (2, 16, 4, 4)
     assert abs(np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1]) < 0.3
@@ -180,9 +187,9 @@ def test_dtypes_of_a_whole_model():
     config = replace(SMALL, dtypes=Dtypes(compute="bfloat16"))
     model, params = start(config)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    hidden, _ = model.apply({"params": params}, tokens_of(), method="hidden")
+    hidden, _ = jax.eval_shape(lambda: model.apply({"params": params}, tokens_of(), method="hidden"))
     assert hidden.dtype == jnp.bfloat16
-    assert model.apply({"params": params}, tokens_of()).dtype == jnp.float32
+    assert jax.eval_shape(lambda: model.apply({"params": params}, tokens_of())).dtype == jnp.float32
     assert model.init_cache(1, 4).layers[0][0].key.dtype == jnp.bfloat16
 
 
@@ -217,7 +224,7 @@ def test_parameters_are_stored_as_the_table_says(mesh_of, text, vocab):
     assert got["norm"]["scale"] == P(None)
 
 
-@pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2", "fsdp:8"])
+@pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2", pytest.param("fsdp:8", marks=pytest.mark.slow)])
 def test_a_mesh_changes_no_number(mesh_of, text):
     config = replace(SMALL, depth=2, dropout=0.1)
     model, tokens = config.build(257), tokens_of(8, 5)
@@ -247,6 +254,7 @@ def test_a_mesh_changes_no_number(mesh_of, text):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got[1:], expected[1:])
 
 
+@pytest.mark.slow
 def test_mup_keeps_activations_steady_as_width_grows():
     """The coordinate check of arXiv 2203.03466, appendix D.1: sizes after a step of Adam, by width."""
 
@@ -267,6 +275,7 @@ def test_mup_keeps_activations_steady_as_width_grows():
 
             return jax.tree_util.tree_map_with_path(change, params, jax.grad(loss)(params))
 
+        @jax.jit
         def outputs(params):
             logits, state = model.apply({"params": params}, tokens, capture_intermediates=True)
             block = state["intermediates"]["layers"]["periods"]["block0"]
@@ -275,10 +284,10 @@ def test_mup_keeps_activations_steady_as_width_grows():
         before, after = outputs(params), outputs(step(params))
         return [float(jnp.sqrt(jnp.mean((a - b) ** 2))) for a, b in zip(after, before, strict=True)]
 
-    narrow, wide = (np.array(sizes(MuP(base_width=64, base_head_dim=16), w)) for w in (64, 512))
-    assert ((wide / narrow > 0.4) & (wide / narrow < 2.5)).all()
-    narrow, wide = (np.array(sizes(Normal(), w)) for w in (64, 512))
-    assert (wide / narrow > 4).any()  # what it is there to prevent
+    narrow, wide = (np.array(sizes(MuP(base_width=64, base_head_dim=16), w)) for w in (64, 256))
+    assert ((wide / narrow > 0.5) & (wide / narrow < 2)).all()
+    narrow, wide = (np.array(sizes(Normal(), w)) for w in (64, 256))
+    assert (wide / narrow > 2.5).any()  # what it is there to prevent
 
 
 def test_configs_that_cannot_be_say_why(refuses):
