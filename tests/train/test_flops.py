@@ -36,7 +36,7 @@ def test_the_count_is_that_of_the_program(feed_forward, kv_heads):
 def brute_force(kind, length):
     i, j = np.mgrid[:length, :length]
     if isinstance(kind, Bidirectional):
-        return (abs(i - j) <= (length if kind.window is None else kind.window)).sum()
+        return (abs(i - j) <= (length if kind.left is None else kind.left)).sum()
     return ((j <= i) & (j > i - (kind.window if isinstance(kind, Sliding) else length))).sum()
 
 
