@@ -3,7 +3,7 @@
 import numpy as np
 
 from attnlab.data.baselines import compressed_bits_per_byte
-from attnlab.generation.sampling import Sampling
+from attnlab.generation import Sampling, printable
 from attnlab.inspect import pictures
 from attnlab.train.metrics import read
 from attnlab.trained import Trained
@@ -29,7 +29,7 @@ def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -
     if trained.experiment.model.causal:
         prompt, sampling = trained.tokenizer.decode(start), Sampling(temperature=0.8, top_p=0.95)
         (sample,) = trained.generate([prompt], max_new_tokens=max_new_tokens, sampling=sampling)
-        trained.say(f"sample:\n{prompt}{sample.text}")
+        trained.say(f"sample:\n{printable(prompt + sample.text)}")
         shown += sample.tokens
     shown = shown[: min(24, data.sequence_length)]
     weights = trained.attention_of(shown)

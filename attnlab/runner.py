@@ -21,7 +21,7 @@ from attnlab import config, sharding
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.files import as_json, write_atomically
-from attnlab.generation import Sampling
+from attnlab.generation import Sampling, printable
 from attnlab.request import Request
 from attnlab.train import loop
 from attnlab.train.checkpoints import FOLDER, Checkpoints, Restored, params_sha256
@@ -232,7 +232,7 @@ def run_sample(request: Request) -> dict[str, float]:
     head = iter(prompts)  # shown with the first new text, when nothing is left that could be refused
 
     def stream(_: int, text: str) -> None:
-        sys.stdout.write(next(head, "") + text)
+        sys.stdout.write(printable(next(head, "") + text))
         sys.stdout.flush()
 
     completions = trained.generate(
@@ -246,9 +246,9 @@ def run_sample(request: Request) -> dict[str, float]:
     )
     for i, completion in enumerate(completions):
         if alone:
-            print(next(head, ""))
+            print(printable(next(head, "")))
         else:
-            print(f"--- {i + 1} of {len(completions)}\n{completion.prompt}{completion.text}")
+            print(f"--- {i + 1} of {len(completions)}\n{printable(completion.prompt + completion.text)}")
         if completion.ended == "context":
             print(
                 f"(ended at the model's context of {request.config.data.sequence_length} tokens)",

@@ -51,6 +51,7 @@ class Experiment:
     optimizer: AdamW | Lion = AdamW()
     train: Train = Train()
     data: Data = Data()
+    seed: int = 0
 
 def get_config(size: str = "small"):
     return Experiment(Model(depth={"small": 2, "large": 20}[size]))

@@ -18,6 +18,8 @@ from attnlab.generation.sampling import Sampling, sample
 from attnlab.models import Decoder
 
 STRETCH = 16  # tokens decoded between looks at stop strings and the terminal
+_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 @dataclass(frozen=True)
@@ -241,3 +243,8 @@ class _Row:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def printable(text: str) -> str:
+    """`text` with control characters made visible: a model may write them, and a terminal would obey."""
+    return text.translate(_PICTURES)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -70,13 +71,17 @@ class InverseSquareRoot:
         """Step -> factor of the learning rate."""
         del steps
         start = max(1, self.warmup)
-        return _after_warmup(self.warmup, lambda step: (start / (step + start)) ** 0.5)
+        # Within the rise a joined schedule asks this one too, for steps below 0, and drops the answer.
+        return _after_warmup(self.warmup, lambda step: (start / (jnp.maximum(step, 0) + start)) ** 0.5)
 
 
 def _after_warmup(warmup: int, schedule: optax.Schedule) -> optax.Schedule:
     if warmup == 0:
         return schedule
-    return optax.join_schedules([optax.linear_schedule(1 / warmup, 1.0, warmup), schedule], [warmup])
+    rise = optax.linear_schedule(
+        1 / warmup, 1.0, max(1, warmup - 1)
+    )  # the last of its steps is at the full rate
+    return optax.join_schedules([rise, schedule], [warmup])
 
 
 Schedule = Constant | Cosine | WarmupStableDecay | InverseSquareRoot
@@ -207,6 +212,7 @@ class SGD(Optimizer):
 class Muon(Optimizer):
     """Orthogonalised momentum for the weights inside blocks, Adam for all others (Jordan et al. 2024).
 
+    The momentum of both is Nesterov's.
     Updates are scaled to a root mean square of 0.2 (Liu et al. 2025, arXiv 2502.16982, section 2.2), so
     one learning rate serves both.
     """

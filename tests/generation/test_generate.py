@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from attnlab.data import Bytes
-from attnlab.generation import Generator, Sampling
+from attnlab.generation import Generator, Sampling, printable
 from attnlab.generation import generate as module
 from attnlab.layers import Attention, Bidirectional, Causal, Sliding
 from attnlab.models import DecoderConfig, Learned
@@ -205,3 +205,7 @@ def test_stream_concatenates_to_the_completions(one):
     rows = one(["abc", "de"], max_new_tokens=21, stop=["e"], stream=stream, seed=1)
     assert [pieces[0], pieces[1]] == [row.text for row in rows]
     assert any(row.text for row in rows)
+
+
+def test_control_characters_are_shown_and_not_obeyed():
+    assert printable("a\x1b[2J\x00\x7f\x9b b\n\tc") == "a␛[2J␀␡\ufffd b\n\tc"

@@ -1,6 +1,7 @@
 """What is said of an experiment before it runs; and that every field of one does something."""
 
 import dataclasses
+import inspect
 import re
 from functools import cache
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 
 from attnlab import config as configs
+from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
 from attnlab.train import flops
 from attnlab.train.describe import describe
+from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
+from attnlab.train.step import make_train_step
 from tests.programs import ROOT, write_text
 from tests.train.small import TOKENIZER, experiment, session
 
@@ -40,12 +44,10 @@ def test_describe_names_every_parameter_with_its_place():
 DEFAULT = configs.load(str(ROOT / "experiments" / "lm_docs.py")).config
 
 # Another valid value of each field of the default experiment, and where the difference shows: in the
-# "step" (its lowered text), the "state" it starts from, the "batches", or the "loop".
+# "step" (its lowered text), the "state" it starts from, or the "batches".
 CHANGES = {
-    "model": None,
     "model.depth": ("3", "step"),
     "model.width": ("128", "step"),
-    "model.attention": None,
     "model.attention.heads": ("4", "step"),
     "model.attention.kv_heads": ("2", "step"),
     "model.attention.head_dim": ("16", "step"),
@@ -59,23 +61,21 @@ CHANGES = {
     "model.feed_forward.bias": ("true", "step"),
     "model.norm": ("LayerNorm", "step"),
     "model.norm.epsilon": ("0.01", "step"),
-    "model.norm.bias": ("true", "step"),
     "model.positions": ("NoPositions", "step"),
     "model.positions.theta": ("500.0", "step"),
     "model.positions.fraction": ("0.5", "step"),
     "model.pattern": ("(Sliding(window=4),)", "step"),
+    "model.pattern.0.positions": ("NoPositions", "step"),
     "model.tied": ("false", "step"),
     "model.logit_softcap": ("30.0", "step"),
     "model.dropout": ("0.1", "step"),
     "model.init": ("MuP", "step"),
     "model.init.std": ("0.1", "state"),
-    "model.dtypes": None,
     "model.dtypes.param": ("bfloat16", "step"),
     "model.dtypes.compute": ("bfloat16", "step"),
     "model.dtypes.logits": ("bfloat16", "step"),
     "model.remat": ("full", "step"),
     "model.scan": ("false", "step"),
-    "data": None,
     "data.tokenizer": ("Bytes", "batches"),
     "data.tokenizer.vocab_size": ("257", "batches"),
     "data.sequence_length": ("32", "batches"),
@@ -90,20 +90,63 @@ CHANGES = {
     "optimizer.weight_decay": ("0.5", "step"),
     "optimizer.clip_norm": ("0.25", "step"),
     "optimizer.rules": ("()", "step"),
+    "optimizer.rules.0.pattern": ("bias$|kernel$", "step"),
+    "optimizer.rules.0.learning_rate": ("0.5", "step"),
+    "optimizer.rules.0.weight_decay": ("0.5", "step"),
+    "optimizer.momentum": ("0.5", "step"),
+    "optimizer.newton_schulz_steps": ("3", "step"),
     "optimizer.b1": ("0.5", "step"),
     "optimizer.b2": ("0.5", "step"),
-    "optimizer.epsilon": ("0.001", "step"),
-    "loss": None,
     "loss.label_smoothing": ("0.1", "step"),
     "loss.z_loss": ("0.1", "step"),
-    "train": None,
     "train.steps": ("77", "step"),  # by the schedule
     "train.microbatches": ("2", "step"),
     "train.ema": ("0.9", "step"),
     "train.spike_skip": ("SpikeSkip", "step"),
     "seed": ("1", "state"),
 }
+# The same of components that the default experiment does without: (the override that brings one in, its
+# field).
+OF_OTHERS = {
+    ("model.feed_forward=MLP", "width"): ("64", "step"),
+    ("model.feed_forward=MLP", "activation"): ("relu", "step"),
+    ("model.feed_forward=MLP", "bias"): ("true", "step"),
+    ("model.norm=LayerNorm", "epsilon"): ("0.01", "step"),
+    ("model.norm=LayerNorm", "bias"): ("false", "step"),
+    ("model.positions=Learned(1024)", "length"): ("512", "step"),
+    ("model.init=MuP", "base_width"): ("32", "step"),
+    ("model.init=MuP", "base_head_dim"): ("16", "step"),
+    ("model.pattern.0=Sliding", "window"): ("4", "step"),
+    ("model.pattern.0=Sliding", "positions"): ("NoPositions", "step"),
+    ("model.pattern.0=Bidirectional", "left"): ("4", "step"),
+    ("model.pattern.0=Bidirectional", "right"): ("4", "step"),
+    ("model.pattern.0=Bidirectional", "positions"): ("NoPositions", "step"),
+    ("optimizer=AdamW", "b1"): ("0.5", "step"),
+    ("optimizer=AdamW", "b2"): ("0.5", "step"),
+    ("optimizer=AdamW", "epsilon"): ("0.001", "step"),
+    ("optimizer=Lion", "learning_rate"): ("0.5", "step"),
+    ("optimizer=Lion", "b1"): ("0.5", "step"),
+    ("optimizer=Lion", "b2"): ("0.5", "step"),
+    ("optimizer=Adafactor", "learning_rate"): ("0.5", "step"),
+    ("optimizer=Adafactor", "decay_rate"): ("0.5", "step"),
+    ("optimizer=Adafactor", "momentum"): ("0.5", "step"),
+    ("optimizer=Adafactor", "min_dim_size_to_factor"): ("8", "step"),
+    ("optimizer=SGD", "learning_rate"): ("0.5", "step"),
+    ("optimizer=SGD", "momentum"): ("0.5", "step"),
+    ("optimizer=SGD", "nesterov"): ("true", "step"),
+    ("optimizer=ScheduleFree", "schedule"): ("Cosine", "step"),
+    ("optimizer=ScheduleFree", "interpolation"): ("0.5", "step"),
+    ("optimizer=ScheduleFree", "b2"): ("0.5", "step"),
+    ("optimizer=ScheduleFree", "epsilon"): ("0.001", "step"),
+    ("optimizer.schedule=Constant", "warmup"): ("7", "step"),
+    ("optimizer.schedule=Cosine", "warmup"): ("7", "step"),
+    ("optimizer.schedule=Cosine", "final"): ("0.5", "step"),
+    ("optimizer.schedule=InverseSquareRoot", "warmup"): ("7", "step"),
+    ("train.spike_skip=SpikeSkip", "sigmas"): ("3.0", "step"),
+    ("train.spike_skip=SpikeSkip", "window"): ("16", "step"),
+}
 ELSEWHERE = {
+    "data": "another data set is another experiment's: test_run.py",
     "data.prefetch": "makes the same batches sooner; its size is tested with the data",
     **dict.fromkeys(
         ("train.log_every", "train.eval_every", "train.checkpoint_every"), "the loop's: test_loop.py"
@@ -113,8 +156,45 @@ ELSEWHERE = {
 }
 
 
-def test_every_field_is_in_the_table():
-    assert set(configs.flatten(DEFAULT)) == set(CHANGES) | set(ELSEWHERE)
+def declared(cls, name):
+    """The class that declares a field, which is where a subclass has it from."""
+    return next(parent for parent in cls.__mro__ if name in inspect.get_annotations(parent))
+
+
+def components(annotation):
+    """The library's own classes that a field may hold, itself or in a tuple."""
+    parts = [p for m in members(annotation) for p in (element_types(m, 1) if is_tuple(m) else [m])]
+    classes = [c for part in parts for c in choices(part).values()]
+    return [c for c in classes if c.__module__.startswith("attnlab.")]
+
+
+def every_field(cls, seen=()):
+    """(declaring class, field) of `cls` and of all components in it; not the fields that have one to hold."""
+    for name, annotation in fields_of(cls).items():
+        inner = components(annotation)
+        if len(inner) != 1 or type(None) in members(annotation):
+            yield declared(cls, name), name
+        for component in inner:
+            if component not in seen:
+                yield from every_field(component, (*seen, component))
+
+
+def at(config, path):
+    """What is at a dotted path."""
+    for name in path.split("."):
+        config = config[int(name)] if name.isdecimal() else getattr(config, name)
+    return config
+
+
+def test_every_field_is_in_the_tables():
+    tested = set()
+    for path in (*CHANGES, *ELSEWHERE):
+        holder, _, name = f".{path}".rpartition(".")
+        tested.add((declared(type(at(DEFAULT, holder[1:]) if holder else DEFAULT), name), name))
+    for choice, name in OF_OTHERS:
+        path = choice.partition("=")[0]
+        tested.add((declared(type(at(configs.override(DEFAULT, *choice.split("=", 1)), path)), name), name))
+    assert set(every_field(Experiment)) - tested == set()
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +212,6 @@ def base(tmp_path_factory):
 def step_text(e):
     made = Session(e, session(e).mesh, TOKENIZER)
     with jax.set_mesh(made.mesh):
-        from attnlab.train.step import make_train_step
-
         step = make_train_step(made.model, e, made.optimizer)
         return jax.jit(step).lower(made.abstract_state, made.abstract_batch).as_text()
 
@@ -157,7 +235,7 @@ def as_it_is(e, seen):
 LOOKS = {"step": step_text, "state": start, "batches": first_batch}
 
 
-@pytest.mark.parametrize("field", [name for name, change in CHANGES.items() if change])
+@pytest.mark.parametrize("field", CHANGES)
 def test_a_field_that_is_changed_changes_something(base, field):
     e, other = base
     text, seen = CHANGES[field]
@@ -165,6 +243,15 @@ def test_a_field_that_is_changed_changes_something(base, field):
     assert configs.differences(e, changed)
     before, after = as_it_is(e, seen), LOOKS[seen](changed)
     assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(("choice", "field"), OF_OTHERS, ids=str)
+def test_so_does_a_field_of_another_component(base, choice, field):
+    path, _, component = choice.partition("=")
+    e = configs.override(base[0], path, component)
+    text, seen = OF_OTHERS[choice, field]
+    changed = configs.override(e, f"{path}.{field}", text)
+    assert not np.array_equal(as_it_is(e, seen), LOOKS[seen](changed))
 
 
 def test_a_field_that_is_not_changed_changes_nothing(base):

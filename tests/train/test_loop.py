@@ -146,7 +146,17 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(made):
         train(made, batches=Batches(poison=3))
     record = Record()
     with pytest.raises(Diverged, match=r"^step 6: loss nan"):
-        loop.train(made, Batches(poison=6), [], record, record, made.new_state(), Limits(), "", print)
+        loop.train(
+            made,
+            Batches(poison=6),
+            [random_batch(100)],
+            record,
+            record,
+            made.new_state(),
+            Limits(),
+            "",
+            print,
+        )
     assert record.of("save") == []  # the step of the save is looked at first
 
 
