@@ -411,7 +411,9 @@ def test_a_closed_pipe_is_no_error(tmp_path):
 def test_an_interrupt_of_the_program(tmp_path):
     fake = "import time\ndef run(request):\n  print('ready', flush=True)\n  time.sleep(60)\n"
     (tmp_path / "toy.py").write_text(EXPERIMENT)
-    code = f"import sys, types; sys.path.insert(0, {str(ROOT)!r}); m = types.ModuleType('attnlab.runner'); "
+    # A shell that starts the tests in the background has them ignore interrupts.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"import sys, types; sys.path.insert(0, {str(ROOT)!r}); m = types.ModuleType('attnlab.runner'); "
     code += f"exec({fake!r}, m.__dict__); sys.modules['attnlab.runner'] = m; import run; "
     code += "from attnlab import cli; sys.exit(cli.main(['run.py', '--config=toy', '--mode=describe']))"
     child = subprocess.Popen(
