@@ -240,7 +240,7 @@ def test_evaluation_may_use_other_data(runner, capsys):
         (["--workdir=nostorage://x"], "nostorage://x"),
         (["--config="], "no experiment file ''"),
         (["--config=tpy"], "no experiment file 'tpy'; did you mean 'toy'? Experiments: toy"),
-        (["--config=toy:huge"], "error: experiments/toy.py:35: KeyError: 'huge'"),
+        (["--config=toy:huge"], "error: experiments/toy.py:36: KeyError: 'huge'"),
         (["--config.model.dpth=3"], "config.model has no field 'dpth'; did you mean 'depth'? Fields: depth"),
         (["--config.model.depth=x"], "config.model.depth=x: expected int"),
         (["--config.model.depth"], "--config.model.depth needs a value"),
