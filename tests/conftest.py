@@ -15,9 +15,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # what is run once should compile quickly
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Before anything imports them: the shapes in signatures are checked at every call. Not of masks and
-# caches: JAX rebuilds a pytree with leaves that are no arrays, so its constructor must take them.
-_CHECKED = ("blockwise", "dispatch", "positions", "reference", "scores")
+# Before anything imports them: the shapes in signatures are checked at every call. Not of masks, scores
+# and caches: JAX rebuilds a pytree with leaves that are no arrays, so its constructor must take them.
+_CHECKED = ("blockwise", "context", "dispatch", "positions", "reference")
 install_import_hook(
     [*(f"attnlab.attention.{name}" for name in _CHECKED), "attnlab.layers"], "beartype.beartype"
 )

@@ -1,8 +1,108 @@
 """The attention mechanism as pure functions on arrays."""
 
-from attnlab.attention.dispatch import attend, causal_pairs
-from attnlab.attention.masks import Mask, causal, segments, window
+from attnlab.attention.backends import register
+from attnlab.attention.dispatch import attend
+from attnlab.attention.explain import explain
+from attnlab.attention.grids import neighbourhood, sliding_tile, tile_order
+from attnlab.attention.masks import Mask, mask_fn, per_head
+from attnlab.attention.patterns import causal, segments, tree, window
+from attnlab.attention.positions import (
+    NTK,
+    DynamicNTK,
+    Linear,
+    Llama3,
+    LongRoPE,
+    YaRN,
+    axial,
+    learned,
+    multimodal,
+    rotary,
+    rotate,
+    sinusoidal,
+    xpos,
+)
 from attnlab.attention.reference import reference
-from attnlab.attention.scores import softcap
+from attnlab.attention.scattered import bigbird, blocks, dilated, global_tokens, strided
+from attnlab.attention.scores import (
+    Score,
+    alibi,
+    bias,
+    cope,
+    forgetting,
+    log_temperature,
+    relative_bias,
+    score_fn,
+    shaw,
+    softcap,
+    step_temperature,
+    t5_bias,
+    temperature,
+)
+from attnlab.attention.spans import (
+    block_causal,
+    block_diffusion,
+    chunked,
+    islands,
+    key_lengths,
+    media,
+    prefix,
+    shared_prefix,
+    sinks_and_window,
+)
 
-__all__ = ["Mask", "attend", "causal", "causal_pairs", "reference", "segments", "softcap", "window"]
+__all__ = [
+    "NTK",
+    "DynamicNTK",
+    "Linear",
+    "Llama3",
+    "LongRoPE",
+    "Mask",
+    "Score",
+    "YaRN",
+    "alibi",
+    "attend",
+    "axial",
+    "bias",
+    "bigbird",
+    "block_causal",
+    "block_diffusion",
+    "blocks",
+    "causal",
+    "chunked",
+    "cope",
+    "dilated",
+    "explain",
+    "forgetting",
+    "global_tokens",
+    "islands",
+    "key_lengths",
+    "learned",
+    "log_temperature",
+    "mask_fn",
+    "media",
+    "multimodal",
+    "neighbourhood",
+    "per_head",
+    "prefix",
+    "reference",
+    "register",
+    "relative_bias",
+    "rotary",
+    "rotate",
+    "score_fn",
+    "segments",
+    "shared_prefix",
+    "shaw",
+    "sinks_and_window",
+    "sinusoidal",
+    "sliding_tile",
+    "softcap",
+    "step_temperature",
+    "strided",
+    "t5_bias",
+    "temperature",
+    "tile_order",
+    "tree",
+    "window",
+    "xpos",
+]

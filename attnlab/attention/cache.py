@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnlab.attention.masks import Index
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class LayerCache:
     key: Float[Array, "B S K D"]
     value: Float[Array, "B S K D"]
 
-    def write(self, first: Int[Array, ""], key: Array, value: Array) -> "LayerCache":
+    def write(self, first: Index, key: Array, value: Array) -> "LayerCache":
         """With new keys and values in the slots from `first` on."""
         put = jax.lax.dynamic_update_slice_in_dim
         return LayerCache(

@@ -1,212 +1,281 @@
-"""Which pairs may attend: masks as values, combined with `&`, `|` and `~`.
+"""What a mask is: a value that says which pairs may attend, combined with `&`, `|` and `~`.
 
-A mask answers for any rectangle of query and key indices, so that a backend asks only for the
-blocks it visits. It also says which keys a run of queries can reach, so that whole blocks are skipped.
+A mask answers for any rectangle of pairs, so that a backend asks only for the tiles it visits, and says
+beforehand which tiles are empty, which are full, and which it has to be asked about. The kinds there are
+stand in `patterns.py`.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import TypeVar, dataclass_transform
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from attnlab.attention.values import Function, Pairs, Value, pairs, pytree
+from attnlab.errors import InputError
+
 Index = int | Int[Array, ""]
-T = TypeVar("T")
 
 
-class Mask:
-    """Base class: implement `block`, and `reach` where whole runs of keys are excluded."""
+class Tiles(NamedTuple):
+    """What is known of each tile of a mask, (B or 1, H or 1, query tiles, key tiles).
 
-    def block(self, queries: Int[Array, " T"], keys: Int[Array, " S"]) -> Bool[Array, "B 1 T S"]:
-        """Which of these pairs may attend; dimensions (batch or 1, heads or 1, T, S)."""
+    Attributes:
+      some: some pair of it may be allowed; where False, none is.
+      every: every pair of it is allowed; where False, some may not be.
+    """
+
+    some: Bool[Array, "B H Q S"]
+    every: Bool[Array, "B H Q S"]
+
+
+class Grid(NamedTuple):
+    """Tiles of `rows` queries and `columns` keys, over so many queries and keys of so many rows and heads.
+
+    The last tiles may be smaller. Indices count from `first`, (batch row, head, query, key).
+    """
+
+    queries: int
+    keys: int
+    rows: int
+    columns: int
+    batch: int = 1
+    heads: int = 1
+    first: tuple[Index, Index, Index, Index] = (0, 0, 0, 0)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many tiles there are along queries, and along keys."""
+        return -(-self.queries // self.rows), -(-self.keys // self.columns)
+
+
+class Mask(Value):
+    """Base class: implement `block`, and `tiles` where the answer is known without looking at every pair."""
+
+    def block(self, at: Pairs) -> Bool[Array, "B H T S"]:
+        """Which of these pairs may attend, of a shape that broadcasts to (B, H, T, S).
+
+        The mask's own arrays are cut to the same pairs already, by their `layout`.
+        """
         raise NotImplementedError
 
-    def reach(self, first: int, last: int, length: int) -> tuple[int, int]:
-        """A range [low, high) of keys outside of which queries first..last attend to nothing."""
-        del first, last
-        return 0, length
+    def tally(self, at: Pairs, columns: int) -> Int[Array, "B H T N"]:
+        """How many of each `columns` keys a query may attend to; here by looking at every pair."""
+        allowed = self.block(at)
+        allowed = jnp.broadcast_to(allowed, (*allowed.shape[:3], at.keys.shape[-1]))
+        more = -at.keys.shape[-1] % columns
+        allowed = jnp.pad(allowed, [(0, 0)] * 3 + [(0, more)])
+        return allowed.reshape(*allowed.shape[:3], -1, columns).sum(-1)
 
-    def materialize(self, num_queries: int, num_keys: int) -> Bool[Array, "B 1 T S"]:
-        """The whole mask as one boolean array."""
-        return self.block(jnp.arange(num_queries), jnp.arange(num_keys))
+    def tiles(self, grid: Grid) -> Tiles:
+        """What is known of each tile; here exactly, from `tally`."""
+        starts = np.arange(grid.counts[1]) * grid.columns
+        sizes = np.minimum(grid.columns, grid.keys - starts)[None, None, None]
+
+        def summary(seen, there):
+            return (there & (seen > 0)).any(2), (~there | (seen == sizes)).all(2)
+
+        some, every = self._strips(grid, summary)
+        return Tiles(jnp.moveaxis(some, 0, 2), jnp.moveaxis(every, 0, 2))
+
+    def _strips(self, grid: Grid, summary: Callable[[Array, Array], Any]) -> Any:
+        """Of each strip of queries, along a new first axis: `summary(tally, which queries there are)`."""
+        count, _ = grid.counts
+        padded = self.pad(queries=count * grid.rows)
+
+        def strip(i):
+            q = i * grid.rows + jnp.arange(grid.rows)
+            local = jnp.arange(grid.batch), jnp.arange(grid.heads), q, jnp.arange(grid.keys)
+            at = pairs(*(first + index for first, index in zip(grid.first, local, strict=True)))
+            seen = padded.cut(queries=(i * grid.rows, grid.rows)).tally(at, grid.columns)
+            return summary(seen, (q < grid.queries)[None, None, :, None])
+
+        return jax.lax.map(strip, jnp.arange(count))
+
+    def materialize(
+        self, num_queries: int, num_keys: int, batch: int = 1, heads: int = 1
+    ) -> Bool[Array, "B H T S"]:
+        """The whole mask as one boolean array; dimensions that it does not depend on may be 1."""
+        allowed = self.block(pairs(batch, heads, num_queries, num_keys))
+        return jnp.broadcast_to(allowed, (*allowed.shape[:2], num_queries, num_keys))
+
+    def density(self, num_queries: int, num_keys: int, batch: int = 1, heads: int = 1) -> float:
+        """The exact share of allowed pairs, counted a strip of queries at a time."""
+        rows = max(1, min(num_queries, 2**22 // (num_keys * batch * heads)))
+        grid = Grid(num_queries, num_keys, rows, num_keys, batch, heads)
+        seen = np.asarray(self._strips(grid, lambda seen, there: jnp.where(there, seen, 0).sum(2)))
+        return seen.sum(dtype=np.int64).item() / (num_queries * num_keys * seen.shape[1] * seen.shape[2])
+
+    def draw(self, num_queries: int, num_keys: int, row: int = 0, head: int = 0) -> str:
+        """The mask as text, a line a query: `x` where it may attend, `.` where not."""
+        whole = np.asarray(self.materialize(num_queries, num_keys, row + 1, head + 1))
+        lines = whole[min(row, len(whole) - 1), min(head, whole.shape[1] - 1)]
+        return "\n".join(" ".join("x" if allowed else "." for allowed in line) for line in lines)
 
     def __and__(self, other: "Mask") -> "Mask":
-        return And(self, other)
+        return And(self, as_mask(other))
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Or(self, other)
+        return Or(self, as_mask(other))
 
     def __invert__(self) -> "Mask":
         return Not(self)
 
-
-@dataclass_transform(frozen_default=True)
-def _pytree(cls: type[T]) -> type[T]:
-    """A frozen dataclass that is a pytree; fields marked static are part of its type."""
-    cls = dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # it has just become one
-    static = [f.name for f in fields if f.metadata.get("static")]
-    data = [f.name for f in fields if f.name not in static]
-    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+    __rand__, __ror__ = __and__, __or__
+    __array_ufunc__ = None  # so that NumPy leaves `array & mask` to the mask
 
 
-def _static(**kwargs):
-    return field(metadata={"static": True}, **kwargs)
+class Counted(Mask):
+    """Base of masks that know how many keys a query may attend to without looking at each of them."""
+
+    def count(self, at: Pairs) -> Int[Array, "B H T S"]:
+        """How many keys before each of `at.keys` a query may attend to, up to a number of the query's own."""
+        raise NotImplementedError
+
+    def tally(self, at, columns):
+        """See `Mask.tally`: the difference of `count` between the ends of each run."""
+        ends = jnp.concatenate([at.keys[..., ::columns], at.keys[..., -1:] + 1], axis=-1)
+        return jnp.diff(self.count(at._replace(keys=ends)), axis=-1)
 
 
-@_pytree
+@pytree
 class And(Mask):
     """Pairs that both masks allow."""
 
     left: Mask
     right: Mask
 
-    def block(self, queries, keys):
+    def block(self, at):
         """See `Mask.block`."""
-        return self.left.block(queries, keys) & self.right.block(queries, keys)
+        return self.left.block(at) & self.right.block(at)
 
-    def reach(self, first, last, length):
-        """The overlap of both ranges."""
-        (a, b), (c, d) = self.left.reach(first, last, length), self.right.reach(first, last, length)
-        low = max(a, c)
-        return low, max(low, min(b, d))
+    def tiles(self, grid):
+        """See `Mask.tiles`."""
+        a, b = self.left.tiles(grid), self.right.tiles(grid)
+        return Tiles(a.some & b.some, a.every & b.every)
 
 
-@_pytree
+@pytree
 class Or(Mask):
     """Pairs that either mask allows."""
 
     left: Mask
     right: Mask
 
-    def block(self, queries, keys):
+    def block(self, at):
         """See `Mask.block`."""
-        return self.left.block(queries, keys) | self.right.block(queries, keys)
+        return self.left.block(at) | self.right.block(at)
 
-    def reach(self, first, last, length):
-        """The smallest range around both."""
-        (a, b), (c, d) = self.left.reach(first, last, length), self.right.reach(first, last, length)
-        return min(a, c), max(b, d)
+    def tiles(self, grid):
+        """See `Mask.tiles`."""
+        a, b = self.left.tiles(grid), self.right.tiles(grid)
+        return Tiles(a.some | b.some, a.every | b.every)
 
 
-@_pytree
+@pytree
 class Not(Mask):
     """Pairs that the mask forbids."""
 
     mask: Mask
 
-    def block(self, queries, keys):
+    def block(self, at):
         """See `Mask.block`."""
-        return ~self.mask.block(queries, keys)
+        return ~self.mask.block(at)
+
+    def tiles(self, grid):
+        """See `Mask.tiles`."""
+        known = self.mask.tiles(grid)
+        return Tiles(~known.every, ~known.some)
 
 
-@_pytree
-class Causal(Mask):
-    """Key index at most the query's: query i sits at key index i + offset.
-
-        keys  0 1 2 3
-    query 0   x . . .
-    query 1   x x . .
-    query 2   x x x .
-    """
-
-    offset: int = _static(default=0)
-
-    def block(self, queries, keys):
-        """See `Mask.block`."""
-        return (keys[None, :] <= queries[:, None] + self.offset)[None, None]
-
-    def reach(self, first, last, length):
-        """Nothing after the last query."""
-        return 0, max(0, min(length, last + self.offset + 1))
-
-
-@_pytree
-class Window(Mask):
-    """Keys from `left` before the query to `right` after it, itself included; None is no limit.
-
-    Window(left=1, right=0):
-
-        keys  0 1 2 3
-    query 0   x . . .
-    query 1   x x . .
-    query 2   . x x .
-    """
-
-    left: int | None = _static(default=None)
-    right: int | None = _static(default=None)
-    offset: int = _static(default=0)
-
-    def block(self, queries, keys):
-        """See `Mask.block`."""
-        distance = keys[None, :] - (queries[:, None] + self.offset)
-        allowed = jnp.ones(distance.shape, bool)
-        if self.left is not None:
-            allowed &= distance >= -self.left
-        if self.right is not None:
-            allowed &= distance <= self.right
-        return allowed[None, None]
-
-    def reach(self, first, last, length):
-        """From `left` before the first query to `right` after the last."""
-        low = 0 if self.left is None else first + self.offset - self.left
-        high = length if self.right is None else last + self.offset + self.right + 1
-        low = min(max(low, 0), length)
-        return low, min(max(high, low), length)
-
-
-@_pytree
-class Segments(Mask):
-    """Pairs inside one packed document; segment 0 is padding and attends to nothing.
+@pytree
+class PerHead(Mask):
+    """Another mask in each head.
 
     Attributes:
-      queries: segment of each query, (B, T).
-      keys: segment of each key, (B, S).
+      masks: the different ones.
+      kinds: which of them each head has.
     """
 
-    queries: Int[Array, "B T"]
-    keys: Int[Array, "B S"]
+    masks: list[Mask]
+    kinds: tuple[int, ...]
 
-    def block(self, queries, keys):
+    def block(self, at):
         """See `Mask.block`."""
-        q = jnp.take(self.queries, queries, axis=1, mode="clip")[:, :, None]
-        k = jnp.take(self.keys, keys, axis=1, mode="clip")[:, None, :]
-        return ((q == k) & (k > 0))[:, None]
+        return self._any(at.heads, [mask.block(at) for mask in self.masks])
+
+    def tiles(self, grid):
+        """See `Mask.tiles`."""
+        heads = jnp.reshape(grid.first[1] + jnp.arange(grid.heads), (1, -1, 1, 1))
+        known = [mask.tiles(grid) for mask in self.masks]
+        return Tiles(*(self._any(heads, parts) for parts in zip(*known, strict=True)))
+
+    def _any(self, heads, parts):
+        """Of each head what its own mask says."""
+        kinds = jnp.asarray(self.kinds)[heads]
+        return functools.reduce(operator.or_, ((kinds == i) & part for i, part in enumerate(parts)))
 
 
-@_pytree
-class Slots(Mask):
-    """Keys of a cache filled up to a traced index: query i sits at slot `first` + i.
+@pytree
+class Dense(Mask):
+    """Any boolean array, whose dimensions of batch and heads may be 1."""
 
-    Attributes:
-      first: slot of the first query.
-      left: how far back a query sees; None is no limit.
+    allowed: Bool[Array, "B H T S"]
+
+    layout = {"allowed": ("batch", "heads", "queries", "keys")}
+
+    def block(self, at):
+        """See `Mask.block`."""
+        return jnp.asarray(self.allowed)
+
+
+@pytree
+class Call(Mask):
+    """A function of the indices of one pair, written by the user."""
+
+    function: Function
+    captured: Any
+
+    def block(self, at):
+        """See `Mask.block`."""
+        return self.function(self.captured, at.batch, at.heads, at.queries, at.keys) != 0
+
+
+def mask_fn(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
+    """The mask of `function(b, h, q, k)`: may query q attend to key k, in row b of the batch, in head h?
+
+    It is traced once with scalars. Arrays that it captures are whole on every device.
+
+    Raises:
+      InputError: it does not return one scalar.
     """
-
-    first: Index
-    left: int | None = _static(default=None)
-
-    def block(self, queries, keys):
-        """See `Mask.block`."""
-        distance = keys[None, :] - (queries[:, None] + self.first)
-        allowed = distance <= 0
-        if self.left is not None:
-            allowed &= distance >= -self.left
-        return allowed[None, None]
+    return Call(*Function.trace(function, [jnp.int32(0)] * 4, "a mask function"))
 
 
-def causal(offset: int = 0) -> Mask:
-    """See `Causal`."""
-    return Causal(offset)
+def per_head(masks: Sequence[Any]) -> Mask:
+    """See `PerHead`; a mask for each query head, where one mask may stand for many heads.
+
+    Raises:
+      InputError: no masks.
+    """
+    if not masks:
+        raise InputError("per_head needs a mask for each query head, and there is none")
+    made = [as_mask(mask) for mask in masks]
+    # Masks of one type that hold the same arrays are one.
+    names = [(jax.tree.structure(mask), *map(id, jax.tree.leaves(mask))) for mask in made]
+    different = dict(zip(names, made, strict=True))
+    return PerHead(list(different.values()), tuple(list(different).index(name) for name in names))
 
 
-def window(left: int | None = None, right: int | None = None, offset: int = 0) -> Mask:
-    """See `Window`."""
-    return Window(left, right, offset)
-
-
-def segments(queries: Int[Array, "B T"], keys: Int[Array, "B S"] | None = None) -> Mask:
-    """See `Segments`; keys default to the queries' own."""
-    return Segments(queries, queries if keys is None else keys)
+def as_mask(value: Any) -> Mask:
+    """A mask, a boolean array of up to four dimensions as one, or a function as one."""
+    if isinstance(value, Mask):
+        return value
+    if callable(value):
+        return mask_fn(value)
+    array: Any = value if isinstance(value, jax.Array) else np.asarray(value)
+    return Dense(array.reshape(*(1,) * (4 - array.ndim), *array.shape).astype(bool))

@@ -1,47 +1,14 @@
 """The oracle: the full score matrix in float32 (float64 stays float64), and the weights themselves."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from attnlab.attention.masks import Mask
+from attnlab.attention.masks import Index, Mask
 from attnlab.attention.scores import Score
-
-
-def reference(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K Dv"],
-    *,
-    mask: Mask | None,
-    score: Score | None,
-    scale: float,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"], Float[Array, "B H T S"]]:
-    """softmax(score(scale * Q K^T)) V with every pair written out (Vaswani et al. 2017, equation 1).
-
-    Returns:
-      The output in the value's dtype, the log-sum-exp of the scores, and the weights. A query with
-      no key to attend to gets output 0, weights 0 and log-sum-exp -inf.
-    """
-    b, t, h, d = query.shape
-    s, k = key.shape[1:3]
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
-    scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype))
-    if score is not None:
-        scores = score(scores)
-    if mask is not None:
-        scores = jnp.where(group_heads(mask.materialize(t, s), k), scores, -jnp.inf)
-    weights, lse = softmax(scores)
-    dropped = _dropout(weights, dropout_rate, dropout_key)
-    out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
-    return (
-        out.reshape(b, t, h, -1).astype(value.dtype),
-        jnp.moveaxis(lse.reshape(b, h, t), 1, 2),
-        weights.reshape(b, h, t, s),
-    )
+from attnlab.attention.values import pairs
 
 
 def softmax(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b S"], Float[Array, "*b"]]:
@@ -56,12 +23,57 @@ def softmax(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b S"], Float[A
     return exponentials / total, lse[..., 0]
 
 
-def group_heads(allowed: Bool[Array, "B H T S"], num_kv_heads: int) -> Bool[Array, "B K G T S"]:
-    """A mask block with its head dimension split as grouped scores are; a single head stays single."""
-    b, h, t, s = allowed.shape
-    if h == 1:
-        return allowed[:, :, None]
-    return allowed.reshape(b, num_kv_heads, h // num_kv_heads, t, s)
+def reference(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    scale: float = 1.0,
+    sinks: Float[Array, " H"] | None = None,
+    normalizer: Callable = softmax,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    first: tuple[Index, Index, Index, Index] = (0, 0, 0, 0),
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"], Float[Array, "B H T S"]]:
+    """softmax(score(scale * Q K^T)) V with every pair written out (Vaswani et al. 2017, equation 1).
+
+    Args:
+      query: (B, T, H, D).
+      key: (B, S, K, D).
+      value: (B, S, K, Dv).
+      mask: which pairs may attend; None is all.
+      score: change of the scaled scores.
+      scale: factor of the scores.
+      sinks: a further score of every row that takes weight and gives nothing, (H,).
+      normalizer: masked scores -> weights and their logarithmic normaliser, over the last axis.
+      dropout_rate: share of weights dropped, where `dropout_key` is given.
+      dropout_key: random key of the dropout.
+      first: the first batch row, head, query and key, where these are part of a whole.
+
+    Returns:
+      The output in the value's dtype, the log-sum-exp of the scores, and the weights. A query with
+      no key to attend to gets output 0, weights 0 and log-sum-exp -inf.
+    """
+    b, t, h, d = query.shape
+    s, k = key.shape[1:3]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
+    scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
+    at = pairs(*(start + jnp.arange(n) for start, n in zip(first, (b, h, t, s), strict=True)))
+    if score is not None:
+        scores = score(scores, at)
+    if mask is not None:
+        scores = jnp.where(mask.block(at), scores, -jnp.inf)
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks.astype(dtype)[None, :, None, None], (b, h, t, 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+    weights, lse = normalizer(scores)
+    weights = weights[..., :s]
+    dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
+    out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
+    return out.reshape(b, t, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
 
 
 def _dropout(weights: Array, rate: float, key: Array | None) -> Array:

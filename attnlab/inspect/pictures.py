@@ -208,6 +208,39 @@ def _arcs(page: Axes, x: float, y: float, queries: list[str], keys: list[str], w
     )
 
 
+# --- masks
+
+
+def mask_grid(masks: Mapping[str, ArrayLike], title: str = "", columns: int = 6) -> Figure:
+    """Masks by name, (T, S) booleans: queries downwards, keys to the right, coloured where they may attend.
+
+    Errors: `InputError` if there are none, or one is not a matrix.
+    """
+    drawn = {name: np.asarray(mask, bool) for name, mask in masks.items()}
+    if not drawn or any(mask.ndim != 2 or 0 in mask.shape for mask in drawn.values()):
+        shapes = ", ".join(f"{name} {mask.shape}" for name, mask in drawn.items())
+        raise InputError(f"mask_grid() needs masks of shape (T, S): got {shapes or 'none'}")
+    side, left, top = 1.6, 0.15, 0.55 if title else 0.15
+    wide, high = max(side, *(_width(name, 7) for name in drawn)) + 0.15, side + 0.45
+    columns = min(columns, len(drawn))
+
+    figure, page = _canvas(left + columns * wide, top + math.ceil(len(drawn) / columns) * high)
+    width, height = figure.get_size_inches()
+    for number, (name, mask) in enumerate(drawn.items()):
+        x, y = left + number % columns * wide, top + number // columns * high + 0.25
+        axes = figure.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
+        axes.set_anchor("NW")
+        T, S = mask.shape
+        edges = np.arange(S + 1), np.arange(T + 1)
+        lines = {"edgecolors": FAINT, "linewidth": 4 / max(T, S)} if max(T, S) <= 24 else {}
+        axes.pcolormesh(*edges, mask, cmap=COLOURS, vmin=0, vmax=1.5, **lines)
+        axes.set(xlim=(0, S), ylim=(T, 0), aspect="equal", xticks=[], yticks=[])
+        axes.spines[:].set(color=FAINT, linewidth=0.6)
+        _text(page, x, y - 0.07, name, fontsize=7)
+    _text(page, left, 0.3, title, fontsize=11, weight="bold")
+    return figure
+
+
 # --- one word's look
 
 

@@ -1,6 +1,6 @@
 """Flax modules that declare parameters and call functions of `attnlab.attention`."""
 
-from attnlab.layers.attention import Attention, Bidirectional, Causal, NoPositions, Rotary, Sliding
+from attnlab.layers.attention import Attention, Bidirectional, Causal, Kind, NoPositions, Rotary, Sliding
 from attnlab.layers.feed_forward import MLP, GatedMLP
 from attnlab.layers.initialization import MuP, Normal
 from attnlab.layers.norms import LayerNorm, RMSNorm
@@ -13,6 +13,7 @@ __all__ = [
     "Causal",
     "Dtypes",
     "GatedMLP",
+    "Kind",
     "LayerNorm",
     "MuP",
     "NoPositions",

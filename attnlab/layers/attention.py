@@ -1,13 +1,15 @@
 """Multi-head attention as a module: projections, positions, cache, and one call of `attend`."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention import attend, causal, segments, softcap, window
 from attnlab.attention.cache import Cache, LayerCache
-from attnlab.attention.masks import Mask, Slots
+from attnlab.attention.masks import Index, Mask
 from attnlab.attention.positions import rotary
 from attnlab.layers.linear import Linear
 from attnlab.layers.norms import Norm, RMSNorm
@@ -32,38 +34,61 @@ class NoPositions:
 
 
 @dataclass(frozen=True)
-class Causal:
-    """Every token sees all earlier ones."""
+class Kind(ABC):
+    """Which tokens may attend to which in a layer. To try a new mask, derive one, in an experiment's file.
 
-    positions: Rotary | NoPositions | None = None  # None: the model's own
+    Attributes:
+      positions: how queries and keys are turned; None is the model's own way.
+      causal: whether no token sees a later one, so that text can be generated.
+    """
+
+    positions: Rotary | NoPositions | None = field(default=None, kw_only=True)
+    causal: ClassVar[bool] = True
+
+    @abstractmethod
+    def mask(self, first: Index = 0) -> Mask:
+        """The pairs that may attend, the first query being at the key index `first`."""
 
 
 @dataclass(frozen=True)
-class Sliding:
+class Causal(Kind):
+    """Every token sees all earlier ones."""
+
+    def mask(self, first=0):
+        """See `Kind.mask`."""
+        return causal(first)
+
+
+@dataclass(frozen=True)
+class Sliding(Kind):
     """Every token sees the last `window` tokens, itself included (Mistral, arXiv 2310.06825, section 2)."""
 
     window: int = 256
-    positions: Rotary | NoPositions | None = None  # None: the model's own
 
     def __post_init__(self):
         if self.window < 1:
             raise ValueError("window must be at least 1")
 
+    def mask(self, first=0):
+        """See `Kind.mask`."""
+        return window(self.window - 1, 0, first)
+
 
 @dataclass(frozen=True)
-class Bidirectional:
+class Bidirectional(Kind):
     """Every token sees the whole document, or so many tokens before (`left`) and after it (`right`)."""
 
     left: int | None = None
     right: int | None = None
-    positions: Rotary | NoPositions | None = None  # None: the model's own
+    causal: ClassVar[bool] = False
 
     def __post_init__(self):
         if min(self.left or 0, self.right or 0) < 0:
             raise ValueError("left and right must be at least 0, or none")
 
-
-Kind = Causal | Sliding | Bidirectional
+    def mask(self, first=0):
+        """See `Kind.mask`."""
+        return window(self.left, self.right, first)
 
 
 @dataclass(frozen=True)
@@ -151,9 +176,10 @@ class AttentionLayer(nn.Module):
                 rotary(y, positions, theta=self.positions.theta, fraction=self.positions.fraction)
                 for y in (query, key)
             )
-        mask = self._mask(segment_ids, cache)
+        first: Index = 0
+        key_segments = segment_ids
         if cache is not None and layer_cache is not None:
-            first = cache.index - x.shape[1]
+            first, key_segments = cache.index - x.shape[1], cache.segments
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
 
@@ -163,7 +189,7 @@ class AttentionLayer(nn.Module):
             query,
             key,
             value,
-            mask=mask,
+            mask=self.kind.mask(first) & segments(segment_ids, key_segments),
             score=softcap(config.softcap) if config.softcap else None,
             scale=self.scale,
             dropout_rate=config.dropout,
@@ -178,13 +204,3 @@ class AttentionLayer(nn.Module):
             out
         )
         return out, layer_cache
-
-    def _mask(self, segment_ids: Array, cache: Cache | None) -> Mask:
-        left = self.kind.window - 1 if isinstance(self.kind, Sliding) else None
-        if cache is not None:
-            return Slots(cache.index - segment_ids.shape[1], left) & segments(segment_ids, cache.segments)
-        mask = segments(segment_ids)
-        if isinstance(self.kind, Bidirectional):
-            return mask & window(self.kind.left, self.kind.right)
-        mask = causal() & mask
-        return mask if left is None else mask & window(left, 0)

@@ -104,7 +104,7 @@ class DecoderConfig:
     @property
     def causal(self) -> bool:
         """Whether no layer looks ahead, so that text can be generated."""
-        return all(type(kind).__name__ != "Bidirectional" for kind in self.pattern)
+        return all(kind.causal for kind in self.pattern)
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size)."""

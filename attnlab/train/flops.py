@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention import causal_pairs
-from attnlab.layers.attention import Bidirectional, Sliding
 from attnlab.layers.feed_forward import GatedMLP
 from attnlab.models import DecoderConfig
 
@@ -51,15 +49,10 @@ def token_flops(config: DecoderConfig, vocab_size: int, length: int) -> TokenFlo
     hidden = config.feed_forward.hidden(config.width)
     matrices = 3 if isinstance(config.feed_forward, GatedMLP) else 2
     weights = config.depth * (projections + matrices * config.width * hidden) + vocab_size * config.width
-    pairs = sum(_pairs(kind, length) for kind in config.kinds) / length
+    # Pairs for each token, counted once for each kind of layer.
+    seen = {kind: length * kind.mask().density(length, length) for kind in set(config.kinds)}
+    pairs = sum(seen[kind] for kind in config.kinds)
     return TokenFlops(weights=2.0 * weights, attention=4.0 * heads * d * pairs)
-
-
-def _pairs(kind, length: int) -> int:
-    if isinstance(kind, Bidirectional):
-        # Both sides of the diagonal, which is counted once.
-        return causal_pairs(length, kind.left) + causal_pairs(length, kind.right) - length
-    return causal_pairs(length, kind.window - 1 if isinstance(kind, Sliding) else None)
 
 
 def peak_flops(device: jax.Device) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.attention import attend, causal, segments, softcap, window
+from attnlab.attention import attend, bias, causal, segments, softcap, window
 from tests.attention.inputs import qkv, weighted_sum
 
 ROWS = ("data", "fsdp")
@@ -46,6 +46,32 @@ def test_a_mesh_changes_no_number_and_keeps_the_layout(mesh_of, text, backend):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_functions_made_under_a_mesh_run_on_a_part_of_it(mesh_of):
+    """As in a model: mask and score are traced where arrays are whole, and run where they are cut."""
+    arrays = qkv(0, b=4, t=40, s=40, h=4, k=2)
+    ids, slopes = jnp.arange(4 * 40).reshape(4, 40) // 13, jnp.linspace(0.1, 0.4, 4)
+
+    @jax.jit
+    def run(query, key, value, ids, slopes):
+        def loss(query, slopes):
+            mask = causal() & (
+                lambda b, h, q, k: (jnp.abs(q - k) % 3 == 0) | (ids[b, q] == ids[b, k]) & (h > 1)
+            )
+            score = lambda s, b, h, q, k: s - slopes[h] * jax.nn.relu(q - k + b)  # noqa: E731
+            out = attend(query, key, value, mask=mask, score=score)
+            out = out if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(out, P())
+            return weighted_sum(out, jnp.zeros(1))
+
+        return jax.value_and_grad(loss, (0, 1))(query, slopes)
+
+    expected = run(*arrays, ids, slopes)
+    mesh, placed = on_mesh(mesh_of, "data:2,fsdp:2,tensor:2", arrays)
+    with jax.set_mesh(mesh):
+        got = run(*placed, ids, slopes)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
 def test_one_key_head_may_be_whole_beside_cut_query_heads(mesh_of):
     query, key, value = qkv(1, b=2, h=4, k=1)
     mesh, (query_,) = on_mesh(mesh_of, "fsdp:2,tensor:2", [query])
@@ -58,9 +84,9 @@ def test_one_key_head_may_be_whole_beside_cut_query_heads(mesh_of):
 @pytest.mark.parametrize(
     "query_spec, key_spec, words",
     [
-        (P(None, "fsdp", None, None), P(), "length and head_dim must be whole"),
-        (P(None, None, None, "fsdp"), P(None, None, None, "fsdp"), "length and head_dim must be whole"),
-        (P("fsdp", None, None, None), P("fsdp", "tensor", None, None), "length and head_dim must be whole"),
+        (P(None, "fsdp", None, None), P(), "as the query's"),
+        (P(None, None, None, "fsdp"), P(None, None, None, "fsdp"), "head_dim must be whole"),
+        (P("fsdp", None, None, None), P("fsdp", "tensor", None, None), "as the query's"),
         (P("fsdp", None, "tensor", None), P("fsdp", None, None, None), "as the query's"),
         (P("fsdp", None, None, None), P(), "as the query's"),
         (P(), P("fsdp", None, None, None), "as the query's"),
@@ -107,18 +133,29 @@ def test_what_cannot_be_is_refused_in_one_line(refuses, unchecked):
     query, key, value = qkv(3)
     with refuses("(batch, length, heads, head_dim)", "(5, 4, 6)"):
         attend(query[0], key, value)
+    with refuses("(batch, length, heads, head_dim)", "(5, 4)"):
+        attend(query[0, ..., 0], key, value)
     with refuses("batch, length and heads", "(1, 7, 2, 3)"):
         attend(query, key, value[:1])
     with refuses("one head_dim"):
         attend(query[..., :2], key, value)
     with refuses("multiple of key heads"):
         attend(query[:, :, :3], key, value)
-    with refuses("unknown backend 'flash'", "auto, reference, blockwise"):
+    with refuses(
+        "unknown backend 'flash'",
+        "auto, ring, all_to_all, all_gather, splash, cudnn, blockwise, blockwise_twice, reference",
+    ):
         attend(query, key, value, backend="flash")
-    with refuses("return_weights needs backend='reference'"):
+    with refuses("'blockwise' cannot do this", "weights", "return_weights"):
         attend(query, key, value, backend="blockwise", return_weights=True)
-    with refuses("dropout needs backend='reference'"):
+    with refuses("'blockwise' cannot do this", "weights", "dropout"):
         attend(query, key, value, backend="blockwise", dropout_rate=0.1, dropout_key=jax.random.key(0))
+    with refuses("(batch, keys) in the mask", "has 6 keys, where the scores have 7"):
+        attend(query, key, value, mask=segments(jnp.ones((2, 5), int), jnp.ones((2, 6), int)))
+    with refuses("in the score", "has 3 heads, where the scores have 4"):
+        attend(query, key, value, score=bias(jnp.ones((3, 1, 1))))
+    with refuses("one scalar", "float32[2]"):
+        attend(query, key, value, score=lambda s, b, h, q, k: s * jnp.ones(2))
     with refuses("dropout_rate", "under 1"):
         attend(query, key, value, dropout_rate=1.0, dropout_key=jax.random.key(0))
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from attnlab.errors import InputError
-from attnlab.inspect.pictures import Look, arcs, head_grid, legible, looks, save, training_curve
+from attnlab.inspect.pictures import Look, arcs, head_grid, legible, looks, mask_grid, save, training_curve
 
 SENTENCE = ["The", "animal", "didn't", "cross", "the", "street", "because", "it", "was", "too", "tired"]
 TWIN = [*SENTENCE[:-1], "wide"]
@@ -92,6 +92,28 @@ def test_head_grid_of_many_tokens_is_quick_and_numbers_them(tmp_path):
 def test_odd_tokens_can_be_drawn(token, tmp_path):
     svg(head_grid(attention(1, 1, 2, 2), [token, "x"], title=token), tmp_path)
     svg(looks([(["a", token], 0, attention(1, 2, 2), 1)]), tmp_path)
+
+
+def test_mask_grid_draws_what_is_allowed_and_names_it(tmp_path):
+    masks = {"causal()": np.tril(np.ones((4, 4), bool)), "first two": np.arange(5)[None] < [[2]] * 3}
+    figure = mask_grid(masks, "Masks")
+    for axes, mask in zip(figure.axes[1:], masks.values(), strict=True):
+        (mesh,) = axes.collections
+        np.testing.assert_array_equal(mesh.get_array(), mask)
+        assert axes.get_xlim() == (0, mask.shape[1]) and axes.get_ylim() == (mask.shape[0], 0)
+    assert all(f"<!-- {words} -->" in svg(figure, tmp_path) for words in ("Masks", "causal()", "first two"))
+
+
+def test_mask_grid_begins_a_row_after_so_many_columns():
+    one, four = (mask_grid({str(i): np.eye(3) for i in range(n)}, columns=2) for n in (2, 4))
+    assert four.get_size_inches()[0] == one.get_size_inches()[0]
+    assert four.get_size_inches()[1] > 1.5 * one.get_size_inches()[1]
+
+
+@pytest.mark.parametrize("masks", [{}, {"a": np.ones(3)}, {"a": np.ones((0, 3))}])
+def test_mask_grid_of_what_is_no_matrix(masks):
+    with pytest.raises(InputError, match="mask_grid"):
+        mask_grid(masks)
 
 
 def test_arcs_write_both_sides_of_every_head(tmp_path):

@@ -84,7 +84,7 @@ DISTANCE = np.arange(8)[:, None] - np.arange(8)[None]  # query after key
         ((Causal(),), 2, DISTANCE >= 0),
         ((Sliding(2),), 1, (DISTANCE >= 0) & (DISTANCE < 2)),
         ((Sliding(2),), 3, (DISTANCE >= 0) & (DISTANCE < 4)),  # one more back with each layer
-        ((Sliding(3), Causal(NoPositions())), 3, DISTANCE >= 0),
+        ((Sliding(3), Causal(positions=NoPositions())), 3, DISTANCE >= 0),
         ((Bidirectional(),), 1, DISTANCE == DISTANCE),
         ((Bidirectional(left=2, right=2),), 1, abs(DISTANCE) <= 2),
     ],

@@ -1,0 +1,163 @@
+"""What is asked of cuDNN, with XLA in its place, and compiled for a GPU that is not here."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from attnlab.attention import attend, causal, segments, softcap, window
+from attnlab.attention.backends import Request
+from attnlab.attention.gpu import Cudnn, _reach
+from tests.attention.inputs import allowed_pairs, masks, qkv
+
+REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
+
+
+def of_shape(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"platform": "tpu"}, "for GPUs"),
+        ({"sequence": ("sequence",)}, "length is sharded over sequence"),
+        ({"dropout_rate": 0.1}, "weights"),
+        ({"wants_weights": True}, "weights"),
+        ({"normalizer": jax.nn.relu}, "softmax alone"),
+        ({"wants_lse": True}, "no gradient"),
+        ({"sinks": of_shape(4)}, "no gradient"),
+        ({"score": softcap(3.0)}, "no scores"),
+        ({"scale": jnp.float32(1)}, "number"),
+        ({"query": of_shape(2, 256, 4, 64, dtype=jnp.float32)}, "bfloat16, float32"),
+        ({"value": of_shape(2, 256, 4, 32)}, "64 and 32"),
+        (dict.fromkeys(("query", "key", "value"), of_shape(2, 256, 4, 160)), "at most 128"),
+        ({"mask": segments(jnp.ones((2, 256), int))}, "causal() alone"),
+        ({"mask": causal(3)}, "causal() alone"),
+        ({"mask": causal(jnp.int32(0))}, "causal() alone"),
+        ({"mask": window(3, 3)}, "causal() alone"),
+        ({"mask": ~causal()}, "causal() alone"),
+        ({"mask": causal(), "query": of_shape(2, 257, 4, 64)}, "no more queries than keys"),
+    ],
+)
+def test_refuses_what_cudnn_cannot_do(change, words):
+    assert Cudnn().refuse(REQUEST) is None
+    assert words in Cudnn().refuse(dataclasses.replace(REQUEST, **change))
+
+
+@settings(max_examples=50, deadline=None)
+@given(masks(1, 7, 9))
+def test_reach_is_all_of_a_mask(mask):
+    reach = _reach(mask)
+    if reach is None:
+        assert any(name in repr(mask) for name in ("Not", "Or", "Segments"))
+        return
+    left, right = reach
+    distance = np.arange(9)[None] - np.arange(7)[:, None]
+    expected = (distance >= -(99 if left is None else left)) & (distance <= (99 if right is None else right))
+    np.testing.assert_array_equal(allowed_pairs(mask, 1, 7, 9)[0], expected)
+
+
+@pytest.mark.parametrize("mask", [None, causal(), causal() & window(5), window(5, 0)], ids=str)
+def test_asks_for_what_the_reference_gives(mask, monkeypatch):
+    """By its arguments as JAX's own implementation understands them; that cuDNN does is NVIDIA's to prove."""
+    xla = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *x, implementation, **options: xla(*x, **options)
+    )
+    query, key, value = qkv(0, t=20, s=30, d=8, dv=8, dtype=jnp.float16)
+    request = Request(query, key, value, mask, scale=0.3, platform="gpu")
+    assert Cudnn().refuse(request) is None
+    out = Cudnn().run(request, (0, 0, 0, 0)).out
+    expected = attend(query, key, value, mask=mask, scale=0.3, backend="reference")
+    np.testing.assert_allclose(out, expected, atol=2**-8)
+
+
+# The H100 SXM's figures, from NVIDIA's data sheet and deviceQuery.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation" platform_version: "compute capability 9.0" device_address_bits: 64
+  name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.13.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+PROGRAM = """
+import json, re, sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from attnlab.attention import attend, causal, segments, window
+
+jax.devices()  # registers the plugin
+topology = topologies.get_topology_desc(
+    "h100", platform="cuda", target_config=sys.argv[1], topology="1x1x4"
+)
+mesh = Mesh(np.array(topology.devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def calls(mask_of, spec=P("data", None, "tensor", None)):
+    def shape(*sizes, spec=spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(query, key, value, ids):
+        return jnp.sum(attend(query, key, value, mask=mask_of(ids)).astype(jnp.float32))
+
+    arrays = shape(4, 1000, 8, 64), shape(4, 1000, 4, 64), shape(4, 1000, 4, 64)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, shape(4, 1000, spec=P(), dtype=jnp.int32))
+        text = lowered.compile().as_text()
+    return sorted(set(re.findall(r'__cudnn\\$(fmha[A-Za-z]*)', text)))
+
+
+print(json.dumps({
+    "none": calls(lambda ids: None),
+    "causal": calls(lambda ids: causal()),
+    "window": calls(lambda ids: causal() & window(100)),
+    "whole on every device": calls(lambda ids: causal(), P(None, None, None, None)),
+    "segments": calls(lambda ids: causal() & segments(ids)),
+}))
+"""
+
+
+@pytest.mark.preflight
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the CUDA plugin (extra `cuda`)"
+)
+def test_compiles_for_an_h100():
+    """Forward and backward, with `backend="auto"`: cuDNN's calls where it can, none where it cannot."""
+    root = Path(__file__).parents[2]
+    # The plugin would have libraries that only a run needs.
+    env = os.environ | {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, H100], capture_output=True, text=True, timeout=600, env=env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("segments") == []
+    for name, calls in found.items():
+        assert calls == ["fmhaSoftmax", "fmhaSoftmaxBackward"], name
