@@ -247,7 +247,8 @@ def _axes(entry) -> tuple[str, ...]:
 
 def _first(axes, length: int):
     """Where this device's part begins in a dimension that is laid out over mesh axes."""
-    return jax.lax.axis_index(axes) * length if axes else 0
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return jax.lax.axis_index(axes) * length if math.prod(sizes[a] for a in _axes(axes)) > 1 else 0
 
 
 def _local_key(key, layout):

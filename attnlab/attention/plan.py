@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from attnlab.attention.masks import Grid, Mask
-from attnlab.attention.values import now
+from attnlab.attention.masks import And, Grid, Mask
+from attnlab.attention.values import now, pairs
 
 
 class Plan(NamedTuple):
@@ -52,17 +52,54 @@ def is_traced(tree) -> bool:
 
 
 def plan(mask: Mask | None, grid: Grid) -> tuple[Plan, Known]:
-    """The plan of a mask over a grid. It is computed here and now unless the mask holds traced arrays."""
-    if is_traced((mask, grid.first)):
-        return _plan(jnp, *_sorts(mask, grid)), Known()
-    some, every = now(lambda: _sorts(mask, grid))
-    visits = None
-    scores = some.sum() * grid.rows * grid.columns * grid.batch * grid.heads
-    if some.sum() <= FEW_TILES and scores <= FEW_SCORES:
-        visits = tuple(
-            tuple((int(j), not every[i, j]) for j in np.flatnonzero(some[i])) for i in range(len(some))
+    """The plan of a mask over a grid, computed here and now as far as the mask is known.
+
+    What is known only when run, such as segments, is left out of account where that leaves few tiles;
+    where it leaves many, the whole plan is found when run.
+    """
+    part, whole = known_part(mask, grid)
+    if whole or (part is not None and not is_traced(grid.first[2:])):
+        some, every = now(lambda: _sorts(part, grid._replace(first=(0, 0, *grid.first[2:]))))
+        every = every & whole
+        visits = _written_out(some, every, grid)
+        if whole or visits is not None:
+            return _plan(np, some, every), Known(bool(every.any()), bool((some & ~every).any()), visits)
+    return _plan(jnp, *_sorts(mask, grid)), Known()
+
+
+def known_part(mask: Mask | None, grid: Grid) -> tuple[Mask | None, bool]:
+    """The part of a conjunction that is known when compiled, and whether that is all of it."""
+    if mask is None:
+        return None, not is_traced(grid.first[2:])
+    if isinstance(mask, And):
+        (left, all_left), (right, all_right) = known_part(mask.left, grid), known_part(mask.right, grid)
+        both = (
+            mask
+            if all_left and all_right
+            else right
+            if left is None
+            else left
+            if right is None
+            else left & right
         )
-    return _plan(np, some, every), Known(bool(every.any()), bool((some & ~every).any()), visits)
+        return both, all_left and all_right
+    if is_traced((mask, grid.first[2:])) or (is_traced(grid.first[:2]) and any(depends_on(mask))):
+        return None, False
+    return mask, True
+
+
+def depends_on(mask: Mask) -> tuple[bool, bool]:
+    """Whether a mask differs between rows of the batch, and between heads."""
+    # Two of each at least, so that a function of their index shows it.
+    corner = jax.eval_shape(lambda: mask.cut(queries=(0, 1), keys=(0, 1)).block(pairs(2, 2, 1, 1)))
+    return corner.shape[0] > 1, corner.shape[1] > 1
+
+
+def _written_out(some, every, grid: Grid):
+    scores = some.sum() * grid.rows * grid.columns * grid.batch * grid.heads
+    if some.sum() > FEW_TILES or scores > FEW_SCORES:
+        return None
+    return tuple(tuple((int(j), not every[i, j]) for j in np.flatnonzero(some[i])) for i in range(len(some)))
 
 
 def _sorts(mask: Mask | None, grid: Grid):

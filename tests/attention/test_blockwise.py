@@ -163,6 +163,27 @@ def test_only_tiles_on_the_border_are_masked():
     assert plan(None, Grid(64, 60, 8, 16))[1].masked is True  # what fills up the last tile
 
 
+def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
+    grid = Grid(64, 64, 16, 16, batch=2)
+    plans = []
+
+    @jax.jit
+    def run(ids, row):
+        for mask, first in (
+            (causal() & segments(ids), (0, 0, 0, 0)),
+            (causal(), (row, row, 0, 0)),  # on a device whose rows are known only when run
+            (mask_fn(lambda b, h, q, k: q >= k + b), (row, row, 0, 0)),
+            (causal(row) & causal(), (0, 0, 0, 0)),
+        ):
+            plans.append(plan(mask, grid._replace(first=first))[1].visits)
+        return ids
+
+    run(jnp.ones((2, 64), jnp.int32), 0)
+    diagonal = tuple(tuple((j, j == i) for j in range(i + 1)) for i in range(4))
+    masked = tuple(tuple((j, True) for j in range(i + 1)) for i in range(4))
+    assert plans == [masked, diagonal, None, masked]
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory_is_linear_in_the_length(backward):
     def peak(attention, length):
