@@ -57,7 +57,9 @@ class Splash:
             return f"it takes bfloat16 or float32, the same for all three, not {', '.join(sorted(dtypes))}"
         if min(r.query.shape[1], r.key.shape[1]) < LANES:
             return f"its smallest tile is {LANES} queries by {LANES} keys"
-        if r.score is not None and not (isinstance(r.score, Softcap) and isinstance(r.score.cap, float)):
+        if r.score is not None and not (
+            isinstance(r.score, Softcap) and isinstance(r.score.cap, int | float)
+        ):
             return "it changes scores by softcap(number) alone"
         return _refuse_mask(r)
 
