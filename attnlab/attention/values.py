@@ -114,8 +114,9 @@ class Function:
         Raises:
           InputError: it returns something other than one scalar.
         """
-        # Of no mesh, so that it can be run on a device's part as well as on the whole.
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        # Of no mesh, so that it can be run on a device's part as well as on the whole; what is compiled
+        # within it would remember one.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.disable_jit():
             closed = jax.make_jaxpr(function)(*arguments)
         if len(closed.out_avals) != 1 or closed.out_avals[0].shape:
             shapes = ", ".join(map(str, closed.out_avals))

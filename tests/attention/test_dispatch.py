@@ -57,7 +57,10 @@ def test_functions_made_under_a_mesh_run_on_a_part_of_it(mesh_of):
             mask = causal() & (
                 lambda b, h, q, k: (jnp.abs(q - k) % 3 == 0) | (ids[b, q] == ids[b, k]) & (h > 1)
             )
-            score = lambda s, b, h, q, k: s - slopes[h] * jax.nn.relu(q - k + b)  # noqa: E731
+
+            def score(s, b, h, q, k):
+                return s - slopes[h] * jax.nn.relu(jnp.bitwise_count(q - k + ids[0, 0]) + b)
+
             out = attend(query, key, value, mask=mask, score=score)
             out = out if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(out, P())
             return weighted_sum(out, jnp.zeros(1))
