@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.blockwise import blockwise, blockwise_twice
-from attnlab.attention.masks import Index, Mask
+from attnlab.attention.masks import First, Mask
 from attnlab.attention.reference import reference, softmax
 from attnlab.attention.scores import Score
-
-First = tuple[Index, Index, Index, Index]
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,20 @@ class Backend(Protocol):
         ...
 
 
+def sharded_length(request: Request) -> str | None:
+    """Why a backend that needs the whole length on a device cannot do what is asked."""
+    return f"the length is sharded over {', '.join(request.sequence)}" if request.sequence else None
+
+
+def beyond_softmax(request: Request) -> str | None:
+    """Why a backend that normalises by softmax, and never holds the weights, cannot do what is asked."""
+    if request.dropout_rate:
+        return "it never holds the weights, which dropout changes"
+    if request.wants_weights:
+        return "it never holds the weights, which return_weights asks for"
+    return None if request.normalizer is softmax else "it normalises by softmax alone"
+
+
 class Blockwise:
     """Any mask and score in memory linear in the length; see `blockwise`."""
 
@@ -88,15 +100,7 @@ class Blockwise:
 
     def refuse(self, request):
         """See `Backend.refuse`."""
-        if request.dropout_rate:
-            return "it never holds the weights, which dropout changes"
-        if request.wants_weights:
-            return "it never holds the weights, which return_weights asks for"
-        if request.normalizer is not softmax:
-            return "it normalises by softmax alone"
-        if request.sequence:
-            return f"the length is sharded over {', '.join(request.sequence)}"
-        return None
+        return beyond_softmax(request) or sharded_length(request)
 
     def run(self, request, first):
         """See `Backend.run`."""
@@ -121,7 +125,7 @@ class Reference:
 
     def refuse(self, request):
         """See `Backend.refuse`."""
-        return f"the length is sharded over {', '.join(request.sequence)}" if request.sequence else None
+        return sharded_length(request)
 
     def run(self, request, first):
         """See `Backend.run`."""

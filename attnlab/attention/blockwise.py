@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention import cotangents
-from attnlab.attention.masks import Grid, Index, Mask
-from attnlab.attention.plan import Known, Plan, plan
+from attnlab.attention.masks import First, Grid, Mask
+from attnlab.attention.plan import Known, Plan, equal_part, plan
 from attnlab.attention.scores import Score
-from attnlab.attention.values import pairs
+from attnlab.attention.values import rectangle
 
 NOTHING = -1e30  # a score so low that its weight is 0 beside any other; finite, for inf - inf is no number
-First = tuple[Index, Index, Index, Index]
 
 
 def blockwise(
@@ -170,14 +169,9 @@ def tile_of(num_queries: int, num_keys: int) -> tuple[int, int]:
     A short sequence has four tiles a side, which a causal mask leaves ten of.
     """
     if num_queries <= 1024 and num_keys <= 1024:
-        rows, columns = (_even(n, max(64, -(-n // 4))) for n in (num_queries, num_keys))
+        rows, columns = (equal_part(n, max(64, -(-n // 4))) for n in (num_queries, num_keys))
         return rows, columns
-    return _even(num_queries, 256), _even(num_keys, 512)
-
-
-def _even(length: int, most: int) -> int:
-    """The size of equal parts that are at most so long."""
-    return -(-length // -(-length // most))
+    return equal_part(num_queries, 256), equal_part(num_keys, 512)
 
 
 def _pad(x: Array, length: int) -> Array:
@@ -199,12 +193,8 @@ class _Tiles:
 
     def _at(self, i, j, batch: int, heads: int):
         b, h, q, k = self.first
-        return pairs(
-            b + jnp.arange(batch),
-            h + jnp.arange(heads),
-            q + i * self.rows + jnp.arange(self.rows),
-            k + j * self.columns + jnp.arange(self.columns),
-        )
+        first = b, h, q + i * self.rows, k + j * self.columns
+        return rectangle(first, (batch, heads, self.rows, self.columns))
 
     def cut(self, value, i, j):
         """A mask or score with its arrays cut to a tile."""
@@ -319,8 +309,7 @@ def _finish(carry, dtype):
 def _backward(static, residuals, given):
     query, key, value, mask, score, made, first, out, lse = residuals
     d_out, d_lse = given
-    # d scores = weights * (d weights - sum(weights * d weights) + d lse); the sum is out . d out.
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    delta = cotangents.delta(out, d_out, d_lse)
     arrays = query, key, value
     *found, d_score = _gradients(static, *arrays, mask, score, made, first, d_out, lse, delta)
     found = [g.astype(x.dtype) for x, g in zip(arrays, found, strict=True)]

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from attnlab.attention import cotangents
-from attnlab.attention.backends import Request, Result, with_sinks
+from attnlab.attention.backends import Request, Result, beyond_softmax, with_sinks
 from attnlab.attention.blockwise import blockwise, gradients
-from attnlab.attention.reference import softmax
 
 
 class Context:
@@ -25,11 +24,7 @@ class Context:
         """See `Backend.refuse`."""
         if not request.sequence:
             return "the length is whole on every device"
-        if request.dropout_rate or request.wants_weights:
-            return "it never holds the weights, which dropout changes and return_weights asks for"
-        if request.normalizer is not softmax:
-            return "it normalises by softmax alone"
-        return self.refuse_more(request)
+        return beyond_softmax(request) or self.refuse_more(request)
 
     def refuse_more(self, request: Request) -> str | None:
         """Why this way cannot do what is asked."""
@@ -217,7 +212,7 @@ def _merge(one, two):
 def _ring_backward(static, residuals, given):
     query, key, value, mask, score, first, out, lse = residuals
     d_out, d_lse = given
-    delta = jnp.sum(out * d_out.astype(jnp.float32), axis=-1) - d_lse
+    delta = cotangents.delta(out, d_out, d_lse)
     meet = _Meetings(static, query, key, mask, score, first)
     rows = meet.halves(query, d_out, lse, delta)
 

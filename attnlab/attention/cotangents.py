@@ -16,6 +16,14 @@ def is_floating(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
+def delta(out: Array, d_out: Array, d_lse: Array) -> Array:
+    """sum(out * d_out) over the width, less d_lse: what every row's gradient of its weights is less.
+
+    d scores = weights * (d weights - sum(weights * d weights) + d lse), and the sum is out . d out.
+    """
+    return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+
+
 def nothing(tree: Any) -> Any:
     """The cotangent of what no gradient flows to."""
     return jax.tree.map(

@@ -7,10 +7,9 @@ query, takes another mask as such a bias, and returns a log-sum-exp that is roun
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention.backends import Request, Result
+from attnlab.attention.backends import Request, Result, beyond_softmax, sharded_length
 from attnlab.attention.masks import And, Mask
 from attnlab.attention.patterns import Causal, Window
-from attnlab.attention.reference import softmax
 
 
 class Cudnn:
@@ -23,12 +22,8 @@ class Cudnn:
         r = request
         if r.platform != "gpu":
             return f"it is for GPUs, and this is for a {r.platform.upper()}"
-        if r.sequence:
-            return f"the length is sharded over {', '.join(r.sequence)}"
-        if r.dropout_rate or r.wants_weights:
-            return "it never holds the weights, which dropout changes and return_weights asks for"
-        if r.normalizer is not softmax:
-            return "it normalises by softmax alone"
+        if reason := sharded_length(r) or beyond_softmax(r):
+            return reason
         if r.wants_lse or r.sinks is not None:
             return "its log-sum-exp, which return_lse asks for and sinks need, is rounded and has no gradient"
         if r.score is not None:

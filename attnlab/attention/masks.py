@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.values import Function, Pairs, Value, pairs, pytree
+from attnlab.attention.values import Function, Pairs, Value, pairs, pytree, rectangle
 from attnlab.errors import InputError
 
 Index = int | Int[Array, ""]
+First = tuple[Index, Index, Index, Index]  # batch row, head, query, key
 
 
 class Tiles(NamedTuple):
@@ -45,7 +46,7 @@ class Grid(NamedTuple):
     columns: int
     batch: int = 1
     heads: int = 1
-    first: tuple[Index, Index, Index, Index] = (0, 0, 0, 0)
+    first: First = (0, 0, 0, 0)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -88,11 +89,10 @@ class Mask(Value):
         padded = self.pad(queries=count * grid.rows)
 
         def strip(i):
-            q = i * grid.rows + jnp.arange(grid.rows)
-            local = jnp.arange(grid.batch), jnp.arange(grid.heads), q, jnp.arange(grid.keys)
-            at = pairs(*(first + index for first, index in zip(grid.first, local, strict=True)))
+            b, h, q, k = grid.first
+            at = rectangle((b, h, q + i * grid.rows, k), (grid.batch, grid.heads, grid.rows, grid.keys))
             seen = padded.cut(queries=(i * grid.rows, grid.rows)).tally(at, grid.columns)
-            return summary(seen, (q < grid.queries)[None, None, :, None])
+            return summary(seen, (at.queries - q < grid.queries))
 
         return jax.lax.map(strip, jnp.arange(count))
 

@@ -1,6 +1,7 @@
 """Which tiles of a mask a backend visits, and in what order: known when compiled, or found when run."""
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,11 @@ class Known:
 FEW_TILES, FEW_SCORES = 24, 2**22
 
 
+def equal_part(length: int, most: int) -> int:
+    """The size of equal parts that are at most so long."""
+    return -(-length // -(-length // most))
+
+
 def is_traced(tree) -> bool:
     """Whether any array of it is known only when run."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
@@ -72,26 +78,22 @@ def known_part(mask: Mask | None, grid: Grid) -> tuple[Mask | None, bool]:
     if mask is None:
         return None, not is_traced(grid.first[2:])
     if isinstance(mask, And):
-        (left, all_left), (right, all_right) = known_part(mask.left, grid), known_part(mask.right, grid)
-        both = (
-            mask
-            if all_left and all_right
-            else right
-            if left is None
-            else left
-            if right is None
-            else left & right
-        )
-        return both, all_left and all_right
-    if is_traced((mask, grid.first[2:])) or (is_traced(grid.first[:2]) and any(depends_on(mask))):
+        sides = known_part(mask.left, grid), known_part(mask.right, grid)
+        if all(whole for _, whole in sides):
+            return mask, True
+        parts = [part for part, _ in sides if part is not None]
+        return (reduce(And, parts) if parts else None), False
+    by_place = is_traced(grid.first[:2]) and any(depends_on(mask, grid.batch, grid.heads))
+    if by_place or is_traced((mask, grid.first[2:])):
         return None, False
     return mask, True
 
 
-def depends_on(mask: Mask) -> tuple[bool, bool]:
-    """Whether a mask differs between rows of the batch, and between heads."""
+def depends_on(mask: Mask, batch: int, heads: int) -> tuple[bool, bool]:
+    """Whether a mask differs between so many rows of the batch, and between so many heads."""
     # Two of each at least, so that a function of their index shows it.
-    corner = jax.eval_shape(lambda: mask.cut(queries=(0, 1), keys=(0, 1)).block(pairs(2, 2, 1, 1)))
+    at = pairs(max(2, batch), max(2, heads), 1, 1)
+    corner = jax.eval_shape(lambda: mask.cut(queries=(0, 1), keys=(0, 1)).block(at))
     return corner.shape[0] > 1, corner.shape[1] > 1
 
 

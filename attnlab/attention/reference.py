@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.masks import Index, Mask
+from attnlab.attention.masks import First, Mask
 from attnlab.attention.scores import Score
-from attnlab.attention.values import pairs
+from attnlab.attention.values import rectangle
 
 
 def softmax(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b S"], Float[Array, "*b"]]:
@@ -35,7 +35,7 @@ def reference(
     normalizer: Callable = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    first: tuple[Index, Index, Index, Index] = (0, 0, 0, 0),
+    first: First = (0, 0, 0, 0),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"], Float[Array, "B H T S"]]:
     """softmax(score(scale * Q K^T)) V with every pair written out (Vaswani et al. 2017, equation 1).
 
@@ -61,7 +61,7 @@ def reference(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
     scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
-    at = pairs(*(start + jnp.arange(n) for start, n in zip(first, (b, h, t, s), strict=True)))
+    at = rectangle(first, (b, h, t, s))
     if score is not None:
         scores = score(scores, at)
     if mask is not None:

@@ -16,11 +16,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Int
 
 from attnlab.attention import cotangents
-from attnlab.attention.backends import Request, Result, with_sinks
+from attnlab.attention.backends import Request, Result, beyond_softmax, sharded_length, with_sinks
 from attnlab.attention.masks import And, Grid, Mask
 from attnlab.attention.patterns import Segments
-from attnlab.attention.plan import is_traced
-from attnlab.attention.reference import softmax
+from attnlab.attention.plan import depends_on, equal_part, is_traced
 from attnlab.attention.scores import Softcap
 from attnlab.attention.values import now, pairs
 
@@ -46,12 +45,8 @@ class Splash:
         r = request
         if r.platform != "tpu" and not self.interpret:
             return f"it is for TPUs, and this is for a {r.platform.upper()}"
-        if r.sequence:
-            return f"the length is sharded over {', '.join(r.sequence)}"
-        if r.dropout_rate or r.wants_weights:
-            return "it never holds the weights, which dropout changes and return_weights asks for"
-        if r.normalizer is not softmax:
-            return "it normalises by softmax alone"
+        if reason := sharded_length(r) or beyond_softmax(r):
+            return reason
         dtypes = {x.dtype.name for x in (r.query, r.key, r.value)}
         if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
             return f"it takes bfloat16 or float32, the same for all three, not {', '.join(sorted(dtypes))}"
@@ -89,20 +84,12 @@ def _refuse_mask(r: Request) -> str | None:
         return None
     if is_traced(mask):
         return "the mask has arrays beside its segments that are known only when run"
-    rows, heads = _depends_on(mask, r)
+    rows, heads = depends_on(mask, r.query.shape[0], r.query.shape[2])
     if rows:
         return "the mask, its segments aside, differs between rows of the batch"
     if heads and r.is_part:
         return "the mask differs between heads, and which heads a device has is known only when run"
     return None
-
-
-def _depends_on(mask: Mask, r: Request) -> tuple[bool, bool]:
-    """Whether a mask differs between rows of the batch, and between heads."""
-    # Two at least, so that a function of their index shows it.
-    rows, heads = (max(2, n) for n in (r.query.shape[0], r.query.shape[2]))
-    corner = jax.eval_shape(lambda: mask.cut(queries=(0, 1), keys=(0, 1)).block(pairs(rows, heads, 1, 1)))
-    return corner.shape[0] > 1, corner.shape[1] > 1
 
 
 def _split(mask: Mask | None) -> tuple[Segments | None, Mask | None]:
@@ -125,8 +112,7 @@ def _most(r: Request) -> int:
 
 def _tile(length: int, most: int) -> int:
     """The size of equal tiles that are at most so long."""
-    size = -(-length // -(-length // most))
-    return -(-size // LANES) * LANES
+    return -(-equal_part(length, most) // LANES) * LANES
 
 
 def _laid_out(x: Array, tile: int) -> Array:
@@ -208,7 +194,7 @@ def _kernel(r: Request, mask: Mask | None, most: int, interpret: bool) -> splash
     """The kernel for a mask; None where it allows nothing, which the kernel would stumble over."""
     lengths = r.query.shape[1], r.key.shape[1]
     q, k = tile = _tile(lengths[0], most), _tile(lengths[1], most)
-    differ = mask is not None and _depends_on(mask, r)[1]
+    differ = mask is not None and depends_on(mask, r.query.shape[0], r.query.shape[2])[1]
     part = k // 2 if k > 512 and k % (2 * LANES) == 0 else k
     sizes = splash.BlockSizes(
         block_q=q,
@@ -259,9 +245,8 @@ def _forward(kernel, query, key, value, ids):
 def _backward(kernel, residuals, given):
     query, key, value, ids, out, lse = residuals
     d_out, d_lse = given
-    # d scores = weights * (d weights - sum(weights * d weights) + d lse); the sum is out . d out. JAX's own
-    # rule for the kernel leaves the last term out, so its two backward kernels are called from here.
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    # JAX's own rule for the kernel leaves d_lse out, so its two backward kernels are called from here.
+    delta = cotangents.delta(out, d_out, d_lse)
     lse = jnp.where(jnp.isneginf(lse), 0, lse)  # beside which a masked score has weight 0
     sizes, options = kernel.kwargs["block_sizes"], kernel.kwargs
     common = {

@@ -38,6 +38,11 @@ def pairs(*indices: int | Int[Array, " N"]) -> Pairs:
     return Pairs(*(jnp.expand_dims(x, [i for i in range(4) if i != axis]) for axis, x in enumerate(arrays)))
 
 
+def rectangle(first: Sequence[int | Array], shape: Sequence[int]) -> Pairs:
+    """The rectangle of this shape whose first batch row, head, query and key are these."""
+    return pairs(*(start + jnp.arange(n) for start, n in zip(first, shape, strict=True)))
+
+
 def now(function: Callable[[], T]) -> T:
     """What it returns, its arrays as NumPy's, also while a program is traced; it closes over known arrays.
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from attnlab.attention import bias, causal, mask_fn, reference, score_fn, segments, softcap, window
 from attnlab.attention.blockwise import blockwise, blockwise_twice
-from attnlab.attention.masks import Grid
+from attnlab.attention.masks import Dense, Grid
 from attnlab.attention.plan import plan
 from tests.attention.inputs import SHAPES, masks, qkv, weighted_sum
 
@@ -164,7 +164,7 @@ def test_only_tiles_on_the_border_are_masked():
 
 
 def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
-    grid = Grid(64, 64, 16, 16, batch=2)
+    grid = Grid(64, 64, 16, 16, batch=2, heads=4)
     plans = []
 
     @jax.jit
@@ -174,6 +174,7 @@ def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
             (causal(), (row, row, 0, 0)),  # on a device whose rows are known only when run
             (mask_fn(lambda b, h, q, k: q >= k + b), (row, row, 0, 0)),
             (causal(row) & causal(), (0, 0, 0, 0)),
+            (Dense(np.ones((1, 4, 1, 1), bool)) | (lambda b, h, q, k: q >= k + h), (row, row, 0, 0)),
         ):
             plans.append(plan(mask, grid._replace(first=first))[1].visits)
         return ids
@@ -181,7 +182,7 @@ def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
     run(jnp.ones((2, 64), jnp.int32), 0)
     diagonal = tuple(tuple((j, j == i) for j in range(i + 1)) for i in range(4))
     masked = tuple(tuple((j, True) for j in range(i + 1)) for i in range(4))
-    assert plans == [masked, diagonal, None, masked]
+    assert plans == [masked, diagonal, None, masked, None]
 
 
 @pytest.mark.parametrize("backward", [False, True])
