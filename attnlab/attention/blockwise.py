@@ -166,10 +166,10 @@ class _Call:
 def tile_of(num_queries: int, num_keys: int) -> tuple[int, int]:
     """Queries and keys of a tile, as was fastest on CPUs, where the scores of a tile should stay in cache.
 
-    A short sequence has four tiles a side, which a causal mask leaves ten of.
+    Short sequences have small ones, of which a causal mask leaves out more.
     """
     if num_queries <= 1024 and num_keys <= 1024:
-        rows, columns = (equal_part(n, max(64, -(-n // 4))) for n in (num_queries, num_keys))
+        rows, columns = (equal_part(n, min(128, max(64, -(-n // 4)))) for n in (num_queries, num_keys))
         return rows, columns
     return equal_part(num_queries, 256), equal_part(num_keys, 512)
 
@@ -320,9 +320,13 @@ def _backward(static, residuals, given):
 def _gradients(static, query, key, value, mask, score, made, first, d_out, lse, delta):
     tiles = _Tiles(static, mask, score, made, first)
     finite_lse = jnp.where(jnp.isneginf(lse), 0, lse)
+    # Gradients of keys and values are summed with the width before the length, (B, K, D, S): products with
+    # a tile of scores on the right, as it is, are twice as fast on CPUs as those with its transpose.
+    by_width = [jnp.moveaxis(x, -1, 2) for x in (query, d_out)]
 
     def queries(sums, i):
         q, g, minus, norm = (_slice(x, i, tiles.rows, 3) for x in (query, d_out, delta, finite_lse))
+        q_by_width, g_by_width = (_slice(x, i, tiles.rows, 4) for x in by_width)
 
         def step(carry, j, masked):
             d_q, (d_key, d_value, d_score) = carry
@@ -332,14 +336,12 @@ def _gradients(static, query, key, value, mask, score, made, first, d_out, lse, 
             d_weights = jnp.einsum("bkgtd,bksd->bkgts", g, v, preferred_element_type=jnp.float32)
             d_scores, d_score_tile = pull_back(weights * (d_weights - minus[..., None]))
             d_scores = d_scores.astype(q.dtype)
-            d_k = jnp.einsum("bkgts,bkgtd->bksd", d_scores, q, preferred_element_type=jnp.float32)
-            d_v = jnp.einsum(
-                "bkgts,bkgtd->bksd", weights.astype(g.dtype), g, preferred_element_type=jnp.float32
-            )
+            d_k = _to_keys(q_by_width, d_scores)
+            d_v = _to_keys(g_by_width, weights.astype(g.dtype))
             d_q += jnp.einsum("bkgts,bksd->bkgtd", d_scores, k, preferred_element_type=jnp.float32)
             sums = (
-                _add(d_key, d_k, j * tiles.columns, 2),
-                _add(d_value, d_v, j * tiles.columns, 2),
+                _add(d_key, d_k, j * tiles.columns, 3),
+                _add(d_value, d_v, j * tiles.columns, 3),
                 cotangents.add(score, d_score, d_score_tile, queries=i * tiles.rows, keys=j * tiles.columns),
             )
             return d_q, sums
@@ -347,9 +349,14 @@ def _gradients(static, query, key, value, mask, score, made, first, d_out, lse, 
         d_q, sums = tiles.over_keys(step, (jnp.zeros(q.shape), sums), i)
         return sums, d_q
 
-    zeros = jnp.zeros(key.shape), jnp.zeros(value.shape), cotangents.zeros(score)
-    (d_key, d_value, d_score), d_query = tiles.over_queries(queries, zeros)
-    return d_query, d_key, d_value, d_score
+    zeros = [jnp.zeros(jnp.swapaxes(x, 2, 3).shape) for x in (key, value)]
+    (d_key, d_value, d_score), d_query = tiles.over_queries(queries, (*zeros, cotangents.zeros(score)))
+    return d_query, jnp.swapaxes(d_key, 2, 3), jnp.swapaxes(d_value, 2, 3), d_score
+
+
+def _to_keys(rows: Array, tile: Array) -> Array:
+    """What each key gets of rows (B, K, D, G, T) by a tile of scores, (B, K, D, S)."""
+    return jnp.einsum("bkdgt,bkgts->bkds", rows, tile, preferred_element_type=jnp.float32)
 
 
 def _add(total: Array, part: Array, start, axis: int) -> Array:
