@@ -102,17 +102,29 @@ def test_heads_talk_where_rows_are_sharded_but_not_where_heads_are(refuses, mesh
     np.testing.assert_allclose(ours, run(*arguments), rtol=1e-5, atol=1e-6)
 
 
-def test_value_residual_and_gates_agree_with_their_equations():
-    value, first, weights = normal(3, VALUE, VALUE, (2,))
-    expected = np.empty(VALUE)
-    for at in np.ndindex(VALUE):
-        expected[at] = weights[0] * first[at] + weights[1] * value[at]
-    np.testing.assert_allclose(value_residual(value, first, weights), expected, rtol=1e-5, atol=1e-6)
+def layer_loop(query, key, value, first, gate, query_scale, key_scale, weights):
+    """Attention whose queries and keys are normalised, whose values are mixed, and whose output is gated."""
+    out = np.zeros((B, T, H, DV))
+    for row, i, h in np.ndindex(B, T, H):
+        n = h // (H // K)
+        q, *keys = (x / np.sqrt((x @ x) / D + 1e-6) for x in (query[row, i, h], *key[row, : i + 1, n]))
+        scores = (np.stack(keys) * key_scale) @ (q * query_scale) / np.sqrt(D)
+        values = weights[0] * first[row, : i + 1, n] + weights[1] * value[row, : i + 1, n]
+        out[row, i, h] = softmax(scores) @ values / (1 + np.exp(-gate[row, i, h]))
+    return out
 
-    out, each, head = normal(4, (B, T, H, DV), (B, T, H, DV), (B, T, H, 1))
-    for gate in (each, head):
-        expected = np.asarray(out) / (1 + np.exp(-np.asarray(gate)))
-        np.testing.assert_allclose(gated(out, gate), expected, rtol=1e-5)
+
+@pytest.mark.parametrize("width", [1, DV], ids=["a gate of each head", "a gate of each element"])
+def test_norms_mixed_values_and_gates_around_attention_agree_with_a_loop(width):
+    arguments = normal(3, QUERY, KEY, VALUE, VALUE, (B, T, H, width), (D,), (D,), (2,))
+
+    def run(query, key, value, first, gate, query_scale, key_scale, weights):
+        query, key = qk_norm(query, key, query_scale, key_scale)
+        return gated(attend(query, key, value_residual(value, first, weights), mask=causal()), gate)
+
+    expected = layer_loop(*float64(*arguments))
+    np.testing.assert_allclose(jax.jit(run)(*arguments), expected, rtol=1e-4, atol=1e-5)
+    check_gradients(run, layer_loop, arguments)
 
 
 def differential_loop(queries, keys, value, factor):
@@ -140,9 +152,14 @@ def test_differential_attention_agrees_with_a_loop():
 
 def test_differential_factor_agrees_with_its_equation():
     queries, keys = normal(6, (2, D), (2, D))
-    (q1, q2), (k1, k2) = float64(queries, keys)
-    expected = np.exp(q1 @ k1) - np.exp(q2 @ k2) + 0.2
-    np.testing.assert_allclose(differential_factor(queries, keys, 0.2), expected, rtol=1e-5)
+
+    def equation(queries, keys):
+        (q1, q2), (k1, k2) = queries, keys
+        return np.exp(q1 @ k1) - np.exp(q2 @ k2) + 0.2
+
+    run = partial(differential_factor, init=0.2)
+    np.testing.assert_allclose(run(queries, keys), equation(*float64(queries, keys)), rtol=1e-5)
+    check_gradients(run, equation, (queries, keys))
     assert differential_init(0) == pytest.approx(0.2)
     assert differential_init(3) == pytest.approx(0.8 - 0.6 * np.exp(-0.9))
 
@@ -215,9 +232,10 @@ def test_selective_attention_keeps_the_mask():
     arguments = normal(10, QUERY, KEY, VALUE)
     documents = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]])
     allowed = (documents[:, :, None] == documents[:, None, :]) & (documents[:, None, :] > 0)
-    expected = selective_loop(*float64(*arguments), allowed & np.tril(np.ones((T, T), bool)))
-    ours = jax.jit(partial(selective, mask=causal() & segments(jnp.asarray(documents))))(*arguments)
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    loop = partial(selective_loop, allowed=allowed & np.tril(np.ones((T, T), bool)))
+    run = partial(selective, mask=causal() & segments(jnp.asarray(documents)))
+    np.testing.assert_allclose(jax.jit(run)(*arguments), loop(*float64(*arguments)), rtol=1e-4, atol=1e-5)
+    check_gradients(run, loop, arguments)
 
 
 def test_selective_attention_is_of_one_sequence(refuses):
