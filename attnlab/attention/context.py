@@ -82,7 +82,7 @@ class Ring(Context):
     """Keys and values go round, each device adding what its queries find in them (arXiv 2310.01889).
 
     With a mask, device i of n first trades halves to hold parts i and 2n - 1 - i of 2n, so that a causal
-    mask leaves every device the same work (zig-zag; Brandon et al. 2023, arXiv 2311.09431, section 3).
+    mask leaves every device the same work (zig-zag; Llama 3, arXiv 2407.21783, section 3.3.2).
     """
 
     name = "ring"

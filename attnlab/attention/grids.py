@@ -39,8 +39,8 @@ class _Axis(NamedTuple):
 class Neighbourhood(Counted):
     """The nearest cells of a grid, so many along each axis; tokens go through it row by row.
 
-    At an edge the window shifts inwards, so that every query has as many keys (NATTEN, arXiv 2204.07143,
-    section 3.1; dilated arXiv 2209.15001, section 3.1). Along one axis, neighbourhood(5, 3):
+    At an edge the window shifts inwards, so that every query has as many keys (NATTEN, arXiv 2204.07143;
+    dilated, arXiv 2209.15001). Along one axis, neighbourhood(5, 3):
 
         keys  0 1 2 3 4
     query 0   x x x . .

@@ -39,7 +39,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Linear(Scaling):
-    """Positions divided by the factor (position interpolation, arXiv 2306.15595, section 3)."""
+    """Positions divided by the factor (position interpolation, arXiv 2306.15595, section 2.3)."""
 
     factor: float
 
@@ -262,7 +262,7 @@ def axial(
     """`rotary` on a grid: each axis turns an equal run of the pairs by frequencies of its own.
 
     On two axes, the row turns the first half of the pairs and the column the second (vision transformers:
-    RoPE-ViT, arXiv 2403.13298, section 3; Qwen2-VL, arXiv 2409.12191).
+    RoPE-ViT, arXiv 2403.13298; Qwen2-VL, arXiv 2409.12191).
 
     Args:
       x: queries or keys, (B, T, H, D).

@@ -44,7 +44,7 @@ class Dilated(Counted):
 
 @pytree
 class Strided(Counted):
-    """Causal: the last `stride` keys, and before those every `stride`-th (arXiv 1904.10509, section 4.2).
+    """Causal: the last `stride` keys, and before those every `stride`-th (arXiv 1904.10509, section 4.3).
 
     strided(2):
 

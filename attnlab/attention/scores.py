@@ -117,7 +117,7 @@ class Temperature(Score):
 
 @pytree
 class Forgetting(Score):
-    """score + queries - keys, running sums of the log forget gates (arXiv 2503.02130, section 3).
+    """score + queries - keys, running sums of the log forget gates (FoX, arXiv 2503.02130).
 
     A key has thus faded by every gate after it, up to the query's. It is meant for causal masks: what lies
     ahead of the query would be raised. With a cache, the sums of the queries are those of the last keys.
@@ -280,7 +280,7 @@ def cope(
     """score + query . table[position], a key's position being the sum of gates from it on to the query.
 
     The gates are sigmoid(scale * query . key) where the mask allows, and 0 elsewhere. Between two positions
-    of the table it is interpolated, beyond the last that is taken (CoPE, arXiv 2405.18719, section 4). As
+    of the table it is interpolated, beyond the last that is taken (CoPE, arXiv 2405.18719). As
     it takes a row's later keys to know a position, this is a `Bias` made beforehand: memory grows with T * S.
 
     Args:

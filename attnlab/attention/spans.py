@@ -250,7 +250,7 @@ class Media(Spans):
     """Each token of a text sees the last image that was marked before it, or at it, and no other.
 
     The keys are images of `tokens` keys each, one after the other (Flamingo, arXiv 2204.14198, section
-    3.1.3). media(jnp.array([[False, True, False, True]]), tokens=2):
+    2.3). media(jnp.array([[False, True, False, True]]), tokens=2):
 
         keys  0 1 2 3
     query 0   . . . .

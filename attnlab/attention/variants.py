@@ -40,7 +40,7 @@ def talking_heads(
     **how,
 ) -> Float[Array, "B T H Dv"]:
     """O_g = sum_h after[h, g] softmax_h(sum_i before[i, h] s_i) V_g: heads mixed on both sides of the softmax
-    (Shazeer et al. 2020, arXiv 2003.02436, section 4).
+    (Shazeer et al. 2020, arXiv 2003.02436).
 
     Weights of one head meet values of all, so that the product with the values costs K times as much;
     no backend has to hold the weights for it. `score` changes the mixed scores.
@@ -66,7 +66,7 @@ def value_residual(
     weights: Float[Array, " 2"],
 ) -> Float[Array, "*B S K Dv"]:
     """weights[0] * the first layer's values + weights[1] * this layer's, for `attend` to read in place of
-    these (Zhou et al. 2024, arXiv 2410.17897, section 3).
+    these (Zhou et al. 2024, arXiv 2410.17897).
     """
     old, new = weights.astype(value.dtype)
     return old * first + new * value
