@@ -4,7 +4,7 @@ from attnlab.attention.backends import register
 from attnlab.attention.dispatch import attend
 from attnlab.attention.explain import explain
 from attnlab.attention.grids import neighbourhood, sliding_tile, tile_order
-from attnlab.attention.masks import Mask, mask_fn, per_head
+from attnlab.attention.masks import Mask, mask_fn, moved, per_head
 from attnlab.attention.patterns import causal, segments, tree, window
 from attnlab.attention.positions import (
     NTK,
@@ -80,6 +80,7 @@ __all__ = [
     "log_temperature",
     "mask_fn",
     "media",
+    "moved",
     "multimodal",
     "neighbourhood",
     "per_head",

@@ -41,6 +41,11 @@ class Cache:
     segments: Int[Array, "B S"]
     index: Int[Array, ""]
 
+    @property
+    def first(self) -> Int[Array, " B"]:
+        """The slot of each row's first token."""
+        return jnp.argmax(self.segments > 0, axis=1)
+
     def advance(self, segments: Int[Array, "B T"]) -> "Cache":
         """With the slots of T new tokens marked, before their keys are written."""
         marked = jax.lax.dynamic_update_slice_in_dim(self.segments, segments, self.index, axis=1)

@@ -221,6 +221,27 @@ class PerHead(Mask):
 
 
 @pytree
+class Moved(Mask):
+    """Another mask that counts queries and keys from a key of each row; those before it are seen by none.
+
+    Attributes:
+      mask: the other one.
+      by: the key it counts from, a number or (B,).
+    """
+
+    mask: Mask
+    by: Index
+
+    layout = {"by": ("batch",)}
+
+    def block(self, at):
+        """See `Mask.block`."""
+        by = jnp.reshape(self.by, (-1, 1, 1, 1))
+        allowed = self.mask.block(at._replace(queries=at.queries - by, keys=at.keys - by))
+        return allowed & (at.keys >= by)
+
+
+@pytree
 class Dense(Mask):
     """Any boolean array, whose dimensions of batch and heads may be 1."""
 
@@ -269,6 +290,22 @@ def per_head(masks: Sequence[Any]) -> Mask:
     names = [(jax.tree.structure(mask), *map(id, jax.tree.leaves(mask))) for mask in made]
     different = dict(zip(names, made, strict=True))
     return PerHead(list(different.values()), tuple(list(different).index(name) for name in names))
+
+
+def moved(mask: Any, by: Index | Int[Array, " B"]) -> Mask:
+    """See `Moved`: where rows are padded on the left, the mask of each row without its padding.
+
+    Raises:
+      InputError: the mask has an array of queries or keys, which cannot be moved.
+    """
+
+    def check(x, layout):
+        for name, n in zip(layout, jnp.shape(x), strict=True):
+            if name in ("queries", "keys") and n > 1:
+                raise InputError(f"moved: the mask has an array of {n} {name}, where it must count them")
+        return x
+
+    return Moved(as_mask(mask).map(check), by if isinstance(by, int) else jnp.reshape(by, (-1,)))
 
 
 def as_mask(value: Any) -> Mask:

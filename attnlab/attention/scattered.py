@@ -138,7 +138,8 @@ class Blocks(Mask):
         """See `Mask.block`."""
         allowed = jnp.asarray(self.allowed)
         for axis, index in ((2, at.queries), (3, at.keys)):
-            allowed = jnp.take(allowed, index.reshape(-1) // self.size, axis, mode="fill", fill_value=False)
+            index = jnp.where(index < 0, allowed.shape[axis], index // self.size)
+            allowed = jnp.take_along_axis(allowed, index, axis, mode="fill", fill_value=False)
         return allowed
 
     def tiles(self, grid):

@@ -280,8 +280,8 @@ def rows_of(x: Index):
 
 
 def _at(x: Array, index: Array):
-    """The values of each batch row, (B, S), at these (1, 1, T, 1)."""
-    return jnp.take(jnp.asarray(x), index[0, 0, :, 0], axis=1, mode="clip")[:, None, :, None]
+    """The values of each batch row, (B, S), at these (1 or B, 1, T, 1)."""
+    return jnp.take_along_axis(jnp.asarray(x)[:, None, :, None], jnp.maximum(index, 0), axis=2, mode="clip")
 
 
 def runs(x: Array, size: int):

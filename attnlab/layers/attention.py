@@ -7,7 +7,7 @@ from typing import ClassVar
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention import attend, causal, segments, softcap, window
+from attnlab.attention import attend, causal, moved, segments, softcap, window
 from attnlab.attention.cache import Cache, LayerCache
 from attnlab.attention.masks import Index, Mask
 from attnlab.attention.positions import rotary
@@ -176,10 +176,10 @@ class AttentionLayer(nn.Module):
                 rotary(y, positions, theta=self.positions.theta, fraction=self.positions.fraction)
                 for y in (query, key)
             )
-        first: Index = 0
-        key_segments = segment_ids
+        mask, key_segments = self.kind.mask(), segment_ids
         if cache is not None and layer_cache is not None:
             first, key_segments = cache.index - x.shape[1], cache.segments
+            mask = moved(self.kind.mask(first), cache.first)
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
 
@@ -189,7 +189,7 @@ class AttentionLayer(nn.Module):
             query,
             key,
             value,
-            mask=self.kind.mask(first) & segments(segment_ids, key_segments),
+            mask=mask & segments(segment_ids, key_segments),
             score=softcap(config.softcap) if config.softcap else None,
             scale=self.scale,
             dropout_rate=config.dropout,

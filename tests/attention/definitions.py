@@ -335,6 +335,37 @@ def per_head():
 
 
 @case
+def moved_of_each_row():
+    starts = [0, 4]
+
+    def allows(b, h, i, j):
+        i, j = i + 5 - starts[b], j - starts[b]
+        return 0 <= j <= i and i // 3 == j // 3
+
+    return a.moved(a.chunked(3, 5), jnp.array(starts)), allows, T
+
+
+@case
+def moved_with_arrays():
+    ids, chosen, starts = [0, 1, 1, 0, 2, 2, 2, 0, 3, 3, 3, 3], [[1, 0, 1], [0, 1, 1], [0, 0, 0]], [3, 1]
+    mask = a.islands(jnp.array([ids])) & (a.blocks(np.array(chosen, bool), 4) | a.global_tokens((5,)))
+
+    def allows(b, h, i, j):
+        i, j = i - starts[b], j - starts[b]
+        island = i >= 0 and j >= 0 and ids[i] > 0 and {ids[x] for x in range(i, j + 1)} == {ids[i]}
+        block = i >= 0 and chosen[i // 4][j // 4]
+        return j >= 0 and (j <= i or island) and (block or 5 in (i, j))
+
+    return a.moved(mask, jnp.array(starts)), allows
+
+
+@case
+def moved_of_a_function():
+    mask = a.moved(a.prefix(3) & (lambda b, h, q, k: (q + k) % (h + 2) != 0), 2)
+    return mask, lambda b, h, i, j: j >= 2 and (j < 5 or j <= i) and (i + j - 4) % (h + 2) != 0
+
+
+@case
 def dense():
     allowed = np.random.default_rng(1).random((B, H, T, S)) < 0.5
     return as_mask(jnp.asarray(allowed)), lambda b, h, i, j: allowed[b, h, i, j], T

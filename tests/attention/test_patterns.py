@@ -166,6 +166,8 @@ def test_mistakes(refuses):
         attention.tree((0, 1))
     with refuses("none"):
         attention.per_head([])
+    with refuses("moved", "4 queries"):
+        attention.moved(attention.segments(jnp.ones((1, 4), int)), 1)
 
 
 def test_masks_of_arrays_that_are_laid_out_over_devices(mesh_of):

@@ -1,3 +1,4 @@
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -6,10 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from attnlab.attention import causal, chunked, prefix
 from attnlab.data import Bytes
 from attnlab.generation import Generator, Sampling, printable
 from attnlab.generation import generate as module
-from attnlab.layers import Attention, Bidirectional, Causal, Sliding
+from attnlab.layers import Attention, Bidirectional, Causal, Kind, Sliding
 from attnlab.models import DecoderConfig, Learned
 
 TOKENIZER = Bytes().train([])
@@ -73,6 +75,29 @@ def test_a_batch_of_unequal_lengths_is_each_alone(one):
     together = one(prompts, max_new_tokens=17, sampling=GREEDY)
     for prompt, row in zip(prompts, together, strict=True):
         assert [row] == one([prompt], max_new_tokens=17, sampling=GREEDY)
+
+
+@dataclass(frozen=True)
+class Chunked(Kind):
+    def mask(self, first=0):
+        return chunked(5, first)
+
+
+@dataclass(frozen=True)
+class Prefix(Kind):
+    """The first tokens are seen by all, and others by those behind them in steps of three."""
+
+    def mask(self, first=0):
+        return causal(first) & (prefix(3, -99) | (lambda b, h, q, k: k // 3 >= (q + first) // 3 - 1))
+
+
+def test_layers_that_count_from_the_first_token_count_from_that_of_each_row(mesh_of):
+    g = generator(mesh_of("single"), replace(CONFIG, pattern=(Chunked(), Prefix())))
+    prompts = ["abcdefgh", "hel", "x" * 14]
+    together = g(prompts, max_new_tokens=17, sampling=GREEDY)
+    for prompt, row in zip(prompts, together, strict=True):
+        expected = by_full_forwards(g, prompt, 17)
+        assert row.tokens == expected[: len(row.tokens)] and len(set(row.tokens)) > 2
 
 
 def test_draws_of_a_row_do_not_depend_on_the_others(one):
