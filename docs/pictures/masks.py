@@ -12,6 +12,7 @@ DOCUMENTS = np.array([[1] * 5 + [2] * 8 + [3] * 3])
 IMAGES = np.array([[0] * 2 + [1] * 5 + [0] * 3 + [2] * 4 + [0] * 2])
 CONTINUATIONS = np.array([[0] * 6 + [1] * 4 + [2] * 3 + [3] * 3])
 MARKERS = np.isin(np.arange(N), [2, 6, 11])[None]
+CHOSEN = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1]], bool)
 GUESSES = (-1, 0, 0, 0, 1, 1, 2, 3, 4, 4)
 
 MASKS = {
@@ -35,6 +36,7 @@ MASKS = {
     "global_tokens((0, 9))": a.global_tokens((0, 9)),
     "window(...) | global_tokens(...)": a.window(1, 1) | a.global_tokens((0, 9)),
     "bigbird(16, 2, random=1)": a.bigbird(N, size=2, random=1),
+    "blocks(chosen, 4)": a.blocks(CHOSEN, 4),
     "neighbourhood(16, 5)": a.neighbourhood(N, 5),
     "neighbourhood(16, 3, 3)": a.neighbourhood(N, 3, dilation=3),
     "neighbourhood((4, 4), (3, 3))": a.neighbourhood((4, 4), (3, 3)),

@@ -1,3 +1,6 @@
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnlab import attention
 from attnlab.attention import causal, mask_fn, per_head, window
-from attnlab.attention.masks import Dense, Grid, as_mask
+from attnlab.attention.masks import Dense, Grid, Mask, as_mask
 from tests.attention.definitions import CASES, B, H, S, T, whole
 from tests.attention.inputs import allowed_pairs, masks
 
@@ -107,3 +111,13 @@ def test_draws_the_row_and_head_asked_for():
     assert mask_fn(allows).draw(2, 4) == "x . x .\nx . x ."
     assert mask_fn(allows).draw(1, 4, row=1, head=1) == ". x . x"
     assert as_mask(np.array([[True, False]])).draw(1, 2, row=3, head=1) == "x ."
+
+
+def test_every_kind_of_mask_is_in_the_picture():
+    public = {name: getattr(attention, name) for name in attention.__all__}
+    makers = {name for name, x in public.items() if getattr(x, "__annotations__", {}).get("return") is Mask}
+    of_anything = {"mask_fn", "moved", "per_head"}
+    tree = ast.parse((Path(__file__).parents[2] / "docs" / "pictures" / "masks.py").read_text())
+    drawn = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert "causal" in makers and of_anything < makers
+    assert makers - of_anything <= drawn
