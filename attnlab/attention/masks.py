@@ -236,9 +236,23 @@ class Moved(Mask):
 
     def block(self, at):
         """See `Mask.block`."""
+        at = self._moved(at)
+        return self.mask.block(at) & (at.keys >= 0)
+
+    def tally(self, at, columns):
+        """See `Mask.tally`."""
+        if isinstance(self.mask, Counted):
+            return Counted.tally(self, at, columns)  # type: ignore[arg-type]
+        return super().tally(at, columns)
+
+    def count(self, at):
+        """See `Counted.count`: keys before the first are none."""
+        at = self._moved(at)
+        return self.mask.count(at._replace(keys=jnp.maximum(at.keys, 0)))
+
+    def _moved(self, at: Pairs) -> Pairs:
         by = jnp.reshape(self.by, (-1, 1, 1, 1))
-        allowed = self.mask.block(at._replace(queries=at.queries - by, keys=at.keys - by))
-        return allowed & (at.keys >= by)
+        return at._replace(queries=at.queries - by, keys=at.keys - by)
 
 
 @pytree
@@ -305,7 +319,15 @@ def moved(mask: Any, by: Index | Int[Array, " B"]) -> Mask:
                 raise InputError(f"moved: the mask has an array of {n} {name}, where it must count them")
         return x
 
-    return Moved(as_mask(mask).map(check), by if isinstance(by, int) else jnp.reshape(by, (-1,)))
+    by = by if isinstance(by, int) else jnp.reshape(by, (-1,))
+
+    def move(mask):  # each part by itself, for some know their tiles without looking at every pair
+        match mask:
+            case And() | Or():
+                return type(mask)(move(mask.left), move(mask.right))
+        return Moved(mask, by)
+
+    return move(as_mask(mask).map(check))
 
 
 def as_mask(value: Any) -> Mask:

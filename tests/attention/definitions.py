@@ -346,17 +346,26 @@ def moved_of_each_row():
 
 
 @case
-def moved_with_arrays():
-    ids, chosen, starts = [0, 1, 1, 0, 2, 2, 2, 0, 3, 3, 3, 3], [[1, 0, 1], [0, 1, 1], [0, 0, 0]], [3, 1]
-    mask = a.islands(jnp.array([ids])) & (a.blocks(np.array(chosen, bool), 4) | a.global_tokens((5,)))
+def moved_islands():
+    ids, starts = [0, 1, 1, 0, 2, 2, 2, 0, 3, 3, 3, 3], [3, 1]
 
     def allows(b, h, i, j):
         i, j = i - starts[b], j - starts[b]
         island = i >= 0 and j >= 0 and ids[i] > 0 and {ids[x] for x in range(i, j + 1)} == {ids[i]}
-        block = i >= 0 and chosen[i // 4][j // 4]
-        return j >= 0 and (j <= i or island) and (block or 5 in (i, j))
+        return j >= 0 and (j <= i or island)
 
-    return a.moved(mask, jnp.array(starts)), allows
+    return a.moved(a.islands(jnp.array([ids])), jnp.array(starts)), allows
+
+
+@case
+def moved_blocks():
+    chosen, starts = np.array([[1, 0, 1], [0, 1, 1], [0, 0, 0]], bool), [3, 1]
+
+    def allows(b, h, i, j):
+        i, j = i - starts[b], j - starts[b]
+        return i >= 0 and j >= 0 and chosen[i // 4, j // 4]
+
+    return a.moved(a.blocks(chosen, 4), jnp.array(starts)), allows
 
 
 @case
