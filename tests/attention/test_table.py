@@ -1,0 +1,154 @@
+"""Every mask and every score by tiles against the full score matrix: results, and gradients of all arrays."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnlab.attention import mask_fn
+from attnlab.attention.backends import with_sinks
+from attnlab.attention.blockwise import blockwise, blockwise_twice
+from attnlab.attention.reference import reference
+from attnlab.attention.scores import (
+    Forgetting,
+    alibi,
+    as_score,
+    bias,
+    cope,
+    log_temperature,
+    relative_bias,
+    score_fn,
+    shaw,
+    softcap,
+    step_temperature,
+    t5_bias,
+    temperature,
+)
+from tests.attention.definitions import CASES, B, H, S
+from tests.attention.inputs import SHAPES, masks, weighted_sum
+
+
+def positions(x):
+    """One of each query, in no order."""
+    return jnp.arange(x.query.shape[0] * x.query.shape[1]).reshape(x.query.shape[:2]) * 7 % 11
+
+
+# Of each score: the shapes of its arrays, by the letters of batch, heads, queries (t), keys (s) and width; and it.
+SCORES = {
+    "none": ({}, lambda x: None),
+    "softcap": ({}, lambda x: softcap(1.5)),
+    "bias": ({"bias": "bhts"}, lambda x: bias(x.bias)),
+    "bias of keys": ({"bias": "b11s"}, lambda x: bias(x.bias)),
+    "alibi": ({}, lambda x: alibi(x.query.shape[2], x.offset)),
+    "alibi that learns": ({"slopes": "h"}, lambda x: alibi(x.slopes, x.offset)),
+    "relative bias": ({"table": "7h"}, lambda x: relative_bias(x.table, x.offset)),
+    "t5 bias": ({"table": "8h"}, lambda x: t5_bias(x.table, max_distance=9, offset=x.offset)),
+    "shaw": ({"table": "7d"}, lambda x: shaw(x.query, x.table, offset=x.offset)),
+    "cope": ({"table": "5d"}, lambda x: cope(x.query, x.key, x.table, x.mask)),
+    "forgetting": ({"queries": "bht1", "keys": "bh1s"}, lambda x: Forgetting(x.queries, x.keys)),
+    "temperature": ({"factor": "b1t1"}, lambda x: temperature(x.factor)),
+    "step temperature": ({}, lambda x: step_temperature(positions(x), floor=3)),
+    "log temperature": ({"scale": "h"}, lambda x: log_temperature(positions(x), x.scale)),
+    "function": ({"table": "bt"}, lambda x: score_fn(lambda s, b, h, q, k: s * x.table[b, q] + h - 0.1 * k)),
+    "chain": (
+        {"bias": "1hts", "slopes": "h"},
+        lambda x: as_score([bias(x.bias), softcap(1.5), alibi(x.slopes, x.offset)]),
+    ),
+}
+TILES = (4, 4), (16, 8)
+
+
+def whole(x, score, scale):
+    out, lse, _ = reference(x.query, x.key, x.value, mask=x.mask, score=score, scale=scale, sinks=x.sinks)
+    return out, lse
+
+
+def by_tiles(x, score, scale, function, tile):
+    result = function(x.query, x.key, x.value, mask=x.mask, score=score, scale=scale, tile=tile)
+    return result if x.sinks is None else with_sinks(*result, x.sinks)
+
+
+def assert_agree(
+    mask, score, shape, sinks, tile, traced=True, function=blockwise, dtype=jnp.float32, tolerance=1e-5
+):
+    """Holds a function by tiles to the reference, their errors measured beside the greatest number, or 1."""
+    letters, make = SCORES[score]
+    letters = {"query": "bthd", "key": "bskd", "value": "bskv", **letters} | ({"sinks": "h"} if sinks else {})
+    sizes = {**shape, "v": shape["dv"]}
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.normal(size=[sizes.get(c) or int(c) for c in letters[n]]) for n in letters}
+    arrays = {n: jnp.asarray(x, dtype if n in ("query", "key", "value") else None) for n, x in arrays.items()}
+
+    def run(attention, arrays, mask, **how):
+        def loss(arrays):
+            x = SimpleNamespace(**{"sinks": None, **arrays}, mask=mask, offset=shape["s"] - shape["t"])
+            result = attention(x, make(x), 0.6, **how)
+            return weighted_sum(*result), result
+
+        return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+    def both(arrays, mask=mask):
+        return run(by_tiles, arrays, mask, function=function, tile=tile), run(whole, arrays, mask)
+
+    ((_, got), gradients), ((_, expected), exact) = jax.jit(both)(arrays, *[mask] * traced)
+    found = {"out": got[0], "lse": got[1], **gradients}
+    for name, theirs in {"out": expected[0], "lse": expected[1], **exact}.items():
+        assert found[name].dtype == theirs.dtype
+        ours, theirs = (np.asarray(x, np.float32) for x in (found[name], theirs))
+        size = max(1, np.abs(theirs[np.isfinite(theirs)]).max(initial=0))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * size, err_msg=name)
+
+
+def nth(n, name):
+    """A mask of `definitions`, known or traced, and the sizes of a call, its sinks and tiles, by turns."""
+    heads, kv_heads = ((H, H), (H, 1), (6, 2))[n % 3]
+    if name in ("blocks", "per_head", "dense"):  # which have so many heads
+        heads, kv_heads = H, (H, 1)[n % 2]
+    mask, _, queries = CASES[name]()
+    shape = {"b": B, "t": queries, "s": S, "h": heads, "k": kv_heads, "d": 4, "dv": 3}
+    more = {"sinks": n % 5 % 2 == 0, "tile": TILES[n % 7 % 2], "traced": n % 2 == 0}
+    return {"mask": mask, "shape": shape, **more}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_mask(name):
+    n = list(CASES).index(name)
+    assert_agree(score=list(SCORES)[n % len(SCORES)], **nth(n, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", list(SCORES)[::3])
+def test_scores_differentiated_by_jax(score):
+    n = list(SCORES).index(score)
+    assert_agree(score=score, function=blockwise_twice, **nth(n, list(CASES)[-n]) | {"tile": (8, 8)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_in_bfloat16(score):
+    # The reference rounds once, at the end; here weights and score gradients are rounded too (2^-8 each).
+    n = list(SCORES).index(score)
+    how = nth(n, list(CASES)[2 * n]) | {"tile": (8, 8)}
+    assert_agree(score=score, dtype=jnp.bfloat16, tolerance=2**-7, **how)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None)
+@given(
+    st.data(),
+    st.sampled_from(SHAPES),
+    st.sampled_from(list(SCORES)),
+    st.booleans(),
+    st.sampled_from(TILES),
+    st.sampled_from([blockwise, blockwise_twice]),
+)
+def test_any_mask_and_shape(data, shape, score, sinks, tile, function):
+    mask = data.draw(masks(shape["b"], shape["t"], shape["s"]))
+    row = data.draw(st.none() | st.integers(0, shape["t"] - 1))
+    if row is not None:
+        mask &= mask_fn(lambda b, h, q, k: q != row)
+    assert_agree(mask, score, shape, sinks, tile, function=function)
