@@ -14,10 +14,9 @@ from jaxtyping import Array, Float
 from attnlab.attention import cotangents
 from attnlab.attention.masks import First, Grid, Mask
 from attnlab.attention.plan import Known, Plan, equal_part, plan
+from attnlab.attention.reference import NOTHING, only
 from attnlab.attention.scores import Score
 from attnlab.attention.values import rectangle
-
-NOTHING = -1e30  # a score so low that its weight is 0 beside any other; finite, for inf - inf is no number
 
 
 def blockwise(
@@ -205,10 +204,11 @@ class _Tiles:
         raw = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
         shape, flat = raw.shape, (raw.shape[0], raw.shape[1] * raw.shape[2], *raw.shape[3:])
         at = self._at(i, j, *flat[:2])
+        allowed = self._allowed(at, i, j, flat) if masked else None
         scores, pull_back = self._scaled(raw), lambda g: (self._scaled(g), None)
         if self.score is not None:
             changed, through = jax.vjp(
-                lambda x, score: score(x, at), scores.reshape(flat), self.cut(self.score, i, j)
+                lambda x, score: score(only(allowed, x), at), scores.reshape(flat), self.cut(self.score, i, j)
             )
             scores = changed.reshape(shape)
 
@@ -216,15 +216,18 @@ class _Tiles:
                 g, g_score = through(g.reshape(flat))
                 return self._scaled(g.reshape(shape)), g_score
 
-        if masked:
-            local = j * self.columns + jnp.arange(self.columns)
-            allowed = (local < self.num_keys)[None, None, None, :]
-            if self.mask is not None:
-                allowed = allowed & self.cut(self.mask, i, j).block(at)
-            allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], *flat[2:]))
+        if allowed is not None:
             grouped = (1, 1) if allowed.shape[1] == 1 else shape[1:3]
             scores = jnp.where(allowed.reshape(-1, *grouped, *shape[3:]), scores, NOTHING)
         return scores, pull_back
+
+    def _allowed(self, at, i, j, shape):
+        """The pairs of a tile that are allowed, (B or 1, H or 1, rows, columns)."""
+        local = j * self.columns + jnp.arange(self.columns)
+        allowed = (local < self.num_keys)[None, None, None, :]
+        if self.mask is not None:
+            allowed = allowed & self.cut(self.mask, i, j).block(at)
+        return jnp.broadcast_to(allowed, (*allowed.shape[:2], *shape[2:]))
 
     def _scaled(self, x):
         return x if self.scale == 1 else self.scale * x

@@ -83,17 +83,19 @@ def known_part(mask: Mask | None, grid: Grid) -> tuple[Mask | None, bool]:
             return mask, True
         parts = [part for part, _ in sides if part is not None]
         return (reduce(And, parts) if parts else None), False
-    by_place = is_traced(grid.first[:2]) and any(depends_on(mask, grid.batch, grid.heads))
+    by_place = is_traced(grid.first[:2]) and any(depends_on(mask))
     if by_place or is_traced((mask, grid.first[2:])):
         return None, False
     return mask, True
 
 
-def depends_on(mask: Mask, batch: int, heads: int) -> tuple[bool, bool]:
-    """Whether a mask differs between so many rows of the batch, and between so many heads."""
-    # Two of each at least, so that a function of their index shows it.
-    at = pairs(max(2, batch), max(2, heads), 1, 1)
-    corner = jax.eval_shape(lambda: mask.cut(queries=(0, 1), keys=(0, 1)).block(at))
+def depends_on(mask: Mask) -> tuple[bool, bool]:
+    """Whether a mask differs between rows of the batch, and between heads."""
+    # Two of each, so that a function of their index shows it.
+    two, one = (0, 2), (0, 1)
+    corner = jax.eval_shape(
+        lambda: mask.cut(batch=two, heads=two, queries=one, keys=one).block(pairs(2, 2, 1, 1))
+    )
     return corner.shape[0] > 1, corner.shape[1] > 1
 
 

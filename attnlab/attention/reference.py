@@ -10,6 +10,10 @@ from attnlab.attention.masks import First, Mask
 from attnlab.attention.scores import Score
 from attnlab.attention.values import rectangle
 
+# A changed score that is no more than this forbids its pair, whichever backend sees it, and however many
+# others its row has. Finite, for where backends keep a running maximum, inf - inf would be no number.
+NOTHING = -1e30
+
 
 def softmax(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b S"], Float[Array, "*b"]]:
     """Weights and log-sum-exp over the last axis; a row of -inf gives weights 0 and -inf, with gradient 0."""
@@ -62,10 +66,12 @@ def reference(
     grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
     scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
     at = rectangle(first, (b, h, t, s))
+    allowed = None if mask is None else mask.block(at)
     if score is not None:
-        scores = score(scores, at)
-    if mask is not None:
-        scores = jnp.where(mask.block(at), scores, -jnp.inf)
+        scores = score(only(allowed, scores), at)
+        scores = jnp.where(scores <= NOTHING, -jnp.inf, scores)
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, -jnp.inf)
     if sinks is not None:
         column = jnp.broadcast_to(sinks.astype(dtype)[None, :, None, None], (b, h, t, 1))
         scores = jnp.concatenate([scores, column], axis=-1)
@@ -74,6 +80,11 @@ def reference(
     dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
     out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
     return out.reshape(b, t, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
+
+
+def only(allowed: Array | None, scores: Array) -> Array:
+    """The scores, with a gradient only where allowed: elsewhere that of a change may be no number."""
+    return scores if allowed is None else jnp.where(allowed, scores, jax.lax.stop_gradient(scores))
 
 
 def _dropout(weights: Array, rate: float, key: Array | None) -> Array:

@@ -5,7 +5,7 @@ Those that depend on distance take query i to sit at key index i + offset, as `C
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,13 @@ from attnlab.errors import InputError
 
 
 class Score(Value):
-    """Base class: a change of the scaled scores that keeps their shape. The arrays in it get gradients."""
+    """Base class: a change of the scaled scores that keeps their shape. The arrays in it get gradients.
+
+    Attributes:
+      adds: whether it adds to the scores what does not depend on them.
+    """
+
+    adds: ClassVar[bool] = False
 
     def __call__(self, scores: Float[Array, "B H T S"], at: Pairs) -> Float[Array, "B H T S"]:
         """The changed scores of these pairs; the score's own arrays are cut to them, by their `layout`."""
@@ -42,6 +48,7 @@ class Bias(Score):
 
     bias: Float[Array, "B H T S"]
 
+    adds = True
     layout = {"bias": ("batch", "heads", "queries", "keys")}
 
     def __call__(self, scores, at):
@@ -59,6 +66,7 @@ class Alibi(Score):
     slopes: Float[Array, " H"]
     offset: Index = 0
 
+    adds = True
     layout = {"slopes": ("heads",)}
 
     def __call__(self, scores, at):
@@ -79,6 +87,7 @@ class RelativeBias(Score):
     table: Float[Array, "distances H"]
     offset: Index = 0
 
+    adds = True
     layout = {"table": (None, "heads")}
 
     def __call__(self, scores, at):
@@ -94,6 +103,7 @@ class Shaw(Score):
     by_distance: Float[Array, "B H T distances"]
     offset: Index = 0
 
+    adds = True
     layout = {"by_distance": ("batch", "heads", "queries", None)}
 
     def __call__(self, scores, at):
@@ -126,6 +136,7 @@ class Forgetting(Score):
     queries: Float[Array, "B H T 1"]
     keys: Float[Array, "B H 1 S"]
 
+    adds = True
     layout = {
         "queries": ("batch", "heads", "queries", None),
         "keys": ("batch", "heads", None, "keys"),
@@ -141,6 +152,11 @@ class Chain(Score):
     """Changes one after the other, the first first."""
 
     parts: list[Score]
+
+    @property
+    def adds(self):
+        """Whether each of them only adds."""
+        return all(part.adds for part in self.parts)
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""

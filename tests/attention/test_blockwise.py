@@ -90,6 +90,32 @@ def test_gradients_reach_what_functions_capture():
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("attention", [reference, blockwise, blockwise_twice], ids=lambda f: f.__name__)
+def test_a_score_that_is_no_number_where_the_mask_forbids_spoils_no_gradient(attention):
+    def loss(logarithm, query, key, value):
+        score = score_fn(lambda s, b, h, q, k: s * logarithm(q - k + 1.0))
+        return weighted_sum(*attention(query, key, value, mask=causal(), score=score)[:2])
+
+    def gradients(logarithm):
+        return jax.jit(jax.grad(lambda *x: loss(logarithm, *x), (0, 1, 2)))(*qkv(2, t=29, s=29))
+
+    expected = gradients(lambda x: jnp.log(jnp.maximum(x, 1)))
+    for ours, theirs in zip(gradients(jnp.log), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [reference, blockwise, blockwise_twice], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min])
+def test_a_bias_that_forbids_does_what_a_mask_does(attention, low):
+    allowed = np.random.default_rng(0).random((1, 1, 29, 23)) < 0.5
+    allowed[..., 4, :] = False
+    array = jnp.asarray(np.where(allowed, 0, low), jnp.float32)
+    arrays = qkv(2, t=29, s=23)
+    got = jax.jit(lambda *x: attention(*x, score=bias(array)))(*arrays)[:2]
+    for ours, theirs in zip(got, reference(*arrays, mask=Dense(allowed)), strict=False):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_under_vmap_with_a_mask_of_each():
     examples = [qkv(seed, t=9, s=9) for seed in range(3)]
     ids = jnp.array([[[1] * 9] * 2, [[1] * 4 + [2] * 5] * 2, [[0] * 3 + [1] * 6] * 2])

@@ -145,10 +145,10 @@ def test_what_cannot_be_is_refused_in_one_line(refuses, unchecked):
     with refuses("multiple of key heads"):
         attend(query[:, :, :3], key, value)
     with refuses(
-        "unknown backend 'flash'",
-        "auto, ring, all_to_all, all_gather, splash, cudnn, blockwise, blockwise_twice, reference",
+        "unknown backend 'fast'",
+        "auto, ring, all_to_all, all_gather, splash, flash, cudnn, blockwise, blockwise_twice, reference",
     ):
-        attend(query, key, value, backend="flash")
+        attend(query, key, value, backend="fast")
     with refuses("'blockwise' cannot do this", "weights", "return_weights"):
         attend(query, key, value, backend="blockwise", return_weights=True)
     with refuses("'blockwise' cannot do this", "weights", "dropout"):

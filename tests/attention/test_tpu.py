@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.attention import attend, bias, causal, explain, mask_fn, segments, softcap, window
+from attnlab.attention import alibi, attend, bias, causal, explain, mask_fn, segments, softcap, window
 from attnlab.attention.backends import Request
-from attnlab.attention.tpu import Splash
+from attnlab.attention.tpu import Flash, Splash
+from tests.attention import definitions
 from tests.attention.inputs import qkv, weighted_sum
 
 KERNEL = Splash(tile=128, interpret=True)
@@ -144,9 +145,6 @@ REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, p
         ({"query": jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.bfloat16)}, "128 queries"),
         ({"score": bias(jnp.ones((4, 256, 256)))}, "softcap"),
         ({"score": softcap(jnp.float32(3))}, "softcap(number)"),
-        ({"mask": mask_fn(lambda b, h, q, k: k < b)}, "rows of the batch"),
-        ({"mask": segments(jnp.ones((2, 256), int)) | causal()}, "rows of the batch"),
-        ({"mask": mask_fn(lambda b, h, q, k: k < h), "is_part": True}, "between heads"),
     ],
 )
 def test_refuses_what_the_kernel_cannot_do(change, words):
@@ -154,16 +152,86 @@ def test_refuses_what_the_kernel_cannot_do(change, words):
     assert words in Splash().refuse(dataclasses.replace(REQUEST, **change))
 
 
-def test_refuses_a_mask_known_only_when_run(refuses):
+def test_refuses_what_would_take_too_much_memory():
+    long = dataclasses.replace(REQUEST, **dict.fromkeys(("query", "key", "value"), long_shape()))
+    assert Splash().refuse(long) is None
+    by_row = dataclasses.replace(long, mask=mask_fn(lambda b, h, q, k: k < b))
+    assert "8.0 GiB" in Splash().refuse(by_row)
+    assert Splash(most=2**40).refuse(by_row) is None
+    assert "32.0 GiB" in Flash().refuse(long)
     query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
-
-    @jax.jit
-    def run(offset):
-        return attend(query, key, value, mask=causal(offset), backend=KERNEL)
-
-    with refuses("known only when run"):
-        run(jnp.int32(0))
     assert "for TPUs" in explain(query, key, value).refused["splash"]
+
+
+def long_shape():
+    return jax.ShapeDtypeStruct((2, 2**15, 4, 64), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_masks_known_only_when_run(rows, heads):
+    arrays, sinks = qkv(3, **SHAPE), jnp.asarray([0.5, -1.0, 3.0, 0.0])
+    allowed = RNG.random((rows, heads, T, S)) < 0.4
+    allowed[..., 7, :] = False  # a row without keys
+    allowed[..., :128, 128:256] = False  # a tile without keys
+
+    def gradients(allowed, backend):
+        return gradients_of(backend, segments(*DOCUMENTS) & allowed)(*arrays, sinks)
+
+    run = jax.jit(gradients, static_argnums=1)
+    assert_equal(run(jnp.asarray(allowed), KERNEL), run(jnp.asarray(allowed), "reference"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, name", enumerate(definitions.CASES))
+def test_the_table_of_masks(number, name):
+    """Every kind of mask; heads are grouped in every second one, and softcap and sinks come now and then."""
+    case, heads = definitions.CASES[name](), definitions.H
+    arrays = qkv(
+        0, b=definitions.B, t=case.queries, s=definitions.S, h=heads, k=heads if number % 2 else 1, d=4
+    )
+    sinks = jnp.asarray([0.5, -1.0, 3.0]) if number % 4 == 0 else None
+    assert_agree(arrays, case.mask, softcap(2.0) if number % 3 == 0 else None, sinks)
+
+
+BIASED = Flash(tile=128, interpret=True)
+
+
+@pytest.mark.parametrize("name", ["bias", "alibi", "causal"])
+def test_flash_agrees_with_the_reference_and_so_do_gradients_of_the_bias(name):
+    sinks = jnp.asarray([0.5, -1.0, 3.0, 0.0])
+    mask = {
+        "bias": causal(-60) & segments(*DOCUMENTS),
+        "alibi": RNG.random((2, 1, T, S)) < 0.3,
+        "causal": causal(),
+    }[name]
+    array = (
+        jnp.linspace(0.1, 0.8, 4)
+        if name == "alibi"
+        else jnp.asarray(RNG.normal(size=(1, 4, T, S)), jnp.float32)
+    )
+    score = alibi if name == "alibi" else bias
+
+    def loss(array, query, key, value, sinks, backend):
+        out, lse = attend(
+            *(query, key, value),
+            mask=mask,
+            score=score(array),
+            sinks=sinks,
+            backend=backend,
+            return_lse=True,
+        )
+        return weighted_sum(out, lse), (out, lse)
+
+    run = jax.jit(jax.value_and_grad(loss, range(5), has_aux=True), static_argnums=5)
+    arrays = array, *qkv(4, **SHAPE), sinks
+    assert_equal(run(*arrays, BIASED), run(*arrays, "reference"))
+
+
+def test_flash_refuses_scores_that_do_more_than_add():
+    assert Flash().refuse(dataclasses.replace(REQUEST, score=alibi(4))) is None
+    assert Flash().refuse(dataclasses.replace(REQUEST, score=bias(jnp.ones((4, 256, 256))))) is None
+    assert "only add" in Flash().refuse(dataclasses.replace(REQUEST, score=softcap(3.0)))
 
 
 def test_the_platform_is_the_one_traced_for():
@@ -187,7 +255,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from attnlab.attention import attend, causal, segments, softcap, window
+from attnlab.attention import alibi, attend, causal, key_lengths, segments, softcap, window
 
 devices = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[:4]
 mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
@@ -209,7 +277,8 @@ def kernels(mask_of, dtype=jnp.bfloat16, width=128, value_width=128, length=3000
         compiled = jax.jit(jax.grad(loss, (0, 1, 2, 4))).lower(*arrays, ids, sinks).compile()
     text = compiled.as_text()
     calls = text.count('custom_call_target="tpu_custom_call"')
-    return calls, sorted(set(re.findall("splash_mha_(fwd|dq|dkv)", text)))
+    found = "splash_mha_(?:fwd|dq|dkv)|flash_attention|flash_mha_bwd_(?:dq|dkv)"
+    return calls, sorted(set(re.findall(found, text)))
 
 
 dense = np.random.default_rng(0).random((1000, 1000)) < 0.5
@@ -219,6 +288,11 @@ print(json.dumps({
     "softcap, a narrow head": kernels(lambda ids: causal(), width=64, value_width=32, score=softcap(30.0)),
     "dense, whole on every device": kernels(lambda ids: dense, length=1000, spec=WHOLE),
     "short, odd": kernels(lambda ids: None, width=80, value_width=80, length=131),
+    "rows known only when run": kernels(lambda ids: causal() & key_lengths(ids[:, 0])),
+    "flash, biased": kernels(lambda ids: causal(), length=2000, score=alibi(8)),
+    "flash, float32, a wide head": kernels(
+        lambda ids: None, jnp.float32, 256, 192, length=1500, score=alibi(8)
+    ),
     "a wide head": kernels(lambda ids: segments(ids), width=192, value_width=128, length=4096),
 }))
 """
@@ -237,4 +311,6 @@ def test_compiles_for(topology):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
-        assert found == [3, ["dkv", "dq", "fwd"]], name
+        splash = ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
+        flash = ["flash_attention", "flash_mha_bwd_dkv", "flash_mha_bwd_dq"]
+        assert found == [3, flash if name.startswith("flash") else splash], name
