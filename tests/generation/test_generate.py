@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.attention import causal, chunked, prefix
+from attnlab.attention import causal, chunked, key_lengths
 from attnlab.data import Bytes
 from attnlab.generation import Generator, Sampling, printable
 from attnlab.generation import generate as module
@@ -84,15 +84,15 @@ class Chunked(Kind):
 
 
 @dataclass(frozen=True)
-class Prefix(Kind):
-    """The first tokens are seen by all, and others by those behind them in steps of three."""
+class Attracted(Kind):
+    """The first three tokens, which every other one sees, and neighbours counted in threes."""
 
     def mask(self, first=0):
-        return causal(first) & (prefix(3, -99) | (lambda b, h, q, k: k // 3 >= (q + first) // 3 - 1))
+        return causal(first) & (key_lengths(3) | (lambda b, h, q, k: k // 3 >= (q + first) // 3 - 1))
 
 
 def test_layers_that_count_from_the_first_token_count_from_that_of_each_row(mesh_of):
-    g = generator(mesh_of("single"), replace(CONFIG, pattern=(Chunked(), Prefix())))
+    g = generator(mesh_of("single"), replace(CONFIG, pattern=(Chunked(), Attracted())))
     prompts = ["abcdefgh", "hel", "x" * 14]
     together = g(prompts, max_new_tokens=17, sampling=GREEDY)
     for prompt, row in zip(prompts, together, strict=True):
