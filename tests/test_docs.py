@@ -11,6 +11,7 @@ is otherwise:
     <!-- from FILE -->      a quotation
 """
 
+import ast
 import contextlib
 import io
 import os
@@ -187,6 +188,24 @@ def test_table_of_axes():
     )
     rows = [tuple(c.strip() for c in row.strip("|").split("|")) for row in table.splitlines()[2:]]
     assert rows == [(f"`{name}`", cell(used), cell(stored)) for name, (used, stored) in RULES.items()]
+
+
+def test_table_of_features():
+    """What attnlab is said to have names the tests that show it, and these are there."""
+    page = (ROOT / "docs" / "attention_features.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[0] not in ("feature", "---")]
+    assert len(rows) > 40
+    for feature, ours, shown, *others in rows:
+        names = re.findall(r"`([\w/]+\.py)::(\w+)`", shown)
+        assert len(others) == 10, feature
+        assert shown == ", ".join(f"`{file}::{name}`" for file, name in names), f"{feature}: {shown}"
+        assert re.match(r"(yes|partly|no)\b", ours), f"{feature}: {ours}"
+        assert ours.startswith("no") or names, f"{feature} is shown by no test"
+        for file, name in names:
+            path = ROOT / "tests" / (file if "/" in file else f"attention/{file}")
+            functions = (n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef))
+            assert name in functions, f"{feature}: {file} has no {name}"
 
 
 # --- what is to be typed runs
