@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from attnlab.attention import attend, causal, segments, softcap, window
+from attnlab.attention import attend, causal, key_lengths, segments, softcap, window
 from attnlab.attention.backends import Request
-from attnlab.attention.gpu import Cudnn, _reach
+from attnlab.attention.gpu import Cudnn, _reach, _split
 from tests.attention.inputs import allowed_pairs, masks, qkv
 
 REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
@@ -41,11 +41,13 @@ def of_shape(*shape, dtype=jnp.bfloat16):
         ({"query": of_shape(2, 256, 4, 64, dtype=jnp.float32)}, "bfloat16, float32"),
         ({"value": of_shape(2, 256, 4, 32)}, "64 and 32"),
         (dict.fromkeys(("query", "key", "value"), of_shape(2, 256, 4, 160)), "at most 128"),
-        ({"mask": segments(jnp.ones((2, 256), int))}, "causal() alone"),
-        ({"mask": causal(3)}, "causal() alone"),
-        ({"mask": causal(jnp.int32(0))}, "causal() alone"),
-        ({"mask": window(3, 3)}, "causal() alone"),
-        ({"mask": ~causal()}, "causal() alone"),
+        ({"mask": segments(jnp.ones((2, 256), int))}, "of masks it has"),
+        ({"mask": causal(3)}, "of masks it has"),
+        ({"mask": causal(jnp.int32(0))}, "of masks it has"),
+        ({"mask": window(3, 3)}, "of masks it has"),
+        ({"mask": ~causal()}, "of masks it has"),
+        ({"mask": key_lengths(9) | causal()}, "of masks it has"),
+        ({"mask": key_lengths(9) & window(3, 0)}, "no window beside key_lengths()"),
         ({"mask": causal(), "query": of_shape(2, 257, 4, 64)}, "no more queries than keys"),
     ],
 )
@@ -57,7 +59,9 @@ def test_refuses_what_cudnn_cannot_do(change, words):
 @settings(max_examples=50, deadline=None)
 @given(masks(1, 7, 9))
 def test_reach_is_all_of_a_mask(mask):
-    reach = _reach(mask)
+    paddings, others = _split(mask)
+    assert not paddings
+    reach = _reach(others)
     if reach is None:
         assert any(name in repr(mask) for name in ("Not", "Or", "Segments"))
         return
@@ -67,19 +71,51 @@ def test_reach_is_all_of_a_mask(mask):
     np.testing.assert_array_equal(allowed_pairs(mask, 1, 7, 9)[0], expected)
 
 
-@pytest.mark.parametrize("mask", [None, causal(), causal() & window(5), window(5, 0)], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        causal(),
+        causal() & window(5),
+        window(5, 0),
+        key_lengths(jnp.array([7, 0])),
+        key_lengths(12, jnp.array([20, 3])),
+        causal() & key_lengths(jnp.array([4, 99]), jnp.array([99, 0])) & key_lengths(6),
+    ],
+    ids=str,
+)
 def test_asks_for_what_the_reference_gives(mask, monkeypatch):
     """By its arguments as JAX's own implementation understands them; that cuDNN does is NVIDIA's to prove."""
     xla = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *x, implementation, **options: xla(*x, **options)
-    )
+    told = {}
+
+    def instead(*x, implementation, **options):
+        told.update(options)
+        out = xla(*x, **options)
+        # A kernel may leave anything where there is no query.
+        lengths = options.get("query_seq_lengths", jnp.full(len(out), out.shape[1]))
+        return jnp.where((jnp.arange(out.shape[1])[None] < lengths[:, None])[..., None, None], out, jnp.nan)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     query, key, value = qkv(0, t=20, s=30, d=8, dv=8, dtype=jnp.float16)
     request = Request(query, key, value, mask, scale=0.3, platform="gpu")
     assert Cudnn().refuse(request) is None
-    out = Cudnn().run(request, (0, 0, 0, 0)).out
-    expected = attend(query, key, value, mask=mask, scale=0.3, backend="reference")
-    np.testing.assert_allclose(out, expected, atol=2**-8)
+
+    def cudnn(*x):
+        return Cudnn().run(dataclasses.replace(request, query=x[0], key=x[1], value=x[2]), (0, 0, 0, 0)).out
+
+    def expected(*x):
+        return attend(*x, mask=mask, scale=0.3, backend="reference")
+
+    def output_and_gradients(f):
+        return f(query, key, value), *jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(query, key, value)
+
+    for one, other in zip(output_and_gradients(cudnn), output_and_gradients(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2**-6)
+    for name, most in (("query_seq_lengths", 20), ("key_value_seq_lengths", 30)):
+        if name in told:
+            assert told[name].shape == (2,)
+            assert np.all((told[name] > 0) & (told[name] <= most))
 
 
 # The H100 SXM's figures, from NVIDIA's data sheet and deviceQuery.
@@ -110,7 +146,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from attnlab.attention import attend, causal, segments, window
+from attnlab.attention import attend, causal, key_lengths, segments, window
 
 jax.devices()  # registers the plugin
 topology = topologies.get_topology_desc(
@@ -138,6 +174,8 @@ print(json.dumps({
     "causal": calls(lambda ids: causal()),
     "window": calls(lambda ids: causal() & window(100)),
     "whole on every device": calls(lambda ids: causal(), P(None, None, None, None)),
+    "padding": calls(lambda ids: key_lengths(ids.sum(1))),
+    "causal and padding": calls(lambda ids: causal() & key_lengths(ids.sum(1), ids.max(1))),
     "segments": calls(lambda ids: causal() & segments(ids)),
 }))
 """
