@@ -19,10 +19,11 @@ from attnlab.attention.masks import Mask, as_mask
 from attnlab.attention.plan import is_traced
 from attnlab.attention.reference import softmax
 from attnlab.attention.scores import as_score
+from attnlab.attention.tokamax import Tokamax
 from attnlab.attention.tpu import Flash, Splash
 from attnlab.errors import InputError
 
-for _backend in (Cudnn(), Flash(), Splash(), AllGather(), AllToAll(), Ring()):
+for _backend in (Tokamax(), Cudnn(), Flash(), Splash(), AllGather(), AllToAll(), Ring()):
     register(_backend)
 
 
