@@ -68,6 +68,19 @@ def program(*arguments, cwd=None, timeout=300, **more):
     )
 
 
+def told_by(code, *arguments, timeout=600, **more):
+    """What Python code in a process of its own prints last, as JSON; `more` goes into its environment."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | more,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def metrics(workdir, split=None):
     """The lines of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]

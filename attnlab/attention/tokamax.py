@@ -12,10 +12,7 @@ import jax.numpy as jnp
 from attnlab.attention.backends import Request, Result, beyond_softmax, sharded_length
 from attnlab.attention.masks import Mask
 from attnlab.attention.patterns import Causal
-from attnlab.attention.plan import depends_on
-from attnlab.attention.values import rectangle
-
-GIB = 2**30
+from attnlab.attention.whole import GIB, added, allowed, pairs_added, pairs_allowed, told
 
 
 class Tokamax:
@@ -50,7 +47,7 @@ class Tokamax:
         if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
             return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
         if (size := _size(r)) > self.most:
-            return f"its mask and bias would take {size / GIB:.1f} GiB as a whole"
+            return f"its mask and bias would take {told(size)} as a whole"
         return None if self.implementation == "xla" else _refuse_device()
 
     def run(self, request, first):
@@ -58,18 +55,15 @@ class Tokamax:
         import tokamax  # only now, as it takes seconds
 
         r = request
-        (b, t, h, _), s = r.query.shape, r.key.shape[1]
-        at = rectangle(first, (b, h, t, s))
-        bias = None if r.score is None else r.score(jnp.zeros((b, h, t, s)), at)
-        allowed = has_keys = None
+        bias = None if r.score is None else added(r, first)
+        pairs = has_keys = None
         if not (r.mask is None or _is_causal(r.mask)):
-            allowed = r.mask.block(at)
-            allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], t, s))
-            has_keys = allowed.any(3, keepdims=True)
+            pairs = allowed(r.mask, r, first)
+            has_keys = pairs.any(3, keepdims=True)
             # Without keys a row would get the mean of all values, so it gets some, and is left out after.
-            allowed |= ~has_keys
+            pairs |= ~has_keys
         out = tokamax.dot_product_attention(
-            *(r.query, r.key, r.value, bias, allowed),
+            *(r.query, r.key, r.value, bias, pairs),
             scale=r.scale,
             is_causal=_is_causal(r.mask),
             implementation=self.implementation,
@@ -94,12 +88,8 @@ def _refuse_device() -> str | None:
 
 def _size(r: Request) -> int:
     """Bytes of the mask and the bias."""
-    (b, t, h, _), s = r.query.shape, r.key.shape[1]
-    size = 0 if r.score is None else 4 * b * h
-    if not (r.mask is None or _is_causal(r.mask)):
-        rows, heads = depends_on(r.mask)
-        size += (b if rows else 1) * (h if heads else 1)
-    return size * t * s
+    size = 0 if r.score is None else 4 * pairs_added(r)
+    return size if r.mask is None or _is_causal(r.mask) else size + pairs_allowed(r.mask, r)
 
 
 def _is_causal(mask: Mask | None) -> bool:

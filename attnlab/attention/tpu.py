@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from attnlab.attention.backends import Request, Result, beyond_softmax, sharded_length, with_sinks
-from attnlab.attention.masks import And, First, Mask
+from attnlab.attention.masks import And, Mask
 from attnlab.attention.patterns import Causal, Segments
 from attnlab.attention.plan import depends_on, equal_part, is_traced
 from attnlab.attention.scores import Softcap
-from attnlab.attention.values import rectangle
+from attnlab.attention.whole import GIB, added, allowed, pairs_added, pairs_allowed, told
 
 LANES = 128  # of a TPU's vector registers: tiles are made of so many queries and keys
-GIB = 2**30
 
 
 class Splash:
@@ -46,12 +45,11 @@ class Splash:
         _, mask = _split(r.mask)
         if mask is None or _is_known(mask, r):
             return None
-        rows, heads = depends_on(mask)
-        size = 4 * (r.query.shape[0] if rows else 1) * (r.query.shape[2] if heads else 1) * _pairs(r)
+        size = 4 * pairs_allowed(mask, r)
         if size > self.most:
             return (
                 f"the mask, its segments aside, is known only when run or differs between rows of the batch, "
-                f"and would take {_told(size)} as a whole"
+                f"and would take {told(size)} as a whole"
             )
         return None
 
@@ -67,16 +65,18 @@ class Splash:
         segments, mask = _split(r.mask)
         options = {"softcap": r.score.cap if r.score else None, "interpret": self.interpret}
         if mask is None or _is_known(mask, r):
-            kernel, allowed = splash.known(mask, r.query.shape[2], lengths, tile, **options), None
+            kernel, pairs = splash.known(mask, r.query.shape[2], lengths, tile, **options), None
         else:
-            kernel, allowed = splash.unknown(tile, **options), _allowed(mask, r, first, whole)
+            kernel = splash.unknown(tile, **options)
+            pairs = _padded(allowed(mask, r, first), whole, False)
+            pairs = pairs if len(pairs) > 1 else pairs[0]  # one for all rows
         if kernel is None:
             rows = r.query.shape[:3]
             out, lse = jnp.zeros((*rows, r.value.shape[-1]), r.value.dtype), jnp.full(rows, -jnp.inf)
         else:
             query, key, value = _laid_out(r, whole)
             ids = segments and splash.ids(segments.queries, segments.keys, len(query), whole)
-            out, lse = splash.attention(kernel, query, key, value, ids, allowed)
+            out, lse = splash.attention(kernel, query, key, value, ids, pairs)
             out, lse = (jnp.swapaxes(x, 1, 2)[:, : lengths[0]] for x in (out, lse))
         return Result(*(out, lse) if r.sinks is None else with_sinks(out, lse, r.sinks))
 
@@ -102,9 +102,9 @@ class Flash:
             return reason
         if r.score is not None and not r.score.adds:
             return "of scores it takes those that only add, as bias and alibi do"
-        size = 4 * r.query.shape[0] * r.query.shape[2] * _pairs(r)
+        size = 4 * pairs_added(r)
         if size > self.most:
-            return f"its bias would take {_told(size)} as a whole"
+            return f"its bias would take {told(size)} as a whole"
         return None
 
     def run(self, request, first):
@@ -112,7 +112,7 @@ class Flash:
         from attnlab.attention import flash  # only now, as it brings Pallas along
 
         r = request
-        (b, t, h, _), s = r.query.shape, r.key.shape[1]
+        (_, t, h, _), s = r.query.shape, r.key.shape[1]
         tile = _tiles(r, self.tile or 512)
         whole = _whole((t, s), tile)
         query, key, value = _laid_out(r, whole)
@@ -122,11 +122,9 @@ class Flash:
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (query, key, value)
         )
-        bias = jnp.zeros((b, h, t, s))
-        if r.score is not None:
-            bias = r.score(bias, rectangle(first, bias.shape))
+        bias = added(r, first)
         if r.mask is not None:
-            bias = jnp.where(r.mask.block(rectangle(first, bias.shape)), bias, -jnp.inf)
+            bias = jnp.where(allowed(r.mask, r, first), bias, -jnp.inf)
         bias = _padded(bias, whole, -jnp.inf)
         how = flash.How(tile, _is_causal(r.mask), self.interpret)
         out, lse = flash.attention(how, query, key, value, bias)
@@ -199,22 +197,6 @@ def _laid_out(r: Request, whole: tuple[int, int]) -> Iterator[Array]:
         yield jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
 
-def _allowed(mask: Mask, r: Request, first: First, whole: tuple[int, int]) -> Array:
-    """All that a mask allows, (H or 1, T, S), or (B, H or 1, T, S) if rows of the batch differ."""
-    (b, t, h, _), s = r.query.shape, r.key.shape[1]
-    allowed = mask.block(rectangle(first, (b, h, t, s)))
-    allowed = _padded(jnp.broadcast_to(allowed, (*allowed.shape[:2], t, s)), whole, False)
-    return allowed if len(allowed) > 1 else allowed[0]
-
-
 def _padded(x: Array, whole: tuple[int, int], filler) -> Array:
     more = [(0, length - n) for n, length in zip(x.shape[-2:], whole, strict=True)]
     return jnp.pad(x, [(0, 0), (0, 0), *more], constant_values=filler)
-
-
-def _pairs(r: Request) -> int:
-    return r.query.shape[1] * r.key.shape[1]
-
-
-def _told(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"

@@ -2,11 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +13,7 @@ from attnlab.attention import attend, causal, key_lengths, segments, softcap, wi
 from attnlab.attention.backends import Request
 from attnlab.attention.gpu import Cudnn, _reach, _split
 from tests.attention.inputs import allowed_pairs, masks, qkv
+from tests.programs import told_by
 
 REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
 
@@ -188,14 +184,8 @@ print(json.dumps({
 )
 def test_compiles_for_an_h100():
     """Forward and backward, with `backend="auto"`: cuDNN's calls where it can, none where it cannot."""
-    root = Path(__file__).parents[2]
     # The plugin would have libraries that only a run needs.
-    env = os.environ | {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, H100], capture_output=True, text=True, timeout=600, env=env
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
     assert found.pop("segments") == []
     for name, calls in found.items():
         assert calls == ["fmhaSoftmax", "fmhaSoftmaxBackward"], name

@@ -2,11 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +13,7 @@ from attnlab.attention.backends import Request
 from attnlab.attention.tokamax import Tokamax
 from tests.attention.inputs import qkv
 from tests.attention.test_gpu import H100
+from tests.programs import told_by
 
 REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
 INSTALLED = importlib.util.find_spec("tokamax") is not None
@@ -141,11 +137,6 @@ print(json.dumps({
 )
 def test_compiles_for_an_h100():
     """Forward and backward, with `backend="auto"`: a kernel each."""
-    root = Path(__file__).parents[2]
-    env = os.environ | {"JAX_PLATFORMS": "", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, H100], capture_output=True, text=True, timeout=600, env=env
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, calls in json.loads(done.stdout.splitlines()[-1]).items():
+    found = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    for name, calls in found.items():
         assert calls == 2, name

@@ -2,11 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +14,7 @@ from attnlab.attention.backends import Request
 from attnlab.attention.tpu import Flash, Splash
 from tests.attention import definitions
 from tests.attention.inputs import qkv, weighted_sum
+from tests.programs import told_by
 
 KERNEL = Splash(tile=128, interpret=True)
 T, S = 200, 300  # two tiles of 128 and three, the last ones not full
@@ -304,13 +300,8 @@ print(json.dumps({
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for(topology):
     """Forward and backward, with `backend="auto"`: the program names no platform, the mesh does."""
-    root = Path(__file__).parents[2]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, topology], capture_output=True, text=True, timeout=600, env=env
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+    kernels = told_by(PROGRAM, topology, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    for name, found in kernels.items():
         splash = ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
         flash = ["flash_attention", "flash_mha_bwd_dkv", "flash_mha_bwd_dq"]
         assert found == [3, flash if name.startswith("flash") else splash], name
