@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from attnlab.train.optimizers import parameter_name
 FOLDER = "checkpoints"
 BEST_METRIC = "loss"
 METRICS = "metrics/metrics"  # within a checkpoint; as Orbax has it
+
+# Of tasks that fail together Orbax tells the first; asyncio would log the others, whenever they are collected.
+logging.getLogger("asyncio").addFilter(lambda record: "orbax/checkpoint" not in record.getMessage())
 
 
 class DataPosition:
