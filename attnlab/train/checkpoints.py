@@ -21,7 +21,7 @@ FOLDER = "checkpoints"
 BEST_METRIC = "loss"
 METRICS = "metrics/metrics"  # within a checkpoint; as Orbax has it
 
-# Of tasks that fail together Orbax tells the first; asyncio would log the others, whenever they are collected.
+# Of tasks that fail together Orbax tells the first; asyncio would log the others when they are collected.
 logging.getLogger("asyncio").addFilter(lambda record: "orbax/checkpoint" not in record.getMessage())
 
 
