@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
@@ -10,22 +10,39 @@ from jaxtyping import Array, Float, Int
 from attnlab.attention import attend, causal, moved, segments, softcap, window
 from attnlab.attention.cache import Cache, LayerCache
 from attnlab.attention.masks import Index, Mask
-from attnlab.attention.positions import rotary
+from attnlab.attention.positions import Scaling, rotary
 from attnlab.layers.linear import Linear
-from attnlab.layers.norms import Norm, RMSNorm
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.parameters import Dtypes, parameter
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions over the first `fraction` of each head's width."""
+    """Rotary positions over the first `fraction` of each head's width.
+
+    `scaling` stretches the frequencies for lengths beyond those trained on; `interleaved` pairs neighbouring
+    numbers of a head, in place of those half a head apart.
+    """
 
     theta: float = 10_000.0
     fraction: float = 1.0
+    scaling: Scaling | None = None
+    interleaved: bool = False
 
     def __post_init__(self):
         if not 0 < self.fraction <= 1:
             raise ValueError("fraction must be over 0 and at most 1")
+
+    def __call__(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
+        """Queries or keys turned by their positions."""
+        return rotary(
+            x,
+            positions,
+            theta=self.theta,
+            fraction=self.fraction,
+            scaling=self.scaling,
+            interleaved=self.interleaved,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,19 +116,28 @@ class Attention:
       heads: query heads H.
       kv_heads: key/value heads K; None is H, 1 is multi-query attention.
       head_dim: width of a head D; None is E / H.
-      bias: biases in the projections.
-      qk_norm: RMS norm of queries and keys, each head by itself (arXiv 2010.04245, 2302.05442).
+      bias: biases in the projections: all of them, or "qkv" (not the output's), or "qvo" (not the keys').
+      qk_norm: the model's norm of queries and keys, each head by itself (arXiv 2010.04245, 2302.05442), or
+        "whole", all heads together (OLMo 2, arXiv 2501.00656, section 3.2).
       softcap: cap of the scores; None is none.
+      scale: factor of the scores; None is 1 / sqrt(D), or what the initialisation asks for.
+      sinks: a learned logit in each head's softmax that no value belongs to (gpt-oss, arXiv 2508.10925).
       dropout: share of attention weights dropped in training.
     """
 
     heads: int = 8
     kv_heads: int | None = None
     head_dim: int | None = None
-    bias: bool = False
-    qk_norm: bool = False
+    bias: bool | Literal["qkv", "qvo"] = False
+    qk_norm: bool | Literal["whole"] = False
     softcap: float | None = None
+    scale: float | None = None
+    sinks: bool = False
     dropout: float = 0.0
+
+    def has_bias(self, projection: str) -> bool:
+        """Whether the projection "query", "key", "value" or "out" has a bias."""
+        return projection[0] in self.bias if isinstance(self.bias, str) else self.bias
 
     def __post_init__(self):
         if self.heads < 1:
@@ -125,6 +151,8 @@ class Attention:
             raise ValueError("dropout must be at least 0 and under 1")
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError("softcap must be over 0, or none")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError("scale must be over 0, or none")
 
 
 class AttentionLayer(nn.Module):
@@ -134,13 +162,15 @@ class AttentionLayer(nn.Module):
       config: heads and options.
       kind: which tokens may attend to which.
       positions: how queries and keys are turned.
-      scale: factor of the scores; None is 1 / sqrt(D).
+      norm: of queries and keys, where the config asks for it.
+      scale: factor of the scores where the config has none; None is 1 / sqrt(D).
       std: deviation of the initial query, key and value weights; `out_std` that of the output's.
     """
 
     config: Attention
     kind: Kind
     positions: Rotary | NoPositions
+    norm: RMSNorm | LayerNorm
     scale: float | None
     std: float
     out_std: float
@@ -157,41 +187,45 @@ class AttentionLayer(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
         """The attended activations, and the layer's cache with the new keys and values in it."""
-        config, embed = self.config, x.shape[-1]
-        heads, kv_heads = config.heads, config.kv_heads or config.heads
-        head_dim = config.head_dim or embed // heads
-
-        def project(name: str, n: int, axis: str) -> Array:
-            axes = ("embed", axis, "head_dim")
-            return Linear((embed,), (n, head_dim), axes, self.std, config.bias, self.dtypes, name=name)(x)
-
-        query = project("query", heads, "heads")
-        key = project("key", kv_heads, "kv_heads")
-        value = project("value", kv_heads, "kv_heads")
-        if config.qk_norm:
-            query = Norm(RMSNorm(), self.dtypes, name="query_norm")(query)
-            key = Norm(RMSNorm(), self.dtypes, name="key_norm")(key)
+        query, key, value = self._project(x, "query"), self._project(x, "key"), self._project(x, "value")
         if isinstance(self.positions, Rotary):
-            query, key = (
-                rotary(y, positions, theta=self.positions.theta, fraction=self.positions.fraction)
-                for y in (query, key)
-            )
+            query, key = self.positions(query, positions), self.positions(key, positions)
         mask, key_segments = self.kind.mask(), segment_ids
         if cache is not None and layer_cache is not None:
             first, key_segments = cache.index - x.shape[1], cache.segments
             mask = moved(self.kind.mask(first), cache.first)
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
+        out = self._attend(query, key, value, mask & segments(segment_ids, key_segments), deterministic)
+        return self._project_out(out, x.shape[-1]), layer_cache
 
+    def _project(self, x: Float[Array, "B T E"], name: str) -> Float[Array, "B T H D"]:
+        """Queries, keys or values, normalised if asked."""
+        config, embed = self.config, x.shape[-1]
+        heads, axis = config.heads, "heads"
+        if name != "query":
+            heads, axis = config.kv_heads or config.heads, "kv_heads"
+        shape, axes = (heads, config.head_dim or embed // config.heads), (axis, "head_dim")
+        bias = config.has_bias(name)
+        y = Linear((embed,), shape, ("embed", *axes), self.std, bias, self.dtypes, name=name)(x)
+        if not config.qk_norm or name == "value":
+            return y
+        over = axes if config.qk_norm == "whole" else ("norm",)
+        return Norm(self.norm, self.dtypes, over, name=f"{name}_norm")(y)
+
+    def _attend(self, query, key, value, mask: Mask, deterministic: bool) -> Float[Array, "B T H D"]:
+        config = self.config
+        sinks = parameter(self, "sinks", (config.heads,), ("heads",), self.dtypes) if config.sinks else None
         drops = config.dropout > 0 and not deterministic
         captures = self.is_mutable_collection("intermediates")
         out = attend(
             query,
             key,
             value,
-            mask=mask & segments(segment_ids, key_segments),
+            mask=mask,
             score=softcap(config.softcap) if config.softcap else None,
-            scale=self.scale,
+            scale=config.scale or self.scale,
+            sinks=sinks,
             dropout_rate=config.dropout,
             dropout_key=self.make_rng("dropout") if drops else None,
             return_weights=captures,
@@ -199,8 +233,8 @@ class AttentionLayer(nn.Module):
         if captures:
             out, weights = out
             self.sow("intermediates", "attention_weights", weights)
-        axes = ("heads", "head_dim", "embed")
-        out = Linear((heads, head_dim), (embed,), axes, self.out_std, config.bias, self.dtypes, name="out")(
-            out
-        )
-        return out, layer_cache
+        return out
+
+    def _project_out(self, out: Float[Array, "B T H D"], embed: int) -> Float[Array, "B T E"]:
+        axes, bias = ("heads", "head_dim", "embed"), self.config.has_bias("out")
+        return Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")(out)

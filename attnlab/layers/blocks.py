@@ -1,7 +1,6 @@
-"""A pre-norm residual block, and a run of blocks scanned over."""
+"""A residual block, and a run of blocks scanned over."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -22,15 +21,24 @@ REMAT_POLICIES = {
 }
 
 
+Placement = Literal["pre", "post", "both", "branch"]
+
+
 @dataclass(frozen=True)
 class BlockConfig:
-    """What all blocks of a stack share; a model's config makes one of itself."""
+    """What all blocks of a stack share; a model's config makes one of itself.
+
+    `placement` says where norms stand around a branch f: x + f(norm(x)) is "pre" (arXiv 2002.04745),
+    norm(x + f(x)) "post" (Vaswani et al. 2017, section 3.1), x + norm(f(norm(x))) "both" (Gemma 2), and
+    x + norm(f(x)) "branch" (OLMo 2, arXiv 2501.00656, section 3.2).
+    """
 
     width: int
     depth: int
     attention: Attention
     feed_forward: MLP | GatedMLP
     norm: RMSNorm | LayerNorm
+    placement: Placement
     positions: Rotary | NoPositions
     dropout: float
     init: Normal
@@ -38,7 +46,7 @@ class BlockConfig:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm, arXiv 2002.04745)."""
+    """A residual block: a branch of attention, then one of a feed-forward layer."""
 
     config: BlockConfig
     kind: Kind
@@ -58,23 +66,33 @@ class Block(nn.Module):
         std = c.init.hidden_std(c.width)
         out_std = std / (2 * c.depth) ** 0.5
         scale = c.init.attention_scale(c.attention.head_dim or c.width // c.attention.heads)
-        drop = partial(Dropout(c.dropout), deterministic=self.deterministic)
+        turned = self.kind.positions or c.positions
         attention = AttentionLayer(
-            c.attention,
-            self.kind,
-            self.kind.positions or c.positions,
-            scale,
-            std,
-            out_std,
-            c.dtypes,
-            name="attention",
+            c.attention, self.kind, turned, c.norm, scale, std, out_std, c.dtypes, name="attention"
         )
-        y = Norm(c.norm, c.dtypes, name="attention_norm")(x)
+        feed_forward = FeedForward(c.feed_forward, std, out_std, c.dtypes, name="feed_forward")
+        self.sow("intermediates", "hidden", x)
+
+        y = self._before(x, "attention")
         y, layer_cache = attention(y, segment_ids, positions, cache, layer_cache, self.deterministic)
-        x = x + drop(y)
-        y = Norm(c.norm, c.dtypes, name="feed_forward_norm")(x)
-        y = FeedForward(c.feed_forward, std, out_std, c.dtypes, name="feed_forward")(y)
-        return x + drop(y), layer_cache
+        x = self._add(x, y, "attention")
+        y = feed_forward(self._before(x, "feed_forward"))
+        return self._add(x, y, "feed_forward"), layer_cache
+
+    def _before(self, x: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
+        """What a branch reads of the residual stream."""
+        return self._norm(x, branch) if self.config.placement in ("pre", "both") else x
+
+    def _add(self, x: Float[Array, "B T E"], y: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
+        """The residual stream with a branch's result in it."""
+        c = self.config
+        if c.placement in ("both", "branch"):
+            y = self._norm(y, f"{branch}_out")
+        x = x + Dropout(c.dropout)(y, deterministic=self.deterministic)
+        return self._norm(x, branch) if c.placement == "post" else x
+
+    def _norm(self, x: Float[Array, "B T E"], name: str) -> Float[Array, "B T E"]:
+        return Norm(self.config.norm, self.config.dtypes, name=f"{name}_norm")(x)
 
 
 class Period(nn.Module):

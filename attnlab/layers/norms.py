@@ -12,9 +12,13 @@ from attnlab.layers.parameters import Dtypes, parameter
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """x / rms(x) * scale (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4)."""
+    """x / rms(x) * scale (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
+
+    `from_one` keeps scale - 1 as the parameter, which weight decay then pulls to a scale of 1 (Gemma).
+    """
 
     epsilon: float = 1e-6
+    from_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,24 +30,28 @@ class LayerNorm:
 
 
 class Norm(nn.Module):
-    """Applies the norm that `config` describes to the last dimension."""
+    """Applies the norm that `config` describes to the last dimension, or to as many as `axes` names."""
 
     config: RMSNorm | LayerNorm
     dtypes: Dtypes
+    axes: tuple[str, ...] = ("norm",)
 
     @nn.compact
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
         """The normalised activations, in the input's dtype."""
-        scale = self._vector("scale", x, 1.0)
+        config, over = self.config, tuple(range(-len(self.axes), 0))
+        from_one = isinstance(config, RMSNorm) and config.from_one
+        scale = 1.0 + self._vector("scale", x, 0.0) if from_one else self._vector("scale", x, 1.0)
         y = x.astype(jnp.float32)
-        if isinstance(self.config, LayerNorm):
-            y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.epsilon)
+        if isinstance(config, LayerNorm):
+            y = y - y.mean(axis=over, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=over, keepdims=True) + config.epsilon)
         y = y * scale
-        if isinstance(self.config, LayerNorm) and self.config.bias:
+        if isinstance(config, LayerNorm) and config.bias:
             y = y + self._vector("bias", x, 0.0)
         return y.astype(x.dtype)
 
     def _vector(self, name: str, x: Array, mean: float) -> Array:
-        vector = parameter(self, name, x.shape[-1:], ("norm",), self.dtypes, mean=mean)
-        return jnp.expand_dims(vector, tuple(range(x.ndim - 1))).astype(jnp.float32)
+        n = len(self.axes)
+        vector = parameter(self, name, x.shape[-n:], self.axes, self.dtypes, mean=mean)
+        return jnp.expand_dims(vector, tuple(range(x.ndim - n))).astype(jnp.float32)

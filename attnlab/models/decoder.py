@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from attnlab.attention.cache import Cache, empty_layer
 from attnlab.errors import InputError
 from attnlab.layers.attention import Attention, Causal, Kind, NoPositions, Rotary
-from attnlab.layers.blocks import BlockConfig, Stack
+from attnlab.layers.blocks import BlockConfig, Placement, Stack
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.feed_forward import MLP, GatedMLP
 from attnlab.layers.initialization import MuP, Normal
@@ -35,7 +35,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A pre-norm decoder.
+    """A decoder.
 
     Attributes:
       depth: number of layers L.
@@ -43,9 +43,12 @@ class DecoderConfig:
       attention: heads and options of every attention layer.
       feed_forward: `MLP` or `GatedMLP`.
       norm: `RMSNorm` or `LayerNorm`.
+      placement: where norms stand; see `BlockConfig`.
       positions: `Rotary`, `Learned` or `NoPositions`.
       pattern: kinds of attention, repeated over the layers: five `Sliding` then one `Causal`, say.
+      vocab_size: tokens in the tables; None is as many as the tokenizer has.
       tied: whether the logits read from the embedding table.
+      scale_embedding: multiply embeddings by sqrt(E) (Vaswani et al. 2017, section 3.4).
       logit_softcap: cap of the logits; None is none.
       dropout: share of embeddings and residual branches dropped in training.
       init: `Normal` or `MuP`.
@@ -59,9 +62,12 @@ class DecoderConfig:
     attention: Attention = field(default_factory=Attention)
     feed_forward: MLP | GatedMLP = field(default_factory=MLP)
     norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
+    placement: Placement = "pre"
     positions: Rotary | Learned | NoPositions = field(default_factory=Rotary)
     pattern: tuple[Kind, ...] = (Causal(),)
+    vocab_size: int | None = None
     tied: bool = True
+    scale_embedding: bool = False
     logit_softcap: float | None = None
     dropout: float = 0.0
     init: Normal | MuP = field(default_factory=Normal)
@@ -127,8 +133,16 @@ class DecoderConfig:
             )
 
     def build(self, vocab_size: int) -> "Decoder":
-        """The module of this config for a vocabulary."""
-        return Decoder(self, vocab_size)
+        """The module of this config for a tokenizer's vocabulary.
+
+        Raises:
+          InputError: a table that is smaller.
+        """
+        if self.vocab_size is not None and self.vocab_size < vocab_size:
+            raise InputError(
+                f"model.vocab_size={self.vocab_size} is less than the {vocab_size} tokens of the tokenizer"
+            )
+        return Decoder(self, self.vocab_size or vocab_size)
 
 
 class Decoder(nn.Module):
@@ -149,7 +163,16 @@ class Decoder(nn.Module):
             self.readout = Embedding(self.vocab_size, c.width, ("vocab", "embed"), c.init.std, c.dtypes)
         turned = NoPositions() if isinstance(c.positions, Learned) else c.positions
         block = BlockConfig(
-            c.width, c.depth, c.attention, c.feed_forward, c.norm, turned, c.dropout, c.init, c.dtypes
+            width=c.width,
+            depth=c.depth,
+            attention=c.attention,
+            feed_forward=c.feed_forward,
+            norm=c.norm,
+            placement=c.placement,
+            positions=turned,
+            dropout=c.dropout,
+            init=c.init,
+            dtypes=c.dtypes,
         )
         self.layers = Stack(block, c.pattern, c.scan, c.remat)
         self.norm = Norm(c.norm, c.dtypes)
@@ -182,6 +205,8 @@ class Decoder(nn.Module):
                 positions = jnp.maximum(before + jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
         segment_ids, positions = (constrain(a, "batch", "sequence") for a in (segment_ids, positions))
         x = look_up(self.embedding(), tokens)
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.width**0.5, x.dtype)
         if isinstance(self.config.positions, Learned):
             x = x + look_up(self.position_embedding(), positions)
         x = self.drop(constrain(x, "batch", "sequence", None), deterministic=deterministic)
@@ -190,7 +215,9 @@ class Decoder(nn.Module):
             layer_caches, cache = cache.layers, cache.advance(segment_ids)
             shared = Cache(None, cache.segments, cache.index)
         x, layer_caches = self.layers(x, layer_caches, segment_ids, positions, shared, deterministic)
-        x = self.norm(x) * self.config.init.readout_scale(self.config.width)
+        if self.config.placement != "post":  # else the last block has ended with one
+            x = self.norm(x)
+        x = x * self.config.init.readout_scale(self.config.width)
         if cache is not None:
             cache = Cache(layer_caches, cache.segments, cache.index)
         return x, cache
