@@ -1,7 +1,8 @@
 """Attention maps of a model: which token every head looks at, layer by layer."""
 
+import operator
 import re
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +33,20 @@ def _maps(model: Decoder, params, tokens, segment_ids, positions) -> Float[Array
     _, captured = model.apply(
         {"params": params}, tokens, segment_ids, positions, mutable=["intermediates"], method="hidden"
     )
-    layers = captured["intermediates"]["layers"]
-    maps = []
+    return in_order(captured["intermediates"]["layers"], "attention", "attention_weights")
+
+
+def in_order(layers: dict, *path: str) -> Float[Array, "L ..."]:
+    """What every layer of a stack captured under this name, first layer first."""
+    found = []
     if "periods" in layers:
-        blocks = _in_order(layers["periods"])  # each (periods, B, H, T, S)
-        maps.append(jnp.stack(blocks, axis=1).reshape(-1, *blocks[0].shape[1:]))
+        blocks = _blocks(layers["periods"], path)  # each (periods, ...)
+        found.append(jnp.stack(blocks, axis=1).reshape(-1, *blocks[0].shape[1:]))
     if "tail" in layers:
-        maps.append(jnp.stack(_in_order(layers["tail"])))
-    return jnp.concatenate(maps)
+        found.append(jnp.stack(_blocks(layers["tail"], path)))
+    return jnp.concatenate(found)
 
 
-def _in_order(blocks: dict) -> list[Array]:
+def _blocks(blocks: dict, path: tuple[str, ...]) -> list[Array]:
     names = sorted(blocks, key=lambda name: int(re.sub(r"\D", "", name)))
-    return [blocks[name]["attention"]["attention_weights"][0] for name in names]
+    return [reduce(operator.getitem, path, blocks[name])[0] for name in names]

@@ -114,6 +114,8 @@ CHANGES = {
     "seed": ("1", "state"),
 }
 PAIRS = ",".join(["1.0"] * 12)  # a factor for each pair of a head that rotary positions turn
+OTHER_PAIRS = f"(2.0,{PAIRS[4:]})"
+LONG_ROPE = f"model.positions.scaling=LongRoPE(({PAIRS}),({PAIRS}),64,4.0)"
 # The same of components that the default experiment does without: (the override that brings one in, its
 # field).
 OF_OTHERS = {
@@ -127,16 +129,16 @@ OF_OTHERS = {
     ("model.positions.scaling=NTK(2.0)", "factor"): ("4.0", "step"),
     ("model.positions.scaling=DynamicNTK(2.0,64)", "factor"): ("4.0", "step"),
     ("model.positions.scaling=DynamicNTK(2.0,64)", "original"): ("128", "step"),
-    ("model.positions.scaling=YaRN(4.0,64)", "factor"): ("2.0", "step"),
-    ("model.positions.scaling=YaRN(4.0,64)", "original"): ("128", "step"),
-    ("model.positions.scaling=YaRN(4.0,64)", "fast"): ("16.0", "step"),
-    ("model.positions.scaling=YaRN(4.0,64)", "slow"): ("2.0", "step"),
-    ("model.positions.scaling=YaRN(4.0,64)", "whole"): ("false", "step"),
-    ("model.positions.scaling=YaRN(4.0,64)", "temperature"): ("1.5", "step"),
-    (f"model.positions.scaling=LongRoPE(({PAIRS}),({PAIRS}),64,4.0)", "short"): (f"({PAIRS},)".replace("1.0,", "2.0,", 1), "step"),  # fmt: skip
-    (f"model.positions.scaling=LongRoPE(({PAIRS}),({PAIRS}),64,4.0)", "long"): (f"({PAIRS},)".replace("1.0,", "2.0,", 1), "step"),  # fmt: skip
-    (f"model.positions.scaling=LongRoPE(({PAIRS}),({PAIRS}),64,4.0)", "original"): ("128", "step"),
-    (f"model.positions.scaling=LongRoPE(({PAIRS}),({PAIRS}),64,4.0)", "factor"): ("2.0", "step"),
+    ("model.positions.scaling=YaRN(4.0,4096)", "factor"): ("2.0", "step"),
+    ("model.positions.scaling=YaRN(4.0,4096)", "original"): ("1024", "step"),
+    ("model.positions.scaling=YaRN(4.0,4096)", "fast"): ("4.0", "step"),
+    ("model.positions.scaling=YaRN(4.0,4096)", "slow"): ("8.0", "step"),
+    ("model.positions.scaling=YaRN(4.0,4096)", "whole"): ("false", "step"),
+    ("model.positions.scaling=YaRN(4.0,4096)", "temperature"): ("1.5", "step"),
+    (LONG_ROPE, "short"): (OTHER_PAIRS, "step"),
+    (LONG_ROPE, "long"): (OTHER_PAIRS, "step"),
+    (LONG_ROPE, "original"): ("128", "step"),
+    (LONG_ROPE, "factor"): ("2.0", "step"),
     ("model.positions.scaling=Llama3()", "factor"): ("2.0", "step"),
     ("model.positions.scaling=Llama3()", "original"): ("64", "step"),
     ("model.positions.scaling=Llama3()", "slow"): ("2.0", "step"),

@@ -1,0 +1,42 @@
+"""What a family of checkpoints must say of itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from attnlab.models import DecoderConfig
+from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.table import PART, Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints of one `model_type`: their config in our words, and their tensors' names.
+
+    Attributes:
+      config: the model's config from the fields of `config.json`.
+      tensors: the table of names, as in a model with its head.
+      prefix: what names lack in a checkpoint of a model without its head.
+      architecture: the class of transformers that an exported checkpoint loads as.
+      ignored: regular expressions of tensors that mean nothing: buffers, and copies of tied tables.
+    """
+
+    config: Callable[[Settings], DecoderConfig]
+    tensors: tuple[Tensor, ...]
+    prefix: str
+    architecture: str
+    ignored: tuple[str, ...] = ()
+
+
+def linear(ours: str, theirs: str, layout: str = "f e -> e f") -> tuple[Tensor, Tensor]:
+    """Weight and bias of a torch Linear, whose weight is (outputs, inputs)."""
+    bias = layout.partition(" e ->")[0]
+    axes = " ".join(axis for axis in bias.strip("()").split() if axis != PART)
+    return (
+        Tensor(f"{ours}/kernel", f"{theirs}.weight", layout),
+        Tensor(f"{ours}/bias", f"{theirs}.bias", f"{bias} -> {axes}"),
+    )
+
+
+def norm(ours: str, theirs: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a torch LayerNorm, or the weight of a norm that has no other."""
+    return Tensor(f"{ours}/scale", f"{theirs}.weight"), Tensor(f"{ours}/bias", f"{theirs}.bias")

@@ -1,0 +1,168 @@
+"""Llama, and decoders that differ from it in a few settings: one config function and one table each."""
+
+from dataclasses import replace
+
+from attnlab.layers import Attention, GatedMLP, RMSNorm
+from attnlab.models import DecoderConfig
+from attnlab.pretrained.families.base import Family, linear
+from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.table import Tensor
+
+
+def llama(s: Settings) -> DecoderConfig:
+    """Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2)."""
+    heads = s["num_attention_heads"]
+    return DecoderConfig(
+        depth=s["num_hidden_layers"],
+        width=s["hidden_size"],
+        attention=Attention(
+            heads,
+            kv_heads=s.get("num_key_value_heads", heads),
+            head_dim=s.get("head_dim", s["hidden_size"] // heads),
+            bias=s.get("attention_bias", False),
+            dropout=s.get("attention_dropout", 0.0),
+        ),
+        feed_forward=GatedMLP(
+            s["intermediate_size"], s.activation("hidden_act", "hidden_activation"), s.get("mlp_bias", False)
+        ),
+        norm=RMSNorm(s["rms_norm_eps"]),
+        positions=s.rotary(),
+        pattern=s.pattern("full_attention"),
+        vocab_size=s["vocab_size"],
+        tied=s.get("tie_word_embeddings", False),
+    )
+
+
+def mistral(s: Settings) -> DecoderConfig:
+    """Mistral: every layer slides (arXiv 2310.06825, section 2)."""
+    return replace(llama(s), pattern=s.pattern("sliding_attention"))
+
+
+def qwen2(s: Settings) -> DecoderConfig:
+    """Qwen 2: biases of queries, keys and values (arXiv 2407.10671, section 2.2)."""
+    config = llama(s)
+    pattern = config.pattern if s.get("use_sliding_window", False) else s.pattern("full_attention")
+    return replace(config, attention=replace(config.attention, bias="qkv"), pattern=pattern)
+
+
+def qwen3(s: Settings) -> DecoderConfig:
+    """Qwen 3: queries and keys are normalised (arXiv 2505.09388, section 2)."""
+    config = llama(s)
+    return replace(config, attention=replace(config.attention, qk_norm=True))
+
+
+def olmo2(s: Settings) -> DecoderConfig:
+    """OLMo 2: norms after each branch, and of all heads' queries and keys together (arXiv 2501.00656)."""
+    config = llama(s)
+    return replace(config, attention=replace(config.attention, qk_norm="whole"), placement="branch")
+
+
+def phi3(s: Settings) -> DecoderConfig:
+    """Phi-3: projections joined in one tensor (arXiv 2404.14219)."""
+    window = "full_attention" if s.get("sliding_window") is None else "sliding_attention"
+    return replace(llama(s), pattern=s.pattern(window), dropout=s.get("resid_pdrop", 0.0))
+
+
+def gemma(s: Settings) -> DecoderConfig:
+    """Gemma: embeddings times sqrt(E), scales from one, GeGLU (arXiv 2403.08295, section 2)."""
+    norm, tied = RMSNorm(s["rms_norm_eps"], from_one=True), s.get("tie_word_embeddings", True)
+    return replace(llama(s), norm=norm, scale_embedding=True, tied=tied)
+
+
+def gemma2(s: Settings) -> DecoderConfig:
+    """Gemma 2: norms before and after branches, capped scores and logits (arXiv 2408.00118, section 2)."""
+    config = gemma(s)
+    s.require("use_bidirectional_attention", None, False)
+    attention = replace(
+        config.attention,
+        scale=s["query_pre_attn_scalar"] ** -0.5,
+        softcap=s.get("attn_logit_softcapping"),
+    )
+    return replace(
+        config,
+        attention=attention,
+        placement="both",
+        pattern=s.pattern("sliding_attention", "full_attention"),
+        logit_softcap=s.get("final_logit_softcapping"),
+    )
+
+
+def gemma3(s: Settings) -> DecoderConfig:
+    """Gemma 3: five sliding layers, with positions of their own, to a full one (arXiv 2503.19786)."""
+    config = gemma2(s)
+    return replace(
+        config,
+        attention=replace(config.attention, qk_norm=True),
+        positions=s.rotary(theta=1_000_000.0),
+        pattern=s.pattern(
+            *["sliding_attention"] * (s.get("sliding_window_pattern", 6) - 1), "full_attention"
+        ),
+    )
+
+
+HEADS = "(h d) e -> e h d"
+JOINED = {  # Phi-3's
+    **dict.fromkeys(("query", "key", "value"), ("self_attn.qkv_proj", "(part h d) e -> e h d")),
+    **dict.fromkeys(("gate", "up"), ("mlp.gate_up_proj", "(part f) e -> e f")),
+}
+APART = {
+    **{name: (f"self_attn.{name[0]}_proj", HEADS) for name in ("query", "key", "value")},
+    **{name: (f"mlp.{name}_proj", "f e -> e f") for name in ("gate", "up")},
+}
+
+
+def llama_tensors(norms: dict[str, str], qk_norm: str = "", projections=APART) -> tuple[Tensor, ...]:
+    """The names of Llama and its kin.
+
+    Args:
+      norms: ours, with the names that they have there.
+      qk_norm: layout of the norms of queries and keys.
+      projections: name and layout of each.
+    """
+    ours, theirs = "layers/{layer}", "model.layers.{layer}"
+    rows = [Tensor("embedding/table", "model.embed_tokens.weight")]
+    rows += [Tensor(f"{ours}/{a}/scale", f"{theirs}.{b}.weight") for a, b in norms.items()]
+    for name, (projection, layout) in projections.items():
+        layer = "feed_forward" if name in ("gate", "up") else "attention"
+        rows += linear(f"{ours}/{layer}/{name}", f"{theirs}.{projection}", layout)
+    for name in ("query", "key"):
+        rows.append(
+            Tensor(
+                f"{ours}/attention/{name}_norm/scale", f"{theirs}.self_attn.{name[0]}_norm.weight", qk_norm
+            )
+        )
+    return (
+        *rows,
+        Tensor(f"{ours}/attention/sinks", f"{theirs}.self_attn.sinks"),
+        Tensor(f"{ours}/attention/out/kernel", f"{theirs}.self_attn.o_proj.weight", "e (h d) -> h d e"),
+        Tensor(f"{ours}/attention/out/bias", f"{theirs}.self_attn.o_proj.bias"),
+        *linear(f"{ours}/feed_forward/down", f"{theirs}.mlp.down_proj"),
+        Tensor("norm/scale", "model.norm.weight"),
+        Tensor("readout/table", "lm_head.weight"),
+    )
+
+
+PRE = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+BRANCH = {
+    "attention_out_norm": "post_attention_layernorm",
+    "feed_forward_out_norm": "post_feedforward_layernorm",
+}
+BOTH = BRANCH | {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_feedforward_layernorm"}
+
+
+def _family(config, architecture: str, tensors: tuple[Tensor, ...] = llama_tensors(PRE)) -> Family:
+    ignored = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
+    return Family(config, tensors, prefix="model.", architecture=architecture, ignored=ignored)
+
+
+FAMILIES = {
+    "llama": _family(llama, "LlamaForCausalLM"),
+    "mistral": _family(mistral, "MistralForCausalLM"),
+    "qwen2": _family(qwen2, "Qwen2ForCausalLM"),
+    "qwen3": _family(qwen3, "Qwen3ForCausalLM"),
+    "olmo2": _family(olmo2, "Olmo2ForCausalLM", llama_tensors(BRANCH, "(h d) -> h d")),
+    "phi3": _family(phi3, "Phi3ForCausalLM", llama_tensors(PRE, projections=JOINED)),
+    "gemma": _family(gemma, "GemmaForCausalLM"),
+    "gemma2": _family(gemma2, "Gemma2ForCausalLM", llama_tensors(BOTH)),
+    "gemma3_text": _family(gemma3, "Gemma3ForCausalLM", llama_tensors(BOTH)),
+}

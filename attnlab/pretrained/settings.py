@@ -1,0 +1,141 @@
+"""What a checkpoint's `config.json` says, in this project's words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from attnlab.attention import positions
+from attnlab.errors import InputError
+from attnlab.layers import Bidirectional, Causal, Kind, Rotary, Sliding
+
+ACTIVATIONS = {
+    "gelu": "gelu_exact",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_fast": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+class Settings(Mapping):
+    """The fields of a `config.json`, and the few that families share in our words.
+
+    Args:
+      fields: as read.
+      where: the file, for messages.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], where: str):
+        self._fields, self._where = fields, where
+        self.require("quantization_config", None)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._fields:
+            raise InputError(f"{self._where} lacks {name!r}")
+        return self._fields[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields
+
+    def __iter__(self):
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field, or the default where it is absent or null."""
+        found = self._fields.get(name)
+        return default if found is None else found
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """Refuses a field that is there with a value that the family's model here cannot have.
+
+        Raises:
+          InputError: naming the field and the values that would do.
+        """
+        if name in self._fields and self._fields[name] not in allowed:
+            would_do = " or ".join(map(repr, allowed))
+            raise InputError(
+                f"{self._where}: {name}={self._fields[name]!r} is not supported; it may be {would_do}"
+            )
+
+    def activation(self, *names: str) -> Any:
+        """The activation under the first of these names that is there."""
+        name = next((name for name in names if name in self._fields), names[0])
+        if self[name] not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise InputError(f"{self._where}: {name}={self[name]!r} is not supported; there are {known}")
+        return ACTIVATIONS[self[name]]
+
+    def pattern(self, *default: str) -> tuple[Kind, ...]:
+        """The kinds of layers, as few as repeat: `layer_types`, or the default."""
+        types = tuple(self.get("layer_types") or default)
+        if "sliding_attention" in types and self.get("sliding_window") is None:
+            types = tuple("full_attention" for _ in types)
+        kinds = tuple(self._kind(name) for name in types)
+        lengths = range(1, len(kinds) + 1)
+        shortest = next(n for n in lengths if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+        return kinds[:shortest]
+
+    def _kind(self, name: str) -> Kind:
+        if name == "full_attention":
+            return Causal()
+        if name == "sliding_attention":
+            own = name in self.get("rope_parameters", {}) or "rope_local_base_freq" in self
+            return Sliding(self["sliding_window"], positions=self.rotary(name) if own else None)
+        if name == "bidirectional":
+            return Bidirectional()
+        raise InputError(f"{self._where}: layer_types has {name!r}, which is not supported")
+
+    def rotary(self, layer_type: str = "full_attention", theta: float = 10_000.0) -> Rotary:
+        """Rotary positions of layers of this type: `rope_parameters`, or the older `rope_theta` and its kin.
+
+        Args:
+          layer_type: where types differ in their positions.
+          theta: where the config names none.
+        """
+        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
+        rope = rope.get(layer_type) or rope
+        if layer_type == "sliding_attention" and "rope_local_base_freq" in self:
+            rope = {"rope_theta": self["rope_local_base_freq"]}
+        theta = rope.get("rope_theta") or self.get("rope_theta", theta)
+        fraction = rope.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)
+        return Rotary(float(theta), float(fraction), self._scaling(rope))
+
+    def _scaling(self, rope: Mapping[str, Any]) -> positions.Scaling | None:
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        length, name = self.get("max_position_embeddings"), "original_max_position_embeddings"
+        original: Any = rope.get(name) or self.get(name)
+        factor: Any = rope.get("factor")
+        if kind == "default":
+            return None
+        if kind == "linear":
+            return positions.Linear(factor)
+        if kind == "dynamic":
+            return positions.DynamicNTK(factor, original or length)
+        if kind == "llama3":
+            return positions.Llama3(factor, original, rope["low_freq_factor"], rope["high_freq_factor"])
+        if kind == "yarn":
+            return self._yarn(rope, factor or length / original, original or length)
+        if kind in ("longrope", "su"):
+            short, long = (tuple(map(float, rope[name])) for name in ("short_factor", "long_factor"))
+            return positions.LongRoPE(short, long, original, factor or length / original)
+        raise InputError(
+            f"{self._where}: rope_type={kind!r} is not supported; there are default, linear, dynamic, "
+            "llama3, yarn and longrope"
+        )
+
+    def _yarn(self, rope: Mapping[str, Any], factor: float, original: int) -> positions.YaRN:
+        for name in ("mscale", "mscale_all_dim"):
+            if rope.get(name):
+                raise InputError(f"{self._where}: yarn with {name} is not supported")
+        return positions.YaRN(
+            factor,
+            original,
+            fast=rope.get("beta_fast") or 32.0,
+            slow=rope.get("beta_slow") or 1.0,
+            whole=rope.get("truncate", True),
+            temperature=rope.get("attention_factor"),
+        )

@@ -1,0 +1,91 @@
+"""Models of transformers with random weights, saved, and what they compute, as NumPy arrays."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import sharding
+from attnlab.pretrained import checkpoints, table, tensors
+
+LENGTHS = (11, 7)  # tokens in the rows of a batch, padded on the right
+
+
+def random_weights(model):
+    """Weights so large that attention is far from even, norms' scales around one included."""
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            near = p if p.ndim == 1 and "bias" not in name else 0.0
+            p.copy_(near + noise * (0.3 if p.ndim == 1 else 0.15))
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A saved model of transformers, and the same read here."""
+
+    theirs: object
+    folder: Path
+
+    @cached_property
+    def mesh(self):
+        return sharding.make_mesh(sharding.parse_mesh("single", 1))
+
+    @cached_property
+    def found(self):
+        return checkpoints.read_config(self.folder)
+
+    @cached_property
+    def model(self):
+        return self.found[1].build(self.theirs.config.vocab_size)
+
+    @cached_property
+    def abstract(self):
+        return checkpoints.abstract_params(self.model, self.mesh)
+
+    @cached_property
+    def params(self):
+        return checkpoints.read_params(self.folder, self.found[0], self.abstract)
+
+    def named(self, tree):
+        """Our parameters, or gradients of them, under their names and in their layouts."""
+        return dict(tensors.save(table.places(self.found[0].tensors, self.params), tree))
+
+
+def saved(model, folder):
+    """`Imported` of a model of transformers with random weights."""
+    random_weights(model).save_pretrained(folder)
+    return Imported(model, folder)
+
+
+def batch(vocab, lengths=LENGTHS, seed=1, left=False):
+    """Token ids (B, T) and which of them are there, padded on the right or the left."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, vocab, (len(lengths), max(lengths)))
+    there = np.arange(max(lengths))[None] < np.asarray(lengths)[:, None]
+    if left:
+        there = there[:, ::-1]
+    return np.where(there, ids, 0), there.astype(np.int32).copy()
+
+
+def places(there):
+    """The position of each token among those of its row."""
+    return np.maximum(np.cumsum(there, axis=1) - 1, 0)
+
+
+def close(ours, theirs, tolerance=1e-4):
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=tolerance, atol=tolerance)
+
+
+def applied(peer, ids, there, **options):
+    with jax.set_mesh(peer.mesh):
+        run = jax.jit(partial(peer.model.apply, **options))
+        found = run({"params": peer.params}, jnp.asarray(ids), jnp.asarray(there), jnp.asarray(places(there)))
+    return jax.tree.map(np.asarray, found)

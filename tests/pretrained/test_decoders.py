@@ -1,0 +1,153 @@
+"""Decoders of transformers with random weights, read, compared and written again."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.inspect.maps import attention_maps, in_order
+from attnlab.pretrained import checkpoints
+from tests.pretrained.peers import applied, batch, close, places, saved
+
+pytestmark = pytest.mark.parity
+
+SMALL = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ROPE = {"rope_theta": 1000.0}
+CASES = {
+    "gpt2": ("GPT2", {"vocab_size": 67, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "gpt2, inner width": (
+        "GPT2",
+        {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False},
+    ),
+    "llama": ("Llama", SMALL),
+    "llama, tied, biases, multi-query": (
+        "Llama",
+        SMALL | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1, "head_dim": 16},
+    ),
+    "llama 3": (
+        "Llama",
+        SMALL | {"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    "llama, linear": ("Llama", SMALL | {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}}),
+    "llama, dynamic": ("Llama", SMALL | {"max_position_embeddings": 8, "rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama, yarn": ("Llama", SMALL | {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}),
+    "mistral": ("Mistral", SMALL | {"sliding_window": 4, "head_dim": 12}),
+    "mistral, full": ("Mistral", SMALL | {"sliding_window": None}),
+    "qwen2": ("Qwen2", SMALL),
+    "qwen2, sliding": ("Qwen2", SMALL | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", SMALL | {"head_dim": 12, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", SMALL),
+    "phi3": ("Phi3", SMALL | {"rope_parameters": ROPE | {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "phi3, long": (
+        "Phi3",
+        SMALL | {"sliding_window": 5, "original_max_position_embeddings": 32, "rope_parameters": ROPE | {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}},
+    ),
+    "gemma": ("Gemma", SMALL | {"head_dim": 16}),
+    "gemma2": ("Gemma2", SMALL | {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 20}),
+    "gemma3": (
+        "Gemma3",
+        SMALL | {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 20, "num_hidden_layers": 7, "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}},
+    ),
+}  # fmt: skip
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+
+    @cache
+    def make(case):
+        family, settings = CASES[case]
+        config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
+        config._attn_implementation = "eager"
+        head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+        model = getattr(transformers, f"{family}{head}")(config)
+        return saved(model, tmp_path_factory.mktemp("peer"))
+
+    return make
+
+
+def theirs(peer, ids, there, **options):
+    import torch
+
+    with torch.no_grad():
+        ids, mask, positions = map(torch.tensor, (ids, there, places(there)))
+        return peer.theirs(ids, attention_mask=mask, position_ids=positions, **options)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_hidden_states_and_maps(peer, case, left):
+    peer = peer(case)
+    ids, there = batch(67, left=left)
+    expected = theirs(peer, ids, there, output_hidden_states=True, output_attentions=True)
+    (got, _), captured = applied(peer, ids, there, mutable=["intermediates"], method="hidden")
+    found = applied(peer, ids, there)
+    real = there.astype(bool)
+    close(found[real], expected.logits.numpy()[real])
+    hidden = in_order(captured["intermediates"]["layers"], "hidden")
+    for ours, wanted in zip([*hidden, got], expected.hidden_states, strict=True):
+        close(np.asarray(ours)[real], wanted.numpy()[real])
+    with jax.set_mesh(peer.mesh):
+        maps = attention_maps(peer.model, peer.params, *map(jnp.asarray, (ids, there, places(there))))
+    for ours, wanted in zip(maps, expected.attentions, strict=True):
+        rows = np.broadcast_to(real[:, None, :], ours.shape[:-1])
+        close(ours[rows], wanted.numpy()[rows])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients(peer, case):
+    import torch
+
+    peer = peer(case)
+    ids, there = batch(67)
+    labels = torch.tensor(np.where(there, ids, -100))
+    peer.theirs.zero_grad()
+    loss = peer.theirs(torch.tensor(ids), attention_mask=torch.tensor(there), labels=labels).loss
+    loss.backward()
+
+    targets, weights = np.roll(ids, -1, axis=1), np.roll(there, -1, axis=1)
+    weights[:, -1] = 0
+
+    def ours(params):
+        s = peer.model.apply(
+            {"params": params}, *map(jnp.asarray, (ids, targets, there)), method="statistics"
+        )
+        return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
+
+    with jax.set_mesh(peer.mesh):
+        value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
+    close(value, loss.detach().numpy(), 1e-5)
+    wanted = dict(peer.theirs.named_parameters())
+    found = peer.named(grads)
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        expected = wanted[name].grad.numpy()
+        np.testing.assert_allclose(
+            grad, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max(), err_msg=name
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_written_again_it_is_the_same(peer, case, tmp_path):
+
+    peer = peer(case)
+    checkpoints.write_params(tmp_path, peer.found[0], peer.params)
+    peer.theirs.config.save_pretrained(tmp_path)
+    again = type(peer.theirs).from_pretrained(tmp_path)
+    for name, tensor in peer.theirs.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
