@@ -113,7 +113,7 @@ CHANGES = {
     "train.spike_skip": ("SpikeSkip", "step"),
     "seed": ("1", "state"),
 }
-PAIRS = ",".join(["1.0"] * 12)  # a factor for each pair of a head that rotary positions turn
+PAIRS = ",".join(["1.0"] * 4)  # a factor for each pair of a head that rotary positions turn
 OTHER_PAIRS = f"(2.0,{PAIRS[4:]})"
 LONG_ROPE = f"model.positions.scaling=LongRoPE(({PAIRS}),({PAIRS}),64,4.0)"
 # The same of components that the default experiment does without: (the override that brings one in, its
