@@ -22,7 +22,10 @@ flags.DEFINE_integer("overfit_batches", None, "train on this many batches over a
 flags.DEFINE_string("profile", None, "trace the steps start:stop, as in 10:13")
 flags.DEFINE_bool("debug_nans", False, "stop at the operation that makes the first NaN")
 flags.DEFINE_multi_string("sweep", [], "field and values, config.model.depth=2,4; several multiply")
-flags.DEFINE_string("checkpoint", "latest", "latest, best or a step; with train, of --init_from")
+flags.DEFINE_string(
+    "checkpoint", "latest", "latest, best or a step; with train, of --init_from; with import, a folder"
+)
+flags.DEFINE_string("out", None, "folder to write the exported checkpoint to")
 flags.DEFINE_string("init_from", None, "workdir of another run whose parameters to start from")
 flags.DEFINE_multi_string("init_rules", [], "regex->replacement that renames its parameters")
 flags.DEFINE_multi_enum("tracker", [], ["wandb", "mlflow"], "wandb or mlflow, besides files")

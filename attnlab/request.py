@@ -1,5 +1,6 @@
 """From flags to a `Request`: all that a run is asked to do, resolved and checked before it starts."""
 
+import copy
 import dataclasses
 import datetime
 import itertools
@@ -18,15 +19,17 @@ from attnlab.config.tree import Override
 from attnlab.errors import InputError
 from attnlab.files import reach
 
-Mode = Literal["train", "eval", "sample", "describe"]
-MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe")
+Mode = Literal["train", "eval", "sample", "describe", "import", "export"]
+MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe", "import", "export")
 DEFAULT_EXPERIMENT = "experiments/lm_docs.py"
+FINE_TUNING = "experiments/finetune.py"
 
 # Which modes read which flag. A flag that the mode would ignore is refused.
 USED_BY: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("mode", "config", "workdir", "mesh"), MODES),
     "debug_nans": ("train", "eval", "sample"),
-    "checkpoint": ("train", "eval", "sample"),
+    "checkpoint": ("train", "eval", "sample", "import", "export"),
+    "out": ("export",),
     "seed": ("train", "sample"),
     **dict.fromkeys(("max_steps", "max_time", "fast_dev_run", "overfit_batches", "profile"), ("train",)),
     **dict.fromkeys(("sweep", "init_from", "init_rules", "tracker"), ("train",)),
@@ -39,6 +42,7 @@ MAY_CHANGE: dict[Mode, tuple[str, ...]] = {
     "train": (*(f"train.{name}" for name in ALONG_THE_WAY), "data.prefetch"),
     "eval": ("data",),
     "sample": (),
+    "export": (),
 }
 BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
@@ -85,6 +89,7 @@ class Request:
         profile: the steps to trace, from the first up to but not the second.
         debug_nans: stop at the operation that makes the first NaN.
         checkpoint: "latest", "best" or a step; in mode train, of `init_from`.
+        out: the folder that mode export writes.
         init_from: the workdir of the run whose parameters to start from.
         init_rules: (regular expression, replacement) by which parameters of that run are renamed.
         trackers: the services that metrics go to besides the workdir.
@@ -106,6 +111,7 @@ class Request:
     profile: tuple[int, int] | None = None
     debug_nans: bool = False
     checkpoint: str | int = "latest"
+    out: epath.Path | None = None
     init_from: epath.Path | None = None
     init_rules: tuple[tuple[str, str], ...] = ()
     trackers: tuple[str, ...] = ()
@@ -136,6 +142,13 @@ def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Over
             raise InputError(f"--{name}={values[name]} is out of bounds; it has to be {bounds}")
     if "" in values["stop"]:
         raise InputError("--stop is empty; it has to be the text at which a sample ends")
+    if mode == "import":
+        if "checkpoint" not in given:
+            raise InputError("--mode=import needs --checkpoint: a folder, or a hub id, org/model")
+        overrides = [("init", values["checkpoint"]), *overrides]
+        values = {**values, "checkpoint": "latest"}
+    if mode == "export" and values["out"] is None:
+        raise InputError("--mode=export needs --out: the folder to write")
     options = _options(values)
     mesh = values["mesh"] if "mesh" in given else None
     if mode == "train" and values["seed"] is not None:
@@ -146,13 +159,13 @@ def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Over
         requests = _sweep(values["sweep"], mode, spec, workdir, overrides, mesh, options)
     else:
         requests = [_request(mode, spec, workdir, overrides, mesh, options)]
-    if mode == "train" and workdir is None:
+    if mode in ("train", "import") and workdir is None:
         made = _make_workdir(requests[0].loaded.name)
         requests = [
             dataclasses.replace(request, workdir=made / str(request.workdir) if request.workdir else made)
             for request in requests
         ]
-    elif mode == "train" and workdir is not None:
+    elif mode in ("train", "import") and workdir is not None:
         _make_folder(workdir)
     return requests
 
@@ -177,6 +190,7 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
         "max_time": _seconds(values["max_time"]),
         "profile": _profile(values["profile"]),
         "checkpoint": _checkpoint(values["checkpoint"]),
+        "out": _folder("out", values["out"]),
         "init_from": _folder("init_from", values["init_from"]),
         "init_rules": tuple(_rule(rule) for rule in values["init_rules"]),
         "trackers": tuple(dict.fromkeys(values["tracker"])),
@@ -198,11 +212,15 @@ def _request(
 ) -> Request:
     """One run: of the experiment named, or of the one that its workdir holds."""
     run = configs.load_workdir(workdir) if workdir and (workdir / CONFIG).exists() else None
-    if run is None and mode in ("eval", "sample"):
+    if run is None and mode in ("eval", "sample", "export"):
         where = f"{workdir} holds none (it has no {CONFIG})" if workdir else "say which with --workdir"
         raise InputError(f"--mode={mode} needs a run that was trained; {where}")
-    loaded = run if run and spec is None else configs.load(DEFAULT_EXPERIMENT if spec is None else spec)
-    config = configs.override_all(loaded.config, overrides)
+    if run and mode == "import":
+        raise InputError(f"{workdir} holds a run already; import into another --workdir")
+    usual = FINE_TUNING if mode == "import" else DEFAULT_EXPERIMENT
+    loaded = run if run and spec is None else configs.load(usual if spec is None else spec)
+    config = loaded.config if loaded is run else _as_checkpoint(loaded.config, overrides)
+    config = configs.override_all(config, overrides)
     if run and mode != "describe":
         _refuse_another_config(mode, workdir, run.config, config)
     told = configs.sources(config, loaded.config, [path for path, _ in overrides], loaded.sources)
@@ -210,6 +228,21 @@ def _request(
     return Request(
         mode=mode, loaded=loaded, config=config, sources=told, workdir=workdir, mesh=mesh, **options
     )
+
+
+def _as_checkpoint(config: Any, overrides: Sequence[Override]) -> Any:
+    """The config with the model of the checkpoint that it starts from, if it starts from one."""
+    init = dict(overrides).get("init", getattr(config, "init", None))
+    if init is None:
+        return config
+    if not init:
+        raise InputError("which checkpoint? Say with --config.init: a folder, or a hub id, org/model")
+    from attnlab.pretrained import checkpoints, files
+
+    changed = copy.copy(config)
+    # Its own checks run when the overrides are applied: a shorter data.sequence_length may be among them.
+    object.__setattr__(changed, "model", checkpoints.read_config(files.resolve(init))[1])
+    return changed
 
 
 def _refuse_another_config(mode: Mode, workdir: epath.Path | None, saved: Any, config: Any) -> None:

@@ -22,6 +22,7 @@ from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.files import as_json, write_atomically
 from attnlab.generation import Sampling, printable
+from attnlab.pretrained import checkpoints, files
 from attnlab.request import Request
 from attnlab.train import loop
 from attnlab.train.checkpoints import FOLDER, Checkpoints, Restored, params_sha256
@@ -32,7 +33,7 @@ from attnlab.train.metrics import Writers
 from attnlab.train.session import Session
 from attnlab.trained import Trained
 
-TOKENIZER, REPORT = "tokenizer.json", "report.json"
+TOKENIZER, REPORT, PRETRAINED = "tokenizer.json", "report.json", "pretrained"
 # Errors that tell of the machine or of what was asked, and not of a bug.
 OF_THE_MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
@@ -47,7 +48,14 @@ def run(request: Request) -> dict[str, float]:
     Raises:
       InputError: what was asked cannot be done; the message is for the person.
     """
-    modes = {"train": run_train, "eval": run_eval, "sample": run_sample, "describe": run_describe}
+    modes = {
+        "train": run_train,
+        "eval": run_eval,
+        "sample": run_sample,
+        "describe": run_describe,
+        "import": run_import,
+        "export": run_export,
+    }
     try:
         if not isinstance(request.config, Experiment):
             found = f"{type(request.config).__module__}.{type(request.config).__name__}"
@@ -66,7 +74,7 @@ def run(request: Request) -> dict[str, float]:
 
 def _remove_if_empty(request: Request) -> None:
     """Leaves no folder behind for a run that never began."""
-    if request.mode == "train" and request.workdir is not None:
+    if request.mode in ("train", "import") and request.workdir is not None:
         for folder in (request.workdir / FOLDER, request.workdir):
             with contextlib.suppress(OSError, ValueError):  # epath raises a ValueError where it is not empty
                 folder.rmdir()
@@ -103,7 +111,18 @@ def open_session(request: Request, experiment: Experiment) -> Session:
         raise InputError(f"JAX has no devices to run on: {error}") from error
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
     _keep_programs(mesh)
-    return Session(experiment, mesh, _saved_tokenizer(request) or experiment.data.build_tokenizer())
+    return Session(experiment, mesh, _saved_tokenizer(request) or _new_tokenizer(experiment))
+
+
+def _new_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The checkpoint's where the experiment starts from one, else one that is trained on its data."""
+    if experiment.init is None:
+        return experiment.data.build_tokenizer()
+    folder = files.resolve(experiment.init)
+    found = checkpoints.read_tokenizer(folder)
+    if found is None:
+        raise InputError(f"{folder} has no tokenizer.json; transformers' save_pretrained writes one")
+    return found
 
 
 def _keep_programs(mesh: jax.sharding.Mesh) -> None:
@@ -144,8 +163,8 @@ def run_train(request: Request) -> dict[str, float]:
     batches, validation = _input(request, session)
     last = _last_step(request, experiment)
     workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(workdir, experiment.train.keep) as checkpoints:
-        state, step = _start(request, session, checkpoints, batches)
+    with Checkpoints(workdir, experiment.train.keep) as saved:
+        state, step = _start(request, session, saved, batches)
         config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         verb = f"going on at step {step}" if step else "training"
@@ -157,7 +176,7 @@ def run_train(request: Request) -> dict[str, float]:
                 session,
                 batches,
                 validation,
-                checkpoints,
+                saved,
                 writers,
                 state,
                 limits,
@@ -207,6 +226,37 @@ def _save_tokenizer(tokenizer: Tokenizer, file: epath.Path) -> None:
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         tokenizer.save(temporary)
         temporary.replace(file)
+
+
+def run_import(request: Request) -> dict[str, float]:
+    """Makes a run of a checkpoint, at step 0."""
+    experiment, workdir = request.config, request.folder
+    session = open_session(request, experiment)
+    batches, _ = _input(request, session)
+    with Checkpoints(workdir, experiment.train.keep) as saved:
+        state = _first_state(session, workdir)
+        config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
+        _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
+        saved.save(0, state, batches.get_state())
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    print(f"{count:,} parameters of {experiment.init} are in {workdir}")
+    print(f"sample, evaluate, train or export with: {_again(workdir)} --mode=sample|eval|train|export")
+    return {}
+
+
+def run_export(request: Request) -> dict[str, float]:
+    """Writes a run's parameters as a checkpoint in Hugging Face's layout."""
+    assert request.out is not None
+    if not (request.folder / PRETRAINED).exists():
+        raise InputError(
+            f"{request.folder} did not begin as a checkpoint, so there is no layout to write it in"
+        )
+    session = open_session(request, request.config)
+    restored = _restore(request, session)
+    params = session.eval_params(restored.state)
+    checkpoints.write(request.out, request.folder / PRETRAINED, request.config.model, params)
+    print(f"step {restored.step} is in {request.out}")
+    return {}
 
 
 def run_eval(request: Request) -> dict[str, float]:
@@ -280,26 +330,38 @@ def _as_asked(request: Request) -> Experiment:
     return experiment
 
 
-def _start(request: Request, session: Session, checkpoints: Checkpoints, batches) -> tuple[Any, int]:
-    """The state to train from: the latest checkpoint, another run's parameters, or the seed's."""
-    if checkpoints.steps():
-        restored = checkpoints.restore(session.abstract_state)
+def _start(request: Request, session: Session, saved: Checkpoints, batches) -> tuple[Any, int]:
+    """The state to train from: the latest checkpoint, another run's parameters, or those of a new run."""
+    if saved.steps():
+        restored = saved.restore(session.abstract_state)
         if restored.data is None:
             processes = f"another number of processes than {jax.process_count()}"
             raise InputError(f"checkpoint {restored.step} was saved by {processes}; go on with as many")
         batches.set_state(restored.data)
         return restored.state, restored.step
     if request.init_from is None:
-        return session.new_state(), 0
+        return _first_state(session, request.folder), 0
     source = dataclasses.replace(request, workdir=request.init_from)
     other = open_session(source, config.load_workdir(request.init_from).config)
     theirs = _restore(source, other)
     return start_from(session, other.eval_params(theirs.state), request.init_rules, print), 0
 
 
+def _first_state(session: Session, workdir: epath.Path) -> Any:
+    """The state of a new run: parameters of the seed, or of a checkpoint, whose small files are kept."""
+    if session.experiment.init is None:
+        return session.new_state()
+    folder = files.resolve(session.experiment.init)
+    family, _ = checkpoints.read_config(folder)
+    state = session.new_state(checkpoints.read_params(folder, family, session.abstract_state.params))
+    if jax.process_index() == 0:
+        checkpoints.copy_small_files(folder, workdir / PRETRAINED)
+    return state
+
+
 def _restore(request: Request, session: Session) -> Restored:
-    with Checkpoints(request.folder) as checkpoints:
-        return checkpoints.restore(session.abstract_state, str(request.checkpoint))
+    with Checkpoints(request.folder) as saved:
+        return saved.restore(session.abstract_state, str(request.checkpoint))
 
 
 def _report(request: Request, trained: Trained) -> dict[str, float]:

@@ -207,7 +207,7 @@ def test_evaluation_may_use_other_data(runner, capsys):
     [
         (["--confg=toy"], "error: no flag --confg; did you mean 'config'?"),
         (["--frobnicate"], "error: no flag --frobnicate"),
-        (["--mode=trian"], "--mode=trian: value should be one of <train|eval|sample|describe>"),
+        (["--mode=trian"], "--mode=trian: value should be one of <train|eval|sample|describe|import|export>"),
         (["--max_steps=ten"], "--max_steps=ten: expected a whole number"),
         (["--mode=sample", "--temperature=hot"], "--temperature=hot: expected a number"),
         (["--max_steps"], "--max_steps"),

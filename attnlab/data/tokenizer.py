@@ -1,7 +1,9 @@
-"""Tokenizers: three kinds to configure, one object to use."""
+"""Tokenizers: three kinds to train, those that checkpoints come with, one object to use."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,9 +13,11 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from attnlab.data.chat import render
 from attnlab.errors import InputError
 
 EOS = "<eos>"
+SETTINGS = "tokenizer_config.json"
 
 # Characters of text that a BPE learns from: merges settle long before, and memory stays small.
 TRAINING_CHARACTERS = 2**25
@@ -31,19 +35,29 @@ BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARA
 
 
 class Tokenizer:
-    """Text to token ids and back; saved and loaded as a `tokenizer.json` of the `tokenizers` library."""
+    """Text to token ids and back; saved and loaded as a `tokenizer.json` of the `tokenizers` library.
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    Args:
+      backend: the library's tokenizer.
+      settings: of a tokenizer that was made elsewhere, its `tokenizer_config.json`, kept beside the other
+        file: which token ends a text, and how chats are written. None is one of this module's.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None):
         # Bytewise, "<eos>" in a text is five characters like any other and never becomes the token.
         backend.encode_special_tokens = True
-        self._backend = backend
+        self._backend, self.settings = backend, settings
         self._bytewise = isinstance(backend.decoder, decoders.ByteLevel)
         vocabulary = backend.get_vocab()
-        if EOS not in vocabulary:
-            raise InputError(f"this tokenizer was not made by attnlab: it has no token {EOS}")
-        self._names = sorted(vocabulary, key=vocabulary.__getitem__)
-        self.vocab_size = len(self._names)
-        self.eos_id = vocabulary[EOS]
+        eos = EOS if settings is None else _content(settings.get("eos_token") or settings.get("sep_token"))
+        if eos not in vocabulary:
+            made = "was not made by attnlab: it" if settings is None else "names no eos_token, or one that it"
+            raise InputError(f"this tokenizer {made} has no token {eos}")
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._names = [""] * self.vocab_size
+        for name, token in vocabulary.items():
+            self._names[token] = name
+        self.eos_id = vocabulary[eos]
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 (n,), without any `eos_id`.
@@ -61,38 +75,92 @@ class Tokenizer:
             ) from None
         return np.asarray(ids, np.int32)
 
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on from, after those that a document begins with.
+
+        That is the end of another document, or what a tokenizer made elsewhere puts first.
+        """
+        if self.settings is None:
+            return [self.eos_id, *self.encode(text).tolist()]
+        return self._backend.encode(text).ids or [self.eos_id]
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a chat, up to where its answer begins.
+
+        Args:
+          messages: each with "role" and "content".
+
+        Raises:
+          InputError: a tokenizer without a chat template, or messages that it refuses.
+        """
+        template = (self.settings or {}).get("chat_template")
+        if not isinstance(template, str):
+            raise InputError("this tokenizer has no chat template: give it plain text")
+        tokens = {
+            k: _content(v) for k, v in (self.settings or {}).items() if k.endswith("_token") and v is not None
+        }
+        text = render(template, messages=messages, add_generation_prompt=True, **tokens)
+        parsing = tokenizers.Tokenizer.from_str(self._backend.to_str())  # of which special tokens are tokens
+        return parsing.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without any `eos_id`; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int32 (V,); 0 for `eos_id`.
+        """UTF-8 bytes that each token stands for, int32 (V,); 0 for `eos_id` and its like.
 
         A token of `Words` stands for the word and the space after it.
         """
-        sizes = [len(name) if self._bytewise else len(name.encode()) + 1 for name in self._names]
-        sizes[self.eos_id] = 0
+        sizes = [self._num_bytes(name) for name in self._names]
+        for token, added in self._backend.get_added_tokens_decoder().items():
+            if added.special:
+                sizes[token] = 0
         return np.asarray(sizes, np.int32)
 
+    def _num_bytes(self, name: str) -> int:
+        if self._bytewise or re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return len(name) if self._bytewise else 1
+        if isinstance(self._backend.model, models.WordPiece):
+            prefix = self._backend.model.continuing_subword_prefix
+            return len(name.removeprefix(prefix).encode()) + (not name.startswith(prefix))
+        if isinstance(self._backend.model, models.WordLevel):
+            return len(name.encode()) + 1
+        return len(name.replace("\u2581", " ").encode())  # as SentencePiece writes a space
+
     def token_text(self, token: int) -> str:
-        r"""How to show a token in a picture; part of a character as `\xe2`, the end as `<eos>`."""
-        name = self._names[token]
-        if not self._bytewise or token == self.eos_id:
+        r"""How to show a token in a picture; part of a character as `\xe2`, the end as `<eos>`.
+
+        A model may have more tokens than its tokenizer: these are shown by their number.
+        """
+        name = self._names[token] if token < self.vocab_size else f"<{token}>"
+        if not self._bytewise or not all(c in BYTE_OF_CHARACTER for c in name) or token == self.eos_id:
             return name
         return bytes(BYTE_OF_CHARACTER[c] for c in name).decode("utf-8", errors="backslashreplace")
 
     def save(self, path: epath.PathLike) -> None:
-        """Write the tokenizer to a file, local or in a bucket."""
-        epath.Path(path).write_text(self._backend.to_str(pretty=True))
+        """Write the tokenizer to a file, local or in a bucket; its settings beside it."""
+        file = epath.Path(path)
+        file.write_text(self._backend.to_str(pretty=True))
+        if self.settings is not None:
+            (file.parent / SETTINGS).write_text(json.dumps(self.settings, indent=2))
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
-        """Read a tokenizer that `save` wrote; nothing else needs to be known of it."""
+        """Read a tokenizer that `save` wrote, or a `tokenizer.json` with its settings beside it."""
+        file = epath.Path(path)
+        settings = file.parent / SETTINGS
         try:
-            return cls(tokenizers.Tokenizer.from_str(epath.Path(path).read_text()))
+            found = json.loads(settings.read_text()) if settings.exists() else None
+            return cls(tokenizers.Tokenizer.from_str(file.read_text()), found)
         except FileNotFoundError:
             raise InputError(f"there is no tokenizer at {path}") from None
+
+
+def _content(token: Any) -> str:
+    """The text of a special token, which settings have as text or as an object around it."""
+    return token["content"] if isinstance(token, Mapping) else str(token)
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,7 @@ class Generator:
         return [row.completion() for row in rows]
 
     def _encode(self, prompt: str) -> list[int]:
-        ids = [
-            self.tokenizer.eos_id,
-            *self.tokenizer.encode(prompt),
-        ]  # a document starts after the end of another
+        ids = self.tokenizer.prompt(prompt)
         if len(ids) >= self.context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.context}: "

@@ -1,21 +1,33 @@
 """A checkpoint of the Hugging Face layout as a model here, and a model here as such a checkpoint."""
 
 import dataclasses
+import json
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import tokenizers
 from etils import epath
 from jax.sharding import Mesh
 
 from attnlab import sharding
+from attnlab.config import differences
 from attnlab.config.types import did_you_mean
+from attnlab.data import Tokenizer
+from attnlab.data.tokenizer import SETTINGS
 from attnlab.errors import InputError
+from attnlab.files import write_atomically
 from attnlab.models import DecoderConfig
 from attnlab.pretrained import files, table, tensors
 from attnlab.pretrained.families import FAMILIES, Family
 from attnlab.pretrained.settings import Settings
+
+# Fields of a model's config that change nothing of what a checkpoint's config says.
+OF_TRAINING = (
+    *("dropout", "attention.dropout", "remat", "scan", "init", "init.std"),
+    *("dtypes.param", "dtypes.compute", "dtypes.logits"),
+)
 
 
 def read_config(folder: epath.Path) -> tuple[Family, DecoderConfig]:
@@ -60,6 +72,75 @@ def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
 
 def _without(row: table.Tensor, prefix: str) -> table.Tensor:
     return dataclasses.replace(row, theirs=row.theirs.removeprefix(prefix))
+
+
+def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
+    """The tokenizer in a folder, with its chat template; None where there is no `tokenizer.json`.
+
+    Raises:
+      InputError: files that cannot be read.
+    """
+    file, template = folder / "tokenizer.json", folder / "chat_template.jinja"
+    if not file.exists():
+        return None
+    settings = files.read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    if template.exists():
+        settings["chat_template"] = template.read_text()
+    if "eos_token" not in settings:
+        settings["eos_token"] = _eos_by_id(folder, file)
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_str(file.read_text()), settings)
+    except InputError:
+        raise
+    except Exception as error:  # the library raises plain Exceptions
+        raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
+
+
+def _eos_by_id(folder: epath.Path, file: epath.Path) -> str | None:
+    """The token that ends a text where only the model's config tells, by its number."""
+    number = files.read_json(folder / files.CONFIG).get("eos_token_id")
+    number = number[0] if isinstance(number, list) else number
+    return None if number is None else tokenizers.Tokenizer.from_str(file.read_text()).id_to_token(number)
+
+
+def copy_small_files(source: epath.Path, target: epath.Path) -> None:
+    """Copies all of a checkpoint but its tensors: its config, and its tokenizer's and processors' files."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name != files.INDEX:
+            file.copy(target / file.name, overwrite=True)
+
+
+def write(folder: epath.Path, source: epath.Path, config: DecoderConfig, params: Any) -> None:
+    """Writes a model that began as a checkpoint as one again, whole or not at all.
+
+    Args:
+      folder: to make.
+      source: the small files of the checkpoint that it began as.
+      config: of the model.
+      params: its parameters.
+
+    Raises:
+      InputError: a folder with something in it, or a model that is another than the checkpoint's.
+    """
+    family, theirs = read_config(source)
+    changed = [line for line in differences(theirs, config) if line.partition(":")[0] not in OF_TRAINING]
+    if changed:
+        raise InputError(f"{source / files.CONFIG} cannot say what was changed since: {'; '.join(changed)}")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty")
+    making = folder.with_name(f".{folder.name}.tmp")
+    if making.exists():
+        making.rmtree()
+    copy_small_files(source, making)
+    fields = files.read_json(making / files.CONFIG)
+    fields |= {"architectures": [family.architecture], "dtype": config.dtypes.param}
+    fields.pop("torch_dtype", None)
+    write_atomically(making / files.CONFIG, json.dumps(fields, indent=2) + "\n")
+    write_params(making, family, params)
+    if folder.exists():
+        folder.rmdir()
+    making.rename(folder)
 
 
 def write_params(folder: epath.Path, family: Family, params: Any) -> None:

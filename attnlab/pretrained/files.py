@@ -32,7 +32,7 @@ def resolve(name: str) -> epath.Path:
         raise InputError(
             f"no checkpoint at {name}: expected a folder with {CONFIG}, or a hub id as in org/model"
         )
-    import huggingface_hub
+    import huggingface_hub  # takes a second, which only an id needs
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:

@@ -58,13 +58,24 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that decides a run's numbers, apart from the machine it runs on."""
+    """Everything that decides a run's numbers, apart from the machine it runs on.
+
+    Attributes:
+      model: what is trained; with `init`, as the checkpoint has it.
+      data: what it is trained on; with `init`, by the checkpoint's tokenizer.
+      optimizer: how parameters are updated.
+      loss: what is minimised.
+      train: how long, and what happens along the way.
+      init: a checkpoint to start from, in Hugging Face's layout: a folder or a hub id. None starts anew.
+      seed: of parameters, order of data and dropout.
+    """
 
     model: DecoderConfig
     data: Data
     optimizer: AdamW | Lion | Adafactor | Muon | SGD | ScheduleFree = field(default_factory=AdamW)
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)
+    init: str | None = None
     seed: int = 0
 
     def __post_init__(self):

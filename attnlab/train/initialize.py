@@ -1,6 +1,5 @@
 """Parameters of one run as the start of another."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,7 +42,7 @@ def start_from(
         if not count:
             raise InputError(f"--init_rules: {pattern!r} matches no parameter of --init_from")
 
-    state, taken = session.new_state(), 0
+    taken = 0
 
     def take(path, ours):
         nonlocal taken
@@ -53,17 +52,14 @@ def start_from(
         if found[name].shape != ours.shape:
             raise InputError(f"--init_from: {name} has shape {found[name].shape} there and {ours.shape} here")
         taken += 1
-        return jax.device_put(jnp.astype(found[name], ours.dtype), ours.sharding)
+        # Copied, for the new state uses its parameters up.
+        return jax.device_put(jnp.array(found[name], ours.dtype, copy=True), ours.sharding)
 
-    params = jax.tree_util.tree_map_with_path(take, state.params)
+    params = jax.tree_util.tree_map_with_path(take, session.new_state().params)
     total = len(jax.tree.leaves(params))
     if not taken:
         raise InputError(
             f"--init_from: no parameter there has a name that is here, such as {next(iter(found))}"
         )
     say(f"started {taken} of {total} parameters from the other run")
-    ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
-    # Some optimizers keep the point they started from, so theirs is made anew.
-    with jax.set_mesh(session.mesh):
-        opt_state = jax.jit(session.optimizer.init)(params)
-    return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
+    return session.new_state(params)

@@ -70,10 +70,17 @@ class Session:
 
         return jax.tree.map(laid_out, shapes)
 
-    def new_state(self) -> State:
-        """The state before the first step, each array made where it is to lie."""
+    def new_state(self, params: Any = None) -> State:
+        """The state before the first step, each array made where it is to lie.
+
+        Args:
+          params: the parameters to start from, which are used up; None draws them by the seed.
+        """
         optimizer = self.optimizer
-        return self._on_mesh(jax.jit(lambda: init_state(self.model, self.experiment, optimizer)))()
+        init = jax.jit(
+            lambda params: init_state(self.model, self.experiment, optimizer, params), donate_argnums=0
+        )
+        return self._on_mesh(init)(params)
 
     @cached_property
     def train_step(self):

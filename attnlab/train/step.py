@@ -57,10 +57,13 @@ def init_params(model: nn.Module, experiment: Experiment, key: Array):
     return model.init(key, tokens)["params"]
 
 
-def init_state(model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step."""
+def init_state(
+    model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation, params: Any = None
+) -> State:
+    """The state before the first step, with these parameters or those of the seed."""
     init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
-    params = init_params(model, experiment, init_key)
+    if params is None:
+        params = init_params(model, experiment, init_key)
     train = experiment.train
     zero = jnp.zeros((), jnp.float32)
     return State(

@@ -1,0 +1,58 @@
+"""Checkpoints that people have, in and out: Hugging Face's layout of a folder.
+
+`load` gives a model, its parameters and its tokenizer; `run.py --mode=import` and `--mode=export` are the
+same for runs.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+from jax.sharding import Mesh
+
+from attnlab import sharding
+from attnlab.data import Tokenizer
+from attnlab.layers import Dtypes
+from attnlab.models import DecoderConfig
+from attnlab.pretrained import checkpoints
+from attnlab.pretrained.files import resolve
+
+
+class Pretrained(NamedTuple):
+    """A checkpoint in hand.
+
+    Attributes:
+      model: the module.
+      params: its parameters, on the mesh.
+      tokenizer: None where the checkpoint has none.
+      config: of the model.
+    """
+
+    model: nn.Module
+    params: Any
+    tokenizer: Tokenizer | None
+    config: DecoderConfig
+
+
+def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Pretrained:  # noqa: B008 - frozen
+    """A checkpoint's model, read tensor by tensor straight to where it is to lie.
+
+    Args:
+      name: a folder, or an id of the Hugging Face hub.
+      mesh: where to put the parameters; None is one device.
+      dtypes: number formats of parameters, computation and logits.
+
+    Raises:
+      InputError: no such checkpoint, a model or a setting that there is nothing here for, no safetensors, or
+        tensors that do not fit the config, all by name.
+    """
+    folder = resolve(name)
+    mesh = mesh or sharding.make_mesh(sharding.parse_mesh("single", 1))
+    family, config = checkpoints.read_config(folder)
+    config = dataclasses.replace(config, dtypes=dtypes)
+    model = config.build(1)
+    params = checkpoints.read_params(folder, family, checkpoints.abstract_params(model, mesh))
+    return Pretrained(model, params, checkpoints.read_tokenizer(folder), config)
+
+
+__all__ = ["Pretrained", "load"]

@@ -1,0 +1,34 @@
+"""Fine-tuning a checkpoint: a model that others trained goes on with the Python documentation.
+
+Claim: afterwards it predicts documentation of modules that it has not seen better than before.
+Source: GPT (Radford et al. 2018), whose pretrained decoder is trained on with a small learning rate.
+Command: python run.py --config=finetune --config.init=DIR (a folder in Hugging Face's layout, or a hub id)
+"""
+
+from attnlab import reports
+from attnlab.data import Text
+from attnlab.models import DecoderConfig
+from attnlab.pretrained import load
+from attnlab.train import AdamW, Cosine, Experiment, Train
+from attnlab.trained import Trained
+
+
+def get_config() -> Experiment:
+    """The model and the tokenizer are the checkpoint's; `init` says which."""
+    return Experiment(
+        init="",
+        model=DecoderConfig(),
+        data=Text(name="stdlib_docs", sequence_length=256, batch_size=8),
+        optimizer=AdamW(learning_rate=2e-5, schedule=Cosine(warmup=20)),
+        train=Train(steps=200, eval_every=100, checkpoint_every=100),
+    )
+
+
+def report(trained: Trained) -> dict[str, float]:
+    """Bits per byte beside the checkpoint's and two compressors', a sample and its attention map."""
+    before = load(trained.experiment.init, trained.session.mesh, trained.experiment.model.dtypes).params
+    batches = trained.batches("validation", trained.experiment.train.eval_batches)
+    loss = trained.session.evaluate(before, batches)["loss"]
+    trained.say(f"loss before: {loss:.3f} nats a token, after: {trained.metrics['loss']:.3f}")
+    trained.claim("a lower loss than the checkpoint's", trained.metrics["loss"] < loss)
+    return reports.language_model(trained, prompt="Return the") | {"loss_before": loss}

@@ -1,0 +1,111 @@
+"""A checkpoint made a run, trained on, and written as a checkpoint again, by the program."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load_file
+
+from tests.pretrained.small import LLAMA, write
+from tests.programs import ROOT, call, metrics, write_text
+
+FINE = f"--config={ROOT / 'experiments' / 'finetune.py'}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint, a text, and a run that was made of the checkpoint."""
+    folder = tmp_path_factory.mktemp("place")
+    write(epath.Path(folder) / "llama")
+    text = write_text(folder / "words.txt")
+    small = [f"--config.data.name=text:{text}", "--config.data.sequence_length=32", "--config.train.steps=4"]
+    assert (
+        call("--mode=import", FINE, f"--checkpoint={folder / 'llama'}", f"--workdir={folder / 'run'}", *small)
+        == 0
+    )
+    return folder, small
+
+
+def test_a_run_is_made_and_written_again(place, tmp_path, capfd):
+    folder, _ = place
+    out = tmp_path / "again"
+    assert call("--mode=export", f"--workdir={folder / 'run'}", f"--out={out}") == 0
+    assert f"step 0 is in {out}" in capfd.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (folder / "llama").iterdir())
+    before, after = (load_file(p / "model.safetensors") for p in (folder / "llama", out))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    assert json.loads((out / "config.json").read_text()) == LLAMA | {"dtype": "float32"}
+
+
+def test_it_can_be_sampled_from_and_described(place, capfd):
+    run = f"--workdir={place[0] / 'run'}"
+    capfd.readouterr()
+    assert call("--mode=sample", run, "--prompt=the cat", "--max_new_tokens=4") == 0
+    assert capfd.readouterr().out.startswith("the cat")
+    assert call("--mode=describe", run) == 0
+    out = capfd.readouterr().out
+    assert "step 0" in out and "readout/table" in out
+
+
+@pytest.mark.parametrize("mesh", ["single", "data:2,fsdp:2,tensor:2"])
+def test_trained_on_and_written(place, tmp_path, mesh, capfd):
+    """The checkpoint changes with training and nothing else; its claim is checked against the checkpoint."""
+    folder, small = place
+    run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
+    faster = [
+        "--config.optimizer.learning_rate=0.01",
+        "--config.optimizer.schedule.warmup=1",
+        f"--mesh={mesh}",
+    ]
+    assert call(FINE, f"--config.init={folder / 'llama'}", run, *small, *faster) == 0
+    said = capfd.readouterr().out
+    assert "claim holds: a lower loss than the checkpoint's" in said
+    assert len(metrics(tmp_path / "run", "train")) >= 1
+    assert call("--mode=export", run, f"--out={out}") == 0
+    before, after = (load_file(p / "model.safetensors") for p in (folder / "llama", out))
+    assert {n: x.shape for n, x in before.items()} == {n: x.shape for n, x in after.items()}
+    assert all((before[n] != after[n]).any() for n in before)
+
+
+def test_a_run_goes_on_without_the_checkpoint_it_began_as(place, tmp_path):
+    folder, _ = place
+    os.rename(folder / "llama", folder / "away")
+    try:
+        assert (
+            call(f"--workdir={folder / 'run'}", "--mode=eval") == 2
+        )  # its report compares with the checkpoint
+        assert call(f"--workdir={folder / 'run'}", "--mode=sample", "--max_new_tokens=2") == 0
+    finally:
+        os.rename(folder / "away", folder / "llama")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode=import"], "--mode=import needs --checkpoint"),
+        (["--mode=import", "--checkpoint=nowhere"], "no checkpoint at nowhere"),
+        (["--mode=import", "--checkpoint={llama}", "--workdir={run}"], "holds a run already"),
+        (["--mode=export", "--workdir={run}"], "--mode=export needs --out"),
+        (["--mode=export", "--workdir={run}", "--out={run}"], "is not empty"),
+        (["--mode=export", "--out=x"], "--mode=export needs a run that was trained"),
+        (["--mode=train", "--out=x"], "--out means nothing with --mode=train"),
+        ([FINE], "which checkpoint? Say with --config.init"),
+        ([FINE, "--config.init={llama}", "--config.model.vocab_size=9"], "model.vocab_size=9 is less than"),
+        ([FINE, "--config.init={llama}", "--config.model.width=32"], "misshapen"),
+    ],
+)
+def test_what_is_refused(place, tmp_path, monkeypatch, capfd, arguments, said):
+    folder, small = place
+    monkeypatch.chdir(tmp_path)
+    given = [a.format(llama=folder / "llama", run=folder / "run") for a in arguments]
+    capfd.readouterr()
+    training = not any(a.startswith("--mode=export") for a in given)
+    assert call(*given, *(small if training else [])) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert said in err
+    assert not list(tmp_path.rglob("checkpoints"))
