@@ -247,14 +247,14 @@ def run_import(request: Request) -> dict[str, float]:
 def run_export(request: Request) -> dict[str, float]:
     """Writes a run's parameters as a checkpoint in Hugging Face's layout."""
     assert request.out is not None
-    if not (request.folder / PRETRAINED).exists():
-        raise InputError(
-            f"{request.folder} did not begin as a checkpoint, so there is no layout to write it in"
-        )
     session = open_session(request, request.config)
     restored = _restore(request, session)
     params = session.eval_params(restored.state)
-    checkpoints.write(request.out, request.folder / PRETRAINED, request.config.model, params)
+    origin: checkpoints.Origin = request.folder / PRETRAINED
+    if not (request.folder / PRETRAINED).exists():
+        origin = session.tokenizer, request.config.data.sequence_length
+    model = dataclasses.replace(request.config.model, vocab_size=session.model.vocab_size)
+    checkpoints.write(request.out, model, params, origin)
     print(f"step {restored.step} is in {request.out}")
     return {}
 

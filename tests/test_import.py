@@ -83,6 +83,43 @@ def test_a_run_goes_on_without_the_checkpoint_it_began_as(place, tmp_path):
         os.rename(folder / "away", folder / "llama")
 
 
+def test_a_run_that_was_trained_here_is_written_and_read(place, tmp_path, capfd):
+    """Of the default experiment's kind: what is written is read as the same model, with the same tokenizer."""
+    _, small = place
+    run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
+    tiny = ["--config.model.depth=3", "--config.model.width=16", "--config.model.attention.heads=4"]
+    tiny += [
+        "--config.model.attention.kv_heads=2",
+        "--config.model.pattern=Sliding(8),",
+        "--max_steps=2",
+    ]
+    assert call(f"--config={ROOT / 'experiments' / 'lm_docs.py'}", run, *tiny, *small) == 0
+    assert call("--mode=export", run, f"--out={out}") == 0
+    fields = json.loads((out / "config.json").read_text())
+    assert (fields["model_type"], fields["max_position_embeddings"]) == ("mistral", 32)
+    again = f"--workdir={tmp_path / 'again'}"
+    assert call("--mode=import", FINE, f"--checkpoint={out}", again, *small) == 0
+    texts = []
+    for place in (run, again):
+        capfd.readouterr()
+        assert call("--mode=sample", place, "--prompt=the cat", "--max_new_tokens=8", "--temperature=0") == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_model_that_no_family_has(place, tmp_path, capfd):
+    _, small = place
+    run = f"--workdir={tmp_path / 'run'}"
+    odd = ["--config.model.width=16", "--config.model.attention=Attention(4,softcap=5.0)", "--max_steps=1"]
+    assert call(f"--config={ROOT / 'experiments' / 'lm_docs.py'}", run, *odd, *small) == 0
+    capfd.readouterr()
+    assert call("--mode=export", run, f"--out={tmp_path / 'out'}") == 2
+    assert (
+        "no config.json can say what this model is; there are those of gpt2, llama" in capfd.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

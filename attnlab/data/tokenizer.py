@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from attnlab.data.chat import render
 from attnlab.errors import InputError
@@ -138,6 +138,17 @@ class Tokenizer:
         if not self._bytewise or not all(c in BYTE_OF_CHARACTER for c in name) or token == self.eos_id:
             return name
         return bytes(BYTE_OF_CHARACTER[c] for c in name).decode("utf-8", errors="backslashreplace")
+
+    def for_others(self) -> "Tokenizer":
+        """The same for those who read a tokenizer's settings, and begin a text with what it puts first."""
+        if self.settings is not None:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{EOS} $A", special_tokens=[(EOS, self.eos_id)]
+        )
+        settings = dict.fromkeys(("bos_token", "eos_token"), EOS)
+        return Tokenizer(backend, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     def save(self, path: epath.PathLike) -> None:
         """Write the tokenizer to a file, local or in a bucket; its settings beside it."""

@@ -1,8 +1,9 @@
 """A checkpoint of the Hugging Face layout as a model here, and a model here as such a checkpoint."""
 
+import contextlib
 import dataclasses
 import json
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -18,16 +19,13 @@ from attnlab.data import Tokenizer
 from attnlab.data.tokenizer import SETTINGS
 from attnlab.errors import InputError
 from attnlab.files import write_atomically
+from attnlab.layers import Dtypes
 from attnlab.models import DecoderConfig
 from attnlab.pretrained import files, table, tensors
 from attnlab.pretrained.families import FAMILIES, Family
 from attnlab.pretrained.settings import Settings
 
-# Fields of a model's config that change nothing of what a checkpoint's config says.
-OF_TRAINING = (
-    *("dropout", "attention.dropout", "remat", "scan", "init", "init.std"),
-    *("dtypes.param", "dtypes.compute", "dtypes.logits"),
-)
+Origin: TypeAlias = epath.Path | tuple[Tokenizer, int]
 
 
 def read_config(folder: epath.Path) -> tuple[Family, DecoderConfig]:
@@ -111,29 +109,81 @@ def copy_small_files(source: epath.Path, target: epath.Path) -> None:
             file.copy(target / file.name, overwrite=True)
 
 
-def write(folder: epath.Path, source: epath.Path, config: DecoderConfig, params: Any) -> None:
-    """Writes a model that began as a checkpoint as one again, whole or not at all.
+def describe(config: DecoderConfig, length: int) -> dict[str, Any]:
+    """The fields of a `config.json` that say what a model is, of the first family that can say all of it.
+
+    Args:
+      config: of the model, its `vocab_size` set.
+      length: of the context, tokens.
+
+    Raises:
+      InputError: no family that has such a model.
+    """
+    for kind, family in FAMILIES.items():
+        if family.fields is None:
+            continue
+        fields = {"model_type": kind, **family.fields(config, length)}
+        with contextlib.suppress(InputError):  # what the family needs to be told besides
+            if not _differences(family.config(Settings(fields, kind)), config):
+                return fields
+    known = ", ".join(kind for kind, family in FAMILIES.items() if family.fields)
+    raise InputError(f"no config.json can say what this model is; there are those of {known}")
+
+
+def _differences(theirs: DecoderConfig, ours: DecoderConfig) -> list[str]:
+    """Where two models differ in what they compute; a field left to its default is what it then means."""
+
+    def whole(config: DecoderConfig) -> DecoderConfig:
+        attention = dataclasses.replace(
+            config.attention, kv_heads=config.kv_heads, head_dim=config.head_dim, dropout=0.0
+        )
+        width = config.feed_forward.hidden(config.width)
+        return dataclasses.replace(
+            config,
+            attention=attention,
+            feed_forward=dataclasses.replace(config.feed_forward, width=width),
+            pattern=config.kinds,
+            dropout=0.0,
+            init=dataclasses.replace(config.init, std=1.0),
+            dtypes=Dtypes(),
+            remat="none",
+            scan=True,
+        )
+
+    return differences(whole(theirs), whole(ours))
+
+
+def write(folder: epath.Path, config: DecoderConfig, params: Any, origin: Origin) -> None:
+    """Writes a model as a checkpoint, whole or not at all.
 
     Args:
       folder: to make.
-      source: the small files of the checkpoint that it began as.
-      config: of the model.
+      config: of the model, its `vocab_size` set.
       params: its parameters.
+      origin: the folder with the small files of the checkpoint that it began as; or, of a model that was made
+        here, its tokenizer and the length of its context.
 
     Raises:
-      InputError: a folder with something in it, or a model that is another than the checkpoint's.
+      InputError: a folder with something in it, or a model that the checkpoint's config cannot describe.
     """
-    family, theirs = read_config(source)
-    changed = [line for line in differences(theirs, config) if line.partition(":")[0] not in OF_TRAINING]
-    if changed:
-        raise InputError(f"{source / files.CONFIG} cannot say what was changed since: {'; '.join(changed)}")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty")
     making = folder.with_name(f".{folder.name}.tmp")
     if making.exists():
         making.rmtree()
-    copy_small_files(source, making)
-    fields = files.read_json(making / files.CONFIG)
+    if isinstance(origin, tuple):
+        tokenizer, length = origin
+        fields = describe(config, length) | dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_id)
+        making.mkdir(parents=True)
+        tokenizer.for_others().save(making / "tokenizer.json")
+    else:
+        _, theirs = read_config(origin)
+        if changed := _differences(theirs, config):
+            told = "; ".join(changed)
+            raise InputError(f"{origin / files.CONFIG} cannot say what was changed since: {told}")
+        copy_small_files(origin, making)
+        fields = files.read_json(making / files.CONFIG)
+    family = FAMILIES[fields["model_type"]]
     fields |= {"architectures": [family.architecture], "dtype": config.dtypes.param}
     fields.pop("torch_dtype", None)
     write_atomically(making / files.CONFIG, json.dumps(fields, indent=2) + "\n")

@@ -18,6 +18,9 @@ ACTIVATIONS = {
 }
 
 
+THEIR_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+
+
 class Settings(Mapping):
     """The fields of a `config.json`, and the few that families share in our words.
 

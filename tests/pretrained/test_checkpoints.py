@@ -123,7 +123,10 @@ def test_without_the_head_names_lack_their_prefix(copied, refuses):
         ({"hidden_act": "mish"}, "hidden_act='mish' is not supported; there are gelu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported"),
         ({"rope_scaling": {"type": "magic"}}, "rope_type='magic' is not supported"),
-        ({"layer_types": ["linear_attention"] * 2}, "layer_types has 'linear_attention'"),
+        (
+            {"model_type": "qwen3", "layer_types": ["linear_attention"] * 2},
+            "layer_types has 'linear_attention'",
+        ),
         ({"num_attention_heads": 3}, "kv_heads must divide heads=3"),
     ],
 )

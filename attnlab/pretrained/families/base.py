@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.settings import Settings
@@ -17,6 +18,8 @@ class Family:
       tensors: the table of names, as in a model with its head.
       prefix: what names lack in a checkpoint of a model without its head.
       architecture: the class of transformers that an exported checkpoint loads as.
+      fields: of `config.json`, for a model that was made here and a context of so many tokens, where the
+        family may be able to say what it is. Whether it is, is seen by reading them back.
       ignored: regular expressions of tensors that mean nothing: buffers, and copies of tied tables.
     """
 
@@ -24,6 +27,7 @@ class Family:
     tensors: tuple[Tensor, ...]
     prefix: str
     architecture: str
+    fields: Callable[[DecoderConfig, int], dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
 
 

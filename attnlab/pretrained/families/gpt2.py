@@ -1,9 +1,11 @@
 """GPT-2: the decoder with learned positions, layer norms and biases."""
 
+from typing import Any
+
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned
 from attnlab.pretrained.families.base import Family, norm
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 
@@ -23,6 +25,22 @@ def gpt2(s: Settings) -> DecoderConfig:
         tied=s.get("tie_word_embeddings", True),
         dropout=s.get("resid_pdrop", 0.0),
     )
+
+
+def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
+    """What GPT-2's `config.json` says of a decoder."""
+    positions = config.positions.length if isinstance(config.positions, Learned) else length
+    return {
+        "n_layer": config.depth,
+        "n_embd": config.width,
+        "n_head": config.attention.heads,
+        "n_inner": config.feed_forward.hidden(config.width),
+        "n_positions": positions,
+        "activation_function": THEIR_NAMES[config.feed_forward.activation],
+        "layer_norm_epsilon": config.norm.epsilon,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied,
+    }
 
 
 def _tensors() -> tuple[Tensor, ...]:
@@ -60,6 +78,7 @@ FAMILIES = {
         _tensors(),
         prefix="transformer.",
         architecture="GPT2LMHeadModel",
+        fields=fields,
         ignored=(r".*\.attn\.(masked_)?bias", r"lm_head\.weight"),
     )
 }

@@ -1,11 +1,12 @@
 """Llama, and decoders that differ from it in a few settings: one config function and one table each."""
 
 from dataclasses import replace
+from typing import Any
 
-from attnlab.layers import Attention, GatedMLP, RMSNorm
+from attnlab.layers import Attention, Causal, GatedMLP, RMSNorm, Rotary, Sliding
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import Family, linear
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 
@@ -27,28 +28,61 @@ def llama(s: Settings) -> DecoderConfig:
         ),
         norm=RMSNorm(s["rms_norm_eps"]),
         positions=s.rotary(),
-        pattern=s.pattern("full_attention"),
         vocab_size=s["vocab_size"],
         tied=s.get("tie_word_embeddings", False),
     )
 
 
+def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
+    """What the `config.json` of Llama and its nearest kin says of a decoder."""
+    types = ["sliding_attention" if isinstance(kind, Sliding) else "full_attention" for kind in config.kinds]
+    windows = [kind.window for kind in config.kinds if isinstance(kind, Sliding)]
+    theta = config.positions.theta if isinstance(config.positions, Rotary) else 10_000.0
+    return {
+        "num_hidden_layers": config.depth,
+        "hidden_size": config.width,
+        "num_attention_heads": config.attention.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "attention_bias": config.attention.bias is True,
+        "intermediate_size": config.feed_forward.hidden(config.width),
+        "hidden_act": THEIR_NAMES[config.feed_forward.activation],
+        "mlp_bias": config.feed_forward.bias,
+        "rms_norm_eps": config.norm.epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "max_position_embeddings": length,
+        "layer_types": types,
+        "sliding_window": windows[0] if windows else None,
+        "use_sliding_window": bool(windows),
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied,
+    }
+
+
 def mistral(s: Settings) -> DecoderConfig:
-    """Mistral: every layer slides (arXiv 2310.06825, section 2)."""
-    return replace(llama(s), pattern=s.pattern("sliding_attention"))
+    """Mistral: every layer slides, if any (arXiv 2310.06825, section 2)."""
+    window = s.get("sliding_window")
+    return replace(llama(s), pattern=(Causal() if window is None else Sliding(window),))
 
 
 def qwen2(s: Settings) -> DecoderConfig:
     """Qwen 2: biases of queries, keys and values (arXiv 2407.10671, section 2.2)."""
-    config = llama(s)
-    pattern = config.pattern if s.get("use_sliding_window", False) else s.pattern("full_attention")
-    return replace(config, attention=replace(config.attention, bias="qkv"), pattern=pattern)
+    config = _llama_of_kinds(s)
+    return replace(config, attention=replace(config.attention, bias="qkv"))
 
 
 def qwen3(s: Settings) -> DecoderConfig:
     """Qwen 3: queries and keys are normalised (arXiv 2505.09388, section 2)."""
-    config = llama(s)
+    config = _llama_of_kinds(s)
     return replace(config, attention=replace(config.attention, qk_norm=True))
+
+
+def _llama_of_kinds(s: Settings) -> DecoderConfig:
+    """Llama with layers of the kinds that `layer_types` names, or that slide from a certain layer on."""
+    config = llama(s)
+    first = s.get("max_window_layers", 28) if s.get("use_sliding_window", False) else config.depth
+    types = ("sliding_attention" if i >= first else "full_attention" for i in range(config.depth))
+    return replace(config, pattern=s.pattern(*types))
 
 
 def olmo2(s: Settings) -> DecoderConfig:
@@ -59,8 +93,7 @@ def olmo2(s: Settings) -> DecoderConfig:
 
 def phi3(s: Settings) -> DecoderConfig:
     """Phi-3: projections joined in one tensor (arXiv 2404.14219)."""
-    window = "full_attention" if s.get("sliding_window") is None else "sliding_attention"
-    return replace(llama(s), pattern=s.pattern(window), dropout=s.get("resid_pdrop", 0.0))
+    return replace(mistral(s), dropout=s.get("resid_pdrop", 0.0))
 
 
 def gemma(s: Settings) -> DecoderConfig:
@@ -152,7 +185,7 @@ BOTH = BRANCH | {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_
 
 def _family(config, architecture: str, tensors: tuple[Tensor, ...] = llama_tensors(PRE)) -> Family:
     ignored = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
-    return Family(config, tensors, prefix="model.", architecture=architecture, ignored=ignored)
+    return Family(config, tensors, "model.", architecture, fields, ignored)
 
 
 FAMILIES = {
