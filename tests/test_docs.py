@@ -208,6 +208,14 @@ def test_table_of_features():
             assert name in functions, f"{feature}: {file} has no {name}"
 
 
+def test_table_of_model_types():
+    from attnlab.pretrained.families import FAMILIES
+
+    page = (ROOT / "docs" / "pretrained.md").read_text()
+    table = page.partition("<!-- model types -->")[2].strip().split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE) == list(FAMILIES)
+
+
 # --- what is to be typed runs
 
 
@@ -340,7 +348,9 @@ def smaller(words: list[str], request: Any) -> list[str]:
     tiny = dict(TINY)
     if isinstance(request.config.data, Text):
         tiny["data.tokenizer"] = Bytes.__name__
-    if request.mode in ("eval", "sample") or (request.mode == "describe" and request.workdir):
+    if request.config.init is not None:  # its model is the checkpoint's, which was made small before
+        tiny = {path: text for path, text in tiny.items() if not path.startswith("model.")}
+    if request.mode in ("eval", "sample", "export") or (request.mode == "describe" and request.workdir):
         tiny = {}
     swept = [re.match(r"--sweep=(?:config\.)?([^=]*)", word) for word in words]
     flags = [f"--config.{p}={text}" for p, text in tiny.items() if p not in [m[1] for m in swept if m]]

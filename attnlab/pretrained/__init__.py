@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 from jax.sharding import Mesh
 
-from attnlab import sharding
 from attnlab.data import Tokenizer
 from attnlab.layers import Dtypes
 from attnlab.models import DecoderConfig
@@ -23,7 +22,7 @@ class Pretrained(NamedTuple):
 
     Attributes:
       model: the module.
-      params: its parameters, on the mesh.
+      params: its parameters.
       tokenizer: None where the checkpoint has none.
       config: of the model.
     """
@@ -39,7 +38,7 @@ def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Pret
 
     Args:
       name: a folder, or an id of the Hugging Face hub.
-      mesh: where to put the parameters; None is one device.
+      mesh: where to put the parameters, to be used under `jax.set_mesh`; None is one device, and no mesh.
       dtypes: number formats of parameters, computation and logits.
 
     Raises:
@@ -47,7 +46,6 @@ def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Pret
         tensors that do not fit the config, all by name.
     """
     folder = resolve(name)
-    mesh = mesh or sharding.make_mesh(sharding.parse_mesh("single", 1))
     family, config = checkpoints.read_config(folder)
     config = dataclasses.replace(config, dtypes=dtypes)
     model = config.build(1)

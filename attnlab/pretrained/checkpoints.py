@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from attnlab import sharding
 from attnlab.config import differences
@@ -198,12 +198,16 @@ def write_params(folder: epath.Path, family: Family, params: Any) -> None:
     files.write(folder, tensors.save(table.places(family.tensors, params), params))
 
 
-def abstract_params(model: nn.Module, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of a model's parameters on a mesh."""
-    with jax.set_mesh(mesh):
-        tokens = jnp.zeros((mesh.size, 1), jnp.int32, out_sharding=sharding.out_sharding("batch", None))
+def abstract_params(model: nn.Module, mesh: Mesh | None = None) -> Any:
+    """Shapes, dtypes and shardings of a model's parameters on a mesh, or on one device if there is none."""
+
+    def laid_out(x):
+        alone = SingleDeviceSharding(jax.local_devices()[0])
+        where = alone if mesh is None else sharding.named(mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        rows = 1 if mesh is None else mesh.size
+        tokens = jnp.zeros((rows, 1), jnp.int32, out_sharding=sharding.out_sharding("batch", None))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, x.sharding.spec)),
-        shapes,
-    )
+    return jax.tree.map(laid_out, shapes)
