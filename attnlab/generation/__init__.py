@@ -1,6 +1,23 @@
-"""Text from a model: how the next token is drawn, and the loop that draws it."""
+"""Text from a model: how the next token is drawn, the loop that draws it, and search for the likeliest."""
 
+from attnlab.generation.beam import Beams, Power, Texts, Wu, beam_search
 from attnlab.generation.generate import Completion, Generator, printable
+from attnlab.generation.prefix import Prefix, prefill
 from attnlab.generation.sampling import Sampling, filter_logits, row_keys, sample
 
-__all__ = ["Completion", "Generator", "Sampling", "filter_logits", "printable", "row_keys", "sample"]
+__all__ = [
+    "Beams",
+    "Completion",
+    "Generator",
+    "Power",
+    "Prefix",
+    "Sampling",
+    "Texts",
+    "Wu",
+    "beam_search",
+    "filter_logits",
+    "prefill",
+    "printable",
+    "row_keys",
+    "sample",
+]

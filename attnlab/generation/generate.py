@@ -1,7 +1,7 @@
 """Text from a decoder: one compiled prefill, one compiled decode loop, a stretch of tokens a call."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from attnlab import sharding
-from attnlab.attention.cache import Cache
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
-from attnlab.generation.sampling import Sampling, sample
+from attnlab.generation.beam import Beams, beam_search
+from attnlab.generation.prefix import Prefix, prefill
+from attnlab.generation.sampling import Sampling, row_keys, sample
 from attnlab.models import Decoder
 
 STRETCH = 16  # tokens decoded between looks at stop strings and the terminal
@@ -31,12 +32,14 @@ class Completion:
       text: the text generated, up to but not with a stop string.
       tokens: the ids generated.
       ended: why it ended: "eos", "stop" (a stop string), "length" (as many tokens as asked), or "context".
+      score: of a beam search, the log-probability of the tokens divided by the penalty of their number.
     """
 
     prompt: str
     text: str
     tokens: list[int]
     ended: str
+    score: float | None = None
 
 
 class Generator:
@@ -91,7 +94,7 @@ class Generator:
         steps = min(max_new_tokens, room)
         rows = [_Row(prompt, self.tokenizer, stop) for prompt in prompts for _ in range(num_samples)]
         with jax.set_mesh(self.mesh):
-            state = self._prefill(ids, steps, seed)
+            state = _start(self._prefill(ids, _stretches(steps)), seed)
             for start in range(0, steps, STRETCH):
                 state, tokens = _decode(
                     self.model, self.tokenizer.eos_id, sampling or Sampling(), self.params, state
@@ -109,6 +112,56 @@ class Generator:
                 stream(i, rest)
         return [row.completion() for row in rows]
 
+    def search(
+        self,
+        prompts: Sequence[str],
+        beams: Beams,
+        *,
+        max_new_tokens: int = 128,
+        num_samples: int = 1,
+    ) -> list[Completion]:
+        """The best completions of each prompt that a beam search finds, at most `num_samples`.
+
+        Args:
+          prompts: texts, of any lengths.
+          beams: how to search; see `beam_search`.
+          max_new_tokens: most tokens to add to each, at least 1.
+          num_samples: completions of each prompt, best first.
+
+        Raises:
+          InputError: a prompt that leaves no room in the context, or more samples than beams.
+        """
+        if not 1 <= num_samples <= beams.count:
+            raise InputError(
+                f"num_samples={num_samples} must be at least 1, and at most the {beams.count} beams"
+            )
+        ids = [self._encode(prompt) for prompt in prompts]
+        steps = min(max_new_tokens, self.context - max(map(len, ids)))
+        slots = _stretches(steps)
+        with jax.set_mesh(self.mesh):
+            found = beam_search(
+                self.model,
+                self.params,
+                self._prefill(ids, slots),
+                count=beams.count,
+                penalty=beams.penalty,
+                eos_id=self.tokenizer.eos_id,
+                slots=slots,
+                steps=steps,
+            )
+        limit = "length" if steps == max_new_tokens else "context"
+        completions = []
+        for prompt, texts, scores in zip(
+            prompts, np.asarray(found.tokens), np.asarray(found.scores), strict=False
+        ):
+            for tokens, score in zip(texts[:num_samples], scores, strict=False):
+                row = _Row(prompt, self.tokenizer, ())
+                row.add(tokens[:steps].tolist())
+                row.end(limit)
+                if np.isfinite(score):
+                    completions.append(replace(row.completion(), score=float(score)))
+        return completions
+
     def _encode(self, prompt: str) -> list[int]:
         ids = self.tokenizer.prompt(prompt)
         if len(ids) >= self.context:
@@ -118,11 +171,10 @@ class Generator:
             )
         return ids
 
-    def _prefill(self, ids: list[list[int]], steps: int, seed: int) -> "_State":
-        """The cache after the prompts, which are padded on the left so that all rows end together."""
+    def _prefill(self, ids: list[list[int]], room: int) -> Prefix:
+        """The prompts read, padded on the left so that all end together, with room for more tokens."""
         # Lengths and rows in powers of two, so that few programs are compiled.
-        length = min(_power_of_two(max(map(len, ids))), self.context - steps)
-        slots = length + -(-steps // STRETCH) * STRETCH
+        length = max(max(map(len, ids)), min(_power_of_two(max(map(len, ids))), self.context - room))
         pieces = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         count = -(-_power_of_two(len(ids)) // pieces) * pieces
         tokens = np.zeros((count, length), np.int32)
@@ -132,38 +184,24 @@ class Generator:
             tokens[i, length - len(row) :] = row
             segments[i, length - len(row) :] = 1
         put = partial(jax.device_put, device=sharding.named(self.mesh, P(("data", "fsdp"), None)))
-        return _start(self.model, slots, self.params, put(tokens), put(segments), seed)
+        return prefill(self.model, length + room, self.params, put(tokens), put(segments))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
-    """Between two tokens: the cache, logits of the next token, its position, and each row's random key."""
+    """Between two tokens: what was read, and of each row its random key and whether it ended."""
 
-    cache: Cache
-    logits: jax.Array
-    positions: jax.Array
+    prefix: Prefix
     keys: jax.Array
     done: jax.Array
 
 
-def _forward(model: Decoder, params, tokens, segments, positions, cache: Cache) -> tuple[jax.Array, Cache]:
-    return model.apply({"params": params}, tokens, segments, positions, cache)  # type: ignore[return-value]
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _start(model: Decoder, slots: int, params, tokens, segments, seed) -> _State:
-    rows = tokens.shape[0]
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    logits, cache = _forward(model, params, tokens, segments, positions, model.init_cache(rows, slots))
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
-    last = logits[:, -1].astype(jnp.float32)
-    # Said of each, for a slice of a single row may lose its layout.
-    keys, positions, done = (
-        sharding.constrain(x, "batch")
-        for x in (keys, positions[:, -1] + 1, jnp.zeros_like(tokens[:, 0], bool))
-    )
-    return _State(cache, last, positions, keys, done)
+@partial(jax.jit, donate_argnums=0)
+def _start(prefix: Prefix, seed) -> _State:
+    positions = prefix.positions
+    keys = row_keys(jax.random.key(seed), jnp.arange(len(positions)))
+    return _State(prefix, sharding.constrain(keys, "batch"), jnp.zeros_like(positions, bool))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -171,15 +209,10 @@ def _decode(model: Decoder, eos_id: int, sampling: Sampling, params, state: _Sta
     """The next stretch of tokens of every row, (B, STRETCH); a row past its end repeats the end."""
 
     def one(state: _State, _):
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.positions)
-        token = jnp.where(state.done, eos_id, sample(keys, state.logits, sampling))
-        done = state.done | (token == eos_id)
-        new = token[:, None]
-        logits, cache = _forward(
-            model, params, new, jnp.ones_like(new), state.positions[:, None], state.cache
-        )
-        last = logits[:, -1].astype(jnp.float32)
-        return _State(cache, last, state.positions + 1, state.keys, done), token
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.prefix.positions)
+        token = jnp.where(state.done, eos_id, sample(keys, state.prefix.logits, sampling))
+        prefix = state.prefix.read(model, params, token)
+        return _State(prefix, state.keys, state.done | (token == eos_id)), token
 
     state, tokens = jax.lax.scan(one, state, length=STRETCH)
     return state, tokens.T
@@ -236,6 +269,11 @@ class _Row:
     def completion(self) -> Completion:
         """The finished row."""
         return Completion(self.prompt, self._text, self._tokens, self.ended)
+
+
+def _stretches(steps: int) -> int:
+    """Room for so many tokens, in whole stretches."""
+    return -(-steps // STRETCH) * STRETCH
 
 
 def _power_of_two(n: int) -> int:

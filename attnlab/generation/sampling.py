@@ -57,7 +57,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     logits (B, V), each row with a finite entry; -inf marks tokens that are forbidden already.
     Returns float32, scaled by the temperature, and shifted so that no temperature overflows.
     """
-    logits = _whole_rows(logits).astype(jnp.float32)
+    logits = whole_rows(logits).astype(jnp.float32)
     logits -= logits.max(-1, keepdims=True)
     greedy = jnp.asarray(sampling.temperature) == 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
@@ -66,7 +66,8 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     return jnp.where(greedy, jnp.where(first, 0.0, -jnp.inf), kept)
 
 
-def _whole_rows(logits):
+def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Logits whose vocabulary is in one place."""
     # Sorting needs the vocabulary in one place; one row of logits per sequence is cheap to gather.
     rows, vocabulary = jax.typeof(logits).sharding.spec
     return logits if vocabulary is None else jax.sharding.reshard(logits, P(rows, None))

@@ -1,6 +1,6 @@
 """Decoder language models: one config for GPT-2, Llama and what lies between."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import flax.linen as nn
@@ -213,13 +213,13 @@ class Decoder(nn.Module):
         layer_caches, shared = None, None
         if cache is not None:
             layer_caches, cache = cache.layers, cache.advance(segment_ids)
-            shared = Cache(None, cache.segments, cache.index)
+            shared = replace(cache, layers=None)
         x, layer_caches = self.layers(x, layer_caches, segment_ids, positions, shared, deterministic)
         if self.config.placement != "post":  # else the last block has ended with one
             x = self.norm(x)
         x = x * self.config.init.readout_scale(self.config.width)
         if cache is not None:
-            cache = Cache(layer_caches, cache.segments, cache.index)
+            cache = replace(cache, layers=layer_caches)
         return x, cache
 
     def __call__(

@@ -65,20 +65,19 @@ CASES = {
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
+def decoder(case, folder):
+    """`Imported` of one of CASES."""
+    transformers = pytest.importorskip("transformers")
+    family, settings = CASES[case]
+    config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
+    config._attn_implementation = "eager"
+    head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    return saved(getattr(transformers, f"{family}{head}")(config), folder)
+
+
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-
-    @cache
-    def make(case):
-        family, settings = CASES[case]
-        config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
-        config._attn_implementation = "eager"
-        head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-        model = getattr(transformers, f"{family}{head}")(config)
-        return saved(model, tmp_path_factory.mktemp("peer"))
-
-    return make
+    return cache(lambda case: decoder(case, tmp_path_factory.mktemp("peer")))
 
 
 def theirs(peer, ids, there, **options):

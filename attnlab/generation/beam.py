@@ -1,0 +1,174 @@
+"""Beam search: the likeliest texts, by keeping the best few of each length."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from attnlab.errors import InputError
+from attnlab.generation.prefix import Prefix
+from attnlab.generation.sampling import whole_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Power:
+    """|Y|^alpha: over 0, longer texts are preferred; 1 compares mean log-probabilities."""
+
+    alpha: float | Float[Array, ""] = 1.0
+
+    def __post_init__(self):
+        _require_finite(self)
+
+    def __call__(self, length: Int[Array, ""]) -> Float[Array, ""]:
+        """What the log-probability of a text of this length is divided by."""
+        return length.astype(jnp.float32) ** self.alpha
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Wu:
+    """((5 + |Y|) / 6)^alpha (Wu et al. 2016, arXiv 1609.08144, equation 14)."""
+
+    alpha: float | Float[Array, ""] = 0.6
+
+    def __post_init__(self):
+        _require_finite(self)
+
+    def __call__(self, length: Int[Array, ""]) -> Float[Array, ""]:
+        """What the log-probability of a text of this length is divided by."""
+        return ((5 + length.astype(jnp.float32)) / 6) ** self.alpha
+
+
+def _require_finite(penalty: Power | Wu) -> None:
+    if isinstance(penalty.alpha, Real) and not math.isfinite(penalty.alpha):
+        raise InputError(f"{type(penalty).__name__}.alpha is {penalty.alpha}; it must be a finite number")
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How to search.
+
+    Attributes:
+      count: texts kept of each length, k.
+      penalty: what log-probabilities of texts of unequal length are divided by to be compared.
+    """
+
+    count: int = 4
+    penalty: Power | Wu = Power()
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise InputError(f"Beams.count is {self.count}; it must be at least 1")
+
+
+class Texts(NamedTuple):
+    """k texts a row, best first: their tokens, filled up with the end, and what they are ordered by.
+
+    The score of a text still growing is its log-probability, that of a finished one is divided by the
+    penalty of its length, and that of a place without a text is -inf.
+    """
+
+    tokens: Int[Array, "B k T"]
+    scores: Float[Array, "B k"]
+
+    def best(self, count: int) -> tuple["Texts", Int[Array, "B count"]]:
+        """The best so many, and where they were."""
+        scores, places = jax.lax.top_k(self.scores, count)
+        return Texts(_pick(self.tokens, places), scores), places
+
+
+class _State(NamedTuple):
+    """Between two tokens.
+
+    Attributes:
+      length: tokens of every growing text.
+      growing: texts that go on.
+      parents: which of the texts before the last token each of them came from; the cache still has those.
+      finished: texts that ended.
+      open: whether a row can still get a better text.
+      prefix: all that was read, B * k rows.
+    """
+
+    length: Int[Array, ""]
+    growing: Texts
+    parents: Int[Array, "B k"]
+    finished: Texts
+    open: Bool[Array, " B"]
+    prefix: Prefix
+
+
+@partial(jax.jit, static_argnames=("model", "count", "slots", "eos_id"))
+def beam_search(
+    model, params, prefix: Prefix, *, count: int, penalty: Power | Wu, eos_id: int, slots: int, steps
+) -> Texts:
+    """The `count` best texts that a beam search finds to come after what was read, and their scores.
+
+    Each step extends every growing text by every token. Of the 2k likeliest, those among the first k that
+    end, by `eos_id` or by their length, compete for the k places of finished texts; the k likeliest of the
+    others go on. A row is done when its likeliest growing text, scored as if it ended now, is no better
+    than its worst finished one, all places being taken. (A later end could score higher if the penalty is
+    over 1; this is the rule that Hugging Face's generate calls early_stopping=False.)
+
+    Args:
+      model: a decoder; see `forward`.
+      params: its parameters.
+      prefix: what was read, with at least `steps` - 1 free slots in its cache.
+      count: k.
+      penalty: of lengths.
+      eos_id: the token that ends a text, and fills it up.
+      slots: T, tokens that a text has room for.
+      steps: its most tokens, at most `slots`; may be traced.
+    """
+    nothing = jnp.full_like(prefix.positions, eos_id)[:, None, None] + jnp.zeros((1, count, slots), jnp.int32)
+    none = jnp.full_like(prefix.logits[:, :1], -jnp.inf) + jnp.zeros((1, count))
+    first = jnp.where(jnp.arange(count)[None] == 0, 0.0, none)
+    same = jnp.zeros_like(nothing[:, :, 0])
+    state = _State(
+        jnp.int32(0),
+        Texts(nothing, first),
+        same,
+        Texts(nothing, none),
+        jnp.ones_like(prefix.positions, bool),
+        prefix.take(same),
+    )
+    select = partial(_select, penalty=penalty, eos_id=eos_id, steps=steps)
+
+    def step(state: _State) -> _State:
+        last = jnp.take(state.growing.tokens, state.length - 1, axis=2).reshape(-1)
+        return select(state._replace(prefix=state.prefix.take(state.parents).read(model, params, last)))
+
+    return jax.lax.while_loop(lambda state: state.open.any(), step, select(state)).finished
+
+
+def _select(state: _State, *, penalty, eos_id: int, steps) -> _State:
+    """The state after one more token of every text, which is not read yet."""
+    b, k, _ = state.growing.tokens.shape
+    log_probs = jax.nn.log_softmax(whole_rows(state.prefix.logits))
+    size, length = log_probs.shape[-1], state.length + 1
+    scores = (state.growing.scores[:, :, None] + log_probs.reshape(b, k, size)).reshape(b, k * size)
+    # An end takes one token of each text, so that of 2k at least k go on.
+    scores, places = jax.lax.top_k(scores, 2 * k)
+    parents, new = places // size, places % size
+    at = jnp.arange(state.growing.tokens.shape[-1]) == state.length
+    tokens = jnp.where(at[None, None], new[:, :, None], _pick(state.growing.tokens, parents))
+    ended = (new == eos_id) | (length >= steps)
+    counts = ended & (jnp.arange(2 * k) < k)[None] & state.open[:, None]
+    done = Texts(tokens, jnp.where(counts, scores / penalty(length), -jnp.inf))
+    finished, _ = Texts(*map(partial(jnp.concatenate, axis=1), zip(state.finished, done, strict=True))).best(
+        k
+    )
+    growing, chosen = Texts(tokens, jnp.where(ended, -jnp.inf, scores)).best(k)
+    better = growing.scores[:, 0] / penalty(length) > finished.scores.min(axis=1)
+    chosen_parents = _pick(parents, chosen)
+    return _State(length, growing, chosen_parents, finished, state.open & better, state.prefix)
+
+
+def _pick(x: Array, places: Int[Array, "B n"]) -> Array:
+    """Of each row of `x`, the entries at these places."""
+    return jax.vmap(lambda row, index: row[index])(x, places)

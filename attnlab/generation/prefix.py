@@ -1,0 +1,47 @@
+"""What was read before anything is generated: the cache after the prompts, and the next token's logits."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnlab import sharding
+from attnlab.attention.cache import Cache, take_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix:
+    """Texts read so far: the cache of their tokens, logits of the next token, and its position."""
+
+    cache: Cache
+    logits: Float[Array, "B V"]
+    positions: Int[Array, " B"]
+
+    def take(self, rows: Int[Array, "G N"]) -> "Prefix":
+        """With other rows; see `Cache.take`."""
+        logits, positions = (take_rows(x, rows) for x in (self.logits, self.positions))
+        return Prefix(self.cache.take(rows), logits, positions)
+
+    def read(self, model, params, tokens: Int[Array, " B"]) -> "Prefix":
+        """With one more token of each row."""
+        new = tokens[:, None]
+        logits, cache = forward(model, params, new, jnp.ones_like(new), self.positions[:, None], self.cache)
+        return Prefix(cache, logits[:, -1].astype(jnp.float32), self.positions + 1)
+
+
+def forward(model, params, tokens, segments, positions, cache: Cache) -> tuple[Array, Cache]:
+    """Logits after each of these tokens (B, T, V), and the cache with them: all that is asked of a model."""
+    return model.apply({"params": params}, tokens, segments, positions, cache)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def prefill(model, slots: int, params, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Prefix:
+    """Reads prompts, padded on the left where `segments` is 0, into a new cache of so many slots."""
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    cache = model.init_cache(tokens.shape[0], slots)
+    logits, cache = forward(model, params, tokens, segments, positions, cache)
+    # Said, for a slice of a single row may lose its layout.
+    return Prefix(cache, logits[:, -1].astype(jnp.float32), sharding.constrain(positions[:, -1] + 1, "batch"))
