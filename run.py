@@ -37,6 +37,8 @@ flags.DEFINE_float("temperature", DEFAULTS.temperature, "0 always takes the like
 flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens")
 flags.DEFINE_float("top_p", None, "keep the likeliest tokens up to this probability in all")
 flags.DEFINE_float("min_p", None, "keep tokens at least this likely relative to the likeliest")
+flags.DEFINE_integer("num_beams", None, "search for the likeliest texts with so many beams, and draw nothing")
+flags.DEFINE_float("length_penalty", DEFAULTS.length_penalty, "of beams: over 0 prefers longer texts")
 flags.DEFINE_multi_string("stop", [], "text at which a sample ends")
 
 if __name__ == "__main__":

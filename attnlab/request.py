@@ -34,7 +34,7 @@ USED_BY: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("max_steps", "max_time", "fast_dev_run", "overfit_batches", "profile"), ("train",)),
     **dict.fromkeys(("sweep", "init_from", "init_rules", "tracker"), ("train",)),
     **dict.fromkeys(("prompt", "num_samples", "max_new_tokens", "temperature"), ("sample",)),
-    **dict.fromkeys(("top_k", "top_p", "min_p", "stop"), ("sample",)),
+    **dict.fromkeys(("top_k", "top_p", "min_p", "stop", "num_beams", "length_penalty"), ("sample",)),
 }
 # Fields (and all below them) in which a run may differ from the config that its workdir holds.
 ALONG_THE_WAY = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep")
@@ -46,11 +46,12 @@ MAY_CHANGE: dict[Mode, tuple[str, ...]] = {
 }
 BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
-        ("max_steps", "overfit_batches", "num_samples", "max_new_tokens", "top_k"),
+        ("max_steps", "overfit_batches", "num_samples", "max_new_tokens", "top_k", "num_beams"),
         ("1 or more", lambda x: x >= 1),
     ),
     "seed": ("from 0 to 4294967295", lambda x: 0 <= x < 2**32),
     "temperature": ("0 or more, and finite", lambda x: 0 <= x < math.inf),
+    "length_penalty": ("finite", math.isfinite),
     "top_p": ("above 0, and at most 1", lambda x: 0 < x <= 1),
     "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
 }
@@ -58,7 +59,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to sample; None leaves a filter out."""
+    """How to sample; None leaves a filter out. With `num_beams` the likeliest texts are searched for."""
 
     prompts: tuple[str, ...] = ()
     num_samples: int = 1
@@ -68,6 +69,8 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     stop: tuple[str, ...] = ()
+    num_beams: int | None = None
+    length_penalty: float = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,7 @@ def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Over
     for name, (bounds, within) in BOUNDS.items():
         if values[name] is not None and not within(values[name]):
             raise InputError(f"--{name}={values[name]} is out of bounds; it has to be {bounds}")
+    _refuse_beside_beams(values, given)
     if "" in values["stop"]:
         raise InputError("--stop is empty; it has to be the text at which a sample ends")
     if mode == "import":
@@ -182,10 +186,25 @@ def _refuse_ignored(mode: Mode, values: Mapping[str, Any], given: Iterable[str])
             raise InputError("--checkpoint with --mode=train picks one of --init_from, which is not given")
 
 
+def _refuse_beside_beams(values: Mapping[str, Any], given: set[str]) -> None:
+    if values["num_beams"] is None:
+        if "length_penalty" in given:
+            raise InputError("--length_penalty means nothing without --num_beams")
+        return
+    for name in ("temperature", "top_k", "top_p", "min_p", "stop", "seed"):
+        if name in given:
+            raise InputError(f"--{name} means nothing with --num_beams, which draws nothing")
+    if values["num_samples"] > values["num_beams"]:
+        raise InputError(
+            f"--num_samples={values['num_samples']}: a search of {values['num_beams']} beams has no more"
+        )
+
+
 def _options(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Request that flags alone decide."""
     plain = ("max_steps", "seed", "fast_dev_run", "overfit_batches", "debug_nans")
-    sampling = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    lengths = ("num_samples", "max_new_tokens", "num_beams", "length_penalty")
+    sampling = (*lengths, "temperature", "top_k", "top_p", "min_p")
     return {name: values[name] for name in plain} | {
         "max_time": _seconds(values["max_time"]),
         "profile": _profile(values["profile"]),

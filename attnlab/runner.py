@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from attnlab import config, sharding
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.files import as_json, write_atomically
-from attnlab.generation import Sampling, printable
+from attnlab.generation import Beams, Completion, Sampling, Wu, printable
 from attnlab.pretrained import checkpoints, files
 from attnlab.request import Request
 from attnlab.train import loop
@@ -273,38 +274,67 @@ def run_eval(request: Request) -> dict[str, float]:
 def run_sample(request: Request) -> dict[str, float]:
     """Generates text after each prompt."""
     session = open_session(request, request.config)
-    wanted = request.sampling
-    sampling = Sampling(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p)
     restored = _restore(request, session)
     trained = Trained(session, session.eval_params(restored.state), request.folder, {})
-    prompts = wanted.prompts or ("",)
-    alone = len(prompts) * wanted.num_samples == 1
+    prompts = request.sampling.prompts or ("",)
+    if request.sampling.num_beams is not None:
+        completions = _searched(request, trained, prompts)
+    elif len(prompts) * request.sampling.num_samples == 1:
+        completions = _streamed(request, trained, prompts)
+    else:
+        completions = _drawn(request, trained, prompts)
+        _print_all(completions)
+    if any(completion.ended == "context" for completion in completions):
+        length = request.config.data.sequence_length
+        print(f"(ended at the model's context of {length} tokens)", file=sys.stderr)
+    return {}
+
+
+def _searched(request: Request, trained: Trained, prompts: Sequence[str]) -> list[Completion]:
+    """The likeliest texts after each prompt, printed with their scores."""
+    wanted = request.sampling
+    assert wanted.num_beams is not None
+    completions = trained.generator().search(
+        prompts,
+        Beams(wanted.num_beams, Wu(wanted.length_penalty)),
+        num_samples=wanted.num_samples,
+        max_new_tokens=wanted.max_new_tokens,
+    )
+    _print_all(completions)
+    return completions
+
+
+def _drawn(request: Request, trained: Trained, prompts: Sequence[str], stream=None) -> list[Completion]:
+    """Samples after each prompt."""
+    wanted = request.sampling
+    return trained.generate(
+        prompts,
+        num_samples=wanted.num_samples,
+        max_new_tokens=wanted.max_new_tokens,
+        sampling=Sampling(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p),
+        stop=wanted.stop,
+        seed=request.seed or 0,
+        stream=stream,
+    )
+
+
+def _streamed(request: Request, trained: Trained, prompts: Sequence[str]) -> list[Completion]:
+    """One sample, printed as it grows."""
     head = iter(prompts)  # shown with the first new text, when nothing is left that could be refused
 
     def stream(_: int, text: str) -> None:
         sys.stdout.write(printable(next(head, "") + text))
         sys.stdout.flush()
 
-    completions = trained.generate(
-        prompts,
-        num_samples=wanted.num_samples,
-        max_new_tokens=wanted.max_new_tokens,
-        sampling=sampling,
-        stop=wanted.stop,
-        seed=request.seed or 0,
-        stream=stream if alone else None,
-    )
-    for i, completion in enumerate(completions):
-        if alone:
-            print(printable(next(head, "")))
-        else:
-            print(f"--- {i + 1} of {len(completions)}\n{printable(completion.prompt + completion.text)}")
-        if completion.ended == "context":
-            print(
-                f"(ended at the model's context of {request.config.data.sequence_length} tokens)",
-                file=sys.stderr,
-            )
-    return {}
+    completions = _drawn(request, trained, prompts, stream)
+    print(printable(next(head, "")))
+    return completions
+
+
+def _print_all(completions: Sequence[Completion]) -> None:
+    for i, completion in enumerate(completions, 1):
+        score = "" if completion.score is None else f", score {completion.score:.3f}"
+        print(f"--- {i} of {len(completions)}{score}\n{printable(completion.prompt + completion.text)}")
 
 
 def run_describe(request: Request) -> dict[str, float]:

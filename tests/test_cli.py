@@ -259,6 +259,10 @@ def test_evaluation_may_use_other_data(runner, capsys):
             "config.model.depth is set by a flag and swept",
         ),
         (["--flagfile=gone"], "gone"),
+        (["--mode=sample", "--num_beams=0"], "--num_beams=0 is out of bounds; it has to be 1 or more"),
+        (["--mode=sample", "--num_beams=2", "--top_k=3"], "--top_k means nothing with --num_beams"),
+        (["--mode=sample", "--num_beams=2", "--num_samples=3"], "--num_samples=3: a search of 2 beams"),
+        (["--mode=sample", "--length_penalty=1"], "--length_penalty means nothing without --num_beams"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(runner, capsys, tmp_path, arguments, said):

@@ -126,7 +126,7 @@ def beam_search(
       steps: its most tokens, at most `slots`; may be traced.
     """
     nothing = jnp.full_like(prefix.positions, eos_id)[:, None, None] + jnp.zeros((1, count, slots), jnp.int32)
-    none = jnp.full_like(prefix.logits[:, :1], -jnp.inf) + jnp.zeros((1, count))
+    none = jnp.full_like(prefix.positions, -jnp.inf, jnp.float32)[:, None] + jnp.zeros((1, count))
     first = jnp.where(jnp.arange(count)[None] == 0, 0.0, none)
     same = jnp.zeros_like(nothing[:, :, 0])
     state = _State(
