@@ -8,7 +8,7 @@ Shapes in signatures and docstrings use one legend throughout:
     H  query heads           L  layers
     K  key/value heads       N  rows of tokens (B * T)
     G  query heads per key/value head (H / K)
-    D  head width (head_dim)
+    D  head width (head_dim)  X  experts
 
 Arrays are laid out (batch, length, heads, head_dim).
 """

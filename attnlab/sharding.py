@@ -28,6 +28,8 @@ RULES: dict[str, tuple] = {
     "kv_heads": ("tensor", "tensor"),
     "head_dim": (None, None),
     "mlp": ("tensor", "tensor"),
+    "experts": ("tensor", "tensor"),
+    "expert_mlp": (None, None),  # the experts themselves are cut
     "vocab": ("tensor", "tensor"),
     "norm": (None, None),
 }

@@ -1,6 +1,7 @@
 """Flax modules that declare parameters and call functions of `attnlab.attention`."""
 
 from attnlab.layers.attention import Attention, Bidirectional, Causal, Kind, NoPositions, Rotary, Sliding
+from attnlab.layers.experts import Experts
 from attnlab.layers.feed_forward import MLP, GatedMLP
 from attnlab.layers.initialization import MuP, Normal
 from attnlab.layers.norms import LayerNorm, RMSNorm
@@ -12,6 +13,7 @@ __all__ = [
     "Bidirectional",
     "Causal",
     "Dtypes",
+    "Experts",
     "GatedMLP",
     "Kind",
     "LayerNorm",

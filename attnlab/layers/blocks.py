@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from attnlab.attention.cache import Cache, LayerCache
 from attnlab.layers.attention import Attention, AttentionLayer, Kind, NoPositions, Rotary
 from attnlab.layers.dropout import Dropout
+from attnlab.layers.experts import Experts, ExpertsLayer
 from attnlab.layers.feed_forward import MLP, FeedForward, GatedMLP
 from attnlab.layers.initialization import Normal
 from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
@@ -36,7 +37,7 @@ class BlockConfig:
     width: int
     depth: int
     attention: Attention
-    feed_forward: MLP | GatedMLP
+    feed_forward: MLP | GatedMLP | Experts
     norm: RMSNorm | LayerNorm
     placement: Placement
     positions: Rotary | NoPositions
@@ -70,13 +71,17 @@ class Block(nn.Module):
         attention = AttentionLayer(
             c.attention, self.kind, turned, c.norm, scale, std, out_std, c.dtypes, name="attention"
         )
-        feed_forward = FeedForward(c.feed_forward, std, out_std, c.dtypes, name="feed_forward")
         self.sow("intermediates", "hidden", x)
 
         y = self._before(x, "attention")
         y, layer_cache = attention(y, segment_ids, positions, cache, layer_cache, self.deterministic)
         x = self._add(x, y, "attention")
-        y = feed_forward(self._before(x, "feed_forward"))
+        y = self._before(x, "feed_forward")
+        if isinstance(c.feed_forward, Experts):
+            experts = ExpertsLayer(c.feed_forward, std, out_std, c.dtypes, name="feed_forward")
+            y = experts(y, segment_ids > 0)
+        else:
+            y = FeedForward(c.feed_forward, std, out_std, c.dtypes, name="feed_forward")(y)
         return self._add(x, y, "feed_forward"), layer_cache
 
     def _before(self, x: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
@@ -139,7 +144,7 @@ class Stack(nn.Module):
         if periods:
             loop = nn.scan(
                 body(looped=self.scan),
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "losses": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=periods,

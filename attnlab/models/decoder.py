@@ -13,6 +13,7 @@ from attnlab.errors import InputError
 from attnlab.layers.attention import Attention, Causal, Kind, NoPositions, Rotary
 from attnlab.layers.blocks import BlockConfig, Placement, Stack
 from attnlab.layers.dropout import Dropout
+from attnlab.layers.experts import Experts
 from attnlab.layers.feed_forward import MLP, GatedMLP
 from attnlab.layers.initialization import MuP, Normal
 from attnlab.layers.linear import Embedding, look_up
@@ -41,7 +42,7 @@ class DecoderConfig:
       depth: number of layers L.
       width: model width E.
       attention: heads and options of every attention layer.
-      feed_forward: `MLP` or `GatedMLP`.
+      feed_forward: `MLP`, `GatedMLP` or `Experts`.
       norm: `RMSNorm` or `LayerNorm`.
       placement: where norms stand; see `BlockConfig`.
       positions: `Rotary`, `Learned` or `NoPositions`.
@@ -60,7 +61,7 @@ class DecoderConfig:
     depth: int = 6
     width: int = 256
     attention: Attention = field(default_factory=Attention)
-    feed_forward: MLP | GatedMLP = field(default_factory=MLP)
+    feed_forward: MLP | GatedMLP | Experts = field(default_factory=MLP)
     norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
     placement: Placement = "pre"
     positions: Rotary | Learned | NoPositions = field(default_factory=Rotary)
@@ -114,11 +115,14 @@ class DecoderConfig:
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size)."""
+        feed_forward = {"model.feed_forward.width": ("mlp", self.feed_forward.hidden(self.width))}
+        if isinstance(self.feed_forward, Experts):
+            feed_forward = {"model.feed_forward.experts": ("experts", self.feed_forward.experts)}
         return {
             "model.width": ("embed", self.width),
             "model.attention.heads": ("heads", self.attention.heads),
             "model.attention.kv_heads": ("kv_heads", self.kv_heads),
-            "model.feed_forward.width": ("mlp", self.feed_forward.hidden(self.width)),
+            **feed_forward,
         }
 
     def check_length(self, length: int) -> None:

@@ -18,11 +18,14 @@ def describe(session: Session) -> str:
     counted = flops.token_flops(e.model, session.tokenizer.vocab_size, e.data.sequence_length)
     forward = counted.weights + counted.attention
     memory = session.compile_train_step().memory_analysis()
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (parameter_name(path), _shape(x), str(x.dtype), _spec(x), f"{x.size:,}")
         for path, x in jax.tree_util.tree_leaves_with_path(state.params)
     ]
     count = sum(x.size for x in jax.tree.leaves(state.params))
+    rows.append(("total", "", "", "", f"{count:,}"))
+    if idle := flops.idle_parameters(e.model):
+        rows.append(("active for a token", "", "", "", f"{count - idle:,}"))
     batch: list[tuple[str, ...]] = [
         (name, _dims(shape), str(dtype)) for name, (shape, dtype) in e.data.element_spec().items()
     ]
@@ -36,7 +39,7 @@ def describe(session: Session) -> str:
                 )
             ],
         ),
-        ("parameters", [*rows, ("total", "", "", "", f"{count:,}")]),
+        ("parameters", rows),
         (
             "FLOPs a token",
             [

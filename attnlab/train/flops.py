@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from attnlab.layers.feed_forward import GatedMLP
+from attnlab.layers import Experts, GatedMLP
 from attnlab.models import DecoderConfig
 
 # Dense bfloat16 matrix products of one device, FLOP/s, from the makers' data sheets.
@@ -42,17 +42,32 @@ class TokenFlops:
 def token_flops(config: DecoderConfig, vocab_size: int, length: int) -> TokenFlops:
     """Operations for each token of full rows of this length (Kaplan et al. 2020, arXiv 2001.08361, table 1).
 
-    Attention counts only the pairs that its masks allow.
+    Attention counts only the pairs that its masks allow, and experts only those that a token goes to.
     """
     heads, d = config.attention.heads, config.head_dim
     projections = config.width * d * (2 * heads + 2 * config.kv_heads)
-    hidden = config.feed_forward.hidden(config.width)
-    matrices = 3 if isinstance(config.feed_forward, GatedMLP) else 2
-    weights = config.depth * (projections + matrices * config.width * hidden) + vocab_size * config.width
+    weights = config.depth * (projections + _feed_forward(config)) + vocab_size * config.width
     # Pairs for each token, counted once for each kind of layer.
     seen = {kind: length * kind.mask().density(length, length) for kind in set(config.kinds)}
     pairs = sum(seen[kind] for kind in config.kinds)
     return TokenFlops(weights=2.0 * weights, attention=4.0 * heads * d * pairs)
+
+
+def _feed_forward(config: DecoderConfig) -> int:
+    """Weights of a feed-forward layer that a token is multiplied with."""
+    layer, matrix = config.feed_forward, config.width * config.feed_forward.hidden(config.width)
+    if isinstance(layer, Experts):
+        return layer.experts * config.width + 3 * layer.top_k * matrix
+    return (3 if isinstance(layer, GatedMLP) else 2) * matrix
+
+
+def idle_parameters(config: DecoderConfig) -> int:
+    """Parameters of the experts that a token does not go to, in all layers."""
+    layer, hidden = config.feed_forward, config.feed_forward.hidden(config.width)
+    if not isinstance(layer, Experts):
+        return 0
+    biases = 2 * hidden + config.width if layer.bias else 0
+    return config.depth * (layer.experts - layer.top_k) * (3 * config.width * hidden + biases)
 
 
 def peak_flops(device: jax.Device) -> float:

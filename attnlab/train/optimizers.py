@@ -245,7 +245,8 @@ def _matrices(params):
             return None
         stacked = "periods" in names
         inputs = 2 if names[-2] == "out" else 1
-        axes = tuple(range(stacked, leaf.ndim))
+        # A feed-forward layer has one matrix, or one for each of its experts.
+        axes = tuple(range(leaf.ndim - 2 if "feed_forward" in names else stacked, leaf.ndim))
         return contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
 
     return jax.tree_util.tree_map_with_path(numbers, params)

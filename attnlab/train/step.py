@@ -88,7 +88,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        grads, sums = _gradients(model, experiment, state.params, batch, key)
+        grads, sums, layer_losses = _gradients(model, experiment, state.params, batch, key)
         loss = sums["nats"] / sums["tokens"]
         leaf_norms = jnp.stack([_norm(g) for g in jax.tree.leaves(grads)])
         grad_norm = jnp.sqrt(jnp.sum(leaf_norms**2))
@@ -123,6 +123,7 @@ def make_train_step(
             "skipped": 1.0 - applied.astype(jnp.float32),
             "leaf_norms": leaf_norms,
         }
+        metrics |= layer_losses
         return dataclasses.replace(state, step=state.step + 1, history=history), metrics
 
     return train_step
@@ -132,38 +133,41 @@ def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
     """Sums over a batch's tokens, to be added over batches: nats, correct, tokens, bytes."""
 
     def eval_step(params, batch: Batch) -> Metrics:
-        statistics = _statistics(model, params, batch, None)
+        statistics, _ = _statistics(model, params, batch, None)
         return token_sums(statistics, jnp.asarray(batch.weights)) | _counts(batch)
 
     return eval_step
 
 
 def _gradients(model, experiment: Experiment, params, batch: Batch, key):
-    """Gradient of the batch's mean loss, and its sums, over one or more microbatches."""
+    """Gradient of the batch's mean loss, its sums, and what layers add, over one or more microbatches."""
     counts = _counts(batch)
     count = experiment.train.microbatches
     drops = experiment.model.dropout > 0 or experiment.model.attention.dropout > 0
 
     def objective(params, batch, key):
-        statistics = _statistics(model, params, batch, key if drops else None)
+        statistics, layer_losses = _statistics(model, params, batch, key if drops else None)
         total = experiment.loss(statistics, batch.weights) / jnp.maximum(counts["tokens"], 1.0)
-        return total, token_sums(statistics, batch.weights)
+        layer_losses = jax.tree.map(lambda x: x / count, layer_losses)
+        return total + sum(layer_losses.values()), (token_sums(statistics, batch.weights), layer_losses)
 
     gradient = jax.grad(objective, has_aux=True)
     if count == 1:
-        grads, sums = gradient(params, batch, key)
-        return grads, sums | counts
+        grads, (sums, layer_losses) = gradient(params, batch, key)
+        return grads, sums | counts, layer_losses
 
     # Rows i, i + count, i + 2 count, ... make a microbatch, so that each stays spread over all devices.
     pieces = jax.tree.map(lambda x: jnp.moveaxis(_cut(x, count), 1, 0), batch)
 
     def add(carry, piece):
         batch, i = piece
-        return jax.tree.map(jnp.add, carry, gradient(params, batch, jax.random.fold_in(key, i))), None
+        grads, sums = gradient(params, batch, jax.random.fold_in(key, i))
+        return jax.tree.map(jnp.add, carry, grads), sums
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), {"nats": jnp.zeros(()), "correct": jnp.zeros(())})
-    (grads, sums), _ = jax.lax.scan(add, zeros, (pieces, jnp.arange(count)))
-    return grads, sums | counts
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, parts = jax.lax.scan(add, zeros, (pieces, jnp.arange(count)))
+    sums, layer_losses = jax.tree.map(lambda x: x.sum(axis=0), parts)
+    return grads, sums | counts, layer_losses
 
 
 def _cut(x: Array, count: int) -> Array:
@@ -174,8 +178,9 @@ def _cut(x: Array, count: int) -> Array:
 
 
 def _statistics(model, params, batch: Batch, dropout_key):
+    """Statistics of the batch's tokens, and the losses that layers sow: by name, added over layers."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    return model.apply(
+    statistics, sown = model.apply(
         {"params": params},
         batch.tokens,
         batch.targets,
@@ -184,7 +189,13 @@ def _statistics(model, params, batch: Batch, dropout_key):
         deterministic=dropout_key is None,
         rngs=rngs,
         method="statistics",
+        mutable=["losses"],
     )
+    layer_losses: Metrics = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(sown.get("losses", {})):
+        name = path[-2].key  # the last is a place in a tuple, which Flax makes of what is sown
+        layer_losses[name] = layer_losses.get(name, 0.0) + value.sum()
+    return statistics, layer_losses
 
 
 def _counts(batch: Batch) -> Metrics:

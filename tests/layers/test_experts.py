@@ -1,0 +1,207 @@
+"""Mixtures of experts: against a loop, over a mesh, in training, and against two libraries' layers."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnlab.layers import Attention, Dtypes, Experts
+from attnlab.layers.experts import ExpertsLayer, balance_loss, clamped_swiglu, route
+from attnlab.models import DecoderConfig
+from attnlab.sharding import constrain
+from attnlab.train import AdamW, Constant
+from tests.train.small import experiment, random_batch, session
+
+CASES = {
+    "two of four": Experts(4, 2, width=6),
+    "shares of all": Experts(4, 2, width=6, renormalize=False),
+    "one": Experts(4, 1, width=6, renormalize=False),
+    "all": Experts(4, 4, width=6),
+    "biases, clamped": Experts(4, 3, width=6, bias=True, activation="clamped_swiglu"),
+}
+EMBED, MESH = 8, "data:2,fsdp:2,tensor:2"
+
+
+def started(config, seed=0):
+    """The layer, its parameters large enough to reach every clamp, and activations (B, T, E)."""
+    layer, rng = ExpertsLayer(config, 0.5, 0.5, Dtypes()), np.random.default_rng(seed)
+    x = jnp.asarray(3 * rng.normal(size=(4, 6, EMBED)), jnp.float32)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x, jnp.ones((4, 6), bool))["params"]
+    return layer, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes), x
+
+
+def by_loop(config, params, x):
+    """Token by token and expert by expert, in float64."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    out = np.zeros(x.shape)
+    for at in np.ndindex(x.shape[:2]):
+        token = np.asarray(x[at], np.float64)
+
+        def linear(name, expert, y):
+            return y @ p[name]["kernel"][expert] + (p[name]["bias"][expert] if config.bias else 0)
+
+        logits = token @ p["router"]["kernel"] + (p["router"]["bias"] if config.bias else 0)
+        chosen = sorted(range(config.experts), key=lambda i: -logits[i])[: config.top_k]
+        over = chosen if config.renormalize else range(config.experts)
+        total = sum(np.exp(logits[i]) for i in over)
+        for i in chosen:
+            gate, up = linear("gate", i, token), linear("up", i, token)
+            if config.activation == "clamped_swiglu":
+                gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+                hidden = gate / (1 + np.exp(-1.702 * gate)) * up
+            else:
+                hidden = gate / (1 + np.exp(-gate)) * up
+            out[at] += np.exp(logits[i]) / total * linear("down", i, hidden)
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_a_loop(name):
+    layer, params, x = started(CASES[name])
+    got = layer.apply({"params": params}, x, jnp.ones(x.shape[:2], bool))
+    want = by_loop(CASES[name], params, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def dense(config, params, x):
+    """The same as one sum over all experts, for gradients: nothing is sorted, nothing ragged."""
+
+    def linear(name, y, into):
+        out = jnp.einsum(into, y, params[name]["kernel"])
+        return out + params[name]["bias"][None, None] if config.bias else out
+
+    weights, choices = route(linear("router", x, "bte,ex->btx"), config.top_k, config.renormalize)
+    share = jnp.einsum("btk,btkx->btx", weights, jax.nn.one_hot(choices, config.experts))
+    gate, up = linear("gate", x, "bte,xef->btxf"), linear("up", x, "bte,xef->btxf")
+    clamped = config.activation == "clamped_swiglu"
+    y = linear("down", clamped_swiglu(gate, up) if clamped else jax.nn.silu(gate) * up, "btxf,xfe->btxe")
+    return jnp.einsum("btx,btxe->bte", share, y)
+
+
+@pytest.mark.parametrize("text", ["none", "single", MESH, "tensor:4"])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_on_any_mesh(name, text, mesh_of):
+    config = CASES[name]
+    layer, params, x = started(config)
+    cotangent = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    def loss(apply, params, x, cotangent):
+        return jnp.sum(apply(params, x) * cotangent)
+
+    def ours(params, x):
+        real = jnp.ones_like(x[..., 0], bool)
+        return layer.apply({"params": params}, x, real)
+
+    want = jax.value_and_grad(lambda p, x: loss(lambda p, x: dense(config, p, x), p, x, cotangent), (0, 1))(
+        params, x
+    )
+    if text == "none":
+        got = jax.value_and_grad(lambda p, x: loss(ours, p, x, cotangent), (0, 1))(params, x)
+    else:
+        with jax.set_mesh(mesh_of(text)):
+            laid = laid_out(layer, params, x)
+            x, cotangent = (constrain(a, "batch", "sequence", None) for a in (x, cotangent))
+            step = jax.jit(jax.value_and_grad(lambda p, x: loss(ours, p, x, cotangent), (0, 1)))
+            got = step(laid, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def laid_out(layer, params, x):
+    """The parameters as a mesh has them."""
+    x = constrain(x, "batch", "sequence", None)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x, jnp.ones_like(x[..., 0], bool))["params"]
+    return jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), params, shapes)
+
+
+def test_experts_stay_where_they_are(mesh_of):
+    """Each device keeps its own; what goes round are tokens' activations, added up."""
+    layer, params, x = started(CASES["two of four"])
+    with jax.set_mesh(mesh_of("tensor:4")):
+        laid = laid_out(layer, params, x)
+        assert laid["up"]["kernel"].sharding.spec == P("tensor", "fsdp", None)
+        assert laid["down"]["kernel"].sharding.spec == P("tensor", None, "fsdp")
+        x = constrain(x, "batch", "sequence", None)
+        real = jnp.ones_like(x[..., 0], bool)
+        text = jax.jit(layer.apply).lower({"params": laid}, x, real).compile().as_text()
+    assert not re.findall(r" all-gather(?:-start)?\(", text)
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
+
+
+def test_balance_is_least_where_all_get_the_same():
+    even = jnp.eye(4)[None]
+    real = jnp.ones((1, 4), bool)
+    np.testing.assert_allclose(balance_loss(0 * even, route(even, 1, False)[1], real), 1.0, rtol=1e-6)
+    one = jnp.zeros((1, 4, 4)).at[:, :, 2].set(9.0)
+    assert balance_loss(one, route(one, 1, False)[1], real) > 3.9
+    padded = one.at[:, 1:].set(even[:, 1:])
+    only = jnp.arange(4)[None] == 0
+    np.testing.assert_allclose(
+        balance_loss(padded, route(padded, 1, False)[1], only),
+        balance_loss(one, route(one, 1, False)[1], real),
+        rtol=1e-6,
+    )
+
+
+def test_it_trains_on_a_mesh_and_balances():
+    """With scan and remat; the balance loss is a metric of its own, and falls."""
+    model = {
+        "feed_forward": Experts(4, 2, width=16, balance=0.1),
+        "remat": "full",
+        "attention": Attention(4, 2),
+    }
+    made = session(experiment(model=model, optimizer=AdamW(learning_rate=0.01, schedule=Constant())), MESH)
+    state, batch = made.new_state(), made.to_devices(random_batch())
+    losses, balance = [], []
+    for _ in range(20):
+        state, metrics = made.train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+        balance.append(float(metrics["balance"]))
+    assert losses[-1] < losses[0] - 0.5
+    assert 0.1 * 2 * 2 <= balance[-1] < balance[0] or balance[0] < 0.1 * 2 * 2 * 1.05  # two layers of top 2
+
+
+def test_the_balance_loss_counts_as_much_in_microbatches():
+    model = {"feed_forward": Experts(4, 2, width=16, balance=0.1)}
+    found = []
+    for count in (1, 2):
+        made = session(experiment(model=model, microbatches=count))
+        _, metrics = made.train_step(made.new_state(), made.to_devices(random_batch()))
+        found.append(metrics)
+    np.testing.assert_allclose(found[0]["loss"], found[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        found[0]["balance"], found[1]["balance"], rtol=0.05
+    )  # of rows, not of the batch
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"top_k": 9}, "top_k=9 must be at least 1 and at most experts=8"),
+        ({"top_k": 1}, "renormalize with top_k=1"),
+        ({"balance": -1.0}, "balance must be at least 0"),
+    ],
+)
+def test_configs_that_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Experts(**fields)
+
+
+def test_a_mesh_that_cannot_cut_the_experts(refuses):
+    model = {"feed_forward": Experts(3, 2, width=16)}
+    with refuses("model.feed_forward.experts=3 cannot be cut into 2 pieces"):
+        session(experiment(model=model), "tensor:2")
+
+
+def test_flops_and_active_parameters_count_chosen_experts_only():
+    from attnlab.train import flops
+
+    few = DecoderConfig(depth=2, width=16, attention=Attention(4), feed_forward=Experts(8, 2, width=16))
+    many = dataclasses.replace(few, feed_forward=Experts(16, 2, width=16))
+    router = 2.0 * 2 * 8 * 16
+    assert flops.token_flops(many, 99, 8).weights - flops.token_flops(few, 99, 8).weights == router
+    assert flops.idle_parameters(many) - flops.idle_parameters(few) == 2 * 8 * 3 * 16 * 16
