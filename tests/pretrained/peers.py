@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from attnlab import sharding
 from attnlab.pretrained import checkpoints, table, tensors
@@ -73,6 +74,17 @@ def batch(vocab, lengths=LENGTHS, seed=1, left=False):
     if left:
         there = there[:, ::-1]
     return np.where(there, ids, 0), there.astype(np.int32).copy()
+
+
+def saved_gradients(model, folder):
+    """A model's gradients under the names, and in the layouts, that its parameters have in a file."""
+    values = {name: p.data for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.data = p.grad
+    model.save_pretrained(folder)
+    for name, p in model.named_parameters():
+        p.data = values[name]
+    return load_file(folder / "model.safetensors")
 
 
 def places(there):

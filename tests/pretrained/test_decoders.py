@@ -9,7 +9,7 @@ import pytest
 
 from attnlab.inspect.maps import attention_maps, in_order
 from attnlab.pretrained import checkpoints
-from tests.pretrained.peers import applied, batch, close, places, saved
+from tests.pretrained.peers import applied, batch, close, places, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -54,6 +54,13 @@ CASES = {
     "phi3, long": (
         "Phi3",
         SMALL | {"sliding_window": 5, "original_max_position_embeddings": 32, "rope_parameters": ROPE | {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}},
+    ),
+    "mixtral": ("Mixtral", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": (
+        "GptOss",
+        SMALL
+        | {"head_dim": 12, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 3}
+        | {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}},
     ),
     "gemma": ("Gemma", SMALL | {"head_dim": 16}),
     "gemma2": ("Gemma2", SMALL | {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 20}),
@@ -109,7 +116,7 @@ def test_logits_hidden_states_and_maps(peer, case, left):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients(peer, case):
+def test_loss_and_gradients(peer, case, tmp_path):
     import torch
 
     peer = peer(case)
@@ -131,11 +138,11 @@ def test_loss_and_gradients(peer, case):
     with jax.set_mesh(peer.mesh):
         value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
     close(value, loss.detach().numpy(), 1e-5)
-    wanted = dict(peer.theirs.named_parameters())
+    wanted = saved_gradients(peer.theirs, tmp_path)
     found = peer.named(grads)
     assert found.keys() == wanted.keys()
     for name, grad in found.items():
-        expected = wanted[name].grad.numpy()
+        expected = wanted[name]
         np.testing.assert_allclose(
             grad, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max(), err_msg=name
         )

@@ -36,7 +36,7 @@ def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
         "n_head": config.attention.heads,
         "n_inner": config.feed_forward.hidden(config.width),
         "n_positions": positions,
-        "activation_function": THEIR_NAMES[config.feed_forward.activation],
+        "activation_function": THEIR_NAMES.get(config.feed_forward.activation),
         "layer_norm_epsilon": config.norm.epsilon,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,

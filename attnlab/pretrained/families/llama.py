@@ -1,5 +1,6 @@
 """Llama, and decoders that differ from it in a few settings: one config function and one table each."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,7 @@ def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "attention_bias": config.attention.bias is True,
         "intermediate_size": config.feed_forward.hidden(config.width),
-        "hidden_act": THEIR_NAMES[config.feed_forward.activation],
+        "hidden_act": THEIR_NAMES.get(config.feed_forward.activation),
         "mlp_bias": config.feed_forward.bias,
         "rms_norm_eps": config.norm.epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
@@ -144,20 +145,32 @@ APART = {
 }
 
 
-def llama_tensors(norms: dict[str, str], qk_norm: str = "", projections=APART) -> tuple[Tensor, ...]:
+def _dense(projections=APART) -> list[Tensor]:
+    ours, theirs = "layers/{layer}/feed_forward", "model.layers.{layer}"
+    rows = [*linear(f"{ours}/down", f"{theirs}.mlp.down_proj")]
+    for name in ("gate", "up"):
+        projection, layout = projections[name]
+        rows += linear(f"{ours}/{name}", f"{theirs}.{projection}", layout)
+    return rows
+
+
+def llama_tensors(
+    norms: dict[str, str], qk_norm: str = "", projections=APART, feed_forward: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
     """The names of Llama and its kin.
 
     Args:
       norms: ours, with the names that they have there.
       qk_norm: layout of the norms of queries and keys.
       projections: name and layout of each.
+      feed_forward: its rows; none given are those of a gated MLP.
     """
     ours, theirs = "layers/{layer}", "model.layers.{layer}"
     rows = [Tensor("embedding/table", "model.embed_tokens.weight")]
     rows += [Tensor(f"{ours}/{a}/scale", f"{theirs}.{b}.weight") for a, b in norms.items()]
-    for name, (projection, layout) in projections.items():
-        layer = "feed_forward" if name in ("gate", "up") else "attention"
-        rows += linear(f"{ours}/{layer}/{name}", f"{theirs}.{projection}", layout)
+    for name in ("query", "key", "value"):
+        projection, layout = projections[name]
+        rows += linear(f"{ours}/attention/{name}", f"{theirs}.{projection}", layout)
     for name in ("query", "key"):
         rows.append(
             Tensor(
@@ -169,7 +182,7 @@ def llama_tensors(norms: dict[str, str], qk_norm: str = "", projections=APART) -
         Tensor(f"{ours}/attention/sinks", f"{theirs}.self_attn.sinks"),
         Tensor(f"{ours}/attention/out/kernel", f"{theirs}.self_attn.o_proj.weight", "e (h d) -> h d e"),
         Tensor(f"{ours}/attention/out/bias", f"{theirs}.self_attn.o_proj.bias"),
-        *linear(f"{ours}/feed_forward/down", f"{theirs}.mlp.down_proj"),
+        *(feed_forward or _dense(projections)),
         Tensor("norm/scale", "model.norm.weight"),
         Tensor("readout/table", "lm_head.weight"),
     )
@@ -183,19 +196,20 @@ BRANCH = {
 BOTH = BRANCH | {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_feedforward_layernorm"}
 
 
-def _family(config, architecture: str, tensors: tuple[Tensor, ...] = llama_tensors(PRE)) -> Family:
+def family(config, architecture: str, tensors: tuple[Tensor, ...] = llama_tensors(PRE)) -> Family:
+    """A family of Llama's kin, by its config function and its table."""
     ignored = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
     return Family(config, tensors, "model.", architecture, fields, ignored)
 
 
 FAMILIES = {
-    "llama": _family(llama, "LlamaForCausalLM"),
-    "mistral": _family(mistral, "MistralForCausalLM"),
-    "qwen2": _family(qwen2, "Qwen2ForCausalLM"),
-    "qwen3": _family(qwen3, "Qwen3ForCausalLM"),
-    "olmo2": _family(olmo2, "Olmo2ForCausalLM", llama_tensors(BRANCH, "(h d) -> h d")),
-    "phi3": _family(phi3, "Phi3ForCausalLM", llama_tensors(PRE, projections=JOINED)),
-    "gemma": _family(gemma, "GemmaForCausalLM"),
-    "gemma2": _family(gemma2, "Gemma2ForCausalLM", llama_tensors(BOTH)),
-    "gemma3_text": _family(gemma3, "Gemma3ForCausalLM", llama_tensors(BOTH)),
+    "llama": family(llama, "LlamaForCausalLM"),
+    "mistral": family(mistral, "MistralForCausalLM"),
+    "qwen2": family(qwen2, "Qwen2ForCausalLM"),
+    "qwen3": family(qwen3, "Qwen3ForCausalLM"),
+    "olmo2": family(olmo2, "Olmo2ForCausalLM", llama_tensors(BRANCH, "(h d) -> h d")),
+    "phi3": family(phi3, "Phi3ForCausalLM", llama_tensors(PRE, projections=JOINED)),
+    "gemma": family(gemma, "GemmaForCausalLM"),
+    "gemma2": family(gemma2, "Gemma2ForCausalLM", llama_tensors(BOTH)),
+    "gemma3_text": family(gemma3, "Gemma3ForCausalLM", llama_tensors(BOTH)),
 }
