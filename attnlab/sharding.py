@@ -32,6 +32,7 @@ RULES: dict[str, tuple] = {
     "expert_mlp": (None, None),  # the experts themselves are cut
     "vocab": ("tensor", "tensor"),
     "norm": (None, None),
+    "window": (None, None),  # what a patch or a convolution reads at once: pixels, taps, mels
 }
 
 

@@ -37,11 +37,7 @@ class Linear(nn.Module):
         out_axes = self.axes[len(self.inputs) :]
         # As an activation the model width is whole: only a parameter's is cut.
         y = contract(x, kernel, len(self.inputs), out_axes)
-        if self.bias:
-            bias_axes = tuple("norm" if a == "embed" else a for a in out_axes)
-            bias = parameter(self, "bias", self.outputs, bias_axes, self.dtypes)
-            y = y + jnp.expand_dims(bias, (0, 1))
-        return y
+        return add_bias(self, y, self.outputs, out_axes, self.dtypes) if self.bias else y
 
 
 def contract(
@@ -61,6 +57,18 @@ def contract(
         out_sharding=out_sharding("batch", *out_axes),
     )
     return y.reshape(b, t, *y.shape[1:], out_sharding=out_sharding("batch", "sequence", *out_axes))
+
+
+def add_bias(
+    module: nn.Module,
+    y: Float[Array, "B T *outputs"],
+    outputs: tuple[int, ...],
+    out_axes: tuple[str, ...],
+    dtypes: Dtypes,
+) -> Float[Array, "B T *outputs"]:
+    """y + b, with b a parameter of `module` that starts at zero; along the model width it is stored whole."""
+    axes = tuple("norm" if a == "embed" else a for a in out_axes)
+    return y + jnp.expand_dims(parameter(module, "bias", outputs, axes, dtypes), (0, 1))
 
 
 class Embedding(nn.Module):
