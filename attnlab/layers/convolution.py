@@ -1,0 +1,59 @@
+"""Convolution over the length of a sequence, as in front of Whisper's encoder."""
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from attnlab.errors import InputError
+from attnlab.layers.linear import add_bias
+from attnlab.layers.parameters import Dtypes, parameter
+from attnlab.sharding import out_sharding
+
+
+class Convolution1d(nn.Module):
+    """y_t = sum over k of x_{stride t + k - padding} W_k + b, where x is zero beyond both its ends.
+
+    Attributes:
+      inputs: channels read.
+      outputs: channels written.
+      size: number of taps k; the kernel is (size, inputs, outputs).
+      axes: logical names of the inputs and of the outputs, of which only one may be "embed".
+      std: deviation of the initial weights.
+      bias: whether b is there; it starts at zero.
+      stride: steps of the input for one of the output.
+      padding: zeros before and after the input.
+    """
+
+    inputs: int
+    outputs: int
+    size: int
+    axes: tuple[str, str]
+    std: float
+    bias: bool
+    dtypes: Dtypes
+    stride: int = 1
+    padding: int = 0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S inputs"]) -> Float[Array, "B T outputs"]:
+        """The channels, in the compute dtype, at each of T = (S + 2 padding - size) // stride + 1 places.
+
+        Raises:
+          InputError: a sequence shorter than the kernel.
+        """
+        if x.shape[1] + 2 * self.padding < self.size:
+            raise InputError(
+                f"a convolution of {self.size} taps needs a length of at least "
+                f"{self.size - 2 * self.padding}, not {x.shape[1]}"
+            )
+        shape = (self.size, self.inputs, self.outputs)
+        kernel = parameter(self, "kernel", shape, ("window", *self.axes), self.dtypes, std=self.std)
+        y = jax.lax.conv_general_dilated(
+            x.astype(kernel.dtype),
+            kernel,
+            window_strides=(self.stride,),
+            padding=[(self.padding, self.padding)],
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            out_sharding=out_sharding("batch", "sequence", self.axes[1]),
+        )
+        return add_bias(self, y, (self.outputs,), self.axes[1:], self.dtypes) if self.bias else y
