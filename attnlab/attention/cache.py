@@ -88,9 +88,13 @@ def map_rows(function: Callable[[Array], Array], tree: Any) -> Any:
 def take_rows(x: Array, rows: Int[Array, "G N"]) -> Array:
     """`rows` of each of the G groups that the first axis of `x` is made of, (G * N, ...)."""
     groups, count = rows.shape
-    x = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+    in_mesh = not jax.sharding.get_abstract_mesh().empty
+    batch, *rest = jax.typeof(x).sharding.spec if in_mesh else (None,)
+    # Said, for what is reshaped from a single row may lose its layout.
+    apart, together = (jax.P(batch, None, *rest), jax.P(batch, *rest)) if in_mesh else (None, None)
+    x = x.reshape(groups, x.shape[0] // groups, *x.shape[1:], out_sharding=apart)
     x = jax.vmap(lambda group, index: group[index])(x, rows)
-    return x.reshape(groups * count, *x.shape[2:])
+    return x.reshape(groups * count, *x.shape[2:], out_sharding=together)
 
 
 def empty_layer(batch: int, slots: int, kv_heads: int, head_dim: int, dtype) -> LayerCache:

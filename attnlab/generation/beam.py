@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from attnlab.errors import InputError
 from attnlab.generation.prefix import Prefix
 from attnlab.generation.sampling import whole_rows
+from attnlab.sharding import out_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -128,7 +129,7 @@ def beam_search(
     nothing = jnp.full_like(prefix.positions, eos_id)[:, None, None] + jnp.zeros((1, count, slots), jnp.int32)
     none = jnp.full_like(prefix.positions, -jnp.inf, jnp.float32)[:, None] + jnp.zeros((1, count))
     first = jnp.where(jnp.arange(count)[None] == 0, 0.0, none)
-    same = jnp.zeros_like(nothing[:, :, 0])
+    same = jnp.zeros_like(prefix.positions)[:, None] + jnp.zeros((1, count), jnp.int32)
     state = _State(
         jnp.int32(0),
         Texts(nothing, first),
@@ -140,7 +141,8 @@ def beam_search(
     select = partial(_select, penalty=penalty, eos_id=eos_id, steps=steps)
 
     def step(state: _State) -> _State:
-        last = jnp.take(state.growing.tokens, state.length - 1, axis=2).reshape(-1)
+        last = jnp.take(state.growing.tokens, state.length - 1, axis=2)
+        last = last.reshape(-1, out_sharding=out_sharding("batch"))
         return select(state._replace(prefix=state.prefix.take(state.parents).read(model, params, last)))
 
     return jax.lax.while_loop(lambda state: state.open.any(), step, select(state)).finished
@@ -151,7 +153,10 @@ def _select(state: _State, *, penalty, eos_id: int, steps) -> _State:
     b, k, _ = state.growing.tokens.shape
     log_probs = jax.nn.log_softmax(whole_rows(state.prefix.logits))
     size, length = log_probs.shape[-1], state.length + 1
-    scores = (state.growing.scores[:, :, None] + log_probs.reshape(b, k, size)).reshape(b, k * size)
+    # Layouts are said, for what is reshaped from or to a single row may lose its own.
+    log_probs = log_probs.reshape(b, k, size, out_sharding=out_sharding("batch", None, None))
+    scores = state.growing.scores[:, :, None] + log_probs
+    scores = scores.reshape(b, k * size, out_sharding=out_sharding("batch", None))
     # An end takes one token of each text, so that of 2k at least k go on.
     scores, places = jax.lax.top_k(scores, 2 * k)
     parents, new = places // size, places % size

@@ -29,7 +29,7 @@ class Prefix:
         """With one more token of each row."""
         new = tokens[:, None]
         logits, cache = forward(model, params, new, jnp.ones_like(new), self.positions[:, None], self.cache)
-        return Prefix(cache, logits[:, -1].astype(jnp.float32), self.positions + 1)
+        return Prefix(cache, _last(logits), self.positions + 1)
 
 
 def forward(model, params, tokens, segments, positions, cache: Cache) -> tuple[Array, Cache]:
@@ -43,5 +43,9 @@ def prefill(model, slots: int, params, tokens: Int[Array, "B T"], segments: Int[
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     cache = model.init_cache(tokens.shape[0], slots)
     logits, cache = forward(model, params, tokens, segments, positions, cache)
-    # Said, for a slice of a single row may lose its layout.
-    return Prefix(cache, logits[:, -1].astype(jnp.float32), sharding.constrain(positions[:, -1] + 1, "batch"))
+    return Prefix(cache, _last(logits), sharding.constrain(positions[:, -1] + 1, "batch"))
+
+
+def _last(logits: Float[Array, "B T V"]) -> Float[Array, "B V"]:
+    # Laid out by word, as positions are, for a slice of a single row may lose its layout.
+    return sharding.constrain(logits[:, -1].astype(jnp.float32), "batch", None)

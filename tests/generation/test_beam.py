@@ -98,13 +98,16 @@ def test_rows_do_not_depend_on_each_other():
         assert_same(search(model, params, [prompt], steps=8, count=3)[0], texts)
 
 
-def test_a_mesh_changes_no_text(mesh_of):
+@pytest.mark.parametrize(("text", "count"), [("data:2,fsdp:2,tensor:2", 4), ("single", 1)])
+def test_a_mesh_changes_no_text(mesh_of, text, count):
     model, params = start(WINDOWED, VOCAB)
-    prompts = [*PROMPTS, [1, 2]]
+    prompts = [*PROMPTS, [1, 2]][:count]
     expected = search(model, params, prompts, steps=6, count=3)
-    mesh = mesh_of("data:2,fsdp:2,tensor:2")
+    mesh = mesh_of(text)
     with jax.set_mesh(mesh):
-        rows = jax.ShapeDtypeStruct((4, 4), jnp.int32, sharding=jax.NamedSharding(mesh, P(("data", "fsdp"))))
+        rows = jax.ShapeDtypeStruct(
+            (count, 4), jnp.int32, sharding=jax.NamedSharding(mesh, P(("data", "fsdp")))
+        )
         shapes = jax.eval_shape(model.init, jax.random.key(0), rows)["params"]
         there = jax.tree.map(
             lambda x, like: jax.device_put(x, jax.NamedSharding(mesh, like.sharding.spec)), params, shapes
