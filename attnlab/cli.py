@@ -22,7 +22,7 @@ WHAT_MODES_DO = {
     "eval": "measure a trained run on its validation data",
     "sample": "generate from a trained run",
     "import": "make a run of a checkpoint in Hugging Face's layout: --checkpoint=DIR or a hub id",
-    "export": "write a run that began as such a checkpoint as one again, to --out",
+    "export": "write a run as such a checkpoint, to --out",
     "describe": "show the config, the model and where it is placed; nothing is run",
 }
 EXAMPLES = (

@@ -165,9 +165,8 @@ def _select(state: _State, *, penalty, eos_id: int, steps) -> _State:
     ended = (new == eos_id) | (length >= steps)
     counts = ended & (jnp.arange(2 * k) < k)[None] & state.open[:, None]
     done = Texts(tokens, jnp.where(counts, scores / penalty(length), -jnp.inf))
-    finished, _ = Texts(*map(partial(jnp.concatenate, axis=1), zip(state.finished, done, strict=True))).best(
-        k
-    )
+    pairs = zip(state.finished, done, strict=True)
+    finished, _ = Texts(*(jnp.concatenate(pair, axis=1) for pair in pairs)).best(k)
     growing, chosen = Texts(tokens, jnp.where(ended, -jnp.inf, scores)).best(k)
     better = growing.scores[:, 0] / penalty(length) > finished.scores.min(axis=1)
     chosen_parents = _pick(parents, chosen)

@@ -84,21 +84,20 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
     settings = files.read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
     if template.exists():
         settings["chat_template"] = template.read_text()
-    if "eos_token" not in settings:
-        settings["eos_token"] = _eos_by_id(folder, file)
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_str(file.read_text()), settings)
-    except InputError:
-        raise
+        backend = tokenizers.Tokenizer.from_str(file.read_text())
     except Exception as error:  # the library raises plain Exceptions
         raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
+    if "eos_token" not in settings:
+        settings["eos_token"] = _eos_by_id(folder, backend)
+    return Tokenizer(backend, settings)
 
 
-def _eos_by_id(folder: epath.Path, file: epath.Path) -> str | None:
+def _eos_by_id(folder: epath.Path, backend: tokenizers.Tokenizer) -> str | None:
     """The token that ends a text where only the model's config tells, by its number."""
     number = files.read_json(folder / files.CONFIG).get("eos_token_id")
     number = number[0] if isinstance(number, list) else number
-    return None if number is None else tokenizers.Tokenizer.from_str(file.read_text()).id_to_token(number)
+    return None if number is None else backend.id_to_token(number)
 
 
 def copy_small_files(source: epath.Path, target: epath.Path) -> None:

@@ -67,7 +67,6 @@ class Checkpoint:
     """
 
     def __init__(self, folder: epath.Path):
-        self.folder = folder
         self._files: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
         for file in _tensor_files(folder):

@@ -5,7 +5,7 @@ from typing import Any
 
 from attnlab.attention import positions
 from attnlab.errors import InputError
-from attnlab.layers import Bidirectional, Causal, Kind, Rotary, Sliding
+from attnlab.layers import Causal, Kind, Rotary, Sliding
 
 ACTIVATIONS = {
     "gelu": "gelu_exact",
@@ -88,8 +88,6 @@ class Settings(Mapping):
         if name == "sliding_attention":
             own = name in self.get("rope_parameters", {}) or "rope_local_base_freq" in self
             return Sliding(self["sliding_window"], positions=self.rotary(name) if own else None)
-        if name == "bidirectional":
-            return Bidirectional()
         raise InputError(f"{self._where}: layer_types has {name!r}, which is not supported")
 
     def rotary(self, layer_type: str = "full_attention", theta: float = 10_000.0) -> Rotary:

@@ -7,7 +7,7 @@ often: a row of a parameter that this model does without is passed over, a row o
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import einops
@@ -165,22 +165,17 @@ def _numbered(found: list[Place]) -> list[Place]:
         for number, place in enumerate(parts):
             axis = place.part_axis
             assert axis is not None or len(parts) == 1, f"{place.theirs} belongs to several parameters"
-            numbered.append(_replace(place, (number, len(parts), before)))
+            numbered.append(replace(place, part=(number, len(parts), before)))
             before += place.their_shape[axis] if axis is not None else 0
     return numbered
-
-
-def _replace(place: Place, part: tuple[int, int, int]) -> Place:
-    return Place(place.ours, place.index, place.theirs, place.layout, place.shape, part)
 
 
 def shapes_of(found: Iterable[Place]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint."""
     shapes: dict[str, tuple[int, ...]] = {}
     for place in found:
-        shape, axis = place.their_shape, place.part_axis
-        if place.theirs in shapes and axis is not None:
-            before = shapes[place.theirs][axis]
+        shape, axis, (*_, before) = place.their_shape, place.part_axis, place.part
+        if axis is not None:  # the last of the parts ends where the tensor does
             shape = (*shape[:axis], before + shape[axis], *shape[axis + 1 :])
         shapes[place.theirs] = shape
     return shapes

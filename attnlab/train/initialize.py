@@ -55,7 +55,7 @@ def start_from(
         # Copied, for the new state uses its parameters up.
         return jax.device_put(jnp.array(found[name], ours.dtype, copy=True), ours.sharding)
 
-    params = jax.tree_util.tree_map_with_path(take, session.new_state().params)
+    params = jax.tree_util.tree_map_with_path(take, session.new_params())
     total = len(jax.tree.leaves(params))
     if not taken:
         raise InputError(

@@ -82,6 +82,11 @@ class Session:
         )
         return self._on_mesh(init)(params)
 
+    def new_params(self) -> Any:
+        """The parameters of `new_state` alone."""
+        optimizer = self.optimizer
+        return self._on_mesh(jax.jit(lambda: init_state(self.model, self.experiment, optimizer).params))()
+
     @cached_property
     def train_step(self):
         """The compiled training step; the state it is given is used up."""

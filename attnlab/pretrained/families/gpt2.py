@@ -18,7 +18,7 @@ def gpt2(s: Settings) -> DecoderConfig:
         depth=s["n_layer"],
         width=s["n_embd"],
         attention=Attention(heads=s["n_head"], bias=True, dropout=s.get("attn_pdrop", 0.0)),
-        feed_forward=MLP(s.get("n_inner", 4 * s["n_embd"]), s.activation("activation_function")),
+        feed_forward=MLP(s.get("n_inner"), s.activation("activation_function")),
         norm=LayerNorm(s["layer_norm_epsilon"]),
         positions=Learned(s["n_positions"]),
         vocab_size=s["vocab_size"],

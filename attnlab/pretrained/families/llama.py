@@ -145,7 +145,7 @@ APART = {
 }
 
 
-def _dense(projections=APART) -> list[Tensor]:
+def _dense(projections) -> list[Tensor]:
     ours, theirs = "layers/{layer}/feed_forward", "model.layers.{layer}"
     rows = [*linear(f"{ours}/down", f"{theirs}.mlp.down_proj")]
     for name in ("gate", "up"):
