@@ -88,8 +88,7 @@ def peer(tmp_path_factory):
 
 
 def theirs(peer, ids, there, **options):
-    import torch
-
+    torch = pytest.importorskip("torch")
     with torch.no_grad():
         ids, mask, positions = map(torch.tensor, (ids, there, places(there)))
         return peer.theirs(ids, attention_mask=mask, position_ids=positions, **options)
@@ -117,8 +116,7 @@ def test_logits_hidden_states_and_maps(peer, case, left):
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(peer, case, tmp_path):
-    import torch
-
+    torch = pytest.importorskip("torch")
     peer = peer(case)
     ids, there = batch(67)
     labels = torch.tensor(np.where(there, ids, -100))
@@ -150,7 +148,6 @@ def test_loss_and_gradients(peer, case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_written_again_it_is_the_same(peer, case, tmp_path):
-
     peer = peer(case)
     checkpoints.write_params(tmp_path, peer.found[0], peer.params)
     peer.theirs.config.save_pretrained(tmp_path)
