@@ -1,6 +1,15 @@
 """Flax modules that declare parameters and call functions of `attnlab.attention`."""
 
-from attnlab.layers.attention import Attention, Bidirectional, Causal, Kind, NoPositions, Rotary, Sliding
+from attnlab.layers.attention import (
+    Attention,
+    Bidirectional,
+    Causal,
+    Kind,
+    NoPositions,
+    RelativeBias,
+    Rotary,
+    Sliding,
+)
 from attnlab.layers.experts import Experts
 from attnlab.layers.feed_forward import MLP, GatedMLP
 from attnlab.layers.initialization import MuP, Normal
@@ -21,6 +30,7 @@ __all__ = [
     "NoPositions",
     "Normal",
     "RMSNorm",
+    "RelativeBias",
     "Rotary",
     "Sliding",
 ]

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention import attend, causal, moved, segments, softcap, window
+from attnlab.attention import attend, causal, moved, segments, softcap, t5_bias, window
 from attnlab.attention.cache import Cache, LayerCache
 from attnlab.attention.masks import Index, Mask
 from attnlab.attention.positions import Scaling, rotary
+from attnlab.attention.scores import Score
 from attnlab.layers.linear import Linear
 from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
 from attnlab.layers.parameters import Dtypes, parameter
@@ -43,6 +45,24 @@ class Rotary:
             scaling=self.scaling,
             interleaved=self.interleaved,
         )
+
+
+@dataclass(frozen=True)
+class RelativeBias:
+    """A learned term of every score for how far the key is from the query, in `buckets` that widen up to
+    `max_distance`; one table for all layers (T5, arXiv 1910.10683, section 2.1).
+    """
+
+    buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self):
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise ValueError("buckets must be at least 4, and max_distance over half of them")
+
+    def __call__(self, table: Float[Array, "buckets H"], kind: "Kind", first: Index) -> Score:
+        """The score of a layer of this kind whose first query is at the key index `first`."""
+        return t5_bias(table, bidirectional=not kind.causal, max_distance=self.max_distance, offset=first)
 
 
 @dataclass(frozen=True)
@@ -155,6 +175,40 @@ class Attention:
             raise ValueError("scale must be over 0, or none")
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Memory:
+    """What cross-attention looks at: an encoder's output, say.
+
+    Attributes:
+      values: its activations; their width need not be the model's.
+      segments: which document each belongs to, 0 for padding: queries see those of their own.
+    """
+
+    values: Float[Array, "B S M"]
+    segments: Int[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reading:
+    """What all layers of a stack are given alike, beside the activations.
+
+    Attributes:
+      segments: packed document of each token, 0 for padding.
+      positions: place of each token in its document.
+      cache: of what was read before these tokens, without the layers' own parts; None if nothing was.
+      memory: what cross-attention looks at; None where layers have none, or where their caches hold it.
+      relative: the table of `RelativeBias`.
+    """
+
+    segments: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    cache: Cache | None = None
+    memory: Memory | None = None
+    relative: Float[Array, "buckets H"] | None = None
+
+
 class AttentionLayer(nn.Module):
     """Attention of a layer of one kind; keys and values come from the same tokens or a cache of them.
 
@@ -169,7 +223,7 @@ class AttentionLayer(nn.Module):
 
     config: Attention
     kind: Kind
-    positions: Rotary | NoPositions
+    positions: Rotary | RelativeBias | NoPositions
     norm: RMSNorm | LayerNorm
     scale: float | None
     std: float
@@ -180,40 +234,45 @@ class AttentionLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        segment_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        cache: Cache | None = None,
+        reading: Reading,
         layer_cache: LayerCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
         """The attended activations, and the layer's cache with the new keys and values in it."""
-        query, key, value = self._project(x, "query"), self._project(x, "key"), self._project(x, "value")
+        query, key, value = (self._project(x, name, x.shape[-1]) for name in ("query", "key", "value"))
         if isinstance(self.positions, Rotary):
-            query, key = self.positions(query, positions), self.positions(key, positions)
-        mask, key_segments = self.kind.mask(), segment_ids
+            query, key = (self.positions(y, reading.positions) for y in (query, key))
+        first: Index = 0
+        mask, key_segments, cache = self.kind.mask(), reading.segments, reading.cache
         if cache is not None and layer_cache is not None:
             first, key_segments = cache.index - x.shape[1], cache.segments
             mask = moved(self.kind.mask(first), cache.first)
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
-        out = self._attend(query, key, value, mask & segments(segment_ids, key_segments), deterministic)
+        score = None
+        if isinstance(self.positions, RelativeBias) and reading.relative is not None:
+            score = self.positions(reading.relative, self.kind, first)
+        mask = mask & segments(reading.segments, key_segments)
+        out = self._attend(query, key, value, mask, score, deterministic)
         return self._project_out(out, x.shape[-1]), layer_cache
 
-    def _project(self, x: Float[Array, "B T E"], name: str) -> Float[Array, "B T H D"]:
-        """Queries, keys or values, normalised if asked."""
-        config, embed = self.config, x.shape[-1]
+    def _project(self, x: Float[Array, "B T inputs"], name: str, embed: int) -> Float[Array, "B T H D"]:
+        """Queries, keys or values of a model of width `embed`, normalised if asked."""
+        config, inputs = self.config, x.shape[-1]
         heads, axis = config.heads, "heads"
         if name != "query":
             heads, axis = config.kv_heads or config.heads, "kv_heads"
         shape, axes = (heads, config.head_dim or embed // config.heads), (axis, "head_dim")
         bias = config.has_bias(name)
-        y = Linear((embed,), shape, ("embed", *axes), self.std, bias, self.dtypes, name=name)(x)
+        y = Linear((inputs,), shape, ("embed", *axes), self.std, bias, self.dtypes, name=name)(x)
         if not config.qk_norm or name == "value":
             return y
         over = axes if config.qk_norm == "whole" else ("norm",)
         return Norm(self.norm, self.dtypes, over, name=f"{name}_norm")(y)
 
-    def _attend(self, query, key, value, mask: Mask, deterministic: bool) -> Float[Array, "B T H D"]:
+    def _attend(
+        self, query, key, value, mask: Mask, score: Score | None, deterministic: bool
+    ) -> Float[Array, "B T H D"]:
         config = self.config
         sinks = parameter(self, "sinks", (config.heads,), ("heads",), self.dtypes) if config.sinks else None
         drops = config.dropout > 0 and not deterministic
@@ -223,7 +282,7 @@ class AttentionLayer(nn.Module):
             key,
             value,
             mask=mask,
-            score=softcap(config.softcap) if config.softcap else None,
+            score=[s for s in (score, softcap(config.softcap) if config.softcap else None) if s] or None,
             scale=config.scale or self.scale,
             sinks=sinks,
             dropout_rate=config.dropout,
@@ -238,3 +297,33 @@ class AttentionLayer(nn.Module):
     def _project_out(self, out: Float[Array, "B T H D"], embed: int) -> Float[Array, "B T E"]:
         axes, bias = ("heads", "head_dim", "embed"), self.config.has_bias("out")
         return Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")(out)
+
+
+class CrossAttentionLayer(AttentionLayer):
+    """Attention to a memory: to all of it, in no order (Vaswani et al. 2017, section 3.2.3)."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        reading: Reading,
+        layer_cache: LayerCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
+        """The attended activations, and the layer's cache with the memory's keys and values in it.
+
+        A memory that is given is written to the cache; where none is, the cache has it.
+        """
+        memory, embed = reading.memory, x.shape[-1]
+        query = self._project(x, "query", embed)
+        if memory is not None:
+            key, value = (self._project(memory.values, name, embed) for name in ("key", "value"))
+            key_segments = memory.segments
+            layer_cache = layer_cache and layer_cache.write(0, key, value)
+        else:
+            assert layer_cache is not None and reading.cache is not None, "there is nothing to attend to"
+            key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
+            key_segments = reading.cache.context
+        mask = self.kind.mask() & segments(reading.segments, key_segments)
+        out = self._attend(query, key, value, mask, None, deterministic)
+        return self._project_out(out, embed), layer_cache

@@ -5,10 +5,20 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from attnlab.attention.cache import Cache, LayerCache
-from attnlab.layers.attention import Attention, AttentionLayer, Kind, NoPositions, Rotary
+from attnlab.attention.cache import LayerCache
+from attnlab.layers.attention import (
+    Attention,
+    AttentionLayer,
+    Bidirectional,
+    CrossAttentionLayer,
+    Kind,
+    NoPositions,
+    Reading,
+    RelativeBias,
+    Rotary,
+)
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.experts import Experts, ExpertsLayer
 from attnlab.layers.feed_forward import MLP, FeedForward, GatedMLP
@@ -23,6 +33,8 @@ REMAT_POLICIES = {
 
 
 Placement = Literal["pre", "post", "both", "branch"]
+# Of a block's own tokens, or of those and of a memory.
+BlockCache = LayerCache | tuple[LayerCache, LayerCache]
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,8 @@ class BlockConfig:
 
     `placement` says where norms stand around a branch f: x + f(norm(x)) is "pre" (arXiv 2002.04745),
     norm(x + f(x)) "post" (Vaswani et al. 2017, section 3.1), x + norm(f(norm(x))) "both" (Gemma 2), and
-    x + norm(f(x)) "branch" (OLMo 2, arXiv 2501.00656, section 3.2).
+    x + norm(f(x)) "branch" (OLMo 2, arXiv 2501.00656, section 3.2). With `cross`, a branch of attention to a
+    memory stands between the other two.
     """
 
     width: int
@@ -40,14 +53,15 @@ class BlockConfig:
     feed_forward: MLP | GatedMLP | Experts
     norm: RMSNorm | LayerNorm
     placement: Placement
-    positions: Rotary | NoPositions
+    positions: Rotary | RelativeBias | NoPositions
+    cross: bool
     dropout: float
     init: Normal
     dtypes: Dtypes
 
 
 class Block(nn.Module):
-    """A residual block: a branch of attention, then one of a feed-forward layer."""
+    """A residual block: a branch of attention, perhaps one of cross-attention, then a feed-forward layer."""
 
     config: BlockConfig
     kind: Kind
@@ -55,34 +69,39 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        segment_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        cache: Cache | None,
-        layer_cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
+        self, x: Float[Array, "B T E"], reading: Reading, layer_cache: BlockCache | None
+    ) -> tuple[Float[Array, "B T E"], BlockCache | None]:
         """The activations after the block, and its cache."""
-        c = self.config
-        std = c.init.hidden_std(c.width)
-        out_std = std / (2 * c.depth) ** 0.5
-        scale = c.init.attention_scale(c.attention.head_dim or c.width // c.attention.heads)
-        turned = self.kind.positions or c.positions
-        attention = AttentionLayer(
-            c.attention, self.kind, turned, c.norm, scale, std, out_std, c.dtypes, name="attention"
-        )
         self.sow("intermediates", "hidden", x)
-
-        y = self._before(x, "attention")
-        y, layer_cache = attention(y, segment_ids, positions, cache, layer_cache, self.deterministic)
+        own, of_memory = layer_cache if isinstance(layer_cache, tuple) else (layer_cache, None)
+        turned = self.kind.positions or self.config.positions
+        attention = self._attention(AttentionLayer, "attention", self.kind, turned)
+        y, own = attention(self._before(x, "attention"), reading, own, self.deterministic)
         x = self._add(x, y, "attention")
-        y = self._before(x, "feed_forward")
+        if self.config.cross:
+            cross = self._attention(CrossAttentionLayer, "cross_attention", Bidirectional(), NoPositions())
+            y, of_memory = cross(self._before(x, "cross_attention"), reading, of_memory, self.deterministic)
+            x = self._add(x, y, "cross_attention")
+        y = self._feed_forward(self._before(x, "feed_forward"), reading)
+        x = self._add(x, y, "feed_forward")
+        return x, (own, of_memory) if isinstance(layer_cache, tuple) else own
+
+    def _attention(self, layer: type[AttentionLayer], name: str, kind: Kind, positions) -> AttentionLayer:
+        c = self.config
+        scale = c.init.attention_scale(c.attention.head_dim or c.width // c.attention.heads)
+        return layer(c.attention, kind, positions, c.norm, scale, *self._std, c.dtypes, name=name)
+
+    def _feed_forward(self, x: Float[Array, "B T E"], reading: Reading) -> Float[Array, "B T E"]:
+        c, name = self.config, "feed_forward"
         if isinstance(c.feed_forward, Experts):
-            experts = ExpertsLayer(c.feed_forward, std, out_std, c.dtypes, name="feed_forward")
-            y = experts(y, segment_ids > 0)
-        else:
-            y = FeedForward(c.feed_forward, std, out_std, c.dtypes, name="feed_forward")(y)
-        return self._add(x, y, "feed_forward"), layer_cache
+            return ExpertsLayer(c.feed_forward, *self._std, c.dtypes, name=name)(x, reading.segments > 0)
+        return FeedForward(c.feed_forward, *self._std, c.dtypes, name=name)(x)
+
+    @property
+    def _std(self) -> tuple[float, float]:
+        """Deviation of the initial weights, and of those that a branch ends with."""
+        std = self.config.init.hidden_std(self.config.width)
+        return std, std / (2 * self.config.depth) ** 0.5
 
     def _before(self, x: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
         """What a branch reads of the residual stream."""
@@ -108,12 +127,12 @@ class Period(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, layer_caches, segment_ids, positions, cache):
+    def __call__(self, x, layer_caches, reading: Reading):
         """The activations after these blocks, and their caches."""
         new_caches = []
         for i, kind in enumerate(self.kinds):
             block = Block(self.config, kind, self.deterministic, name=f"block{i}")
-            x, new_cache = block(x, segment_ids, positions, cache, layer_caches and layer_caches[i])
+            x, new_cache = block(x, reading, layer_caches and layer_caches[i])
             new_caches.append(new_cache)
         return x, tuple(new_caches) if layer_caches is not None else None
 
@@ -130,7 +149,7 @@ class Stack(nn.Module):
     remat: Literal["none", "full", "dots"]
 
     @nn.compact
-    def __call__(self, x, layer_caches, segment_ids, positions, cache, deterministic: bool):
+    def __call__(self, x, layer_caches, reading: Reading, deterministic: bool):
         """The activations after all blocks, and their caches as `caches` lays them out."""
         periods, rest = divmod(self.config.depth, len(self.pattern))
         scanned, tail = layer_caches if layer_caches is not None else (None, None)
@@ -146,14 +165,13 @@ class Stack(nn.Module):
                 body(looped=self.scan),
                 variable_axes={"params": 0, "intermediates": 0, "losses": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast),
                 length=periods,
                 unroll=1 if self.scan else periods,
             )
             stack = loop(self.config, self.pattern, deterministic, name="periods")
-            x, scanned = stack(x, scanned, segment_ids, positions, cache)
+            x, scanned = stack(x, scanned, reading)
         if rest:
-            x, tail = body(looped=False)(self.config, self.pattern[:rest], deterministic, name="tail")(
-                x, tail, segment_ids, positions, cache
-            )
+            last = body(looped=False)(self.config, self.pattern[:rest], deterministic, name="tail")
+            x, tail = last(x, tail, reading)
         return x, (scanned, tail) if layer_caches is not None else None

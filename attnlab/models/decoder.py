@@ -1,25 +1,20 @@
 """Decoder language models: one config for GPT-2, Llama and what lies between."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.cache import Cache, empty_layer
+from attnlab.attention.cache import Cache, LayerCache, empty_layer
 from attnlab.errors import InputError
-from attnlab.layers.attention import Attention, Causal, Kind, NoPositions, Rotary
-from attnlab.layers.blocks import BlockConfig, Placement, Stack
+from attnlab.layers.attention import Memory, NoPositions, Reading, RelativeBias, Rotary
 from attnlab.layers.dropout import Dropout
-from attnlab.layers.experts import Experts
-from attnlab.layers.feed_forward import MLP, GatedMLP
-from attnlab.layers.initialization import MuP, Normal
 from attnlab.layers.linear import Embedding, look_up
-from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.norms import Norm
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
+from attnlab.models.base import TransformerConfig
 from attnlab.sharding import constrain, out_sharding
 
 
@@ -35,95 +30,29 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(TransformerConfig):
     """A decoder.
 
     Attributes:
-      depth: number of layers L.
-      width: model width E.
-      attention: heads and options of every attention layer.
-      feed_forward: `MLP`, `GatedMLP` or `Experts`.
-      norm: `RMSNorm` or `LayerNorm`.
-      placement: where norms stand; see `BlockConfig`.
-      positions: `Rotary`, `Learned` or `NoPositions`.
-      pattern: kinds of attention, repeated over the layers: five `Sliding` then one `Causal`, say.
+      positions: `Rotary`, `Learned`, `RelativeBias` or `NoPositions`.
       vocab_size: tokens in the tables; None is as many as the tokenizer has.
       tied: whether the logits read from the embedding table.
       scale_embedding: multiply embeddings by sqrt(E) (Vaswani et al. 2017, section 3.4).
       logit_softcap: cap of the logits; None is none.
-      dropout: share of embeddings and residual branches dropped in training.
-      init: `Normal` or `MuP`.
-      dtypes: number formats of parameters, computation and logits.
-      remat: what the backward pass recomputes: nothing, all of a layer, or all but its matrix products.
-      scan: compile one period of the pattern and loop over it, instead of compiling every layer.
     """
 
-    depth: int = 6
-    width: int = 256
-    attention: Attention = field(default_factory=Attention)
-    feed_forward: MLP | GatedMLP | Experts = field(default_factory=MLP)
-    norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
-    placement: Placement = "pre"
-    positions: Rotary | Learned | NoPositions = field(default_factory=Rotary)
-    pattern: tuple[Kind, ...] = (Causal(),)
+    positions: Rotary | Learned | RelativeBias | NoPositions = field(default_factory=Rotary)
     vocab_size: int | None = None
     tied: bool = True
     scale_embedding: bool = False
     logit_softcap: float | None = None
-    dropout: float = 0.0
-    init: Normal | MuP = field(default_factory=Normal)
-    dtypes: Dtypes = field(default_factory=Dtypes)
-    remat: Literal["none", "full", "dots"] = "none"
-    scan: bool = True
 
     def __post_init__(self):
-        if self.depth < 1 or self.width < 1:
-            raise ValueError("depth and width must be at least 1")
-        if self.attention.head_dim is None and self.width % self.attention.heads:
-            raise ValueError(
-                f"width={self.width} is no multiple of attention.heads={self.attention.heads}: change one, "
-                "or set attention.head_dim"
-            )
+        super().__post_init__()
         if isinstance(self.positions, Rotary) and self.head_dim * self.positions.fraction < 2:
             raise ValueError(f"rotary positions need a head_dim of at least 2 to turn; it is {self.head_dim}")
-        if not self.pattern:
-            raise ValueError("pattern must name at least one kind of attention")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be at least 0 and under 1")
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError("logit_softcap must be over 0, or none")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head D."""
-        return self.attention.head_dim or self.width // self.attention.heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key/value heads K."""
-        return self.attention.kv_heads or self.attention.heads
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kind of each layer, first to last."""
-        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
-
-    @property
-    def causal(self) -> bool:
-        """Whether no layer looks ahead, so that text can be generated."""
-        return all(kind.causal for kind in self.pattern)
-
-    def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
-        """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size)."""
-        feed_forward = {"model.feed_forward.width": ("mlp", self.feed_forward.hidden(self.width))}
-        if isinstance(self.feed_forward, Experts):
-            feed_forward = {"model.feed_forward.experts": ("experts", self.feed_forward.experts)}
-        return {
-            "model.width": ("embed", self.width),
-            "model.attention.heads": ("heads", self.attention.heads),
-            "model.attention.kv_heads": ("kv_heads", self.kv_heads),
-            **feed_forward,
-        }
 
     def check_length(self, length: int) -> None:
         """Checks that the model has positions for this many tokens.
@@ -136,24 +65,36 @@ class DecoderConfig:
                 f"length {length} is over model.positions.length={self.positions.length} learned positions"
             )
 
-    def build(self, vocab_size: int) -> "Decoder":
-        """The module of this config for a tokenizer's vocabulary.
+    def sized(self, vocab_size: int) -> "DecoderConfig":
+        """With the number of tokens in its tables, for a tokenizer of so many.
 
         Raises:
-          InputError: a table that is smaller.
+          InputError: tables that are smaller.
         """
         if self.vocab_size is not None and self.vocab_size < vocab_size:
             raise InputError(
                 f"model.vocab_size={self.vocab_size} is less than the {vocab_size} tokens of the tokenizer"
             )
-        return Decoder(self, self.vocab_size or vocab_size)
+        return replace(self, vocab_size=self.vocab_size or vocab_size)
+
+    def build(self, vocab_size: int) -> "Decoder":
+        """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
+        sized = self.sized(vocab_size)
+        return Decoder(self, sized.vocab_size or vocab_size)
 
 
 class Decoder(nn.Module):
-    """A language model: tokens in, logits of the next token out."""
+    """A language model: tokens in, logits of the next token out.
+
+    Attributes:
+      config: see `DecoderConfig`.
+      vocab_size: tokens in the tables V.
+      cross: whether every layer also attends to a memory.
+    """
 
     config: DecoderConfig
     vocab_size: int
+    cross: bool = False
 
     def setup(self):
         """Declares the tables, the stack of blocks and the last norm."""
@@ -163,22 +104,14 @@ class Decoder(nn.Module):
             self.position_embedding = Embedding(
                 c.positions.length, c.width, ("sequence", "embed"), c.init.std, c.dtypes
             )
+        if isinstance(c.positions, RelativeBias):
+            self.relative = Embedding(
+                c.positions.buckets, c.attention.heads, ("window", "heads"), c.init.std, c.dtypes
+            )
         if not c.tied:
             self.readout = Embedding(self.vocab_size, c.width, ("vocab", "embed"), c.init.std, c.dtypes)
         turned = NoPositions() if isinstance(c.positions, Learned) else c.positions
-        block = BlockConfig(
-            width=c.width,
-            depth=c.depth,
-            attention=c.attention,
-            feed_forward=c.feed_forward,
-            norm=c.norm,
-            placement=c.placement,
-            positions=turned,
-            dropout=c.dropout,
-            init=c.init,
-            dtypes=c.dtypes,
-        )
-        self.layers = Stack(block, c.pattern, c.scan, c.remat)
+        self.layers = c.stack(turned, self.cross)
         self.norm = Norm(c.norm, c.dtypes)
         self.drop = Dropout(c.dropout)
 
@@ -189,6 +122,7 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
+        memory: Memory | None = None,
     ) -> tuple[Float[Array, "B T E"], Cache | None]:
         """Activations after the last norm, and the cache with these tokens in it.
 
@@ -199,6 +133,8 @@ class Decoder(nn.Module):
             the cache holds.
           cache: what was read before, from `init_cache`.
           deterministic: False drops out, with an rng named "dropout".
+          memory: what the layers look at beside the tokens, if they have cross-attention. It is kept in a
+            cache that is given: later calls may leave it out.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -217,8 +153,12 @@ class Decoder(nn.Module):
         layer_caches, shared = None, None
         if cache is not None:
             layer_caches, cache = cache.layers, cache.advance(segment_ids)
+            if memory is not None:
+                cache = replace(cache, context=memory.segments)
             shared = replace(cache, layers=None)
-        x, layer_caches = self.layers(x, layer_caches, segment_ids, positions, shared, deterministic)
+        relative = self.relative() if isinstance(self.config.positions, RelativeBias) else None
+        reading = Reading(segment_ids, positions, shared, memory, relative)
+        x, layer_caches = self.layers(x, layer_caches, reading, deterministic)
         if self.config.placement != "post":  # else the last block has ended with one
             x = self.norm(x)
         x = x * self.config.init.readout_scale(self.config.width)
@@ -227,18 +167,18 @@ class Decoder(nn.Module):
         return x, cache
 
     def __call__(
-        self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True
+        self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True, memory=None
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
-        x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic)
+        x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, memory)
         out = logits(x, self._table(), self.config.logit_softcap, self.config.dtypes.logits)
         return out if cache is None else (out, new_cache)
 
     def statistics(
-        self, tokens, targets, segment_ids=None, positions=None, deterministic=True
+        self, tokens, targets, segment_ids=None, positions=None, deterministic=True, memory=None
     ) -> TokenStatistics:
         """What a loss needs of each token's logits, without ever holding all of them."""
-        x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic)
+        x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, memory)
         return token_statistics(
             x, self._table(), targets, self.config.logit_softcap, self.config.dtypes.logits
         )
@@ -246,14 +186,20 @@ class Decoder(nn.Module):
     def _table(self) -> Float[Array, "V E"]:
         return self.embedding() if self.config.tied else self.readout()
 
-    def init_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache for `slots` tokens of each of `batch` rows."""
+    def init_cache(self, batch: int, slots: int, memory: int = 0) -> Cache:
+        """An empty cache for `slots` tokens of each of `batch` rows, and a memory of a length."""
         c = self.config
         periods, rest = divmod(c.depth, len(c.pattern))
-        one = empty_layer(batch, slots, c.kv_heads, c.head_dim, c.dtypes.compute)
+
+        def empty(length: int) -> LayerCache:
+            return empty_layer(batch, length, c.kv_heads, c.head_dim, c.dtypes.compute)
+
+        one = (empty(slots), empty(memory)) if self.cross else empty(slots)
         where = out_sharding(None, "batch", None, "kv_heads", None)
         stacked = jax.tree.map(lambda x: jnp.zeros((periods, *x.shape), x.dtype, out_sharding=where), one)
         single = jax.tree.map(lambda x: constrain(x, "batch", None, "kv_heads", None), one)
         layers = ((stacked,) * len(c.pattern) if periods else None, (single,) * rest if rest else None)
-        segment_ids = jnp.zeros((batch, slots), jnp.int32, out_sharding=out_sharding("batch", None))
-        return Cache(layers, segment_ids, jnp.zeros((), jnp.int32))
+        where = out_sharding("batch", None)
+        segment_ids = jnp.zeros((batch, slots), jnp.int32, out_sharding=where)
+        context = jnp.zeros((batch, memory), jnp.int32, out_sharding=where) if self.cross else None
+        return Cache(layers, segment_ids, jnp.zeros((), jnp.int32), context)

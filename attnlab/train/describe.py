@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from attnlab import sharding
-from attnlab.train import flops
 from attnlab.train.optimizers import parameter_name
 from attnlab.train.session import Session
 
@@ -15,7 +14,7 @@ from attnlab.train.session import Session
 def describe(session: Session) -> str:
     """Parameters with shape, dtype and PartitionSpec; operations a token; bytes a device; the batch."""
     e, state = session.experiment, session.abstract_state
-    counted = flops.token_flops(e.model, session.tokenizer.vocab_size, e.data.sequence_length)
+    counted = e.model.token_flops(session.tokenizer.vocab_size, e.data.sequence_length)
     forward = counted.weights + counted.attention
     memory = session.compile_train_step().memory_analysis()
     rows: list[tuple[str, ...]] = [
@@ -24,7 +23,7 @@ def describe(session: Session) -> str:
     ]
     count = sum(x.size for x in jax.tree.leaves(state.params))
     rows.append(("total", "", "", "", f"{count:,}"))
-    if idle := flops.idle_parameters(e.model):
+    if idle := e.model.idle_parameters():
         rows.append(("active for a token", "", "", "", f"{count - idle:,}"))
     batch: list[tuple[str, ...]] = [
         (name, _dims(shape), str(dtype)) for name, (shape, dtype) in e.data.element_spec().items()

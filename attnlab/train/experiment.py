@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from attnlab.data import Data
-from attnlab.models import DecoderConfig
+from attnlab.models import ModelConfig
 from attnlab.train.loss import Loss
 from attnlab.train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, ScheduleFree
 
@@ -70,7 +70,7 @@ class Experiment:
       seed: of parameters, order of data and dropout.
     """
 
-    model: DecoderConfig
+    model: ModelConfig
     data: Data
     optimizer: AdamW | Lion | Adafactor | Muon | SGD | ScheduleFree = field(default_factory=AdamW)
     loss: Loss = field(default_factory=Loss)

@@ -242,7 +242,7 @@ class Meter:
 
     def __post_init__(self):
         e = self.session.experiment
-        counted = flops.token_flops(e.model, self.session.tokenizer.vocab_size, e.data.sequence_length)
+        counted = e.model.token_flops(self.session.tokenizer.vocab_size, e.data.sequence_length)
         self._flops_per_token = counted.training
         self._peak = flops.peak_flops(self.session.mesh.devices.flat[0]) * self.session.mesh.size
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -14,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from attnlab import sharding
 from attnlab.data import Batch, Tokenizer
 from attnlab.errors import InputError
-from attnlab.models import Decoder
 from attnlab.train import optimizers
 from attnlab.train.experiment import Experiment
 from attnlab.train.step import State, init_params, init_state, make_eval_step, make_train_step
@@ -42,7 +42,7 @@ class Session:
         sharding.check_divides(dict(self.mesh.shape), dimensions)
 
     @cached_property
-    def model(self) -> Decoder:
+    def model(self) -> nn.Module:
         """The model for the tokenizer's vocabulary."""
         return self.experiment.model.build(self.tokenizer.vocab_size)
 
@@ -52,8 +52,8 @@ class Session:
         e = self.experiment
         with jax.set_mesh(self.mesh):
             params = jax.eval_shape(lambda: init_params(self.model, e, jax.random.key(0)))
-        factor = e.model.init.learning_rate(e.model.width)
-        rules = (optimizers.Rule("^layers/.*kernel$", learning_rate=factor),) if factor != 1 else ()
+        factors = e.model.learning_rates()
+        rules = tuple(optimizers.Rule(name, learning_rate=factor) for name, factor in factors.items())
         return optimizers.make(e.optimizer, params, e.train.steps, rules)
 
     @cached_property

@@ -143,7 +143,7 @@ def _gradients(model, experiment: Experiment, params, batch: Batch, key):
     """Gradient of the batch's mean loss, its sums, and what layers add, over one or more microbatches."""
     counts = _counts(batch)
     count = experiment.train.microbatches
-    drops = experiment.model.dropout > 0 or experiment.model.attention.dropout > 0
+    drops = experiment.model.drops
 
     def objective(params, batch, key):
         statistics, layer_losses = _statistics(model, params, batch, key if drops else None)

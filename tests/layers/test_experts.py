@@ -208,10 +208,9 @@ def test_a_mesh_that_cannot_cut_the_experts(refuses):
 
 
 def test_flops_and_active_parameters_count_chosen_experts_only():
-    from attnlab.train import flops
 
     few = DecoderConfig(depth=2, width=16, attention=Attention(4), feed_forward=Experts(8, 2, width=16))
     many = dataclasses.replace(few, feed_forward=Experts(16, 2, width=16))
     router = 2.0 * 2 * 8 * 16
-    assert flops.token_flops(many, 99, 8).weights - flops.token_flops(few, 99, 8).weights == router
-    assert flops.idle_parameters(many) - flops.idle_parameters(few) == 2 * 8 * 3 * 16 * 16
+    assert many.token_flops(99, 8).weights - few.token_flops(99, 8).weights == router
+    assert many.idle_parameters() - few.idle_parameters() == 2 * 8 * 3 * 16 * 16

@@ -11,7 +11,6 @@ import pytest
 
 from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
-from attnlab.train import flops
 from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
@@ -33,7 +32,7 @@ def test_describe_names_every_parameter_with_its_place():
     assert row == ["layers/periods/block0/attention/query/kernel", "(2, 16, 4, 4)", "float32", "P(-, 'fsdp', 'tensor', -)", "512"]  # fmt: skip
     count = sum(x.size for x in jax.tree.leaves(made.abstract_state.params))
     assert lines[-1].split()[-1] == f"{count:,}"
-    counted = flops.token_flops(made.experiment.model, 257, 16)
+    counted = made.experiment.model.token_flops(257, 16)
     assert f"{counted.training:,.0f}" in sections["FLOPs a token"]
     assert re.search(r"activations and temporaries +[\d.,]+ [KM]iB", sections["bytes a device"])
     assert "(8, 16)" in sections["batch"]

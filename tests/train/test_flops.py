@@ -7,7 +7,7 @@ import pytest
 
 from attnlab.layers import MLP, Attention, Bidirectional, Causal, GatedMLP, Sliding
 from attnlab.models import DecoderConfig
-from attnlab.train.flops import PEAK, peak_flops, token_flops
+from attnlab.train.flops import PEAK, peak_flops
 
 LENGTH, VOCAB, ROWS = 64, 96, 2
 
@@ -27,7 +27,7 @@ def test_the_count_is_that_of_the_program(feed_forward, kv_heads):
     model, tokens = config.build(VOCAB), jnp.zeros((ROWS, LENGTH), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     analysis = jax.jit(model.apply).lower(params, tokens).compile().cost_analysis()
-    counted = token_flops(config, VOCAB, LENGTH)
+    counted = config.token_flops(VOCAB, LENGTH)
     ours = (counted.weights + counted.attention) * ROWS * LENGTH
     assert analysis["flops"] == pytest.approx(ours, rel=0.06)
     assert counted.training == 3 * (counted.weights + counted.attention)
@@ -44,7 +44,7 @@ def brute_force(kind, length):
 def test_attention_counts_the_pairs_that_its_mask_allows(kind):
     config = DecoderConfig(depth=3, width=32, attention=Attention(heads=2), pattern=(kind,))
     expected = 3 * 4 * 32 * brute_force(kind, 20) / 20
-    assert token_flops(config, VOCAB, 20).attention == pytest.approx(expected)
+    assert config.token_flops(VOCAB, 20).attention == pytest.approx(expected)
 
 
 def test_peaks():

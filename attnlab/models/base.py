@@ -1,0 +1,243 @@
+"""What the config of every family says of its model, and what all Transformers share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
+
+import flax.linen as nn
+
+from attnlab.layers.attention import Attention, Causal, Kind, NoPositions, RelativeBias, Rotary
+from attnlab.layers.blocks import BlockConfig, Placement, Stack
+from attnlab.layers.experts import Experts
+from attnlab.layers.feed_forward import MLP, GatedMLP
+from attnlab.layers.initialization import MuP, Normal
+from attnlab.layers.norms import LayerNorm, RMSNorm
+from attnlab.layers.parameters import Dtypes
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """Forward operations for one token: a multiply and an add count as two."""
+
+    weights: float
+    attention: float
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, which is twice the forward."""
+        return 3 * (self.weights + self.attention)
+
+    def __add__(self, other: "TokenFlops") -> "TokenFlops":
+        return TokenFlops(self.weights + other.weights, self.attention + other.attention)
+
+
+class ModelConfig(ABC):
+    """A model, as a frozen dataclass of all that its numbers depend on.
+
+    The module that it builds has `hidden` and `__call__` of what `Batch.inputs` names, for
+    activations and for logits, and `statistics` of the same and the targets, for what a loss needs; `deterministic`
+    goes with each.
+    """
+
+    @abstractmethod
+    def build(self, vocab_size: int) -> nn.Module:
+        """The module of this config for a tokenizer's vocabulary.
+
+        Raises:
+          InputError: a vocabulary that the model has no room for.
+        """
+
+    @abstractmethod
+    def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
+        """Operations for each token of full rows of this length."""
+
+    @property
+    @abstractmethod
+    def drops(self) -> bool:
+        """Whether training drops anything, and so draws random numbers."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees a later one, so that text can be generated."""
+        return False
+
+    @property
+    def source_shape(self) -> tuple[int, ...] | None:
+        """Shape of what is read beside the tokens, of one row: an image, say; (1,) is text of any length.
+
+        None where there is nothing but tokens.
+        """
+        return None
+
+    def sharded_dimensions(self) -> Mapping[str, tuple[str, int]]:
+        """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size)."""
+        return {}
+
+    def check_length(self, length: int) -> None:
+        """Checks that the model can read so many tokens.
+
+        Raises:
+          InputError: more than it has positions for.
+        """
+        del length
+
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that a token does not go to, in all layers."""
+        return 0
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """Factors of the learning rate, by a regular expression of the names of the parameters."""
+        return {}
+
+    def sized(self, vocab_size: int) -> Self:
+        """With the vocabulary that `build` would give the model written into it."""
+        del vocab_size
+        return self
+
+    def with_dtypes(self, dtypes: Dtypes) -> Self:
+        """With other number formats of parameters, computation and logits."""
+        return replace(self, dtypes=dtypes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class TransformerConfig(ModelConfig):
+    """A stack of blocks of attention and feed-forward layers.
+
+    Attributes:
+      depth: number of layers L.
+      width: model width E.
+      attention: heads and options of every attention layer.
+      feed_forward: `MLP`, `GatedMLP` or `Experts`.
+      norm: `RMSNorm` or `LayerNorm`.
+      placement: where norms stand; see `BlockConfig`.
+      pattern: kinds of attention, repeated over the layers: five `Sliding` then one `Causal`, say.
+      dropout: share of embeddings and residual branches dropped in training.
+      init: `Normal` or `MuP`.
+      dtypes: number formats of parameters, computation and logits.
+      remat: what the backward pass recomputes: nothing, all of a layer, or all but its matrix products.
+      scan: compile one period of the pattern and loop over it, instead of compiling every layer.
+    """
+
+    depth: int = 6
+    width: int = 256
+    attention: Attention = field(default_factory=Attention)
+    feed_forward: MLP | GatedMLP | Experts = field(default_factory=MLP)
+    norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
+    placement: Placement = "pre"
+    pattern: tuple[Kind, ...] = (Causal(),)
+    dropout: float = 0.0
+    init: Normal | MuP = field(default_factory=Normal)
+    dtypes: Dtypes = field(default_factory=Dtypes)
+    remat: Literal["none", "full", "dots"] = "none"
+    scan: bool = True
+
+    def __post_init__(self):
+        if self.depth < 1 or self.width < 1:
+            raise ValueError("depth and width must be at least 1")
+        if self.attention.head_dim is None and self.width % self.attention.heads:
+            raise ValueError(
+                f"width={self.width} is no multiple of attention.heads={self.attention.heads}: change one, "
+                "or set attention.head_dim"
+            )
+        if not self.pattern:
+            raise ValueError("pattern must name at least one kind of attention")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout must be at least 0 and under 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head D."""
+        return self.attention.head_dim or self.width // self.attention.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads K."""
+        return self.attention.kv_heads or self.attention.heads
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each layer, first to last."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
+
+    @property
+    def causal(self) -> bool:
+        """Whether no layer looks ahead, so that text can be generated."""
+        return all(kind.causal for kind in self.pattern)
+
+    @property
+    def drops(self) -> bool:
+        """See `ModelConfig.drops`."""
+        return self.dropout > 0 or self.attention.dropout > 0
+
+    def stack(self, positions: Rotary | RelativeBias | NoPositions, cross: bool = False) -> Stack:
+        """The layers.
+
+        Args:
+          positions: how their attention knows of order, where the kind of layer does not say.
+          cross: whether each also attends to a memory.
+        """
+        block = BlockConfig(
+            width=self.width,
+            depth=self.depth,
+            attention=self.attention,
+            feed_forward=self.feed_forward,
+            norm=self.norm,
+            placement=self.placement,
+            positions=positions,
+            cross=cross,
+            dropout=self.dropout,
+            init=self.init,
+            dtypes=self.dtypes,
+        )
+        return Stack(block, self.pattern, self.scan, self.remat)
+
+    def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
+        """See `ModelConfig.sharded_dimensions`."""
+        feed_forward = {"model.feed_forward.width": ("mlp", self.feed_forward.hidden(self.width))}
+        if isinstance(self.feed_forward, Experts):
+            feed_forward = {"model.feed_forward.experts": ("experts", self.feed_forward.experts)}
+        return {
+            "model.width": ("embed", self.width),
+            "model.attention.heads": ("heads", self.attention.heads),
+            "model.attention.kv_heads": ("kv_heads", self.kv_heads),
+            **feed_forward,
+        }
+
+    def learning_rates(self) -> dict[str, float]:
+        """See `ModelConfig.learning_rates`."""
+        factor = self.init.learning_rate(self.width)
+        return {r"\blayers/.*kernel$": factor} if factor != 1 else {}
+
+    def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
+        """Operations for each token (Kaplan et al. 2020, arXiv 2001.08361, table 1).
+
+        Attention counts only the pairs that its masks allow, and experts only those that a token goes to.
+        """
+        readout = TokenFlops(2.0 * vocab_size * self.width, 0.0)
+        return self.layer_flops(length) + readout
+
+    def layer_flops(self, length: int) -> TokenFlops:
+        """Those of `token_flops` that the layers alone do."""
+        heads, d = self.attention.heads, self.head_dim
+        projections = self.width * d * (2 * heads + 2 * self.kv_heads)
+        weights = self.depth * (projections + self._feed_forward_weights())
+        # Pairs for each token, counted once for each kind of layer.
+        seen = {kind: length * kind.mask().density(length, length) for kind in set(self.kinds)}
+        pairs = sum(seen[kind] for kind in self.kinds)
+        return TokenFlops(2.0 * weights, 4.0 * heads * d * pairs)
+
+    def _feed_forward_weights(self) -> int:
+        """Weights of a feed-forward layer that a token is multiplied with."""
+        layer, matrix = self.feed_forward, self.width * self.feed_forward.hidden(self.width)
+        if isinstance(layer, Experts):
+            return layer.experts * self.width + 3 * layer.top_k * matrix
+        return (3 if isinstance(layer, GatedMLP) else 2) * matrix
+
+    def idle_parameters(self) -> int:
+        """See `ModelConfig.idle_parameters`."""
+        layer, hidden = self.feed_forward, self.feed_forward.hidden(self.width)
+        if not isinstance(layer, Experts):
+            return 0
+        biases = 2 * hidden + self.width if layer.bias else 0
+        return self.depth * (layer.experts - layer.top_k) * (3 * self.width * hidden + biases)
