@@ -254,7 +254,7 @@ def run_export(request: Request) -> dict[str, float]:
     origin: checkpoints.Origin = request.folder / PRETRAINED
     if not (request.folder / PRETRAINED).exists():
         origin = session.tokenizer, request.config.data.sequence_length
-    model = dataclasses.replace(request.config.model, vocab_size=session.model.vocab_size)
+    model = request.config.model.sized(session.tokenizer.vocab_size)
     checkpoints.write(request.out, model, params, origin)
     print(f"step {restored.step} is in {request.out}")
     return {}

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -69,6 +70,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def out_sharding(*names: str | None) -> P | None:
     """The `out_sharding=` argument for a result with these logical axes; None outside a mesh."""
     return None if jax.sharding.get_abstract_mesh().empty else spec(*names)
+
+
+def zero_rows(shape: Sequence[int], dtype) -> jax.Array:
+    """Zeros of this shape, the first dimension that of the batch."""
+    return jnp.zeros(shape, dtype, out_sharding=out_sharding("batch", *(None,) * (len(shape) - 1)))
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:

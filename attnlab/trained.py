@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
@@ -56,12 +55,13 @@ class Trained:
         with jax.set_mesh(self.session.mesh):
             return jax.device_get(_predict(self.session.model, self.params, self.session.to_devices(batch)))
 
-    def attention(self, batch: Batch) -> Float[np.ndarray, "L B H T S"]:
-        """Where each position of a batch looks, in every layer and head."""
+    def attention(
+        self, batch: Batch, stack: str = "layers", branch: str = "attention"
+    ) -> Float[np.ndarray, "L B H T S"]:
+        """Where each position of a batch looks, in every layer and head; see `attention_maps`."""
         with jax.set_mesh(self.session.mesh):
-            there = self.session.to_devices(batch)
-            tokens, segments, positions = map(jnp.asarray, (there.tokens, there.segments, there.positions))
-            return attention_maps(self.session.model, self.params, tokens, segments, positions)
+            inputs = self.session.to_devices(batch).inputs
+            return attention_maps(self.session.model, self.params, stack, branch, **inputs)
 
     def generator(self) -> Generator:
         """Generates with this model; see `Generator`."""
@@ -99,5 +99,5 @@ class Trained:
 
 @partial(jax.jit, static_argnums=0)
 def _predict(model, params, batch: Batch):
-    logits = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions)
+    logits = model.apply({"params": params}, **batch.inputs)
     return logits.argmax(axis=-1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from attnlab.data import batch as batching
 from attnlab.data.batch import Batch, Example
-from attnlab.data.packing import POOL_CHUNKS, Pack
+from attnlab.data.packing import POOL_CHUNKS, READING, Pack
 from attnlab.data.reading import Prefetch, Remembered
 from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
 from attnlab.errors import InputError
@@ -36,7 +36,11 @@ class Data:
     """Batches kept ready ahead of the step; 0 makes them in the step's own thread."""
 
     def __post_init__(self) -> None:
-        for name, least in {"sequence_length": 2, "batch_size": 1, "prefetch": 0}.items():
+        for name, least in {
+            "sequence_length": 2 if self.packs else 1,
+            "batch_size": 1,
+            "prefetch": 0,
+        }.items():
             if getattr(self, name) < least:
                 raise InputError(f"data.{name} must be {least} or more, not {getattr(self, name)}")
 
@@ -56,6 +60,16 @@ class Data:
         return Example(
             stream[:-1], targets, np.ones(len(targets), np.float32), tokenizer.token_bytes[targets]
         )
+
+    @property
+    def source_shape(self) -> tuple[int, ...] | None:
+        """Shape of an example's source, the most of its first dimension; None without one. To override."""
+        return None
+
+    @property
+    def packs(self) -> bool:
+        """Whether examples share a row, and are cut where they are longer; not if they have sources."""
+        return self.source_shape is None
 
     def build_tokenizer(self) -> Tokenizer:
         """The tokenizer, trained on the training split alone; the same in every process."""
@@ -84,12 +98,8 @@ class Data:
         shuffle_seed, pick_seed = map(int, np.random.SeedSequence((seed, 0)).generate_state(2))
         stream = documents.shuffle(shuffle_seed).repeat()[process_index::process_count]
         # No more than an epoch in the pool, lest a small set be drawn as if with replacement.
-        packed = Pack(
-            stream,
-            self.sequence_length,
-            seed=pick_seed + process_index,
-            pool=min(len(documents), POOL_CHUNKS),
-        )
+        pool = min(len(documents), POOL_CHUNKS)
+        packed = self._in_rows(stream, seed=pick_seed + process_index, pool=pool)
         batches = packed.batch(rows, batch_fn=partial(batching.stack, num_rows=rows))
         if num_batches is not None:
             if num_batches < 1:
@@ -117,16 +127,16 @@ class Data:
         size = rows * process_count
         # Every process packs the whole split and keeps its own rows: sharding the documents
         # instead would give processes different numbers of batches, and a collective would hang.
-        packed = Pack(self._documents(split, tokenizer), self.sequence_length, seed=None)
+        packed = self._in_rows(self._documents(split, tokenizer), seed=None)
         batches = packed.batch(size, drop_remainder=False, batch_fn=partial(batching.stack, num_rows=size))
         if limit is not None:
             batches = grain.experimental.LimitIterDataset(batches, count=limit)
         own = slice(process_index * rows, (process_index + 1) * rows)
-        return self._prefetched(batches.map(lambda batch: Batch(*(field[own] for field in batch))))
+        return self._prefetched(batches.map(lambda batch: batch.map(lambda array: array[own])))
 
-    def element_spec(self, batch_size: int | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def element_spec(self, batch_size: int | None = None) -> batching.Spec:
         """Name, shape and dtype of each array of a global batch."""
-        return batching.spec(batch_size or self.batch_size, self.sequence_length)
+        return batching.spec(batch_size or self.batch_size, self.sequence_length, self.source_shape)
 
     def _training_texts(self) -> Iterator[str]:
         records = self.records("train")
@@ -134,14 +144,23 @@ class Data:
         for index in grain.MapDataset.range(len(records)).shuffle(seed=0):
             yield self.text(records[index])
 
-    def _documents(self, split: str, tokenizer: Tokenizer) -> grain.MapDataset[list[Example]]:
+    def _in_rows(
+        self, documents: grain.MapDataset[Example], *, seed: int | None, pool: int = POOL_CHUNKS
+    ) -> grain.IterDataset[Batch]:
+        length = self.sequence_length
+        if self.packs:
+            return Pack(documents.map(partial(batching.chunks, length=length)), length, seed=seed, pool=pool)
+        row = partial(batching.whole_row, length=length, source_shape=self.source_shape)
+        return documents.map(row).to_iter_dataset(READING)
+
+    def _documents(self, split: str, tokenizer: Tokenizer) -> grain.MapDataset[Example]:
         if split not in SPLITS:
             raise InputError(f"unknown split {split!r}; there are {' and '.join(SPLITS)}")
         records = self.records(split)
         if not len(records):
             raise InputError(f"the {split} split of {type(self).__name__} is empty")
         encoded = Remembered(records, lambda record: self.encode(record, tokenizer))
-        return grain.MapDataset.source(encoded).map(partial(batching.chunks, length=self.sequence_length))
+        return grain.MapDataset.source(encoded)
 
     def _rows(self, batch_size: int | None, process_index: int, process_count: int) -> int:
         size = self.batch_size if batch_size is None else batch_size

@@ -1,7 +1,7 @@
 """What a document becomes: an example, its chunks, a packed row, a batch."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from attnlab.errors import InputError
 
 
 class Example(NamedTuple):
-    """One document ready to learn from: four 1-D arrays of one length, before chunking and packing."""
+    """One document ready to learn from, before chunking and packing: four 1-D arrays of one length."""
 
     tokens: np.ndarray
     """What the model reads, integers (n,)."""
@@ -19,6 +19,8 @@ class Example(NamedTuple):
     """How much each target counts, floats (n,); 0 leaves it out."""
     num_bytes: np.ndarray
     """UTF-8 bytes of text that each target stands for, numbers (n,)."""
+    source: np.ndarray | None = None
+    """What is read beside the tokens: other tokens, integers (s,); an image or a sound, floats (s, ...)."""
 
 
 class Batch(NamedTuple):
@@ -36,18 +38,56 @@ class Batch(NamedTuple):
     """Place of a token inside its segment, int32 (B, T), from 0; 0 at padding."""
     num_bytes: np.ndarray
     """UTF-8 bytes of text that the weighted targets of a row stand for, float32 (B,)."""
+    source: np.ndarray | None = None
+    """What a row reads beside its tokens, int32 (B, S) of tokens, float32 (B, S, ...) of all else."""
+    source_segments: np.ndarray | None = None
+    """1 where the source of a row is, 0 where it is padding, int32 (B, S); None without a source."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of a model."""
+        named = {"tokens": self.tokens, "segment_ids": self.segments, "positions": self.positions}
+        if self.source is not None and self.source_segments is not None:
+            named |= {"source": self.source, "source_segments": self.source_segments}
+        return named
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Batch":
+        """A function applied to each array."""
+        mapped: Any = (None if array is None else function(array) for array in self)
+        return Batch(*mapped)
 
 
-def spec(num_rows: int, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of every field of a batch of `num_rows` rows of `length` tokens."""
-    dtypes = {"weights": np.float32, "num_bytes": np.float32}
-    return {
-        name: (
-            (num_rows,) if name == "num_bytes" else (num_rows, length),
-            np.dtype(dtypes.get(name, np.int32)),
-        )
-        for name in Batch._fields
+Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+def spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None = None) -> Spec:
+    """Shape and dtype of every array of a batch of `num_rows` rows of `length` tokens.
+
+    Args:
+      num_rows: B.
+      length: T.
+      source_shape: of the source of a row, its first dimension the most that it may have; None without one.
+    """
+    integer, number = np.dtype(np.int32), np.dtype(np.float32)
+    tokens = (num_rows, length)
+    found: Spec = {
+        "tokens": (tokens, integer),
+        "targets": (tokens, integer),
+        "weights": (tokens, number),
+        "segments": (tokens, integer),
+        "positions": (tokens, integer),
+        "num_bytes": ((num_rows,), number),
     }
+    if source_shape is not None:
+        kind = integer if len(source_shape) == 1 else number
+        found["source"] = ((num_rows, *source_shape), kind)
+        found["source_segments"] = ((num_rows, source_shape[0]), integer)
+    return found
+
+
+def of_spec(spec: Spec, make: Callable[[tuple[int, ...], np.dtype], Any]) -> Batch:
+    """A batch of what is made of each shape and dtype."""
+    return Batch(**{name: make(*array) for name, array in spec.items()})
 
 
 def chunks(example: Example, length: int) -> list[Example]:
@@ -57,17 +97,23 @@ def chunks(example: Example, length: int) -> list[Example]:
     behind the targets, so a piece begins with the last token that the piece before predicted.
     Raises `InputError` if the example is empty or its arrays differ in length.
     """
-    arrays = Example(*map(np.asarray, example))
-    lengths = [len(array) for array in arrays]
-    if len(set(lengths)) != 1 or not lengths[0]:
-        named = ", ".join(f"{name} {n}" for name, n in zip(Example._fields, lengths, strict=True))
-        raise InputError(f"encode() must return arrays of one length, at least 1; it returned {named}")
-    return [Example(*(a[at : at + length] for a in arrays)) for at in range(0, lengths[0], length)]
+    arrays = _arrays(example)
+    return [Example(*(a[at : at + length] for a in arrays)) for at in range(0, len(arrays[0]), length)]
+
+
+def _arrays(example: Example) -> list[np.ndarray]:
+    """The arrays of an example but its source, checked."""
+    named = {name: np.asarray(array) for name, array in example._asdict().items() if name != "source"}
+    lengths = {len(array) for array in named.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        told = ", ".join(f"{name} {len(array)}" for name, array in named.items())
+        raise InputError(f"encode() must return arrays of one length, at least 1; it returned {told}")
+    return list(named.values())
 
 
 def pack_row(examples: Sequence[Example], length: int) -> Batch:
     """Lay examples one after the other into a row of `length` tokens, a segment each."""
-    row = Batch(*(np.zeros(shape[1:], dtype) for shape, dtype in spec(1, length).values()))
+    row = of_spec(spec(1, length), lambda shape, dtype: np.zeros(shape[1:], dtype))
     at = 0
     for segment, example in enumerate(examples, start=1):
         here = slice(at, at + len(example.tokens))
@@ -81,7 +127,33 @@ def pack_row(examples: Sequence[Example], length: int) -> Batch:
     return row
 
 
+def whole_row(example: Example, length: int, source_shape: tuple[int, ...] | None) -> Batch:
+    """A row of `length` tokens of one example alone, with its source.
+
+    Raises:
+      InputError: an example or a source that does not fit.
+    """
+    arrays = _arrays(example)
+    if len(arrays[0]) > length:
+        raise InputError(
+            f"encode() returned {len(arrays[0])} tokens, and data.sequence_length={length} is a whole row"
+        )
+    row = pack_row([Example(*arrays)], length)
+    if source_shape is None:
+        return row
+    source = np.asarray(example.source)
+    if source.shape[1:] != source_shape[1:] or len(source) > source_shape[0]:
+        raise InputError(f"encode() returned a source of {source.shape}; there is room for {source_shape}")
+    room = [(0, source_shape[0] - len(source))]
+    padded = np.pad(source, room + [(0, 0)] * (source.ndim - 1))
+    kind = np.int32 if source.ndim == 1 else np.float32
+    there = np.pad(np.ones(len(source), np.int32), room)
+    return row._replace(source=padded.astype(kind), source_segments=there)
+
+
 def stack(rows: Sequence[Batch], num_rows: int) -> Batch:
     """Stack rows to a batch of `num_rows`, the missing ones empty."""
-    empty = [Batch(*map(np.zeros_like, rows[0]))] * (num_rows - len(rows))
-    return Batch(*(np.stack(field) for field in zip(*rows, *empty, strict=True)))
+    rows = [*rows, *[rows[0].map(np.zeros_like)] * (num_rows - len(rows))]
+    fields: Any = zip(*rows, strict=True)
+    stacked: Any = (None if arrays[0] is None else np.stack(arrays) for arrays in fields)
+    return Batch(*stacked)

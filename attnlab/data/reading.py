@@ -6,21 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 
 from attnlab.data.batch import Batch, Example
 
-# Tokens of encoded documents to keep, 16 bytes each: small sets are encoded in the first epoch only.
-REMEMBERED_TOKENS = 2**22
+# Bytes of encoded documents to keep: small sets are encoded in the first epoch only.
+REMEMBERED_BYTES = 2**26
 
 
 class Remembered(Sequence[Example]):
-    """Records encoded when asked for, the first `REMEMBERED_TOKENS` of them kept."""
+    """Records encoded when asked for, the first `REMEMBERED_BYTES` of them kept."""
 
     def __init__(self, records: Sequence[Any], encode: Callable[[Any], Example]):
         self._records = records
         self._encode = encode
         self._kept: dict[int, Example] = {}
-        self._room = REMEMBERED_TOKENS
+        self._room = REMEMBERED_BYTES
 
     def __len__(self) -> int:
         return len(self._records)
@@ -30,8 +31,9 @@ class Remembered(Sequence[Example]):
         if index in self._kept:
             return self._kept[index]
         example = self._encode(self._records[index])
-        if len(example.tokens) <= self._room:
-            self._room -= len(example.tokens)
+        size = sum(np.asarray(array).nbytes for array in example if array is not None)
+        if size <= self._room:
+            self._room -= size
             self._kept[index] = example
         return example
 

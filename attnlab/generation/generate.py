@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,6 @@ from attnlab.errors import InputError
 from attnlab.generation.beam import Beams, beam_search
 from attnlab.generation.prefix import Prefix, prefill
 from attnlab.generation.sampling import Sampling, row_keys, sample
-from attnlab.models import Decoder
 
 STRETCH = 16  # tokens decoded between looks at stop strings and the terminal
 _PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
@@ -56,7 +56,7 @@ class Generator:
       InputError: a model that looks ahead.
     """
 
-    def __init__(self, model: Decoder, params, tokenizer: Tokenizer, context: int, mesh: Mesh):
+    def __init__(self, model: nn.Module, params, tokenizer: Tokenizer, context: int, mesh: Mesh):
         if not model.config.causal:
             raise InputError("a model with Bidirectional layers reads whole texts: it cannot generate them")
         self.model, self.params, self.tokenizer = model, params, tokenizer
@@ -205,7 +205,7 @@ def _start(prefix: Prefix, seed) -> _State:
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(model: Decoder, eos_id: int, sampling: Sampling, params, state: _State):
+def _decode(model: nn.Module, eos_id: int, sampling: Sampling, params, state: _State):
     """The next stretch of tokens of every row, (B, STRETCH); a row past its end repeats the end."""
 
     def one(state: _State, _):

@@ -4,36 +4,35 @@ import operator
 import re
 from functools import partial, reduce
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-
-from attnlab.models import Decoder
-
-Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+from jaxtyping import Array, Float
 
 
 def attention_maps(
-    model: Decoder,
-    params,
-    tokens: Ids,
-    segment_ids: Ids | None = None,
-    positions: Ids | None = None,
+    model: nn.Module, params, stack: str = "layers", branch: str = "attention", **inputs
 ) -> Float[np.ndarray, "L B H T S"]:
-    """The weights of every layer and head for these tokens, first layer first.
+    """The weights of every layer and head for these inputs, first layer first.
 
     The weights come from the reference backend: capturing them changes the path, not the mathematics.
+
+    Args:
+      model: any that has a stack of blocks.
+      params: its parameters.
+      stack: which, where there are several: "encoder/layers", say.
+      branch: "attention", or "cross_attention".
+      **inputs: as of `Batch.inputs`.
     """
-    return jax.device_get(_maps(model, params, tokens, segment_ids, positions))
+    return jax.device_get(_maps(model, stack, branch, params, inputs))
 
 
-@partial(jax.jit, static_argnums=0)
-def _maps(model: Decoder, params, tokens, segment_ids, positions) -> Float[Array, "L B H T S"]:
-    _, captured = model.apply(
-        {"params": params}, tokens, segment_ids, positions, mutable=["intermediates"], method="hidden"
-    )
-    return in_order(captured["intermediates"]["layers"], "attention", "attention_weights")
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _maps(model: nn.Module, stack: str, branch: str, params, inputs) -> Float[Array, "L B H T S"]:
+    _, captured = model.apply({"params": params}, **inputs, mutable=["intermediates"], method="hidden")
+    layers = reduce(operator.getitem, stack.split("/"), captured["intermediates"])
+    return in_order(layers, branch, "attention_weights")
 
 
 def in_order(layers: dict, *path: str) -> Float[Array, "L ..."]:

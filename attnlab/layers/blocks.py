@@ -34,7 +34,7 @@ REMAT_POLICIES = {
 
 Placement = Literal["pre", "post", "both", "branch"]
 # Of a block's own tokens, or of those and of a memory.
-BlockCache = LayerCache | tuple[LayerCache, LayerCache]
+BlockCache = LayerCache | tuple[LayerCache | None, LayerCache | None]
 
 
 @dataclass(frozen=True)

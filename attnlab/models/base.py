@@ -35,9 +35,8 @@ class TokenFlops:
 class ModelConfig(ABC):
     """A model, as a frozen dataclass of all that its numbers depend on.
 
-    The module that it builds has `hidden` and `__call__` of what `Batch.inputs` names, for
-    activations and for logits, and `statistics` of the same and the targets, for what a loss needs; `deterministic`
-    goes with each.
+    The module that it builds has `hidden` for activations and `__call__` for logits, of what `Batch.inputs`
+    names, and `statistics` of the same and the targets, for what a loss needs; all take `deterministic`.
     """
 
     @abstractmethod

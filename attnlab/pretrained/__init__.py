@@ -4,7 +4,6 @@
 same for runs.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 
 from attnlab.data import Tokenizer
 from attnlab.layers import Dtypes
-from attnlab.models import DecoderConfig
+from attnlab.models import ModelConfig
 from attnlab.pretrained import checkpoints
 from attnlab.pretrained.files import resolve
 
@@ -30,7 +29,7 @@ class Pretrained(NamedTuple):
     model: nn.Module
     params: Any
     tokenizer: Tokenizer | None
-    config: DecoderConfig
+    config: ModelConfig
 
 
 def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Pretrained:  # noqa: B008 - frozen
@@ -47,10 +46,9 @@ def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Pret
     """
     folder = resolve(name)
     family, config = checkpoints.read_config(folder)
-    config = dataclasses.replace(config, dtypes=dtypes)
-    model = config.build(1)
-    params = checkpoints.read_params(folder, family, checkpoints.abstract_params(model, mesh))
-    return Pretrained(model, params, checkpoints.read_tokenizer(folder), config)
+    config = config.with_dtypes(dtypes)
+    params = checkpoints.read_params(folder, family, checkpoints.abstract_params(config, mesh))
+    return Pretrained(config.build(1), params, checkpoints.read_tokenizer(folder), config)
 
 
 __all__ = ["Pretrained", "load"]

@@ -5,9 +5,7 @@ import dataclasses
 import json
 from typing import Any, TypeAlias
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import tokenizers
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -16,11 +14,12 @@ from attnlab import sharding
 from attnlab.config import differences
 from attnlab.config.types import did_you_mean
 from attnlab.data import Tokenizer
+from attnlab.data.batch import of_spec, spec
 from attnlab.data.tokenizer import SETTINGS
 from attnlab.errors import InputError
 from attnlab.files import write_atomically
 from attnlab.layers import Dtypes
-from attnlab.models import DecoderConfig
+from attnlab.models import DecoderConfig, ModelConfig
 from attnlab.pretrained import files, table, tensors
 from attnlab.pretrained.families import FAMILIES, Family
 from attnlab.pretrained.settings import Settings
@@ -197,16 +196,17 @@ def write_params(folder: epath.Path, family: Family, params: Any) -> None:
     files.write(folder, tensors.save(table.places(family.tensors, params), params))
 
 
-def abstract_params(model: nn.Module, mesh: Mesh | None = None) -> Any:
-    """Shapes, dtypes and shardings of a model's parameters on a mesh, or on one device if there is none."""
+def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
+    """Shapes, dtypes and shardings of a checkpoint's parameters on a mesh, or on one device without one."""
 
     def laid_out(x):
         alone = SingleDeviceSharding(jax.local_devices()[0])
         where = alone if mesh is None else sharding.named(mesh, x.sharding.spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
+    rows = 1 if mesh is None else mesh.size
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        rows = 1 if mesh is None else mesh.size
-        tokens = jnp.zeros((rows, 1), jnp.int32, out_sharding=sharding.out_sharding("batch", None))
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))["params"]
+        inputs = of_spec(spec(rows, 1, config.source_shape), sharding.zero_rows).inputs
+        model = config.build(1)
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
     return jax.tree.map(laid_out, shapes)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab import sharding
 from attnlab.data import Batch, Tokenizer
+from attnlab.data.batch import of_spec
 from attnlab.errors import InputError
 from attnlab.train import optimizers
 from attnlab.train.experiment import Experiment
@@ -40,6 +41,10 @@ class Session:
             "data.batch_size": ("batch", e.data.batch_size // e.train.microbatches),
         }
         sharding.check_divides(dict(self.mesh.shape), dimensions)
+        reads, given = _kind(e.model.source_shape), _kind(e.data.source_shape)
+        if reads != given:
+            model, data = type(e.model).__name__, type(e.data).__name__
+            raise InputError(f"the {model} reads {reads} beside tokens, and {data} gives {given}: change one")
 
     @cached_property
     def model(self) -> nn.Module:
@@ -116,14 +121,11 @@ class Session:
     @cached_property
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of a training batch."""
-        data = self.experiment.data
-        shape = (data.batch_size, data.sequence_length)
 
         def array(shape, dtype):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch_sharding(len(shape)))
 
-        ids = array(shape, np.int32)
-        return Batch(ids, ids, array(shape, np.float32), ids, ids, array(shape[:1], np.float32))
+        return of_spec(self.experiment.data.element_spec(), array)
 
     def _batch_sharding(self, ndim: int):
         return sharding.named(self.mesh, P(sharding.spec("batch")[0], *(None,) * (ndim - 1)))
@@ -157,3 +159,8 @@ class Session:
         if sums["bytes"]:
             metrics["bits_per_byte"] = sums["nats"] / np.log(2) / sums["bytes"]
         return metrics
+
+
+def _kind(source_shape: tuple[int, ...] | None) -> str:
+    """What a source of this shape is, in words."""
+    return {0: "nothing", 1: "texts", 2: "sounds"}.get(len(source_shape or ()), "images")

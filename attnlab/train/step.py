@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from attnlab import sharding
 from attnlab.data import Batch
+from attnlab.data.batch import of_spec
 from attnlab.sharding import out_sharding
 from attnlab.train.experiment import Experiment, SpikeSkip
 from attnlab.train.loss import token_sums
@@ -52,9 +54,8 @@ class State:
 
 def init_params(model: nn.Module, experiment: Experiment, key: Array):
     """The parameters a run of this seed starts from, laid out over the mesh."""
-    shape = (experiment.data.batch_size, experiment.data.sequence_length)
-    tokens = jnp.zeros(shape, jnp.int32, out_sharding=out_sharding("batch", "sequence"))
-    return model.init(key, tokens)["params"]
+    batch = of_spec(experiment.data.element_spec(), sharding.zero_rows)
+    return model.init(key, **batch.inputs)["params"]
 
 
 def init_state(
@@ -182,10 +183,8 @@ def _statistics(model, params, batch: Batch, dropout_key):
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     statistics, sown = model.apply(
         {"params": params},
-        batch.tokens,
-        batch.targets,
-        batch.segments,
-        batch.positions,
+        targets=batch.targets,
+        **batch.inputs,
         deterministic=dropout_key is None,
         rngs=rngs,
         method="statistics",

@@ -25,7 +25,7 @@ def start(**options):
 
 def test_rows_sum_to_one_where_something_is_seen():
     model, params = start(depth=2, pattern=KINDS)
-    maps = attention_maps(model, params, TOKENS, IDS)
+    maps = attention_maps(model, params, tokens=TOKENS, segment_ids=IDS)
     assert maps.shape == (2, 2, 4, 6, 6)
     total = np.broadcast_to((IDS > 0)[None, :, None], maps.shape[:-1])
     np.testing.assert_allclose(maps.sum(-1), total, atol=1e-5)
@@ -33,7 +33,7 @@ def test_rows_sum_to_one_where_something_is_seen():
 
 def test_the_first_layer_by_hand():
     model, params = start(depth=1, pattern=KINDS[:1])
-    (got,) = attention_maps(model, params, TOKENS, IDS)
+    (got,) = attention_maps(model, params, tokens=TOKENS, segment_ids=IDS)
     block = jax.tree.map(lambda x: x[0], params["layers"]["periods"]["block0"])
     x = params["embedding"]["table"][TOKENS]
     x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
@@ -49,7 +49,7 @@ def test_the_first_layer_by_hand():
 def test_layers_come_in_order(depth, scan):
     pattern = (Sliding(2), Bidirectional(), Causal())
     model, params = start(depth=depth, pattern=pattern, scan=scan)
-    maps = attention_maps(model, params, TOKENS)
+    maps = attention_maps(model, params, tokens=TOKENS)
     i, j = np.indices((6, 6))
     seen = [(j <= i) & (j > i - 2), i == i, j <= i]
     assert len(maps) == depth
@@ -63,7 +63,7 @@ def test_layers_come_in_order(depth, scan):
 def test_order_of_equal_kinds_follows_the_activations():
     """What a layer is changed by shows in its own map and those after it."""
     model, params = start(depth=4, pattern=KINDS)
-    whole = attention_maps(model, params, TOKENS)
+    whole = attention_maps(model, params, tokens=TOKENS)
     for layer in range(4):
         period, block = divmod(layer, 2)
         path = params["layers"]["periods"][f"block{block}"]["attention"]["query"]
@@ -72,18 +72,18 @@ def test_order_of_equal_kinds_follows_the_activations():
         changed["layers"]["periods"][f"block{block}"]["attention"]["query"] = {
             "kernel": kernel.at[period].multiply(-1)
         }
-        maps = attention_maps(model, changed, TOKENS)
+        maps = attention_maps(model, changed, tokens=TOKENS)
         same = [np.allclose(a, b, atol=1e-6) for a, b in zip(maps, whole, strict=True)]
         assert same == [n < layer for n in range(4)]
 
 
 def test_a_mesh_changes_no_map(mesh_of):
     model, params = start(depth=3, pattern=KINDS)
-    expected = attention_maps(model, params, np.tile(TOKENS, (2, 1)), np.tile(IDS, (2, 1)))
+    expected = attention_maps(model, params, tokens=np.tile(TOKENS, (2, 1)), segment_ids=np.tile(IDS, (2, 1)))
     mesh = mesh_of("data:2,fsdp:2,tensor:2")
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, P(("data", "fsdp"), None))
         tokens, ids = (jax.device_put(np.tile(x, (2, 1)), rows) for x in (TOKENS, IDS))
         params = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P())), params)
-        got = attention_maps(model, params, tokens, ids)
+        got = attention_maps(model, params, tokens=tokens, segment_ids=ids)
     np.testing.assert_allclose(got, expected, atol=1e-5)

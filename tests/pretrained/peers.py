@@ -49,7 +49,7 @@ class Imported:
 
     @cached_property
     def abstract(self):
-        return checkpoints.abstract_params(self.model, self.mesh)
+        return checkpoints.abstract_params(self.found[1], self.mesh)
 
     @cached_property
     def params(self):

@@ -31,7 +31,7 @@ def write(folder, config=LLAMA, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     family, model = checkpoints.read_config(folder)
-    abstract = checkpoints.abstract_params(model.build(1))
+    abstract = checkpoints.abstract_params(model)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) * 0.1, abstract)
     checkpoints.write_params(folder, family, params)

@@ -108,7 +108,8 @@ def test_logits_hidden_states_and_maps(peer, case, left):
     for ours, wanted in zip([*hidden, got], expected.hidden_states, strict=True):
         close(np.asarray(ours)[real], wanted.numpy()[real])
     with jax.set_mesh(peer.mesh):
-        maps = attention_maps(peer.model, peer.params, *map(jnp.asarray, (ids, there, places(there))))
+        inputs = {"tokens": ids, "segment_ids": there, "positions": places(there)}
+        maps = attention_maps(peer.model, peer.params, **jax.tree.map(jnp.asarray, inputs))
     for ours, wanted in zip(maps, expected.attentions, strict=True):
         rows = np.broadcast_to(real[:, None, :], ours.shape[:-1])
         close(ours[rows], wanted.numpy()[rows])

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.data import Batch
 from attnlab.train import SGD, AdamW, Constant, SpikeSkip
 from attnlab.train.loop import Diverged, check_finite
 from attnlab.train.step import LossHistory
@@ -118,10 +117,10 @@ def test_dropout_differs_by_step_and_by_microbatch():
     ]
     assert losses[0] == losses[1] != losses[2]
     # Eight equal rows: with one key for both microbatches, the sums of both would be equal.
-    same = Batch(*(np.repeat(x[:1], 8, axis=0) for x in batch))
+    same = batch.map(lambda x: np.repeat(x[:1], 8, axis=0))
     halves = session(experiment(dropout=0.5, microbatches=2))
     one_half = session(experiment(dropout=0.5, batch_size=4))
-    four = Batch(*(x[:4] for x in same))
+    four = same.map(lambda x: x[:4])
     loss = float(stepped(halves, state, same)[1]["loss"])
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), 0)
     first = _loss_with(one_half, state.params, four, jax.random.fold_in(key, 0))
