@@ -86,6 +86,18 @@ class Embedding(nn.Module):
         return parameter(self, "table", (self.size, self.width), self.axes, self.dtypes, std=self.std)
 
 
+class Bias(nn.Module):
+    """A number for each of `size` ids, from zero."""
+
+    size: int
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self) -> Float[Array, " V"]:
+        """The numbers themselves."""
+        return parameter(self, "bias", (self.size,), ("vocab",), self.dtypes)
+
+
 def look_up(table: Float[Array, "V E"], ids: Int[Array, "B T"]) -> Float[Array, "B T E"]:
     """Rows of a table; ids must be in range."""
     return table.at[ids].get(mode="promise_in_bounds", out_sharding=out_sharding("batch", "sequence", None))

@@ -28,15 +28,21 @@ class TokenStatistics(NamedTuple):
 
 
 def logits(
-    x: Float[Array, "B T E"], table: Float[Array, "V E"], softcap: float | None, dtype: str
+    x: Float[Array, "B T E"],
+    table: Float[Array, "V E"],
+    bias: Float[Array, " V"] | None,
+    softcap: float | None,
+    dtype: str,
 ) -> Float[Array, "B T V"]:
-    """x table^T, capped to softcap * tanh(. / softcap) if asked."""
+    """x table^T + bias, capped to softcap * tanh(. / softcap) if asked."""
     b, t, e = x.shape
     rows, vocab = out_sharding("batch"), None
     if rows is not None:
         rows, vocab = rows[0], used_spec(table.shape, ("vocab", "embed"))[0]
     where = None if rows is None else jax.P(rows, vocab)
     y = jnp.einsum("ne,ve->nv", x.reshape(b * t, e), table, preferred_element_type=dtype, out_sharding=where)
+    if bias is not None:
+        y = y + bias.astype(dtype)[None]
     if softcap is not None:
         y = softcap * jnp.tanh(y / softcap)
     return y.reshape(b, t, -1, out_sharding=None if rows is None else jax.P(rows, None, vocab))
@@ -44,15 +50,16 @@ def logits(
 
 def token_statistics(
     x: Float[Array, "B T E"],
-    table: Float[Array, "V E"],
     targets: Int[Array, "B T"],
+    table: Float[Array, "V E"],
+    bias: Float[Array, " V"] | None,
     softcap: float | None,
     dtype: str,
 ) -> TokenStatistics:
     """What a loss needs of the logits, never held whole: the backward pass recomputes each stretch."""
 
     def stretch(x, targets):
-        y = logits(x, table, softcap, dtype).astype(jnp.float32)
+        y = logits(x, table, bias, softcap, dtype).astype(jnp.float32)
         hit = jnp.arange(y.shape[-1])[None, None] == targets[..., None]
         target_logit = jnp.where(hit, y, 0).sum(-1)
         correct = (target_logit >= jax.lax.stop_gradient(y.max(-1))).astype(jnp.float32)

@@ -1,6 +1,18 @@
 """Model families, one file each."""
 
 from attnlab.models.base import ModelConfig, TokenFlops, TransformerConfig
-from attnlab.models.decoder import Decoder, DecoderConfig, Learned
+from attnlab.models.decoder import Decoder, DecoderConfig
+from attnlab.models.encoder import Encoder, EncoderConfig
+from attnlab.models.text import Learned, Sinusoidal
 
-__all__ = ["Decoder", "DecoderConfig", "Learned", "ModelConfig", "TokenFlops", "TransformerConfig"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "Learned",
+    "ModelConfig",
+    "Sinusoidal",
+    "TokenFlops",
+    "TransformerConfig",
+]

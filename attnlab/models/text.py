@@ -1,0 +1,172 @@
+"""Models that read text: tables of tokens and positions, then a stack of blocks."""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnlab.attention.cache import Cache
+from attnlab.attention.positions import sinusoidal
+from attnlab.errors import InputError
+from attnlab.layers.attention import Memory, NoPositions, Reading, RelativeBias, Rotary
+from attnlab.layers.dropout import Dropout
+from attnlab.layers.linear import Embedding, look_up
+from attnlab.layers.norms import Norm
+from attnlab.models.base import TransformerConfig
+from attnlab.sharding import constrain
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned vector for each of `length` positions, added to the embeddings."""
+
+    length: int = 1024
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError("length must be at least 1")
+
+
+@dataclass(frozen=True)
+class Sinusoidal:
+    """Sines and cosines of the position, added to the embeddings (Vaswani et al. 2017, section 3.5)."""
+
+
+@dataclass(frozen=True)
+class TextConfig(TransformerConfig):
+    """A stack of blocks that reads tokens.
+
+    Attributes:
+      positions: `Rotary`, `Learned`, `Sinusoidal`, `RelativeBias` or `NoPositions`.
+      vocab_size: tokens in the tables; None is as many as the tokenizer has.
+      scale_embedding: multiply embeddings by sqrt(E) (Vaswani et al. 2017, section 3.4).
+      embedding_norm: normalise the sum of the embeddings.
+    """
+
+    positions: Rotary | Learned | Sinusoidal | RelativeBias | NoPositions = field(default_factory=Rotary)
+    vocab_size: int | None = None
+    scale_embedding: bool = False
+    embedding_norm: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.positions, Rotary) and self.head_dim * self.positions.fraction < 2:
+            raise ValueError(f"rotary positions need a head_dim of at least 2 to turn; it is {self.head_dim}")
+
+    def check_length(self, length: int) -> None:
+        """Checks that the model has positions for this many tokens.
+
+        Raises:
+          InputError: a learned table that is shorter.
+        """
+        if isinstance(self.positions, Learned) and length > self.positions.length:
+            raise InputError(
+                f"length {length} is over model.positions.length={self.positions.length} learned positions"
+            )
+
+    def sized(self, vocab_size: int) -> Self:
+        """With the number of tokens in its tables, for a tokenizer of so many.
+
+        Raises:
+          InputError: tables that are smaller.
+        """
+        if self.vocab_size is not None and self.vocab_size < vocab_size:
+            raise InputError(
+                f"model.vocab_size={self.vocab_size} is less than the {vocab_size} tokens of the tokenizer"
+            )
+        return replace(self, vocab_size=self.vocab_size or vocab_size)
+
+
+class TextModel(nn.Module):
+    """Tokens in, activations out; what families of text models are derived from.
+
+    Attributes:
+      config: see `TextConfig`.
+      vocab_size: tokens in the tables V.
+      cross: whether every layer also attends to a memory.
+    """
+
+    config: TextConfig
+    vocab_size: int
+    cross: bool = False
+
+    def setup(self):
+        """Declares the tables, the stack of blocks and the last norm."""
+        c = self.config
+        self.embedding = Embedding(self.vocab_size, c.width, ("vocab", "embed"), c.init.std, c.dtypes)
+        if isinstance(c.positions, Learned):
+            self.position_embedding = Embedding(
+                c.positions.length, c.width, ("sequence", "embed"), c.init.std, c.dtypes
+            )
+        if isinstance(c.positions, RelativeBias):
+            self.relative = Embedding(
+                c.positions.buckets, c.attention.heads, ("window", "heads"), c.init.std, c.dtypes
+            )
+        if c.embedding_norm:
+            self.embedding_norm = Norm(c.norm, c.dtypes)
+        of_layers = isinstance(c.positions, Rotary | RelativeBias)
+        self.layers = c.stack(c.positions if of_layers else NoPositions(), self.cross)
+        self.norm = Norm(c.norm, c.dtypes)
+        self.drop = Dropout(c.dropout)
+
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], deterministic: bool
+    ) -> Float[Array, "B T E"]:
+        """What the layers start from."""
+        c = self.config
+        x = look_up(self.embedding(), tokens)
+        if c.scale_embedding:
+            x = x * jnp.asarray(c.width**0.5, x.dtype)
+        if isinstance(c.positions, Learned):
+            x = x + look_up(self.position_embedding(), positions)
+        if isinstance(c.positions, Sinusoidal):
+            x = x + sinusoidal(positions, c.width).astype(x.dtype)
+        x = constrain(x, "batch", "sequence", None)
+        if c.embedding_norm:
+            x = self.embedding_norm(x)
+        return self.drop(x, deterministic=deterministic)
+
+    def read(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "B T"] | None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+        """Activations after the last norm, and the cache with these tokens in it.
+
+        Args:
+          tokens: ids.
+          segment_ids: packed document of each token, 0 for padding; None is one document a row.
+          positions: place of each token in its document; None is 0, 1, 2, ..., and after what
+            the cache holds.
+          cache: what was read before.
+          deterministic: False drops out, with an rng named "dropout".
+          memory: what the layers look at beside the tokens, if they have cross-attention. It is kept in a
+            cache that is given: later calls may leave it out.
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1])[None]
+            if cache is not None:
+                before = jnp.sum(cache.segments > 0, axis=1, keepdims=True)
+                positions = jnp.maximum(before + jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
+        segment_ids, positions = (constrain(a, "batch", "sequence") for a in (segment_ids, positions))
+        x = self.embed(tokens, positions, deterministic)
+        layer_caches, shared = None, None
+        if cache is not None:
+            layer_caches, cache = cache.layers, cache.advance(segment_ids)
+            if memory is not None:
+                cache = replace(cache, context=memory.segments)
+            shared = replace(cache, layers=None)
+        relative = self.relative() if isinstance(self.config.positions, RelativeBias) else None
+        reading = Reading(segment_ids, positions, shared, memory, relative)
+        x, layer_caches = self.layers(x, layer_caches, reading, deterministic)
+        if self.config.placement != "post":  # else the last block has ended with one
+            x = self.norm(x)
+        return x, None if cache is None else replace(cache, layers=layer_caches)
