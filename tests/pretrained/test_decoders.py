@@ -68,6 +68,11 @@ CASES = {
         "Gemma3",
         SMALL | {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 20, "num_hidden_layers": 7, "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}},
     ),
+    "starcoder2": ("Starcoder2", SMALL | {"sliding_window": 4}),
+    "starcoder2, untied, without biases": (
+        "Starcoder2",
+        SMALL | {"sliding_window": None, "use_bias": False, "tie_word_embeddings": False, "rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}},
+    ),
 }  # fmt: skip
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 

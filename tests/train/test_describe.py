@@ -131,6 +131,7 @@ OF_OTHERS = {
     ("model.feed_forward=Experts", "bias"): ("true", "step"),
     ("model.feed_forward=Experts", "renormalize"): ("false", "step"),
     ("model.feed_forward=Experts", "balance"): ("0.5", "step"),
+    ("model=EncoderConfig", "pattern"): ("(Bidirectional(4,4),)", "step"),
     ("model.norm=LayerNorm", "epsilon"): ("0.01", "step"),
     ("model.norm=LayerNorm", "bias"): ("false", "step"),
     ("model.positions=Learned(1024)", "length"): ("512", "step"),

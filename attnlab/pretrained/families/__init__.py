@@ -1,8 +1,13 @@
 """The families of checkpoints, by the `model_type` of their `config.json`."""
 
-from attnlab.pretrained.families import gpt2, llama, mixtures
+from attnlab.pretrained.families import gpt2, llama, mixtures, starcoder2
 from attnlab.pretrained.families.base import Family
 
-FAMILIES: dict[str, Family] = {**gpt2.FAMILIES, **llama.FAMILIES, **mixtures.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **gpt2.FAMILIES,
+    **llama.FAMILIES,
+    **mixtures.FAMILIES,
+    **starcoder2.FAMILIES,
+}
 
 __all__ = ["FAMILIES", "Family"]
