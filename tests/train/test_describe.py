@@ -45,6 +45,7 @@ DEFAULT = configs.load(str(ROOT / "experiments" / "lm_docs.py")).config
 # Another valid value of each field of the default experiment, and where the difference shows: in the
 # "step" (its lowered text), the "state" it starts from, or the "batches".
 CHANGES = {
+    "model": ("EncoderConfig", "step"),
     "model.depth": ("3", "step"),
     "model.width": ("128", "step"),
     "model.attention.heads": ("4", "step"),
