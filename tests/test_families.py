@@ -1,0 +1,86 @@
+"""Every family trains: its experiment on 8 simulated devices, and compiled for a TPU slice that is not here."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from attnlab import config as configs
+from attnlab import sharding
+from attnlab.train.session import Session
+from tests.programs import ROOT
+
+# The experiment of each family, and what makes it smaller: widths that a mesh can cut, short rows.
+EXPERIMENTS = {
+    "lm_docs": ["model.width=64", "model.depth=4", "data.sequence_length=64"],
+    "pronoun": ["model.attention.heads=2"],
+}
+EVERYWHERE = ["data.batch_size=16", "train.steps=20", "train.microbatches=1"]
+
+
+def recomputed(config):
+    """The same model, every stack in it scanned over and recomputed in the backward pass."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("remat", "scan"):
+            changed[field.name] = {"remat": "full", "scan": True}[field.name]
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = recomputed(value)
+    return dataclasses.replace(config, **changed)
+
+
+def made(name):
+    """The experiment of a family, small."""
+    pairs = [tuple(text.split("=", 1)) for text in (*EVERYWHERE, *EXPERIMENTS[name])]
+    e = configs.override_all(configs.load(str(ROOT / "experiments" / f"{name}.py")).config, pairs)
+    return dataclasses.replace(e, model=recomputed(e.model))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_trains(name, mesh_of):
+    e = made(name)
+    session = Session(e, mesh_of("data:2,fsdp:2,tensor:2"), e.data.build_tokenizer())
+    state, losses = session.new_state(), []
+    batches = e.data.train_iterator(session.tokenizer, seed=0, num_batches=2)
+    for _ in range(e.train.steps):
+        state, metrics = session.train_step(state, session.to_devices(next(batches)))
+        losses.append(float(metrics["loss"]))
+        assert metrics["skipped"] == 0
+    assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4]), losses
+
+
+@pytest.mark.preflight
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_compiles_for_a_slice_of_sixteen(name):
+    """In a process of its own: libtpu complains of the missing TPU on stderr."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, "-m", "tests.test_families", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    devices, state, aliased = map(int, done.stdout.split()[-3:])
+    assert devices == 16
+    assert aliased >= state > 0  # the state is updated in place
+
+
+def compile_for_tpu(name):
+    """Compiles the training step for a v5e slice; prints its devices, bytes of state, and those in place."""
+    from jax.experimental import topologies
+
+    from attnlab.train.describe import per_device
+
+    devices = topologies.get_topology_desc(topology_name="v5e:4x4", platform="tpu").devices
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 2}, devices=devices)
+    e = made(name)
+    session = Session(e, mesh, e.data.build_tokenizer())
+    memory = session.compile_train_step().memory_analysis()
+    print(len(devices), per_device(session.abstract_state), memory.alias_size_in_bytes)
+
+
+if __name__ == "__main__":
+    compile_for_tpu(sys.argv[1])
