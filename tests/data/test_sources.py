@@ -1,0 +1,97 @@
+"""Examples with something to read beside their tokens, a row each."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from attnlab.data import Bytes, Data, Example
+
+TOKENIZER = Bytes().train([])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Data):
+    """Example i has i % 3 + 1 tokens; its source is i % 4 + 1 long."""
+
+    tokenizer: Bytes = Bytes()  # noqa: RUF009 - frozen, so safe to share
+    sequence_length: int = 3
+    batch_size: int = 4
+    shape: tuple[int, ...] | None = (4,)
+    packed: bool = False
+
+    @property
+    def source_shape(self):
+        return self.shape
+
+    @property
+    def packs(self):
+        return self.packed
+
+    def records(self, split):
+        return range(10)
+
+    def text(self, record):
+        return "a"
+
+    def encode(self, record, tokenizer):
+        ones = np.ones(record % 3 + 1, int)
+        source = None if self.shape is None else np.full((record % 4 + 1, *self.shape[1:]), record + 1)
+        return Example(record * ones, record * ones, ones, ones, source)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 2, 3), None])
+def test_a_row_is_an_example(shape):
+    data = Toy(shape=shape)
+    batches = list(data.eval_batches("validation", TOKENIZER))
+    spec = data.element_spec()
+    for batch in batches:
+        there = {name: (a.shape, a.dtype) for name, a in batch._asdict().items() if a is not None}
+        assert there == spec
+    rows = [row for batch in batches for row in zip(*(a for a in batch if a is not None), strict=True)]
+    assert len(rows) == 12  # ten, filled up to three batches of four
+    for i, row in enumerate(rows):
+        tokens, targets, weights, segments, positions, num_bytes, *source = row
+        n = i % 3 + 1 if i < 10 else 0
+        np.testing.assert_array_equal(tokens, targets)
+        np.testing.assert_array_equal(tokens, [i] * n + [0] * (3 - n))
+        np.testing.assert_array_equal(weights, segments)
+        np.testing.assert_array_equal(segments, [1] * n + [0] * (3 - n))
+        np.testing.assert_array_equal(positions, [*range(n), *[0] * (3 - n)])
+        assert num_bytes == n
+        if source:
+            s = i % 4 + 1 if i < 10 else 0
+            values, there = source
+            np.testing.assert_array_equal(there, [1] * s + [0] * (4 - s))
+            assert values.dtype == (np.int32 if len(shape) == 1 else np.float32)
+            assert (values[:s] == i + 1).all() and not values[s:].any()
+
+
+@pytest.mark.parametrize("shape", [(4,), None])
+def test_training_continues_bit_for_bit(shape):
+    data = Toy(shape=shape)
+    straight = data.train_iterator(TOKENIZER, seed=1)
+    for _ in range(5):
+        next(straight)
+    state, expected = straight.get_state(), [next(straight) for _ in range(5)]
+    resumed = data.train_iterator(TOKENIZER, seed=1)
+    resumed.set_state(state)
+    for batch in expected:
+        for ours, theirs in zip(next(resumed), batch, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert len({batch.tokens.tobytes() for batch in expected}) > 1
+
+
+def test_processes_share_a_batch():
+    data = Toy()
+    whole = list(data.eval_batches("validation", TOKENIZER))
+    shares = [data.eval_batches("validation", TOKENIZER, process_index=i, process_count=2) for i in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        np.testing.assert_array_equal(batch.source, np.concatenate([part.source for part in parts]))
+
+
+def test_what_does_not_fit_is_refused(refuses):
+    with refuses("3 tokens", "data.sequence_length=2"):
+        list(Toy(sequence_length=2).eval_batches("validation", TOKENIZER))
+    with refuses("a source of (4,)", "room for (3,)"):
+        list(Toy(shape=(3,)).eval_batches("validation", TOKENIZER))

@@ -1,0 +1,101 @@
+"""Attention to a memory, and scores that know of distance, in a decoder's layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import sharding
+from attnlab.layers import Attention, RelativeBias, Sliding
+from attnlab.layers.attention import Memory
+from attnlab.models import DecoderConfig
+
+CONFIG = DecoderConfig(
+    depth=3, width=16, attention=Attention(heads=4, kv_heads=2), positions=RelativeBias(8, 12)
+)
+SLIDING = dataclasses.replace(CONFIG, pattern=(Sliding(4), Sliding(9)))
+RNG = np.random.default_rng(0)
+TOKENS = jnp.asarray(RNG.integers(1, 30, (2, 9)), jnp.int32)
+MEMORY = Memory(jnp.asarray(RNG.normal(size=(2, 5, 12)), jnp.float32), jnp.array([[1] * 5, [1, 1, 1, 0, 0]]))
+
+
+def decoder(config=CONFIG):
+    """A decoder that reads MEMORY, with weights so large that attention is far from even."""
+    model = config.build(30, cross=True)
+    params = model.init(jax.random.key(0), TOKENS, memory=MEMORY)["params"]
+    return model, jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)
+
+
+def test_padding_of_the_memory_is_not_seen_and_all_else_is():
+    model, params = decoder()
+
+    def loss(values):
+        out = model.apply({"params": params}, TOKENS, memory=dataclasses.replace(MEMORY, values=values))
+        return jnp.sum(jnp.sin(out))
+
+    seen = np.abs(jax.grad(loss)(MEMORY.values)).max(-1) > 1e-6
+    np.testing.assert_array_equal(seen, MEMORY.segments == 1)
+
+
+def test_documents_of_a_row_look_at_their_own_part_of_the_memory():
+    model, params = decoder()
+    segments = jnp.array([[1] * 4 + [2] * 5])
+    memory = Memory(MEMORY.values[:1], jnp.array([[1, 1, 2, 2, 2]]))
+    positions = jnp.array([[*range(4), *range(5)]])
+    both = model.apply({"params": params}, TOKENS[:1], segments, positions, memory=memory)
+    for own, part in ((slice(4), slice(2)), (slice(4, 9), slice(2, 5))):
+        alone = Memory(memory.values[:, part], jnp.ones_like(memory.segments[:, part]))
+        expected = model.apply({"params": params}, TOKENS[:1, own], memory=alone)
+        np.testing.assert_allclose(both[:, own], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SLIDING], ids=["causal", "sliding"])
+def test_a_cache_keeps_the_memory(config):
+    model, params = decoder(config)
+    whole = model.apply({"params": params}, TOKENS, memory=MEMORY)
+    cache = model.init_cache(2, 9, memory=5)
+    out, cache = model.apply({"params": params}, TOKENS[:, :4], cache=cache, memory=MEMORY)
+    outs = [out]
+    for i in range(4, 9):
+        out, cache = model.apply({"params": params}, TOKENS[:, i : i + 1], cache=cache)
+        outs.append(out)
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, rtol=1e-4, atol=1e-4)
+    # Rows that change places take their memory with them.
+    swapped = cache.take(jnp.array([[1, 0]]))
+    np.testing.assert_array_equal(swapped.context, cache.context[::-1])
+    assert not np.array_equal(swapped.layers[0][0][1].key, cache.layers[0][0][1].key)
+
+
+def test_distance_is_all_that_is_known_of_order():
+    """With a bias for how far a key is, and nothing else, a shift of all positions changes nothing."""
+    model, params = decoder()
+    at = jnp.arange(9)[None] + jnp.zeros((2, 1), jnp.int32)
+    ours = model.apply({"params": params}, TOKENS, None, at, memory=MEMORY)
+    np.testing.assert_array_equal(ours, model.apply({"params": params}, TOKENS, None, at + 5, memory=MEMORY))
+
+    def without(table):
+        changed = {**params, "relative": {"table": table}}
+        return model.apply({"params": changed}, TOKENS, memory=MEMORY)
+
+    table = params["relative"]["table"]
+    assert np.abs(without(0 * table) - ours).max() > 1e-3
+    grads = jax.grad(lambda table: jnp.sum(jnp.sin(without(table))))(table)
+    assert (np.abs(grads).max(-1) > 0).sum() >= 6  # of eight buckets, those that nine tokens have
+
+
+@pytest.mark.parametrize("mesh", ["data:2", "fsdp:2,tensor:2"])
+def test_a_mesh_changes_no_number(mesh, mesh_of):
+    model, params = decoder()
+    expected = model.apply({"params": params}, TOKENS, memory=MEMORY)
+    with jax.set_mesh(mesh_of(mesh)):
+        tokens, segments = (sharding.constrain(x, "batch", None) for x in (TOKENS, MEMORY.segments))
+        memory = Memory(sharding.constrain(MEMORY.values, "batch", None, None), segments)
+        specs = jax.tree.map(
+            lambda x: x.sharding.spec,
+            jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, memory=memory))["params"],
+        )
+        placed = jax.tree.map(jax.sharding.reshard, params, specs)
+        got = jax.jit(lambda p: model.apply({"params": p}, tokens, memory=memory))(placed)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
