@@ -29,7 +29,7 @@ def oracle(problem, label_smoothing, z_loss):
 
 def statistics(problem) -> TokenStatistics:
     x, table, targets, _ = problem
-    return token_statistics(jnp.float32(x), jnp.float32(table), jnp.int32(targets), None, "float32")
+    return token_statistics(jnp.float32(x), jnp.int32(targets), jnp.float32(table), None, None, "float32")
 
 
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.3, 0.1)])
