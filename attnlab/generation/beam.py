@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -16,12 +15,11 @@ from attnlab.generation.sampling import whole_rows
 from attnlab.sharding import out_sharding
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Power:
     """|Y|^alpha: over 0, longer texts are preferred; 1 compares mean log-probabilities."""
 
-    alpha: float | Float[Array, ""] = 1.0
+    alpha: float = 1.0
 
     def __post_init__(self):
         _require_finite(self)
@@ -31,12 +29,11 @@ class Power:
         return length.astype(jnp.float32) ** self.alpha
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Wu:
     """((5 + |Y|) / 6)^alpha (Wu et al. 2016, arXiv 1609.08144, equation 14)."""
 
-    alpha: float | Float[Array, ""] = 0.6
+    alpha: float = 0.6
 
     def __post_init__(self):
         _require_finite(self)
@@ -47,7 +44,7 @@ class Wu:
 
 
 def _require_finite(penalty: Power | Wu) -> None:
-    if isinstance(penalty.alpha, Real) and not math.isfinite(penalty.alpha):
+    if not math.isfinite(penalty.alpha):
         raise InputError(f"{type(penalty).__name__}.alpha is {penalty.alpha}; it must be a finite number")
 
 
@@ -104,7 +101,7 @@ class _State(NamedTuple):
     prefix: Prefix
 
 
-@partial(jax.jit, static_argnames=("model", "count", "slots", "eos_id"))
+@partial(jax.jit, static_argnames=("model", "count", "penalty", "slots", "eos_id"))
 def beam_search(
     model, params, prefix: Prefix, *, count: int, penalty: Power | Wu, eos_id: int, slots: int, steps
 ) -> Texts:
