@@ -1,9 +1,9 @@
 """What the config of every family says of its model, and what all Transformers share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
 
 import flax.linen as nn
 
@@ -95,8 +95,23 @@ class ModelConfig(ABC):
         return self
 
     def with_dtypes(self, dtypes: Dtypes) -> Self:
-        """With other number formats of parameters, computation and logits."""
-        return replace(self, dtypes=dtypes)  # type: ignore[type-var]
+        """With other number formats of parameters, computation and logits, in all its parts."""
+        return self._with_parts("dtypes", dtypes, lambda part: part.with_dtypes(dtypes))
+
+    def written_out(self) -> Self:
+        """The same model, defaults written out, and what only training depends on as it is by default.
+
+        Two configs compute the same if these are equal.
+        """
+        return self._with_parts("dtypes", Dtypes(), lambda part: part.written_out())
+
+    def _with_parts(self, name: str, value: Any, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
+        """With a field set to a value, if it is there, and every model within this one changed."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        changed = {k: change(v) for k, v in found.items() if isinstance(v, ModelConfig)}
+        if name in found:
+            changed[name] = value
+        return replace(self, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -190,6 +205,21 @@ class TransformerConfig(ModelConfig):
             dtypes=self.dtypes,
         )
         return Stack(block, self.pattern, self.scan, self.remat)
+
+    def written_out(self) -> Self:
+        """See `ModelConfig.written_out`."""
+        config = super().written_out()
+        attention = replace(config.attention, kv_heads=self.kv_heads, head_dim=self.head_dim, dropout=0.0)
+        return replace(
+            config,
+            attention=attention,
+            feed_forward=replace(config.feed_forward, width=self.feed_forward.hidden(self.width)),
+            pattern=self.kinds,
+            dropout=0.0,
+            init=replace(config.init, std=1.0),
+            remat="none",
+            scan=True,
+        )
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """See `ModelConfig.sharded_dimensions`."""

@@ -18,8 +18,7 @@ from attnlab.data.batch import of_spec, spec
 from attnlab.data.tokenizer import SETTINGS
 from attnlab.errors import InputError
 from attnlab.files import write_atomically
-from attnlab.layers import Dtypes
-from attnlab.models import DecoderConfig, ModelConfig
+from attnlab.models import ModelConfig
 from attnlab.pretrained import files, table, tensors
 from attnlab.pretrained.families import FAMILIES, Family
 from attnlab.pretrained.settings import Settings
@@ -27,7 +26,7 @@ from attnlab.pretrained.settings import Settings
 Origin: TypeAlias = epath.Path | tuple[Tokenizer, int]
 
 
-def read_config(folder: epath.Path) -> tuple[Family, DecoderConfig]:
+def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
     """The family and the config of the model in a folder.
 
     Raises:
@@ -107,7 +106,7 @@ def copy_small_files(source: epath.Path, target: epath.Path) -> None:
             file.copy(target / file.name, overwrite=True)
 
 
-def describe(config: DecoderConfig, length: int) -> dict[str, Any]:
+def describe(config: ModelConfig, length: int) -> dict[str, Any]:
     """The fields of a `config.json` that say what a model is, of the first family that can say all of it.
 
     Args:
@@ -118,7 +117,7 @@ def describe(config: DecoderConfig, length: int) -> dict[str, Any]:
       InputError: no family that has such a model.
     """
     for kind, family in FAMILIES.items():
-        if family.fields is None:
+        if family.fields is None or type(config) is not family.made:
             continue
         fields = {"model_type": kind, **family.fields(config, length)}
         with contextlib.suppress(InputError):  # what the family needs to be told besides
@@ -128,30 +127,14 @@ def describe(config: DecoderConfig, length: int) -> dict[str, Any]:
     raise InputError(f"no config.json can say what this model is; there are those of {known}")
 
 
-def _differences(theirs: DecoderConfig, ours: DecoderConfig) -> list[str]:
+def _differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
     """Where two models differ in what they compute; a field left to its default is what it then means."""
-
-    def whole(config: DecoderConfig) -> DecoderConfig:
-        attention = dataclasses.replace(
-            config.attention, kv_heads=config.kv_heads, head_dim=config.head_dim, dropout=0.0
-        )
-        width = config.feed_forward.hidden(config.width)
-        return dataclasses.replace(
-            config,
-            attention=attention,
-            feed_forward=dataclasses.replace(config.feed_forward, width=width),
-            pattern=config.kinds,
-            dropout=0.0,
-            init=dataclasses.replace(config.init, std=1.0),
-            dtypes=Dtypes(),
-            remat="none",
-            scan=True,
-        )
-
-    return differences(whole(theirs), whole(ours))
+    if type(theirs) is not type(ours):
+        return [f"model: {type(theirs).__name__} -> {type(ours).__name__}"]
+    return differences(theirs.written_out(), ours.written_out())
 
 
-def write(folder: epath.Path, config: DecoderConfig, params: Any, origin: Origin) -> None:
+def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) -> None:
     """Writes a model as a checkpoint, whole or not at all.
 
     Args:
@@ -182,13 +165,18 @@ def write(folder: epath.Path, config: DecoderConfig, params: Any, origin: Origin
         copy_small_files(origin, making)
         fields = files.read_json(making / files.CONFIG)
     family = FAMILIES[fields["model_type"]]
-    fields |= {"architectures": [family.architecture], "dtype": config.dtypes.param}
+    fields |= {"architectures": [family.architecture_of(config)], "dtype": dtype_of(params)}
     fields.pop("torch_dtype", None)
     write_atomically(making / files.CONFIG, json.dumps(fields, indent=2) + "\n")
     write_params(making, family, params)
     if folder.exists():
         folder.rmdir()
     making.rename(folder)
+
+
+def dtype_of(params: Any) -> str:
+    """The number format of the parameters."""
+    return jax.tree.leaves(params)[0].dtype.name
 
 
 def write_params(folder: epath.Path, family: Family, params: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attnlab.models import DecoderConfig
+from attnlab.models import DecoderConfig, ModelConfig
 from attnlab.pretrained.settings import Settings
 from attnlab.pretrained.table import PART, Tensor
 
@@ -17,18 +17,25 @@ class Family:
       config: the model's config from the fields of `config.json`.
       tensors: the table of names, as in a model with its head.
       prefix: what names lack in a checkpoint of a model without its head.
-      architecture: the class of transformers that an exported checkpoint loads as.
+      architecture: the class of transformers that an exported checkpoint loads as; a function of the model's
+        config where a model may have one of several heads.
       fields: of `config.json`, for a model that was made here and a context of so many tokens, where the
         family may be able to say what it is. Whether it is, is seen by reading them back.
       ignored: regular expressions of tensors that mean nothing: buffers, and copies of tied tables.
+      made: the kind of config that `fields` takes.
     """
 
-    config: Callable[[Settings], DecoderConfig]
+    config: Callable[[Settings], ModelConfig]
     tensors: tuple[Tensor, ...]
     prefix: str
-    architecture: str
-    fields: Callable[[DecoderConfig, int], dict[str, Any]] | None = None
+    architecture: str | Callable[[Any], str]
+    fields: Callable[[Any, int], dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
+    made: type[ModelConfig] = DecoderConfig
+
+    def architecture_of(self, config: ModelConfig) -> str:
+        """The class of transformers for a model."""
+        return self.architecture if isinstance(self.architecture, str) else self.architecture(config)
 
 
 def linear(ours: str, theirs: str, layout: str = "f e -> e f") -> tuple[Tensor, Tensor]:
