@@ -1,25 +1,20 @@
 """Two text sets that Python itself carries: the standard library's documentation and its code."""
 
 import ast
-import contextlib
 import hashlib
 import inspect
-import io
-import os
 import re
 import sys
 import sysconfig
-import tempfile
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from attnlab.data.prepare import prepared
 from attnlab.data.registry import Column
-from attnlab.errors import InputError
 
-FORMAT = 1  # counts up when the text of a record changes, so that no cache keeps the old
 VALIDATION_PERCENT = 8
 # Some orders of hashing give validation to three giants (tkinter, idlelib, distutils). Under this one it
 # is 25 to 30 packages and topics, none above an eighth of the bytes, with no docstring of the training split.
@@ -33,11 +28,6 @@ def records(name: str, split: str) -> Column:
     """Records of "stdlib_docs" or "stdlib_code", prepared on first use."""
     builder = prepared({"stdlib_docs": StdlibDocs, "stdlib_code": StdlibCode}[name])
     return Column(builder.as_data_source(split=split), "text")
-
-
-def data_dir() -> Path:
-    """Where prepared sets are kept: `ATTNLAB_DATA_DIR`, else `~/.cache/attnlab/data`."""
-    return Path(os.environ.get("ATTNLAB_DATA_DIR") or "~/.cache/attnlab/data").expanduser()
 
 
 class _Stdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -138,45 +128,3 @@ def _definitions(title: str, node: Definition) -> Iterator[tuple[str, Definition
             yield from _definitions(f"class {name}.{child.name}" + (f"({bases})" if bases else ""), child)
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _definitions(f"{name}.{child.name}({ast.unparse(child.args)})", child)
-
-
-def prepared(builder_class: type[_Stdlib]) -> _Stdlib:
-    """The builder with its files written.
-
-    They are written aside and then renamed to their place in one step: whoever is killed leaves
-    no half of a set, and of two that start at once the second finds the first one's.
-    Raises `InputError` if the directory cannot be written.
-    """
-    root = data_dir() / f"format-{FORMAT}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        place = root / builder_class.name / str(builder_class.VERSION)
-        if not place.exists():
-            _write(builder_class, root, place)
-    except OSError as error:
-        raise InputError(f"cannot write data below {root} (set ATTNLAB_DATA_DIR): {error.strerror}") from None
-    return builder_class(data_dir=root)
-
-
-def _write(builder_class: type[_Stdlib], root: Path, place: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=root, prefix=".preparing-") as scratch:
-        with _quiet():
-            builder = builder_class(data_dir=scratch, file_format="array_record")
-            builder.download_and_prepare()
-        place.parent.mkdir(exist_ok=True)
-        try:
-            os.rename(builder.data_dir, place)
-        except OSError:
-            if not place.exists():  # else another process was first, with the same text
-                raise
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the progress bars and banners of TFDS from the terminal."""
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from attnlab.data import Text, stdlib
+from attnlab.data import Text, prepare, stdlib
 from attnlab.data.baselines import compressed_bits_per_byte
 from attnlab.errors import InputError
 
@@ -38,7 +38,7 @@ def test_two_processes_at_once_and_nothing_printed(tmp_path):
     assert outputs[0] == outputs[1]
     assert outputs[0][1] == ""
     assert len(outputs[0][0].splitlines()) == 2
-    assert [path.name for path in (tmp_path / f"format-{stdlib.FORMAT}").iterdir()] == ["stdlib_docs"]
+    assert [path.name for path in (tmp_path / f"format-{prepare.FORMAT}").iterdir()] == ["stdlib_docs"]
 
 
 def test_killed_preparation_leaves_no_half(tmp_path):
