@@ -24,7 +24,7 @@ from attnlab.layers.experts import Experts, ExpertsLayer
 from attnlab.layers.feed_forward import MLP, FeedForward, GatedMLP
 from attnlab.layers.initialization import Normal
 from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.parameters import Dtypes, parameter
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -44,7 +44,8 @@ class BlockConfig:
     `placement` says where norms stand around a branch f: x + f(norm(x)) is "pre" (arXiv 2002.04745),
     norm(x + f(x)) "post" (Vaswani et al. 2017, section 3.1), x + norm(f(norm(x))) "both" (Gemma 2), and
     x + norm(f(x)) "branch" (OLMo 2, arXiv 2501.00656, section 3.2). With `cross`, a branch of attention to a
-    memory stands between the other two.
+    memory stands between the other two. `layer_scale` is where a learned factor of each number that a branch
+    adds starts, if there is one (CaiT, arXiv 2103.17239, section 2).
     """
 
     width: int
@@ -53,6 +54,7 @@ class BlockConfig:
     feed_forward: MLP | GatedMLP | Experts
     norm: RMSNorm | LayerNorm
     placement: Placement
+    layer_scale: float | None
     positions: Rotary | RelativeBias | NoPositions
     cross: bool
     dropout: float
@@ -112,6 +114,9 @@ class Block(nn.Module):
         c = self.config
         if c.placement in ("both", "branch"):
             y = self._norm(y, f"{branch}_out")
+        if c.layer_scale is not None:
+            name = f"{branch}_layer_scale"
+            y = y * parameter(self, name, (c.width,), ("norm",), c.dtypes, mean=c.layer_scale)[None, None]
         x = x + Dropout(c.dropout)(y, deterministic=self.deterministic)
         return self._norm(x, branch) if c.placement == "post" else x
 

@@ -18,8 +18,8 @@ from attnlab.sharding import out_sharding
 class Patches(nn.Module):
     """z = x_p W + b for each patch x_p of an image (ViT, arXiv 2010.11929, equation 1, without positions).
 
-    The kernel is (pixels, E), the pixels of a patch in the order (height, width, channel), so that the kernel
-    of a convolution in PyTorch becomes it by "e c h w -> (h w c) e".
+    The kernel is (height, width, channels, E), so that that of a convolution in PyTorch becomes it by
+    "e c h w -> h w c e".
 
     Attributes:
       size: sides of a patch, or one size for all of them; a third makes tubelets of videos (ViViT,
@@ -42,10 +42,12 @@ class Patches(nn.Module):
         Raises:
           InputError: sides that are no multiples of the patch's.
         """
+        _, *sides, channels = x.shape
         pixels = cut(x.astype(self.dtypes.compute), self.size)
-        shape = (pixels.shape[-1], self.width)
-        kernel = parameter(self, "kernel", shape, ("window", "embed"), self.dtypes, std=self.std)
-        y = contract(pixels, kernel, 1, ("embed",))
+        shape = (*_each(self.size, sides), channels, self.width)
+        axes = (*["window"] * (len(shape) - 1), "embed")
+        kernel = parameter(self, "kernel", shape, axes, self.dtypes, std=self.std)
+        y = contract(pixels, kernel.reshape(-1, self.width), 1, ("embed",))
         return add_bias(self, y, (self.width,), ("embed",), self.dtypes) if self.bias else y
 
 
@@ -56,7 +58,7 @@ def cut(x: Float[Array, "B *sides channels"], size: int | tuple[int, ...]) -> Fl
       InputError: sides that are no multiples of the patch's.
     """
     b, *sides, channels = x.shape
-    size = (size,) * len(sides) if isinstance(size, int) else size
+    size = _each(size, sides)
     if len(size) != len(sides) or any(side % p for side, p in zip(sides, size, strict=True)):
         raise InputError(
             f"{_times(sides)} pixels cannot be cut into patches of {_times(size)}: "
@@ -70,6 +72,11 @@ def cut(x: Float[Array, "B *sides channels"], size: int | tuple[int, ...]) -> Fl
     x = x.transpose(0, *range(1, n, 2), *range(2, n + 1, 2), n + 1)
     shape = (b, math.prod(grid), math.prod(size) * channels)
     return x.reshape(shape, out_sharding=out_sharding("batch", "sequence", None))
+
+
+def _each(size: int | tuple[int, ...], sides: list[int]) -> tuple[int, ...]:
+    """Sides of a patch, one for each side of what is cut."""
+    return (size,) * len(sides) if isinstance(size, int) else size
 
 
 def resize_positions(

@@ -4,6 +4,7 @@ from attnlab.models.base import ModelConfig, TokenFlops, TransformerConfig
 from attnlab.models.decoder import Decoder, DecoderConfig
 from attnlab.models.encoder import Encoder, EncoderConfig
 from attnlab.models.text import Learned, Sinusoidal
+from attnlab.models.vit import ViT, ViTConfig
 
 __all__ = [
     "Decoder",
@@ -15,4 +16,6 @@ __all__ = [
     "Sinusoidal",
     "TokenFlops",
     "TransformerConfig",
+    "ViT",
+    "ViTConfig",
 ]

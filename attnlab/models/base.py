@@ -125,6 +125,7 @@ class TransformerConfig(ModelConfig):
       feed_forward: `MLP`, `GatedMLP` or `Experts`.
       norm: `RMSNorm` or `LayerNorm`.
       placement: where norms stand; see `BlockConfig`.
+      layer_scale: where a learned factor of what each branch adds starts; None is none.
       pattern: kinds of attention, repeated over the layers: five `Sliding` then one `Causal`, say.
       dropout: share of embeddings and residual branches dropped in training.
       init: `Normal` or `MuP`.
@@ -139,6 +140,7 @@ class TransformerConfig(ModelConfig):
     feed_forward: MLP | GatedMLP | Experts = field(default_factory=MLP)
     norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
     placement: Placement = "pre"
+    layer_scale: float | None = None
     pattern: tuple[Kind, ...] = (Causal(),)
     dropout: float = 0.0
     init: Normal | MuP = field(default_factory=Normal)
@@ -158,6 +160,8 @@ class TransformerConfig(ModelConfig):
             raise ValueError("pattern must name at least one kind of attention")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout must be at least 0 and under 1")
+        if self.layer_scale is not None and self.layer_scale <= 0:
+            raise ValueError("layer_scale must be over 0, or none")
 
     @property
     def head_dim(self) -> int:
@@ -198,6 +202,7 @@ class TransformerConfig(ModelConfig):
             feed_forward=self.feed_forward,
             norm=self.norm,
             placement=self.placement,
+            layer_scale=self.layer_scale,
             positions=positions,
             cross=cross,
             dropout=self.dropout,
@@ -215,6 +220,7 @@ class TransformerConfig(ModelConfig):
             attention=attention,
             feed_forward=replace(config.feed_forward, width=self.feed_forward.hidden(self.width)),
             pattern=self.kinds,
+            layer_scale=self.layer_scale and 1.0,
             dropout=0.0,
             init=replace(config.init, std=1.0),
             remat="none",
@@ -236,7 +242,7 @@ class TransformerConfig(ModelConfig):
     def learning_rates(self) -> dict[str, float]:
         """See `ModelConfig.learning_rates`."""
         factor = self.init.learning_rate(self.width)
-        return {r"\blayers/.*kernel$": factor} if factor != 1 else {}
+        return {r"\b(layers|pool)/.*kernel$": factor} if factor != 1 else {}
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """Operations for each token (Kaplan et al. 2020, arXiv 2001.08361, table 1).

@@ -34,6 +34,27 @@ class LastWord(Data):
         return Example(tokens, targets, weights, tokenizer.token_bytes[targets])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Images(Data):
+    """Noise, brighter by its class."""
+
+    tokenizer: Words = Words()  # noqa: RUF009
+    sequence_length: int = 1
+    image: tuple[int, int, int] = (12, 20, 3)
+
+    @property
+    def source_shape(self):
+        return self.image
+
+    def records(self, split):
+        return [{"text": f"class{i % 3}", "bright": i % 3, "seed": i} for i in range(24)]
+
+    def encode(self, record, tokenizer):
+        (target,) = tokenizer.encode(record["text"])
+        image = np.random.default_rng(record["seed"]).normal(record["bright"], 1.0, self.image)
+        return Example(np.zeros(1), np.array([target]), np.ones(1), np.zeros(1), image)
+
+
 def segments(batch):
     """Every packed piece of a batch as (tokens, targets, weights, positions)."""
     for row in range(len(batch.tokens)):

@@ -35,7 +35,7 @@ def test_it_is_the_convolution_of_torch(size):
     x = normal(2, 8, 12, 3)
     expected = theirs(torch.tensor(np.asarray(x.transpose(0, 3, 1, 2)))).detach().flatten(2).transpose(1, 2)
     weight, bias = (p.detach().numpy() for p in theirs.parameters())
-    params = {"kernel": jnp.asarray(weight.transpose(2, 3, 1, 0).reshape(-1, 5)), "bias": jnp.asarray(bias)}
+    params = {"kernel": jnp.asarray(weight.transpose(2, 3, 1, 0)), "bias": jnp.asarray(bias)}
     got = Patches(size, 5, 0.5, True, Dtypes()).apply({"params": params}, x)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -54,7 +54,7 @@ def test_sharded_equals_single(mesh_of, bias):
     with jax.set_mesh(mesh):
         x = jax.device_put(x, jax.P(("data", "fsdp")))
         init = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-        assert init["kernel"].sharding.spec == jax.P(None, "fsdp")
+        assert init["kernel"].sharding.spec == jax.P(None, None, None, "fsdp")
         params = jax.tree.map(lambda p, like: jax.device_put(p, like.sharding.spec), params, init)
         (_, got), got_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, x)
         assert jax.typeof(got).sharding.spec == jax.P(("data", "fsdp"), None, None)

@@ -11,10 +11,13 @@ import pytest
 
 from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
+from attnlab.layers import Attention
+from attnlab.models import ViTConfig
 from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
 from attnlab.train.step import make_train_step
+from tests.data.toys import Images
 from tests.programs import ROOT, write_text
 from tests.train.small import TOKENIZER, experiment, session
 
@@ -65,6 +68,7 @@ CHANGES = {
     "model.norm.epsilon": ("0.01", "step"),
     "model.norm.from_one": ("true", "step"),
     "model.placement": ("post", "step"),
+    "model.layer_scale": ("0.1", "step"),
     "model.positions": ("NoPositions", "step"),
     "model.positions.theta": ("500.0", "step"),
     "model.positions.fraction": ("0.5", "step"),
@@ -187,6 +191,33 @@ OF_OTHERS = {
     ("train.spike_skip=SpikeSkip", "sigmas"): ("3.0", "step"),
     ("train.spike_skip=SpikeSkip", "window"): ("16", "step"),
 }
+# The same of models that read something beside tokens, each in an experiment of its own.
+READERS = {
+    "images": (
+        Experiment(
+            model=ViTConfig(
+                depth=2, width=16, attention=Attention(4), image=(8, 8, 3), patch=(4, 4), registers=1
+            ),
+            data=Images(batch_size=8),
+        ),
+        {
+            "model.image": "(8, 12, 3)",
+            "model.patch": "(2, 4)",
+            "model.patch_bias": "false",
+            "model.class_tokens": "2",
+            "model.registers": "2",
+            "model.mask_token": "true",
+            "model.embedding_norm": "true",
+            "model.antialias": "true",
+            "model.pooling": "Probe",
+            "model.pooling.dense": "true",
+            "model.classes": "300",
+            "model.norm": "RMSNorm",
+            "model.pattern": "(Bidirectional(4,4),)",
+        },
+    ),
+}
+READER_FIELDS = [(name, field) for name, (_, fields) in READERS.items() for field in fields]
 ELSEWHERE = {
     "data": "another data set is another experiment's: test_run.py",
     "init": "a checkpoint's parameters, and its model: tests/test_import.py",
@@ -206,7 +237,7 @@ def declared(cls, name):
 
 def components(annotation):
     """The library's own classes that a field may hold, itself or in a tuple."""
-    parts = [p for m in members(annotation) for p in (element_types(m, 1) if is_tuple(m) else [m])]
+    parts = [p for m in members(annotation) for p in (element_types(m, 1) or () if is_tuple(m) else [m])]
     classes = [c for part in parts for c in choices(part).values()]
     return [c for c in classes if c.__module__.startswith("attnlab.")]
 
@@ -237,6 +268,9 @@ def test_every_field_is_in_the_tables():
     for choice, name in OF_OTHERS:
         path = choice.partition("=")[0]
         tested.add((declared(type(at(configs.override(DEFAULT, *choice.split("=", 1)), path)), name), name))
+    for reader, path in READER_FIELDS:
+        holder, _, name = path.rpartition(".")
+        tested.add((declared(type(at(READERS[reader][0], holder)), name), name))
     assert set(every_field(Experiment)) - tested == set()
 
 
@@ -295,6 +329,14 @@ def test_so_does_a_field_of_another_component(base, choice, field):
     text, seen = OF_OTHERS[choice, field]
     changed = configs.override(e, f"{path}.{field}", text)
     assert not np.array_equal(as_it_is(e, seen), LOOKS[seen](changed))
+
+
+@pytest.mark.parametrize(("reader", "field"), READER_FIELDS, ids=str)
+def test_so_does_a_field_of_a_model_that_reads_more(reader, field):
+    e, changes = READERS[reader]
+    changed = configs.override(e, field, changes[field])
+    assert configs.differences(e, changed)
+    assert as_it_is(e, "step") != step_text(changed)
 
 
 def test_a_field_that_is_not_changed_changes_nothing(base):

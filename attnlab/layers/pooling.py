@@ -1,0 +1,124 @@
+"""One vector of many tokens: kinds of it, and the module that does it."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab.layers.attention import (
+    Attention,
+    Bidirectional,
+    CrossAttentionLayer,
+    Memory,
+    NoPositions,
+    Reading,
+)
+from attnlab.layers.feed_forward import MLP, FeedForward, GatedMLP
+from attnlab.layers.linear import Embedding, Linear
+from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.parameters import Dtypes
+from attnlab.sharding import constrain
+
+
+@dataclass(frozen=True)
+class ClassToken:
+    """The first token; with `dense`, then tanh(x W + b) (BERT, arXiv 1810.04805)."""
+
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of the tokens after the prefix."""
+
+
+@dataclass(frozen=True)
+class ClassAndMean:
+    """The first token, and beside it the mean of those after the prefix (DINOv2, arXiv 2304.07193)."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Half the first token, and beside it half the second, which learns from a teacher: a linear map of both
+    is the mean of two heads (DeiT, arXiv 2012.12877, section 4).
+    """
+
+
+@dataclass(frozen=True)
+class Probe:
+    """y + MLP(norm(y)) of a learned query's attention y to all tokens (arXiv 1810.00825, section 3.2)."""
+
+
+Pooling: TypeAlias = ClassToken | Mean | ClassAndMean | Distilled | Probe
+
+
+def pooled_width(pooling: Pooling, width: int) -> int:
+    """Width of the vector that is made of tokens of a width."""
+    return width * (2 if isinstance(pooling, ClassAndMean | Distilled) else 1)
+
+
+class Pool(nn.Module):
+    """Applies the pooling that `config` describes.
+
+    Attributes:
+      config: its kind.
+      prefix: tokens before those that a mean is over.
+      attention: heads of a `Probe`; the three after it are of its feed-forward half.
+      feed_forward: see there.
+      norm: see there.
+      std: deviation of the initial weights.
+    """
+
+    config: Pooling
+    prefix: int
+    attention: Attention
+    feed_forward: MLP | GatedMLP
+    norm: RMSNorm | LayerNorm
+    std: float
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self, tokens: Memory) -> Float[Array, "B 1 pooled"]:
+        """A vector for each row of its tokens, those of segment 0 left out."""
+        x, config = tokens.values, self.config
+        if isinstance(config, Probe):
+            return self._probe(tokens)
+        if isinstance(config, Mean):
+            return self._mean(tokens)
+        if isinstance(config, ClassAndMean):
+            return jnp.concatenate([x[:, :1], self._mean(tokens)], axis=-1)
+        if isinstance(config, Distilled):
+            return 0.5 * jnp.concatenate([x[:, :1], x[:, 1:2]], axis=-1)
+        if not config.dense:
+            return x[:, :1]
+        e = x.shape[-1]
+        dense = Linear((e,), (e,), ("embed", "norm"), self.std, True, self.dtypes, name="dense")
+        return jnp.tanh(dense(x[:, :1]))
+
+    def _mean(self, tokens: Memory) -> Float[Array, "B 1 E"]:
+        x = tokens.values[:, self.prefix :]
+        there = (tokens.segments[:, self.prefix :, None] > 0).astype(x.dtype)
+        return jnp.sum(x * there, axis=1, keepdims=True) / jnp.maximum(there.sum(axis=1, keepdims=True), 1)
+
+    def _probe(self, tokens: Memory) -> Float[Array, "B 1 E"]:
+        b, _, e = tokens.values.shape
+        probe = Embedding(1, e, ("sequence", "embed"), self.std, self.dtypes, name="probe")()
+        query = constrain(jnp.broadcast_to(probe[None], (b, 1, e)), "batch", "sequence", None)
+        zero = jnp.zeros_like(tokens.segments[:, :1])
+        reading = Reading(segments=zero + 1, positions=zero, memory=tokens)
+        attention = CrossAttentionLayer(
+            self.attention,
+            Bidirectional(),
+            NoPositions(),
+            self.norm,
+            None,
+            self.std,
+            self.std,
+            self.dtypes,
+            name="attention",
+        )
+        y, _ = attention(query, reading)
+        z = Norm(self.norm, self.dtypes, name="norm")(y)
+        return y + FeedForward(self.feed_forward, self.std, self.std, self.dtypes, name="feed_forward")(z)

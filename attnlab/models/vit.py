@@ -1,0 +1,271 @@
+"""Vision Transformers: an image cut into patches, read as a text is (ViT, arXiv 2010.11929)."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from attnlab.errors import InputError
+from attnlab.layers.attention import Bidirectional, Kind, Memory, NoPositions, Reading
+from attnlab.layers.dropout import Dropout
+from attnlab.layers.experts import Experts
+from attnlab.layers.linear import Bias, Embedding
+from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.patches import Patches, resize_positions
+from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Pool, Pooling, pooled_width
+from attnlab.layers.readout import TokenStatistics, logits, token_statistics
+from attnlab.models.base import TokenFlops, TransformerConfig
+from attnlab.sharding import constrain, zero_rows
+
+
+@dataclass(frozen=True)
+class ViTConfig(TransformerConfig):
+    """A Vision Transformer; an image is the source of a row, its class the target of the row's one token.
+
+    Attributes:
+      image: rows, columns and channels of the images that the table of positions is for; it is interpolated
+        for others.
+      patch: rows and columns of a patch. Pixels left over at the bottom and on the right are not read.
+      patch_bias: whether patches are mapped with a bias.
+      class_tokens: learned tokens before the patches: the class token, and with 2 the distillation token.
+      registers: more of them, that have no position (arXiv 2309.16588, section 2.2).
+      mask_token: a learned token, to stand in for patches that are hidden.
+      embedding_norm: normalise the embeddings (CLIP).
+      antialias: interpolate positions by a wider cubic; see `resize_positions`.
+      pooling: how tokens become the one vector that is classified.
+      classes: of the head; None is as many as the tokenizer has words, 0 is no head.
+    """
+
+    image: tuple[int, int, int] = (224, 224, 3)
+    patch: tuple[int, int] = (16, 16)
+    patch_bias: bool = True
+    class_tokens: int = 1
+    registers: int = 0
+    mask_token: bool = False
+    embedding_norm: bool = False
+    antialias: bool = False
+    pooling: Pooling = field(default_factory=ClassToken)
+    classes: int | None = None
+    norm: RMSNorm | LayerNorm = field(default_factory=LayerNorm)
+    pattern: tuple[Kind, ...] = (Bidirectional(),)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(*self.image, *self.patch) < 1 or 0 in self.grid:
+            raise ValueError(f"image={self.image} must have room for at least one patch={self.patch}")
+        if not 0 <= self.class_tokens <= 2 or self.registers < 0:
+            raise ValueError("class_tokens must be 0, 1 or 2, and registers at least 0")
+        wanted = {ClassToken: 1, ClassAndMean: 1, Distilled: 2}.get(type(self.pooling), 0)
+        if self.class_tokens < wanted:
+            raise ValueError(f"pooling {type(self.pooling).__name__} needs class_tokens of at least {wanted}")
+        if isinstance(self.feed_forward, Experts):
+            raise ValueError("feed_forward of a ViT must be MLP or GatedMLP")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return self.class_tokens + self.registers
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """See `ModelConfig.source_shape`."""
+        return self.image
+
+    def check_length(self, length: int) -> None:
+        """See `ModelConfig.check_length`."""
+        if length != 1:
+            raise InputError(f"an image has one class: data.sequence_length must be 1, not {length}")
+
+    def sized(self, vocab_size: int) -> Self:
+        """With the number of classes for a tokenizer of so many words.
+
+        Raises:
+          InputError: a head of fewer.
+        """
+        if self.classes and self.classes < vocab_size:
+            raise InputError(
+                f"model.classes={self.classes} is less than the {vocab_size} words of the tokenizer"
+            )
+        return replace(self, classes=vocab_size if self.classes is None else self.classes)
+
+    def build(self, vocab_size: int) -> "ViT":
+        """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
+        return ViT(self, self.sized(vocab_size).classes or 0)
+
+    def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
+        """See `TransformerConfig.token_flops`: those of a whole image for each token of a row."""
+        patches = math.prod(self.grid)
+        tokens = self.prefix + patches
+        layers = self.layer_flops(tokens)
+        pixels = math.prod(self.patch) * self.image[2]
+        classes = vocab_size if self.classes is None else self.classes
+        once = 2.0 * self.width * (patches * pixels) + 2.0 * classes * pooled_width(self.pooling, self.width)
+        return TokenFlops((tokens * layers.weights + once) / length, tokens * layers.attention / length)
+
+
+class ViT(nn.Module):
+    """An image in, a vector of each patch out, one of them all, and logits of its class.
+
+    Attributes:
+      config: see `ViTConfig`.
+      classes: of the head, V; 0 is no head.
+    """
+
+    config: ViTConfig
+    classes: int = 0
+
+    def setup(self):
+        """Declares patches, tables, the stack of blocks, the last norm, and what pools and classifies."""
+        c = self.config
+        std = c.init.hidden_std(c.width)
+
+        def table(size: int, axis: str = "sequence", width: int = c.width) -> Embedding:
+            return Embedding(size, width, (axis, "embed"), c.init.std, c.dtypes)
+
+        self.patches = Patches(c.patch, c.width, c.init.std, c.patch_bias, c.dtypes)
+        self.position_embedding = table(c.class_tokens + math.prod(c.grid))
+        if c.class_tokens:
+            self.class_token = table(1)
+        if c.class_tokens == 2:
+            self.distillation_token = table(1)
+        if c.registers:
+            self.registers = table(c.registers)
+        if c.mask_token:
+            self.mask_token = table(1)
+        if c.embedding_norm:
+            self.embedding_norm = Norm(c.norm, c.dtypes)
+        self.layers = c.stack(NoPositions())
+        self.norm = Norm(c.norm, c.dtypes)
+        self.drop = Dropout(c.dropout)
+        self.pool = Pool(c.pooling, c.prefix, c.attention, c.feed_forward, c.norm, std, c.dtypes)
+        if self.classes:
+            distilled = isinstance(c.pooling, Distilled)
+            width = c.width if distilled else pooled_width(c.pooling, c.width)
+            self.readout = table(self.classes, "vocab", width)
+            self.readout_bias = Bias(self.classes, c.dtypes)
+            if distilled:
+                self.distillation_readout = table(self.classes, "vocab", width)
+                self.distillation_readout_bias = Bias(self.classes, c.dtypes)
+
+    def embed(
+        self,
+        images: Float[Array, "B height width channels"],
+        segments: Int[Array, "B height"] | None,
+        masked: Bool[Array, "B patches"] | None,
+        deterministic: bool,
+    ) -> Memory:
+        """What the layers start from: class tokens, registers, then patches row by row."""
+        c = self.config
+        b, *sides, _ = images.shape
+        rows, columns = (side // p for side, p in zip(sides, c.patch, strict=True))
+        x = self.patches(images[:, : rows * c.patch[0], : columns * c.patch[1]])
+        if c.mask_token:
+            hidden = jnp.zeros((b, 1, 1)) if masked is None else masked[..., None]
+            hidden = hidden.astype(x.dtype)
+            x = hidden * self.mask_token()[None] + (1 - hidden) * x
+        positions = resize_positions(
+            self.position_embedding(), c.grid, (rows, columns), c.class_tokens, c.antialias
+        )
+        x = x + positions[None, c.class_tokens :]
+        if c.prefix:
+            first = self._prefix(positions[: c.class_tokens])
+            first = jnp.broadcast_to(first[None], (b, *first.shape))
+            x = jnp.concatenate([constrain(first, "batch", "sequence", None), x], axis=1)
+        if c.embedding_norm:
+            x = self.embedding_norm(x)
+        if segments is None:
+            segments = zero_rows((b, sides[0]), jnp.int32) + 1
+        there = segments[:, :: c.patch[0], None][:, :rows]  # as is the first row of its pixels
+        there = jnp.broadcast_to(there, (b, rows, columns)).reshape(b, rows * columns)
+        there = jnp.concatenate([zero_rows((b, c.prefix), jnp.int32) + 1, there], axis=1)
+        return Memory(self.drop(x, deterministic=deterministic), there)
+
+    def _prefix(self, positions: Float[Array, "class_tokens E"]) -> Float[Array, "prefix E"]:
+        c = self.config
+        tokens = [self.class_token()] if c.class_tokens else []
+        tokens += [self.distillation_token()] if c.class_tokens == 2 else []
+        registers = [self.registers()] if c.registers else []
+        return jnp.concatenate([*([jnp.concatenate(tokens) + positions] if tokens else []), *registers])
+
+    def encode(
+        self,
+        images: Float[Array, "B height width channels"],
+        segments: Int[Array, "B height"] | None = None,
+        masked: Bool[Array, "B patches"] | None = None,
+        normed: bool = True,
+        deterministic: bool = True,
+    ) -> Memory:
+        """The tokens after the last layer, `config.prefix` of them before the patches: for others to look at.
+
+        Args:
+          images: of any size that is at least a patch.
+          segments: 0 where rows of pixels are padding; None is nowhere.
+          masked: patches to put the mask token in place of.
+          normed: whether after the last norm too; if not, they are what the last layer gives.
+          deterministic: False drops out, with an rng named "dropout".
+        """
+        tokens = self.embed(images, segments, masked, deterministic)
+        positions = jnp.zeros_like(tokens.segments) + jnp.arange(tokens.segments.shape[1])[None]
+        x, _ = self.layers(tokens.values, None, Reading(tokens.segments, positions), deterministic)
+        if self.config.placement != "post" and normed:  # else the last block has ended with one
+            x = self.norm(x)
+        return replace(tokens, values=x)
+
+    def pooled(self, tokens: Memory) -> Float[Array, "B 1 pooled"]:
+        """One vector of what `encode` gives."""
+        return self.pool(tokens)
+
+    def hidden(
+        self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
+    ) -> Float[Array, "B patches E"]:
+        """What `encode` gives for the images of a batch, whose tokens are not read."""
+        del tokens, segment_ids, positions
+        return self.encode(source, source_segments, deterministic=deterministic).values
+
+    def __call__(
+        self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
+    ) -> Float[Array, "B 1 V"]:
+        """Logits of each image's class; the pooled vector where there is no head."""
+        x = self._pooled(source, source_segments, deterministic)
+        return logits(x, *self._readout()) if self.classes else x
+
+    def statistics(
+        self,
+        tokens,
+        targets: Int[Array, "B 1"],
+        segment_ids=None,
+        positions=None,
+        source=None,
+        source_segments=None,
+        deterministic=True,
+    ) -> TokenStatistics:
+        """What a loss needs of each image's logits.
+
+        Raises:
+          InputError: no head.
+        """
+        if not self.classes:
+            raise InputError("a ViT of model.classes=0 has no head to train")
+        return token_statistics(
+            self._pooled(source, source_segments, deterministic), targets, *self._readout()
+        )
+
+    def _pooled(self, source, source_segments, deterministic) -> Float[Array, "B 1 pooled"]:
+        x = self.pooled(self.encode(source, source_segments, deterministic=deterministic))
+        return x * jnp.asarray(self.config.init.readout_scale(self.config.width), x.dtype)
+
+    def _readout(self):
+        """Table, bias, cap and dtype of the logits; two heads are one of twice the width."""
+        table, bias = self.readout(), self.readout_bias()
+        if isinstance(self.config.pooling, Distilled):
+            table = jnp.concatenate([table, self.distillation_readout()], axis=1)
+            bias = (bias + self.distillation_readout_bias()) / 2
+        return table, bias, None, self.config.dtypes.logits

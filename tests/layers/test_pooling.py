@@ -1,0 +1,48 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.layers import MLP, Attention, LayerNorm
+from attnlab.layers.attention import Memory
+from attnlab.layers.parameters import Dtypes
+from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Mean, Pool, Probe, pooled_width
+
+X = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
+SEGMENTS = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], np.int32)
+PREFIX = 2
+MEAN = np.stack([X[0, 2:].mean(0), X[1, 2:4].mean(0)])
+EXPECTED = {
+    ClassToken(): X[:, 0],
+    Mean(): MEAN,
+    ClassAndMean(): np.concatenate([X[:, 0], MEAN], axis=-1),
+    Distilled(): np.concatenate([X[:, 0], X[:, 1]], axis=-1) / 2,
+}
+
+
+def pool(kind, x, segments=SEGMENTS):
+    module = Pool(kind, PREFIX, Attention(2, bias=True), MLP(12), LayerNorm(), 0.5, Dtypes())
+    tokens = Memory(jnp.asarray(x), jnp.asarray(segments))
+    return module.init_with_output(jax.random.key(0), tokens)
+
+
+@pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: type(kind).__name__)
+def test_it_is_what_it_says(kind):
+    got, params = pool(kind, X)
+    np.testing.assert_allclose(got[:, 0], EXPECTED[kind], rtol=1e-6)
+    assert got.shape == (2, 1, pooled_width(kind, 8)) and not params
+
+
+def test_dense():
+    got, params = pool(ClassToken(dense=True), X)
+    dense = params["params"]["dense"]
+    np.testing.assert_allclose(got[:, 0], np.tanh(X[:, 0] @ dense["kernel"] + dense["bias"][None]), rtol=1e-5)
+
+
+def test_a_probe_sees_all_tokens_that_are_there_in_no_order():
+    got, _ = pool(Probe(), X)
+    assert got.shape == (2, 1, 8)
+    turned, _ = pool(Probe(), X[:, ::-1], SEGMENTS[:, ::-1])
+    np.testing.assert_allclose(turned, got, rtol=1e-5, atol=1e-6)
+    changed, _ = pool(Probe(), X + np.where(SEGMENTS == 0, 5.0, 0.0)[..., None].astype(np.float32))
+    np.testing.assert_array_equal(changed, got)
