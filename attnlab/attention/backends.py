@@ -12,6 +12,7 @@ from attnlab.attention.blockwise import blockwise, blockwise_twice
 from attnlab.attention.masks import First, Mask
 from attnlab.attention.reference import reference, softmax
 from attnlab.attention.scores import Score
+from attnlab.attention.single import single
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,24 @@ class BlockwiseTwice(Blockwise):
     function = staticmethod(blockwise_twice)
 
 
+class Single:
+    """Any mask and score of one query a row; see `single`."""
+
+    name = "single"
+
+    def refuse(self, request):
+        """See `Backend.refuse`."""
+        count = request.query.shape[1]
+        one = None if count == 1 else f"it takes one query a row, not {count}"
+        return one or beyond_softmax(request) or sharded_length(request)
+
+    def run(self, request, first):
+        """See `Backend.run`."""
+        r = request
+        what = {"mask": r.mask, "score": r.score, "scale": r.scale, "sinks": r.sinks}
+        return Result(*single(r.query, r.key, r.value, **what, first=first))
+
+
 class Reference:
     """Everything, in memory quadratic in the length; see `reference`."""
 
@@ -146,7 +165,7 @@ class Reference:
         return result if r.wants_weights else result._replace(weights=None)
 
 
-BACKENDS: list[Backend] = [Blockwise(), BlockwiseTwice(), Reference()]
+BACKENDS: list[Backend] = [Single(), Blockwise(), BlockwiseTwice(), Reference()]
 
 
 def register(backend: Backend, before: str | None = None) -> None:

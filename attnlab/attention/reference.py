@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from attnlab.attention.masks import First, Mask
 from attnlab.attention.scores import Score
-from attnlab.attention.values import rectangle
+from attnlab.attention.values import Pairs, rectangle
 
 # A changed score that is no more than this forbids its pair, whichever backend sees it, and however many
 # others its row has. Finite, for where backends keep a running maximum, inf - inf would be no number.
@@ -65,21 +65,33 @@ def reference(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
     scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
-    at = rectangle(first, (b, h, t, s))
+    weights, lse = weigh(scores, rectangle(first, scores.shape), mask, score, sinks, normalizer)
+    dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
+    out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
+    return out.reshape(b, t, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
+
+
+def weigh(
+    scores: Float[Array, "B H T S"],
+    at: Pairs,
+    mask: Mask | None,
+    score: Score | None,
+    sinks: Float[Array, " H"] | None,
+    normalizer: Callable,
+) -> tuple[Float[Array, "B H T S"], Float[Array, "B H T"]]:
+    """Weights, and logarithmic normaliser, of the scaled scores of the pairs `at`; see `reference`."""
     allowed = None if mask is None else mask.block(at)
     if score is not None:
         scores = score(only(allowed, scores), at)
         scores = jnp.where(scores <= NOTHING, -jnp.inf, scores)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
+    size = scores.shape[-1]
     if sinks is not None:
-        column = jnp.broadcast_to(sinks.astype(dtype)[None, :, None, None], (b, h, t, 1))
+        column = jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None, None], (*scores.shape[:3], 1))
         scores = jnp.concatenate([scores, column], axis=-1)
     weights, lse = normalizer(scores)
-    weights = weights[..., :s]
-    dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
-    out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
-    return out.reshape(b, t, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
+    return weights[..., :size], lse
 
 
 def only(allowed: Array | None, scores: Array) -> Array:

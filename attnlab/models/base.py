@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import flax.linen as nn
 
@@ -96,22 +96,29 @@ class ModelConfig(ABC):
 
     def with_dtypes(self, dtypes: Dtypes) -> Self:
         """With other number formats of parameters, computation and logits, in all its parts."""
-        return self._with_parts("dtypes", dtypes, lambda part: part.with_dtypes(dtypes))
+        config = self._with_parts(lambda part: part.with_dtypes(dtypes))
+        return replace(config, dtypes=dtypes) if hasattr(config, "dtypes") else config  # type: ignore
+
+    def unstacked(self) -> Self:
+        """The same model with the parameters of each layer by themselves, not in one array for all layers.
+
+        It takes longer to compile. A step that reads each parameter once, as of text that is generated, is
+        faster on a CPU, where XLA would copy a layer's out of the stack.
+        """
+        return self._with_parts(lambda part: part.unstacked())
 
     def written_out(self) -> Self:
         """The same model, defaults written out, and what only training depends on as it is by default.
 
         Two configs compute the same if these are equal.
         """
-        return self._with_parts("dtypes", Dtypes(), lambda part: part.written_out())
+        return self._with_parts(lambda part: part.written_out()).with_dtypes(Dtypes())
 
-    def _with_parts(self, name: str, value: Any, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
-        """With a field set to a value, if it is there, and every model within this one changed."""
+    def _with_parts(self, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
+        """With every model that is a field of this one changed."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        changed = {k: change(v) for k, v in found.items() if isinstance(v, ModelConfig)}
-        if name in found:
-            changed[name] = value
-        return replace(self, **changed)  # type: ignore[type-var]
+        parts = {name: change(part) for name, part in found.items() if isinstance(part, ModelConfig)}
+        return replace(self, **parts)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -210,6 +217,10 @@ class TransformerConfig(ModelConfig):
             dtypes=self.dtypes,
         )
         return Stack(block, self.pattern, self.scan, self.remat)
+
+    def unstacked(self) -> Self:
+        """See `ModelConfig.unstacked`: the layers as a single period of the pattern."""
+        return replace(self, pattern=self.kinds)
 
     def written_out(self) -> Self:
         """See `ModelConfig.written_out`."""

@@ -32,13 +32,20 @@ class Pretrained(NamedTuple):
     config: ModelConfig
 
 
-def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Pretrained:  # noqa: B008 - frozen
+def load(
+    name: str,
+    mesh: Mesh | None = None,
+    dtypes: Dtypes = Dtypes(),  # noqa: B008 - frozen
+    unstacked: bool = False,
+) -> Pretrained:
     """A checkpoint's model, read tensor by tensor straight to where it is to lie.
 
     Args:
       name: a folder, or an id of the Hugging Face hub.
       mesh: where to put the parameters, to be used under `jax.set_mesh`; None is one device, and no mesh.
       dtypes: number formats of parameters, computation and logits.
+      unstacked: keep each layer's parameters by themselves, to generate faster on a CPU; see
+        `ModelConfig.unstacked`.
 
     Raises:
       InputError: no such checkpoint, a model or a setting that there is nothing here for, no safetensors, or
@@ -47,6 +54,7 @@ def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Pret
     folder = resolve(name)
     family, config = checkpoints.read_config(folder)
     config = config.with_dtypes(dtypes)
+    config = config.unstacked() if unstacked else config
     params = checkpoints.read_params(folder, family, checkpoints.abstract_params(config, mesh))
     return Pretrained(config.build(1), params, checkpoints.read_tokenizer(folder), config)
 

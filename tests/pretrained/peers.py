@@ -96,8 +96,17 @@ def close(ours, theirs, tolerance=1e-4):
     np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=tolerance, atol=tolerance)
 
 
+def program(peer, **options):
+    """The model applied to tokens (B, T) and which of them are there, compiled once for all of a shape."""
+    run = jax.jit(partial(peer.model.apply, **options))
+
+    def apply(ids, there):
+        with jax.set_mesh(peer.mesh):
+            found = run({"params": peer.params}, *map(jnp.asarray, (ids, there, places(there))))
+        return jax.tree.map(np.asarray, found)
+
+    return apply
+
+
 def applied(peer, ids, there, **options):
-    with jax.set_mesh(peer.mesh):
-        run = jax.jit(partial(peer.model.apply, **options))
-        found = run({"params": peer.params}, jnp.asarray(ids), jnp.asarray(there), jnp.asarray(places(there)))
-    return jax.tree.map(np.asarray, found)
+    return program(peer, **options)(ids, there)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.inspect.maps import attention_maps, in_order
+from attnlab.inspect.maps import in_order
 from attnlab.pretrained import checkpoints
-from tests.pretrained.peers import applied, batch, close, places, saved, saved_gradients
+from tests.pretrained.peers import batch, close, places, program, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -99,25 +99,25 @@ def theirs(peer, ids, there, **options):
         return peer.theirs(ids, attention_mask=mask, position_ids=positions, **options)
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_hidden_states_and_maps(peer, case, left):
+def test_logits_hidden_states_and_maps(peer, case):
     peer = peer(case)
-    ids, there = batch(67, left=left)
-    expected = theirs(peer, ids, there, output_hidden_states=True, output_attentions=True)
-    (got, _), captured = applied(peer, ids, there, mutable=["intermediates"], method="hidden")
-    found = applied(peer, ids, there)
-    real = there.astype(bool)
-    close(found[real], expected.logits.numpy()[real])
-    hidden = in_order(captured["intermediates"]["layers"], "hidden")
-    for ours, wanted in zip([*hidden, got], expected.hidden_states, strict=True):
-        close(np.asarray(ours)[real], wanted.numpy()[real])
-    with jax.set_mesh(peer.mesh):
-        inputs = {"tokens": ids, "segment_ids": there, "positions": places(there)}
-        maps = attention_maps(peer.model, peer.params, **jax.tree.map(jnp.asarray, inputs))
-    for ours, wanted in zip(maps, expected.attentions, strict=True):
-        rows = np.broadcast_to(real[:, None, :], ours.shape[:-1])
-        close(ours[rows], wanted.numpy()[rows])
+    # One program for all: what the last norm gives is captured beside what blocks keep.
+    last = {"capture_intermediates": lambda module, _: module.name == "norm"}
+    run = program(peer, mutable=["intermediates"], **last)
+    for left in (False, True):
+        ids, there = batch(67, left=left)
+        expected = theirs(peer, ids, there, output_hidden_states=True, output_attentions=True)
+        found, captured = run(ids, there)
+        kept, real = captured["intermediates"], there.astype(bool)
+        close(found[real], expected.logits.numpy()[real])
+        hidden = [*in_order(kept["layers"], "hidden"), kept["norm"]["__call__"][0]]
+        for ours, wanted in zip(hidden, expected.hidden_states, strict=True):
+            close(np.asarray(ours)[real], wanted.numpy()[real])
+        maps = in_order(kept["layers"], "attention", "attention_weights")
+        for ours, wanted in zip(np.asarray(maps), expected.attentions, strict=True):
+            rows = np.broadcast_to(real[:, None, :], ours.shape[:-1])
+            close(ours[rows], wanted.numpy()[rows])
 
 
 @pytest.mark.parametrize("case", CASES)

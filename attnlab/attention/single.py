@@ -1,0 +1,39 @@
+"""Attention of one query a row, as of the token that comes next while text is generated."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab.attention.masks import First, Mask
+from attnlab.attention.reference import softmax, weigh
+from attnlab.attention.scores import Score
+from attnlab.attention.values import rectangle
+
+
+def single(
+    query: Float[Array, "B 1 H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    scale: float = 1.0,
+    sinks: Float[Array, " H"] | None = None,
+    first: First = (0, 0, 0, 0),
+) -> tuple[Float[Array, "B 1 H Dv"], Float[Array, "B 1 H"]]:
+    """`reference` by sums over elements: each key and value is read once, where it lies.
+
+    As products of matrices, XLA's CPU backend would lay out all of them anew for every query.
+    """
+    b, _, h, d = query.shape
+    s, k = key.shape[1:3]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = jnp.moveaxis(query.reshape(b, 1, k, h // k, d).astype(dtype), 3, 0)  # (G, B, 1, K, D)
+    products = jnp.stack([(one * key.astype(dtype)).sum(-1) for one in grouped], axis=-1)  # (B, S, K, G)
+    # Done by now: XLA would otherwise do them again for every number of the output.
+    products = jax.lax.optimization_barrier(products)
+    scores = scale * jnp.moveaxis(products, 1, 3).reshape(b, h, 1, s)
+    weights, lse = weigh(scores, rectangle(first, scores.shape), mask, score, sinks, softmax)
+    weights = jnp.moveaxis(weights.reshape(b, k, h // k, s), (2, 3), (0, 2))[..., None]  # (G, B, S, K, 1)
+    out = jnp.stack([(one * value.astype(dtype)).sum(1) for one in weights], axis=2)  # (B, K, G, Dv)
+    return out.reshape(b, 1, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2)
