@@ -31,6 +31,7 @@ from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
 from attnlab.train.initialize import start_from
 from attnlab.train.metrics import Writers
+from attnlab.train.partition import join
 from attnlab.train.session import Session
 from attnlab.trained import Trained
 
@@ -239,7 +240,7 @@ def run_import(request: Request) -> dict[str, float]:
         config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         saved.save(0, state, batches.get_state())
-    count = sum(x.size for x in jax.tree.leaves(state.params))
+    count = sum(x.size for x in jax.tree.leaves(session.abstract_params))
     print(f"{count:,} parameters of {experiment.init} are in {workdir}")
     print(f"sample, evaluate, train or export with: {_again(workdir)} --mode=sample|eval|train|export")
     return {}
@@ -345,7 +346,7 @@ def run_describe(request: Request) -> dict[str, float]:
     if request.workdir is not None and (request.workdir / FOLDER).exists():
         restored = _restore(request, session)
         print(f"\ncheckpoint\n  step {restored.step}")
-        print(f"params_sha256: {params_sha256(restored.state.params)}")
+        print(f"params_sha256: {params_sha256(join(restored.state.params, restored.state.frozen))}")
     return {}
 
 
@@ -383,7 +384,7 @@ def _first_state(session: Session, workdir: epath.Path) -> Any:
         return session.new_state()
     folder = files.resolve(session.experiment.init)
     family, _ = checkpoints.read_config(folder)
-    state = session.new_state(checkpoints.read_params(folder, family, session.abstract_state.params))
+    state = session.new_state(checkpoints.read_params(folder, family, session.abstract_params))
     if jax.process_index() == 0:
         checkpoints.copy_small_files(folder, workdir / PRETRAINED)
     return state

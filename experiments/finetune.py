@@ -3,6 +3,7 @@
 Claim: afterwards it predicts documentation of modules that it has not seen better than before.
 Source: GPT (Radford et al. 2018), whose pretrained decoder is trained on with a small learning rate.
 Command: python run.py --config=finetune --config.init=DIR (a folder in Hugging Face's layout, or a hub id)
+  With low-rank adapters only: --config.lora=LoRA --config.optimizer.learning_rate=1e-3
 """
 
 from attnlab import reports

@@ -72,6 +72,26 @@ def test_trained_on_and_written(place, tmp_path, mesh, capfd):
     assert [n for n in before if (before[n] == after[n]).all()] == ["model.embed_tokens.weight"]
 
 
+def test_adapters_are_trained_go_on_and_are_written_as_part_of_their_matrices(place, tmp_path, capfd):
+    folder, small = place
+    asked = [f"--config.init={folder / 'llama'}", "--config.lora=LoRA(4,8.0)"]
+    asked += ["--config.optimizer.learning_rate=0.01", "--config.optimizer.schedule.warmup=1", *small]
+    written = []
+    for name, stops in (("straight", [4]), ("stopped", [2, 4])):
+        for stop in stops:
+            assert call(FINE, *asked, f"--workdir={tmp_path / name}", f"--max_steps={stop}") == 0
+        out = tmp_path / f"{name}-out"
+        assert call("--mode=export", f"--workdir={tmp_path / name}", f"--out={out}") == 0
+        written.append(load_file(out / "model.safetensors"))
+    before = load_file(folder / "llama" / "model.safetensors")
+    assert before.keys() == written[0].keys() == written[1].keys()
+    for name, x in written[0].items():
+        np.testing.assert_array_equal(x, written[1][name], err_msg=name)
+        assert np.array_equal(x, before[name]) != name.endswith(("q_proj.weight", "v_proj.weight")), name
+    capfd.readouterr()
+    assert call("--mode=sample", f"--workdir={tmp_path / 'stopped'}", "--max_new_tokens=2") == 0
+
+
 def test_a_run_goes_on_without_the_checkpoint_it_began_as(place, tmp_path):
     folder, _ = place
     os.rename(folder / "llama", folder / "away")

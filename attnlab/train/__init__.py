@@ -1,6 +1,7 @@
 """Training: experiments as typed values, the step, the loop, optimizers, checkpoints."""
 
 from attnlab.train.experiment import Experiment, SpikeSkip, Train
+from attnlab.train.lora import LoRA
 from attnlab.train.loss import Loss
 from attnlab.train.optimizers import (
     SGD,
@@ -25,6 +26,7 @@ __all__ = [
     "Experiment",
     "InverseSquareRoot",
     "Lion",
+    "LoRA",
     "Loss",
     "Muon",
     "Rule",

@@ -8,6 +8,7 @@ import numpy as np
 
 from attnlab import sharding
 from attnlab.train.optimizers import parameter_name
+from attnlab.train.partition import join
 from attnlab.train.session import Session
 
 
@@ -19,10 +20,12 @@ def describe(session: Session) -> str:
     memory = session.compile_train_step().memory_analysis()
     rows: list[tuple[str, ...]] = [
         (parameter_name(path), _shape(x), str(x.dtype), _spec(x), f"{x.size:,}")
-        for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+        for path, x in jax.tree_util.tree_leaves_with_path(join(state.params, state.frozen))
     ]
-    count = sum(x.size for x in jax.tree.leaves(state.params))
+    count = sum(x.size for x in jax.tree.leaves((state.params, state.frozen)))
     rows.append(("total", "", "", "", f"{count:,}"))
+    if state.frozen is not None:
+        rows.append(("trained", "", "", "", f"{sum(x.size for x in jax.tree.leaves(state.params)):,}"))
     if idle := e.model.idle_parameters():
         rows.append(("active for a token", "", "", "", f"{count - idle:,}"))
     batch: list[tuple[str, ...]] = [
@@ -50,7 +53,7 @@ def describe(session: Session) -> str:
         (
             "bytes a device",
             [
-                ("parameters", _bytes(per_device(state.params))),
+                ("parameters", _bytes(per_device((state.params, state.frozen)))),
                 ("optimizer", _bytes(per_device(state.opt_state) + per_device(state.ema))),
                 ("activations and temporaries", _bytes(memory.temp_size_in_bytes) if memory else "unknown"),
             ],

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from attnlab.data import Data
 from attnlab.models import ModelConfig
+from attnlab.train.lora import LoRA
 from attnlab.train.loss import Loss
 from attnlab.train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, ScheduleFree
 
@@ -66,6 +67,7 @@ class Experiment:
       optimizer: how parameters are updated.
       loss: what is minimised.
       train: how long, and what happens along the way.
+      lora: what is trained in place of the parameters; None trains these.
       init: a checkpoint to start from, in Hugging Face's layout: a folder or a hub id. None starts anew.
       seed: of parameters, order of data and dropout.
     """
@@ -75,6 +77,7 @@ class Experiment:
     optimizer: AdamW | Lion | Adafactor | Muon | SGD | ScheduleFree = field(default_factory=AdamW)
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)
+    lora: LoRA | None = None
     init: str | None = None
     seed: int = 0
 

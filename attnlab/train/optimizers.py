@@ -89,11 +89,29 @@ Schedule = Constant | Cosine | WarmupStableDecay | InverseSquareRoot
 
 @dataclass(frozen=True)
 class Rule:
-    """Factors of the learning rate and weight decay of parameters whose path the pattern is found in."""
+    """Factors of the learning rate and weight decay of parameters whose path the pattern is found in.
+
+    Those with a learning rate of 0 stay as they are, and cost neither a gradient nor moments.
+    """
 
     pattern: str
     learning_rate: float = 1.0
     weight_decay: float = 1.0
+
+    def __post_init__(self):
+        check_pattern("optimizer.rules", self.pattern)
+
+
+def check_pattern(field: str, pattern: str) -> None:
+    """Checks a regular expression.
+
+    Raises:
+      InputError: naming the field that it is of.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,16 +258,29 @@ def _matrices(params):
     """Which axes of each block weight are its inputs and outputs; None for what is no matrix."""
 
     def numbers(path, leaf):
-        names = parameter_name(path).split("/")
-        if names[0] != "layers" or names[-1] != "kernel":
+        name = parameter_name(path)
+        axes = matrix_axes(name, leaf.ndim)
+        if axes is None or not name.startswith("layers/") or not name.endswith("/kernel"):
             return None
-        stacked = "periods" in names
-        inputs = 2 if names[-2] == "out" else 1
-        # A feed-forward layer has one matrix, or one for each of its experts.
-        axes = tuple(range(leaf.ndim - 2 if "feed_forward" in names else stacked, leaf.ndim))
-        return contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+        first, middle = axes
+        return contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def matrix_axes(name: str, ndim: int) -> tuple[int, int] | None:
+    """Where a matrix's inputs and outputs begin, after the axes that count matrices; None of what is none.
+
+    Args:
+      name: of the parameter.
+      ndim: how many axes it has.
+    """
+    names = name.split("/")
+    if names[-1] not in ("kernel", "table"):
+        return None
+    # A feed-forward layer has one matrix, or one for each of its experts.
+    first = ndim - 2 if "feed_forward" in names else int("periods" in names)
+    return first, first + (2 if names[-2] == "out" and ndim > first + 2 else 1)
 
 
 def _by_compiler(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -300,28 +331,24 @@ def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
 
 
 def make(
-    config: Optimizer, params, steps: int, model_rules: tuple[Rule, ...] = ()
+    config: Optimizer, params, steps: int, model_rules: tuple[Rule, ...] = (), frozen=None
 ) -> optax.GradientTransformation:
     """The transformation that `config` describes, for parameters of these names.
 
     Args:
       config: the optimizer.
-      params: the parameters, or their shapes.
+      params: the parameters to train, or their shapes.
       steps: length of the run.
       model_rules: rules that the model's own initialisation asks for.
+      frozen: parameters that are not trained, whose names rules may match as well.
 
     Raises:
-      InputError: a rule that matches no parameter, or whose pattern is no regular expression.
+      InputError: a rule that matches no parameter.
     """
-    names = [parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(frozen)
+    names = [parameter_name(path) for path, _ in leaves]
     for rule in config.rules:
-        try:
-            matches = any(re.search(rule.pattern, name) for name in names)
-        except re.error as error:
-            raise InputError(
-                f"optimizer.rules: {rule.pattern!r} is no regular expression: {error}"
-            ) from error
-        if not matches:
+        if not any(re.search(rule.pattern, name) for name in names):
             raise InputError(
                 f"optimizer.rules: {rule.pattern!r} matches no parameter; "
                 f"names are like {names[0]}, {names[-1]}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +18,15 @@ from attnlab.data.batch import of_spec
 from attnlab.errors import InputError
 from attnlab.train import optimizers
 from attnlab.train.experiment import Experiment
-from attnlab.train.step import State, init_params, init_state, make_eval_step, make_train_step
+from attnlab.train.partition import whole
+from attnlab.train.step import (
+    State,
+    init_params,
+    init_state,
+    init_trained,
+    make_eval_step,
+    make_train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -56,17 +64,25 @@ class Session:
         """The optimizer, its rules checked against the parameters' names."""
         e = self.experiment
         with jax.set_mesh(self.mesh):
-            params = jax.eval_shape(lambda: init_params(self.model, e, jax.random.key(0)))
+            params, frozen = jax.eval_shape(lambda: init_trained(self.model, e))
         factors = e.model.learning_rates()
         rules = tuple(optimizers.Rule(name, learning_rate=factor) for name, factor in factors.items())
-        return optimizers.make(e.optimizer, params, e.train.steps, rules)
+        return optimizers.make(e.optimizer, params, e.train.steps, rules, frozen)
 
     @cached_property
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state."""
         optimizer = self.optimizer
+        return self._abstract(lambda: init_state(self.model, self.experiment, optimizer))
+
+    @cached_property
+    def abstract_params(self) -> Any:
+        """Shapes, dtypes and shardings of the model's parameters."""
+        return self._abstract(lambda: init_params(self.model, self.experiment))
+
+    def _abstract(self, function) -> Any:
         with jax.set_mesh(self.mesh):
-            shapes = jax.eval_shape(lambda: init_state(self.model, self.experiment, optimizer))
+            shapes = jax.eval_shape(function)
 
         def laid_out(x):
             # A constant such as an optimizer's count says nothing of where it lies, which is everywhere.
@@ -79,7 +95,7 @@ class Session:
         """The state before the first step, each array made where it is to lie.
 
         Args:
-          params: the parameters to start from, which are used up; None draws them by the seed.
+          params: the model's, to start from, which are used up; None draws them by the seed.
         """
         optimizer = self.optimizer
         init = jax.jit(
@@ -88,9 +104,8 @@ class Session:
         return self._on_mesh(init)(params)
 
     def new_params(self) -> Any:
-        """The parameters of `new_state` alone."""
-        optimizer = self.optimizer
-        return self._on_mesh(jax.jit(lambda: init_state(self.model, self.experiment, optimizer).params))()
+        """The model's parameters of this seed."""
+        return self._on_mesh(jax.jit(lambda: init_params(self.model, self.experiment)))()
 
     @cached_property
     def train_step(self):
@@ -137,11 +152,16 @@ class Session:
         )
 
     def eval_params(self, state: State) -> Any:
-        """The parameters to evaluate: averaged ones where the run keeps an average."""
-        if state.ema is not None:
-            return state.ema
-        with jax.set_mesh(self.mesh):
-            return self.experiment.optimizer.eval_params(state.opt_state, state.params)
+        """The model's parameters to evaluate: of averages where the run keeps them, adapters added in."""
+        trained = state.ema
+        if trained is None:
+            with jax.set_mesh(self.mesh):
+                trained = self.experiment.optimizer.eval_params(state.opt_state, state.params)
+        return trained if state.frozen is None else self._whole(trained, state.frozen)
+
+    @cached_property
+    def _whole(self):
+        return self._on_mesh(jax.jit(partial(whole, self.experiment)))
 
     def evaluate(self, params: Any, batches: Iterable[Batch]) -> dict[str, float]:
         """Loss in nats a token, accuracy and bits per byte over these batches.

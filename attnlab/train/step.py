@@ -16,6 +16,7 @@ from attnlab.data.batch import of_spec
 from attnlab.sharding import out_sharding
 from attnlab.train.experiment import Experiment, SpikeSkip
 from attnlab.train.loss import token_sums
+from attnlab.train.partition import split, whole
 
 Metrics = dict[str, Array]
 
@@ -37,11 +38,12 @@ class State:
 
     Attributes:
       step: steps done.
-      params: nested dict of parameters.
+      params: nested dict of the parameters that are trained.
       opt_state: the optimizer's own.
-      ema: averaged parameters, or None.
+      ema: averages of these, or None.
       history: of the loss, to tell a spike by, or None.
       rng: raw key data; each step folds its number in.
+      frozen: nested dict of the parameters that stay, or None.
     """
 
     step: Array
@@ -50,21 +52,31 @@ class State:
     ema: Any
     history: LossHistory | None
     rng: Array
+    frozen: Any = None
 
 
-def init_params(model: nn.Module, experiment: Experiment, key: Array):
-    """The parameters a run of this seed starts from, laid out over the mesh."""
+def init_params(model: nn.Module, experiment: Experiment):
+    """The model's parameters that a run of this seed starts from, laid out over the mesh."""
     batch = of_spec(experiment.data.element_spec(), sharding.zero_rows)
-    return model.init(key, **batch.inputs)["params"]
+    return model.init(_keys(experiment)[0], **batch.inputs)["params"]
+
+
+def init_trained(model: nn.Module, experiment: Experiment, params: Any = None) -> tuple[Any, Any]:
+    """What is trained of these parameters, or of those of the seed, and what stays; see `split`."""
+    params = init_params(model, experiment) if params is None else params
+    return split(experiment, params, jax.random.fold_in(_keys(experiment)[0], 0))
+
+
+def _keys(experiment: Experiment):
+    """The keys of the parameters, and of the steps."""
+    return jax.random.split(jax.random.key(experiment.seed))
 
 
 def init_state(
     model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation, params: Any = None
 ) -> State:
-    """The state before the first step, with these parameters or those of the seed."""
-    init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
-    if params is None:
-        params = init_params(model, experiment, init_key)
+    """The state before the first step, of these parameters of the model or those of the seed."""
+    params, frozen = init_trained(model, experiment, params)
     train = experiment.train
     zero = jnp.zeros((), jnp.float32)
     return State(
@@ -73,7 +85,8 @@ def init_state(
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if train.ema else None,
         history=LossHistory(zero, zero, zero) if train.spike_skip else None,
-        rng=jax.random.key_data(step_key),
+        rng=jax.random.key_data(_keys(experiment)[1]),
+        frozen=frozen,
     )
 
 
@@ -89,7 +102,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        grads, sums, layer_losses = _gradients(model, experiment, state.params, batch, key)
+        grads, sums, layer_losses = _gradients(model, experiment, state, batch, key)
         loss = sums["nats"] / sums["tokens"]
         leaf_norms = jnp.stack([_norm(g) for g in jax.tree.leaves(grads)])
         grad_norm = jnp.sqrt(jnp.sum(leaf_norms**2))
@@ -111,6 +124,7 @@ def make_train_step(
             return new, _tree_norm(updates)
 
         applied = finite & ~spike
+        frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
         state, update_norm = jax.lax.cond(applied, update, lambda s: (s, jnp.zeros(())), state)
         metrics = {
             "loss": loss,
@@ -125,7 +139,7 @@ def make_train_step(
             "leaf_norms": leaf_norms,
         }
         metrics |= layer_losses
-        return dataclasses.replace(state, step=state.step + 1, history=history), metrics
+        return dataclasses.replace(state, step=state.step + 1, history=history, frozen=frozen), metrics
 
     return train_step
 
@@ -140,13 +154,15 @@ def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
     return eval_step
 
 
-def _gradients(model, experiment: Experiment, params, batch: Batch, key):
+def _gradients(model, experiment: Experiment, state: State, batch: Batch, key):
     """Gradient of the batch's mean loss, its sums, and what layers add, over one or more microbatches."""
+    params = state.params
     counts = _counts(batch)
     count = experiment.train.microbatches
     drops = experiment.model.drops
 
     def objective(params, batch, key):
+        params = whole(experiment, params, state.frozen)
         statistics, layer_losses = _statistics(model, params, batch, key if drops else None)
         total = experiment.loss(statistics, batch.weights) / jnp.maximum(counts["tokens"], 1.0)
         layer_losses = jax.tree.map(lambda x: x / count, layer_losses)

@@ -118,6 +118,7 @@ CHANGES = {
     "train.microbatches": ("2", "step"),
     "train.ema": ("0.9", "step"),
     "train.spike_skip": ("SpikeSkip", "step"),
+    "lora": ("LoRA", "step"),
     "seed": ("1", "state"),
 }
 PAIRS = ",".join(["1.0"] * 4)  # a factor for each pair of a head that rotary positions turn
@@ -188,6 +189,10 @@ OF_OTHERS = {
     ("optimizer.schedule=Cosine", "warmup"): ("7", "step"),
     ("optimizer.schedule=Cosine", "final"): ("0.5", "step"),
     ("optimizer.schedule=InverseSquareRoot", "warmup"): ("7", "step"),
+    ("lora=LoRA", "rank"): ("4", "step"),
+    ("lora=LoRA", "alpha"): ("4.0", "step"),
+    ("lora=LoRA", "rule"): ("query", "step"),
+    ("lora=LoRA", "full"): ("norm", "step"),
     ("train.spike_skip=SpikeSkip", "sigmas"): ("3.0", "step"),
     ("train.spike_skip=SpikeSkip", "window"): ("16", "step"),
 }

@@ -1,0 +1,115 @@
+"""Low-rank adapters: a matrix that stays, and a product of two thin ones beside it that is trained."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from attnlab.errors import InputError
+from attnlab.train.optimizers import check_pattern, matrix_axes
+
+PREFIX = "lora"  # the adapters of x/y/kernel are lora/x/y/kernel/a and lora/x/y/kernel/b
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Trains A and B of W + (alpha / rank) A B, and not W (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    A reads what W reads and starts normal, B writes what W writes and starts at zero: at first the model is
+    as it was. The model is given the sum, so its layers know nothing of it; beside the optimizer's state of
+    A and B a step holds that sum, and its gradient, for the matrices that have adapters.
+
+    Attributes:
+      rank: columns of A, rows of B.
+      alpha: the product is scaled by alpha / rank.
+      rule: regular expression of the names of the parameters that get adapters.
+      full: regular expression of the names of those that are trained themselves: a new head, say.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    rule: str = r"attention/(query|value)/kernel$"
+    full: str | None = None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError("rank must be at least 1")
+        check_pattern("lora.rule", self.rule)
+        check_pattern("lora.full", self.full or "")
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name is trained."""
+        return name.startswith(f"{PREFIX}/") or (self.full is not None and bool(re.search(self.full, name)))
+
+
+def add_adapters(config: LoRA, params: Any, key: Array) -> Any:
+    """The parameters with adapters beside them, in float32, each laid out over the mesh as its matrix is.
+
+    Raises:
+      InputError: a rule that finds nothing, or something that is no matrix.
+    """
+    found = dict(flatten_dict(params))
+    names = {path: "/".join(path) for path in found}
+    if config.full is not None and not any(re.search(config.full, name) for name in names.values()):
+        raise InputError(f"lora.full: {config.full!r} matches no parameter")
+    chosen = [path for path, name in sorted(names.items()) if re.search(config.rule, name)]
+    if not chosen:
+        raise InputError(
+            f"lora.rule: {config.rule!r} matches no parameter; names are like {min(names.values())}"
+        )
+    for number, path in enumerate(chosen):
+        w, axes = found[path], matrix_axes(names[path], found[path].ndim)
+        if axes is None:
+            raise InputError(f"lora.rule: {config.rule!r} matches {names[path]}, which is no matrix")
+        first, middle = axes
+
+        def ends(sizes: tuple, rank: int | None, first=first, middle=middle) -> tuple[tuple, tuple]:
+            """What a tuple over the axes of W is for A, and for B."""
+            return (*sizes[:middle], rank), (*sizes[:first], rank, *sizes[middle:])
+
+        a_shape, b_shape = ends(w.shape, config.rank)
+        a_spec, b_spec = (jax.P(*spec) for spec in ends(_spec(w), None))
+        a = jax.random.normal(
+            jax.random.fold_in(key, number), a_shape, jnp.float32, out_sharding=_out(a_spec)
+        )
+        found[PREFIX, *path, "a"] = a / math.prod(w.shape[first:middle]) ** 0.5
+        found[PREFIX, *path, "b"] = jnp.zeros(b_shape, jnp.float32, out_sharding=_out(b_spec))
+    return unflatten_dict(found)
+
+
+def merge(config: LoRA, params: Any) -> Any:
+    """The model's parameters: those with adapters beside them have these added in."""
+    found = flatten_dict(params)
+    merged = {}
+    for path, w in found.items():
+        if path[0] == PREFIX:
+            continue
+        if (a := found.get((PREFIX, *path, "a"))) is not None:
+            axes = matrix_axes("/".join(path), w.ndim)
+            assert axes is not None
+            product = _product(a, found[PREFIX, *path, "b"], *axes, jax.P(*_spec(w)))
+            w = (w + config.alpha / config.rank * product).astype(w.dtype)
+        merged[path] = w
+    return unflatten_dict(merged)
+
+
+def _product(a: Array, b: Array, first: int, middle: int, spec: jax.P) -> Float[Array, "..."]:
+    """A B, of each of the leading axes, laid out by `spec`."""
+    letters = "abcdefgh"[: len(spec)]
+    terms = f"{letters[:middle]}r,{letters[:first]}r{letters[middle:]}->{letters}"
+    return jnp.einsum(terms, a, b, precision="highest", out_sharding=_out(spec))
+
+
+def _spec(w: Array) -> tuple:
+    """How each axis of an array is cut."""
+    spec = () if jax.sharding.get_abstract_mesh().empty else tuple(jax.typeof(w).sharding.spec)
+    return spec + (None,) * (w.ndim - len(spec))
+
+
+def _out(spec: jax.P) -> jax.P | None:
+    return None if jax.sharding.get_abstract_mesh().empty else spec
