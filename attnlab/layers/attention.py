@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention import attend, causal, moved, segments, softcap, t5_bias, window
@@ -76,10 +77,12 @@ class Kind(ABC):
 
     Attributes:
       positions: how queries and keys are turned; None is the model's own way.
+      looks: whether the layer also looks at a memory, in a model whose layers do.
       causal: whether no token sees a later one, so that text can be generated.
     """
 
     positions: Rotary | NoPositions | None = field(default=None, kw_only=True)
+    looks: bool = field(default=True, kw_only=True)
     causal: ClassVar[bool] = True
 
     @abstractmethod
@@ -183,10 +186,12 @@ class Memory:
     Attributes:
       values: its activations; their width need not be the model's.
       segments: which document each belongs to, 0 for padding: queries see those of their own.
+      mask: which of those each query sees, such as `media`; None is all.
     """
 
     values: Float[Array, "B S M"]
     segments: Int[Array, "B S"]
+    mask: Mask | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -319,11 +324,38 @@ class CrossAttentionLayer(AttentionLayer):
         if memory is not None:
             key, value = (self._project(memory.values, name, embed) for name in ("key", "value"))
             key_segments = memory.segments
-            layer_cache = layer_cache and layer_cache.write(0, key, value)
+            if layer_cache is not None:
+                assert memory.mask is None, "a cache keeps no mask of its memory"
+                layer_cache = layer_cache.write(0, key, value)
         else:
             assert layer_cache is not None and reading.cache is not None, "there is nothing to attend to"
             key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
             key_segments = reading.cache.context
         mask = self.kind.mask() & segments(reading.segments, key_segments)
+        if memory is not None and memory.mask is not None:
+            mask = mask & memory.mask
+        out = self._attend(query, key, value, mask, None, deterministic)
+        return self._project_out(out, embed), layer_cache
+
+
+class AttentionBesideLayer(AttentionLayer):
+    """Attention to a memory of the model's width, normalised, and beside it to the tokens; in no order."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        reading: Reading,
+        layer_cache: LayerCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
+        """The attended activations; nothing of them is kept in a cache."""
+        memory, embed = reading.memory, x.shape[-1]
+        assert memory is not None, "there is nothing to attend to beside the tokens"
+        both = jnp.concatenate([Norm(self.norm, self.dtypes, name="memory_norm")(memory.values), x], axis=1)
+        query = self._project(x, "query", embed)
+        key, value = (self._project(both, name, embed) for name in ("key", "value"))
+        key_segments = jnp.concatenate([memory.segments, reading.segments], axis=1)
+        mask = segments(reading.segments, key_segments)
         out = self._attend(query, key, value, mask, None, deterministic)
         return self._project_out(out, embed), layer_cache

@@ -1,15 +1,17 @@
 """A residual block, and a run of blocks scanned over."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.cache import LayerCache
 from attnlab.layers.attention import (
     Attention,
+    AttentionBesideLayer,
     AttentionLayer,
     Bidirectional,
     CrossAttentionLayer,
@@ -33,6 +35,30 @@ REMAT_POLICIES = {
 
 
 Placement = Literal["pre", "post", "both", "branch"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch of attention to the memory between the other two (Vaswani et al. 2017, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Before the other two branches, one of attention to the memory and a feed-forward one of its own, each
+    times the tanh of a learned number from 0, so that at first nothing changes (Flamingo, arXiv 2204.14198,
+    section 3.1.2).
+    """
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Attention sees the memory, normalised, beside the tokens: learned latents resample it (the Perceiver
+    resampler of Flamingo, arXiv 2204.14198, section 3.1.1).
+    """
+
+
+# How blocks look at a memory.
+Cross: TypeAlias = Branch | Gated | Beside
 # Of a block's own tokens, or of those and of a memory.
 BlockCache = LayerCache | tuple[LayerCache | None, LayerCache | None]
 
@@ -43,9 +69,9 @@ class BlockConfig:
 
     `placement` says where norms stand around a branch f: x + f(norm(x)) is "pre" (arXiv 2002.04745),
     norm(x + f(x)) "post" (Vaswani et al. 2017, section 3.1), x + norm(f(norm(x))) "both" (Gemma 2), and
-    x + norm(f(x)) "branch" (OLMo 2, arXiv 2501.00656, section 3.2). With `cross`, a branch of attention to a
-    memory stands between the other two. `layer_scale` is where a learned factor of each number that a branch
-    adds starts, if there is one (CaiT, arXiv 2103.17239, section 2).
+    x + norm(f(x)) "branch" (OLMo 2, arXiv 2501.00656, section 3.2). `layer_scale` is where a learned factor
+    of each number that a branch adds starts, if there is one (CaiT, arXiv 2103.17239, section 2). `cross` is
+    how blocks look at a memory, if their kind does; None is not at all.
     """
 
     width: int
@@ -56,14 +82,14 @@ class BlockConfig:
     placement: Placement
     layer_scale: float | None
     positions: Rotary | RelativeBias | NoPositions
-    cross: bool
+    cross: Cross | None
     dropout: float
     init: Normal
     dtypes: Dtypes
 
 
 class Block(nn.Module):
-    """A residual block: a branch of attention, perhaps one of cross-attention, then a feed-forward layer."""
+    """A residual block: a branch of attention and a feed-forward one, and those that look at a memory."""
 
     config: BlockConfig
     kind: Kind
@@ -76,25 +102,35 @@ class Block(nn.Module):
         """The activations after the block, and its cache."""
         self.sow("intermediates", "hidden", x)
         own, of_memory = layer_cache if isinstance(layer_cache, tuple) else (layer_cache, None)
+        looks = self.config.cross if self.kind.looks else None
+        if isinstance(looks, Gated):
+            x, of_memory = self._look(x, reading, of_memory, gated=True)
+            y = self._feed_forward(self._before(x, "cross_feed_forward"), reading, "cross_feed_forward")
+            x = self._add(x, y, "cross_feed_forward", gated=True)
         turned = self.kind.positions or self.config.positions
-        attention = self._attention(AttentionLayer, "attention", self.kind, turned)
+        layer = AttentionBesideLayer if isinstance(looks, Beside) else AttentionLayer
+        attention = self._attention(layer, "attention", self.kind, turned)
         y, own = attention(self._before(x, "attention"), reading, own, self.deterministic)
         x = self._add(x, y, "attention")
-        if self.config.cross:
-            cross = self._attention(CrossAttentionLayer, "cross_attention", Bidirectional(), NoPositions())
-            y, of_memory = cross(self._before(x, "cross_attention"), reading, of_memory, self.deterministic)
-            x = self._add(x, y, "cross_attention")
-        y = self._feed_forward(self._before(x, "feed_forward"), reading)
+        if isinstance(looks, Branch):
+            x, of_memory = self._look(x, reading, of_memory)
+        y = self._feed_forward(self._before(x, "feed_forward"), reading, "feed_forward")
         x = self._add(x, y, "feed_forward")
         return x, (own, of_memory) if isinstance(layer_cache, tuple) else own
+
+    def _look(self, x, reading: Reading, of_memory: LayerCache | None, gated: bool = False):
+        """After a branch of attention to the memory; and the cache with its keys and values."""
+        cross = self._attention(CrossAttentionLayer, "cross_attention", Bidirectional(), NoPositions())
+        y, of_memory = cross(self._before(x, "cross_attention"), reading, of_memory, self.deterministic)
+        return self._add(x, y, "cross_attention", gated), of_memory
 
     def _attention(self, layer: type[AttentionLayer], name: str, kind: Kind, positions) -> AttentionLayer:
         c = self.config
         scale = c.init.attention_scale(c.attention.head_dim or c.width // c.attention.heads)
         return layer(c.attention, kind, positions, c.norm, scale, *self._std, c.dtypes, name=name)
 
-    def _feed_forward(self, x: Float[Array, "B T E"], reading: Reading) -> Float[Array, "B T E"]:
-        c, name = self.config, "feed_forward"
+    def _feed_forward(self, x: Float[Array, "B T E"], reading: Reading, name: str) -> Float[Array, "B T E"]:
+        c = self.config
         if isinstance(c.feed_forward, Experts):
             return ExpertsLayer(c.feed_forward, *self._std, c.dtypes, name=name)(x, reading.segments > 0)
         return FeedForward(c.feed_forward, *self._std, c.dtypes, name=name)(x)
@@ -109,7 +145,9 @@ class Block(nn.Module):
         """What a branch reads of the residual stream."""
         return self._norm(x, branch) if self.config.placement in ("pre", "both") else x
 
-    def _add(self, x: Float[Array, "B T E"], y: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
+    def _add(
+        self, x: Float[Array, "B T E"], y: Float[Array, "B T E"], branch: str, gated: bool = False
+    ) -> Float[Array, "B T E"]:
         """The residual stream with a branch's result in it."""
         c = self.config
         if c.placement in ("both", "branch"):
@@ -117,6 +155,9 @@ class Block(nn.Module):
         if c.layer_scale is not None:
             name = f"{branch}_layer_scale"
             y = y * parameter(self, name, (c.width,), ("norm",), c.dtypes, mean=c.layer_scale)[None, None]
+        if gated:
+            gate = parameter(self, f"{branch}_gate", (1,), ("norm",), c.dtypes)
+            y = y * jnp.tanh(gate)[None, None]
         x = x + Dropout(c.dropout)(y, deterministic=self.deterministic)
         return self._norm(x, branch) if c.placement == "post" else x
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 import flax.linen as nn
 
 from attnlab.layers.attention import Attention, Causal, Kind, NoPositions, RelativeBias, Rotary
-from attnlab.layers.blocks import BlockConfig, Placement, Stack
+from attnlab.layers.blocks import BlockConfig, Cross, Placement, Stack
 from attnlab.layers.experts import Experts
 from attnlab.layers.feed_forward import MLP, GatedMLP
 from attnlab.layers.initialization import MuP, Normal
@@ -195,12 +195,12 @@ class TransformerConfig(ModelConfig):
         """See `ModelConfig.drops`."""
         return self.dropout > 0 or self.attention.dropout > 0
 
-    def stack(self, positions: Rotary | RelativeBias | NoPositions, cross: bool = False) -> Stack:
+    def stack(self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None) -> Stack:
         """The layers.
 
         Args:
           positions: how their attention knows of order, where the kind of layer does not say.
-          cross: whether each also attends to a memory.
+          cross: how they look at a memory, if they do.
         """
         block = BlockConfig(
             width=self.width,

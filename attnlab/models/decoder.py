@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.attention.cache import Cache, LayerCache, empty_layer
 from attnlab.layers.attention import Memory
+from attnlab.layers.blocks import Cross
 from attnlab.layers.linear import Bias, Embedding
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
 from attnlab.models.text import TextConfig, TextModel
@@ -35,12 +36,12 @@ class DecoderConfig(TextConfig):
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError("logit_softcap must be over 0, or none")
 
-    def build(self, vocab_size: int, cross: bool = False) -> "Decoder":
+    def build(self, vocab_size: int, cross: Cross | None = None) -> "Decoder":
         """The module of this config for a tokenizer's vocabulary; raises as `sized` does.
 
         Args:
           vocab_size: of the tokenizer.
-          cross: whether every layer also attends to a memory.
+          cross: how the layers look at a memory, if they do.
         """
         return Decoder(self, self.sized(vocab_size).vocab_size or vocab_size, cross)
 

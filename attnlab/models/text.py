@@ -11,6 +11,7 @@ from attnlab.attention.cache import Cache
 from attnlab.attention.positions import sinusoidal
 from attnlab.errors import InputError
 from attnlab.layers.attention import Memory, NoPositions, Reading, RelativeBias, Rotary
+from attnlab.layers.blocks import Cross
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Embedding, look_up
 from attnlab.layers.norms import Norm
@@ -85,12 +86,12 @@ class TextModel(nn.Module):
     Attributes:
       config: see `TextConfig`.
       vocab_size: tokens in the tables V.
-      cross: whether every layer also attends to a memory.
+      cross: how the layers look at a memory, if they do.
     """
 
     config: TextConfig
     vocab_size: int
-    cross: bool = False
+    cross: Cross | None = None
 
     def setup(self):
         """Declares the tables, the stack of blocks and the last norm."""

@@ -10,6 +10,7 @@ import pytest
 from attnlab import sharding
 from attnlab.layers import Attention, RelativeBias, Sliding
 from attnlab.layers.attention import Memory
+from attnlab.layers.blocks import Branch
 from attnlab.models import DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -23,7 +24,7 @@ MEMORY = Memory(jnp.asarray(RNG.normal(size=(2, 5, 12)), jnp.float32), jnp.array
 
 def decoder(config=CONFIG):
     """A decoder that reads MEMORY, with weights so large that attention is far from even."""
-    model = config.build(30, cross=True)
+    model = config.build(30, cross=Branch())
     params = model.init(jax.random.key(0), TOKENS, memory=MEMORY)["params"]
     return model, jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)
 
