@@ -38,8 +38,9 @@ def available(builders: Mapping[str, Callable[[], T]]) -> dict[str, T]:
 def alternate(peers: Mapping[str, Step], rounds: int, steps: int, warmup: int = 2) -> dict[str, np.ndarray]:
     """Seconds per step of each peer, one number a round.
 
-    Every round times `steps` steps of every peer, beginning with another peer each time so
-    that none always runs in another's wake. Compilation falls into the `warmup` steps.
+    Every round times `steps` steps of every peer, after one that is not timed: memory that the peer
+    before has given back to the system would be this one's to fetch again. Compilation falls into the
+    `warmup` steps.
     """
     for step in peers.values():
         _seconds(step, warmup)
@@ -47,6 +48,7 @@ def alternate(peers: Mapping[str, Step], rounds: int, steps: int, warmup: int = 
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in np.roll(names, -turn):
+            _seconds(peers[str(name)], 1)
             seconds[str(name)].append(_seconds(peers[str(name)], steps) / steps)
     return {name: np.array(values) for name, values in seconds.items()}
 
