@@ -139,7 +139,7 @@ class Attention:
       heads: query heads H.
       kv_heads: key/value heads K; None is H, 1 is multi-query attention.
       head_dim: width of a head D; None is E / H.
-      bias: biases in the projections: all of them, or "qkv" (not the output's), or "qvo" (not the keys').
+      bias: biases in the projections: all of them, or those of "qkv" (not the output's), "qvo" or "o" alone.
       qk_norm: the model's norm of queries and keys, each head by itself (arXiv 2010.04245, 2302.05442), or
         "whole", all heads together (OLMo 2, arXiv 2501.00656, section 3.2).
       softcap: cap of the scores; None is none.
@@ -151,7 +151,7 @@ class Attention:
     heads: int = 8
     kv_heads: int | None = None
     head_dim: int | None = None
-    bias: bool | Literal["qkv", "qvo"] = False
+    bias: bool | Literal["qkv", "qvo", "o"] = False
     qk_norm: bool | Literal["whole"] = False
     softcap: float | None = None
     scale: float | None = None

@@ -34,6 +34,7 @@ gelu.defvjp(_gelu_forward, lambda slope, g: (g * slope,))
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
@@ -44,7 +45,7 @@ class MLP:
     """activation(x W1) W2 (Vaswani et al. 2017, equation 2); `width` None is four model widths."""
 
     width: int | None = None
-    activation: Literal["gelu", "gelu_exact", "relu", "silu"] = "gelu"
+    activation: Literal["gelu", "gelu_exact", "gelu_quick", "relu", "silu"] = "gelu"
     bias: bool = True
 
     def hidden(self, embed: int) -> int:
@@ -60,7 +61,7 @@ class GatedMLP:
     """
 
     width: int | None = None
-    activation: Literal["gelu", "gelu_exact", "relu", "silu"] = "silu"
+    activation: Literal["gelu", "gelu_exact", "gelu_quick", "relu", "silu"] = "silu"
     bias: bool = False
 
     def hidden(self, embed: int) -> int:

@@ -234,8 +234,12 @@ class ViT(nn.Module):
         self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
     ) -> Float[Array, "B 1 V"]:
         """Logits of each image's class; the pooled vector where there is no head."""
-        x = self._pooled(source, source_segments, deterministic)
-        return logits(x, *self._readout()) if self.classes else x
+        x = self.pooled(self.encode(source, source_segments, deterministic=deterministic))
+        return self.classify(x) if self.classes else x
+
+    def classify(self, pooled: Float[Array, "B 1 pooled"]) -> Float[Array, "B 1 V"]:
+        """Logits of what `pooled` gives."""
+        return logits(self._scaled(pooled), *self._readout())
 
     def statistics(
         self,
@@ -254,13 +258,11 @@ class ViT(nn.Module):
         """
         if not self.classes:
             raise InputError("a ViT of model.classes=0 has no head to train")
-        return token_statistics(
-            self._pooled(source, source_segments, deterministic), targets, *self._readout()
-        )
-
-    def _pooled(self, source, source_segments, deterministic) -> Float[Array, "B 1 pooled"]:
         x = self.pooled(self.encode(source, source_segments, deterministic=deterministic))
-        return x * jnp.asarray(self.config.init.readout_scale(self.config.width), x.dtype)
+        return token_statistics(self._scaled(x), targets, *self._readout())
+
+    def _scaled(self, pooled: Float[Array, "B 1 pooled"]) -> Float[Array, "B 1 pooled"]:
+        return pooled * jnp.asarray(self.config.init.readout_scale(self.config.width), pooled.dtype)
 
     def _readout(self):
         """Table, bias, cap and dtype of the logits; two heads are one of twice the width."""

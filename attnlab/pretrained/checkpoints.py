@@ -39,7 +39,8 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
         raise InputError(f"{folder / files.CONFIG}: no model_type {kind!r}{known}")
     settings = Settings(fields, str(folder / files.CONFIG))
     try:
-        return FAMILIES[kind], FAMILIES[kind].config(settings)
+        config = FAMILIES[kind].config(settings)
+        return FAMILIES[kind].of(config), config
     except InputError:
         raise
     except ValueError as error:  # of a config's own checks
@@ -164,7 +165,7 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
             raise InputError(f"{origin / files.CONFIG} cannot say what was changed since: {told}")
         copy_small_files(origin, making)
         fields = files.read_json(making / files.CONFIG)
-    family = FAMILIES[fields["model_type"]]
+    family = FAMILIES[fields["model_type"]].of(config)
     fields |= {"architectures": [family.architecture_of(config)], "dtype": dtype_of(params)}
     fields.pop("torch_dtype", None)
     write_atomically(making / files.CONFIG, json.dumps(fields, indent=2) + "\n")

@@ -12,6 +12,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
     "gelu_fast": "gelu",
+    "quick_gelu": "gelu_quick",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",

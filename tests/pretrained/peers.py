@@ -45,7 +45,7 @@ class Imported:
 
     @cached_property
     def model(self):
-        return self.found[1].build(self.theirs.config.vocab_size)
+        return self.found[1].build(1)
 
     @cached_property
     def abstract(self):

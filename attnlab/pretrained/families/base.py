@@ -1,7 +1,7 @@
 """What a family of checkpoints must say of itself."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnlab.models import DecoderConfig, ModelConfig
@@ -23,6 +23,7 @@ class Family:
         family may be able to say what it is. Whether it is, is seen by reading them back.
       ignored: regular expressions of tensors that mean nothing: buffers, and copies of tied tables.
       made: the kind of config that `fields` takes.
+      tensors_of: the table of a model with this config, where names depend on it; it stands in for `tensors`.
     """
 
     config: Callable[[Settings], ModelConfig]
@@ -32,6 +33,11 @@ class Family:
     fields: Callable[[Any, int], dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
     made: type[ModelConfig] = DecoderConfig
+    tensors_of: Callable[[Any], tuple[Tensor, ...]] | None = None
+
+    def of(self, config: ModelConfig) -> "Family":
+        """With the table of names of a model."""
+        return self if self.tensors_of is None else replace(self, tensors=self.tensors_of(config))
 
     def architecture_of(self, config: ModelConfig) -> str:
         """The class of transformers for a model."""
@@ -46,6 +52,11 @@ def linear(ours: str, theirs: str, layout: str = "f e -> e f") -> tuple[Tensor, 
         Tensor(f"{ours}/kernel", f"{theirs}.weight", layout),
         Tensor(f"{ours}/bias", f"{theirs}.bias", f"{bias} -> {axes}"),
     )
+
+
+def convolution(ours: str, theirs: str, layout: str = "e c h w -> h w c e") -> tuple[Tensor, Tensor]:
+    """Weight and bias of a torch convolution."""
+    return Tensor(f"{ours}/kernel", f"{theirs}.weight", layout), Tensor(f"{ours}/bias", f"{theirs}.bias")
 
 
 def norm(ours: str, theirs: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,244 @@
+"""Vision Transformers: ViT, DeiT, DINOv2 with registers and without, and the towers of CLIP and SigLIP."""
+
+from collections.abc import Callable
+from typing import Any
+
+from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm
+from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Probe
+from attnlab.models import ViTConfig
+from attnlab.pretrained.families.base import Family, convolution, linear, norm
+from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.table import Tensor
+
+MODEL, CLASSIFIER, DISTILLED = "Model", "ForImageClassification", "ForImageClassificationWithTeacher"
+
+
+def _common(s: Settings, **changes: Any) -> ViTConfig:
+    """What the configs of all of them say in the same words."""
+    fields = {
+        "depth": s["num_hidden_layers"],
+        "width": s["hidden_size"],
+        "attention": Attention(
+            s["num_attention_heads"],
+            bias=True if s.get("qkv_bias", True) else "o",
+            dropout=s.get("attention_probs_dropout_prob", s.get("attention_dropout", 0.0)),
+        ),
+        "norm": LayerNorm(s["layer_norm_eps"]),
+        "image": (*_pair(s["image_size"]), s["num_channels"]),
+        "patch": _pair(s["patch_size"]),
+        "classes": 0,
+    }
+    return ViTConfig(**(fields | changes))
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _mlp(s: Settings) -> MLP:
+    return MLP(s["intermediate_size"], s.activation("hidden_act"))
+
+
+def _classes(s: Settings, name: str, *kinds: str) -> int:
+    """Classes of the head; 0 of a model without one, which must be one of these kinds."""
+    s.require("architectures", *([f"{name}{kind}"] for kind in kinds))
+    s.require("problem_type", None, "single_label_classification")
+    if s["architectures"] == [f"{name}{MODEL}"]:
+        return 0
+    return len(s["id2label"]) if s.get("id2label") else s.get("num_labels", 2)
+
+
+def vit(s: Settings, name: str = "ViT", class_tokens: int = 1) -> ViTConfig:
+    """ViT (Dosovitskiy et al. 2020, arXiv 2010.11929, section 3.1); without a head it has a pooler."""
+    classes = _classes(s, name, MODEL, CLASSIFIER, *([DISTILLED] if class_tokens == 2 else []))
+    if not classes:
+        s.require("pooler_act", "tanh")
+        s.require("pooler_output_size", None, s["hidden_size"])
+    distilled = s["architectures"] == [f"{name}{DISTILLED}"]
+    return _common(
+        s,
+        feed_forward=_mlp(s),
+        dropout=s.get("hidden_dropout_prob", 0.0),
+        class_tokens=class_tokens,
+        pooling=Distilled() if distilled else ClassToken(dense=not classes),
+        classes=classes,
+    )
+
+
+def deit(s: Settings) -> ViTConfig:
+    """DeiT: a ViT with a distillation token (Touvron et al. 2020, arXiv 2012.12877, section 4)."""
+    return vit(s, "DeiT", class_tokens=2)
+
+
+def dinov2(s: Settings, name: str = "Dinov2") -> ViTConfig:
+    """DINOv2 (Oquab et al. 2023, arXiv 2304.07193): layer scale, and SwiGLU in the largest."""
+    s.require("hidden_dropout_prob", 0.0)
+    s.require("drop_path_rate", 0.0)
+    classes = _classes(s, name, MODEL, CLASSIFIER)
+    hidden = int(s["hidden_size"] * s["mlp_ratio"])
+    gated = GatedMLP((int(hidden * 2 / 3) + 7) // 8 * 8, bias=True)
+    return _common(
+        s,
+        feed_forward=gated if s.get("use_swiglu_ffn") else MLP(hidden, s.activation("hidden_act")),
+        layer_scale=s.get("layerscale_value", 1.0),
+        registers=s.get("num_register_tokens", 0),
+        mask_token=s.get("use_mask_token", True),
+        antialias="num_register_tokens" in s,
+        pooling=ClassAndMean() if classes else ClassToken(),
+        classes=classes,
+    )
+
+
+def dinov2_with_registers(s: Settings) -> ViTConfig:
+    """DINOv2 with registers (Darcet et al. 2023, arXiv 2309.16588, section 2.2)."""
+    return dinov2(s, "Dinov2WithRegisters")
+
+
+def siglip_vision(s: Settings) -> ViTConfig:
+    """SigLIP's tower: no class token, and a probe that pools (Zhai et al. 2023, arXiv 2303.15343)."""
+    s.require("vision_use_head", True)
+    return _common(s, feed_forward=_mlp(s), class_tokens=0, pooling=Probe())
+
+
+def clip_vision(s: Settings) -> ViTConfig:
+    """CLIP's tower: a norm before the layers too (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
+    return _common(s, feed_forward=_mlp(s), patch_bias=False, embedding_norm=True)
+
+
+# Their names of a layer's parts -----------------------------------------------------------------------------
+
+HEADS = "(h d) e -> e h d"
+QKV = ("query", "key", "value")
+
+
+def layer(ours: str, theirs: str, names: dict[str, str]) -> list[Tensor]:
+    """The rows of a stack's layers, by their names of the parts that are ours."""
+    rows = [
+        *norm(f"{ours}/attention_norm", f"{theirs}.{names['attention_norm']}"),
+        *norm(f"{ours}/feed_forward_norm", f"{theirs}.{names['feed_forward_norm']}"),
+        Tensor(f"{ours}/attention/out/kernel", f"{theirs}.{names['out']}.weight", "e (h d) -> h d e"),
+        Tensor(f"{ours}/attention/out/bias", f"{theirs}.{names['out']}.bias"),
+    ]
+    for name in QKV:
+        rows += linear(f"{ours}/attention/{name}", f"{theirs}.{names[name]}", HEADS)
+    for name in ("gate", "up", "down"):
+        if name in names:
+            gated = "(part f) e -> e f" if "gate" in names and name != "down" else "f e -> e f"
+            rows += linear(f"{ours}/feed_forward/{name}", f"{theirs}.{names[name]}", gated)
+    return rows
+
+
+PLAIN = {
+    **{name: f"attention.attention.{name}" for name in QKV},
+    "attention_norm": "layernorm_before",
+    "feed_forward_norm": "layernorm_after",
+    "out": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+DINO = PLAIN | {"attention_norm": "norm1", "feed_forward_norm": "norm2", "up": "mlp.fc1", "down": "mlp.fc2"}
+DINO_GATED = DINO | {"gate": "mlp.weights_in", "up": "mlp.weights_in", "down": "mlp.weights_out"}
+TOWER = {
+    **{name: f"self_attn.{name[0]}_proj" for name in QKV},
+    "attention_norm": "layer_norm1",
+    "feed_forward_norm": "layer_norm2",
+    "out": "self_attn.out_proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+
+
+def _tensors(prefix: str, names: dict[str, str]) -> tuple[Tensor, ...]:
+    """The table of ViT, DeiT and DINOv2."""
+    ours, theirs, embeddings = "layers/{layer}", prefix + "encoder.layer.{layer}", f"{prefix}embeddings"
+    return (
+        Tensor("class_token/table", f"{embeddings}.cls_token", "1 n e -> n e"),
+        Tensor("distillation_token/table", f"{embeddings}.distillation_token", "1 n e -> n e"),
+        Tensor("mask_token/table", f"{embeddings}.mask_token"),
+        Tensor("registers/table", f"{embeddings}.register_tokens", "1 n e -> n e"),
+        Tensor("position_embedding/table", f"{embeddings}.position_embeddings", "1 n e -> n e"),
+        *convolution("patches", f"{embeddings}.patch_embeddings.projection"),
+        *layer(ours, theirs, names),
+        Tensor(f"{ours}/attention_layer_scale", f"{theirs}.layer_scale1.lambda1"),
+        Tensor(f"{ours}/feed_forward_layer_scale", f"{theirs}.layer_scale2.lambda1"),
+        *norm("norm", f"{prefix}layernorm"),
+        *linear("pool/dense", f"{prefix}pooler.dense"),
+    )
+
+
+def _classifier(name: str = "", classifier: str = "classifier") -> tuple[Tensor, Tensor]:
+    return (
+        Tensor(f"{name}readout/table", f"{classifier}.weight"),
+        Tensor(f"{name}readout_bias/bias", f"{classifier}.bias"),
+    )
+
+
+def deit_tensors(config: ViTConfig) -> tuple[Tensor, ...]:
+    """DeiT's table: a head is named otherwise where there are two."""
+    rows = _tensors("deit.", PLAIN)
+    if not isinstance(config.pooling, Distilled):
+        return rows + _classifier()
+    second = _classifier("distillation_", "distillation_classifier")
+    return rows + _classifier("", "cls_classifier") + second
+
+
+def dino_tensors(prefix: str) -> Callable[[ViTConfig], tuple[Tensor, ...]]:
+    """DINOv2's table: gated layers have names of their own."""
+
+    def tensors(config: ViTConfig) -> tuple[Tensor, ...]:
+        gated = isinstance(config.feed_forward, GatedMLP)
+        return _tensors(prefix, DINO_GATED if gated else DINO) + _classifier()
+
+    return tensors
+
+
+def tower(ours: str = "", theirs: str = "vision_model.") -> tuple[Tensor, ...]:
+    """The table of CLIP's and SigLIP's towers."""
+    head, joined = f"{theirs}head", f"{theirs}head.attention.in_proj_"
+    return (
+        Tensor(f"{ours}class_token/table", f"{theirs}embeddings.class_embedding", "(n e) -> n e"),
+        Tensor(f"{ours}position_embedding/table", f"{theirs}embeddings.position_embedding.weight"),
+        *convolution(f"{ours}patches", f"{theirs}embeddings.patch_embedding"),
+        *norm(f"{ours}embedding_norm", f"{theirs}pre_layrnorm"),
+        *layer(ours + "layers/{layer}", theirs + "encoder.layers.{layer}", TOWER),
+        *norm(f"{ours}norm", f"{theirs}post_layernorm"),
+        Tensor(f"{ours}pool/probe/table", f"{head}.probe", "1 n e -> n e"),
+        *(
+            Tensor(f"{ours}pool/attention/{name}/kernel", f"{joined}weight", "(part h d) e -> e h d")
+            for name in QKV
+        ),
+        *(Tensor(f"{ours}pool/attention/{name}/bias", f"{joined}bias", "(part h d) -> h d") for name in QKV),
+        Tensor(f"{ours}pool/attention/out/kernel", f"{head}.attention.out_proj.weight", "e (h d) -> h d e"),
+        Tensor(f"{ours}pool/attention/out/bias", f"{head}.attention.out_proj.bias"),
+        *norm(f"{ours}pool/norm", f"{head}.layernorm"),
+        *linear(f"{ours}pool/feed_forward/up", f"{head}.mlp.fc1"),
+        *linear(f"{ours}pool/feed_forward/down", f"{head}.mlp.fc2"),
+    )
+
+
+def _named(name: str) -> Callable[[ViTConfig], str]:
+    """The class of transformers for a model of a family whose classes' names begin so."""
+
+    def architecture(config: ViTConfig) -> str:
+        if isinstance(config.pooling, Distilled):
+            return name + DISTILLED
+        return name + (CLASSIFIER if config.classes else MODEL)
+
+    return architecture
+
+
+def _family(config, name: str, prefix: str, tensors, tensors_of=None) -> Family:
+    return Family(config, tensors, prefix, _named(name), made=ViTConfig, tensors_of=tensors_of)
+
+
+WITH_REGISTERS = "dinov2_with_registers."
+FAMILIES = {
+    "vit": _family(vit, "ViT", "vit.", _tensors("vit.", PLAIN) + _classifier()),
+    "deit": _family(deit, "DeiT", "deit.", (), deit_tensors),
+    "dinov2": _family(dinov2, "Dinov2", "dinov2.", (), dino_tensors("dinov2.")),
+    "dinov2_with_registers": _family(
+        dinov2_with_registers, "Dinov2WithRegisters", WITH_REGISTERS, (), dino_tensors(WITH_REGISTERS)
+    ),
+    "siglip_vision_model": _family(siglip_vision, "SiglipVision", "vision_model.", tower()),
+    "clip_vision_model": _family(clip_vision, "CLIPVision", "vision_model.", tower()),
+}
