@@ -30,7 +30,9 @@ flags.DEFINE_string("init_from", None, "workdir of another run whose parameters 
 flags.DEFINE_multi_string("init_rules", [], "regex->replacement that renames its parameters")
 flags.DEFINE_multi_enum("tracker", [], ["wandb", "mlflow"], "wandb or mlflow, besides files")
 
-flags.DEFINE_multi_string("prompt", [], "text to go on from")
+flags.DEFINE_multi_string(
+    "prompt", [], "text to go on from; of a model that reads one, such as a translator: the text to read"
+)
 flags.DEFINE_integer("num_samples", DEFAULTS.num_samples, "samples of each prompt")
 flags.DEFINE_integer("max_new_tokens", DEFAULTS.max_new_tokens, "longest sample, in tokens")
 flags.DEFINE_float("temperature", DEFAULTS.temperature, "0 always takes the likeliest token")

@@ -273,7 +273,7 @@ def run_eval(request: Request) -> dict[str, float]:
 
 
 def run_sample(request: Request) -> dict[str, float]:
-    """Generates text after each prompt."""
+    """Generates text after each prompt, or of each that the model reads as a source."""
     session = open_session(request, request.config)
     restored = _restore(request, session)
     trained = Trained(session, session.eval_params(restored.state), request.folder, {})
@@ -296,8 +296,8 @@ def _searched(request: Request, trained: Trained, prompts: Sequence[str]) -> lis
     wanted = request.sampling
     assert wanted.num_beams is not None
     completions = trained.generator().search(
-        prompts,
-        Beams(wanted.num_beams, Wu(wanted.length_penalty)),
+        beams=Beams(wanted.num_beams, Wu(wanted.length_penalty)),
+        **trained.given(prompts),
         num_samples=wanted.num_samples,
         max_new_tokens=wanted.max_new_tokens,
     )
@@ -321,7 +321,9 @@ def _drawn(request: Request, trained: Trained, prompts: Sequence[str], stream=No
 
 def _streamed(request: Request, trained: Trained, prompts: Sequence[str]) -> list[Completion]:
     """One sample, printed as it grows."""
-    head = iter(prompts)  # shown with the first new text, when nothing is left that could be refused
+    apart = "\n" if "sources" in trained.given(prompts) else ""
+    # Shown with the first new text, when nothing is left that could be refused.
+    head = iter(f"{prompt}{apart}" for prompt in prompts)
 
     def stream(_: int, text: str) -> None:
         sys.stdout.write(printable(next(head, "") + text))
@@ -335,7 +337,7 @@ def _streamed(request: Request, trained: Trained, prompts: Sequence[str]) -> lis
 def _print_all(completions: Sequence[Completion]) -> None:
     for i, completion in enumerate(completions, 1):
         score = "" if completion.score is None else f", score {completion.score:.3f}"
-        print(f"--- {i} of {len(completions)}{score}\n{printable(completion.prompt + completion.text)}")
+        print(f"--- {i} of {len(completions)}{score}\n{printable(completion.head + completion.text)}")
 
 
 def run_describe(request: Request) -> dict[str, float]:

@@ -68,9 +68,14 @@ class Trained:
         length = self.experiment.data.sequence_length
         return Generator(self.session.model, self.params, self.tokenizer, length, self.session.mesh)
 
-    def generate(self, prompts: Sequence[str], **options) -> list[Completion]:
-        """Completions of prompts; options as of `Generator`."""
-        return self.generator()(prompts, **options)
+    def given(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Texts as what a `Generator` takes: the sources of a model that reads texts, else prompts."""
+        shape = self.experiment.model.source_shape
+        return {"prompts": None, "sources": texts} if shape and len(shape) == 1 else {"prompts": texts}
+
+    def generate(self, texts: Sequence[str], **options) -> list[Completion]:
+        """Completions of texts, as of `given`; options as of `Generator`."""
+        return self.generator()(**self.given(texts), **options)
 
     def attention_of(self, tokens: Sequence[int]) -> Float[np.ndarray, "L H T S"]:
         """Where each token of one text looks, in every layer and head."""

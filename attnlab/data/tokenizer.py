@@ -84,6 +84,12 @@ class Tokenizer:
             return [self.eos_id, *self.encode(text).tolist()]
         return self._backend.encode(text).ids or [self.eos_id]
 
+    def source(self, text: str) -> list[int]:
+        """Token ids of a text to be read whole: with its end, or what others' tokenizers put around."""
+        if self.settings is None:
+            return [*self.encode(text).tolist(), self.eos_id]
+        return self._backend.encode(text).ids or [self.eos_id]
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a chat, up to where its answer begins.
 

@@ -101,9 +101,18 @@ class _State(NamedTuple):
     prefix: Prefix
 
 
-@partial(jax.jit, static_argnames=("model", "count", "penalty", "slots", "eos_id"))
+@partial(jax.jit, static_argnames=("model", "count", "penalty", "slots", "eos_id", "forced"))
 def beam_search(
-    model, params, prefix: Prefix, *, count: int, penalty: Power | Wu, eos_id: int, slots: int, steps
+    model,
+    params,
+    prefix: Prefix,
+    *,
+    count: int,
+    penalty: Power | Wu,
+    eos_id: int,
+    slots: int,
+    steps,
+    forced: tuple[int, ...] = (),
 ) -> Texts:
     """The `count` best texts that a beam search finds to come after what was read, and their scores.
 
@@ -122,13 +131,16 @@ def beam_search(
       eos_id: the token that ends a text, and fills it up.
       slots: T, tokens that a text has room for.
       steps: its most tokens, at most `slots`; may be traced.
+      forced: the first tokens of every text, fewer than `steps`, which were the last to be read.
     """
-    nothing = jnp.full_like(prefix.positions, eos_id)[:, None, None] + jnp.zeros((1, count, slots), jnp.int32)
+    # Of an end in every place, and of what every text begins with.
+    begun = jnp.array([*forced, *[eos_id] * (slots - len(forced))], jnp.int32)
+    nothing = jnp.zeros_like(prefix.positions)[:, None, None] + jnp.tile(begun, (1, count, 1))
     none = jnp.full_like(prefix.positions, -jnp.inf, jnp.float32)[:, None] + jnp.zeros((1, count))
     first = jnp.where(jnp.arange(count)[None] == 0, 0.0, none)
     same = jnp.zeros_like(prefix.positions)[:, None] + jnp.zeros((1, count), jnp.int32)
     state = _State(
-        jnp.int32(0),
+        jnp.int32(len(forced)),
         Texts(nothing, first),
         same,
         Texts(nothing, none),

@@ -1,8 +1,9 @@
-"""Text from a decoder: one compiled prefill, one compiled decode loop, a stretch of tokens a call."""
+"""Text from a model: one compiled prefill, one compiled decode loop, a stretch of tokens a call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from attnlab import sharding
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
+from attnlab.generation import sources as reading
 from attnlab.generation.beam import Beams, beam_search
 from attnlab.generation.prefix import Prefix, prefill
 from attnlab.generation.sampling import Sampling, row_keys, sample
@@ -25,14 +27,15 @@ _PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 @dataclass(frozen=True)
 class Completion:
-    """What came after a prompt.
+    """What came after a prompt, or of a source.
 
     Attributes:
-      prompt: the text given.
+      prompt: the text given to go on from.
       text: the text generated, up to but not with a stop string.
       tokens: the ids generated.
       ended: why it ended: "eos", "stop" (a stop string), "length" (as many tokens as asked), or "context".
       score: of a beam search, the log-probability of the tokens divided by the penalty of their number.
+      source: the text that was read beside the prompt, if any.
     """
 
     prompt: str
@@ -40,13 +43,19 @@ class Completion:
     tokens: list[int]
     ended: str
     score: float | None = None
+    source: str | None = None
+
+    @property
+    def head(self) -> str:
+        """What it was made of, as is to be shown before its text."""
+        return self.prompt if self.source is None else f"{self.source}\n{self.prompt}"
 
 
 class Generator:
     """Generates with one model, its programs compiled once for each number of rows and slots.
 
     Args:
-      model: a decoder whose layers are all causal.
+      model: whatever writes tokens and sees no later ones; perhaps of a source that it reads.
       params: its parameters.
       tokenizer: its tokenizer.
       context: the most tokens a row may hold, prompt and all.
@@ -64,8 +73,10 @@ class Generator:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         *,
+        sources: Sequence[Any] | None = None,
+        forced: Sequence[int] | None = None,
         max_new_tokens: int = 128,
         num_samples: int = 1,
         sampling: Sampling | None = None,
@@ -76,7 +87,9 @@ class Generator:
         """Completions of each prompt, `num_samples` in a row for the first, then the second, and so on.
 
         Args:
-          prompts: texts, of any lengths.
+          prompts: texts to go on from, of any lengths; beside sources they may be left out.
+          sources: what is read beside each prompt: texts, or arrays as of `ModelConfig.source_shape`.
+          forced: the first tokens of each completion; None is the model's own.
           max_new_tokens: most tokens to add to each.
           num_samples: completions of each prompt.
           sampling: how tokens are drawn.
@@ -85,16 +98,21 @@ class Generator:
           stream: called with (row, new text) as text becomes certain.
 
         Raises:
-          InputError: a prompt that leaves no room in the context, or an empty stop string.
+          InputError: a prompt that leaves no room in the context, an empty stop string, or sources that are
+            not what the model reads.
         """
         if isinstance(stop, str) or not all(stop):
             raise InputError(f"stop must be a list of strings of at least one character, not {stop!r}")
-        ids = [self._encode(prompt) for prompt in prompts for _ in range(num_samples)]
-        room = self.context - max(map(len, ids))
-        steps = min(max_new_tokens, room)
-        rows = [_Row(prompt, self.tokenizer, stop) for prompt in prompts for _ in range(num_samples)]
+        forced = self._forced(forced, max_new_tokens)
+        given = [task for task in self._tasks(prompts, sources, forced) for _ in range(num_samples)]
+        steps = self._steps(given, forced, max_new_tokens) - len(forced)
+        rows = [_Row(task, self.tokenizer, stop) for task in given]
+        for i, row in enumerate(rows):
+            fresh = row.add(list(forced))
+            if stream is not None and fresh:
+                stream(i, fresh)
         with jax.set_mesh(self.mesh):
-            state = _start(self._prefill(ids, _stretches(steps)), seed)
+            state = _start(self._prefill(given, _stretches(steps)), seed)
             for start in range(0, steps, STRETCH):
                 state, tokens = _decode(
                     self.model, self.tokenizer.eos_id, sampling or Sampling(), self.params, state
@@ -105,7 +123,7 @@ class Generator:
                         stream(i, fresh)
                 if all(row.ended for row in rows):
                     break
-        limit = "length" if steps == max_new_tokens else "context"
+        limit = "length" if steps + len(forced) == max_new_tokens else "context"
         for i, row in enumerate(rows):
             rest = row.end(limit)
             if stream is not None and rest:
@@ -114,56 +132,93 @@ class Generator:
 
     def search(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None,
         beams: Beams,
         *,
+        sources: Sequence[Any] | None = None,
+        forced: Sequence[int] | None = None,
         max_new_tokens: int = 128,
         num_samples: int = 1,
     ) -> list[Completion]:
         """The best completions of each prompt that a beam search finds, at most `num_samples`.
 
         Args:
-          prompts: texts, of any lengths.
+          prompts: texts to go on from, of any lengths; None only beside sources.
           beams: how to search; see `beam_search`.
+          sources: what is read beside each prompt; see `__call__`.
+          forced: the first tokens of each completion; None is the model's own.
           max_new_tokens: most tokens to add to each, at least 1.
           num_samples: completions of each prompt, best first.
 
         Raises:
-          InputError: a prompt that leaves no room in the context, or more samples than beams.
+          InputError: a prompt that leaves no room in the context, more samples than beams, or sources that
+            are not what the model reads.
         """
         if not 1 <= num_samples <= beams.count:
             raise InputError(
                 f"num_samples={num_samples} must be at least 1, and at most the {beams.count} beams"
             )
-        ids = [self._encode(prompt) for prompt in prompts]
-        steps = min(max_new_tokens, self.context - max(map(len, ids)))
+        forced = self._forced(forced, max_new_tokens)
+        given = self._tasks(prompts, sources, forced)
+        steps = self._steps(given, forced, max_new_tokens)
         slots = _stretches(steps)
         with jax.set_mesh(self.mesh):
             found = beam_search(
                 self.model,
                 self.params,
-                self._prefill(ids, slots),
+                self._prefill(given, slots),
                 count=beams.count,
                 penalty=beams.penalty,
                 eos_id=self.tokenizer.eos_id,
                 slots=slots,
                 steps=steps,
+                forced=forced,
             )
         limit = "length" if steps == max_new_tokens else "context"
         completions = []
-        for prompt, texts, scores in zip(
-            prompts, np.asarray(found.tokens), np.asarray(found.scores), strict=False
+        for task, texts, scores in zip(
+            given, np.asarray(found.tokens), np.asarray(found.scores), strict=False
         ):
             for tokens, score in zip(texts[:num_samples], scores, strict=False):
-                row = _Row(prompt, self.tokenizer, ())
+                row = _Row(task, self.tokenizer, ())
                 row.add(tokens[:steps].tolist())
                 row.end(limit)
                 if np.isfinite(score):
                     completions.append(replace(row.completion(), score=float(score)))
         return completions
 
+    def _forced(self, forced: Sequence[int] | None, max_new_tokens: int) -> tuple[int, ...]:
+        found = tuple(self.model.config.forced if forced is None else forced)
+        if found and max_new_tokens <= len(found):
+            raise InputError(f"max_new_tokens must be over the {len(found)} that are forced")
+        return found
+
+    def _steps(self, given: Sequence["_Task"], forced: tuple[int, ...], max_new_tokens: int) -> int:
+        """Most tokens of a completion, those that are forced among them."""
+        return min(max_new_tokens, self.context - max(len(task.ids) for task in given) + len(forced))
+
+    def _tasks(self, prompts, sources, forced: tuple[int, ...]) -> list["_Task"]:
+        config = self.model.config
+        if sources is None:
+            if config.source_shape is not None or prompts is None:
+                raise InputError(f"the model needs {'prompts' if config.source_shape is None else 'sources'}")
+            return [_Task(prompt, [*self._encode(prompt), *forced]) for prompt in prompts]
+        prompts = [""] * len(sources) if prompts is None else prompts
+        if len(prompts) != len(sources):
+            raise InputError(f"there are {len(prompts)} prompts to {len(sources)} sources")
+        return [
+            _Task(
+                prompt, [*self._encode(prompt), *forced], array, source if isinstance(source, str) else None
+            )
+            for prompt, source, array in zip(
+                prompts, sources, reading.arrays(config, self.tokenizer, sources), strict=True
+            )
+        ]
+
     def _encode(self, prompt: str) -> list[int]:
-        ids = self.tokenizer.prompt(prompt)
+        """What is read of the text before anything is written."""
+        start = self.model.config.start
+        ids = self.tokenizer.prompt(prompt) if start is None else [start, *self.tokenizer.encode(prompt)]
         if len(ids) >= self.context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.context}: "
@@ -171,20 +226,40 @@ class Generator:
             )
         return ids
 
-    def _prefill(self, ids: list[list[int]], room: int) -> Prefix:
+    def _prefill(self, given: Sequence["_Task"], room: int) -> Prefix:
         """The prompts read, padded on the left so that all end together, with room for more tokens."""
+        ids = [task.ids for task in given]
         # Lengths and rows in powers of two, so that few programs are compiled.
         length = max(max(map(len, ids)), min(_power_of_two(max(map(len, ids))), self.context - room))
         pieces = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         count = -(-_power_of_two(len(ids)) // pieces) * pieces
         tokens = np.zeros((count, length), np.int32)
         segments = np.zeros((count, length), np.int32)
-        for i in range(count):
-            row = ids[i] if i < len(ids) else ids[0]
-            tokens[i, length - len(row) :] = row
-            segments[i, length - len(row) :] = 1
-        put = partial(jax.device_put, device=sharding.named(self.mesh, P(("data", "fsdp"), None)))
-        return prefill(self.model, length + room, self.params, put(tokens), put(segments))
+        given = [*given, *[given[0]] * (count - len(given))]
+        for i, task in enumerate(given):
+            tokens[i, length - len(task.ids) :] = task.ids
+            segments[i, length - len(task.ids) :] = 1
+        arrays = [task.source for task in given if task.source is not None]
+        source = reading.rows(arrays, self.model.config.source_shape) if arrays else {}
+        put = partial(jax.device_put, device=sharding.named(self.mesh, P(("data", "fsdp"))))
+        return prefill(self.model, length + room, self.params, *map(put, (tokens, segments)), **put(source))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one row is to be made of.
+
+    Attributes:
+      prompt: the text to go on from.
+      ids: all that is read before the first token that is drawn.
+      source: what is read beside it.
+      text: the source as it was given, if it was a text.
+    """
+
+    prompt: str
+    ids: list[int]
+    source: np.ndarray | None = None
+    text: str | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -221,8 +296,8 @@ def _decode(model: nn.Module, eos_id: int, sampling: Sampling, params, state: _S
 class _Row:
     """One row's text as it grows."""
 
-    def __init__(self, prompt: str, tokenizer: Tokenizer, stop: Sequence[str]):
-        self.prompt, self.ended = prompt, ""
+    def __init__(self, task: _Task, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._task, self.ended = task, ""
         self._tokenizer, self._stop = tokenizer, stop
         self._tokens: list[int] = []
         self._text = ""
@@ -268,7 +343,7 @@ class _Row:
 
     def completion(self) -> Completion:
         """The finished row."""
-        return Completion(self.prompt, self._text, self._tokens, self.ended)
+        return Completion(self._task.prompt, self._text, self._tokens, self.ended, source=self._task.text)
 
 
 def _stretches(steps: int) -> int:

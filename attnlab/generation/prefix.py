@@ -32,17 +32,32 @@ class Prefix:
         return Prefix(cache, _last(logits), self.positions + 1)
 
 
-def forward(model, params, tokens, segments, positions, cache: Cache) -> tuple[Array, Cache]:
-    """Logits after each of these tokens (B, T, V), and the cache with them: all that is asked of a model."""
-    return model.apply({"params": params}, tokens, segments, positions, cache)
+def forward(model, params, tokens, segments, positions, cache: Cache, **source) -> tuple[Array, Cache]:
+    """Logits after each of these tokens (B, T, V), and the cache with them: all that is asked of a model.
+
+    Args:
+      model: with `init_cache`.
+      params: its parameters.
+      tokens: ids.
+      segments: 0 where they are padding.
+      positions: of each token.
+      cache: of what was read before.
+      **source: at the first tokens, what `Batch.inputs` has of a source, if the model reads one.
+    """
+    return model.apply({"params": params}, tokens, segments, positions, cache, **source)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def prefill(model, slots: int, params, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Prefix:
-    """Reads prompts, padded on the left where `segments` is 0, into a new cache of so many slots."""
+def prefill(
+    model, slots: int, params, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], **source
+) -> Prefix:
+    """Reads prompts, padded on the left where `segments` is 0, into a new cache of so many slots.
+
+    What is made of a source is kept in the cache: it is read here and never again.
+    """
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     cache = model.init_cache(tokens.shape[0], slots)
-    logits, cache = forward(model, params, tokens, segments, positions, cache)
+    logits, cache = forward(model, params, tokens, segments, positions, cache, **source)
     return Prefix(cache, _last(logits), sharding.constrain(positions[:, -1] + 1, "batch"))
 
 

@@ -317,7 +317,7 @@ class CrossAttentionLayer(AttentionLayer):
     ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
         """The attended activations, and the layer's cache with the memory's keys and values in it.
 
-        A memory that is given is written to the cache; where none is, the cache has it.
+        A memory that is given takes the place of what the cache has; where none is, the cache has it.
         """
         memory, embed = reading.memory, x.shape[-1]
         query = self._project(x, "query", embed)
@@ -326,7 +326,8 @@ class CrossAttentionLayer(AttentionLayer):
             key_segments = memory.segments
             if layer_cache is not None:
                 assert memory.mask is None, "a cache keeps no mask of its memory"
-                layer_cache = layer_cache.write(0, key, value)
+                kept = layer_cache.key.dtype
+                layer_cache = LayerCache(key.astype(kept), value.astype(kept))
         else:
             assert layer_cache is not None and reading.cache is not None, "there is nothing to attend to"
             key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))

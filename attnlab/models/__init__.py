@@ -1,8 +1,9 @@
 """Model families, one file each."""
 
-from attnlab.models.base import ModelConfig, TokenFlops, TransformerConfig
+from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops, TransformerConfig
 from attnlab.models.decoder import Decoder, DecoderConfig
 from attnlab.models.encoder import Encoder, EncoderConfig
+from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from attnlab.models.text import Learned, Sinusoidal
 from attnlab.models.vit import ViT, ViTConfig
 
@@ -13,7 +14,10 @@ __all__ = [
     "EncoderConfig",
     "Learned",
     "ModelConfig",
+    "Seq2Seq",
+    "Seq2SeqConfig",
     "Sinusoidal",
+    "SourceConfig",
     "TokenFlops",
     "TransformerConfig",
     "ViT",

@@ -31,6 +31,9 @@ class TokenFlops:
     def __add__(self, other: "TokenFlops") -> "TokenFlops":
         return TokenFlops(self.weights + other.weights, self.attention + other.attention)
 
+    def __mul__(self, factor: float) -> "TokenFlops":
+        return TokenFlops(self.weights * factor, self.attention * factor)
+
 
 class ModelConfig(ABC):
     """A model, as a frozen dataclass of all that its numbers depend on.
@@ -69,6 +72,16 @@ class ModelConfig(ABC):
         """
         return None
 
+    @property
+    def start(self) -> int | None:
+        """The token that comes before all that it writes; None is what the tokenizer begins a text with."""
+        return None
+
+    @property
+    def forced(self) -> tuple[int, ...]:
+        """The first tokens of all that it writes."""
+        return ()
+
     def sharded_dimensions(self) -> Mapping[str, tuple[str, int]]:
         """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size)."""
         return {}
@@ -78,6 +91,14 @@ class ModelConfig(ABC):
 
         Raises:
           InputError: more than it has positions for.
+        """
+        del length
+
+    def check_source(self, length: int) -> None:
+        """Checks that the model can read a source of which the first dimension is so long.
+
+        Raises:
+          InputError: longer than it can be.
         """
         del length
 
@@ -119,6 +140,27 @@ class ModelConfig(ABC):
         found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         parts = {name: change(part) for name, part in found.items() if isinstance(part, ModelConfig)}
         return replace(self, **parts)  # type: ignore[type-var]
+
+
+class SourceConfig(ModelConfig):
+    """A model that can also read a source for a decoder: of text, of images, of sound.
+
+    The module that it builds has `encode` besides: of `source`, `source_segments` and `deterministic`, for a
+    `Memory`.
+    """
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Shape of the source of one row, as of `source_shape`: text, where it has no other."""
+        return self.source_shape or (1,)
+
+    @abstractmethod
+    def memory_shape(self, length: int) -> tuple[int, int]:
+        """Length and width of the memory of a source of this length."""
+
+    @abstractmethod
+    def source_flops(self, length: int) -> TokenFlops:
+        """Operations for a whole source of this length."""
 
 
 @dataclass(frozen=True)

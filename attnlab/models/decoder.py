@@ -45,6 +45,23 @@ class DecoderConfig(TextConfig):
         """
         return Decoder(self, self.sized(vocab_size).vocab_size or vocab_size, cross)
 
+    def empty_cache(self, batch: int, slots: int, cross: bool = False) -> Cache:
+        """A cache for `slots` tokens of each of `batch` rows; a memory is put in as it is first read."""
+        periods, rest = divmod(self.depth, len(self.pattern))
+
+        def empty(length: int) -> LayerCache:
+            return empty_layer(batch, length, self.kv_heads, self.head_dim, self.dtypes.compute)
+
+        one = (empty(slots), empty(0)) if cross else empty(slots)
+        where = out_sharding(None, "batch", None, "kv_heads", None)
+        stacked = jax.tree.map(lambda x: jnp.zeros((periods, *x.shape), x.dtype, out_sharding=where), one)
+        single = jax.tree.map(lambda x: constrain(x, "batch", None, "kv_heads", None), one)
+        layers = ((stacked,) * len(self.pattern) if periods else None, (single,) * rest if rest else None)
+        where = out_sharding("batch", None)
+        segment_ids = jnp.zeros((batch, slots), jnp.int32, out_sharding=where)
+        context = jnp.zeros((batch, 0), jnp.int32, out_sharding=where) if cross else None
+        return Cache(layers, segment_ids, jnp.zeros((), jnp.int32), context)
+
 
 class Decoder(TextModel):
     """A language model: tokens in, logits of the next token out."""
@@ -96,20 +113,6 @@ class Decoder(TextModel):
         table = self.embedding() if c.tied else self.readout()
         return table, self.readout_bias() if c.readout_bias else None, c.logit_softcap, c.dtypes.logits
 
-    def init_cache(self, batch: int, slots: int, memory: int = 0) -> Cache:
-        """An empty cache for `slots` tokens of each of `batch` rows, and a memory of a length."""
-        c = self.config
-        periods, rest = divmod(c.depth, len(c.pattern))
-
-        def empty(length: int) -> LayerCache:
-            return empty_layer(batch, length, c.kv_heads, c.head_dim, c.dtypes.compute)
-
-        one = (empty(slots), empty(memory)) if self.cross else empty(slots)
-        where = out_sharding(None, "batch", None, "kv_heads", None)
-        stacked = jax.tree.map(lambda x: jnp.zeros((periods, *x.shape), x.dtype, out_sharding=where), one)
-        single = jax.tree.map(lambda x: constrain(x, "batch", None, "kv_heads", None), one)
-        layers = ((stacked,) * len(c.pattern) if periods else None, (single,) * rest if rest else None)
-        where = out_sharding("batch", None)
-        segment_ids = jnp.zeros((batch, slots), jnp.int32, out_sharding=where)
-        context = jnp.zeros((batch, memory), jnp.int32, out_sharding=where) if self.cross else None
-        return Cache(layers, segment_ids, jnp.zeros((), jnp.int32), context)
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """See `DecoderConfig.empty_cache`."""
+        return self.config.empty_cache(batch, slots, self.cross is not None)

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.layers.attention import Bidirectional, Kind
+from attnlab.layers.attention import Bidirectional, Kind, Memory
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
+from attnlab.models.base import SourceConfig, TokenFlops
 from attnlab.models.text import TextConfig, TextModel
 
 
 @dataclass(frozen=True)
-class EncoderConfig(TextConfig):
+class EncoderConfig(TextConfig, SourceConfig):
     """An encoder; fields as of `TextConfig`."""
 
     pattern: tuple[Kind, ...] = (Bidirectional(),)
@@ -18,6 +20,14 @@ class EncoderConfig(TextConfig):
     def build(self, vocab_size: int) -> "Encoder":
         """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
         return Encoder(self, self.sized(vocab_size).vocab_size or vocab_size)
+
+    def memory_shape(self, length: int) -> tuple[int, int]:
+        """See `SourceConfig.memory_shape`."""
+        return length, self.width
+
+    def source_flops(self, length: int) -> TokenFlops:
+        """See `SourceConfig.source_flops`."""
+        return self.layer_flops(length) * length
 
 
 class Encoder(TextModel):
@@ -31,9 +41,22 @@ class Encoder(TextModel):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
+        table: Float[Array, "V E"] | None = None,
     ) -> Float[Array, "B T E"]:
         """Activations after the last layer; see `TextModel.read`."""
-        return self.read(tokens, segment_ids, positions, None, deterministic)[0]
+        return self.read(tokens, segment_ids, positions, None, deterministic, table=table)[0]
+
+    def encode(
+        self,
+        source: Int[Array, "B S"],
+        source_segments: Int[Array, "B S"],
+        deterministic: bool = True,
+        table: Float[Array, "V E"] | None = None,
+    ) -> Memory:
+        """The memory of a text, which is padding where its segments are 0."""
+        positions = jnp.maximum(jnp.cumsum(source_segments, axis=1) - 1, 0)
+        x = self.hidden(source, source_segments, positions, deterministic, table)
+        return Memory(x, source_segments)
 
     def __call__(self, tokens, segment_ids=None, positions=None, deterministic=True) -> Float[Array, "B T V"]:
         """Logits of each token. Arguments as of `hidden`."""

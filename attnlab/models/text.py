@@ -64,7 +64,7 @@ class TextConfig(TransformerConfig):
         """
         if isinstance(self.positions, Learned) and length > self.positions.length:
             raise InputError(
-                f"length {length} is over model.positions.length={self.positions.length} learned positions"
+                f"length {length} is over positions.length={self.positions.length} learned positions"
             )
 
     def sized(self, vocab_size: int) -> Self:
@@ -113,11 +113,15 @@ class TextModel(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def embed(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], deterministic: bool
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        deterministic: bool,
+        table: Float[Array, "V E"] | None = None,
     ) -> Float[Array, "B T E"]:
         """What the layers start from."""
         c = self.config
-        x = look_up(self.embedding(), tokens)
+        x = look_up(self.embedding() if table is None else table, tokens)
         if c.scale_embedding:
             x = x * jnp.asarray(c.width**0.5, x.dtype)
         if isinstance(c.positions, Learned):
@@ -137,6 +141,7 @@ class TextModel(nn.Module):
         cache: Cache | None = None,
         deterministic: bool = True,
         memory: Memory | None = None,
+        table: Float[Array, "V E"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Cache | None]:
         """Activations after the last norm, and the cache with these tokens in it.
 
@@ -149,6 +154,7 @@ class TextModel(nn.Module):
           deterministic: False drops out, with an rng named "dropout".
           memory: what the layers look at beside the tokens, if they have cross-attention. It is kept in a
             cache that is given: later calls may leave it out.
+          table: of the tokens, where it is another model's; None is its own.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -158,7 +164,7 @@ class TextModel(nn.Module):
                 before = jnp.sum(cache.segments > 0, axis=1, keepdims=True)
                 positions = jnp.maximum(before + jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
         segment_ids, positions = (constrain(a, "batch", "sequence") for a in (segment_ids, positions))
-        x = self.embed(tokens, positions, deterministic)
+        x = self.embed(tokens, positions, deterministic, table)
         layer_caches, shared = None, None
         if cache is not None:
             layer_caches, cache = cache.layers, cache.advance(segment_ids)

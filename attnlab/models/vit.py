@@ -17,12 +17,12 @@ from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
 from attnlab.layers.patches import Patches, resize_positions
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Pool, Pooling, pooled_width
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
-from attnlab.models.base import TokenFlops, TransformerConfig
+from attnlab.models.base import SourceConfig, TokenFlops, TransformerConfig
 from attnlab.sharding import constrain, zero_rows
 
 
 @dataclass(frozen=True)
-class ViTConfig(TransformerConfig):
+class ViTConfig(TransformerConfig, SourceConfig):
     """A Vision Transformer; an image is the source of a row, its class the target of the row's one token.
 
     Attributes:
@@ -102,13 +102,19 @@ class ViTConfig(TransformerConfig):
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `TransformerConfig.token_flops`: those of a whole image for each token of a row."""
-        patches = math.prod(self.grid)
-        tokens = self.prefix + patches
-        layers = self.layer_flops(tokens)
-        pixels = math.prod(self.patch) * self.image[2]
         classes = vocab_size if self.classes is None else self.classes
-        once = 2.0 * self.width * (patches * pixels) + 2.0 * classes * pooled_width(self.pooling, self.width)
-        return TokenFlops((tokens * layers.weights + once) / length, tokens * layers.attention / length)
+        readout = TokenFlops(2.0 * classes * pooled_width(self.pooling, self.width), 0.0)
+        return (self.source_flops(self.image[0]) + readout) * (1 / length)
+
+    def memory_shape(self, length: int) -> tuple[int, int]:
+        """See `SourceConfig.memory_shape`."""
+        return self.prefix + length // self.patch[0] * self.grid[1], self.width
+
+    def source_flops(self, length: int) -> TokenFlops:
+        """See `SourceConfig.source_flops`."""
+        tokens, _ = self.memory_shape(length)
+        pixels = (tokens - self.prefix) * math.prod(self.patch) * self.image[2]
+        return self.layer_flops(tokens) * tokens + TokenFlops(2.0 * self.width * pixels, 0.0)
 
 
 class ViT(nn.Module):

@@ -86,3 +86,5 @@ class Experiment:
             rows, pieces = self.data.batch_size, self.train.microbatches
             raise ValueError(f"data.batch_size={rows} is no multiple of train.microbatches={pieces}")
         self.model.check_length(self.data.sequence_length)
+        if self.data.source_shape is not None:
+            self.model.check_source(self.data.source_shape[0])

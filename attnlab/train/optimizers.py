@@ -260,7 +260,7 @@ def _matrices(params):
     def numbers(path, leaf):
         name = parameter_name(path)
         axes = matrix_axes(name, leaf.ndim)
-        if axes is None or not name.startswith("layers/") or not name.endswith("/kernel"):
+        if axes is None or "layers/" not in name or not name.endswith("/kernel"):
             return None
         first, middle = axes
         return contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))

@@ -162,7 +162,7 @@ def test_like_shapes_share_their_programs(one):
 
 def rows_of(text, stop=(), piece=1):
     """A row fed with these bytes, a few at a time; what it gave, piece by piece."""
-    row, given = module._Row("", TOKENIZER, stop), []
+    row, given = module._Row(module._Task("", []), TOKENIZER, stop), []
     ids = TOKENIZER.encode(text).tolist() if isinstance(text, str) else list(text)
     for start in range(0, len(ids), piece):
         given.append(row.add(ids[start : start + piece]))
@@ -208,13 +208,13 @@ def test_half_a_character_waits_for_its_other_half():
 
 def test_a_broken_end_is_given_once_nothing_can_mend_it():
     ids = TOKENIZER.encode("a€").tolist()[:-1]
-    row = module._Row("", TOKENIZER, ())
+    row = module._Row(module._Task("", []), TOKENIZER, ())
     assert row.add(ids) == "a"
     assert row.end("length") == row.completion().text[1:] == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_nothing_comes_after_the_end():
-    row = module._Row("", TOKENIZER, ["z"])
+    row = module._Row(module._Task("", []), TOKENIZER, ["z"])
     ids = TOKENIZER.encode("ab").tolist()
     assert row.add([*ids, TOKENIZER.eos_id, *ids]) == "ab"
     assert row.add(ids) == "" and row.end("length") == ""

@@ -56,7 +56,7 @@ def test_documents_of_a_row_look_at_their_own_part_of_the_memory():
 def test_a_cache_keeps_the_memory(config):
     model, params = decoder(config)
     whole = model.apply({"params": params}, TOKENS, memory=MEMORY)
-    cache = model.init_cache(2, 9, memory=5)
+    cache = model.init_cache(2, 9)
     out, cache = model.apply({"params": params}, TOKENS[:, :4], cache=cache, memory=MEMORY)
     outs = [out]
     for i in range(4, 9):

@@ -1,0 +1,53 @@
+"""Sources to generate from, as the arrays that a model reads them by."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from attnlab.data import Tokenizer
+from attnlab.errors import InputError
+from attnlab.models import ModelConfig
+
+
+def arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[Any]) -> list[np.ndarray]:
+    """Each source as an array of what a row of `ModelConfig.source_shape` holds.
+
+    Args:
+      config: of a model.
+      tokenizer: of the sources of a model that reads texts.
+      sources: texts; or arrays, of which the first dimension may be shorter than the shape's.
+
+    Raises:
+      InputError: sources of another kind, or longer than the model can read.
+    """
+    shape = config.source_shape
+    if shape is None:
+        raise InputError("the model reads nothing beside a prompt: it takes no sources")
+    if len(shape) == 1:
+        if not all(isinstance(source, str) for source in sources):
+            raise InputError("the sources of this model are texts")
+        found = [np.asarray(tokenizer.source(source), np.int32) for source in sources]
+        config.check_source(max(map(len, found)))
+        return found
+    found = [np.asarray(source, np.float32) for source in sources]
+    for array in found:
+        if array.shape[1:] != shape[1:] or not 1 <= len(array) <= shape[0]:
+            raise InputError(f"a source is an array of at most {shape}, not of {array.shape}")
+    return found
+
+
+def rows(found: Sequence[np.ndarray], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Sources padded at their ends to one array, texts to a power of two, and where they are.
+
+    Args:
+      found: as of `arrays`.
+      shape: `ModelConfig.source_shape`.
+    """
+    longest = max(map(len, found))
+    length = shape[0] if len(shape) > 1 else 1 << (longest - 1).bit_length()
+    padded = np.zeros((len(found), length, *shape[1:]), found[0].dtype)
+    there = np.zeros((len(found), length), np.int32)
+    for i, array in enumerate(found):
+        padded[i, : len(array)], there[i, : len(array)] = array, 1
+    return {"source": padded, "source_segments": there}

@@ -1,0 +1,194 @@
+"""Encoder-decoders: what a source says, written by a decoder that attends to it (Vaswani et al. 2017)."""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnlab.attention.cache import Cache
+from attnlab.layers.attention import Memory
+from attnlab.layers.blocks import Branch
+from attnlab.layers.readout import TokenStatistics
+from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops
+from attnlab.models.decoder import DecoderConfig
+from attnlab.models.encoder import EncoderConfig
+from attnlab.models.text import TextConfig
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig(ModelConfig):
+    """An encoder of a source, and a decoder every layer of which also attends to what it made of it.
+
+    Attributes:
+      encoder: what reads the source: text, an image, a sound.
+      decoder: what writes text.
+      shared: whether the encoder, of text, reads by the decoder's table of tokens.
+      start: the token that comes before all that it writes; None is what the tokenizer begins a text with.
+      forced: the first tokens of all that it writes, such as the name of a language.
+    """
+
+    encoder: SourceConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    shared: bool = False
+    start: int | None = None  # type: ignore[assignment]
+    forced: tuple[int, ...] = ()  # type: ignore[assignment]
+
+    def __post_init__(self):
+        widths = [part.width for part in (self.encoder, self.decoder) if isinstance(part, TextConfig)]
+        if self.shared and (len(widths) < 2 or widths[0] != widths[1]):
+            raise ValueError("shared needs an encoder of text that is as wide as the decoder")
+
+    def build(self, vocab_size: int) -> "Seq2Seq":
+        """See `ModelConfig.build`."""
+        return Seq2Seq(self, vocab_size)
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """See `ModelConfig.source_shape`."""
+        return self.encoder.reads
+
+    @property
+    def causal(self) -> bool:
+        """See `ModelConfig.causal`."""
+        return self.decoder.causal
+
+    @property
+    def drops(self) -> bool:
+        """See `ModelConfig.drops`."""
+        return self.encoder.drops or self.decoder.drops
+
+    def check_length(self, length: int) -> None:
+        """See `ModelConfig.check_length`."""
+        self.decoder.check_length(length)
+
+    def check_source(self, length: int) -> None:
+        """See `ModelConfig.check_source`."""
+        if isinstance(self.encoder, TextConfig):
+            self.encoder.check_length(length)
+
+    def sized(self, vocab_size: int) -> Self:
+        """See `ModelConfig.sized`."""
+        return replace(self, encoder=self.encoder.sized(vocab_size), decoder=self.decoder.sized(vocab_size))
+
+    def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
+        """See `ModelConfig.sharded_dimensions`."""
+        return {
+            name.replace("model.", f"model.{half}.", 1): dimension
+            for half in ("encoder", "decoder")
+            for name, dimension in getattr(self, half).sharded_dimensions().items()
+        }
+
+    def idle_parameters(self) -> int:
+        """See `ModelConfig.idle_parameters`."""
+        return self.encoder.idle_parameters() + self.decoder.idle_parameters()
+
+    def learning_rates(self) -> dict[str, float]:
+        """See `ModelConfig.learning_rates`."""
+        return {
+            f"^{half}/.*{pattern}": factor
+            for half in ("encoder", "decoder")
+            for pattern, factor in getattr(self, half).learning_rates().items()
+        }
+
+    def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
+        """See `ModelConfig.token_flops`; a source of text is taken to be as long as the text written."""
+        d, (size, *rest) = self.decoder, self.source_shape
+        source = size if rest else length
+        slots, width = self.encoder.memory_shape(source)
+        # Queries and outputs of each token; keys and values of each place of the memory.
+        per_row = length * 2 * d.width * d.attention.heads + slots * 2 * width * d.kv_heads
+        cross = TokenFlops(
+            2.0 * d.depth * d.head_dim * per_row / length,
+            4.0 * d.depth * d.head_dim * d.attention.heads * slots,
+        )
+        encoding = self.encoder.source_flops(source) * (1 / length)
+        return d.token_flops(vocab_size, length) + cross + encoding
+
+
+class Seq2Seq(nn.Module):
+    """A source and the tokens written so far in, logits of the next token out.
+
+    Attributes:
+      config: see `Seq2SeqConfig`.
+      vocab_size: of the tokenizer.
+    """
+
+    config: Seq2SeqConfig
+    vocab_size: int
+
+    def setup(self):
+        """Declares both halves."""
+        self.encoder = self.config.encoder.build(self.vocab_size)
+        self.decoder = self.config.decoder.build(self.vocab_size, Branch())
+
+    def encode(
+        self,
+        source: Array,
+        source_segments: Int[Array, "B S"] | None = None,
+        deterministic: bool = True,
+    ) -> Memory:
+        """What the decoder is to look at.
+
+        Args:
+          source: of each row: ids of tokens (B, S), or numbers (B, S, ...).
+          source_segments: 0 where it is padding; None is nowhere.
+          deterministic: False drops out, with an rng named "dropout".
+        """
+        if source_segments is None:
+            source_segments = jnp.ones_like(source[(..., *(0,) * (source.ndim - 2))], jnp.int32)
+        table = {"table": self.decoder.embedding()} if self.config.shared else {}
+        return self.encoder.encode(source, source_segments, deterministic=deterministic, **table)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        source: Array | None = None,
+        source_segments: Int[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+        """The decoder's activations before the logits, and its cache; see `Decoder.hidden` and `encode`.
+
+        Without a source, the cache has what was made of it.
+        """
+        memory = self._memory(source, source_segments, deterministic)
+        return self.decoder.hidden(tokens, segment_ids, positions, cache, deterministic, memory)
+
+    def __call__(
+        self,
+        tokens,
+        segment_ids=None,
+        positions=None,
+        cache=None,
+        deterministic=True,
+        source=None,
+        source_segments=None,
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache | None]:
+        """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
+        memory = self._memory(source, source_segments, deterministic)
+        return self.decoder(tokens, segment_ids, positions, cache, deterministic, memory)
+
+    def statistics(
+        self,
+        tokens,
+        targets,
+        segment_ids=None,
+        positions=None,
+        deterministic=True,
+        source=None,
+        source_segments=None,
+    ) -> TokenStatistics:
+        """What a loss needs of each token's logits; see `Decoder.statistics`."""
+        memory = self._memory(source, source_segments, deterministic)
+        return self.decoder.statistics(tokens, targets, segment_ids, positions, deterministic, memory)
+
+    def _memory(self, source, source_segments, deterministic: bool) -> Memory | None:
+        return None if source is None else self.encode(source, source_segments, deterministic)
+
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """See `DecoderConfig.empty_cache`."""
+        return self.config.decoder.empty_cache(batch, slots, cross=True)

@@ -1,0 +1,135 @@
+"""Text of a source: what is written is what the full model would, however it is searched for or laid out."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.data import Bytes
+from attnlab.generation import Beams, Generator, Power, Sampling, Wu
+from attnlab.layers import Attention, LayerNorm, RelativeBias
+from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig
+from attnlab.sharding import make_mesh, out_sharding, parse_mesh
+
+TOKENIZER = Bytes().train([])
+GREEDY = Sampling(temperature=0.0)
+CONTEXT = 24
+HALF = {"depth": 2, "width": 16, "attention": Attention(heads=4)}
+CONFIG = Seq2SeqConfig(
+    EncoderConfig(**HALF, norm=LayerNorm(), positions=Learned(12)),
+    DecoderConfig(**HALF, positions=RelativeBias(8, 16), tied=False),
+    start=7,
+)
+SOURCES = ["hello wor", "abc", "de"]
+
+
+def generator(mesh, config=CONFIG):
+    model = config.build(TOKENIZER.vocab_size)
+    rng = np.random.default_rng(1)
+
+    def draw(path, x):  # so large that the next token is decided, and varied, most of all by the source
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        scale = 1.4 if "cross_attention" in str(path) else 0.7
+        where = jax.NamedSharding(mesh, x.sharding.spec)
+        return jax.device_put(jnp.asarray(mean + scale * rng.normal(size=x.shape), x.dtype), where)
+
+    with jax.set_mesh(mesh):
+        rows = jnp.zeros((8, 4), jnp.int32, out_sharding=out_sharding("batch", None))
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), rows, source=rows))["params"]
+        params = jax.tree_util.tree_map_with_path(draw, shapes)
+    return Generator(model, params, TOKENIZER, CONTEXT, mesh)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return generator(make_mesh(parse_mesh("single", 1)))
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens, source, there):
+    return model.apply({"params": params}, tokens, source=source, source_segments=there)
+
+
+def logits(g, ids, source):
+    """Of the full model, after each of these ids."""
+    tokens, read, there = (np.zeros((1, n), np.int32) for n in (CONTEXT, 12, 12))
+    own = TOKENIZER.source(source)
+    tokens[0, : len(ids)], read[0, : len(own)], there[0, : len(own)] = ids, own, 1
+    with jax.set_mesh(g.mesh):
+        arrays = map(jnp.asarray, (tokens, read, there))
+        return np.asarray(forward(g.model, g.params, *arrays)[0, : len(ids)])
+
+
+def by_full_forwards(g, source, begin, count):
+    """What a greedy choice adds, each token of a forward pass over all of it."""
+    ids = list(begin)
+    for _ in range(count):
+        ids.append(int(logits(g, ids, source)[-1].argmax()))
+    return ids[len(begin) :]
+
+
+def test_greedy_is_the_argmax_of_full_forwards(one):
+    found = one(sources=SOURCES, max_new_tokens=12, sampling=GREEDY)
+    for source, row in zip(SOURCES, found, strict=True):
+        assert row.tokens == by_full_forwards(one, source, [7], 12)[: len(row.tokens)]
+        assert (row.source, row.prompt, row.head) == (source, "", f"{source}\n")
+    assert len({tuple(row.tokens) for row in found}) == 3  # they depend on their sources
+
+
+def test_prompts_and_forced_tokens_come_first(one):
+    (row,) = one(["xy"], sources=["abc"], forced=(9, 8), max_new_tokens=9, sampling=GREEDY)
+    begin = [7, *TOKENIZER.encode("xy")]
+    assert row.tokens[:2] == [9, 8]
+    assert row.tokens[2:] == by_full_forwards(one, "abc", [*begin, 9, 8], 7)[: len(row.tokens) - 2]
+    (own,) = generator(one.mesh, replace(CONFIG, forced=(9, 8)))(
+        ["xy"], sources=["abc"], max_new_tokens=9, sampling=GREEDY
+    )
+    assert own == row
+
+
+def test_rows_of_a_search_are_each_alone(one):
+    options = {"beams": Beams(3, Wu()), "max_new_tokens": 8, "num_samples": 2}
+    together = one.search(None, sources=SOURCES, **options)
+    alone = one.search(None, sources=SOURCES[1:2], **options)
+    for row, expected in zip(together[2:4], alone, strict=True):
+        assert row.tokens == expected.tokens and abs(row.score - expected.score) < 1e-4
+
+
+def test_forced_tokens_of_a_search_have_a_length_and_no_probability(one):
+    (row,) = one.search(None, Beams(1, Power(1.0)), sources=["abc"], forced=(9,), max_new_tokens=6)
+    assert row.tokens == [9, *by_full_forwards(one, "abc", [7, 9], 5)] and row.ended == "length"
+    log_probs = np.asarray(jax.nn.log_softmax(logits(one, [7, *row.tokens[:-1]], "abc")))
+    total = sum(log_probs[i, token] for i, token in enumerate(row.tokens) if i >= 1)
+    np.testing.assert_allclose(row.score, total / 6, rtol=1e-4)
+
+
+def test_a_mesh_changes_no_token(one, mesh_of):
+    on_mesh = generator(mesh_of("data:2,fsdp:2,tensor:2"))
+    for sampling in (GREEDY, Sampling(top_k=5)):
+        options = {"sources": SOURCES, "max_new_tokens": 6, "sampling": sampling, "seed": 3}
+        assert on_mesh(**options) == one(**options)
+    found, expected = (
+        g.search(None, Beams(3, Wu()), sources=SOURCES, max_new_tokens=6) for g in (on_mesh, one)
+    )
+    assert [row.tokens for row in found] == [row.tokens for row in expected]
+
+
+def test_what_cannot_be_read_is_refused(one, refuses):
+    with refuses("needs sources"):
+        one(["abc"])
+    with refuses("are texts"):
+        one(sources=[np.zeros((3, 2))])
+    with refuses("length 21", "positions.length=12"):
+        one(sources=["x" * 20])
+    with refuses("2 prompts to 1 sources"):
+        one(["a", "b"], sources=["a"])
+    with refuses("over the 2 that are forced"):
+        one(sources=["a"], forced=(1, 2), max_new_tokens=2)
+    decoder = Generator(CONFIG.decoder.build(9), {}, TOKENIZER, 8, one.mesh)
+    with refuses("needs prompts"):
+        decoder()
+    with refuses("takes no sources"):
+        decoder(sources=["a"])
