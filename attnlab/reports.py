@@ -5,6 +5,7 @@ import numpy as np
 from attnlab.data.baselines import compressed_bits_per_byte
 from attnlab.generation import Sampling, printable
 from attnlab.inspect import pictures
+from attnlab.models import TransformerConfig
 from attnlab.train.metrics import read
 from attnlab.trained import Trained
 
@@ -12,7 +13,8 @@ from attnlab.trained import Trained
 def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -> dict[str, float]:
     """A sample, its attention map, and the model's bits per byte beside those of two compressors.
 
-    A model that reads whole texts has no sample; a prompt that fills the context is cut to half of it.
+    A model that reads whole texts has no sample, one without attention has no map; a prompt that fills the
+    context is cut to half of it.
     """
     data = trained.experiment.data
     figures = {"model": trained.metrics.get("bits_per_byte", float("nan"))}
@@ -32,9 +34,10 @@ def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -
         trained.say(f"sample:\n{printable(prompt + sample.text)}")
         shown += sample.tokens
     shown = shown[: min(24, data.sequence_length)]
-    weights = trained.attention_of(shown)
-    words = [trained.tokenizer.token_text(i) for i in shown]
-    trained.keep(pictures.head_grid(np.asarray(weights), words, "Where each token looks"), "attention")
+    if isinstance(trained.experiment.model, TransformerConfig):
+        weights = trained.attention_of(shown)
+        words = [trained.tokenizer.token_text(i) for i in shown]
+        trained.keep(pictures.head_grid(np.asarray(weights), words, "Where each token looks"), "attention")
     return {f"bits_per_byte_{name}": value for name, value in figures.items()}
 
 

@@ -33,6 +33,7 @@ RULES: dict[str, tuple] = {
     "expert_mlp": (None, None),  # the experts themselves are cut
     "vocab": ("tensor", "tensor"),
     "norm": (None, None),
+    "state": (None, None),  # of a recurrent layer
     "window": (None, None),  # what a patch or a convolution reads at once: pixels, taps, mels
 }
 

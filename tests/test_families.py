@@ -17,6 +17,8 @@ from tests.programs import ROOT
 # The experiment of each family, and what makes it smaller: widths that a mesh can cut, short rows.
 EXPERIMENTS = {
     "lm_docs": ["model.width=64", "model.depth=4", "data.sequence_length=64"],
+    "recurrent_lm": ["model.width=64", "data.sequence_length=32"],
+    "recurrent_translate": ["model.width=64", "optimizer.schedule.warmup=5", "optimizer.learning_rate=1e-2"],
     "pronoun": ["model.attention.heads=2"],
 }
 EVERYWHERE = ["data.batch_size=16", "train.steps=20", "train.microbatches=1"]

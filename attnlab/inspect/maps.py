@@ -36,7 +36,9 @@ def _maps(model: nn.Module, stack: str, branch: str, params, inputs) -> Float[Ar
 
 
 def in_order(layers: dict, *path: str) -> Float[Array, "L ..."]:
-    """What every layer of a stack captured under this name, first layer first."""
+    """What every layer of a stack captured under this name, first layer first; a recurrent one has one."""
+    if path[0] in layers:
+        return reduce(operator.getitem, path, layers)[0][None]
     found = []
     if "periods" in layers:
         blocks = _blocks(layers["periods"], path)  # each (periods, ...)

@@ -3,6 +3,8 @@
 from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops, TransformerConfig
 from attnlab.models.decoder import Decoder, DecoderConfig
 from attnlab.models.encoder import Encoder, EncoderConfig
+from attnlab.models.recurrent import Recurrent, RecurrentConfig
+from attnlab.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from attnlab.models.text import Learned, Sinusoidal
 from attnlab.models.vit import ViT, ViTConfig
@@ -14,6 +16,10 @@ __all__ = [
     "EncoderConfig",
     "Learned",
     "ModelConfig",
+    "Recurrent",
+    "RecurrentConfig",
+    "RecurrentSeq2Seq",
+    "RecurrentSeq2SeqConfig",
     "Seq2Seq",
     "Seq2SeqConfig",
     "Sinusoidal",

@@ -1,7 +1,7 @@
 """Models that read text: tables of tokens and positions, then a stack of blocks."""
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -73,11 +73,20 @@ class TextConfig(TransformerConfig):
         Raises:
           InputError: tables that are smaller.
         """
-        if self.vocab_size is not None and self.vocab_size < vocab_size:
-            raise InputError(
-                f"model.vocab_size={self.vocab_size} is less than the {vocab_size} tokens of the tokenizer"
-            )
-        return replace(self, vocab_size=self.vocab_size or vocab_size)
+        return with_vocabulary(self, vocab_size)
+
+
+def with_vocabulary(config: Any, vocab_size: int) -> Any:
+    """A config with its `vocab_size` set, for a tokenizer of so many tokens.
+
+    Raises:
+      InputError: tables that are smaller.
+    """
+    if config.vocab_size is not None and config.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size={config.vocab_size} is less than the {vocab_size} tokens of the tokenizer"
+        )
+    return replace(config, vocab_size=config.vocab_size or vocab_size)
 
 
 class TextModel(nn.Module):

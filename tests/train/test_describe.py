@@ -12,11 +12,12 @@ import pytest
 from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
 from attnlab.layers import Attention
-from attnlab.models import ViTConfig
+from attnlab.models import RecurrentSeq2SeqConfig, ViTConfig
 from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
 from attnlab.train.step import make_train_step
+from experiments.recurrent_translate import Sentences
 from tests.data.toys import Images
 from tests.programs import ROOT, write_text
 from tests.train.small import TOKENIZER, experiment, session
@@ -138,6 +139,16 @@ OF_OTHERS = {
     ("model.feed_forward=Experts", "renormalize"): ("false", "step"),
     ("model.feed_forward=Experts", "balance"): ("0.5", "step"),
     ("model=EncoderConfig", "pattern"): ("(Bidirectional(4,4),)", "step"),
+    ("model=RecurrentConfig", "depth"): ("3", "step"),
+    ("model=RecurrentConfig", "width"): ("128", "step"),
+    ("model=RecurrentConfig", "cell"): ("GRU", "step"),
+    ("model=RecurrentConfig", "cell.forget_bias"): ("0.0", "step"),
+    ("model=RecurrentConfig", "vocab_size"): ("5000", "step"),
+    ("model=RecurrentConfig", "tied"): ("false", "step"),
+    ("model=RecurrentConfig", "dropout"): ("0.1", "step"),
+    ("model=RecurrentConfig", "std"): ("0.5", "state"),
+    ("model=RecurrentConfig", "remat"): ("full", "step"),
+    ("model=RecurrentConfig", "scan"): ("false", "step"),
     ("model.norm=LayerNorm", "epsilon"): ("0.01", "step"),
     ("model.norm=LayerNorm", "bias"): ("false", "step"),
     ("model.positions=Learned(1024)", "length"): ("512", "step"),
@@ -221,6 +232,10 @@ READERS = {
             "model.pattern": "(Bidirectional(4,4),)",
         },
     ),
+    "recurrent": (
+        Experiment(model=RecurrentSeq2SeqConfig(depth=2, width=16), data=Sentences(batch_size=8)),
+        {"model.attention": "Dot", "model.attention.width": "8", "model.both_ways": "false"},
+    ),
 }
 READER_FIELDS = [(name, field) for name, (_, fields) in READERS.items() for field in fields]
 # Of models that read a source, which the default experiment has none of.
@@ -233,7 +248,6 @@ OF_SOURCES = {
 ELSEWHERE = {
     "data": "another data set is another experiment's: test_run.py",
     "init": "a checkpoint's parameters, and its model: tests/test_import.py",
-    "model.pattern.0.looks": "where layers look at a memory: tests/layers/test_resampler.py",
     "data.prefetch": "makes the same batches sooner; its size is tested with the data",
     **dict.fromkeys(
         ("train.log_every", "train.eval_every", "train.checkpoint_every"), "the loop's: test_loop.py"
@@ -279,8 +293,9 @@ def test_every_field_is_in_the_tables():
         holder, _, name = f".{path}".rpartition(".")
         tested.add((declared(type(at(DEFAULT, holder[1:]) if holder else DEFAULT), name), name))
     for choice, name in (*OF_OTHERS, *OF_SOURCES):
-        path = choice.partition("=")[0]
-        tested.add((declared(type(at(configs.override(DEFAULT, *choice.split("=", 1)), path)), name), name))
+        path, _, component = choice.partition("=")
+        holder, _, name = f"{path}.{name}".rpartition(".")
+        tested.add((declared(type(at(configs.override(DEFAULT, path, component), holder)), name), name))
     for reader, path in READER_FIELDS:
         holder, _, name = path.rpartition(".")
         tested.add((declared(type(at(READERS[reader][0], holder)), name), name))

@@ -1,0 +1,169 @@
+"""Attention as recurrent models had it first: where the memory is that a token of the decoder comes from."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from attnlab.attention import attend, segments
+from attnlab.layers.attention import Memory
+from attnlab.layers.blocks import REMAT_POLICIES
+from attnlab.layers.dropout import Dropout
+from attnlab.layers.linear import Linear
+from attnlab.layers.parameters import parameter
+from attnlab.layers.recurrent import RecurrentLayers, RecurrentStack, State, StateWeights, read, where
+
+
+@dataclass(frozen=True)
+class NoAttention:
+    """All that is known of the memory is the state that the decoder starts from (Sutskever et al. 2014,
+    arXiv 1409.3215, section 2).
+    """
+
+
+@dataclass(frozen=True)
+class Additive:
+    """v . tanh(W s + U h) of the state s before a token and each place h of the memory; what is attended to
+    is read with the token (Bahdanau et al. 2015, arXiv 1409.0473, equations 5 and 6, and section A.1.2).
+
+    `width` of the sum None is E.
+    """
+
+    width: int | None = None
+
+    def __post_init__(self):
+        if self.width is not None and self.width < 1:
+            raise ValueError("width must be at least 1, or none")
+
+
+@dataclass(frozen=True)
+class General:
+    """s . W h of the state s after a token and each place h of the memory (Luong et al. 2015,
+    arXiv 1508.04025, equation 8).
+    """
+
+
+@dataclass(frozen=True)
+class Dot:
+    """s . h of the state s after a token and each place h of the memory (Luong et al. 2015, equation 8)."""
+
+
+class MultiplicativeAttention(nn.Module):
+    """Attention of all tokens at once, for no state depends on it."""
+
+    config: RecurrentLayers
+    general: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T E"], segment_ids: Int[Array, "B T"], memory: Memory
+    ) -> Float[Array, "B T E"]:
+        """What each token looks at."""
+        c, query, captures = self.config, x, self.is_mutable_collection("intermediates")
+        if self.general:
+            query = Linear((c.width,), (c.width,), ("embed", "state"), c.std, False, c.dtypes, name="query")(
+                x
+            )
+        found = attend(
+            query[:, :, None],
+            memory.values[:, :, None],
+            memory.values[:, :, None],
+            mask=segments(segment_ids, memory.segments),
+            scale=1.0,
+            return_weights=captures,
+        )
+        if captures:
+            found, weights = found
+            self.sow("intermediates", "attention_weights", weights)
+        return found[:, :, 0]
+
+
+class AdditiveLayer(nn.Module):
+    """A recurrent layer that before each token asks the memory by its state, and reads the answer too."""
+
+    config: RecurrentLayers
+    attention: Additive
+    remat: Literal["none", "full", "dots"]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T E"], there: Bool[Array, "B T 1"], state: State, memory: Memory
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], State]:
+        """The state's first array after each token, what the token looked at, and the last state."""
+        c, width = self.config, self.attention.width or self.config.width
+        gates, axes = c.cell.gates * c.width, ("embed", "state")
+        gates_of_x = Linear((c.width,), (gates,), axes, c.std, True, c.dtypes, name="input")(x)
+        keys = Linear((c.width,), (width,), axes, c.std, False, c.dtypes, name="key")(memory.values)
+        asking = parameter(self, "query_kernel", (c.width, width), axes, c.dtypes, std=c.std)
+        score = parameter(self, "score", (width,), ("state",), c.dtypes, std=width**-0.5)
+        answer = parameter(self, "context_kernel", (c.width, gates), axes, c.dtypes, std=c.std)
+        weights = StateWeights(c.cell, c.width, c.std, c.dtypes, name="state")()
+
+        def step(state: State, token):
+            x, there = token
+            scores = jnp.tanh((state[0] @ asking)[:, None] + keys) @ score
+            looks = softmax(scores, memory.segments > 0)
+            context = jnp.einsum("bs,bse->be", looks.astype(x.dtype), memory.values)
+            state = where(there, c.cell(x + context @ answer, state, weights), state)
+            return state, (state[0], context, looks)
+
+        if self.remat != "none":
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        state, (outputs, contexts, looks) = read(step, state, (gates_of_x, there))
+        self.sow("intermediates", "attention_weights", looks[:, None])
+        return outputs, contexts, state
+
+
+def softmax(scores: Float[Array, "B S"], there: Bool[Array, "B S"]) -> Float[Array, "B S"]:
+    """exp(scores) over its sum, float32, of the places that are there; 0 everywhere if none is."""
+    scores = jnp.where(there, scores.astype(jnp.float32), -jnp.inf)
+    greatest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    exponentials = jnp.exp(scores - jax.lax.stop_gradient(greatest))
+    return exponentials / jnp.maximum(exponentials.sum(axis=-1, keepdims=True), 1e-30)
+
+
+class AlignedStack(nn.Module):
+    """Recurrent layers of which the last attends to a memory.
+
+    With attention what they give out is tanh(W [s; c]) of the last state s and what was attended to, c
+    (Luong et al. 2015, equation 5); Bahdanau et al. had a layer of maxima in this place.
+    """
+
+    config: RecurrentLayers
+    depth: int
+    attention: NoAttention | Additive | General | Dot
+    scan: bool
+    remat: Literal["none", "full", "dots"]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        segment_ids: Int[Array, "B T"],
+        states: State,
+        memory: Memory,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B T E"], State]:
+        """Activations before the logits, and the last states of all layers, (B, L, E) each."""
+        c, additive = self.config, isinstance(self.attention, Additive)
+        there, plain = (segment_ids > 0)[..., None], self.depth - additive
+        found = tuple(s[:, :plain] for s in states)
+        if plain:
+            stack = RecurrentStack(c, plain, False, self.scan, self.remat, name="layers")
+            x, found = stack(x, there, jnp.zeros_like(there), found, deterministic)
+        if isinstance(self.attention, Additive):
+            x = Dropout(c.dropout)(x, deterministic=deterministic)
+            layer = AdditiveLayer(c, self.attention, self.remat, name="attention")
+            x, context, last = layer(x, there, tuple(s[:, -1] for s in states), memory)
+            found = tuple(jnp.concatenate([a, b[:, None]], axis=1) for a, b in zip(found, last, strict=True))
+        elif isinstance(self.attention, General | Dot):
+            general = isinstance(self.attention, General)
+            context = MultiplicativeAttention(c, general, name="attention")(x, segment_ids, memory)
+        else:
+            return x, found
+        both = jnp.concatenate([x, context], axis=-1)
+        out = Linear((2 * c.width,), (c.width,), ("embed", "state"), c.std, False, c.dtypes, name="out")
+        return jnp.tanh(out(both)), found

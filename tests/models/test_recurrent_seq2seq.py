@@ -1,0 +1,228 @@
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.inspect.maps import attention_maps
+from attnlab.layers import GRU, LSTM
+from attnlab.layers.alignment import Additive, Dot, General, NoAttention
+from attnlab.models import RecurrentSeq2SeqConfig
+from tests.models.test_recurrent import VOCAB, products, sigmoid, tokens_of
+
+SMALL = RecurrentSeq2SeqConfig(depth=2, width=8, cell=GRU())
+CONFIGS = {
+    "none": replace(SMALL, attention=NoAttention(), both_ways=False, cell=LSTM(), tied=False),
+    "additive": replace(SMALL, attention=Additive(6)),
+    "one additive layer": replace(SMALL, depth=1, cell=LSTM(), attention=Additive()),
+    "general": replace(SMALL, attention=General()),
+    "dot": replace(SMALL, attention=Dot(), cell=LSTM(0.0)),
+}
+SOURCE = tokens_of(2, 6, seed=5)
+THERE = jnp.array([[1] * 6, [1] * 4 + [0] * 2])
+TOKENS = tokens_of(2, 5)
+
+
+def start(config, scale=0.7):
+    model, rng = config.build(VOCAB), np.random.default_rng(0)
+    shapes = jax.eval_shape(partial(model.init, source=SOURCE), jax.random.key(0), TOKENS)["params"]
+    return model, jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(model, params, *args, **source):
+    return model.apply({"params": params}, *args, **source)
+
+
+def advance(cell, w, gates, state):
+    """One token by the equations, where W x + b is given."""
+    h, *rest = state
+    x, u = np.split(gates, cell.gates), np.split(h @ w["state"]["kernel"], cell.gates)
+    if isinstance(cell, LSTM):
+        i, f, g, o = (a + b for a, b in zip(x, u, strict=True))
+        c = sigmoid(f + cell.forget_bias) * rest[0] + sigmoid(i) * np.tanh(g)
+        return sigmoid(o) * np.tanh(c), c
+    r, z = (sigmoid(a + b) for a, b in zip(x[:2], u[:2], strict=True))
+    return ((1 - z) * np.tanh(x[2] + r * (u[2] + w["state"]["bias"])) + z * h,)
+
+
+def read(cell, w, x, state):
+    outputs = []
+    for token in x:
+        state = advance(cell, w, token @ w["input"]["kernel"] + w["input"]["bias"], state)
+        outputs.append(state[0])
+    return np.array(outputs), state
+
+
+def encoded(config, layers, x):
+    """The memory of a source (S, E), and the last states of each layer."""
+    states, sizes = [], {"forward": config.width, "backward": 0}
+    if config.both_ways:
+        sizes = dict.fromkeys(sizes, config.width // 2)
+    for i in range(config.depth):
+        outputs, last = [], []
+        for name, size in sizes.items():
+            if size:
+                w = jax.tree.map(lambda p, i=i: p[i], layers[name])
+                turn = slice(None, None, -1 if name == "backward" else 1)
+                out, state = read(config.cell, w, x[turn], (np.zeros(size),) * config.cell.arrays)
+                outputs.append(out[turn])
+                last.append(state)
+        x = np.concatenate(outputs, axis=-1)
+        states.append(tuple(np.concatenate(parts) for parts in zip(*last, strict=True)))
+    return x, states
+
+
+def by_hand(config, params, source, tokens):
+    """Logits (T, V) and what each token looks at (T, S), one number after another in float64."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    table, decoder, attention = params["embedding"]["table"], params["decoder"], config.attention
+    memory, states = encoded(config, params["encoder"]["periods"], table[source])
+    x, looks = table[tokens], []
+    for i in range(config.depth - isinstance(attention, Additive)):
+        w = jax.tree.map(lambda p, i=i: p[i], decoder["layers"]["periods"]["forward"])
+        x, _ = read(config.cell, w, x, states[i])
+    outputs, state = [], states[-1]
+    for token in x:
+        w = decoder.get("attention", {})
+        if isinstance(attention, Additive):
+            keys = memory @ w["key"]["kernel"]
+            scores = np.tanh(state[0] @ w["query_kernel"] + keys) @ w["score"]
+        elif isinstance(attention, NoAttention):
+            outputs.append(token)
+            continue
+        else:
+            asked = token @ w["query"]["kernel"] if isinstance(attention, General) else token
+            scores = memory @ asked
+        weights = np.exp(scores - scores.max())
+        looks.append(weights / weights.sum())
+        context = looks[-1] @ memory
+        if isinstance(attention, Additive):
+            gates = token @ w["input"]["kernel"] + w["input"]["bias"] + context @ w["context_kernel"]
+            state = advance(config.cell, w, gates, state)
+            token = state[0]
+        outputs.append(np.tanh(np.concatenate([token, context]) @ decoder["out"]["kernel"]))
+    readout = params["embedding" if config.tied else "readout"]["table"]
+    return np.array(outputs) @ readout.T, looks
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_maps_are_those_of_the_equations(name):
+    config = CONFIGS[name]
+    model, params = start(config)
+    inputs = {"tokens": TOKENS, "source": SOURCE, "source_segments": THERE}
+    got = forward(model, params, **inputs)
+    maps = None
+    if not isinstance(config.attention, NoAttention):
+        maps = attention_maps(model, params, stack="decoder", **inputs)
+        assert maps.shape == (1, 2, 1, 5, 6)
+    for row, length in enumerate((6, 4)):
+        logits, looks = by_hand(config, params, SOURCE[row, :length], TOKENS[row])
+        np.testing.assert_allclose(got[row], logits, rtol=1e-4, atol=1e-4)
+        if maps is not None:
+            np.testing.assert_allclose(maps[0, row, 0, :, :length], looks, atol=1e-5)
+            assert (maps[0, row, 0, :, length:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["none", "additive"])
+def test_read_in_parts_it_is_the_whole(name):
+    """Also of a row that starts later, beside which an empty source changes nothing."""
+    model, params = start(CONFIGS[name])
+    whole = forward(model, params, TOKENS, source=SOURCE, source_segments=THERE)
+    late = jnp.stack([TOKENS[0], jnp.roll(TOKENS[1], 2)])
+    segments = jnp.array([[1] * 5, [0, 0, 1, 1, 1]])
+    cache, parts = model.init_cache(2, 0), []
+    given = {"source": SOURCE, "source_segments": THERE}
+    for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
+        out, cache = forward(model, params, late[:, part], segments[:, part], None, cache, **given)
+        parts.append(out)
+        given = {}
+    got = np.concatenate(parts, axis=1)
+    np.testing.assert_allclose(got[0], whole[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[1, 2:], whole[1, :3], rtol=1e-4, atol=1e-5)
+    empty = forward(model, params, TOKENS, source=SOURCE, source_segments=THERE.at[1].set(0))
+    np.testing.assert_array_equal(empty[0], whole[0])
+    assert jnp.isfinite(empty).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_operations_are_those_of_the_program(name):
+    config = CONFIGS[name]
+    model, params = start(config)
+    program = jax.make_jaxpr(partial(model.apply, {"params": params}))(TOKENS, source=tokens_of(2, 5))
+    counted = config.token_flops(VOCAB, 5)
+    # The program of `attend` has its products twice, for tiles that a mask cuts and for those it does not.
+    times = 2 if isinstance(config.attention, General | Dot) else 1
+    assert (counted.weights + times * counted.attention) * TOKENS.size == products(program.jaxpr)
+
+
+def run(config, inputs):
+    model = config.build(16)
+    params = model.init(jax.random.key(0), **inputs)["params"]
+
+    def loss(params):
+        rngs = {"dropout": jax.random.key(1)}
+        options = {"deterministic": False, "method": "statistics", "rngs": rngs}
+        stats = model.apply({"params": params}, targets=inputs["tokens"], **inputs, **options)
+        return jnp.mean(stats.lse - stats.target_logit)
+
+    return model.apply({"params": params}, **inputs), jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize("name", ["one additive layer", pytest.param("general", marks=pytest.mark.slow)])
+def test_a_mesh_scan_and_remat_change_no_number(mesh_of, name):
+    config = replace(CONFIGS[name], dropout=0.2)
+    inputs = {
+        "tokens": tokens_of(8, 3),
+        "source": tokens_of(8, 4),
+        "source_segments": jnp.ones((8, 4), jnp.int32),
+    }
+    expected = jax.jit(partial(run, config))(inputs)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
+        laid_out = jax.device_put(inputs, jax.P(("data", "fsdp"), None))
+        other = replace(config, scan=False, remat="full")
+        jax.tree.map(close, jax.jit(partial(run, other))(laid_out), expected)
+
+
+@pytest.mark.parity
+def test_an_encoder_both_ways_is_that_of_torch():
+    torch = pytest.importorskip("torch")
+    config = replace(CONFIGS["additive"], cell=LSTM(0.0))
+    model, params = start(config)
+    theirs = torch.nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True)
+    with torch.no_grad():
+        for ending, name in (("", "forward"), ("_reverse", "backward")):
+            layers = params["encoder"]["periods"][name]
+            for i in range(2):
+                w = jax.tree.map(lambda p, i=i: torch.tensor(np.array(p[i])), layers)
+                getattr(theirs, f"weight_ih_l{i}{ending}").copy_(w["input"]["kernel"].T)
+                getattr(theirs, f"weight_hh_l{i}{ending}").copy_(w["state"]["kernel"].T)
+                getattr(theirs, f"bias_ih_l{i}{ending}").copy_(w["input"]["bias"])
+                getattr(theirs, f"bias_hh_l{i}{ending}").zero_()
+    x = torch.tensor(np.array(params["embedding"]["table"][SOURCE]))
+    rows = torch.nn.utils.rnn.pack_padded_sequence(x, [6, 4], batch_first=True)
+    outputs, last = theirs(rows)
+    outputs, _ = torch.nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True)
+    got = forward_encode(model, params)
+    real = np.asarray(THERE, bool)
+    np.testing.assert_allclose(got.memory.values[real], outputs.detach().numpy()[real], atol=1e-5)
+    for ours, their in zip(got.layers, last, strict=True):
+        their = their.detach().numpy().reshape(2, 2, 2, 4).transpose(2, 0, 1, 3).reshape(2, 2, 8)
+        np.testing.assert_allclose(ours, their, atol=1e-5)
+
+
+def forward_encode(model, params):
+    return jax.jit(partial(model.apply, method="encode"))({"params": params}, SOURCE, THERE)
+
+
+def test_what_cannot_be_says_why(refuses):
+    with pytest.raises(ValueError, match="an even width, not 9"):
+        replace(SMALL, width=9)
+    with pytest.raises(ValueError, match="at least 1"):
+        Additive(0)
+    model, params = start(SMALL)
+    with refuses("needs a source"):
+        model.apply({"params": params}, TOKENS)
