@@ -248,6 +248,7 @@ OF_SOURCES = {
 ELSEWHERE = {
     "data": "another data set is another experiment's: test_run.py",
     "init": "a checkpoint's parameters, and its model: tests/test_import.py",
+    "model.pattern.0.looks": "where layers look at a memory: tests/layers/test_resampler.py",
     "data.prefetch": "makes the same batches sooner; its size is tested with the data",
     **dict.fromkeys(
         ("train.log_every", "train.eval_every", "train.checkpoint_every"), "the loop's: test_loop.py"
