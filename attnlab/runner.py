@@ -123,7 +123,7 @@ def _new_tokenizer(experiment: Experiment) -> Tokenizer:
     folder = files.resolve(experiment.init)
     found = checkpoints.read_tokenizer(folder)
     if found is None:
-        raise InputError(f"{folder} has no tokenizer.json; transformers' save_pretrained writes one")
+        raise InputError(f"{folder} has no tokenizer; transformers' save_pretrained writes a tokenizer.json")
     return found
 
 

@@ -54,12 +54,12 @@ class Data:
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
         """A record as an example; here, predict each next token and then the end."""
+        start = tokenizer.start or [tokenizer.eos_id]
         ids = tokenizer.encode(self.text(record))
-        stream = np.concatenate([[tokenizer.eos_id], ids, [tokenizer.eos_id]]).astype(np.int32)
+        stream = np.concatenate([start, ids, [tokenizer.eos_id]]).astype(np.int32)
         targets = stream[1:]
-        return Example(
-            stream[:-1], targets, np.ones(len(targets), np.float32), tokenizer.token_bytes[targets]
-        )
+        weights = (np.arange(1, len(stream)) >= len(start)).astype(np.float32)
+        return Example(stream[:-1], targets, weights, tokenizer.token_bytes[targets])
 
     @property
     def source_shape(self) -> tuple[int, ...] | None:

@@ -5,13 +5,27 @@ import json
 from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from attnlab.errors import InputError
 
 
+class _Generation(Extension):
+    """{% generation %}, around what an assistant says: only training on chats would look at it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        """The statements within."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def render(template: str, **values: Any) -> str:
     """A chat template (Jinja, in the sandbox of that library) with its values put in.
+
+    Templates ask whether there are tools and documents, of which there are none.
 
     Raises:
       InputError: what the template says is wrong with its values.
@@ -20,13 +34,22 @@ def render(template: str, **values: Any) -> str:
     def refuse(message: str):
         raise InputError(f"the chat template refuses this chat: {message}")
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
     environment.globals |= {
         "raise_exception": refuse,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = to_json
     try:
-        return environment.from_string(template).render(**values)
-    except jinja2.TemplateError as error:
+        return environment.from_string(template).render(tools=None, documents=None, **values)
+    except InputError:
+        raise
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise InputError(f"the chat template cannot be used: {error}") from error

@@ -75,14 +75,23 @@ class Tokenizer:
             ) from None
         return np.asarray(ids, np.int32)
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a text to go on from, after those that a document begins with.
-
-        That is the end of another document, or what a tokenizer made elsewhere puts first.
-        """
+    @cached_property
+    def start(self) -> list[int]:
+        """What a document begins with: the end of another, or what a tokenizer made elsewhere puts first."""
         if self.settings is None:
-            return [self.eos_id, *self.encode(text).tolist()]
-        return self._backend.encode(text).ids or [self.eos_id]
+            return [self.eos_id]
+        found = self._backend.encode("a")
+        return found.ids[: (*found.special_tokens_mask, 0).index(0)]
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on from, after those that a document begins with."""
+        return [*self.start, *self.encode(text).tolist()] or [self.eos_id]
+
+    def document(self, text: str) -> list[int]:
+        """Token ids of a whole text, between those that a tokenizer made elsewhere puts around it."""
+        if self.settings is None:
+            return [*self.start, *self.encode(text).tolist(), self.eos_id]
+        return self._backend.encode(text).ids
 
     def source(self, text: str) -> list[int]:
         """Token ids of a text to be read whole: with its end, or what others' tokenizers put around."""
@@ -100,6 +109,8 @@ class Tokenizer:
           InputError: a tokenizer without a chat template, or messages that it refuses.
         """
         template = (self.settings or {}).get("chat_template")
+        if isinstance(template, list):  # several of them, by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
         if not isinstance(template, str):
             raise InputError("this tokenizer has no chat template: give it plain text")
         tokens = {

@@ -19,7 +19,7 @@ from attnlab.data.tokenizer import SETTINGS
 from attnlab.errors import InputError
 from attnlab.files import write_atomically
 from attnlab.models import ModelConfig
-from attnlab.pretrained import files, table, tensors
+from attnlab.pretrained import files, table, tensors, vocabularies
 from attnlab.pretrained.families import FAMILIES, Family
 from attnlab.pretrained.settings import Settings
 
@@ -72,21 +72,27 @@ def _without(row: table.Tensor, prefix: str) -> table.Tensor:
 
 
 def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
-    """The tokenizer in a folder, with its chat template; None where there is no `tokenizer.json`.
+    """The tokenizer in a folder, with its chat template; None where there is no file of one.
 
     Raises:
       InputError: files that cannot be read.
     """
     file, template = folder / "tokenizer.json", folder / "chat_template.jinja"
-    if not file.exists():
-        return None
-    settings = files.read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", SETTINGS):
+        settings |= files.read_json(folder / name) if (folder / name).exists() else {}
     if template.exists():
         settings["chat_template"] = template.read_text()
-    try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text())
-    except Exception as error:  # the library raises plain Exceptions
-        raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
+    if file.exists():
+        try:
+            backend = tokenizers.Tokenizer.from_str(file.read_text())
+        except Exception as error:  # the library raises plain Exceptions
+            raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
+    else:
+        made = vocabularies.read(folder, settings, files.read_json(folder / files.CONFIG)["model_type"])
+        if made is None:
+            return None
+        backend, settings = made
     if "eos_token" not in settings:
         settings["eos_token"] = _eos_by_id(folder, backend)
     return Tokenizer(backend, settings)

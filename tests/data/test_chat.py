@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from attnlab.data import BPE, Tokenizer
+from attnlab.data import BPE, Text, Tokenizer
 from attnlab.data.chat import render
 
 TEMPLATE = (
@@ -39,8 +39,28 @@ def test_a_prompt_begins_as_its_tokenizer_has_it(foreign):
     assert foreign.prompt("the cat") == [0, 8, 10]
     assert foreign.encode("the cat").tolist() == [8, 10]
     assert (foreign.eos_id, foreign.vocab_size) == (2, 11)  # numbers have gaps
+    assert (foreign.start, foreign.document("the cat")) == ([0], [0, 8, 10])
     own = BPE(300).train(["the cat"])
+    assert own.document("the cat") == [*own.prompt("the cat"), own.eos_id]
     assert own.prompt("the cat") == [own.eos_id, *own.encode("the cat")]
+
+
+def test_what_is_trained_on_begins_as_a_prompt_and_ends(foreign):
+    end = processors.TemplateProcessing(
+        single="[CLS] <user> $A [SEP]", special_tokens=[("[CLS]", 0), ("<user>", 4), ("[SEP]", 2)]
+    )
+    foreign._backend.post_processor = end
+    example = Text().encode({"text": "the cat"}, foreign)
+    assert foreign.prompt("the cat") == [*example.tokens] == [0, 4, 8, 10]
+    assert foreign.document("the cat") == [*example.tokens, 2]
+    assert ([*example.targets], [*example.weights]) == ([4, 8, 10, 2], [0, 1, 1, 1])
+    foreign._backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    del foreign.start
+    assert foreign.prompt("the cat") == [8, 10] and [*Text().encode({"text": "the cat"}, foreign).tokens] == [
+        2,
+        8,
+        10,
+    ]
 
 
 def test_a_chat_is_its_template_with_special_tokens_as_tokens(foreign):

@@ -1,0 +1,269 @@
+"""Tokenizers of checkpoints without a `tokenizer.json`: made of the vocabularies that their folders have."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from etils import epath
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from attnlab.errors import InputError
+
+Settings = dict[str, Any]
+Made = tuple[tokenizers.Tokenizer, Settings]
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+# Whether a tokenizer of SentencePiece puts the tokens of begin and end around a text, by its class.
+ENDS = {"Llama": (True, False), "CodeLlama": (True, False), "Gemma": (True, False), "T5": (False, True)}
+BERTS = ("Bert", "DistilBert", "Electra")
+
+
+def read(folder: epath.Path, settings: Settings, model_type: str) -> Made | None:
+    """The tokenizer of a folder, and its settings with what its class takes for granted; None without files.
+
+    Args:
+      folder: of a checkpoint.
+      settings: its `tokenizer_config.json`, as far as there is one.
+      model_type: of the checkpoint's model.
+
+    Raises:
+      InputError: files of a class of tokenizers that there is nothing here for, or without the package that
+        reads them.
+    """
+    kind = re.sub("Tokenizer(Fast)?$", "", settings.get("tokenizer_class") or "")
+    for name, usual, make in (
+        ("tokenizer.model", "Llama", _sentencepiece),
+        ("spiece.model", "T5", _sentencepiece),
+        ("vocab.txt", "Bert", _word_pieces),
+        (
+            "merges.txt",
+            {"clip": "CLIP", "roberta": "Roberta", "bart": "Bart"}.get(model_type, "GPT2"),
+            _bytes,
+        ),
+    ):
+        if (folder / name).exists():
+            backend, known = make(folder / name, kind or usual, settings)
+            found = known | {k: v for k, v in settings.items() if v is not None}
+            _add_tokens(backend, folder, found)
+            return backend, found
+    return None
+
+
+def _refuse(file: epath.Path, kind: str, known: Sequence[str]) -> InputError:
+    there = ", ".join(f"{k}Tokenizer" for k in known)
+    return InputError(f"{file}: of a {kind}Tokenizer only a tokenizer.json can be read; there are {there}")
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, Mapping) else str(token)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Settings) -> None:
+    """Tokens beyond the vocabulary, where their numbers are told, and which tokens are special."""
+    special = {_text(v) for k, v in settings.items() if k.endswith("_token") and isinstance(v, str | Mapping)}
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        special |= {_text(token) for token in settings.get(name) or ()}
+    numbered = {int(n): _text(token) for n, token in settings.get("added_tokens_decoder", {}).items()}
+    special |= {
+        _text(t)
+        for t in settings.get("added_tokens_decoder", {}).values()
+        if isinstance(t, Mapping) and t.get("special")
+    }
+    if (file := folder / "added_tokens.json").exists():
+        numbered |= {number: token for token, number in json.loads(file.read_text()).items()}
+    for number, token in sorted(numbered.items()):
+        backend.add_tokens([AddedToken(token, normalized=False, special=token in special)])
+        if backend.token_to_id(token) != number:
+            there = backend.token_to_id(token)
+            raise InputError(f"{folder}: the token {token} is to be number {number}, and would be {there}")
+    inside = [token for token in sorted(special) if backend.token_to_id(token) is not None]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in inside])
+
+
+def _around(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
+    """Puts tokens around a text, and around each of two."""
+    ends = [token for token in (first, last) if token]
+    numbers = [(token, backend.token_to_id(token)) for token in dict.fromkeys(ends)]
+    single = [*filter(None, (first, "$A", last))]
+    pair = [*single, *(f"{t}:1" for t in filter(None, (first, "$B", last)))]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=numbers)
+
+
+# SentencePiece ------------------------------------------------------------------------------------------
+
+
+def _sentencepiece(file: epath.Path, kind: str, settings: Settings) -> Made:
+    """What the file's own model says, and where its class has other ways with spaces, these."""
+    if kind not in ENDS:
+        raise _refuse(file, kind, tuple(ENDS))
+    proto = _proto(file)
+    pieces, spec = proto.pieces, proto.normalizer_spec
+    known: Settings = {
+        f"{name}_token": pieces[number].piece
+        for name in ("bos", "eos", "unk", "pad")
+        if 0 <= (number := getattr(proto.trainer_spec, f"{name}_id")) < len(pieces)
+    }
+    extra = settings.get("extra_ids", 100 if kind == "T5" else 0)
+    known["additional_special_tokens"] = [f"<extra_id_{i}>" for i in reversed(range(extra))]
+    backend = tokenizers.Tokenizer(_model(proto, known["additional_special_tokens"], file))
+    added = [(p.piece, p.type == p.CONTROL) for p in pieces if p.type in (p.CONTROL, p.USER_DEFINED)]
+    backend.add_tokens([AddedToken(piece, normalized=False, special=special) for piece, special in added])
+
+    # In the order of SentencePiece's own normalisation.
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    prefix = settings.get("add_prefix_space")
+    prefix = spec.add_dummy_prefix if prefix is None else prefix
+    if prefix and settings.get("legacy", kind == "T5"):  # before every stretch between special tokens
+        steps.append(normalizers.Prepend(SPACE))
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    if prefix and not settings.get("legacy", kind == "T5"):  # before the first alone
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    begin, end = (
+        settings.get(f"add_{name}_token", usual)
+        for name, usual in zip(("bos", "eos"), ENDS[kind], strict=True)
+    )
+    token = {**known, **{k: _text(v) for k, v in settings.items() if k in ("bos_token", "eos_token") and v}}
+    _around(backend, token["bos_token"] if begin else None, token["eos_token"] if end else None)
+    return backend, known
+
+
+def _proto(file: epath.Path):
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise InputError(
+            f"{file} is read by the package sentencepiece, which is not here: "
+            'pip install "attnlab[sentencepiece]"'
+        ) from error
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except Exception as error:  # protobuf's implementations raise kinds of their own
+        raise InputError(f"{file} cannot be read as a model of SentencePiece: {error}") from error
+    return proto
+
+
+def _model(proto, more: Sequence[str], file: epath.Path) -> models.Model:
+    """The model of the pieces, with more tokens after them."""
+    spec = proto.trainer_spec
+    scored = [(p.piece, p.score) for p in proto.pieces] + [(token, 0.0) for token in more]
+    if spec.model_type == spec.UNIGRAM:
+        return models.Unigram(scored, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
+    if spec.model_type != spec.BPE:
+        raise InputError(f"{file} is a model of words or characters; only unigrams and BPE can be read")
+    return models.BPE(
+        vocab={piece: number for number, (piece, _) in enumerate(scored)},
+        merges=_merges({p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}),
+        unk_token=spec.unk_piece,
+        fuse_unk=True,
+        byte_fallback=spec.byte_fallback,
+    )
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, the piece of the highest score first."""
+    found = []
+    for number, (piece, score) in enumerate(scores.items()):
+        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        found += [(-score, number, pair) for pair in cuts if pair[0] in scores and pair[1] in scores]
+    return [pair for *_, pair in sorted(found)]
+
+
+# Lists of words -----------------------------------------------------------------------------------------
+
+
+def _word_pieces(file: epath.Path, kind: str, settings: Settings) -> Made:
+    """BERT's (arXiv 1810.04805, section 3): words cut greedily, between [CLS] and [SEP]."""
+    if kind not in BERTS:
+        raise _refuse(file, kind, BERTS)
+    known = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    token = {k: _text(settings.get(k) or v) for k, v in known.items()}
+    vocabulary = {word: number for number, word in enumerate(file.read_text().splitlines())}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=token["unk_token"]))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    _around(backend, token["cls_token"], token["sep_token"])
+    return backend, known
+
+
+def _bytes(file: epath.Path, kind: str, settings: Settings) -> Made:
+    """A byte-level BPE: `vocab.json`, and merges in the order in which they are made."""
+    makers: dict[str, Callable[..., Made]] = {
+        "GPT2": _gpt2,
+        "Roberta": _roberta,
+        "Bart": _roberta,
+        "CLIP": _clip,
+    }
+    if kind not in makers:
+        raise _refuse(file, kind, tuple(makers))
+    vocabulary = json.loads((file.parent / "vocab.json").read_text())
+    lines = file.read_text().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    return makers[kind](vocabulary, merges, settings)
+
+
+def _gpt2(vocabulary, merges, settings: Settings) -> Made:
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
+    backend.decoder = decoders.ByteLevel()
+    return backend, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+
+
+def _roberta(vocabulary, merges, settings: Settings) -> Made:
+    backend, _ = _gpt2(vocabulary, merges, settings)
+    known = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    known |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+    token = {k: _text(settings.get(k) or v) for k, v in known.items()}
+    first, last = token["cls_token"], token["sep_token"]
+    ends = (last, vocabulary[last]), (first, vocabulary[first])
+    backend.post_processor = processors.RobertaProcessing(
+        *ends, True, settings.get("add_prefix_space", False)
+    )
+    return backend, known
+
+
+def _clip(vocabulary, merges, settings: Settings) -> Made:
+    """CLIP's: lower case, and the end of a word is part of its last token."""
+    known = {"bos_token": "<|startoftext|>"}
+    known |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    token = {k: _text(settings.get(k) or v) for k, v in known.items()}
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=token["unk_token"],
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    first, last = token["bos_token"], token["eos_token"]
+    ends = (last, vocabulary[last]), (first, vocabulary[first])
+    backend.post_processor = processors.RobertaProcessing(*ends, False, False)
+    return backend, known

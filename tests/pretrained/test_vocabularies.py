@@ -1,0 +1,155 @@
+"""Tokenizers of folders without a tokenizer.json, held against those of transformers and of SentencePiece."""
+
+import json
+
+import pytest
+import tokenizers
+from etils import epath
+from tokenizers import models, pre_tokenizers, trainers
+
+from attnlab.pretrained import checkpoints
+
+WORDS = "the cat sat on the mat because it was tired and then the naïve dog's 3 friends ran 42 miles home"
+TEXTS = [WORDS, WORDS.title(), WORDS[::-1], "The  quick brown fox; isn't it? (Yes!) 12,345.67"] * 20
+ODD = [
+    "the cat sat", " the cat", "the  cat   sat ", "  ", "", "a", "The Cat's NAÏVE café", "naïve ﬁne ½ Ⅷ １２３",
+    "日本語のテキスト", "emoji 🙂👩‍👩‍👧 x", "tab\tand\nnew\r\nlines\n\n", "x\u00a0y\u3000z\u200bw", "12345.678", "\u2581 under\u2581score",
+    "don't they'll we've", "a\u0301 e\u0301", "Ωμέγα кот кошка", "!!!???...", "[UNK] [CLS] x",
+]  # fmt: skip
+
+
+def folder(path, model_type, settings=None, **more):
+    """The small files of a checkpoint."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"model_type": model_type} | more))
+    if settings is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return epath.Path(path)
+
+
+def trained(path, kind, **options):
+    """A model of SentencePiece."""
+    spm = pytest.importorskip("sentencepiece")
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(path.with_suffix("")), model_type=kind,
+        hard_vocab_limit=False, minloglevel=2, num_threads=1, **options,
+    )  # fmt: skip
+    path.with_suffix(".model").rename(path)
+    return spm.SentencePieceProcessor(model_file=str(path))
+
+
+LLAMA = {
+    "vocab_size": 400, "byte_fallback": True, "normalization_rule_name": "identity", "split_digits": True,
+    "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True,
+}  # fmt: skip
+GEMMA = LLAMA | {
+    "add_dummy_prefix": False, "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>", "eos_piece": "<eos>",
+    "bos_piece": "<bos>", "user_defined_symbols": ["<mask>", "<start_of_turn>", "\n", "\n\n"],
+}  # fmt: skip
+T5 = {"vocab_size": 150, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+
+
+def same(ours, theirs, texts=ODD):
+    for text in texts:
+        assert ours.document(text) == theirs(text)["input_ids"], text
+        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llama(tmp_path, legacy):
+    (tmp_path / "llama").mkdir()
+    peer = trained(tmp_path / "llama" / "tokenizer.model", "bpe", **LLAMA)
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "chat_template": "{{ bos_token }}x"}
+    ours = checkpoints.read_tokenizer(folder(tmp_path / "llama", "llama", settings))
+    for text in ODD if legacy else [text for text in ODD if not text.startswith((" ", "\u2581"))]:
+        assert ours.encode(text).tolist() == peer.encode(text), text
+        assert ours.decode(peer.encode(text)) == text.replace("\u2581", " ")
+    assert ours.document("the") == ours.prompt("the") == [1, *peer.encode("the")]
+    assert (ours.eos_id, ours.start, ours.chat([])[0]) == (2, [1], 1)
+    assert ours.token_bytes[peer.encode("é")].sum() == 3  # and a space before it
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
+@pytest.mark.parity
+def test_sentencepiece_as_transformers_reads_it(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    options, file, kind = {
+        "llama": (LLAMA, "tokenizer.model", "bpe"),
+        "gemma": (GEMMA, "tokenizer.model", "bpe"),
+        "t5": (T5, "spiece.model", "unigram"),
+    }[name]
+    path = tmp_path / name
+    path.mkdir()
+    trained(path / file, kind, **options)
+    cls = {"llama": "LlamaTokenizer", "gemma": "GemmaTokenizer", "t5": "T5Tokenizer"}[name]
+    settings = {"tokenizer_class": cls} | (
+        {} if name == "t5" else {"add_bos_token": True, "add_eos_token": name == "llama"}
+    )
+    ours = checkpoints.read_tokenizer(folder(path, name, settings))
+    theirs = getattr(transformers, cls).from_pretrained(path)
+    same(ours, theirs)
+    assert ours.vocab_size == len(theirs)
+
+
+BERT = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on mat ##s ##at a na ##ive dog ' s 3 ! ? . , 日 本 ca ##fe ##f ##e".split()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False}]
+)
+@pytest.mark.parity
+def test_word_pieces(tmp_path, settings):
+    transformers = pytest.importorskip("transformers")
+    path = folder(tmp_path, "bert", {"tokenizer_class": "BertTokenizer", **settings})
+    (path / "vocab.txt").write_text("\n".join(BERT) + "\n")
+    ours = checkpoints.read_tokenizer(path)
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    same(ours, theirs, [text for text in ODD if "[" not in text])
+    assert ours.document("the cats") == [2, 5, 6, 10, 3] and ours.prompt("the cat") == [2, 5, 6]
+    assert ours.decode(ours.document("the cats")) == "the cats"
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Roberta", "CLIP"])
+@pytest.mark.parity
+def test_bytes(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    path = folder(tmp_path, {"GPT2": "gpt2", "Roberta": "roberta", "CLIP": "clip"}[name])
+    special = {"GPT2": ["<|endoftext|>"], "Roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}
+    special["CLIP"] = ["<|startoftext|>", "<|endoftext|>"]
+    ending = {"end_of_word_suffix": "</w>"} if name == "CLIP" else {}
+    backend = tokenizers.Tokenizer(models.BPE(**ending))
+    spaces = [pre_tokenizers.Whitespace()] if name == "CLIP" else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*spaces, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special[name], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **ending,
+    )  # fmt: skip
+    backend.train_from_iterator([t.lower() for t in TEXTS], trainer)
+    backend.model.save(str(tmp_path))
+    ours = checkpoints.read_tokenizer(path)
+    same(ours, getattr(transformers, f"{name}Tokenizer").from_pretrained(tmp_path))
+    if name != "CLIP":
+        assert all(ours.decode(ours.document(text)) == text for text in ODD)
+
+
+def test_tokens_beyond_the_vocabulary_and_what_is_refused(tmp_path, refuses, monkeypatch):
+    settings = {"added_tokens_decoder": {len(BERT): {"content": "[USER]", "special": True}}}
+    path = folder(tmp_path / "bert", "bert", settings)
+    (path / "vocab.txt").write_text("\n".join(BERT))
+    ours = checkpoints.read_tokenizer(path)
+    assert ours.vocab_size == len(BERT) + 1 and ours.token_bytes[-1] == 0
+    (path / "added_tokens.json").write_text(json.dumps({"[OTHER]": len(BERT) + 2}))
+    with refuses("the token [OTHER] is to be number"):
+        checkpoints.read_tokenizer(path)
+    folder(path, "bert", {"tokenizer_class": "MPNetTokenizer"})
+    with refuses("vocab.txt: of a MPNetTokenizer only a tokenizer.json can be read; there are BertTokenizer"):
+        checkpoints.read_tokenizer(path)
+    path = folder(tmp_path / "llama", "llama")
+    (path / "tokenizer.model").write_bytes(b"nothing")
+    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
+    with refuses(
+        "tokenizer.model is read by the package sentencepiece", 'pip install "attnlab[sentencepiece]"'
+    ):
+        checkpoints.read_tokenizer(path)
