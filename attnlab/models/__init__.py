@@ -1,6 +1,7 @@
 """Model families, one file each."""
 
 from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops, TransformerConfig
+from attnlab.models.contrastive import Contrastive, ContrastiveConfig
 from attnlab.models.decoder import Decoder, DecoderConfig
 from attnlab.models.encoder import Encoder, EncoderConfig
 from attnlab.models.recurrent import Recurrent, RecurrentConfig
@@ -10,6 +11,8 @@ from attnlab.models.text import Learned, Sinusoidal
 from attnlab.models.vit import ViT, ViTConfig
 
 __all__ = [
+    "Contrastive",
+    "ContrastiveConfig",
     "Decoder",
     "DecoderConfig",
     "Encoder",

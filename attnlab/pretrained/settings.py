@@ -53,6 +53,10 @@ class Settings(Mapping):
         found = self._fields.get(name)
         return default if found is None else found
 
+    def part(self, name: str, defaults: Mapping[str, Any]) -> "Settings":
+        """The settings of a part of the model, over these defaults."""
+        return Settings({**defaults, **self[name]}, f"{self._where}: {name}")
+
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses a field that is there with a value that the family's model here cannot have.
 

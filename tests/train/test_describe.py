@@ -12,11 +12,13 @@ import pytest
 from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
 from attnlab.layers import Attention
-from attnlab.models import RecurrentSeq2SeqConfig, ViTConfig
+from attnlab.layers.pairs import Sigmoid
+from attnlab.models import ContrastiveConfig, RecurrentSeq2SeqConfig, ViTConfig
+from attnlab.models.contrastive import TextTowerConfig
 from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
-from attnlab.train.step import make_train_step
+from attnlab.train.step import init_params, make_train_step
 from experiments.recurrent_translate import Sentences
 from tests.data.toys import Images
 from tests.programs import ROOT, write_text
@@ -237,6 +239,36 @@ READERS = {
         {"model.attention": "Dot", "model.attention.width": "8", "model.both_ways": "false"},
     ),
 }
+READERS["images and texts"] = (
+    Experiment(
+        model=ContrastiveConfig(
+            image=dataclasses.replace(READERS["images"][0].model, classes=0),
+            text=TextTowerConfig(depth=2, width=16, attention=Attention(4)),
+            width=16,
+            objective=Sigmoid(),
+        ),
+        data=Images(batch_size=8, sequence_length=3),
+    ),
+    {
+        "model.text.pooling": "EndOfText(5)",
+        "model.text.positions": "Sinusoidal",
+        "model.text.norm": "RMSNorm",
+        "model.width": "24",
+        "model.image_projection": "none",
+        "model.text_projection": "none",
+        "model.text_projection.bias": "true",
+        "model.objective": "Softmax",
+        "model.objective.scale": "1.0",
+        "model.objective.bias": "-2.0",
+    },
+)
+READERS["images and texts, other parts"] = (
+    configs.override_all(
+        READERS["images and texts"][0],
+        [("model.objective", "Softmax"), ("model.text.pooling", "EndOfText(5)")],
+    ),
+    {"model.objective.scale": "1.0", "model.text.pooling.token": "6"},
+)
 READER_FIELDS = [(name, field) for name, (_, fields) in READERS.items() for field in fields]
 # Of models that read a source, which the default experiment has none of.
 OF_SOURCES = {
@@ -327,6 +359,14 @@ def start(e):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
 
 
+def programs(e):
+    """The text of the step and of how parameters start."""
+    made = session(e)
+    with jax.set_mesh(made.mesh):
+        init = jax.jit(lambda: init_params(made.model, e)).lower()
+    return step_text(e) + init.as_text()
+
+
 def first_batch(e):
     tokenizer = e.data.build_tokenizer()
     batch = next(e.data.train_iterator(tokenizer, seed=e.seed))
@@ -338,7 +378,7 @@ def as_it_is(e, seen):
     return LOOKS[seen](e)
 
 
-LOOKS = {"step": step_text, "state": start, "batches": first_batch}
+LOOKS = {"step": step_text, "state": start, "batches": first_batch, "programs": programs}
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -365,7 +405,7 @@ def test_so_does_a_field_of_a_model_that_reads_more(reader, field):
     e, changes = READERS[reader]
     changed = configs.override(e, field, changes[field])
     assert configs.differences(e, changed)
-    assert as_it_is(e, "step") != step_text(changed)
+    assert as_it_is(e, "programs") != programs(changed)
 
 
 def test_a_field_that_is_not_changed_changes_nothing(base):

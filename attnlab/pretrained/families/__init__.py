@@ -1,6 +1,6 @@
 """The families of checkpoints, by the `model_type` of their `config.json`."""
 
-from attnlab.pretrained.families import gpt2, llama, mixtures, starcoder2, vit
+from attnlab.pretrained.families import contrastive, gpt2, llama, mixtures, starcoder2, vit
 from attnlab.pretrained.families.base import Family
 
 FAMILIES: dict[str, Family] = {
@@ -9,6 +9,7 @@ FAMILIES: dict[str, Family] = {
     **mixtures.FAMILIES,
     **starcoder2.FAMILIES,
     **vit.FAMILIES,
+    **contrastive.FAMILIES,
 }
 
 __all__ = ["FAMILIES", "Family"]

@@ -228,7 +228,10 @@ def _named(name: str) -> Callable[[ViTConfig], str]:
 
 
 def _family(config, name: str, prefix: str, tensors, tensors_of=None) -> Family:
-    return Family(config, tensors, prefix, _named(name), made=ViTConfig, tensors_of=tensors_of)
+    ignored = (r".*\.position_ids",)
+    return Family(
+        config, tensors, prefix, _named(name), ignored=ignored, made=ViTConfig, tensors_of=tensors_of
+    )
 
 
 WITH_REGISTERS = "dinov2_with_registers."

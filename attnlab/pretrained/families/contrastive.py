@@ -1,0 +1,94 @@
+"""CLIP and SigLIP: a tower of images and one of texts."""
+
+from typing import Any
+
+from attnlab.layers import MLP, Attention, Bidirectional, Causal, Kind, LayerNorm
+from attnlab.layers.pairs import Sigmoid, Softmax
+from attnlab.models import ContrastiveConfig, Learned
+from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
+from attnlab.pretrained.families.base import Family, linear, norm
+from attnlab.pretrained.families.vit import TOWER, clip_vision, layer, siglip_vision, tower
+from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.table import Tensor
+
+# What a part of a config means that says only where it differs, as those of SigLIP on the hub do.
+COMMON = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+IMAGE = COMMON | {"image_size": 224, "patch_size": 16, "num_channels": 3}
+CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+SMALLER = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
+CLIP_IMAGE = IMAGE | CLIP | {"patch_size": 32}
+CLIP_TEXT = (
+    COMMON | CLIP | SMALLER | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
+)
+SIGLIP_IMAGE = IMAGE | SIGLIP
+SIGLIP_TEXT = COMMON | SIGLIP | {"vocab_size": 32000, "max_position_embeddings": 64}
+
+
+def _text(s: Settings, kind: Kind, pooling: EndOfText | LastToken) -> TextTowerConfig:
+    return TextTowerConfig(
+        depth=s["num_hidden_layers"],
+        width=s["hidden_size"],
+        attention=Attention(s["num_attention_heads"], bias=True, dropout=s.get("attention_dropout", 0.0)),
+        feed_forward=MLP(s["intermediate_size"], s.activation("hidden_act")),
+        norm=LayerNorm(s["layer_norm_eps"]),
+        positions=Learned(s["max_position_embeddings"]),
+        pattern=(kind,),
+        vocab_size=s["vocab_size"],
+        pooling=pooling,
+    )
+
+
+def clip(s: Settings) -> ContrastiveConfig:
+    """CLIP (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
+    text = s.part("text_config", CLIP_TEXT)
+    end = text["eos_token_id"]
+    return ContrastiveConfig(
+        image=clip_vision(s.part("vision_config", CLIP_IMAGE)),
+        # 2 is what configs were written with when the end was the highest id.
+        text=_text(text, Causal(), EndOfText(None if end == 2 else end)),
+        width=s.get("projection_dim", 512),
+        objective=Softmax(s.get("logit_scale_init_value", 2.6592)),
+    )
+
+
+def siglip(s: Settings) -> ContrastiveConfig:
+    """SigLIP (Zhai et al. 2023, arXiv 2303.15343): all tokens of a text see each other, padding too."""
+    image = siglip_vision(s.part("vision_config", SIGLIP_IMAGE))
+    text = s.part("text_config", SIGLIP_TEXT)
+    text.require("projection_size", None, image.width)
+    return ContrastiveConfig(
+        image=image,
+        text=_text(text, Bidirectional(), LastToken()),
+        width=image.width,
+        image_projection=None,
+        text_projection=Projection(bias=True),
+        objective=Sigmoid(),
+    )
+
+
+def _tensors(projection: str, logit: str) -> tuple[Tensor, ...]:
+    """The table, by what a text is projected by and the layout of the logits' factor and bias."""
+    text = "text_model."
+    return (
+        Tensor("text/embedding/table", f"{text}embeddings.token_embedding.weight"),
+        Tensor("text/position_embedding/table", f"{text}embeddings.position_embedding.weight"),
+        *layer("text/layers/{layer}", text + "encoder.layers.{layer}", TOWER),
+        *norm("text/norm", f"{text}final_layer_norm"),
+        *tower("image/"),
+        *linear("image_projection", "visual_projection"),
+        *linear("text_projection", projection),
+        Tensor("logit_scale", "logit_scale", logit),
+        Tensor("logit_bias", "logit_bias", logit),
+    )
+
+
+def _family(config: Any, tensors: tuple[Tensor, ...], architecture: str) -> Family:
+    ignored = (r".*\.position_ids",)
+    return Family(config, tensors, "text_model.", architecture, ignored=ignored, made=ContrastiveConfig)
+
+
+FAMILIES = {
+    "clip": _family(clip, _tensors("text_projection", ""), "CLIPModel"),
+    "siglip": _family(siglip, _tensors("text_model.head", "1 ->"), "SiglipModel"),
+}

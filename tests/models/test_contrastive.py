@@ -1,0 +1,127 @@
+"""Two towers: what the loss of a batch is, over a mesh, and with rows that are no pairs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.inspect.maps import attention_maps
+from attnlab.layers import MLP, Attention, Bidirectional, MuP
+from attnlab.layers.pairs import Sigmoid, Softmax
+from attnlab.layers.pooling import Probe
+from attnlab.models import ContrastiveConfig, ViTConfig
+from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
+
+SHARED = {"depth": 2, "width": 16, "attention": Attention(4, bias=True), "feed_forward": MLP(24)}
+CLIP = ContrastiveConfig(
+    image=ViTConfig(**SHARED, image=(8, 8, 1), patch=(4, 4), classes=0),
+    text=TextTowerConfig(**(SHARED | {"width": 8})),
+    width=12,
+)
+SIGLIP = replace(
+    CLIP,
+    image=replace(CLIP.image, pooling=Probe(), class_tokens=0),
+    text=replace(CLIP.text, pattern=(Bidirectional(),)),
+    width=16,
+    image_projection=None,
+    text_projection=Projection(bias=True),
+    objective=Sigmoid(bias=-1.0),
+)
+KINDS = {"softmax": CLIP, "sigmoid": SIGLIP}
+RNG = np.random.default_rng(0)
+B, T = 8, 5
+IMAGES = jnp.asarray(RNG.normal(size=(B, 8, 8, 1)), jnp.float32)
+TOKENS = jnp.asarray(RNG.integers(1, 11, (B, T)), jnp.int32)
+SEGMENTS = jnp.asarray(np.arange(T) < RNG.integers(1, T + 1, (B, 1)), jnp.int32).at[-2:].set(0)
+THERE = np.arange(B) < B - 2
+
+
+def made(config):
+    model = config.build(11)
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS, source=IMAGES)["params"]
+    return model, jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape) * 0.3, p.dtype), params)
+
+
+def by_definition(config, params, images, texts):
+    """Loss of each row, and the share of both ways in which its own is nearest."""
+    y = np.exp(params["logit_scale"]) * np.asarray(texts, np.float64) @ np.asarray(images, np.float64).T
+    nearest = ((y.argmax(0) == np.arange(len(y))) * 0.5) + ((y.argmax(1) == np.arange(len(y))) * 0.5)
+    if isinstance(config.objective, Softmax):
+        return 0.5 * (np.log(np.exp(y).sum(0)) + np.log(np.exp(y).sum(1))) - np.diag(y), nearest
+    signs = 2 * np.eye(len(y)) - 1
+    return np.log1p(np.exp(-signs * (y + np.asarray(params["logit_bias"])))).sum(1), nearest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_of_all_pairs_and_a_mesh_changes_nothing(mesh_of, kind):
+    config = KINDS[kind]
+    model, params = made(config)
+
+    def loss(params, tokens, segments, images):
+        inputs = {"tokens": tokens, "segment_ids": segments, "source": images}
+        s = model.apply({"params": params}, targets=tokens, **inputs, method="statistics")
+        weights = jnp.zeros((B, T)).at[: B - 2, 0].set(1.0)
+        return jnp.sum((s.lse - s.target_logit) * weights), (
+            s,
+            model.apply({"params": params}, **inputs, method="hidden"),
+        )
+
+    compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, (s, vectors)), gradients = compute(params, TOKENS, SEGMENTS, IMAGES)
+    np.testing.assert_allclose([np.linalg.norm(x, axis=-1) for x in vectors], 1.0, rtol=1e-6)
+    expected, nearest = by_definition(config, params, *(x[THERE] for x in vectors))
+    np.testing.assert_allclose((s.lse - s.target_logit)[THERE], np.tile(expected[:, None], T), rtol=1e-4)
+    np.testing.assert_allclose(s.correct[THERE], np.tile(nearest[:, None], T))
+    assert all(np.all(np.isfinite(x)) for x in s)
+    assert all(np.any(g != 0) for g in jax.tree.leaves(gradients))
+
+    with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
+        inputs = [jax.device_put(x, jax.P(("data", "fsdp"))) for x in (TOKENS, SEGMENTS, IMAGES)]
+        like = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs[0], source=inputs[2]))["params"]
+        spread = jax.tree.map(lambda p, x: jax.device_put(p, x.sharding.spec), params, like)
+        (got, (s, _)), got_gradients = compute(spread, *inputs)
+        assert jax.typeof(s.lse).sharding.spec[0] == ("data", "fsdp")
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got_gradients, gradients
+    )
+
+
+@pytest.mark.parametrize(("pooling", "expected"), [
+    (LastToken(), [2, 0, 4]),
+    (EndOfText(), [1, 0, 2]),
+    (EndOfText(7), [0, 0, 3]),
+])  # fmt: skip
+def test_the_token_that_stands_for_a_text(pooling, expected):
+    tokens = jnp.array([[7, 9, 7, 11, 0], [3, 0, 0, 0, 0], [1, 2, 9, 7, 7]])
+    segments = jnp.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    assert pooling.place(tokens, segments).tolist() == expected
+
+
+def test_maps_of_both_towers():
+    model, params = made(CLIP)
+    maps = {
+        stack: attention_maps(model, params, stack, tokens=TOKENS, segment_ids=SEGMENTS, source=IMAGES)
+        for stack in ("image/layers", "text/layers")
+    }
+    assert maps["image/layers"].shape == (2, B, 4, 5, 5) and maps["text/layers"].shape == (2, B, 4, T, T)
+
+
+def test_what_a_mesh_cuts_and_what_learns_at_another_rate_is_named_by_tower():
+    config = replace(CLIP, image=replace(CLIP.image, init=MuP()))
+    assert config.sharded_dimensions()["model.text.width"] == ("embed", 8)
+    (pattern,) = config.learning_rates()
+    assert pattern.startswith("^image/")
+    assert config.token_flops(11, T).weights > CLIP.text.layer_flops(T).weights
+
+
+def test_what_cannot_be_is_refused():
+    for wrong, told in (
+        ({"image": replace(CLIP.image, classes=None)}, "image.classes must be 0"),
+        ({"text_projection": None}, "must be 8, that of the text tower"),
+        ({"image_projection": None}, "must be 16, that of the image tower"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            replace(CLIP, **wrong)
