@@ -40,9 +40,14 @@ def in_order(layers: dict, *path: str) -> Float[Array, "L ..."]:
     if path[0] in layers:
         return reduce(operator.getitem, path, layers)[0][None]
     found = []
+    if "first" in layers:
+        found.append(jnp.stack(_blocks(layers["first"], path)))
     if "periods" in layers:
-        blocks = _blocks(layers["periods"], path)  # each (periods, ...)
-        found.append(jnp.stack(blocks, axis=1).reshape(-1, *blocks[0].shape[1:]))
+        periods, axes = layers["periods"], 1
+        if "shared" in periods:
+            periods, axes = periods["shared"], 2
+        blocks = _blocks(periods, path)  # each (periods, ...), or (groups, times, ...)
+        found.append(jnp.stack(blocks, axes).reshape(-1, *blocks[0].shape[axes:]))
     if "tail" in layers:
         found.append(jnp.stack(_blocks(layers["tail"], path)))
     return jnp.concatenate(found)

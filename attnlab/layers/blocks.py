@@ -89,11 +89,15 @@ class BlockConfig:
 
 
 class Block(nn.Module):
-    """A residual block: a branch of attention and a feed-forward one, and those that look at a memory."""
+    """A residual block: a branch of attention and a feed-forward one, and those that look at a memory.
+
+    With `bare`, no norm stands before attention.
+    """
 
     config: BlockConfig
     kind: Kind
     deterministic: bool
+    bare: bool = False
 
     @nn.compact
     def __call__(
@@ -143,7 +147,8 @@ class Block(nn.Module):
 
     def _before(self, x: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
         """What a branch reads of the residual stream."""
-        return self._norm(x, branch) if self.config.placement in ("pre", "both") else x
+        bare = self.bare and branch == "attention"
+        return self._norm(x, branch) if self.config.placement in ("pre", "both") and not bare else x
 
     def _add(
         self, x: Float[Array, "B T E"], y: Float[Array, "B T E"], branch: str, gated: bool = False
@@ -166,58 +171,101 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """One block for each kind of a pattern, in order."""
+    """One block for each kind of a pattern, in order; see `Block`."""
 
     config: BlockConfig
     kinds: tuple[Kind, ...]
     deterministic: bool
+    bare: bool = False
 
     @nn.compact
     def __call__(self, x, layer_caches, reading: Reading):
         """The activations after these blocks, and their caches."""
         new_caches = []
         for i, kind in enumerate(self.kinds):
-            block = Block(self.config, kind, self.deterministic, name=f"block{i}")
+            block = Block(self.config, kind, self.deterministic, self.bare, name=f"block{i}")
             x, new_cache = block(x, reading, layer_caches and layer_caches[i])
             new_caches.append(new_cache)
         return x, tuple(new_caches) if layer_caches is not None else None
+
+
+class Shared(nn.Module):
+    """A period applied `times` over with one set of parameters (ALBERT, arXiv 1909.11942, section 3.1)."""
+
+    body: type[nn.Module]
+    times: int
+    scan: bool
+    config: BlockConfig
+    kinds: tuple[Kind, ...]
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, layer_caches, reading: Reading):
+        """The activations after the last of them, and their caches."""
+        loop = _loop(self.body, self.times, self.scan, shared=True)
+        return loop(self.config, self.kinds, self.deterministic, name="shared")(x, layer_caches, reading)
+
+
+def _loop(body: type[nn.Module], length: int, scan: bool, shared: bool = False):
+    """`body`, so many times in turn; each with parameters of its own, or all with the same."""
+    of_each = ("intermediates", "losses") if shared else ("params", "intermediates", "losses")
+    return nn.scan(
+        body,
+        variable_axes=dict.fromkeys(of_each, 0),
+        variable_broadcast="params" if shared else False,
+        split_rngs={"params": not shared, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=length,
+        unroll=1 if scan else length,
+    )
 
 
 class Stack(nn.Module):
     """`depth` blocks whose kinds repeat `pattern`: whole periods are scanned over, the rest come after them.
 
     Parameters lie the same way whether the scan is a loop or unrolled, so one checkpoint fits both.
+
+    Attributes:
+      groups: sets of parameters, each for as many periods in turn; the layers must be whole periods then, and
+        have no caches. None is a set for each period.
+      bare_first: whether the first block has no norm before attention. It then stands by itself, without a
+        cache, and the periods begin with the second.
     """
 
     config: BlockConfig
     pattern: tuple[Kind, ...]
     scan: bool
     remat: Literal["none", "full", "dots"]
+    groups: int | None = None
+    bare_first: bool = False
 
     @nn.compact
     def __call__(self, x, layer_caches, reading: Reading, deterministic: bool):
         """The activations after all blocks, and their caches as `caches` lays them out."""
-        periods, rest = divmod(self.config.depth, len(self.pattern))
+        config, kinds, depth = self.config, self.pattern, self.config.depth
         scanned, tail = layer_caches if layer_caches is not None else (None, None)
-
-        def body(looped: bool):
-            if self.remat == "none":
-                return Period
-            # Inside a loop XLA cannot merge the recomputation with what it recomputes; elsewhere it would.
-            return nn.remat(Period, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)
-
-        if periods:
-            loop = nn.scan(
-                body(looped=self.scan),
-                variable_axes={"params": 0, "intermediates": 0, "losses": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
-                length=periods,
-                unroll=1 if self.scan else periods,
+        if self.bare_first:
+            first = self._period(looped=False)(config, kinds[:1], deterministic, bare=True, name="first")
+            x, _ = first(x, None, reading)
+            kinds, depth = (*kinds[1:], kinds[0]), depth - 1
+        periods, rest = divmod(depth, len(kinds))
+        if self.groups:
+            options = (self._period(self.scan), periods // self.groups, self.scan)
+            stack = _loop(Shared, self.groups, self.scan)(
+                *options, config, kinds, deterministic, name="periods"
             )
-            stack = loop(self.config, self.pattern, deterministic, name="periods")
             x, scanned = stack(x, scanned, reading)
+        elif periods:
+            loop = _loop(self._period(self.scan), periods, self.scan)
+            x, scanned = loop(config, kinds, deterministic, name="periods")(x, scanned, reading)
         if rest:
-            last = body(looped=False)(self.config, self.pattern[:rest], deterministic, name="tail")
+            last = self._period(looped=False)(config, kinds[:rest], deterministic, name="tail")
             x, tail = last(x, tail, reading)
         return x, (scanned, tail) if layer_caches is not None else None
+
+    def _period(self, looped: bool) -> type[nn.Module]:
+        """A period, recomputed in the backward pass if asked."""
+        if self.remat == "none":
+            return Period
+        # Inside a loop XLA cannot merge the recomputation with what it recomputes; elsewhere it would.
+        return nn.remat(Period, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)

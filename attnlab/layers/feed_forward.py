@@ -37,6 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 

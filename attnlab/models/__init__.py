@@ -4,6 +4,7 @@ from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops, Transform
 from attnlab.models.contrastive import Contrastive, ContrastiveConfig
 from attnlab.models.decoder import Decoder, DecoderConfig
 from attnlab.models.encoder import Encoder, EncoderConfig
+from attnlab.models.heads import Classifier, Dense, FirstToken, MaskedLM, MeanOfTokens, Pooled
 from attnlab.models.recurrent import Recurrent, RecurrentConfig
 from attnlab.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -11,14 +12,20 @@ from attnlab.models.text import Learned, Sinusoidal
 from attnlab.models.vit import ViT, ViTConfig
 
 __all__ = [
+    "Classifier",
     "Contrastive",
     "ContrastiveConfig",
     "Decoder",
     "DecoderConfig",
+    "Dense",
     "Encoder",
     "EncoderConfig",
+    "FirstToken",
     "Learned",
+    "MaskedLM",
+    "MeanOfTokens",
     "ModelConfig",
+    "Pooled",
     "Recurrent",
     "RecurrentConfig",
     "RecurrentSeq2Seq",

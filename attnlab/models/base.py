@@ -244,7 +244,13 @@ class TransformerConfig(ModelConfig):
           positions: how their attention knows of order, where the kind of layer does not say.
           cross: how they look at a memory, if they do.
         """
-        block = BlockConfig(
+        return Stack(self.block(positions, cross), self.pattern, self.scan, self.remat)
+
+    def block(
+        self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None
+    ) -> BlockConfig:
+        """What the layers share; see `stack`."""
+        return BlockConfig(
             width=self.width,
             depth=self.depth,
             attention=self.attention,
@@ -258,7 +264,6 @@ class TransformerConfig(ModelConfig):
             init=self.init,
             dtypes=self.dtypes,
         )
-        return Stack(block, self.pattern, self.scan, self.remat)
 
     def unstacked(self) -> Self:
         """See `ModelConfig.unstacked`: the layers as a single period of the pattern."""

@@ -1,21 +1,102 @@
-"""Encoders of text: every token sees all others, and masked ones are predicted (BERT, arXiv 1810.04805)."""
+"""Encoders of text: every token sees all others; heads tell masked tokens, labels, or a text's vector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnlab.errors import InputError
 from attnlab.layers.attention import Bidirectional, Kind, Memory
+from attnlab.layers.blocks import Cross, Stack
+from attnlab.layers.linear import Linear, look_up
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
 from attnlab.models.base import SourceConfig, TokenFlops
+from attnlab.models.heads import Classifier, Head, HeadLayer, MaskedLM, Pooled
 from attnlab.models.text import TextConfig, TextModel
 
 
 @dataclass(frozen=True)
 class EncoderConfig(TextConfig, SourceConfig):
-    """An encoder; fields as of `TextConfig`."""
+    """An encoder: BERT, ALBERT, ModernBERT and what lies between.
+
+    Attributes:
+      head: `MaskedLM`, `Classifier` or `Pooled`.
+      token_types: learned vectors of types of tokens, as of the first and the second of two sentences.
+      embedding_width: width of the tables, from which a map leads to the model's (ALBERT, arXiv 1909.11942,
+        section 3.1); None is the model's.
+      groups: sets of parameters that layers share, each for as many periods of the pattern in turn (the same
+        section); None shares none.
+      bare_first: no norm before the first layer's attention, for that of the embeddings is just behind
+        (ModernBERT, arXiv 2412.13663, section 2.1).
+    """
 
     pattern: tuple[Kind, ...] = (Bidirectional(),)
+    head: Head = field(default_factory=MaskedLM)
+    token_types: int = 0
+    embedding_width: int | None = None
+    groups: int | None = None
+    bare_first: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.token_types < 0 or (self.embedding_width or 1) < 1:
+            raise ValueError("token_types must be at least 0, and embedding_width at least 1 or none")
+        if self.groups is not None and (self.groups < 1 or self.depth % (self.groups * len(self.pattern))):
+            raise ValueError(
+                f"depth={self.depth} cannot be cut into groups={self.groups} of whole periods of the pattern"
+            )
+        if self.bare_first and (self.groups or self.placement not in ("pre", "both")):
+            raise ValueError("bare_first needs a placement of pre or both, and layers that share nothing")
+        if self.embedding_width and isinstance(self.head, MaskedLM) and self.head.dense is None:
+            raise ValueError("with embedding_width, head.dense must map back to it")
+
+    @property
+    def table_width(self) -> int:
+        """Width of the tables of tokens, token types and positions W."""
+        return self.embedding_width or self.width
+
+    @property
+    def head_width(self) -> int:
+        """Width of what the logits are read from."""
+        return self.table_width if isinstance(self.head, MaskedLM) else self.width
+
+    @property
+    def drops(self) -> bool:
+        """See `ModelConfig.drops`."""
+        return super().drops or (isinstance(self.head, Classifier) and self.head.dropout > 0)
+
+    def written_out(self) -> Self:
+        """See `ModelConfig.written_out`."""
+        config = super(EncoderConfig, replace(self, groups=None)).written_out()
+        head = replace(self.head, dropout=0.0) if isinstance(self.head, Classifier) else self.head
+        period = self.pattern if self.groups else config.pattern
+        return replace(config, head=head, pattern=period, groups=self.groups)
+
+    def unstacked(self) -> Self:
+        """See `ModelConfig.unstacked`; layers that share parameters stay together."""
+        return self if self.groups else super().unstacked()
+
+    def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
+        """See `ModelConfig.sharded_dimensions`."""
+        return {**super().sharded_dimensions(), "model.embedding_width": ("embed", self.table_width)}
+
+    def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
+        """See `TransformerConfig.token_flops`; pooling is left out."""
+        weights = self.head.outputs(vocab_size) * self.head_width
+        weights += self.width * (self.embedding_width or 0)
+        weights += self.width * self.head_width if self.head.dense else 0
+        return self.layer_flops(length) + TokenFlops(2.0 * weights, 0.0)
+
+    def idle_parameters(self) -> int:
+        """See `ModelConfig.idle_parameters`."""
+        own = self.groups * len(self.pattern) if self.groups else self.depth
+        return super().idle_parameters() * own // self.depth
+
+    def stack(self, positions: Any, cross: Cross | None = None) -> Stack:
+        """See `TransformerConfig.stack`."""
+        block = self.block(positions, cross)
+        return Stack(block, self.pattern, self.scan, self.remat, self.groups, self.bare_first)
 
     def build(self, vocab_size: int) -> "Encoder":
         """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
@@ -31,9 +112,27 @@ class EncoderConfig(TextConfig, SourceConfig):
 
 
 class Encoder(TextModel):
-    """Tokens in, a vector of each out, and logits of what a masked one was."""
+    """Tokens in, a vector of each out, and what its head makes of them."""
 
     config: EncoderConfig
+
+    def setup(self):
+        """Declares what reads, and the head."""
+        super().setup()
+        c = self.config
+        if c.token_types:
+            self.type_embedding = self._table(c.token_types, "sequence")
+        if c.embedding_width:
+            inputs, std = (c.embedding_width,), c.init.hidden_std(c.width)
+            self.projection = Linear(inputs, (c.width,), ("norm", "embed"), std, True, c.dtypes)
+        outputs = c.head.outputs(self.vocab_size)
+        # By its own name, so that one table of names can tell the heads of a family's checkpoints apart.
+        self.head = HeadLayer(c.head, outputs, c.head_width, c.norm, c.init, c.dtypes, name=c.head.name)
+
+    def embed(self, tokens, positions, deterministic, table=None, added=None) -> Float[Array, "B T E"]:
+        """What the layers start from; see `TextModel.embed`."""
+        x = super().embed(tokens, positions, deterministic, table, added)
+        return self.projection(x) if self.config.embedding_width else x
 
     def hidden(
         self,
@@ -41,10 +140,15 @@ class Encoder(TextModel):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
+        token_types: Int[Array, "B T"] | None = None,
         table: Float[Array, "V E"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """Activations after the last layer; see `TextModel.read`."""
-        return self.read(tokens, segment_ids, positions, None, deterministic, table=table)[0]
+        """Activations after the last layer; see `TextModel.read`. Tokens without a type are of type 0."""
+        added = None
+        if self.config.token_types:
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            added = look_up(self.type_embedding(), types)
+        return self.read(tokens, segment_ids, positions, None, deterministic, table=table, added=added)[0]
 
     def encode(
         self,
@@ -55,19 +159,35 @@ class Encoder(TextModel):
     ) -> Memory:
         """The memory of a text, which is padding where its segments are 0."""
         positions = jnp.maximum(jnp.cumsum(source_segments, axis=1) - 1, 0)
-        x = self.hidden(source, source_segments, positions, deterministic, table)
+        x = self.hidden(source, source_segments, positions, deterministic, table=table)
         return Memory(x, source_segments)
 
-    def __call__(self, tokens, segment_ids=None, positions=None, deterministic=True) -> Float[Array, "B T V"]:
-        """Logits of each token. Arguments as of `hidden`."""
-        return logits(self.hidden(tokens, segment_ids, positions, deterministic), *self._readout())
+    def __call__(
+        self, tokens, segment_ids=None, positions=None, deterministic=True, token_types=None
+    ) -> Float[Array, "B T outputs"]:
+        """Logits of each token, or its document's vector; see the heads. Arguments as of `hidden`."""
+        x = self._features(tokens, segment_ids, positions, deterministic, token_types)
+        return x if isinstance(self.config.head, Pooled) else logits(x, *self._readout())
 
     def statistics(
-        self, tokens, targets, segment_ids=None, positions=None, deterministic=True
+        self, tokens, targets, segment_ids=None, positions=None, deterministic=True, token_types=None
     ) -> TokenStatistics:
-        """What a loss needs of each token's logits."""
-        x = self.hidden(tokens, segment_ids, positions, deterministic)
+        """What a loss needs of each token's logits; of a document's, at any of its tokens.
+
+        Raises:
+          InputError: a head without logits.
+        """
+        if isinstance(self.config.head, Pooled):
+            raise InputError("model.head=Pooled has no logits to train by: use MaskedLM or Classifier")
+        x = self._features(tokens, segment_ids, positions, deterministic, token_types)
         return token_statistics(x, targets, *self._readout())
 
+    def _features(self, tokens, segment_ids, positions, deterministic, token_types) -> Float[Array, "B T W"]:
+        """What the logits are read from."""
+        x = self.hidden(tokens, segment_ids, positions, deterministic, token_types)
+        segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+        return self.head(x, segments, deterministic)
+
     def _readout(self):
-        return self.embedding(), None, None, self.config.dtypes.logits
+        """Table, bias, cap and dtype of the logits."""
+        return self.head.table(self.embedding()), self.head.bias(), None, self.config.dtypes.logits

@@ -21,13 +21,16 @@ from attnlab.sharding import constrain
 
 @dataclass(frozen=True)
 class Learned:
-    """A learned vector for each of `length` positions, added to the embeddings."""
+    """A learned vector for each position, added to the embeddings: one of `length` rows of a table, of which
+    the first `offset` are none's (RoBERTa, BART).
+    """
 
     length: int = 1024
+    offset: int = 0
 
     def __post_init__(self):
-        if self.length < 1:
-            raise ValueError("length must be at least 1")
+        if not 0 <= self.offset < self.length:
+            raise ValueError("length must be at least 1, and offset at least 0 and under length")
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,15 @@ class TextConfig(TransformerConfig):
         Raises:
           InputError: a learned table that is shorter.
         """
-        if isinstance(self.positions, Learned) and length > self.positions.length:
-            raise InputError(
-                f"length {length} is over positions.length={self.positions.length} learned positions"
-            )
+        if isinstance(self.positions, Learned) and length > self.positions.length - self.positions.offset:
+            rows, offset = self.positions.length, self.positions.offset
+            less = f", less offset={offset}," if offset else ""
+            raise InputError(f"length {length} is over positions.length={rows}{less} learned positions")
+
+    @property
+    def table_width(self) -> int:
+        """Width of the tables of tokens and positions."""
+        return self.width
 
     def sized(self, vocab_size: int) -> Self:
         """With the number of tokens in its tables, for a tokenizer of so many.
@@ -105,11 +113,9 @@ class TextModel(nn.Module):
     def setup(self):
         """Declares the tables, the stack of blocks and the last norm."""
         c = self.config
-        self.embedding = Embedding(self.vocab_size, c.width, ("vocab", "embed"), c.init.std, c.dtypes)
+        self.embedding = self._table(self.vocab_size, "vocab")
         if isinstance(c.positions, Learned):
-            self.position_embedding = Embedding(
-                c.positions.length, c.width, ("sequence", "embed"), c.init.std, c.dtypes
-            )
+            self.position_embedding = self._table(c.positions.length, "sequence")
         if isinstance(c.positions, RelativeBias):
             self.relative = Embedding(
                 c.positions.buckets, c.attention.heads, ("window", "heads"), c.init.std, c.dtypes
@@ -121,22 +127,29 @@ class TextModel(nn.Module):
         self.norm = Norm(c.norm, c.dtypes)
         self.drop = Dropout(c.dropout)
 
+    def _table(self, size: int, axis: str) -> Embedding:
+        c = self.config
+        return Embedding(size, c.table_width, (axis, "embed"), c.init.std, c.dtypes)
+
     def embed(
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         deterministic: bool,
         table: Float[Array, "V E"] | None = None,
+        added: Float[Array, "B T W"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """What the layers start from."""
+        """What the layers start from; `added` is one more term of the sum of embeddings."""
         c = self.config
         x = look_up(self.embedding() if table is None else table, tokens)
         if c.scale_embedding:
             x = x * jnp.asarray(c.width**0.5, x.dtype)
         if isinstance(c.positions, Learned):
-            x = x + look_up(self.position_embedding(), positions)
+            x = x + look_up(self.position_embedding(), positions + c.positions.offset)
         if isinstance(c.positions, Sinusoidal):
-            x = x + sinusoidal(positions, c.width).astype(x.dtype)
+            x = x + sinusoidal(positions, c.table_width).astype(x.dtype)
+        if added is not None:
+            x = x + added
         x = constrain(x, "batch", "sequence", None)
         if c.embedding_norm:
             x = self.embedding_norm(x)
@@ -151,6 +164,7 @@ class TextModel(nn.Module):
         deterministic: bool = True,
         memory: Memory | None = None,
         table: Float[Array, "V E"] | None = None,
+        added: Float[Array, "B T W"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Cache | None]:
         """Activations after the last norm, and the cache with these tokens in it.
 
@@ -164,6 +178,7 @@ class TextModel(nn.Module):
           memory: what the layers look at beside the tokens, if they have cross-attention. It is kept in a
             cache that is given: later calls may leave it out.
           table: of the tokens, where it is another model's; None is its own.
+          added: one more term of the sum of embeddings, of the tables' width W.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -173,7 +188,7 @@ class TextModel(nn.Module):
                 before = jnp.sum(cache.segments > 0, axis=1, keepdims=True)
                 positions = jnp.maximum(before + jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
         segment_ids, positions = (constrain(a, "batch", "sequence") for a in (segment_ids, positions))
-        x = self.embed(tokens, positions, deterministic, table)
+        x = self.embed(tokens, positions, deterministic, table, added)
         layer_caches, shared = None, None
         if cache is not None:
             layer_caches, cache = cache.layers, cache.advance(segment_ids)

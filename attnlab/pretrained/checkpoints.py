@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Collection
 from typing import Any, TypeAlias
 
 import jax
@@ -60,15 +61,20 @@ def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
     """
     with files.Checkpoint(folder) as checkpoint:
         there = checkpoint.shapes()
-        bare = not any(name.startswith(family.prefix) for name in there)
-        rows = [_without(row, family.prefix) for row in family.tensors] if bare else family.tensors
-        found = table.places(rows, abstract)
+        found = table.places([_as_named(row, family, there) for row in family.tensors], abstract)
         table.check(found, there, family.ignored, str(folder))
         return tensors.load(checkpoint, found, abstract)
 
 
-def _without(row: table.Tensor, prefix: str) -> table.Tensor:
-    return dataclasses.replace(row, theirs=row.theirs.removeprefix(prefix))
+def _as_named(row: table.Tensor, family: Family, there: Collection[str]) -> table.Tensor:
+    """A row by the names of a checkpoint: of a model without its head, or an older one."""
+    theirs = row.theirs
+    if not any(name.startswith(family.prefix) for name in there):
+        theirs = theirs.removeprefix(family.prefix)
+    for now, before in family.older:
+        if any(before in name for name in there):
+            theirs = theirs.replace(now, before)
+    return dataclasses.replace(row, theirs=theirs)
 
 
 def read_tokenizer(folder: epath.Path) -> Tokenizer | None:

@@ -78,22 +78,24 @@ class Settings(Mapping):
         return ACTIVATIONS[self[name]]
 
     def pattern(self, *default: str) -> tuple[Kind, ...]:
-        """The kinds of layers, as few as repeat: `layer_types`, or the default."""
+        """The kinds of a decoder's layers: `layer_types`, or the default."""
+        sliding: Kind = Causal()
+        if self.get("sliding_window") is not None:
+            name = "sliding_attention"
+            own = name in self.get("rope_parameters", {}) or "rope_local_base_freq" in self
+            sliding = Sliding(self["sliding_window"], positions=self.rotary(name) if own else None)
+        return self.kinds({"full_attention": Causal(), "sliding_attention": sliding}, *default)
+
+    def kinds(self, of_types: Mapping[str, Kind], *default: str) -> tuple[Kind, ...]:
+        """The kinds of layers, as few as repeat: of `layer_types`, or of the default."""
         types = tuple(self.get("layer_types") or default)
-        if "sliding_attention" in types and self.get("sliding_window") is None:
-            types = tuple("full_attention" for _ in types)
-        kinds = tuple(self._kind(name) for name in types)
+        for name in types:
+            if name not in of_types:
+                raise InputError(f"{self._where}: layer_types has {name!r}, which is not supported")
+        kinds = tuple(of_types[name] for name in types)
         lengths = range(1, len(kinds) + 1)
         shortest = next(n for n in lengths if all(k == kinds[i % n] for i, k in enumerate(kinds)))
         return kinds[:shortest]
-
-    def _kind(self, name: str) -> Kind:
-        if name == "full_attention":
-            return Causal()
-        if name == "sliding_attention":
-            own = name in self.get("rope_parameters", {}) or "rope_local_base_freq" in self
-            return Sliding(self["sliding_window"], positions=self.rotary(name) if own else None)
-        raise InputError(f"{self._where}: layer_types has {name!r}, which is not supported")
 
     def rotary(self, layer_type: str = "full_attention", theta: float = 10_000.0) -> Rotary:
         """Rotary positions of layers of this type: `rope_parameters`, or the older `rope_theta` and its kin.

@@ -26,7 +26,8 @@ class Tensor:
 
     Attributes:
       ours: the parameter's name; `{layer}` stands for the layers of a stack.
-      theirs: the tensor's name; `{layer}` is the number of the layer, from 0, and `{expert}` that of an
+      theirs: the tensor's name; `{layer}` is the number of the layer, from 0, those that share parameters
+        being one, `{period}` that of its period, `{block}` its own in there; `{expert}` is the number of an
         expert, which is the parameter's first dimension.
       layout: "theirs -> ours" in einops' words, or "" where both are the same. Parameters that share a tensor
         have an axis `part` in theirs, first or last in its brackets, and follow each other as in the table.
@@ -128,30 +129,38 @@ def places(table: Iterable[Tensor], params: Any) -> list[Place]:
 def _expand(row: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Place]:
     stack, layered, rest = row.ours.partition("/{layer}/")
     layers = _layers(stack, shapes) if layered else [(row.ours, ())]
+    period = len(_blocks(f"{stack}/periods", shapes)) or 1
     for number, (prefix, index) in enumerate(layers):
         ours = f"{prefix}/{rest}" if layered else prefix
         if ours not in shapes:
             continue
         shape = shapes[ours][len(index) :]
+        numbers = {"layer": number, "period": number // period, "block": number % period}
         if "{expert}" not in row.theirs:
-            yield Place(ours, index, row.theirs.format(layer=number), row.layout, shape)
+            yield Place(ours, index, row.theirs.format(**numbers), row.layout, shape)
             continue
         for expert in range(shape[0]):
-            theirs = row.theirs.format(layer=number, expert=expert)
+            theirs = row.theirs.format(**numbers, expert=expert)
             yield Place(ours, (*index, expert), theirs, row.layout, shape[1:])
 
 
 def _layers(stack: str, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
-    """Where each layer of a stack has its parameters: a prefix, and its index if layers are scanned over."""
+    """Where each layer of a stack has its parameters: a prefix, and its index if layers are scanned over.
+
+    Layers that share theirs count as one.
+    """
+    layers: list[tuple[str, tuple[int, ...]]] = [(block, ()) for block in _blocks(f"{stack}/first", shapes)]
     scanned = _blocks(f"{stack}/periods", shapes)
     periods = next((s[0] for name, s in shapes.items() if name.startswith(f"{stack}/periods/")), 0)
-    layers: list[tuple[str, tuple[int, ...]]] = [(block, (i,)) for i in range(periods) for block in scanned]
+    layers += [(block, (i,)) for i in range(periods) for block in scanned]
     return layers + [(block, ()) for block in _blocks(f"{stack}/tail", shapes)]
 
 
 def _blocks(prefix: str, shapes: Iterable[str]) -> list[str]:
-    numbers = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}/block(\d+)/", name))}
-    return [f"{prefix}/block{n}" for n in sorted(numbers)]
+    """The blocks under a prefix, first to last."""
+    found = (re.match(rf"({re.escape(prefix)}/(?:shared/)?block)(\d+)/", name) for name in shapes)
+    blocks = {(m[1], int(m[2])) for m in found if m}
+    return [f"{block}{number}" for block, number in sorted(blocks)]
 
 
 def _numbered(found: list[Place]) -> list[Place]:

@@ -49,7 +49,7 @@ def test_describe_names_every_parameter_with_its_place():
 DEFAULT = configs.load(str(ROOT / "experiments" / "lm_docs.py")).config
 
 # Another valid value of each field of the default experiment, and where the difference shows: in the
-# "step" (its lowered text), the "state" it starts from, or the "batches".
+# "step" (its lowered text), the model's "forward" alone, the "state" it starts from, or the "batches".
 CHANGES = {
     "model": ("EncoderConfig", "step"),
     "model.depth": ("3", "step"),
@@ -141,6 +141,23 @@ OF_OTHERS = {
     ("model.feed_forward=Experts", "renormalize"): ("false", "step"),
     ("model.feed_forward=Experts", "balance"): ("0.5", "step"),
     ("model=EncoderConfig", "pattern"): ("(Bidirectional(4,4),)", "step"),
+    ("model=EncoderConfig", "head"): ("Classifier", "step"),
+    ("model=EncoderConfig", "token_types"): ("2", "step"),
+    ("model=EncoderConfig", "embedding_width"): ("32", "step"),
+    ("model=EncoderConfig", "groups"): ("1", "step"),
+    ("model=EncoderConfig", "bare_first"): ("true", "step"),
+    ("model=EncoderConfig(head=MaskedLM())", "head.dense"): ("none", "step"),
+    ("model=EncoderConfig(head=MaskedLM())", "head.tied"): ("false", "step"),
+    ("model=EncoderConfig(head=MaskedLM())", "head.bias"): ("false", "step"),
+    ("model=EncoderConfig(head=Classifier())", "head.labels"): ("3", "step"),
+    ("model=EncoderConfig(head=Classifier())", "head.pooling"): ("none", "step"),
+    ("model=EncoderConfig(head=Classifier())", "head.dense"): ("none", "step"),
+    ("model=EncoderConfig(head=Classifier())", "head.dropout"): ("0.1", "step"),
+    ("model=EncoderConfig(head=Pooled())", "head.pooling"): ("MeanOfTokens", "forward"),
+    ("model=EncoderConfig(head=Pooled())", "head.dense"): ("none", "forward"),
+    ("model=EncoderConfig(head=Classifier())", "head.dense.activation"): ("relu", "step"),
+    ("model=EncoderConfig(head=Classifier())", "head.dense.bias"): ("false", "step"),
+    ("model=EncoderConfig(head=Classifier())", "head.dense.norm"): ("true", "step"),
     ("model=RecurrentConfig", "depth"): ("3", "step"),
     ("model=RecurrentConfig", "width"): ("128", "step"),
     ("model=RecurrentConfig", "cell"): ("GRU", "step"),
@@ -154,6 +171,7 @@ OF_OTHERS = {
     ("model.norm=LayerNorm", "epsilon"): ("0.01", "step"),
     ("model.norm=LayerNorm", "bias"): ("false", "step"),
     ("model.positions=Learned(1024)", "length"): ("512", "step"),
+    ("model.positions=Learned(1024)", "offset"): ("2", "step"),
     ("model.positions=RelativeBias()", "buckets"): ("8", "step"),
     ("model.positions=RelativeBias()", "max_distance"): ("20", "step"),
     ("model.positions.scaling=Linear(2.0)", "factor"): ("4.0", "step"),
@@ -367,6 +385,13 @@ def programs(e):
     return step_text(e) + init.as_text()
 
 
+def forward_text(e):
+    made = Session(e, session(e).mesh, TOKENIZER)
+    with jax.set_mesh(made.mesh):
+        run = jax.jit(lambda params, batch: made.model.apply({"params": params}, **batch.inputs))
+        return run.lower(made.abstract_state.params, made.abstract_batch).as_text()
+
+
 def first_batch(e):
     tokenizer = e.data.build_tokenizer()
     batch = next(e.data.train_iterator(tokenizer, seed=e.seed))
@@ -378,7 +403,13 @@ def as_it_is(e, seen):
     return LOOKS[seen](e)
 
 
-LOOKS = {"step": step_text, "state": start, "batches": first_batch, "programs": programs}
+LOOKS = {
+    "step": step_text,
+    "forward": forward_text,
+    "state": start,
+    "batches": first_batch,
+    "programs": programs,
+}
 
 
 @pytest.mark.parametrize("field", CHANGES)

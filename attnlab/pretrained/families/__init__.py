@@ -1,6 +1,17 @@
 """The families of checkpoints, by the `model_type` of their `config.json`."""
 
-from attnlab.pretrained.families import contrastive, gpt2, llama, mixtures, starcoder2, vit
+from attnlab.pretrained.families import (
+    albert,
+    bert,
+    contrastive,
+    distilbert,
+    gpt2,
+    llama,
+    mixtures,
+    modernbert,
+    starcoder2,
+    vit,
+)
 from attnlab.pretrained.families.base import Family
 
 FAMILIES: dict[str, Family] = {
@@ -8,6 +19,10 @@ FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
     **mixtures.FAMILIES,
     **starcoder2.FAMILIES,
+    **bert.FAMILIES,
+    **albert.FAMILIES,
+    **distilbert.FAMILIES,
+    **modernbert.FAMILIES,
     **vit.FAMILIES,
     **contrastive.FAMILIES,
 }

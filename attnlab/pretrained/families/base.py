@@ -23,6 +23,7 @@ class Family:
         family may be able to say what it is. Whether it is, is seen by reading them back.
       ignored: regular expressions of tensors that mean nothing: buffers, and copies of tied tables.
       made: the kind of config that `fields` takes.
+      older: parts of names, and what older checkpoints have in their place.
       tensors_of: the table of a model with this config, where names depend on it; it stands in for `tensors`.
     """
 
@@ -33,6 +34,7 @@ class Family:
     fields: Callable[[Any, int], dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
     made: type[ModelConfig] = DecoderConfig
+    older: tuple[tuple[str, str], ...] = ()
     tensors_of: Callable[[Any], tuple[Tensor, ...]] | None = None
 
     def of(self, config: ModelConfig) -> "Family":

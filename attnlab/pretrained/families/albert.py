@@ -1,0 +1,47 @@
+"""ALBERT: BERT with layers that share their parameters, and narrower tables."""
+
+from attnlab.layers import Bidirectional
+from attnlab.models import Dense, EncoderConfig
+from attnlab.pretrained.families.base import linear
+from attnlab.pretrained.families.bert import POOLER, encoder
+from attnlab.pretrained.families.encoders import classifier, family, head, layers, masked_lm, tables
+from attnlab.pretrained.settings import Settings
+
+
+def albert(s: Settings) -> EncoderConfig:
+    """ALBERT (Lan et al. 2019, arXiv 1909.11942, section 3.1)."""
+    s.require("tie_word_embeddings", True)
+    masked = Dense(s.activation("hidden_act"), norm=True)
+    dropouts = (s.get("classifier_dropout_prob", 0.1),) * 2
+    inner = s.get("inner_group_num", 1)
+    return encoder(
+        s,
+        head(s, "Albert", pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts),
+        depth=s["num_hidden_layers"] * inner,
+        pattern=(Bidirectional(),) * inner,
+        groups=s.get("num_hidden_groups", 1),
+        embedding_width=s["embedding_size"],
+    )
+
+
+NAMES = {
+    "query": "attention.query",
+    "key": "attention.key",
+    "value": "attention.value",
+    "out": "attention.dense",
+    "attention_norm": "attention.LayerNorm",
+    "up": "ffn",
+    "down": "ffn_output",
+    "feed_forward_norm": "full_layer_layer_norm",
+}
+TENSORS = (
+    *tables("albert.embeddings"),
+    *linear("projection", "albert.encoder.embedding_hidden_mapping_in"),
+    *layers("albert.encoder.albert_layer_groups.{period}.albert_layers.{block}", NAMES),
+    *linear("pooled/dense/map", "albert.pooler"),
+    *masked_lm("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
+    *classifier("document_labels", "classifier", "albert.pooler"),
+    *classifier("token_labels", "classifier"),
+)
+IGNORED = (r"predictions\.decoder\.(weight|bias)", r"sop_classifier\.classifier\.(weight|bias)")
+FAMILIES = {"albert": family(albert, "Albert", "albert.", TENSORS, IGNORED)}

@@ -1,0 +1,53 @@
+"""DistilBERT: BERT without types of tokens and without a pooler."""
+
+from attnlab.layers import MLP, Attention, LayerNorm
+from attnlab.models import Dense, EncoderConfig, Learned
+from attnlab.pretrained.families.encoders import classifier, family, head, layers, masked_lm, tables
+from attnlab.pretrained.settings import Settings
+
+
+def distilbert(s: Settings) -> EncoderConfig:
+    """DistilBERT (Sanh et al. 2019, arXiv 1910.01108, section 3)."""
+    activation, dropout = s.activation("activation"), s.get("dropout", 0.1)
+    return EncoderConfig(
+        depth=s["n_layers"],
+        width=s["dim"],
+        attention=Attention(s["n_heads"], bias=True, dropout=s.get("attention_dropout", 0.1)),
+        feed_forward=MLP(s["hidden_dim"], activation),
+        norm=LayerNorm(1e-12),
+        placement="post",
+        positions=Learned(s["max_position_embeddings"]),
+        vocab_size=s["vocab_size"],
+        embedding_norm=True,
+        head=head(
+            s,
+            "DistilBert",
+            pooler=None,
+            masked=Dense(activation, norm=True),
+            documents=Dense("relu"),
+            dropouts=(s.get("seq_classif_dropout", 0.2), dropout),
+        ),
+        dropout=dropout,
+    )
+
+
+NAMES = {
+    "query": "attention.q_lin",
+    "key": "attention.k_lin",
+    "value": "attention.v_lin",
+    "out": "attention.out_lin",
+    "attention_norm": "sa_layer_norm",
+    "up": "ffn.lin1",
+    "down": "ffn.lin2",
+    "feed_forward_norm": "output_layer_norm",
+}
+TENSORS = (
+    *tables("distilbert.embeddings"),
+    *layers("distilbert.transformer.layer.{layer}", NAMES),
+    *masked_lm("vocab_transform", "vocab_layer_norm", "vocab_projector.bias", "vocab_projector"),
+    *classifier("document_labels", "classifier", "pre_classifier"),
+    *classifier("token_labels", "classifier"),
+)
+FAMILIES = {
+    "distilbert": family(distilbert, "DistilBert", "distilbert.", TENSORS, (r"vocab_projector\.weight",))
+}

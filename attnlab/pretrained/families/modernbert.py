@@ -1,0 +1,77 @@
+"""ModernBERT: an encoder with rotary positions, gated feed-forward layers and sliding layers in turn."""
+
+from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm, Rotary
+from attnlab.models import Dense, EncoderConfig, FirstToken, MeanOfTokens
+from attnlab.pretrained.families.base import linear, norm
+from attnlab.pretrained.families.encoders import classifier, family, head, masked_lm
+from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.table import Tensor
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def modernbert(s: Settings) -> EncoderConfig:
+    """ModernBERT (Warner et al. 2024, arXiv 2412.13663, section 2.1)."""
+    for name in ("attention_dropout", "embedding_dropout", "mlp_dropout"):
+        s.require(name, 0.0)
+    s.require("sparse_prediction", False)
+    s.require("classifier_pooling", "cls", "mean")
+    depth, every = s["num_hidden_layers"], s.get("global_attn_every_n_layers", 3)
+    half = s.get("local_attention", 128) // 2
+    kinds = {
+        FULL: Bidirectional(),
+        SLIDING: Bidirectional(half, half, positions=_rotary(s, SLIDING, "local_rope_theta", 10_000.0)),
+    }
+    dense = Dense(s.activation("classifier_activation"), s.get("classifier_bias", False), norm=True)
+    return EncoderConfig(
+        depth=depth,
+        width=s["hidden_size"],
+        attention=Attention(s["num_attention_heads"], bias=s.get("attention_bias", False)),
+        feed_forward=GatedMLP(
+            s["intermediate_size"], s.activation("hidden_activation"), s.get("mlp_bias", False)
+        ),
+        norm=LayerNorm(s.get("norm_eps", 1e-5), s.get("norm_bias", False)),
+        positions=_rotary(s, FULL, "global_rope_theta", 160_000.0),
+        pattern=s.kinds(kinds, *(SLIDING if i % every else FULL for i in range(depth))),
+        vocab_size=s["vocab_size"],
+        embedding_norm=True,
+        bare_first=True,
+        head=head(
+            s,
+            "ModernBert",
+            pooler=None,
+            masked=dense,
+            documents=dense,
+            tokens=dense,
+            pooling=MeanOfTokens() if s.get("classifier_pooling") == "mean" else FirstToken(),
+            dropouts=(s.get("classifier_dropout", 0.0),) * 2,
+            bias=s.get("decoder_bias", True),
+        ),
+    )
+
+
+def _rotary(s: Settings, layer_type: str, older: str, theta: float) -> Rotary:
+    """Positions of layers of a type, whose theta older configs name by itself."""
+    return s.rotary(layer_type, s.get(older, theta))
+
+
+OURS, THEIRS = "layers/{layer}", "model.layers.{layer}"
+TENSORS = (
+    Tensor("embedding/table", "model.embeddings.tok_embeddings.weight"),
+    *norm("embedding_norm", "model.embeddings.norm"),
+    *norm(f"{OURS}/attention_norm", f"{THEIRS}.attn_norm"),
+    *linear(f"{OURS}/attention/query", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
+    *linear(f"{OURS}/attention/key", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
+    *linear(f"{OURS}/attention/value", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
+    Tensor(f"{OURS}/attention/out/kernel", f"{THEIRS}.attn.Wo.weight", "e (h d) -> h d e"),
+    Tensor(f"{OURS}/attention/out/bias", f"{THEIRS}.attn.Wo.bias"),
+    *norm(f"{OURS}/feed_forward_norm", f"{THEIRS}.mlp_norm"),
+    *linear(f"{OURS}/feed_forward/gate", f"{THEIRS}.mlp.Wi", "(part f) e -> e f"),
+    *linear(f"{OURS}/feed_forward/up", f"{THEIRS}.mlp.Wi", "(part f) e -> e f"),
+    *linear(f"{OURS}/feed_forward/down", f"{THEIRS}.mlp.Wo"),
+    *norm("norm", "model.final_norm"),
+    *masked_lm("head.dense", "head.norm", "decoder.bias", "decoder"),
+    *classifier("document_labels", "classifier", "head.dense", "head.norm"),
+    *classifier("token_labels", "classifier", "head.dense", "head.norm"),
+)
+FAMILIES = {"modernbert": family(modernbert, "ModernBert", "model.", TENSORS, (r"decoder\.weight",))}

@@ -1,0 +1,160 @@
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnlab.layers import MLP, Attention, Bidirectional, GatedMLP, LayerNorm, Rotary
+from attnlab.models import Classifier, Dense, EncoderConfig, Learned, MaskedLM, MeanOfTokens, Pooled
+from tests.models.test_decoder import VOCAB, forward, start, tokens_of
+
+BERT = EncoderConfig(
+    depth=2,
+    width=16,
+    attention=Attention(heads=2, bias=True),
+    feed_forward=MLP(24),
+    norm=LayerNorm(),
+    placement="post",
+    positions=Learned(16, offset=2),
+    embedding_norm=True,
+    token_types=2,
+)
+ALBERT = replace(BERT, depth=4, groups=2, embedding_width=8, head=Classifier(3))
+MODERN = EncoderConfig(
+    depth=4,  # the first by itself, a period of two, and one more
+    width=16,
+    attention=Attention(heads=2),
+    feed_forward=GatedMLP(24),
+    norm=LayerNorm(bias=False),
+    pattern=(Bidirectional(), Bidirectional(1, 1, positions=Rotary(50.0))),
+    embedding_norm=True,
+    bare_first=True,
+    head=Classifier(3, MeanOfTokens(), Dense("gelu", norm=True)),
+)
+CONFIGS = {"bert": BERT, "albert": ALBERT, "modernbert": MODERN}
+
+
+@pytest.mark.parametrize(
+    "head", [MaskedLM(tied=False), Classifier(3), Pooled(MeanOfTokens(), None)], ids=lambda h: h.name
+)
+def test_every_token_depends_on_all_of_its_text(head):
+    config = replace(BERT, head=head, depth=1)
+    model, params = start(config)
+    tokens = jnp.arange(6)[None]  # each position has a row of the table of its own
+
+    def rows(table):
+        y = model.apply({"params": params | {"embedding": {"table": table}}}, tokens)[0]
+        return (y**2).sum(-1)
+
+    got = jnp.abs(jax.jit(jax.jacrev(rows))(params["embedding"]["table"])).max(-1)
+    assert (got[:, :6] > 1e-6).all() and (got[:, 6:] == 0).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_padding_and_neighbours_in_a_row_change_nothing(config):
+    """Nor of which text of a row a pooled head speaks."""
+    model, params = start(config)
+    run = forward(model)
+    a, b = tokens_of(1, 4), tokens_of(1, 4, seed=1)
+    row = jnp.concatenate([tokens_of(1, 2, seed=2), a, b, tokens_of(1, 1, seed=3)], axis=1)
+    segments = jnp.array([[0] * 2 + [1] * 4 + [2] * 4 + [0]])
+    positions = jnp.array([[0, 0, *range(4), *range(4), 0]])
+    packed = run(params, row, segments, positions)
+    np.testing.assert_allclose(packed[:, 2:6], run(params, a), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(packed[:, 6:10], run(params, b), rtol=1e-4, atol=1e-5)
+    other = run(params, row.at[:, :2].set(0).at[:, 10:].set(0), segments, positions)
+    np.testing.assert_array_equal(other[:, 2:10], packed[:, 2:10])
+    assert jnp.isfinite(packed).all()
+
+
+def value_and_grad(config):
+    model, tokens = config.build(VOCAB), tokens_of(8, 6)
+
+    def loss(params, tokens):
+        stats = model.apply({"params": params}, tokens, tokens % 3, method="statistics")
+        return jnp.mean(stats.lse - stats.target_logit)
+
+    return jax.jit(jax.value_and_grad(loss)), tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["albert", "modernbert"])
+def test_scan_and_remat_change_no_number(name):
+    config = CONFIGS[name]
+    _, params = start(config, scale=0.1)
+    run, tokens = value_and_grad(config)
+    expected = run(params, tokens)
+    for change in ({"scan": False}, {"remat": "full"}):
+        other = replace(config, **change)
+        assert jax.tree.map(jnp.shape, start(other)[1]) == jax.tree.map(jnp.shape, params)
+        got = value_and_grad(other)[0](params, tokens)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("name", ["albert", "modernbert"])
+def test_a_mesh_changes_no_number(mesh_of, name):
+    _, params = start(CONFIGS[name], scale=0.1)
+    run, tokens = value_and_grad(CONFIGS[name])
+    expected = run(params, tokens)
+    mesh, rows = mesh_of("data:2,fsdp:2,tensor:2"), P(("data", "fsdp"), None)
+    with jax.set_mesh(mesh):
+        like = jnp.zeros_like(tokens, out_sharding=rows)
+        shapes = jax.eval_shape(CONFIGS[name].build(VOCAB).init, jax.random.key(0), like)["params"]
+        where = jax.tree.map(lambda x: jax.NamedSharding(mesh, x.sharding.spec), shapes)
+        got = run(jax.device_put(params, where), jax.device_put(tokens, jax.NamedSharding(mesh, rows)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
+
+
+def test_shared_layers_are_the_same_layers_again():
+    """Two groups of one period twice each: as a model that shares nothing, its layers copied."""
+    model, params = start(ALBERT)
+    shared = params["layers"]["periods"]["shared"]
+    assert {x.shape[0] for x in jax.tree.leaves(shared)} == {2}
+    copied = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), shared)
+    apart = replace(ALBERT, groups=None).build(VOCAB)
+    got = forward(apart)(params | {"layers": {"periods": copied}}, tokens_of())
+    np.testing.assert_allclose(forward(model)(params, tokens_of()), got, rtol=1e-5, atol=1e-6)
+
+
+def test_types_of_tokens_are_told_apart():
+    model, params = start(BERT)
+    run = jax.jit(lambda types: model.apply({"params": params}, tokens_of(), token_types=types))
+    none = jax.jit(lambda: model.apply({"params": params}, tokens_of()))()
+    zero, one = (run(jnp.full_like(tokens_of(), n)) for n in (0, 1))
+    np.testing.assert_allclose(none, zero, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(one - zero).max() > 1e-3
+
+
+def test_a_head_without_logits_is_not_trained(refuses):
+    model, params = start(replace(BERT, head=Pooled()))
+    with refuses("model.head=Pooled has no logits"):
+        model.apply({"params": params}, tokens_of(), tokens_of(), method="statistics")
+
+
+def test_operations_are_those_of_the_matrices():
+    config = replace(ALBERT, head=MaskedLM())
+    layers = config.layer_flops(32)
+    head = config.token_flops(100, 32) + replace(layers, weights=-layers.weights, attention=-layers.attention)
+    assert head.weights == 2 * (8 * 16 + 16 * 8 + 8 * 100)
+
+
+def test_configs_that_cannot_be_say_why(refuses):
+    for config, change, words in [
+        (BERT, {"token_types": -1}, "token_types"),
+        (ALBERT, {"depth": 5}, "groups=2"),
+        (ALBERT, {"bare_first": True}, "bare_first"),
+        (BERT, {"bare_first": True}, "bare_first"),
+        (ALBERT, {"head": MaskedLM(None)}, "head.dense"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            replace(config, **change)
+    with pytest.raises(ValueError, match="labels"):
+        Classifier(0)
+    with pytest.raises(ValueError, match="offset"):
+        Learned(2, offset=2)
+    with refuses("length 15", "positions.length=16", "offset=2"):
+        BERT.check_length(15)
+    BERT.check_length(14)
