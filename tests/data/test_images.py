@@ -1,0 +1,101 @@
+"""What vision towers read of an image: against the processors that checkpoints come with."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from attnlab.data import preprocessor
+from attnlab.data.images import Pixels
+
+RNG = np.random.default_rng(0)
+SIDES = [(37, 61), (80, 45), (20, 20), (33, 32)]
+SMALL = {"size": {"height": 24, "width": 17}}
+SHORTEST = {"size": {"shortest_edge": 21}, "crop_size": {"height": 19, "width": 20}}
+CASES = {
+    "ViT": ("ViT", SMALL),
+    "ViT, by other filters": ("ViT", SMALL | {"resample": 1, "image_mean": [0.1, 0.2, 0.3]}),
+    "SigLIP": ("Siglip", SMALL),
+    "CLIP": ("CLIP", SHORTEST),
+    "CLIP, cut larger than it is": ("CLIP", SHORTEST | {"crop_size": {"height": 30, "width": 25}}),
+    "CLIP, neither resized nor normalised": ("CLIP", SHORTEST | {"do_resize": False, "do_normalize": False}),
+    "DINOv2": ("Bit", SHORTEST | {"do_rescale": False}),
+    "DeiT": ("DeiT", SMALL | {"crop_size": {"height": 15, "width": 11}, "rescale_factor": 0.01}),
+}
+
+
+def smooth(rows, columns, channels=3):
+    """Waves of some pixels' length, so that filters differ, with noise on them."""
+    y, x = np.mgrid[:rows, :columns, :channels][:2]
+    waves = 128 + 90 * np.sin(x / 3 + y / 5)
+    return np.clip(waves + RNG.normal(0, 20, waves.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_what_transformers_makes_of_an_image(case, tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    kind, settings = CASES[case]
+    theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
+    theirs.save_pretrained(tmp_path)
+    ours = Pixels.from_settings(preprocessor.read(tmp_path))
+    for sides in SIDES:
+        image = smooth(*sides)
+        expected = theirs(Image.fromarray(image), return_tensors="np").pixel_values[0]
+        got = ours(image)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected.transpose(1, 2, 0), rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(ours(Image.fromarray(image)), got)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["ViT", "Siglip", "CLIP", "Bit", "DeiT"])
+def test_a_file_that_says_little_means_the_same_there(kind):
+    transformers = pytest.importorskip("transformers")
+    whole = json.loads(getattr(transformers, f"{kind}ImageProcessorPil")().to_json_string())
+    little = {"image_processor_type": f"{kind}ImageProcessor"}
+    assert Pixels.from_settings(little) == Pixels.from_settings(whole)
+
+
+def test_older_files():
+    """A number is a square for some and the shorter side for others; the kind was named otherwise, or not."""
+    vit = Pixels.from_settings(
+        {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 48}
+    )
+    assert vit.size == (48, 48) and vit.crop is None and vit.filter == "bilinear"
+    clip = Pixels.from_settings(
+        {"feature_extractor_type": "CLIPFeatureExtractor", "size": 48, "crop_size": 48}
+    )
+    assert clip.size == 48 and clip.crop == (48, 48) and clip.filter == "bicubic"
+
+
+def test_grey_images():
+    grey = smooth(9, 12, 1)
+    pixels = Pixels(rgb=False, size=None, mean=(0.5,), std=(0.25,))
+    np.testing.assert_allclose(pixels(grey), (grey / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(Pixels(size=None)(grey), Pixels(size=None)(np.repeat(grey, 3, axis=-1)))
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    ({"image_processor_type": "Mask2FormerImageProcessor"}, "the images of Mask2Former are not supported"),
+    ({"do_pad": True}, "does not do: do_pad"),
+    ({"size": {"longest_edge": 5}}, "a size of longest_edge"),
+    ({"resample": 9}, "resample=9"),
+    ({"do_center_crop": True, "crop_size": {"shortest_edge": 5}}, "must have a height and a width"),
+])  # fmt: skip
+def test_what_is_not_done_is_refused(refuses, settings, told):
+    with refuses("preprocessor_config.json" if "Mask" not in told else "Mask", told):
+        Pixels.from_settings(settings)
+
+
+def test_images_of_another_kind_are_refused(refuses):
+    with refuses("(4, 5, 3) of float64"):
+        Pixels()(np.zeros((4, 5, 3)))
+    with refuses("1 channels", "3 means"):
+        Pixels(rgb=False)(smooth(4, 5, 1))
+    with pytest.raises(ValueError, match="std"):
+        Pixels(std=(0.0,))
+    with pytest.raises(ValueError, match="size"):
+        Pixels(size=0)
