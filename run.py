@@ -41,6 +41,9 @@ flags.DEFINE_float("top_p", None, "keep the likeliest tokens up to this probabil
 flags.DEFINE_float("min_p", None, "keep tokens at least this likely relative to the likeliest")
 flags.DEFINE_integer("num_beams", None, "search for the likeliest texts with so many beams, and draw nothing")
 flags.DEFINE_float("length_penalty", DEFAULTS.length_penalty, "of beams: over 0 prefers longer texts")
+flags.DEFINE_string("draft", None, "workdir or checkpoint of a smaller model that guesses the next tokens")
+flags.DEFINE_integer("lookup", None, "guess by what came after the last so many tokens before")
+flags.DEFINE_integer("guess_tokens", DEFAULTS.guess_tokens, "how many tokens to guess at a time")
 flags.DEFINE_multi_string("stop", [], "text at which a sample ends")
 
 if __name__ == "__main__":

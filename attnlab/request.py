@@ -35,6 +35,7 @@ USED_BY: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("sweep", "init_from", "init_rules", "tracker"), ("train",)),
     **dict.fromkeys(("prompt", "num_samples", "max_new_tokens", "temperature"), ("sample",)),
     **dict.fromkeys(("top_k", "top_p", "min_p", "stop", "num_beams", "length_penalty"), ("sample",)),
+    **dict.fromkeys(("draft", "lookup", "guess_tokens"), ("sample",)),
 }
 # Fields (and all below them) in which a run may differ from the config that its workdir holds.
 ALONG_THE_WAY = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep")
@@ -46,7 +47,10 @@ MAY_CHANGE: dict[Mode, tuple[str, ...]] = {
 }
 BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
-        ("max_steps", "overfit_batches", "num_samples", "max_new_tokens", "top_k", "num_beams"),
+        (
+            *("max_steps", "overfit_batches", "num_samples", "max_new_tokens", "top_k", "num_beams"),
+            *("lookup", "guess_tokens"),
+        ),
         ("1 or more", lambda x: x >= 1),
     ),
     "seed": ("from 0 to 4294967295", lambda x: 0 <= x < 2**32),
@@ -59,7 +63,10 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to sample; None leaves a filter out. With `num_beams` the likeliest texts are searched for."""
+    """How to sample; None leaves a filter out. With `num_beams` the likeliest texts are searched for.
+
+    With `draft` (a workdir or a checkpoint) or `lookup` (an n-gram's length) next tokens are guessed.
+    """
 
     prompts: tuple[str, ...] = ()
     num_samples: int = 1
@@ -71,6 +78,9 @@ class Sampling:
     stop: tuple[str, ...] = ()
     num_beams: int | None = None
     length_penalty: float = 0.6
+    draft: str | None = None
+    lookup: int | None = None
+    guess_tokens: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +154,10 @@ def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Over
         if values[name] is not None and not within(values[name]):
             raise InputError(f"--{name}={values[name]} is out of bounds; it has to be {bounds}")
     _refuse_beside_beams(values, given)
+    if values["draft"] is not None and values["lookup"] is not None:
+        raise InputError("--draft and --lookup are two ways to guess: give one of them")
+    if "guess_tokens" in given and values["draft"] is None and values["lookup"] is None:
+        raise InputError("--guess_tokens means nothing without --draft or --lookup")
     if "" in values["stop"]:
         raise InputError("--stop is empty; it has to be the text at which a sample ends")
     if mode == "import":
@@ -191,7 +205,7 @@ def _refuse_beside_beams(values: Mapping[str, Any], given: set[str]) -> None:
         if "length_penalty" in given:
             raise InputError("--length_penalty means nothing without --num_beams")
         return
-    for name in ("temperature", "top_k", "top_p", "min_p", "stop", "seed"):
+    for name in ("temperature", "top_k", "top_p", "min_p", "stop", "seed", "draft", "lookup"):
         if name in given:
             raise InputError(f"--{name} means nothing with --num_beams, which draws nothing")
     if values["num_samples"] > values["num_beams"]:
@@ -204,7 +218,8 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Request that flags alone decide."""
     plain = ("max_steps", "seed", "fast_dev_run", "overfit_batches", "debug_nans")
     lengths = ("num_samples", "max_new_tokens", "num_beams", "length_penalty")
-    sampling = (*lengths, "temperature", "top_k", "top_p", "min_p")
+    guesses = ("draft", "lookup", "guess_tokens")
+    sampling = (*lengths, *guesses, "temperature", "top_k", "top_p", "min_p")
     return {name: values[name] for name in plain} | {
         "max_time": _seconds(values["max_time"]),
         "profile": _profile(values["profile"]),

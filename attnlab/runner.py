@@ -18,11 +18,20 @@ from absl import logging
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from attnlab import config, sharding
+from attnlab import config, pretrained, sharding
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.files import as_json, write_atomically
-from attnlab.generation import Beams, Completion, Sampling, Wu, printable
+from attnlab.generation import (
+    Beams,
+    Completion,
+    Draft,
+    Generator,
+    Lookup,
+    Sampling,
+    Wu,
+    printable,
+)
 from attnlab.pretrained import checkpoints, files
 from attnlab.request import Request
 from attnlab.train import loop
@@ -316,7 +325,28 @@ def _drawn(request: Request, trained: Trained, prompts: Sequence[str], stream=No
         stop=wanted.stop,
         seed=request.seed or 0,
         stream=stream,
+        guesses=_guesses(request, trained),
     )
+
+
+def _guesses(request: Request, trained: Trained) -> Lookup | Draft | None:
+    """How next tokens are guessed, if they are: by what came before, another run, or a checkpoint."""
+    wanted = request.sampling
+    if wanted.lookup is not None:
+        return Lookup(wanted.lookup, wanted.guess_tokens)
+    if wanted.draft is None:
+        return None
+    folder = epath.Path(wanted.draft)
+    if (folder / FOLDER).exists():
+        source = dataclasses.replace(request, workdir=folder.absolute(), checkpoint="latest")
+        session = open_session(source, config.load_workdir(folder).config)
+        other = Trained(session, session.eval_params(_restore(source, session).state), folder)
+        return Draft(other.generator(), wanted.guess_tokens)
+    found, mesh = pretrained.load(wanted.draft, trained.session.mesh), trained.session.mesh
+    if found.tokenizer is None:
+        raise InputError(f"--draft={wanted.draft} has no tokenizer: its tokens cannot be compared")
+    length = request.config.data.sequence_length
+    return Draft(Generator(found.model, found.params, found.tokenizer, length, mesh), wanted.guess_tokens)
 
 
 def _streamed(request: Request, trained: Trained, prompts: Sequence[str]) -> list[Completion]:

@@ -262,6 +262,10 @@ def test_evaluation_may_use_other_data(runner, capsys):
         (["--mode=sample", "--num_beams=0"], "--num_beams=0 is out of bounds; it has to be 1 or more"),
         (["--mode=sample", "--num_beams=2", "--top_k=3"], "--top_k means nothing with --num_beams"),
         (["--mode=sample", "--num_beams=2", "--num_samples=3"], "--num_samples=3: a search of 2 beams"),
+        (["--mode=sample", "--num_beams=2", "--lookup=3"], "--lookup means nothing with --num_beams"),
+        (["--mode=sample", "--lookup=0"], "--lookup=0 is out of bounds"),
+        (["--mode=sample", "--lookup=2", "--draft=x"], "two ways to guess"),
+        (["--mode=sample", "--guess_tokens=2"], "--guess_tokens means nothing without --draft or --lookup"),
         (["--mode=sample", "--length_penalty=1"], "--length_penalty means nothing without --num_beams"),
     ],
 )

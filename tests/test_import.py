@@ -51,6 +51,25 @@ def test_it_can_be_sampled_from_and_described(place, capfd):
     assert "step 0" in out and "readout/table" in out
 
 
+def test_guesses_change_nothing_of_what_is_likeliest(place, capfd):
+    """Those of the text, of a run and of a checkpoint."""
+    folder, _ = place
+    texts = set()
+    likeliest = ["--prompt=the cat", "--max_new_tokens=12", "--temperature=0"]
+    for guesses in (
+        [],
+        ["--lookup=1", "--guess_tokens=2"],
+        [f"--draft={folder / 'run'}"],
+        [f"--draft={folder / 'llama'}"],
+    ):
+        capfd.readouterr()
+        assert call("--mode=sample", f"--workdir={folder / 'run'}", *likeliest, *guesses) == 0
+        texts.add(capfd.readouterr().out)
+    assert len(texts) == 1
+    assert call("--mode=sample", f"--workdir={folder / 'run'}", "--draft=nowhere") == 2
+    assert "no checkpoint at nowhere" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("mesh", ["single", "data:2,fsdp:2,tensor:2"])
 def test_trained_on_and_written(place, tmp_path, mesh, capfd):
     """All of the checkpoint changes but what a rule freezes; its claim is checked against the checkpoint."""

@@ -63,6 +63,12 @@ class Cache:
         marked = jax.lax.dynamic_update_slice_in_dim(self.segments, segments, self.index, axis=1)
         return dataclasses.replace(self, segments=marked, index=self.index + segments.shape[1])
 
+    def rewind(self, count: Index) -> "Cache":
+        """Without the last `count` tokens of every row, whose slots will be written over."""
+        index = self.index - count
+        before = jnp.arange(self.segments.shape[1])[None] < index
+        return dataclasses.replace(self, segments=jnp.where(before, self.segments, 0), index=index)
+
     def take(self, rows: Int[Array, "G N"]) -> "Cache":
         """With other rows, where the batch is G groups: N of each, that may repeat, counted in the group.
 

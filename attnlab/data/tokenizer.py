@@ -59,6 +59,10 @@ class Tokenizer:
             self._names[token] = name
         self.eos_id = vocabulary[eos]
 
+    def agrees(self, other: "Tokenizer") -> bool:
+        """Whether each number is the same token."""
+        return self._backend.get_vocab() == other._backend.get_vocab()
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 (n,), without any `eos_id`.
 

@@ -4,11 +4,14 @@ from attnlab.generation.beam import Beams, Power, Texts, Wu, beam_search
 from attnlab.generation.generate import Completion, Generator, printable
 from attnlab.generation.prefix import Prefix, prefill
 from attnlab.generation.sampling import Sampling, filter_logits, row_keys, sample
+from attnlab.generation.speculative import Draft, Lookup
 
 __all__ = [
     "Beams",
     "Completion",
+    "Draft",
     "Generator",
+    "Lookup",
     "Power",
     "Prefix",
     "Sampling",

@@ -13,12 +13,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from attnlab import sharding
+from attnlab.attention.cache import Cache
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.generation import sources as reading
 from attnlab.generation.beam import Beams, beam_search
 from attnlab.generation.prefix import Prefix, prefill
 from attnlab.generation.sampling import Sampling, row_keys, sample
+from attnlab.generation.speculative import Draft, Drafted, Lookup, begin, speculate
 
 STRETCH = 16  # tokens decoded between looks at stop strings and the terminal
 _PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
@@ -83,6 +85,7 @@ class Generator:
         stop: Sequence[str] = (),
         seed: int = 0,
         stream: Callable[[int, str], None] | None = None,
+        guesses: Lookup | Draft | None = None,
     ) -> list[Completion]:
         """Completions of each prompt, `num_samples` in a row for the first, then the second, and so on.
 
@@ -96,10 +99,11 @@ class Generator:
           stop: strings that end a completion.
           seed: of the draws; a row's draws do not depend on the other rows.
           stream: called with (row, new text) as text becomes certain.
+          guesses: how next tokens are guessed, to be checked several at a time; None is not at all.
 
         Raises:
-          InputError: a prompt that leaves no room in the context, an empty stop string, or sources that are
-            not what the model reads.
+          InputError: a prompt that leaves no room in the context, an empty stop string, sources that are
+            not what the model reads, or guesses of models that cannot be checked by this one.
         """
         if isinstance(stop, str) or not all(stop):
             raise InputError(f"stop must be a list of strings of at least one character, not {stop!r}")
@@ -112,16 +116,15 @@ class Generator:
             if stream is not None and fresh:
                 stream(i, fresh)
         with jax.set_mesh(self.mesh):
-            state = _start(self._prefill(given, _stretches(steps)), seed)
-            for start in range(0, steps, STRETCH):
-                state, tokens = _decode(
-                    self.model, self.tokenizer.eos_id, sampling or Sampling(), self.params, state
-                )
-                for i, (row, new) in enumerate(zip(rows, np.asarray(tokens), strict=False)):
-                    fresh = row.add(new[: steps - start].tolist())
+            write = self._write if guesses is None else partial(self._speculate, guesses)
+            written = 0
+            for tokens in write(given, steps, sampling or Sampling(), seed):
+                for i, (row, new) in enumerate(zip(rows, tokens, strict=False)):
+                    fresh = row.add(new[: steps - written].tolist())
                     if stream is not None and fresh:
                         stream(i, fresh)
-                if all(row.ended for row in rows):
+                written += tokens.shape[1]
+                if written >= steps or all(row.ended for row in rows):
                     break
         limit = "length" if steps + len(forced) == max_new_tokens else "context"
         for i, row in enumerate(rows):
@@ -187,6 +190,47 @@ class Generator:
                     completions.append(replace(row.completion(), score=float(score)))
         return completions
 
+    def _write(self, given: Sequence["_Task"], steps: int, sampling: Sampling, seed: int):
+        """The next tokens of every row, (B, STRETCH), again and again."""
+        state = _start(self._prefill(given, _stretches(steps)), seed)
+        for _ in range(0, steps, STRETCH):
+            state, tokens = _decode(self.model, self.tokenizer.eos_id, sampling, self.params, state)
+            yield np.asarray(tokens)
+
+    def _speculate(
+        self, guesses: Lookup | Draft, given: Sequence["_Task"], steps: int, sampling: Sampling, seed: int
+    ):
+        """The same, some at a time, of guesses that are checked."""
+        if steps < 1:
+            return
+        room, rows = _stretches(steps) + guesses.count + 1, STRETCH + guesses.count + 1
+        prefix = self._prefill(given, room)
+        guesser: Lookup | Drafted
+        if isinstance(guesses, Draft):
+            other = guesses.generator
+            drafting = other._prefill(given, room)
+            if prefix.logits.shape != drafting.logits.shape or not self.tokenizer.agrees(other.tokenizer):
+                raise InputError("a draft must be a model of the same tokens as the one that checks it")
+            guesser, params, memo = Drafted(other.model, guesses.count), other.params, drafting.cache
+        else:
+            tokens, segments = self._padded(given, room)
+            texts = np.pad(np.where(segments > 0, tokens, -1), ((0, 0), (0, room)), constant_values=-1)
+            guesser, params, memo = guesses, None, self._put(texts)
+        if not isinstance(prefix.cache, Cache) or not isinstance(memo, Cache | jax.Array):
+            raise InputError("a recurrent model cannot take back what it has read: it goes without guesses")
+        options = {"sampling": sampling, "eos_id": self.tokenizer.eos_id}
+        start = _start(prefix, seed)
+        state = begin(start.prefix, memo, start.keys, looks_up=params is None, **options)
+        yield np.asarray(state.last)[:, None]
+        written = 1
+        while written < steps:
+            limit = min(STRETCH, steps - written)
+            state, tokens, number = speculate(
+                self.model, self.params, guesser, params, state, room=rows, limit=limit, **options
+            )
+            written += int(number)
+            yield np.asarray(tokens)[:, : int(number)]
+
     def _forced(self, forced: Sequence[int] | None, max_new_tokens: int) -> tuple[int, ...]:
         found = tuple(self.model.config.forced if forced is None else forced)
         if found and max_new_tokens <= len(found):
@@ -226,23 +270,35 @@ class Generator:
             )
         return ids
 
-    def _prefill(self, given: Sequence["_Task"], room: int) -> Prefix:
-        """The prompts read, padded on the left so that all end together, with room for more tokens."""
+    def _padded(self, given: Sequence["_Task"], room: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and segments of the prompts, padded on the left so that all end together."""
         ids = [task.ids for task in given]
         # Lengths and rows in powers of two, so that few programs are compiled.
         length = max(max(map(len, ids)), min(_power_of_two(max(map(len, ids))), self.context - room))
+        tokens, segments = np.zeros((2, self._count(given), length), np.int32)
+        for i, row in enumerate([*ids, *[ids[0]] * (len(tokens) - len(ids))]):
+            tokens[i, length - len(row) :] = row
+            segments[i, length - len(row) :] = 1
+        return tokens, segments
+
+    def _count(self, given: Sequence["_Task"]) -> int:
         pieces = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        count = -(-_power_of_two(len(ids)) // pieces) * pieces
-        tokens = np.zeros((count, length), np.int32)
-        segments = np.zeros((count, length), np.int32)
-        given = [*given, *[given[0]] * (count - len(given))]
-        for i, task in enumerate(given):
-            tokens[i, length - len(task.ids) :] = task.ids
-            segments[i, length - len(task.ids) :] = 1
+        return -(-_power_of_two(len(given)) // pieces) * pieces
+
+    def _put(self, x):
+        """Rows of arrays, laid out over the mesh."""
+        return jax.device_put(x, sharding.named(self.mesh, P(("data", "fsdp"))))
+
+    def _prefill(self, given: Sequence["_Task"], room: int) -> Prefix:
+        """The prompts read, with room for more tokens."""
+        tokens, segments = self._padded(given, room)
+        given = [*given, *[given[0]] * (len(tokens) - len(given))]
         arrays = [task.source for task in given if task.source is not None]
         source = reading.rows(arrays, self.model.config.source_shape) if arrays else {}
-        put = partial(jax.device_put, device=sharding.named(self.mesh, P(("data", "fsdp"))))
-        return prefill(self.model, length + room, self.params, *map(put, (tokens, segments)), **put(source))
+        slots = tokens.shape[1] + room
+        return prefill(
+            self.model, slots, self.params, *map(self._put, (tokens, segments)), **self._put(source)
+        )
 
 
 @dataclass(frozen=True)
