@@ -305,7 +305,7 @@ def live(page: Path, resolve_only: bool = False) -> None:
             if file := re.match(r"# ([\w/]+\.py)\n", block.text):
                 Path(file[1]).parent.mkdir(parents=True, exist_ok=True)
                 Path(file[1]).write_text(block.text)
-            elif not resolve_only:
+            elif not resolve_only and block.note != "resolve only":
                 exec(compile(block.text, where, "exec"), names)
         elif block.language == "console":
             answers = [line for line in block.text.splitlines() if not line.startswith("$ ")]

@@ -47,6 +47,9 @@ class Tokenizer:
         # Bytewise, "<eos>" in a text is five characters like any other and never becomes the token.
         backend.encode_special_tokens = True
         self._backend, self.settings = backend, settings
+        # How whoever saved it made batches is no part of a text.
+        backend.no_padding()
+        backend.no_truncation()
         self._bytewise = isinstance(backend.decoder, decoders.ByteLevel)
         vocabulary = backend.get_vocab()
         eos = EOS if settings is None else _content(settings.get("eos_token") or settings.get("sep_token"))
@@ -91,11 +94,20 @@ class Tokenizer:
         """Token ids of a text to go on from, after those that a document begins with."""
         return [*self.start, *self.encode(text).tolist()] or [self.eos_id]
 
-    def document(self, text: str) -> list[int]:
-        """Token ids of a whole text, between those that a tokenizer made elsewhere puts around it."""
+    def document(self, text: str, length: int | None = None) -> list[int]:
+        """Token ids of a whole text, between those that a tokenizer made elsewhere puts around it.
+
+        Args:
+          text: the document.
+          length: the most tokens that there may be: the text is cut, not what is around it.
+        """
         if self.settings is None:
-            return [*self.start, *self.encode(text).tolist(), self.eos_id]
-        return self._backend.encode(text).ids
+            ids = self.encode(text)[: None if length is None else max(length - 2, 0)]
+            return [*self.start, *ids.tolist(), self.eos_id]
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        if length is not None:
+            encoded.truncate(max(length - self._backend.num_special_tokens_to_add(False), 0))
+        return self._backend.post_process(encoded).ids
 
     def source(self, text: str) -> list[int]:
         """Token ids of a text to be read whole: with its end, or what others' tokenizers put around."""

@@ -117,6 +117,9 @@ def copy_small_files(source: epath.Path, target: epath.Path) -> None:
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name != files.INDEX:
             file.copy(target / file.name, overwrite=True)
+    for file in source.glob(f"*_*/{files.CONFIG}"):  # of the parts of a sentence encoder
+        (target / file.parent.name).mkdir(exist_ok=True)
+        file.copy(target / file.parent.name / file.name, overwrite=True)
 
 
 def describe(config: ModelConfig, length: int) -> dict[str, Any]:
