@@ -115,8 +115,14 @@ def row_keys(key: Key[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
 
 def sample(keys: Key[Array, "B"], logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, "B"]:
     """Draw one token for each row, by the row's own key; keys (B,), logits (B, V), returns int32 ids (B,)."""
-    logits = filter_logits(logits, sampling)
+    logits = whole_rows(logits)
     rows = jax.typeof(logits).sharding.spec[0]
     if jax.typeof(keys).sharding.spec[0] != rows:
         keys = jax.sharding.reshard(keys, P(rows))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    def draw():
+        return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling))
+
+    # A random number for each token of the vocabulary costs as much as a layer: not where none is drawn.
+    greedy = jnp.asarray(sampling.temperature) == 0
+    return jax.lax.cond(greedy, lambda: logits.argmax(-1), draw).astype(jnp.int32)

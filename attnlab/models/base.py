@@ -266,8 +266,8 @@ class TransformerConfig(ModelConfig):
         )
 
     def unstacked(self) -> Self:
-        """See `ModelConfig.unstacked`: the layers as a single period of the pattern."""
-        return replace(self, pattern=self.kinds)
+        """See `ModelConfig.unstacked`: a pattern longer than the model has no whole period to stack."""
+        return replace(self, pattern=(*self.kinds, self.kinds[0]))
 
     def written_out(self) -> Self:
         """See `ModelConfig.written_out`."""

@@ -181,7 +181,7 @@ def test_the_tokenizer_comes_along(made, copied):
 def test_each_layer_by_itself_it_is_the_same_model(made):
     folder, _ = made
     stacked, apart = load(str(folder)), load(str(folder), unstacked=True)
-    assert len(apart.params["layers"]["periods"]) == apart.config.depth == 2
+    assert len(apart.params["layers"]["tail"]) == apart.config.depth == 2
     tokens = jnp.arange(7)[None] + 3
     wanted, got = (found.model.apply({"params": found.params}, tokens) for found in (stacked, apart))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
