@@ -65,7 +65,7 @@ def get_config() -> Experiment:
         model=RecurrentSeq2SeqConfig(depth=1, width=128, cell=GRU()),
         data=Sentences(batch_size=64),
         optimizer=AdamW(learning_rate=4e-3, weight_decay=0.0),
-        train=Train(steps=800, eval_every=400, checkpoint_every=800, log_every=50),
+        train=Train(steps=1200, eval_every=600, checkpoint_every=1200, log_every=50),
     )
 
 

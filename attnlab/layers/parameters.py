@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from attnlab import sharding
@@ -33,7 +34,7 @@ def parameter(
     dtypes: Dtypes,
     *,
     std: float = 0.0,
-    mean: float = 0.0,
+    mean: float | np.ndarray = 0.0,
 ) -> Array:
     """Declares a parameter, normal with this mean and deviation, and hands it out in the compute dtype.
 
@@ -45,7 +46,7 @@ def parameter(
         dtype = jnp.dtype(dtypes.param)
         where = None if _no_mesh() else sharding.stored_spec(shape, axes)
         if std == 0.0:
-            return jnp.full(shape, mean, dtype, out_sharding=where)
+            return jnp.broadcast_to(jnp.asarray(mean, dtype), shape, out_sharding=where)
         return mean + std * jax.random.normal(key, shape, dtype, out_sharding=where)
 
     value = module.param(name, init).astype(dtypes.compute)

@@ -8,6 +8,7 @@ from attnlab.models.heads import Classifier, Dense, FirstToken, MaskedLM, MeanOf
 from attnlab.models.recurrent import Recurrent, RecurrentConfig
 from attnlab.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from attnlab.models.speech import SpeechEncoder, SpeechEncoderConfig
 from attnlab.models.text import Learned, Sinusoidal
 from attnlab.models.vit import ViT, ViTConfig
 
@@ -34,6 +35,8 @@ __all__ = [
     "Seq2SeqConfig",
     "Sinusoidal",
     "SourceConfig",
+    "SpeechEncoder",
+    "SpeechEncoderConfig",
     "TokenFlops",
     "TransformerConfig",
     "ViT",

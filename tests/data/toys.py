@@ -55,6 +55,26 @@ class Images(Data):
         return Example(np.zeros(1), np.array([target]), np.ones(1), np.zeros(1), image)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sounds(Data):
+    """Frames of noise, and a word for each two of them."""
+
+    tokenizer: Words = Words()  # noqa: RUF009
+    sequence_length: int = 8
+
+    @property
+    def source_shape(self):
+        return (8, 4)
+
+    def records(self, split):
+        return [{"text": "loud " * (i % 4 + 1), "seed": i} for i in range(24)]
+
+    def encode(self, record, tokenizer):
+        count = record["text"].count("loud")
+        frames = np.random.default_rng(record["seed"]).normal(size=(2 * count, 4)) + 3
+        return super().encode(record, tokenizer)._replace(source=frames)
+
+
 def segments(batch):
     """Every packed piece of a batch as (tokens, targets, weights, positions)."""
     for row in range(len(batch.tokens)):

@@ -13,14 +13,21 @@ from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
 from attnlab.layers import Attention
 from attnlab.layers.pairs import Sigmoid
-from attnlab.models import ContrastiveConfig, RecurrentSeq2SeqConfig, ViTConfig
+from attnlab.models import (
+    ContrastiveConfig,
+    DecoderConfig,
+    RecurrentSeq2SeqConfig,
+    Seq2SeqConfig,
+    SpeechEncoderConfig,
+    ViTConfig,
+)
 from attnlab.models.contrastive import TextTowerConfig
 from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
 from attnlab.train.step import init_params, make_train_step
 from experiments.recurrent_translate import Sentences
-from tests.data.toys import Images
+from tests.data.toys import Images, Sounds
 from tests.programs import ROOT, write_text
 from tests.train.small import TOKENIZER, experiment, session
 
@@ -287,9 +294,27 @@ READERS["images and texts, other parts"] = (
     ),
     {"model.objective.scale": "1.0", "model.text.pooling.token": "6"},
 )
+READERS["sounds"] = (
+    Experiment(
+        model=Seq2SeqConfig(
+            SpeechEncoderConfig(depth=1, width=16, attention=Attention(4), mels=4, frames=8),
+            DecoderConfig(depth=1, width=16, attention=Attention(4)),
+        ),
+        data=Sounds(batch_size=8),
+    ),
+    {
+        "model.encoder.frames": "10",
+        "model.encoder.norm": "RMSNorm",
+        "model.encoder.pattern": "(Bidirectional(4,4),)",
+    },
+)
 READER_FIELDS = [(name, field) for name, (_, fields) in READERS.items() for field in fields]
 # Of models that read a source, which the default experiment has none of.
 OF_SOURCES = {
+    (
+        "model=Seq2SeqConfig(SpeechEncoderConfig())",
+        "encoder.mels",
+    ): "as the data's: tests/models/test_speech.py",
     ("model=Seq2SeqConfig", "encoder"): "another model: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "shared"): "one table less: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "start"): "what is generated: tests/generation/test_sources.py",

@@ -11,6 +11,7 @@ from attnlab.pretrained.families import (
     modernbert,
     starcoder2,
     vit,
+    whisper,
 )
 from attnlab.pretrained.families.base import Family
 
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     **modernbert.FAMILIES,
     **vit.FAMILIES,
     **contrastive.FAMILIES,
+    **whisper.FAMILIES,
 }
 
 __all__ = ["FAMILIES", "Family"]

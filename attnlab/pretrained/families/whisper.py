@@ -1,0 +1,85 @@
+"""Whisper: an encoder of sound and a decoder of text."""
+
+from typing import Any
+
+from attnlab.layers import MLP, Attention, LayerNorm
+from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
+from attnlab.pretrained.families.base import Family, convolution, linear, norm
+from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.table import Tensor
+
+
+def whisper(s: Settings) -> Seq2SeqConfig:
+    """Whisper (Radford et al. 2022, arXiv 2212.04356, section 2.2)."""
+    for name in ("encoder_layerdrop", "decoder_layerdrop", "activation_dropout"):
+        s.require(name, 0.0)
+    s.require("apply_spec_augment", False)
+    both: dict[str, Any] = {
+        "width": s["d_model"],
+        "norm": LayerNorm(),
+        "dropout": s.get("dropout", 0.0),
+    }
+    return Seq2SeqConfig(
+        SpeechEncoderConfig(
+            depth=s["encoder_layers"],
+            attention=_attention(s, "encoder"),
+            feed_forward=MLP(s["encoder_ffn_dim"], s.activation("activation_function")),
+            mels=s["num_mel_bins"],
+            frames=2 * s["max_source_positions"],
+            **both,
+        ),
+        DecoderConfig(
+            depth=s["decoder_layers"],
+            attention=_attention(s, "decoder"),
+            feed_forward=MLP(s["decoder_ffn_dim"], s.activation("activation_function")),
+            positions=Learned(s["max_target_positions"]),
+            vocab_size=s["vocab_size"],
+            tied=s.get("tie_word_embeddings", True),
+            **both,
+        ),
+        start=s["decoder_start_token_id"],
+        forced=tuple(token for _, token in s.get("forced_decoder_ids") or ()),
+    )
+
+
+def _attention(s: Settings, half: str) -> Attention:
+    return Attention(s[f"{half}_attention_heads"], bias="qvo", dropout=s.get("attention_dropout", 0.0))
+
+
+def _half(half: str, branches: dict[str, str]) -> list[Tensor]:
+    """The rows of one half, whose attention branches have these names there."""
+    ours, theirs = f"{half}/layers/{{layer}}", f"model.{half}.layers.{{layer}}"
+    rows: list[Tensor] = []
+    for branch, name in branches.items():
+        rows += norm(f"{ours}/{branch}_norm", f"{theirs}.{name}_layer_norm")
+        for part in ("query", "key", "value"):
+            rows += linear(f"{ours}/{branch}/{part}", f"{theirs}.{name}.{part[0]}_proj", "(h d) e -> e h d")
+        out = f"{theirs}.{name}.out_proj"
+        rows.append(Tensor(f"{ours}/{branch}/out/kernel", f"{out}.weight", "e (h d) -> h d e"))
+        rows.append(Tensor(f"{ours}/{branch}/out/bias", f"{out}.bias"))
+    rows += norm(f"{ours}/feed_forward_norm", f"{theirs}.final_layer_norm")
+    for part, name in (("up", "fc1"), ("down", "fc2")):
+        rows += linear(f"{ours}/feed_forward/{part}", f"{theirs}.{name}")
+    return [*rows, *norm(f"{half}/norm", f"model.{half}.layer_norm")]
+
+
+TENSORS = (
+    *convolution("encoder/convolution1", "model.encoder.conv1", "o i k -> k i o"),
+    *convolution("encoder/convolution2", "model.encoder.conv2", "o i k -> k i o"),
+    Tensor("encoder/position_embedding", "model.encoder.embed_positions.weight"),
+    *_half("encoder", {"attention": "self_attn"}),
+    Tensor("decoder/embedding/table", "model.decoder.embed_tokens.weight"),
+    Tensor("decoder/position_embedding/table", "model.decoder.embed_positions.weight"),
+    *_half("decoder", {"attention": "self_attn", "cross_attention": "encoder_attn"}),
+    Tensor("decoder/readout/table", "proj_out.weight"),
+)
+FAMILIES = {
+    "whisper": Family(
+        whisper,
+        TENSORS,
+        prefix="model.",
+        architecture="WhisperForConditionalGeneration",
+        ignored=(r"proj_out\.weight",),
+        made=Seq2SeqConfig,
+    )
+}

@@ -1,0 +1,213 @@
+"""Whisper of transformers with random weights, read, compared, generated from and written again."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.data import Bytes, preprocessor
+from attnlab.data.audio import LogMel
+from attnlab.generation import Generator, Power, Sampling, beam_search, prefill
+from attnlab.inspect.maps import in_order
+from attnlab.pretrained import checkpoints, load
+from tests.generation.models import assert_same, until_end
+from tests.pretrained.peers import close, saved, saved_gradients
+
+pytestmark = pytest.mark.parity
+
+SMALL = {
+    "vocab_size": 67,
+    "num_mel_bins": 8,
+    "max_source_positions": 12,
+    "max_target_positions": 40,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "decoder_start_token_id": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "begin_suppress_tokens": None,
+}
+CASES = {
+    "whisper": SMALL,
+    "uneven halves, untied": SMALL
+    | {"encoder_layers": 3, "decoder_attention_heads": 2, "decoder_ffn_dim": 40, "max_source_positions": 7}
+    | {"activation_function": "relu", "tie_word_embeddings": False},
+}
+STEPS, START, EOS = 32, 3, 2
+RNG = np.random.default_rng(0)
+LABELS = np.where(np.arange(9) < [[9], [6]], RNG.integers(4, 67, (2, 9)), -100)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def peer(request, tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(**CASES[request.param])
+    config._attn_implementation = "eager"
+    return saved(transformers.WhisperForConditionalGeneration(config), tmp_path_factory.mktemp("peer"))
+
+
+def sounds(peer):
+    """Features (B, frames, mels), as many frames as the checkpoint is for, and the same for torch."""
+    torch = pytest.importorskip("torch")
+    features = np.random.default_rng(1).normal(size=(2, *peer.found[1].source_shape)).astype(np.float32)
+    return jnp.asarray(features), torch.tensor(features.transpose(0, 2, 1))
+
+
+def test_logits_hidden_states_and_maps(peer):
+    torch = pytest.importorskip("torch")
+    features, theirs = sounds(peer)
+    tokens = np.random.default_rng(2).integers(4, 67, (2, 9))
+    with torch.no_grad():
+        options = {"output_hidden_states": True, "output_attentions": True}
+        expected = peer.theirs(theirs, decoder_input_ids=torch.tensor(tokens), **options)
+    with jax.set_mesh(peer.mesh):
+        run = jax.jit(partial(peer.model.apply, mutable=["intermediates"]))
+        logits, captured = run({"params": peer.params}, jnp.asarray(tokens), source=features)
+    close(logits, expected.logits)
+    encoder, decoder = (captured["intermediates"][half]["layers"] for half in ("encoder", "decoder"))
+    for layers, branch, maps in [
+        (encoder, "attention", expected.encoder_attentions),
+        (decoder, "attention", expected.decoder_attentions),
+        (decoder, "cross_attention", expected.cross_attentions),
+    ]:
+        close(in_order(layers, branch, "attention_weights"), torch.stack(maps))
+    # The last of theirs is what the logits are read from, normed.
+    close(in_order(encoder, "hidden"), torch.stack(expected.encoder_hidden_states[:-1]))
+    close(in_order(decoder, "hidden"), torch.stack(expected.decoder_hidden_states[:-1]))
+    with jax.set_mesh(peer.mesh):
+        memory = jax.jit(partial(peer.model.apply, method="encode"))({"params": peer.params}, features)
+    close(memory.values, expected.encoder_last_hidden_state)
+
+
+def test_loss_and_gradients(peer, tmp_path):
+    torch = pytest.importorskip("torch")
+    features, theirs = sounds(peer)
+    peer.theirs.zero_grad()
+    loss = peer.theirs(theirs, labels=torch.tensor(LABELS)).loss
+    loss.backward()
+    frozen = peer.theirs.model.encoder.embed_positions.weight
+    assert frozen.grad is None
+    frozen.grad = torch.zeros_like(frozen)
+    targets, weights = np.maximum(LABELS, 0), LABELS >= 0
+    tokens = np.concatenate([np.full((2, 1), START), targets[:, :-1]], axis=1)
+
+    def ours(params):
+        s = peer.model.apply(
+            {"params": params}, *map(jnp.asarray, (tokens, targets)), method="statistics", source=features
+        )
+        return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
+
+    with jax.set_mesh(peer.mesh):
+        value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
+    close(value, loss.detach().numpy(), 1e-5)
+    wanted, found = saved_gradients(peer.theirs, tmp_path), peer.named(grads)
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        most = np.abs(wanted[name]).max()
+        np.testing.assert_allclose(grad, wanted[name], rtol=1e-3, atol=1e-3 * most, err_msg=name)
+
+
+def test_written_again_it_is_the_same(peer, tmp_path):
+    checkpoints.write_params(tmp_path, peer.found[0], peer.params)
+    peer.theirs.config.save_pretrained(tmp_path)
+    again = type(peer.theirs).from_pretrained(tmp_path)
+    for name, tensor in peer.theirs.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+def generate(peer, features, begin, **options):
+    """By transformers' own loop: Whisper's `generate` has rules of its own, for time stamps and silence."""
+    import torch
+    from transformers.generation import GenerationConfig, GenerationMixin
+
+    config = GenerationConfig(max_new_tokens=STEPS, pad_token_id=EOS, decoder_start_token_id=START, **options)
+    return GenerationMixin.generate(
+        peer.theirs,
+        features,
+        decoder_input_ids=torch.tensor(begin),
+        generation_config=config,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+
+
+def start(peer, features):
+    tokens = jnp.array([[START, 5]] * 2)
+    there = jnp.ones(features.shape[:2], jnp.int32)
+    return prefill(
+        peer.model,
+        2 + STEPS,
+        peer.params,
+        tokens,
+        jnp.ones_like(tokens),
+        source=features,
+        source_segments=there,
+    )
+
+
+def test_greedy(peer):
+    features, theirs = sounds(peer)
+    expected = generate(peer, theirs, [[START, 5]] * 2, eos_token_id=None).sequences[:, 2:].tolist()
+    got = []
+    with jax.set_mesh(peer.mesh):
+        read = jax.jit(lambda prefix, params, new: prefix.read(peer.model, params, new))
+        prefix = start(peer, features)
+        for _ in range(STEPS):
+            got.append(np.asarray(prefix.logits).argmax(-1))
+            prefix = read(prefix, peer.params, got[-1])
+    assert np.transpose(got).tolist() == expected
+
+
+def test_beams(peer):
+    features, theirs = sounds(peer)
+    options = {"num_beams": 3, "num_return_sequences": 3, "early_stopping": False, "eos_token_id": EOS}
+    found = generate(peer, theirs, [[START, 5]] * 2, **options)
+    expected = found.sequences[:, 2:].reshape(2, 3, -1).tolist()
+    scores = found.sequences_scores.reshape(2, 3).tolist()
+    with jax.set_mesh(peer.mesh):
+        options = {"count": 3, "penalty": Power(1.0), "eos_id": EOS, "slots": STEPS, "steps": STEPS}
+        texts = beam_search(peer.model, peer.params, start(peer, features), **options)
+    for i in range(2):
+        ours = [until_end(text, EOS) for text in texts.tokens[i].tolist()]
+        wanted = [until_end(text, EOS) for text in expected[i]]
+        assert_same(
+            [*zip(ours, texts.scores[i].tolist(), strict=True)], [*zip(wanted, scores[i], strict=True)]
+        )
+
+
+def test_from_sound_to_text(tmp_path):
+    """By the numbers and the files of the checkpoint alone."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"feature_size": 16, "sampling_rate": 16_000, "hop_length": 160, "chunk_length": 1, "n_fft": 400}
+    extractor = transformers.WhisperFeatureExtractor(**sizes)
+    tokenizer = Bytes().train([])
+    own = {
+        "vocab_size": 257,
+        "num_mel_bins": 16,
+        "max_source_positions": 50,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    config = transformers.WhisperConfig(**SMALL | own, forced_decoder_ids=[[1, 5], [2, 9]])
+    config._attn_implementation = "eager"
+    there = saved(transformers.WhisperForConditionalGeneration(config), tmp_path)
+    extractor.save_pretrained(tmp_path)
+    tokenizer.for_others().save(tmp_path / "tokenizer.json")
+
+    sound = np.random.default_rng(0).normal(size=12_000).astype(np.float32) * 0.1
+    theirs = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features
+    expected = generate(there, theirs, [[START, 5, 9]], eos_token_id=tokenizer.eos_id)
+    model, params, tokens, config = load(str(tmp_path), there.mesh)
+    features = LogMel.from_settings(preprocessor.read(tmp_path))(jnp.asarray(sound)[None])
+    close(features[0], theirs[0].T)
+    generator = Generator(model, params, tokens, config.decoder.positions.length, there.mesh)
+    (row,) = generator(sources=[features[0]], sampling=Sampling(0.0), max_new_tokens=STEPS + 2)
+    assert row.tokens == until_end(expected.sequences[0, 1:].tolist(), tokenizer.eos_id)[: len(row.tokens)]
+    assert row.tokens[:2] == [5, 9] and len(row.tokens) > 8
