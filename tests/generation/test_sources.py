@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab.data import Bytes
-from attnlab.generation import Beams, Generator, Power, Sampling, Wu
+from attnlab.generation import Beams, Draft, Generator, Power, Sampling, Wu
 from attnlab.layers import Attention, LayerNorm, RelativeBias
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig
 from attnlab.sharding import make_mesh, out_sharding, parse_mesh
@@ -77,6 +77,7 @@ def test_greedy_is_the_argmax_of_full_forwards(one):
         assert row.tokens == by_full_forwards(one, source, [7], 12)[: len(row.tokens)]
         assert (row.source, row.prompt, row.head) == (source, "", f"{source}\n")
     assert len({tuple(row.tokens) for row in found}) == 3  # they depend on their sources
+    assert one(sources=SOURCES, max_new_tokens=12, sampling=GREEDY, guesses=Draft(one, 2)) == found
 
 
 def test_prompts_and_forced_tokens_come_first(one):

@@ -56,6 +56,7 @@ def same(ours, theirs, texts=ODD):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parity
 def test_llama(tmp_path, legacy):
     (tmp_path / "llama").mkdir()
     peer = trained(tmp_path / "llama" / "tokenizer.model", "bpe", **LLAMA)
