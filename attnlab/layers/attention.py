@@ -205,6 +205,7 @@ class Reading:
       cache: of what was read before these tokens, without the layers' own parts; None if nothing was.
       memory: what cross-attention looks at; None where layers have none, or where their caches hold it.
       relative: the table of `RelativeBias`.
+      ahead: tokens of one number over 0 see each other, whatever their layers' kinds; None is none.
     """
 
     segments: Int[Array, "B T"]
@@ -212,6 +213,7 @@ class Reading:
     cache: Cache | None = None
     memory: Memory | None = None
     relative: Float[Array, "buckets H"] | None = None
+    ahead: Int[Array, "B T"] | None = None
 
 
 class AttentionLayer(nn.Module):
@@ -257,6 +259,9 @@ class AttentionLayer(nn.Module):
         score = None
         if isinstance(self.positions, RelativeBias) and reading.relative is not None:
             score = self.positions(reading.relative, self.kind, first)
+        if reading.ahead is not None:
+            keys = jnp.pad(reading.ahead, [(0, 0), (0, key.shape[1] - x.shape[1])])  # slots yet to be filled
+            mask = mask | segments(reading.ahead, keys)
         mask = mask & segments(reading.segments, key_segments)
         out = self._attend(query, key, value, mask, score, deterministic)
         return self._project_out(out, x.shape[-1]), layer_cache

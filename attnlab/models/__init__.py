@@ -1,10 +1,12 @@
 """Model families, one file each."""
 
 from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops, TransformerConfig
+from attnlab.models.captioner import Captioner, CaptionerConfig
 from attnlab.models.contrastive import Contrastive, ContrastiveConfig
 from attnlab.models.decoder import Decoder, DecoderConfig
 from attnlab.models.encoder import Encoder, EncoderConfig
 from attnlab.models.heads import Classifier, Dense, FirstToken, MaskedLM, MeanOfTokens, Pooled
+from attnlab.models.prefix import PrefixConfig, PrefixModel, Projector
 from attnlab.models.recurrent import Recurrent, RecurrentConfig
 from attnlab.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -13,6 +15,8 @@ from attnlab.models.text import Learned, Sinusoidal
 from attnlab.models.vit import ViT, ViTConfig
 
 __all__ = [
+    "Captioner",
+    "CaptionerConfig",
     "Classifier",
     "Contrastive",
     "ContrastiveConfig",
@@ -27,6 +31,9 @@ __all__ = [
     "MeanOfTokens",
     "ModelConfig",
     "Pooled",
+    "PrefixConfig",
+    "PrefixModel",
+    "Projector",
     "Recurrent",
     "RecurrentConfig",
     "RecurrentSeq2Seq",

@@ -228,6 +228,11 @@ class TransformerConfig(ModelConfig):
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
 
     @property
+    def looks(self) -> int:
+        """How many layers look at a memory, in a model whose layers do."""
+        return sum(kind.looks for kind in self.kinds)
+
+    @property
     def causal(self) -> bool:
         """Whether no layer looks ahead, so that text can be generated."""
         return all(kind.causal for kind in self.pattern)
@@ -314,13 +319,13 @@ class TransformerConfig(ModelConfig):
         """Those of `token_flops` that the layers alone do."""
         heads, d = self.attention.heads, self.head_dim
         projections = self.width * d * (2 * heads + 2 * self.kv_heads)
-        weights = self.depth * (projections + self._feed_forward_weights())
+        weights = self.depth * (projections + self.feed_forward_weights())
         # Pairs for each token, counted once for each kind of layer.
         seen = {kind: length * kind.mask().density(length, length) for kind in set(self.kinds)}
         pairs = sum(seen[kind] for kind in self.kinds)
         return TokenFlops(2.0 * weights, 4.0 * heads * d * pairs)
 
-    def _feed_forward_weights(self) -> int:
+    def feed_forward_weights(self) -> int:
         """Weights of a feed-forward layer that a token is multiplied with."""
         layer, matrix = self.feed_forward, self.width * self.feed_forward.hidden(self.width)
         if isinstance(layer, Experts):

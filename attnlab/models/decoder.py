@@ -85,9 +85,12 @@ class Decoder(TextModel):
         cache: Cache | None = None,
         deterministic: bool = True,
         memory: Memory | None = None,
+        embedded: Float[Array, "B T E"] | None = None,
+        ahead: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Cache | None]:
         """Activations before the logits, and the cache with these tokens in it; see `TextModel.read`."""
-        x, cache = self.read(tokens, segment_ids, positions, cache, deterministic, memory)
+        special = {"embedded": embedded, "ahead": ahead}
+        x, cache = self.read(tokens, segment_ids, positions, cache, deterministic, memory, **special)
         c = self.config
         scale = c.init.readout_scale(c.width) / (c.width**0.5 if c.scale_readout else 1.0)
         return x * jnp.asarray(scale, x.dtype), cache
@@ -97,7 +100,7 @@ class Decoder(TextModel):
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, memory)
-        out = logits(x, *self._readout())
+        out = self.logits_of(x)
         return out if cache is None else (out, new_cache)
 
     def statistics(
@@ -105,6 +108,14 @@ class Decoder(TextModel):
     ) -> TokenStatistics:
         """What a loss needs of each token's logits, without ever holding all of them."""
         x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, memory)
+        return self.statistics_of(x, targets)
+
+    def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+        """Logits of what `hidden` gives."""
+        return logits(x, *self._readout())
+
+    def statistics_of(self, x: Float[Array, "B T E"], targets: Int[Array, "B T"]) -> TokenStatistics:
+        """`statistics` of what `hidden` gives."""
         return token_statistics(x, targets, *self._readout())
 
     def _readout(self):

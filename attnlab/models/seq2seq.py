@@ -15,6 +15,7 @@ from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops
 from attnlab.models.decoder import DecoderConfig
 from attnlab.models.encoder import EncoderConfig
 from attnlab.models.text import TextConfig
+from attnlab.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,20 @@ class Seq2SeqConfig(ModelConfig):
             for pattern, factor in getattr(self, half).learning_rates().items()
         }
 
+    def memory_shape(self, length: int) -> tuple[int, int]:
+        """Length and width of what the decoder looks at, of a source of this length."""
+        return self.encoder.memory_shape(length)
+
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `ModelConfig.token_flops`; a source of text is taken to be as long as the text written."""
         d, (size, *rest) = self.decoder, self.source_shape
         source = size if rest else length
-        slots, width = self.encoder.memory_shape(source)
+        slots, width = self.memory_shape(source)
         # Queries and outputs of each token; keys and values of each place of the memory.
         per_row = length * 2 * d.width * d.attention.heads + slots * 2 * width * d.kv_heads
         cross = TokenFlops(
-            2.0 * d.depth * d.head_dim * per_row / length,
-            4.0 * d.depth * d.head_dim * d.attention.heads * slots,
+            2.0 * d.looks * d.head_dim * per_row / length,
+            4.0 * d.looks * d.head_dim * d.attention.heads * slots,
         )
         encoding = self.encoder.source_flops(source) * (1 / length)
         return d.token_flops(vocab_size, length) + cross + encoding
@@ -138,6 +143,7 @@ class Seq2Seq(nn.Module):
         """
         if source_segments is None:
             source_segments = jnp.ones_like(source[(..., *(0,) * (source.ndim - 2))], jnp.int32)
+        source_segments = constrain(source_segments, "batch", "sequence")
         table = {"table": self.decoder.embedding()} if self.config.shared else {}
         return self.encoder.encode(source, source_segments, deterministic=deterministic, **table)
 
@@ -155,7 +161,7 @@ class Seq2Seq(nn.Module):
 
         Without a source, the cache has what was made of it.
         """
-        memory = self._memory(source, source_segments, deterministic)
+        memory = None if source is None else self.encode(source, source_segments, deterministic)
         return self.decoder.hidden(tokens, segment_ids, positions, cache, deterministic, memory)
 
     def __call__(
@@ -165,29 +171,19 @@ class Seq2Seq(nn.Module):
         positions=None,
         cache=None,
         deterministic=True,
-        source=None,
-        source_segments=None,
+        **source,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
-        memory = self._memory(source, source_segments, deterministic)
-        return self.decoder(tokens, segment_ids, positions, cache, deterministic, memory)
+        x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
+        out = self.decoder.logits_of(x)
+        return out if cache is None else (out, new_cache)
 
     def statistics(
-        self,
-        tokens,
-        targets,
-        segment_ids=None,
-        positions=None,
-        deterministic=True,
-        source=None,
-        source_segments=None,
+        self, tokens, targets, segment_ids=None, positions=None, deterministic=True, **source
     ) -> TokenStatistics:
         """What a loss needs of each token's logits; see `Decoder.statistics`."""
-        memory = self._memory(source, source_segments, deterministic)
-        return self.decoder.statistics(tokens, targets, segment_ids, positions, deterministic, memory)
-
-    def _memory(self, source, source_segments, deterministic: bool) -> Memory | None:
-        return None if source is None else self.encode(source, source_segments, deterministic)
+        x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, **source)
+        return self.decoder.statistics_of(x, targets)
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """See `DecoderConfig.empty_cache`."""

@@ -165,6 +165,8 @@ class TextModel(nn.Module):
         memory: Memory | None = None,
         table: Float[Array, "V E"] | None = None,
         added: Float[Array, "B T W"] | None = None,
+        embedded: Float[Array, "B T E"] | None = None,
+        ahead: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Cache | None]:
         """Activations after the last norm, and the cache with these tokens in it.
 
@@ -179,6 +181,8 @@ class TextModel(nn.Module):
             cache that is given: later calls may leave it out.
           table: of the tokens, where it is another model's; None is its own.
           added: one more term of the sum of embeddings, of the tables' width W.
+          embedded: what the layers start from; None is what `embed` makes of the tokens.
+          ahead: see `Reading.ahead`; of these tokens, which nothing was read before.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -188,7 +192,8 @@ class TextModel(nn.Module):
                 before = jnp.sum(cache.segments > 0, axis=1, keepdims=True)
                 positions = jnp.maximum(before + jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
         segment_ids, positions = (constrain(a, "batch", "sequence") for a in (segment_ids, positions))
-        x = self.embed(tokens, positions, deterministic, table, added)
+        if embedded is None:
+            embedded = self.embed(tokens, positions, deterministic, table, added)
         layer_caches, shared = None, None
         if cache is not None:
             layer_caches, cache = cache.layers, cache.advance(segment_ids)
@@ -196,8 +201,8 @@ class TextModel(nn.Module):
                 cache = replace(cache, context=memory.segments)
             shared = replace(cache, layers=None)
         relative = self.relative() if isinstance(self.config.positions, RelativeBias) else None
-        reading = Reading(segment_ids, positions, shared, memory, relative)
-        x, layer_caches = self.layers(x, layer_caches, reading, deterministic)
+        reading = Reading(segment_ids, positions, shared, memory, relative, ahead)
+        x, layer_caches = self.layers(embedded, layer_caches, reading, deterministic)
         if self.config.placement != "post":  # else the last block has ended with one
             x = self.norm(x)
         return x, None if cache is None else replace(cache, layers=layer_caches)

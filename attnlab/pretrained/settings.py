@@ -53,9 +53,15 @@ class Settings(Mapping):
         found = self._fields.get(name)
         return default if found is None else found
 
-    def part(self, name: str, defaults: Mapping[str, Any]) -> "Settings":
-        """The settings of a part of the model, over these defaults."""
-        return Settings({**defaults, **self[name]}, f"{self._where}: {name}")
+    def part(self, name: str, defaults: Mapping[str, Any] | None = None, **changes: Any) -> "Settings":
+        """The fields of a model within this one.
+
+        Args:
+          name: of the field that has them.
+          defaults: what those are that it does not name.
+          **changes: what some are, whatever it says.
+        """
+        return Settings({**(defaults or {}), **self[name], **changes}, f"{self._where}: {name}")
 
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses a field that is there with a value that the family's model here cannot have.

@@ -13,9 +13,12 @@ from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
 from attnlab.layers import Attention
 from attnlab.layers.pairs import Sigmoid
+from attnlab.layers.resampler import Resampler
 from attnlab.models import (
+    CaptionerConfig,
     ContrastiveConfig,
     DecoderConfig,
+    PrefixConfig,
     RecurrentSeq2SeqConfig,
     Seq2SeqConfig,
     SpeechEncoderConfig,
@@ -306,6 +309,33 @@ READERS["sounds"] = (
         "model.encoder.frames": "10",
         "model.encoder.norm": "RMSNorm",
         "model.encoder.pattern": "(Bidirectional(4,4),)",
+    },
+)
+SEEN = {
+    "encoder": dataclasses.replace(READERS["images"][0].model, classes=0),
+    "decoder": DecoderConfig(depth=2, width=16, attention=Attention(4)),
+}
+READERS["images, captioned"] = (
+    Experiment(
+        model=CaptionerConfig(**SEEN, resampler=Resampler(4, 1)),
+        data=Images(batch_size=8, sequence_length=3, image=(8, 8, 3)),
+    ),
+    {
+        "model.resampler": "none",
+        "model.resampler.latents": "5",
+        "model.resampler.depth": "2",
+        "model.projection": "true",
+        "model.cross": "Gated",
+    },
+)
+READERS["images before a text"] = (
+    Experiment(model=PrefixConfig(**SEEN), data=READERS["images, captioned"][0].data),
+    {
+        "model.projector.activation": "relu",
+        "model.projector.bias": "false",
+        "model.normed": "false",
+        "model.marker": "5",
+        "model.ahead": "true",
     },
 )
 READER_FIELDS = [(name, field) for name, (_, fields) in READERS.items() for field in fields]

@@ -3,12 +3,14 @@
 from attnlab.pretrained.families import (
     albert,
     bert,
+    captioner,
     contrastive,
     distilbert,
     gpt2,
     llama,
     mixtures,
     modernbert,
+    prefix,
     starcoder2,
     vit,
     whisper,
@@ -27,6 +29,8 @@ FAMILIES: dict[str, Family] = {
     **vit.FAMILIES,
     **contrastive.FAMILIES,
     **whisper.FAMILIES,
+    **captioner.FAMILIES,
+    **prefix.FAMILIES,
 }
 
 __all__ = ["FAMILIES", "Family"]

@@ -46,6 +46,22 @@ class Family:
         return self.architecture if isinstance(self.architecture, str) else self.architecture(config)
 
 
+def within(family: Family, ours: str, theirs: str, bare: bool = False) -> tuple[Tensor, ...]:
+    """The table of a family's model that is a part of another.
+
+    Args:
+      family: of the part.
+      ours: the part's name.
+      theirs: the same there.
+      bare: whether it is there without its head.
+    """
+    prefix = family.prefix if bare else ""
+    return tuple(
+        replace(row, ours=f"{ours}/{row.ours}", theirs=f"{theirs}.{row.theirs.removeprefix(prefix)}")
+        for row in family.tensors
+    )
+
+
 def linear(ours: str, theirs: str, layout: str = "f e -> e f") -> tuple[Tensor, Tensor]:
     """Weight and bias of a torch Linear, whose weight is (outputs, inputs)."""
     bias = layout.partition(" e ->")[0]

@@ -11,9 +11,14 @@ from attnlab.pretrained.table import Tensor
 
 def gpt2(s: Settings) -> DecoderConfig:
     """GPT-2 (Radford et al. 2019)."""
+    s.require("add_cross_attention", False)
+    return decoder(s)
+
+
+def decoder(s: Settings) -> DecoderConfig:
+    """GPT-2, or what it is in a model whose layers look at a memory besides."""
     s.require("scale_attn_by_inverse_layer_idx", False)
     s.require("scale_attn_weights", True)
-    s.require("add_cross_attention", False)
     return DecoderConfig(
         depth=s["n_layer"],
         width=s["n_embd"],
@@ -55,6 +60,12 @@ def _tensors() -> tuple[Tensor, ...]:
             Tensor(f"{ours}/attention/{name}/bias", f"{theirs}.attn.c_attn.bias", "(part h d) -> h d"),
         )
     ]
+    cross, looks = f"{ours}/cross_attention", f"{theirs}.crossattention"
+    for name in ("key", "value"):
+        attention += [
+            Tensor(f"{cross}/{name}/kernel", f"{looks}.c_attn.weight", "e (part h d) -> e h d"),
+            Tensor(f"{cross}/{name}/bias", f"{looks}.c_attn.bias", "(part h d) -> h d"),
+        ]
     return (
         Tensor("embedding/table", "transformer.wte.weight"),
         Tensor("position_embedding/table", "transformer.wpe.weight"),
@@ -62,6 +73,11 @@ def _tensors() -> tuple[Tensor, ...]:
         *attention,
         Tensor(f"{ours}/attention/out/kernel", f"{theirs}.attn.c_proj.weight", "(h d) e -> h d e"),
         Tensor(f"{ours}/attention/out/bias", f"{theirs}.attn.c_proj.bias"),
+        *norm(f"{cross}_norm", f"{theirs}.ln_cross_attn"),
+        Tensor(f"{cross}/query/kernel", f"{looks}.q_attn.weight", "e (h d) -> e h d"),
+        Tensor(f"{cross}/query/bias", f"{looks}.q_attn.bias", "(h d) -> h d"),
+        Tensor(f"{cross}/out/kernel", f"{looks}.c_proj.weight", "(h d) e -> h d e"),
+        Tensor(f"{cross}/out/bias", f"{looks}.c_proj.bias"),
         *norm(f"{ours}/feed_forward_norm", f"{theirs}.ln_2"),
         Tensor(f"{ours}/feed_forward/up/kernel", f"{theirs}.mlp.c_fc.weight"),
         Tensor(f"{ours}/feed_forward/up/bias", f"{theirs}.mlp.c_fc.bias"),
@@ -79,6 +95,6 @@ FAMILIES = {
         prefix="transformer.",
         architecture="GPT2LMHeadModel",
         fields=fields,
-        ignored=(r".*\.attn\.(masked_)?bias", r"lm_head\.weight"),
+        ignored=(r".*\.(cross)?att(entio)?n\.(masked_)?bias", r"(decoder\.)?lm_head\.weight"),
     )
 }

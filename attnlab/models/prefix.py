@@ -1,0 +1,176 @@
+"""Pictures as tokens of a text, read by one decoder (LLaVA, arXiv 2304.08485; PaliGemma, 2407.07726)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnlab.attention.cache import Cache
+from attnlab.layers.attention import Memory
+from attnlab.layers.feed_forward import ACTIVATIONS
+from attnlab.layers.linear import Linear
+from attnlab.models.base import TokenFlops
+from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from attnlab.models.vit import ViTConfig
+from attnlab.sharding import constrain
+
+
+@dataclass(frozen=True)
+class Projector:
+    """What makes patches as wide as the decoder: x W, or activation(x W1) W2 (arXiv 2310.03744)."""
+
+    activation: Literal["gelu", "gelu_exact", "relu", "silu"] | None = None
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class PrefixConfig(Seq2SeqConfig):
+    """An encoder of images, and a decoder that reads its patches as tokens; see `Seq2SeqConfig`.
+
+    Attributes:
+      projector: makes tokens of patches.
+      normed: whether it reads them after the encoder's last norm.
+      marker: the token in whose places the patches stand, as many as there are; None puts them before a text.
+      ahead: whether the tokens of an image see each other, and with them those of a prompt to go on from.
+    """
+
+    encoder: ViTConfig = field(default_factory=ViTConfig)
+    projector: Projector = field(default_factory=Projector)
+    normed: bool = True
+    marker: int | None = None
+    ahead: bool = False
+
+    @property
+    def patches(self) -> int:
+        """Tokens of an image."""
+        return self.encoder.memory_shape(self.source_shape[0])[0] - self.encoder.prefix
+
+    @property
+    def before(self) -> int:
+        """Tokens before those of the text."""
+        return self.patches if self.marker is None else 0
+
+    def build(self, vocab_size: int) -> "PrefixModel":
+        """See `ModelConfig.build`."""
+        return PrefixModel(self, vocab_size)
+
+    def check_length(self, length: int) -> None:
+        """See `ModelConfig.check_length`."""
+        self.decoder.check_length(self.before + length)
+
+    def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
+        """See `ModelConfig.token_flops`."""
+        e, d, tokens = self.encoder, self.decoder, self.before + length
+        maps = e.width * d.width + (d.width**2 if self.projector.activation else 0)
+        image = e.source_flops(self.source_shape[0]) + TokenFlops(2.0 * self.patches * maps, 0.0)
+        readout = TokenFlops(2.0 * vocab_size * d.width, 0.0)
+        return (image + d.layer_flops(tokens) * tokens) * (1 / length) + readout
+
+
+class PrefixModel(Seq2Seq):
+    """An image and a text in, logits of the text's next tokens out.
+
+    Attributes:
+      config: see `PrefixConfig`.
+      vocab_size: of the tokenizer.
+    """
+
+    config: PrefixConfig
+
+    def setup(self):
+        """Declares encoder, projector and decoder."""
+        c = self.config
+        self.encoder = c.encoder.build(self.vocab_size)
+        self.decoder = c.decoder.build(self.vocab_size)
+        deep = c.projector.activation is not None
+        axes = ("embed", "mlp") if deep else ("norm", "embed")
+        self.projection = self._linear(c.encoder.width, *axes)
+        if deep:
+            self.projection_out = self._linear(c.decoder.width, "mlp", "embed")
+
+    def _linear(self, inputs: int, *axes: str) -> Linear:
+        c, d = self.config, self.config.decoder
+        return Linear((inputs,), (d.width,), axes, d.init.hidden_std(inputs), c.projector.bias, d.dtypes)
+
+    def encode(
+        self, source: Array, source_segments: Int[Array, "B S"] | None = None, deterministic: bool = True
+    ) -> Memory:
+        """The tokens of images; arguments as of `Seq2Seq.encode`."""
+        c, first = self.config, self.config.encoder.prefix
+        seen = self.encoder.encode(source, source_segments, deterministic=deterministic, normed=c.normed)
+        x = self.projection(seen.values[:, first:])
+        if c.projector.activation:
+            x = self.projection_out(ACTIVATIONS[c.projector.activation](x))
+        return Memory(x, seen.segments[:, first:])
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        source: Array | None = None,
+        source_segments: Int[Array, "B S"] | None = None,
+        prompt: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+        """The decoder's activations of the text before the logits, and its cache; see `Decoder.hidden`.
+
+        Args:
+          tokens: ids; the image's own places among them are `config.marker`.
+          segment_ids: 0 for padding.
+          positions: of the text's tokens, if the image is before them.
+          cache: of what was read before, the image too if none is given.
+          deterministic: False drops out, with an rng named "dropout".
+          source: images, (B, height, width, channels).
+          source_segments: 0 where rows of pixels are padding; None is nowhere.
+          prompt: 1 for tokens that see each other, if `config.ahead`; None is those of the image, and with a
+            cache all that are read with it.
+        """
+        c, n = self.config, self.config.before
+        if positions is not None:
+            positions = positions + n
+        if source is None:
+            return self.decoder.hidden(tokens, segment_ids, positions, cache, deterministic)
+        image = self.encode(source, source_segments, deterministic)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = n + jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
+        tokens, segment_ids, positions = (
+            constrain(a, "batch", "sequence") for a in (tokens, segment_ids, positions)
+        )
+        if c.marker is None:
+            here = jnp.zeros_like(tokens, bool)
+            x = self.decoder.embed(tokens, positions, deterministic)
+        else:
+            here = tokens == c.marker
+            x = self.decoder.embed(jnp.where(here, 0, tokens), positions, deterministic)
+            at = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, image.values.shape[1] - 1)
+            placed = jax.vmap(lambda rows, i: rows[i])(image.values, at)
+            x = jnp.where(here[..., None], constrain(placed, "batch", "sequence", None), x)
+        if prompt is None:
+            prompt = (segment_ids > 0) if cache is not None else here
+        prompt = constrain(prompt.astype(jnp.int32), "batch", "sequence")
+        if n:
+            places = jnp.zeros_like(image.segments) + jnp.arange(n)[None]
+            pairs = ((image.values, x), (image.segments, segment_ids), (places, positions))
+            x, segment_ids, positions = (jnp.concatenate(pair, axis=1) for pair in pairs)
+            prompt = jnp.concatenate([image.segments, prompt], axis=1)
+            tokens = jnp.concatenate([jnp.zeros_like(image.segments), tokens], axis=1)
+        x, cache = self.decoder.hidden(
+            tokens,
+            segment_ids,
+            positions,
+            cache,
+            deterministic,
+            embedded=x,
+            ahead=prompt if c.ahead else None,
+        )
+        return x[:, n:], cache
+
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """See `DecoderConfig.empty_cache`; with room for an image before the text, if that is where it is."""
+        return self.config.decoder.empty_cache(batch, slots + self.config.before)

@@ -1,0 +1,87 @@
+"""Decoders that read patches of an image as tokens: LLaVA and PaliGemma."""
+
+from dataclasses import replace
+
+from attnlab.models import PrefixConfig, Projector
+from attnlab.pretrained.families import llama, vit
+from attnlab.pretrained.families.base import Family, linear, within
+from attnlab.pretrained.families.contrastive import CLIP_IMAGE, SIGLIP_IMAGE
+from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.table import Tensor
+
+# What the parts' configs mean where they do not say, as old ones of LLaVA and PaliGemma do not.
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 32000,
+}
+GEMMA = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
+
+
+def llava(s: Settings) -> PrefixConfig:
+    """LLaVA 1.5: a layer of CLIP's tower, two maps, and Llama (Liu et al. 2023, arXiv 2310.03744)."""
+    image, text = s.part("vision_config", CLIP_IMAGE), s.part("text_config", LLAMA)
+    image.require("model_type", "clip_vision_model")
+    text.require("model_type", "llama")
+    s.require("vision_feature_select_strategy", "default")
+    encoder, layer = vit.clip_vision(image), s.get("vision_feature_layer", -2)
+    s.require("vision_feature_layer", *range(-encoder.depth, 0), *range(1, encoder.depth + 1))
+    return PrefixConfig(
+        encoder=replace(encoder, depth=layer if layer > 0 else encoder.depth + 1 + layer),
+        decoder=llama.llama(text),
+        projector=Projector(s.activation("projector_hidden_act"), s.get("multimodal_projector_bias", True)),
+        normed=False,
+        marker=s["image_token_index"],
+    )
+
+
+def paligemma(s: Settings) -> PrefixConfig:
+    """PaliGemma: SigLIP's tower, a map, and Gemma, whose prompt sees itself whole (arXiv 2407.07726)."""
+    image = s.part("vision_config", SIGLIP_IMAGE)
+    image.require("model_type", "siglip_vision_model")
+    image.require("vision_use_head", False)
+    text = s.part("text_config", GEMMA)
+    text.require("model_type", "gemma")
+    text.require("use_bidirectional_attention", None, True)
+    decoder = llama.gemma(text)
+    s.require("projection_dim", decoder.width)
+    return PrefixConfig(
+        encoder=vit.siglip_vision(s.part("vision_config", SIGLIP_IMAGE, vision_use_head=True)),
+        decoder=decoder,
+        marker=s["image_token_index"],
+        ahead=True,
+    )
+
+
+def _family(config, architecture: str, decoder: str, projector: tuple[Tensor, ...], *ignored: str) -> Family:
+    text = llama.FAMILIES[decoder]
+    rows = vit.tower("encoder/", "vision_tower."), projector, within(text, "decoder", "language_model")
+    return Family(
+        config,
+        tuple(row for part in rows for row in part),
+        prefix="",
+        architecture=architecture,
+        ignored=(*ignored, r"language_model\.lm_head\.weight", r".*\.(rotary_emb\.inv_freq|position_ids)"),
+        made=PrefixConfig,
+        older=(("vision_tower.", "vision_tower.vision_model."),),
+    )
+
+
+LINEAR = "multi_modal_projector.linear"
+FAMILIES = {
+    "llava": _family(
+        llava,
+        "LlavaForConditionalGeneration",
+        "llama",
+        (*linear("projection", f"{LINEAR}_1"), *linear("projection_out", f"{LINEAR}_2")),
+        # Layers of the tower after the one that is read.
+        r"vision_tower\.(vision_model\.)?(encoder\.layers|post_layernorm)\..*",
+    ),
+    "paligemma": _family(
+        paligemma, "PaliGemmaForConditionalGeneration", "gemma", linear("projection", LINEAR)
+    ),
+}
