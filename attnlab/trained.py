@@ -79,10 +79,14 @@ class Trained:
 
     def attention_of(self, tokens: Sequence[int]) -> Float[np.ndarray, "L H T S"]:
         """Where each token of one text looks, in every layer and head."""
+        return self.attention(self.one(tokens))[:, 0]
+
+    def one(self, tokens: Sequence[int]) -> Batch:
+        """A text as a batch, in every row of as many as the mesh needs."""
         rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
         ids = np.tile(np.asarray(tokens, np.int32), (rows, 1))
         zero, one = np.zeros_like(ids), np.ones_like(ids)
-        batch = Batch(
+        return Batch(
             ids,
             zero,
             zero.astype(np.float32),
@@ -90,7 +94,6 @@ class Trained:
             zero + np.arange(ids.shape[1], dtype=np.int32)[None],
             np.zeros(rows, np.float32),
         )
-        return self.attention(batch)[:, 0]
 
     def claim(self, text: str, holds: bool) -> None:
         """Says whether a claim of the experiment came true."""

@@ -1,0 +1,94 @@
+"""Folders of BERT: written of a model made here, read by older names, and refused by name."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load_file, save_file
+
+from attnlab.models import Classifier, Dense, FirstToken, MaskedLM, Pooled
+from attnlab.pretrained import checkpoints, load
+from tests.models.test_encoder import ALBERT
+from tests.models.test_encoder import BERT as CONFIG
+from tests.pretrained.test_sentences import BERT
+
+TANH = Dense("tanh")
+HEADS = {
+    "BertModel": Pooled(FirstToken(), TANH),
+    "BertForMaskedLM": MaskedLM(Dense("gelu", norm=True)),
+    "BertForSequenceClassification": Classifier(5, FirstToken(), TANH),
+    "BertForTokenClassification": Classifier(3, None, None),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_was_made_here_is_described(name):
+    config = replace(CONFIG, vocab_size=13, head=HEADS[name], positions=replace(CONFIG.positions, offset=0))
+    fields = checkpoints.describe(config, 16)
+    assert (fields["model_type"], fields["architectures"]) == ("bert", [name])
+
+
+def test_what_no_bert_is(refuses):
+    for config in (CONFIG, ALBERT, replace(CONFIG, head=MaskedLM(None))):
+        with refuses("no config.json can say what this model is"):
+            checkpoints.describe(replace(config, vocab_size=13), 14)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A folder of a model of masked words, and its parameters."""
+    (tmp_path / "config.json").write_text(json.dumps(BERT | {"architectures": ["BertForMaskedLM"]}))
+    folder = epath.Path(tmp_path)
+    family, config = checkpoints.read_config(folder)
+    rng, abstract = np.random.default_rng(0), checkpoints.abstract_params(config)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract)
+    checkpoints.write_params(folder, family, params)
+    return tmp_path, params
+
+
+def rewrite(folder, change):
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_older_names_buffers_and_other_tasks(made):
+    """As google-bert/bert-base-uncased has them."""
+    folder, params = made
+    older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def change(tensors):
+        for now, before in older.items():
+            tensors = {name.replace(now, before): tensor for name, tensor in tensors.items()}
+        extra = ("bert.embeddings.position_ids", "cls.seq_relationship.weight", "bert.pooler.dense.bias")
+        return tensors | dict.fromkeys(extra, np.zeros(3, np.float32))
+
+    rewrite(folder, change)
+    jax.tree.map(np.testing.assert_array_equal, load(str(folder)).params, params)
+
+
+def test_what_lacks_and_what_is_too_much_is_told(made, refuses):
+    folder, _ = made
+    rewrite(folder, lambda t: t | {"adapter.weight": t.pop("cls.predictions.transform.dense.bias")})
+    with refuses("missing: cls.predictions.transform.dense.bias", "too many: adapter.weight"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["BertForPreTraining"]}, "architectures=['BertForPreTraining'] is not supported"),
+        ({"problem_type": "regression"}, "problem_type='regression' is not supported"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+        ({"is_decoder": True}, "is_decoder=True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+    ],
+)
+def test_what_is_refused(made, refuses, changes, said):
+    folder, _ = made
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | changes))
+    with refuses(said):
+        load(str(folder))
