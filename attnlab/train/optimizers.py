@@ -276,11 +276,11 @@ def matrix_axes(name: str, ndim: int) -> tuple[int, int] | None:
       ndim: how many axes it has.
     """
     names = name.split("/")
-    if names[-1] not in ("kernel", "table"):
+    if not name.endswith(("kernel", "table")):
         return None
-    # A feed-forward layer has one matrix, or one for each of its experts.
+    # A feed-forward layer has one matrix, or one for each of its experts. What writes heads has two axes.
     first = ndim - 2 if "feed_forward" in names else int("periods" in names)
-    return first, first + (2 if names[-2] == "out" and ndim > first + 2 else 1)
+    return first, first + 1 if names[-2] in ("query", "key", "value") else ndim - 1
 
 
 def _by_compiler(transformation: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -3,15 +3,20 @@
 import dataclasses
 import re
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 from attnlab.layers import Experts
+from attnlab.layers.experts import ExpertMaps
+from attnlab.layers.linear import Linear
+from attnlab.models import ContrastiveConfig, DecoderConfig, RecurrentSeq2SeqConfig, Seq2SeqConfig
+from attnlab.pretrained.checkpoints import abstract_params
 from attnlab.train import AdamW, Constant, LoRA, Rule
 from attnlab.train.describe import describe
-from attnlab.train.optimizers import parameter_name
+from attnlab.train.optimizers import matrix_axes, parameter_name
 from tests.train.small import experiment, random_batch, session
 
 EVERYWHERE = LoRA(rank=3, alpha=6.0, rule=r"(attention|feed_forward)/.*kernel$|embedding")
@@ -72,6 +77,37 @@ def test_the_sum_is_that_of_the_paper():
             )
             assert np.linalg.matrix_rank(a @ b) == 3
     assert params["lora", "embedding", "table", "a"].shape == (257, 3)
+
+
+MODELS = [
+    DecoderConfig(feed_forward=Experts()),
+    Seq2SeqConfig(),
+    RecurrentSeq2SeqConfig(),
+    ContrastiveConfig(),
+]
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda config: type(config).__name__)
+def test_matrices_are_cut_where_their_maps_cut_them(config):
+    """By their names, which is all that is known of them here."""
+    inputs = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, Linear | ExpertMaps):
+            i = context.module.inputs
+            inputs["/".join((*context.module.path, "kernel"))] = i if isinstance(i, tuple) else (i,)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        shapes = {"/".join(path): x.shape for path, x in flatten_dict(abstract_params(config)).items()}
+    assert len(inputs) >= 6
+    for name, shape in shapes.items():
+        axes = matrix_axes(name, len(shape))
+        assert (axes is None) == (not name.endswith(("kernel", "table"))), name
+        if name in inputs:
+            assert shape[slice(*axes)] == inputs[name], name
+        elif name.endswith("patches/kernel"):
+            assert axes == (0, 3)
 
 
 @pytest.mark.parametrize("feed_forward", [None, Experts(experts=4, width=8)], ids=["mlp", "experts"])
