@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "recurrent_lm": ["model.width=64", "data.sequence_length=32"],
     "recurrent_translate": ["model.width=64", "optimizer.schedule.warmup=5", "optimizer.learning_rate=1e-2"],
     "pronoun": ["model.attention.heads=2"],
+    "caption": ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=2"],
     "masked_lm": ["model.width=64", "data.sequence_length=64"],
 }
 EVERYWHERE = ["data.batch_size=16", "train.steps=20", "train.microbatches=1"]

@@ -289,6 +289,33 @@ def looks(sentences: Sequence[Look | tuple], title: str = "") -> Figure:
     return figure
 
 
+def over_image(image: ArrayLike, words: Sequence[str], weights: ArrayLike, title: str = "") -> Figure:
+    """Where in an image each word looks: the image once for each, its patches coloured by their weights.
+
+    image (height, width), ink 1 on paper 0; weights (words, rows, columns), of one word on one scale.
+    Errors: `InputError` if words and weights disagree.
+    """
+    picture, looked = np.asarray(image, np.float32), np.asarray(weights, np.float32)
+    if picture.ndim != 2 or looked.ndim != 3 or len(looked) != len(words) or not words:
+        raise InputError(
+            f"image must be (height, width) and weights (words, rows, columns): got {picture.shape} and "
+            f"{looked.shape} for {len(words)} words"
+        )
+    each, above = 1.35, 0.7
+    figure, page = _canvas(each * len(words) + 0.1, each + above)
+    _text(page, 0.1, 0.2, title, va="center", fontsize=9, weight="bold")
+    for i, (word, look) in enumerate(zip(words, looked, strict=True)):
+        _text(page, (i + 0.5) * each + 0.05, 0.55, legible(word), ha="center", va="center")
+        box = ((i * each + 0.1) / (each * len(words) + 0.1), 0.05 / (each + above))
+        size = (each - 0.1) / (each * len(words) + 0.1), (each - 0.1) / (each + above)
+        axes = figure.add_axes((*box, *size))
+        axes.set_axis_off()
+        extent = (0.0, picture.shape[1], picture.shape[0], 0.0)
+        axes.imshow(1 - picture, cmap="gray", vmin=0, vmax=1, extent=extent)
+        axes.imshow(look / max(look.max(), 1e-9), cmap=COLOURS, vmin=0, vmax=1, alpha=0.55, extent=extent)
+    return figure
+
+
 def _checked(sentence: Look) -> Look:
     sentence = sentence._replace(weights=np.asarray(sentence.weights, np.float32))
     shape, count = sentence.weights.shape, len(sentence.tokens)

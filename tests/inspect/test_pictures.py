@@ -7,7 +7,17 @@ import pytest
 from PIL import Image
 
 from attnlab.errors import InputError
-from attnlab.inspect.pictures import Look, arcs, head_grid, legible, looks, mask_grid, save, training_curve
+from attnlab.inspect.pictures import (
+    Look,
+    arcs,
+    head_grid,
+    legible,
+    looks,
+    mask_grid,
+    over_image,
+    save,
+    training_curve,
+)
 
 SENTENCE = ["The", "animal", "didn't", "cross", "the", "street", "because", "it", "was", "too", "tired"]
 TWIN = [*SENTENCE[:-1], "wide"]
@@ -209,3 +219,14 @@ def test_files_are_the_same_every_time(tmp_path):
 def test_disagreeing_shapes_are_named(draw, says):
     with pytest.raises(InputError, match=says):
         draw()
+
+
+def test_over_an_image(tmp_path, refuses):
+    weights = np.eye(4).reshape(4, 2, 2)
+    figure = over_image(np.eye(8), ["a", "b", "c", "d"], weights, "Looks")
+    shown = [axes.get_images() for axes in figure.axes if axes.get_images()]
+    assert len(shown) == 4
+    np.testing.assert_array_equal(shown[2][1].get_array(), weights[2])
+    assert all(path.stat().st_size for path in save(figure, tmp_path / "looks"))
+    with refuses("(8, 8)", "(3, 2, 2) for 4 words"):
+        over_image(np.eye(8), ["a", "b", "c", "d"], weights[:3])

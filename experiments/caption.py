@@ -1,0 +1,95 @@
+"""Characters told by their names: a Vision Transformer reads a picture, and a decoder looks at its patches.
+
+"latin small letter h with descender" is made of words that belong to places of the picture. The characters of
+the validation split were never shown, in any style; nor was their style, bold and slanted at once. Their
+words were, in other names, and so were bold letters and slanted ones.
+
+Claim: of the words of such names at least 70% are right, given those before; of the likeliest words after the
+  last one, the picture unseen, less than half.
+Source: Show, attend and tell (Xu et al., arXiv 1502.03044), its parts replaced by Transformers.
+Command: python run.py --config=experiments/caption.py
+"""
+
+import itertools
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from attnlab.data.glyphs import Glyphs
+from attnlab.inspect import pictures
+from attnlab.layers import Attention
+from attnlab.layers.pooling import Mean
+from attnlab.models import CaptionerConfig, DecoderConfig, ViTConfig
+from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
+from attnlab.trained import Trained
+
+SHOWN = "latin capital letter u with horn"
+
+
+def get_config() -> Experiment:
+    """Four layers read 16 patches of 8 by 8 pixels, two write."""
+    sizes = {"width": 96, "attention": Attention(heads=4)}
+    return Experiment(
+        model=CaptionerConfig(
+            encoder=ViTConfig(
+                depth=4, image=(32, 32, 1), patch=(8, 8), class_tokens=0, pooling=Mean(), classes=0, **sizes
+            ),
+            decoder=DecoderConfig(depth=2, **sizes),
+        ),
+        data=Glyphs(batch_size=64),
+        optimizer=Muon(learning_rate=1e-2, schedule=WarmupStableDecay(warmup=20, decay=0.4)),
+        train=Train(steps=1500, eval_every=300, checkpoint_every=1500),
+    )
+
+
+def report(trained: Trained) -> dict[str, float]:
+    """Words and names that are right, beside a baseline that sees no picture, and where a word looks."""
+    batches = trained.batches("validation")
+    likeliest = _likeliest_next(trained)
+    words, baseline, names = [], [], []
+    for batch in batches:
+        counted = (batch.weights > 0) & (batch.targets != trained.tokenizer.eos_id)
+        words.append((trained.predict(batch) == batch.targets)[counted])
+        baseline.append((likeliest[batch.tokens] == batch.targets)[counted])
+        there = batch.segments.any(axis=1)
+        told = trained.generator()(sources=list(batch.source[there]), max_new_tokens=batch.tokens.shape[1])
+        wanted = [trained.tokenizer.decode(row) for row in batch.targets[there]]
+        names.append([one.text == name for one, name in zip(told, wanted, strict=True)])
+    right = {
+        name: float(np.concatenate(found).mean())
+        for name, found in {"words": words, "words_unseen": baseline, "names": names}.items()
+    }
+    trained.say(
+        f"words of unseen characters' names: {right['words']:.1%} right, {right['words_unseen']:.1%} by the "
+        f"word before alone; whole names: {right['names']:.1%}"
+    )
+    _look(trained)
+    trained.claim("at least 70% of the words right", right["words"] >= 0.7)
+    trained.claim("less than half of the words by the word before alone", right["words_unseen"] < 0.5)
+    return right
+
+
+def _look(trained: Trained) -> None:
+    """Keeps a picture of where in the image each word of a name looks, as the heads of the last layer do."""
+    for batch in trained.batches("validation"):
+        names = [trained.tokenizer.decode(row) for row in batch.targets]
+        if SHOWN not in names:
+            continue
+        row, words = names.index(SHOWN), SHOWN.split()
+        weights = trained.attention(batch, "decoder/layers", "cross_attention")[-1, row].mean(0)
+        grid = weights[: len(words)].reshape(len(words), *trained.experiment.model.encoder.grid)
+        figure = pictures.over_image(batch.source[row, ..., 0], words, grid, "Where each word looks")
+        trained.keep(figure, "looks")
+
+
+def _likeliest_next(trained: Trained) -> np.ndarray:
+    """The word that comes most often after each in training, by the words' numbers."""
+    data, follows = trained.experiment.data, defaultdict(Counter)
+    for name in Counter(data.text(record) for record in data.records("train")):
+        ids = [trained.tokenizer.eos_id, *trained.tokenizer.encode(name), trained.tokenizer.eos_id]
+        for word, after in itertools.pairwise(ids):
+            follows[word][after] += 1
+    found = np.zeros(trained.tokenizer.vocab_size, np.int32)
+    for word, after in follows.items():
+        found[word] = after.most_common(1)[0][0]
+    return found
