@@ -48,8 +48,8 @@ def pool(
 ) -> Float[Array, "B T E"]:
     """The vector of each token's document, padding left out; 0 at padding."""
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
-    among = (same & pooling.counted(segments)[:, None, :]).astype(x.dtype)
-    weights = among / jnp.maximum(among.sum(-1, keepdims=True), 1)
+    among = (same & pooling.counted(segments)[:, None, :]).astype(jnp.float32)  # half precision cannot count
+    weights = (among / jnp.maximum(among.sum(-1, keepdims=True), 1)).astype(x.dtype)
     return jnp.einsum("bts,bse->bte", weights, x, out_sharding=out_sharding("batch", "sequence", None))
 
 
