@@ -339,9 +339,13 @@ def xpos(
     return rotate(x, angles, factor=jnp.exp(powers), interleaved=interleaved)
 
 
-def sinusoidal(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T E"]:
-    """sin and cos of position / 10000^(2i/E), side by side (Vaswani et al. 2017, section 3.5)."""
+def sinusoidal(positions: Int[Array, "B T"], width: int, halves: bool = False) -> Float[Array, "B T E"]:
+    """sin and cos of position / 10000^(2i/E), side by side (Vaswani et al. 2017, section 3.5), or all of
+    either in a half (Marian).
+    """
     angles = _angles(positions, frequencies(width))
+    if halves:
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, -1)[..., :width]
 
 

@@ -37,7 +37,7 @@ class Seq2SeqConfig(ModelConfig):
     forced: tuple[int, ...] = ()  # type: ignore[assignment]
 
     def __post_init__(self):
-        widths = [part.width for part in (self.encoder, self.decoder) if isinstance(part, TextConfig)]
+        widths = [part.table_width for part in (self.encoder, self.decoder) if isinstance(part, TextConfig)]
         if self.shared and (len(widths) < 2 or widths[0] != widths[1]):
             raise ValueError("shared needs an encoder of text that is as wide as the decoder")
 

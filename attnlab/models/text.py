@@ -35,7 +35,12 @@ class Learned:
 
 @dataclass(frozen=True)
 class Sinusoidal:
-    """Sines and cosines of the position, added to the embeddings (Vaswani et al. 2017, section 3.5)."""
+    """Sines and cosines of the position, added to the embeddings (Vaswani et al. 2017, section 3.5).
+
+    They stand side by side; with `halves`, all sines come first.
+    """
+
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class TextModel(nn.Module):
         if isinstance(c.positions, Learned):
             x = x + look_up(self.position_embedding(), positions + c.positions.offset)
         if isinstance(c.positions, Sinusoidal):
-            x = x + sinusoidal(positions, c.table_width).astype(x.dtype)
+            x = x + sinusoidal(positions, c.table_width, c.positions.halves).astype(x.dtype)
         if added is not None:
             x = x + added
         x = constrain(x, "batch", "sequence", None)
@@ -198,7 +203,7 @@ class TextModel(nn.Module):
         if cache is not None:
             layer_caches, cache = cache.layers, cache.advance(segment_ids)
             if memory is not None:
-                cache = replace(cache, context=memory.segments)
+                cache = replace(cache, context=constrain(memory.segments, "batch", None))
             shared = replace(cache, layers=None)
         relative = self.relative() if isinstance(self.config.positions, RelativeBias) else None
         reading = Reading(segment_ids, positions, shared, memory, relative, ahead)

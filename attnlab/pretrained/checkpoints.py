@@ -33,7 +33,7 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
     Raises:
       InputError: a model_type or a setting that there is nothing here for.
     """
-    fields = files.read_json(folder / files.CONFIG)
+    fields = _generation(folder) | files.read_json(folder / files.CONFIG)
     kind = fields.get("model_type")
     if kind not in FAMILIES:
         known = f"{did_you_mean(str(kind), FAMILIES)} There are {', '.join(sorted(FAMILIES))}"
@@ -46,6 +46,13 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
         raise
     except ValueError as error:  # of a config's own checks
         raise InputError(f"{folder / files.CONFIG}: {error}") from error
+
+
+def _generation(folder: epath.Path) -> dict[str, Any]:
+    """What a model's texts begin with, which newer checkpoints keep apart from their config."""
+    file = folder / files.GENERATION
+    found = files.read_json(file) if file.exists() else {}
+    return {name: found[name] for name in ("decoder_start_token_id", "forced_bos_token_id") if name in found}
 
 
 def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
@@ -62,6 +69,8 @@ def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
     with files.Checkpoint(folder) as checkpoint:
         there = checkpoint.shapes()
         found = table.places([_as_named(row, family, there) for row in family.tensors], abstract)
+        zeros = [n for p in found if (n := p.theirs) not in there and table.matches(family.zeros, n)]
+        found = [place for place in found if place.theirs not in zeros]
         table.check(found, there, family.ignored, str(folder))
         return tensors.load(checkpoint, found, abstract)
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from attnlab.errors import InputError
 from attnlab.files import write_atomically
 
+GENERATION = "generation_config.json"
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 MAX_FILE = 4 << 30  # bytes of tensors in one file

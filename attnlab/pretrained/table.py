@@ -190,6 +190,11 @@ def shapes_of(found: Iterable[Place]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of these regular expressions is of the whole name."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def check(
     found: Iterable[Place], there: Mapping[str, tuple[int, ...]], ignored: Iterable[str], where: str
 ) -> None:
@@ -205,7 +210,7 @@ def check(
       InputError: with all tensors that are missing, too many, or of another shape.
     """
     wanted = shapes_of(found)
-    surplus = [n for n in there if n not in wanted and not any(re.fullmatch(p, n) for p in ignored)]
+    surplus = [n for n in there if n not in wanted and not matches(ignored, n)]
     misshapen = [
         f"{name} {there[name]} in place of {shape}"
         for name, shape in wanted.items()

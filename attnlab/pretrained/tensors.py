@@ -19,7 +19,7 @@ def load(checkpoint: Checkpoint, found: Iterable[Place], abstract: Any) -> Any:
 
     Args:
       checkpoint: whose tensors have been checked.
-      found: the places of the parameters.
+      found: the places of the parameters; one that has none is zeros.
       abstract: shapes, dtypes and shardings of the parameters.
     """
     places = defaultdict(list)
@@ -38,7 +38,7 @@ def load(checkpoint: Checkpoint, found: Iterable[Place], abstract: Any) -> Any:
 def _shard(checkpoint: Checkpoint, pieces: list[Place], x, at: tuple[slice, ...] | None) -> np.ndarray:
     """The part of a parameter that one device holds."""
     at = tuple(slice(*s.indices(size)) for s, size in zip(at or (), x.shape, strict=True))
-    shard = np.empty([s.stop - s.start for s in at], x.dtype)
+    shard = np.zeros([s.stop - s.start for s in at], x.dtype)
     for place in pieces:
         leading = len(place.index)
         if all(s.start <= i < s.stop for i, s in zip(place.index, at, strict=False)):

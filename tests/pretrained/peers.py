@@ -80,7 +80,7 @@ def saved_gradients(model, folder):
     """A model's gradients under the names, and in the layouts, that its parameters have in a file."""
     values = {name: p.data for name, p in model.named_parameters()}
     for p in model.parameters():
-        p.data = p.grad
+        p.data = p.new_zeros(p.shape) if p.grad is None else p.grad  # none of what is frozen
     model.save_pretrained(folder)
     for name, p in model.named_parameters():
         p.data = values[name]

@@ -182,6 +182,7 @@ OF_OTHERS = {
     ("model.norm=LayerNorm", "bias"): ("false", "step"),
     ("model.positions=Learned(1024)", "length"): ("512", "step"),
     ("model.positions=Learned(1024)", "offset"): ("2", "step"),
+    ("model.positions=Sinusoidal()", "halves"): ("true", "step"),
     ("model.positions=RelativeBias()", "buckets"): ("8", "step"),
     ("model.positions=RelativeBias()", "max_distance"): ("20", "step"),
     ("model.positions.scaling=Linear(2.0)", "factor"): ("4.0", "step"),

@@ -2,6 +2,7 @@
 
 from attnlab.pretrained.families import (
     albert,
+    bart,
     bert,
     captioner,
     contrastive,
@@ -12,12 +13,14 @@ from attnlab.pretrained.families import (
     modernbert,
     prefix,
     starcoder2,
+    t5,
     vit,
     whisper,
 )
 from attnlab.pretrained.families.base import Family
 
 FAMILIES: dict[str, Family] = {
+    **bart.FAMILIES,
     **gpt2.FAMILIES,
     **llama.FAMILIES,
     **mixtures.FAMILIES,
@@ -26,6 +29,7 @@ FAMILIES: dict[str, Family] = {
     **albert.FAMILIES,
     **distilbert.FAMILIES,
     **modernbert.FAMILIES,
+    **t5.FAMILIES,
     **vit.FAMILIES,
     **contrastive.FAMILIES,
     **whisper.FAMILIES,

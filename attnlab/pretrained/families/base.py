@@ -25,6 +25,7 @@ class Family:
       made: the kind of config that `fields` takes.
       older: parts of names, and what older checkpoints have in their place.
       tensors_of: the table of a model with this config, where names depend on it; it stands in for `tensors`.
+      zeros: regular expressions of tensors that are zero where a checkpoint has none.
     """
 
     config: Callable[[Settings], ModelConfig]
@@ -36,6 +37,7 @@ class Family:
     made: type[ModelConfig] = DecoderConfig
     older: tuple[tuple[str, str], ...] = ()
     tensors_of: Callable[[Any], tuple[Tensor, ...]] | None = None
+    zeros: tuple[str, ...] = ()
 
     def of(self, config: ModelConfig) -> "Family":
         """With the table of names of a model."""

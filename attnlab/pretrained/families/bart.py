@@ -1,0 +1,123 @@
+"""BART and what has grown from it: encoder-decoders with layer norms and biases throughout."""
+
+from typing import Any
+
+from attnlab.layers import MLP, Attention, LayerNorm
+from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig, Sinusoidal
+from attnlab.pretrained.families.base import Family, linear, norm
+from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.table import Tensor
+
+
+def bart(s: Settings) -> Seq2SeqConfig:
+    """BART: norms after branches, learned positions (Lewis et al. 2020, arXiv 1910.13461, section 2.1)."""
+    return _config(s, placement="post", positions=_learned(s), embedding_norm=True)
+
+
+def mbart(s: Settings) -> Seq2SeqConfig:
+    """mBART: norms before branches, and after each half (Liu et al. 2020, arXiv 2001.08210, section 2.2)."""
+    return _config(s, placement="pre", positions=_learned(s), embedding_norm=True)
+
+
+def marian(s: Settings) -> Seq2SeqConfig:
+    """Marian's Transformer: that of 2017, sines and cosines apart (arXiv 1804.00344)."""
+    shared = s.get("share_encoder_decoder_embeddings", True)
+    return _config(s, shared=shared, placement="post", positions=Sinusoidal(halves=True))
+
+
+def pegasus(s: Settings) -> Seq2SeqConfig:
+    """Pegasus: norms before branches, and after each half (Zhang et al. 2020, arXiv 1912.08777)."""
+    return _config(s, placement="pre", positions=Sinusoidal(halves=True))
+
+
+def _learned(s: Settings) -> Learned:
+    return Learned(s["max_position_embeddings"] + 2, offset=2)
+
+
+def _config(s: Settings, shared: bool = True, **changes: Any) -> Seq2SeqConfig:
+    s.require("tie_word_embeddings", True)
+    for half in ("encoder", "decoder"):
+        s.require(f"{half}_layerdrop", 0.0)
+
+    def of(half: str) -> dict[str, Any]:
+        return changes | {
+            "depth": s[f"{half}_layers"],
+            "width": s["d_model"],
+            "attention": Attention(
+                s[f"{half}_attention_heads"], bias=True, dropout=s.get("attention_dropout", 0.0)
+            ),
+            "feed_forward": MLP(s[f"{half}_ffn_dim"], s.activation("activation_function")),
+            "norm": LayerNorm(),
+            "scale_embedding": s.get("scale_embedding", False),
+            "vocab_size": s["vocab_size"],
+            "dropout": s.get("dropout", 0.0),
+        }
+
+    forced = s.get("forced_bos_token_id")
+    decoder = of("decoder") | {"vocab_size": s.get("decoder_vocab_size", s["vocab_size"])}
+    return Seq2SeqConfig(
+        EncoderConfig(**of("encoder")),
+        DecoderConfig(readout_bias=True, **decoder),
+        shared=shared,
+        start=s.get("decoder_start_token_id"),
+        forced=() if forced is None else (forced,),
+    )
+
+
+def _tensors(config: Seq2SeqConfig | None = None) -> tuple[Tensor, ...]:
+    """The names of a model; of one whose halves have tables apart, these are others."""
+    shared = config is None or config.shared
+    return (
+        Tensor("decoder/embedding/table", f"model.{'shared' if shared else 'decoder.embed_tokens'}.weight"),
+        Tensor("encoder/embedding/table", "model.encoder.embed_tokens.weight"),
+        Tensor("decoder/readout_bias/bias", "final_logits_bias", "1 v -> v"),
+        *half("encoder", "model.encoder"),
+        *half("decoder", "model.decoder"),
+    )
+
+
+def half(ours: str, theirs: str) -> list[Tensor]:
+    """The rows of an encoder or a decoder but for its table of tokens."""
+    rows = [
+        Tensor(f"{ours}/position_embedding/table", f"{theirs}.embed_positions.weight"),
+        *norm(f"{ours}/embedding_norm", f"{theirs}.layernorm_embedding"),
+    ]
+    layer, there = f"{ours}/layers/{{layer}}", f"{theirs}.layers.{{layer}}"
+    for branch, attention in {"attention": "self_attn", "cross_attention": "encoder_attn"}.items():
+        rows += norm(f"{layer}/{branch}_norm", f"{there}.{attention}_layer_norm")
+        for name in ("query", "key", "value"):
+            rows += linear(
+                f"{layer}/{branch}/{name}", f"{there}.{attention}.{name[0]}_proj", "(h d) e -> e h d"
+            )
+        rows.append(
+            Tensor(f"{layer}/{branch}/out/kernel", f"{there}.{attention}.out_proj.weight", "e (h d) -> h d e")
+        )
+        rows.append(Tensor(f"{layer}/{branch}/out/bias", f"{there}.{attention}.out_proj.bias"))
+    rows += norm(f"{layer}/feed_forward_norm", f"{there}.final_layer_norm")
+    rows += linear(f"{layer}/feed_forward/up", f"{there}.fc1")
+    rows += linear(f"{layer}/feed_forward/down", f"{there}.fc2")
+    return [*rows, *norm(f"{ours}/norm", f"{theirs}.layer_norm")]
+
+
+def _family(config, architecture: str, *ignored: str) -> Family:
+    copies = (r"lm_head\.weight", r"model\.(en|de)coder\.embed_tokens\.weight", r"(en|de)coder\.version")
+    bare = r"(en|de)coder\.embed_tokens\.weight"
+    return Family(
+        config,
+        _tensors(),
+        prefix="model.",
+        architecture=architecture,
+        ignored=(*copies, bare, *ignored),
+        made=Seq2SeqConfig,
+        tensors_of=_tensors,
+        zeros=("final_logits_bias",),
+    )
+
+
+SINUSOIDS = r"(model\.)?(en|de)coder\.embed_positions\.weight"
+FAMILIES = {
+    "bart": _family(bart, "BartForConditionalGeneration"),
+    "mbart": _family(mbart, "MBartForConditionalGeneration"),
+    "marian": _family(marian, "MarianMTModel", SINUSOIDS),
+    "pegasus": _family(pegasus, "PegasusForConditionalGeneration", SINUSOIDS),
+}

@@ -1,0 +1,106 @@
+"""T5 and mT5: encoder-decoders that know of order by a learned term of the scores."""
+
+from typing import Any
+
+from attnlab.layers import MLP, Attention, GatedMLP, RelativeBias, RMSNorm
+from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig
+from attnlab.pretrained.families.base import Family
+from attnlab.pretrained.settings import ACTIVATIONS, Settings
+from attnlab.pretrained.table import Tensor
+
+
+def t5(s: Settings) -> Seq2SeqConfig:
+    """T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1), and T5 1.1, whose logits have a table of their own.
+
+    Only the former scales what they are read from. Transformers writes the latter as scaling nothing.
+    """
+    return _t5(s, tied=s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True)))
+
+
+def mt5(s: Settings) -> Seq2SeqConfig:
+    """mT5 (Xue et al. 2021, arXiv 2010.11934, section 3.2)."""
+    return _t5(s, tied=False)
+
+
+def _t5(s: Settings, tied: bool) -> Seq2SeqConfig:
+    half: dict[str, Any] = {
+        "width": s["d_model"],
+        "attention": Attention(
+            s["num_heads"], head_dim=s["d_kv"], scale=1.0, dropout=s.get("dropout_rate", 0.0)
+        ),
+        "feed_forward": _feed_forward(s),
+        "norm": RMSNorm(s["layer_norm_epsilon"]),
+        "positions": RelativeBias(
+            s["relative_attention_num_buckets"], s.get("relative_attention_max_distance", 128)
+        ),
+        "vocab_size": s["vocab_size"],
+        "dropout": s.get("dropout_rate", 0.0),
+    }
+    depth = s["num_layers"]
+    return Seq2SeqConfig(
+        EncoderConfig(depth=depth, **half),
+        DecoderConfig(depth=s.get("num_decoder_layers", depth), tied=tied, scale_readout=tied, **half),
+        shared=True,
+        start=s.get("decoder_start_token_id", s.get("pad_token_id", 0)),
+    )
+
+
+def _feed_forward(s: Settings) -> MLP | GatedMLP:
+    kind = s["feed_forward_proj"]
+    gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
+    if kind == "gated-gelu":
+        name = "gelu_new"  # which is what it has always meant
+    s.require("feed_forward_proj", *(f"{gate}{known}" for gate in ("", "gated-") for known in ACTIVATIONS))
+    activation: Any = ACTIVATIONS[name]
+    return (GatedMLP if gated else MLP)(s["d_ff"], activation, bias=False)
+
+
+def _tensors(config: Seq2SeqConfig | None = None) -> tuple[Tensor, ...]:
+    """The names of a model; of its feed-forward layers with a gate, they are others."""
+    gated = config is not None and isinstance(config.decoder.feed_forward, GatedMLP)
+    return (
+        Tensor("decoder/embedding/table", "shared.weight"),
+        *_half("encoder", ("attention", "feed_forward"), gated),
+        *_half("decoder", ("attention", "cross_attention", "feed_forward"), gated),
+        Tensor("decoder/readout/table", "lm_head.weight"),
+    )
+
+
+def _half(half: str, branches: tuple[str, ...], gated: bool) -> list[Tensor]:
+    """The rows of one half; the branches of its layers are numbered there."""
+    first = f"{half}.block.0.layer.0.SelfAttention"
+    rows = [Tensor(f"{half}/relative/table", f"{first}.relative_attention_bias.weight")]
+    for number, branch in enumerate(branches):
+        ours, theirs = f"{half}/layers/{{layer}}/{branch}", f"{half}.block.{{layer}}.layer.{number}"
+        rows.append(Tensor(f"{ours}_norm/scale", f"{theirs}.layer_norm.weight"))
+        if branch == "feed_forward":
+            names = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if gated else {"up": "wi", "down": "wo"}
+            for name, tensor in names.items():
+                rows.append(
+                    Tensor(f"{ours}/{name}/kernel", f"{theirs}.DenseReluDense.{tensor}.weight", "f e -> e f")
+                )
+            continue
+        theirs += ".SelfAttention" if branch == "attention" else ".EncDecAttention"
+        for name in ("query", "key", "value"):
+            rows.append(Tensor(f"{ours}/{name}/kernel", f"{theirs}.{name[0]}.weight", "(h d) e -> e h d"))
+        rows.append(Tensor(f"{ours}/out/kernel", f"{theirs}.o.weight", "e (h d) -> h d e"))
+    return [*rows, Tensor(f"{half}/norm/scale", f"{half}.final_layer_norm.weight")]
+
+
+def _family(config, architecture: str, *ignored: str) -> Family:
+    copies = (r"(en|de)coder\.embed_tokens\.weight", r".*\.EncDecAttention\.relative_attention_bias\.weight")
+    return Family(
+        config,
+        _tensors(),
+        prefix="",
+        architecture=architecture,
+        ignored=(*copies, *ignored),
+        made=Seq2SeqConfig,
+        tensors_of=_tensors,
+    )
+
+
+FAMILIES = {
+    "t5": _family(t5, "T5ForConditionalGeneration"),
+    "mt5": _family(mt5, "MT5ForConditionalGeneration"),
+}
