@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "lm_docs": ["model.width=64", "model.depth=4", "data.sequence_length=64"],
     "recurrent_lm": ["model.width=64", "data.sequence_length=32"],
     "recurrent_translate": ["model.width=64", "optimizer.schedule.warmup=5", "optimizer.learning_rate=1e-2"],
+    "translate": ["optimizer.schedule.warmup=5"],
     "pronoun": ["model.attention.heads=2"],
     "caption": ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=2"],
     "masked_lm": ["model.width=64", "data.sequence_length=64"],

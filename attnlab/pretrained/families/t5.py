@@ -10,7 +10,7 @@ from attnlab.pretrained.table import Tensor
 
 
 def t5(s: Settings) -> Seq2SeqConfig:
-    """T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1), and T5 1.1, whose logits have a table of their own.
+    """T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1), and T5 1.1, whose logits have their own table.
 
     Only the former scales what they are read from. Transformers writes the latter as scaling nothing.
     """
