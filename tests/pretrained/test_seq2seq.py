@@ -187,7 +187,7 @@ def prefix(peer, forced=()):
     return prefill(peer.model, STEPS + 1, peer.params, tokens, np.ones_like(tokens), **source)
 
 
-@pytest.mark.parametrize("case", ("t5, gated, untied, halves unlike", "mt5", *SEARCHED, "mbart", "pegasus"))
+@pytest.mark.parametrize("case", ("mt5", *SEARCHED, "mbart", "pegasus"))
 def test_greedy(peer, case):
     peer = peer(case)
     peer.theirs.generation_config.eos_token_id = None  # so that all texts are of 32 tokens
