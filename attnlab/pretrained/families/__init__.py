@@ -20,7 +20,6 @@ from attnlab.pretrained.families import (
 from attnlab.pretrained.families.base import Family
 
 FAMILIES: dict[str, Family] = {
-    **bart.FAMILIES,
     **gpt2.FAMILIES,
     **llama.FAMILIES,
     **mixtures.FAMILIES,
@@ -30,6 +29,7 @@ FAMILIES: dict[str, Family] = {
     **distilbert.FAMILIES,
     **modernbert.FAMILIES,
     **t5.FAMILIES,
+    **bart.FAMILIES,
     **vit.FAMILIES,
     **contrastive.FAMILIES,
     **whisper.FAMILIES,
