@@ -55,6 +55,12 @@ class Trained:
         with jax.set_mesh(self.session.mesh):
             return jax.device_get(_predict(self.session.model, self.params, self.session.to_devices(batch)))
 
+    def apply(self, batch: Batch, method: str) -> Any:
+        """What a method of the model gives for a batch, on the host."""
+        with jax.set_mesh(self.session.mesh):
+            batch = self.session.to_devices(batch)
+            return jax.device_get(_apply(self.session.model, method, self.params, batch.inputs))
+
     def attention(
         self, batch: Batch, stack: str = "layers", branch: str = "attention"
     ) -> Float[np.ndarray, "L B H T S"]:
@@ -103,6 +109,11 @@ class Trained:
         """Saves a figure as PNG and SVG under the run's `pictures`, and says where."""
         paths = pictures.save(figure, self.workdir / "pictures" / name)
         self.say(f"picture: {', '.join(str(path) for path in paths)}")
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _apply(model, method: str, params, inputs):
+    return model.apply({"params": params}, **inputs, method=method)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -270,4 +271,5 @@ class Contrastive(nn.Module):
 
 def _normalised(x: Float[Array, "B 1 width"]) -> Float[Array, "B width"]:
     x = x[:, 0].astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-30))  # a row that is filled may have nothing to show

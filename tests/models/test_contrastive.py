@@ -10,19 +10,19 @@ import pytest
 from attnlab.inspect.maps import attention_maps
 from attnlab.layers import MLP, Attention, Bidirectional, MuP
 from attnlab.layers.pairs import Sigmoid, Softmax
-from attnlab.layers.pooling import Probe
+from attnlab.layers.pooling import Mean, Probe
 from attnlab.models import ContrastiveConfig, ViTConfig
 from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
 
 SHARED = {"depth": 2, "width": 16, "attention": Attention(4, bias=True), "feed_forward": MLP(24)}
 CLIP = ContrastiveConfig(
-    image=ViTConfig(**SHARED, image=(8, 8, 1), patch=(4, 4), classes=0),
+    image=ViTConfig(**SHARED, image=(8, 8, 1), patch=(4, 4), classes=0, class_tokens=0, pooling=Mean()),
     text=TextTowerConfig(**(SHARED | {"width": 8})),
     width=12,
 )
 SIGLIP = replace(
     CLIP,
-    image=replace(CLIP.image, pooling=Probe(), class_tokens=0),
+    image=replace(CLIP.image, pooling=Probe()),
     text=replace(CLIP.text, pattern=(Bidirectional(),)),
     width=16,
     image_projection=None,
@@ -36,6 +36,7 @@ IMAGES = jnp.asarray(RNG.normal(size=(B, 8, 8, 1)), jnp.float32)
 TOKENS = jnp.asarray(RNG.integers(1, 11, (B, T)), jnp.int32)
 SEGMENTS = jnp.asarray(np.arange(T) < RNG.integers(1, T + 1, (B, 1)), jnp.int32).at[-2:].set(0)
 THERE = np.arange(B) < B - 2
+IMAGE_ROWS = jnp.asarray(np.repeat(THERE[:, None], 8, axis=1), jnp.int32)
 
 
 def made(config):
@@ -59,8 +60,8 @@ def test_the_loss_is_of_all_pairs_and_a_mesh_changes_nothing(mesh_of, kind):
     config = KINDS[kind]
     model, params = made(config)
 
-    def loss(params, tokens, segments, images):
-        inputs = {"tokens": tokens, "segment_ids": segments, "source": images}
+    def loss(params, tokens, segments, images, rows):
+        inputs = {"tokens": tokens, "segment_ids": segments, "source": images, "source_segments": rows}
         s = model.apply({"params": params}, targets=tokens, **inputs, method="statistics")
         weights = jnp.zeros((B, T)).at[: B - 2, 0].set(1.0)
         return jnp.sum((s.lse - s.target_logit) * weights), (
@@ -69,8 +70,8 @@ def test_the_loss_is_of_all_pairs_and_a_mesh_changes_nothing(mesh_of, kind):
         )
 
     compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, (s, vectors)), gradients = compute(params, TOKENS, SEGMENTS, IMAGES)
-    np.testing.assert_allclose([np.linalg.norm(x, axis=-1) for x in vectors], 1.0, rtol=1e-6)
+    (value, (s, vectors)), gradients = compute(params, TOKENS, SEGMENTS, IMAGES, IMAGE_ROWS)
+    np.testing.assert_allclose([np.linalg.norm(x[THERE], axis=-1) for x in vectors], 1.0, rtol=1e-6)
     expected, nearest = by_definition(config, params, *(x[THERE] for x in vectors))
     np.testing.assert_allclose((s.lse - s.target_logit)[THERE], np.tile(expected[:, None], T), rtol=1e-4)
     np.testing.assert_allclose(s.correct[THERE], np.tile(nearest[:, None], T))
@@ -78,7 +79,7 @@ def test_the_loss_is_of_all_pairs_and_a_mesh_changes_nothing(mesh_of, kind):
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradients))
 
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        inputs = [jax.device_put(x, jax.P(("data", "fsdp"))) for x in (TOKENS, SEGMENTS, IMAGES)]
+        inputs = [jax.device_put(x, jax.P(("data", "fsdp"))) for x in (TOKENS, SEGMENTS, IMAGES, IMAGE_ROWS)]
         like = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs[0], source=inputs[2]))["params"]
         spread = jax.tree.map(lambda p, x: jax.device_put(p, x.sharding.spec), params, like)
         (got, (s, _)), got_gradients = compute(spread, *inputs)
@@ -106,7 +107,7 @@ def test_maps_of_both_towers():
         stack: attention_maps(model, params, stack, tokens=TOKENS, segment_ids=SEGMENTS, source=IMAGES)
         for stack in ("image/layers", "text/layers")
     }
-    assert maps["image/layers"].shape == (2, B, 4, 5, 5) and maps["text/layers"].shape == (2, B, 4, T, T)
+    assert maps["image/layers"].shape == (2, B, 4, 4, 4) and maps["text/layers"].shape == (2, B, 4, T, T)
 
 
 def test_what_a_mesh_cuts_and_what_learns_at_another_rate_is_named_by_tower():
