@@ -22,6 +22,8 @@ EXPERIMENTS = {
     "translate": ["optimizer.schedule.warmup=5"],
     "pronoun": ["model.attention.heads=2"],
     "caption": ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=2"],
+    "caption:gates": ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=2"],
+    "caption:prefix": ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=2"],
     "masked_lm": ["model.width=64", "data.sequence_length=64"],
     "digits": ["model.depth=2"],
 }
@@ -43,7 +45,9 @@ def recomputed(config):
 def made(name):
     """The experiment of a family, small."""
     pairs = [tuple(text.split("=", 1)) for text in (*EVERYWHERE, *EXPERIMENTS[name])]
-    e = configs.override_all(configs.load(str(ROOT / "experiments" / f"{name}.py")).config, pairs)
+    file, colon, argument = name.partition(":")
+    spec = f"{ROOT / 'experiments' / file}.py{colon}{argument}"
+    e = configs.override_all(configs.load(spec).config, pairs)
     return dataclasses.replace(e, model=recomputed(e.model))
 
 
