@@ -1,10 +1,10 @@
 """Every family trains: its experiment on 8 simulated devices, and compiled for a TPU slice that is not here."""
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "recurrent_lm": ["model.width=64", "data.sequence_length=32"],
     "recurrent_translate": ["model.width=64", "optimizer.schedule.warmup=5", "optimizer.learning_rate=1e-2"],
     "translate": ["optimizer.schedule.warmup=5"],
+    "speech": [f"model.{half}.width=64" for half in ("encoder", "decoder")] + ["optimizer.schedule.warmup=5"],
     "pronoun": ["model.attention.heads=2"],
     "caption": ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=2"],
     "caption:gates": ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=2"],
@@ -27,6 +28,13 @@ EXPERIMENTS = {
     "masked_lm": ["model.width=64", "data.sequence_length=64"],
     "digits": ["model.depth=2"],
 }
+NEEDS = {"speech": "espeakng_loader"}  # beside what the library needs
+CASES = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(find_spec(NEEDS.get(name, "attnlab")) is None, reason="an extra")
+    )
+    for name in EXPERIMENTS
+]
 EVERYWHERE = ["data.batch_size=16", "train.steps=20", "train.microbatches=1"]
 
 
@@ -58,6 +66,7 @@ def name(request):
     return request.param
 
 
+@pytest.mark.parametrize("name", CASES)
 def test_it_trains(name, mesh_of):
     e = made(name)
     session = Session(e, mesh_of("data:2,fsdp:2,tensor:2"), e.data.build_tokenizer())
@@ -72,6 +81,8 @@ def test_it_trains(name, mesh_of):
 
 @pytest.mark.preflight
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
+@pytest.mark.parametrize("name", CASES)
 def test_it_compiles_for_a_slice_of_sixteen(name):
     """In a process of its own: libtpu complains of the missing TPU on stderr."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
