@@ -27,6 +27,7 @@ EXPERIMENTS = {
     "caption:prefix": ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=2"],
     "masked_lm": ["model.width=64", "data.sequence_length=64"],
     "digits": ["model.depth=2"],
+    "contrastive": ["model.image.width=32", "model.text.width=32", "model.image.depth=2"],
 }
 NEEDS = {"speech": "espeakng_loader"}  # beside what the library needs
 CASES = [
