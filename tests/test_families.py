@@ -81,7 +81,7 @@ def test_it_trains(name, mesh_of):
 
 
 @pytest.mark.preflight
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
 @pytest.mark.parametrize("name", CASES)
 def test_it_compiles_for_a_slice_of_sixteen(name):
