@@ -82,7 +82,6 @@ def test_it_trains(name, mesh_of):
 
 @pytest.mark.preflight
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
 @pytest.mark.parametrize("name", CASES)
 def test_it_compiles_for_a_slice_of_sixteen(name):
     """In a process of its own: libtpu complains of the missing TPU on stderr."""
