@@ -29,13 +29,7 @@ EXPERIMENTS = {
     "digits": ["model.depth=2"],
     "contrastive": ["model.image.width=32", "model.text.width=32", "model.image.depth=2"],
 }
-NEEDS = {"speech": "espeakng_loader"}  # beside what the library needs
-CASES = [
-    pytest.param(
-        name, marks=pytest.mark.skipif(find_spec(NEEDS.get(name, "attnlab")) is None, reason="an extra")
-    )
-    for name in EXPERIMENTS
-]
+NEEDS = {"digits": "sklearn", "speech": "espeakng_loader"}  # beside what the library needs
 EVERYWHERE = ["data.batch_size=16", "train.steps=20", "train.microbatches=1"]
 
 
@@ -62,12 +56,11 @@ def made(name):
 
 @pytest.fixture(params=EXPERIMENTS)
 def name(request):
-    if request.param == "digits":
-        pytest.importorskip("sklearn")
+    if request.param in NEEDS:
+        pytest.importorskip(NEEDS[request.param])
     return request.param
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_it_trains(name, mesh_of):
     e = made(name)
     session = Session(e, mesh_of("data:2,fsdp:2,tensor:2"), e.data.build_tokenizer())
@@ -82,7 +75,6 @@ def test_it_trains(name, mesh_of):
 
 @pytest.mark.preflight
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
-@pytest.mark.parametrize("name", CASES)
 def test_it_compiles_for_a_slice_of_sixteen(name):
     """In a process of its own: libtpu complains of the missing TPU on stderr."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
