@@ -1,6 +1,7 @@
 """Every test runs on 8 simulated CPU devices, with shapes checked and no silent rank promotion."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -24,6 +25,17 @@ install_import_hook(
 
 from attnlab import sharding  # noqa: E402
 from attnlab.errors import InputError  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Forgets compiled programs when they are many: Linux gives a process 65,530 mappings of memory, each
+    program holds some, and XLA crashes where it gets no more.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ MISTAKES = [
     (["--config.model.dropout=1.5"], "dropout must be"),
     (["--config.model.dtypes.compute=float8"], "compute dtype must be"),
     (["--config.model.feed_forward=MPL"], "MPL"),
-    (["--config.model.positions=Learned(length=8)"], "length 16 is over model.positions.length=8"),
+    (["--config.model.positions=Learned(length=8)"], "length 16 is over positions.length=8"),
     (["--config.optimizer=Adam"], "Adam"),
     (["--config.optimizer.clip_norm=0"], "clip_norm must be over 0"),
     (["--config.optimizer.rules=(Rule('nothing_like_it'),)"], "'nothing_like_it' matches no parameter"),

@@ -145,7 +145,7 @@ def _proto(file: epath.Path):
             f"{file} is read by the package sentencepiece, which is not here: "
             'pip install "attnlab[sentencepiece]"'
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's implementations raise kinds of their own

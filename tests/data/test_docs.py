@@ -9,7 +9,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 
 
 def test_worked_example_runs(capsys):
-    example, trial = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    example, trial, *_ = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert len(example.splitlines()) < 40
     names = {"__name__": "sums"}
     exec(example, names)

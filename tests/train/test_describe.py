@@ -11,6 +11,7 @@ import pytest
 
 from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
+from attnlab.data import glyphs
 from attnlab.layers import Attention
 from attnlab.layers.pairs import Sigmoid
 from attnlab.layers.resampler import Resampler
@@ -350,6 +351,10 @@ OF_SOURCES = {
     ("model=Seq2SeqConfig", "shared"): "one table less: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "start"): "what is generated: tests/generation/test_sources.py",
     ("model=Seq2SeqConfig", "forced"): "what is generated: tests/generation/test_sources.py",
+    **{
+        (f"data={glyphs.Glyphs.__name__}", name): "as of all data: tests/data/test_base.py"
+        for name in ("tokenizer", "sequence_length")
+    },
 }
 ELSEWHERE = {
     "data": "another data set is another experiment's: test_run.py",
