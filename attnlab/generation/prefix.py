@@ -33,7 +33,7 @@ class Prefix:
 
 
 def forward(model, params, tokens, segments, positions, cache: Cache, **source) -> tuple[Array, Cache]:
-    """Logits after each of these tokens (B, T, V), and the cache with them: all that is asked of a model.
+    """Logits after each of these tokens (B, T, V), and the cache with them.
 
     Args:
       model: with `init_cache`.
@@ -57,7 +57,11 @@ def prefill(
     """
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     cache = model.init_cache(tokens.shape[0], slots)
-    logits, cache = forward(model, params, tokens, segments, positions, cache, **source)
+    inputs = tokens, segments, positions, cache
+    x, cache = model.apply({"params": params}, *inputs, **source, method="hidden")
+    # Of the last token alone: the logits of all of a long prompt can be larger than the model.
+    x = sharding.constrain(x[:, -1:], "batch", None, None)
+    logits = model.apply({"params": params}, x, method="logits_of")
     return Prefix(cache, _last(logits), sharding.constrain(positions[:, -1] + 1, "batch"))
 
 

@@ -172,8 +172,12 @@ class Recurrent(nn.Module):
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], States | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
-        out = logits(x, *self._readout())
+        out = self.logits_of(x)
         return out if cache is None else (out, new_cache)
+
+    def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+        """Logits of what `hidden` gives."""
+        return logits(x, *self._readout())
 
     def statistics(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, **source

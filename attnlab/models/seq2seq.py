@@ -175,7 +175,7 @@ class Seq2Seq(nn.Module):
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
-        out = self.decoder.logits_of(x)
+        out = self.logits_of(x)
         return out if cache is None else (out, new_cache)
 
     def statistics(
@@ -184,6 +184,10 @@ class Seq2Seq(nn.Module):
         """What a loss needs of each token's logits; see `Decoder.statistics`."""
         x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, **source)
         return self.decoder.statistics_of(x, targets)
+
+    def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+        """Logits of what `hidden` gives."""
+        return self.decoder.logits_of(x)
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """See `DecoderConfig.empty_cache`."""

@@ -66,13 +66,13 @@ def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
     Raises:
       InputError: files that cannot be read, or tensors that do not fit the config: all of them, by name.
     """
-    with files.Checkpoint(folder) as checkpoint:
-        there = checkpoint.shapes()
-        found = table.places([_as_named(row, family, there) for row in family.tensors], abstract)
-        zeros = [n for p in found if (n := p.theirs) not in there and table.matches(family.zeros, n)]
-        found = [place for place in found if place.theirs not in zeros]
-        table.check(found, there, family.ignored, str(folder))
-        return tensors.load(checkpoint, found, abstract)
+    checkpoint = files.Checkpoint(folder)
+    there = checkpoint.shapes()
+    found = table.places([_as_named(row, family, there) for row in family.tensors], abstract)
+    zeros = [n for p in found if (n := p.theirs) not in there and table.matches(family.zeros, n)]
+    found = [place for place in found if place.theirs not in zeros]
+    table.check(found, there, family.ignored, str(folder))
+    return tensors.load(checkpoint, found, abstract)
 
 
 def _as_named(row: table.Tensor, family: Family, there: Collection[str]) -> table.Tensor:

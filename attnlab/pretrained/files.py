@@ -1,6 +1,5 @@
 """Folders of a checkpoint: a config, tensors in safetensors files, and a tokenizer's files."""
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -63,34 +62,36 @@ def read_json(file: epath.Path) -> dict[str, Any]:
 class Checkpoint:
     """The tensors of a folder's safetensors files, read one at a time.
 
+    A file is opened anew for each: while it is open, all that was read of it counts as memory of the process.
+
     Raises:
       InputError: no safetensors, or files that cannot be read.
     """
 
     def __init__(self, folder: epath.Path):
-        self._files: dict[str, Any] = {}
-        self._stack = contextlib.ExitStack()
+        self._files: dict[str, epath.Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for file in _tensor_files(folder):
             try:
-                opened = self._stack.enter_context(safetensors.safe_open(os.fspath(file), framework="numpy"))
-                self._files |= dict.fromkeys(opened.keys(), opened)
+                with _opened(file) as opened:
+                    for name in opened.keys():  # noqa: SIM118 - no dict
+                        self._files[name] = file
+                        self._shapes[name] = tuple(opened.get_slice(name).get_shape())
             except (OSError, safetensors.SafetensorError) as error:
                 raise InputError(f"{file} cannot be read: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        return dict(self._shapes)
 
     def read(self, name: str) -> np.ndarray:
         """The values of a tensor."""
-        return self._files[name].get_tensor(name)
+        with _opened(self._files[name]) as opened:
+            return opened.get_tensor(name)
 
-    def __enter__(self) -> "Checkpoint":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()
-        self._stack.close()
+def _opened(file: epath.Path) -> Any:
+    return safetensors.safe_open(os.fspath(file), framework="numpy")
 
 
 def _tensor_files(folder: epath.Path) -> list[epath.Path]:
