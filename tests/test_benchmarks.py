@@ -3,13 +3,26 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
+
+import pytest
 
 from tests.programs import ROOT
 
 
-def test_peers_of_attention_agree():
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["attention.py", "--check"],
+        pytest.param(["generate.py", "--check", "--layers=1"], marks=pytest.mark.parity),
+    ],
+    ids=lambda command: command[0],
+)
+def test_peers_agree(command):
+    if command[0] == "generate.py" and find_spec("transformers") is None:
+        pytest.skip("needs transformers (extra `parity`)")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "attention.py"), "--check"],
+        [sys.executable, str(ROOT / "benchmarks" / command[0]), *command[1:]],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
