@@ -1,6 +1,7 @@
 """Every test runs on 8 simulated CPU devices, with shapes checked and no silent rank promotion."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,6 +26,14 @@ install_import_hook(
 
 from attnlab import sharding  # noqa: E402
 from attnlab.errors import InputError  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what compares with torch and transformers where they are not."""
+    lacking = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    for item in items:
+        if lacking and item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(lacking)} (extra `parity`)"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 
@@ -19,8 +18,6 @@ from tests.programs import ROOT
     ids=lambda command: command[0],
 )
 def test_peers_agree(command):
-    if command[0] == "generate.py" and find_spec("transformers") is None:
-        pytest.skip("needs transformers (extra `parity`)")
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / command[0]), *command[1:]],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
