@@ -66,6 +66,15 @@ def saved(model, folder):
     return Imported(model, folder)
 
 
+def assert_written_again(peer, folder):
+    """Holds that what is written again loads in transformers with the same bits."""
+    checkpoints.write_params(folder, peer.found[0], peer.params)
+    peer.theirs.config.save_pretrained(folder)
+    again = type(peer.theirs).from_pretrained(folder)
+    for name, tensor in peer.theirs.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+
+
 def batch(vocab, lengths=LENGTHS, seed=1, left=False):
     """Token ids (B, T) and which of them are there, padded on the right or the left."""
     rng = np.random.default_rng(seed)

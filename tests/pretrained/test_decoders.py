@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import in_order
-from attnlab.pretrained import checkpoints
-from tests.pretrained.peers import batch, close, places, program, saved, saved_gradients
+from tests.pretrained.peers import assert_written_again, batch, close, places, program, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -154,9 +153,4 @@ def test_loss_and_gradients(peer, case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_written_again_it_is_the_same(peer, case, tmp_path):
-    peer = peer(case)
-    checkpoints.write_params(tmp_path, peer.found[0], peer.params)
-    peer.theirs.config.save_pretrained(tmp_path)
-    again = type(peer.theirs).from_pretrained(tmp_path)
-    for name, tensor in peer.theirs.state_dict().items():
-        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+    assert_written_again(peer(case), tmp_path)

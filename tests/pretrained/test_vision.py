@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import in_order
-from attnlab.pretrained import checkpoints
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.settings import Settings
-from tests.pretrained.peers import close, saved, saved_gradients
+from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -147,11 +146,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_written_again_it_is_the_same(peer, case, tmp_path):
     peer = peer(case)
-    checkpoints.write_params(tmp_path, peer.found[0], peer.params)
-    peer.theirs.config.save_pretrained(tmp_path)
-    again = type(peer.theirs).from_pretrained(tmp_path)
-    for name, tensor in peer.theirs.state_dict().items():
-        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+    assert_written_again(peer, tmp_path)
     assert peer.found[0].architecture_of(peer.found[1]) == type(peer.theirs).__name__
 
 
