@@ -83,8 +83,12 @@ class ModelConfig(ABC):
         return ()
 
     def sharded_dimensions(self) -> Mapping[str, tuple[str, int]]:
-        """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size)."""
-        return {}
+        """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size); and of its parts."""
+        return {
+            name.replace("model.", f"model.{part}.", 1): dimension
+            for part, config in self._parts().items()
+            for name, dimension in config.sharded_dimensions().items()
+        }
 
     def check_length(self, length: int) -> None:
         """Checks that the model can read so many tokens.
@@ -103,12 +107,16 @@ class ModelConfig(ABC):
         del length
 
     def idle_parameters(self) -> int:
-        """Parameters of the experts that a token does not go to, in all layers."""
-        return 0
+        """Parameters of the experts that a token does not go to, in all layers of all its parts."""
+        return sum(part.idle_parameters() for part in self._parts().values())
 
     def learning_rates(self) -> Mapping[str, float]:
-        """Factors of the learning rate, by a regular expression of the names of the parameters."""
-        return {}
+        """Factors of the learning rate, by a regular expression of parameters' names; those of its parts."""
+        return {
+            f"^{part}/.*{pattern}": factor
+            for part, config in self._parts().items()
+            for pattern, factor in config.learning_rates().items()
+        }
 
     def sized(self, vocab_size: int) -> Self:
         """With the vocabulary that `build` would give the model written into it."""
@@ -135,10 +143,14 @@ class ModelConfig(ABC):
         """
         return self._with_parts(lambda part: part.written_out()).with_dtypes(Dtypes())
 
+    def _parts(self) -> dict[str, "ModelConfig"]:
+        """The models that are fields of this one."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: part for name, part in found.items() if isinstance(part, ModelConfig)}
+
     def _with_parts(self, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
         """With every model that is a field of this one changed."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        parts = {name: change(part) for name, part in found.items() if isinstance(part, ModelConfig)}
+        parts = {name: change(part) for name, part in self._parts().items()}
         return replace(self, **parts)  # type: ignore[type-var]
 
 

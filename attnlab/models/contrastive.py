@@ -146,22 +146,6 @@ class ContrastiveConfig(ModelConfig):
         """See `ModelConfig.sized`."""
         return replace(self, text=self.text.sized(vocab_size))
 
-    def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
-        """See `ModelConfig.sharded_dimensions`."""
-        return {
-            name.replace("model.", f"model.{tower}.", 1): dimension
-            for tower in ("image", "text")
-            for name, dimension in getattr(self, tower).sharded_dimensions().items()
-        }
-
-    def learning_rates(self) -> dict[str, float]:
-        """See `ModelConfig.learning_rates`."""
-        return {
-            f"^{tower}/.*{pattern}": factor
-            for tower in ("image", "text")
-            for pattern, factor in getattr(self, tower).learning_rates().items()
-        }
-
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `ModelConfig.token_flops`; products of pairs, as many as rows in a batch, are left out."""
         del vocab_size

@@ -73,26 +73,6 @@ class Seq2SeqConfig(ModelConfig):
         """See `ModelConfig.sized`."""
         return replace(self, encoder=self.encoder.sized(vocab_size), decoder=self.decoder.sized(vocab_size))
 
-    def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
-        """See `ModelConfig.sharded_dimensions`."""
-        return {
-            name.replace("model.", f"model.{half}.", 1): dimension
-            for half in ("encoder", "decoder")
-            for name, dimension in getattr(self, half).sharded_dimensions().items()
-        }
-
-    def idle_parameters(self) -> int:
-        """See `ModelConfig.idle_parameters`."""
-        return self.encoder.idle_parameters() + self.decoder.idle_parameters()
-
-    def learning_rates(self) -> dict[str, float]:
-        """See `ModelConfig.learning_rates`."""
-        return {
-            f"^{half}/.*{pattern}": factor
-            for half in ("encoder", "decoder")
-            for pattern, factor in getattr(self, half).learning_rates().items()
-        }
-
     def memory_shape(self, length: int) -> tuple[int, int]:
         """Length and width of what the decoder looks at, of a source of this length."""
         return self.encoder.memory_shape(length)
