@@ -43,9 +43,9 @@ def checkpoint(folder: Path, layers: int, seed: int = 0) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def prompts(batch: int) -> np.ndarray:
-    """Random tokens, (batch, PROMPT)."""
-    return np.random.default_rng(0).integers(0, 50_000, (batch, PROMPT))
+def texts(batch: int) -> list[str]:
+    """Random words, PROMPT of them in each text."""
+    return [" ".join(map(str, row)) for row in np.random.default_rng(0).integers(0, 50_000, (batch, PROMPT))]
 
 
 def attnlab(folder: Path) -> Generate:
@@ -59,8 +59,7 @@ def attnlab(folder: Path) -> Generate:
     generator = Generator(found.model, found.params, found.tokenizer, PROMPT + NEW, mesh)
 
     def generate(batch: int) -> list[list[int]]:
-        texts = [" ".join(map(str, row)) for row in prompts(batch)]
-        made = generator(texts, max_new_tokens=NEW, sampling=Sampling(temperature=0.0))
+        made = generator(texts(batch), max_new_tokens=NEW, sampling=Sampling(temperature=0.0))
         return [completion.tokens for completion in made]
 
     return generate
@@ -72,15 +71,17 @@ def hugging_face(folder: Path) -> Generate:
     import transformers
 
     torch.set_num_threads(_cores())
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     model.generation_config.eos_token_id = None
 
     def generate(batch: int) -> list[list[int]]:
-        ids = torch.from_numpy(prompts(batch))
+        given = tokenizer(texts(batch), return_tensors="pt")
         with torch.no_grad():
-            made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return made[:, PROMPT:].tolist()
+            made = model.generate(given.input_ids, attention_mask=given.attention_mask, **options)[:, PROMPT:]
+        tokenizer.batch_decode(made)
+        return made.tolist()
 
     return generate
 
@@ -103,13 +104,14 @@ def measure(name: str, folder: Path, batch: int) -> None:
     if name == "attnlab":
         import jax
 
+        jax.config.update("jax_platforms", "cpu")  # libtpu takes memory even where there is no TPU
         import attnlab.generation
         import attnlab.pretrained  # noqa: F401
 
         jax.devices()
     else:
         import torch  # noqa: F401
-        from transformers import GPT2LMHeadModel  # noqa: F401
+        from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: F401
     imported = resident()
     PEERS[name](folder)(batch)
     print(json.dumps([imported, resident(most=True)]))

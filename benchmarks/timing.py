@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-import jax
 import numpy as np
 
 T = TypeVar("T")
@@ -54,6 +53,8 @@ def alternate(peers: Mapping[str, Step], rounds: int, steps: int, warmup: int = 
 
 
 def _seconds(step: Step, steps: int) -> float:
+    import jax  # here, for a process that measures the memory of another library imports this file as well
+
     start = time.perf_counter()
     for _ in range(steps):
         result = step()
@@ -93,6 +94,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def environment(*packages: str) -> str:
     """One line on where the numbers were taken: device, cores, Python, versions of `packages`."""
+    import jax
+
     device = jax.devices()[0]
     parts = [
         f"{jax.device_count()} x {device.device_kind}",

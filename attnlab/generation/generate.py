@@ -193,8 +193,6 @@ class Generator:
     def _write(self, given: Sequence["_Task"], steps: int, sampling: Sampling, seed: int):
         """The next tokens of every row, (B, STRETCH), again and again."""
         prefix = self._prefill(given, _stretches(steps))
-        if len(prefix.positions) == 1 and self.mesh.devices.flat[0].platform == "cpu":
-            prefix = _twice(prefix)
         state = _start(prefix, seed)
         for _ in range(0, steps, STRETCH):
             state, tokens = _decode(self.model, self.tokenizer.eos_id, sampling, self.params, state)
@@ -329,12 +327,6 @@ class _State:
     prefix: Prefix
     keys: jax.Array
     done: jax.Array
-
-
-@jax.jit
-def _twice(prefix: Prefix) -> Prefix:
-    """The only row twice: alone, its products with matrices take XLA's CPU backend three times as long."""
-    return prefix.take(jnp.zeros_like(prefix.positions)[:, None] + jnp.zeros((1, 2), jnp.int32))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -1,5 +1,6 @@
 """What was read before anything is generated: the cache after the prompts, and the next token's logits."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.attention.cache import Cache, take_rows
+
+READ = 1024  # tokens read at a time, over all rows
 
 
 @jax.tree_util.register_dataclass
@@ -53,14 +56,26 @@ def prefill(
 ) -> Prefix:
     """Reads prompts, padded on the left where `segments` is 0, into a new cache of so many slots.
 
-    What is made of a source is kept in the cache: it is read here and never again.
+    Many tokens are read a piece after the other, so that no activation is of all of them. What is made of a
+    source is kept in the cache: it is read here, with the whole prompt, and never again.
     """
+    rows, length = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    cache = model.init_cache(tokens.shape[0], slots)
-    inputs = tokens, segments, positions, cache
-    x, cache = model.apply({"params": params}, *inputs, **source, method="hidden")
+    cache, whole = model.init_cache(rows, slots), (tokens, segments, positions)
+
+    def read(cache: Cache, piece, **source):
+        x, cache = model.apply({"params": params}, *piece, cache, **source, method="hidden")
+        return cache, x[:, -1:]
+
+    count = 1 if source else math.gcd(length, -(-tokens.size // READ))
+    if count == 1:
+        cache, x = read(cache, whole, **source)
+    else:
+        pieces = [jnp.moveaxis(x.reshape(rows, count, -1), 1, 0) for x in whole]
+        cache, x = jax.lax.scan(read, cache, pieces)
+        x = x[-1]
     # Of the last token alone: the logits of all of a long prompt can be larger than the model.
-    x = sharding.constrain(x[:, -1:], "batch", None, None)
+    x = sharding.constrain(x, "batch", None, None)
     logits = model.apply({"params": params}, x, method="logits_of")
     return Prefix(cache, _last(logits), sharding.constrain(positions[:, -1] + 1, "batch"))
 
