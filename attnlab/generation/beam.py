@@ -118,9 +118,10 @@ def beam_search(
 
     Each step extends every growing text by every token. Of the 2k likeliest, those among the first k that
     end, by `eos_id` or by their length, compete for the k places of finished texts; the k likeliest of the
-    others go on. A row is done when its likeliest growing text, scored as if it ended now, is no better
-    than its worst finished one, all places being taken. (A later end could score higher if the penalty is
-    over 1; this is the rule that Hugging Face's generate calls early_stopping=False.)
+    others go on. The last token of a model that `ends` is `eos_id`. A row is done when its likeliest growing
+    text, scored as if it ended now, is no better than its worst finished one, all places being taken. (A
+    later end could score higher if the penalty is over 1; this is the rule that Hugging Face's generate calls
+    early_stopping=False.)
 
     Args:
       model: a decoder; see `forward`.
@@ -147,7 +148,8 @@ def beam_search(
         jnp.ones_like(prefix.positions, bool),
         prefix.take(same),
     )
-    select = partial(_select, penalty=penalty, eos_id=eos_id, steps=steps)
+    ends = eos_id if model.config.ends else None
+    select = partial(_select, penalty=penalty, eos_id=eos_id, steps=steps, last=ends)
 
     def step(state: _State) -> _State:
         last = jnp.take(state.growing.tokens, state.length - 1, axis=2)
@@ -157,11 +159,14 @@ def beam_search(
     return jax.lax.while_loop(lambda state: state.open.any(), step, select(state)).finished
 
 
-def _select(state: _State, *, penalty, eos_id: int, steps) -> _State:
-    """The state after one more token of every text, which is not read yet."""
+def _select(state: _State, *, penalty, eos_id: int, steps, last: int | None) -> _State:
+    """The state after one more token of every text, which is not read yet; the last may be settled."""
     b, k, _ = state.growing.tokens.shape
-    log_probs = jax.nn.log_softmax(whole_rows(state.prefix.logits))
-    size, length = log_probs.shape[-1], state.length + 1
+    logits, length = whole_rows(state.prefix.logits), state.length + 1
+    size = logits.shape[-1]
+    if last is not None:
+        logits = jnp.where((length < steps) | (jnp.arange(size) == last)[None], logits, -jnp.inf)
+    log_probs = jax.nn.log_softmax(logits)
     # Layouts are said, for what is reshaped from or to a single row may lose its own.
     log_probs = log_probs.reshape(b, k, size, out_sharding=out_sharding("batch", None, None))
     scores = state.growing.scores[:, :, None] + log_probs

@@ -109,7 +109,9 @@ class Generator:
             raise InputError(f"stop must be a list of strings of at least one character, not {stop!r}")
         forced = self._forced(forced, max_new_tokens)
         given = [task for task in self._tasks(prompts, sources, forced) for _ in range(num_samples)]
-        steps = self._steps(given, forced, max_new_tokens) - len(forced)
+        steps = self._steps(given, forced, max_new_tokens)
+        limit = "length" if steps == max_new_tokens else "context"
+        steps -= len(forced) + self.model.config.ends  # those that are drawn
         rows = [_Row(task, self.tokenizer, stop) for task in given]
         for i, row in enumerate(rows):
             fresh = row.add(list(forced))
@@ -126,7 +128,6 @@ class Generator:
                 written += tokens.shape[1]
                 if written >= steps or all(row.ended for row in rows):
                     break
-        limit = "length" if steps + len(forced) == max_new_tokens else "context"
         for i, row in enumerate(rows):
             rest = row.end(limit)
             if stream is not None and rest:
@@ -184,7 +185,7 @@ class Generator:
         ):
             for tokens, score in zip(texts[:num_samples], scores, strict=False):
                 row = _Row(task, self.tokenizer, ())
-                row.add(tokens[:steps].tolist())
+                row.add(tokens[: steps - self.model.config.ends].tolist())
                 row.end(limit)
                 if np.isfinite(score):
                     completions.append(replace(row.completion(), score=float(score)))

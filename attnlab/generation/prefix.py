@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
@@ -17,7 +18,10 @@ READ = 1024  # tokens read at a time, over all rows
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prefix:
-    """Texts read so far: the cache of their tokens, logits of the next token, and its position."""
+    """Texts read so far: the cache of their tokens, logits of the next token, and its position.
+
+    Logits of tokens that the model never writes, or never first, are -inf: see `Seq2SeqConfig.never`.
+    """
 
     cache: Cache
     logits: Float[Array, "B V"]
@@ -36,7 +40,7 @@ class Prefix:
 
 
 def forward(model, params, tokens, segments, positions, cache: Cache, **source) -> tuple[Array, Cache]:
-    """Logits after each of these tokens (B, T, V), and the cache with them.
+    """Logits after each of these tokens (B, T, V), and the cache with them; -inf of what is never written.
 
     Args:
       model: with `init_cache`.
@@ -47,7 +51,8 @@ def forward(model, params, tokens, segments, positions, cache: Cache, **source) 
       cache: of what was read before.
       **source: at the first tokens, what `Batch.inputs` has of a source, if the model reads one.
     """
-    return model.apply({"params": params}, tokens, segments, positions, cache, **source)
+    logits, cache = model.apply({"params": params}, tokens, segments, positions, cache, **source)
+    return without(logits, model.config.never), cache
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -77,7 +82,15 @@ def prefill(
     # Of the last token alone: the logits of all of a long prompt can be larger than the model.
     x = sharding.constrain(x, "batch", None, None)
     logits = model.apply({"params": params}, x, method="logits_of")
+    logits = without(logits, (*model.config.never, *model.config.never_first))
     return Prefix(cache, _last(logits), sharding.constrain(positions[:, -1] + 1, "batch"))
+
+
+def without(logits: Float[Array, "B T V"], tokens: tuple[int, ...]) -> Float[Array, "B T V"]:
+    """Logits that are -inf of these tokens."""
+    if not tokens:
+        return logits
+    return jnp.where(np.isin(np.arange(logits.shape[-1]), tokens)[None, None], -jnp.inf, logits)
 
 
 def _last(logits: Float[Array, "B T V"]) -> Float[Array, "B V"]:

@@ -82,6 +82,21 @@ class ModelConfig(ABC):
         """The first tokens of all that it writes."""
         return ()
 
+    @property
+    def never(self) -> tuple[int, ...]:
+        """Tokens that it never writes, as others are chosen among the rest."""
+        return ()
+
+    @property
+    def never_first(self) -> tuple[int, ...]:
+        """Tokens that are never the first that it chooses, after those that are forced."""
+        return ()
+
+    @property
+    def ends(self) -> bool:
+        """Whether a text that is as long as it may be has its end for its last token."""
+        return False
+
     def sharded_dimensions(self) -> Mapping[str, tuple[str, int]]:
         """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size); and of its parts."""
         return {

@@ -28,6 +28,9 @@ class Seq2SeqConfig(ModelConfig):
       shared: whether the encoder, of text, reads by the decoder's table of tokens.
       start: the token that comes before all that it writes; None is what the tokenizer begins a text with.
       forced: the first tokens of all that it writes, such as the name of a language.
+      never: tokens that it never writes: what it writes is chosen among the rest.
+      never_first: tokens that are never the first that it chooses, after those that are forced.
+      ends: whether a text that is as long as it may be has its end for its last token.
     """
 
     encoder: SourceConfig = field(default_factory=EncoderConfig)
@@ -35,6 +38,9 @@ class Seq2SeqConfig(ModelConfig):
     shared: bool = False
     start: int | None = None  # type: ignore[assignment]
     forced: tuple[int, ...] = ()  # type: ignore[assignment]
+    never: tuple[int, ...] = ()  # type: ignore[assignment]
+    never_first: tuple[int, ...] = ()  # type: ignore[assignment]
+    ends: bool = False  # type: ignore[assignment]
 
     def __post_init__(self):
         widths = [part.table_width for part in (self.encoder, self.decoder) if isinstance(part, TextConfig)]

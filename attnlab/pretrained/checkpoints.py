@@ -22,7 +22,7 @@ from attnlab.files import write_atomically
 from attnlab.models import ModelConfig
 from attnlab.pretrained import files, table, tensors, vocabularies
 from attnlab.pretrained.families import FAMILIES, Family
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.settings import RULES, Settings
 
 Origin: TypeAlias = epath.Path | tuple[Tokenizer, int]
 
@@ -33,7 +33,7 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
     Raises:
       InputError: a model_type or a setting that there is nothing here for.
     """
-    fields = _generation(folder) | files.read_json(folder / files.CONFIG)
+    fields = files.read_json(folder / files.CONFIG) | _generation(folder)
     kind = fields.get("model_type")
     if kind not in FAMILIES:
         known = f"{did_you_mean(str(kind), FAMILIES)} There are {', '.join(sorted(FAMILIES))}"
@@ -49,10 +49,16 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
 
 
 def _generation(folder: epath.Path) -> dict[str, Any]:
-    """What a model's texts begin with, which newer checkpoints keep apart from their config."""
+    """How a model's texts are written, which newer checkpoints keep apart from their config.
+
+    Where there is such a file, it alone has the rules; what begins a text the config may say just as well.
+    """
     file = folder / files.GENERATION
-    found = files.read_json(file) if file.exists() else {}
-    return {name: found[name] for name in ("decoder_start_token_id", "forced_bos_token_id") if name in found}
+    if not file.exists():
+        return {}
+    found = files.read_json(file)
+    begin = {name: found[name] for name in ("decoder_start_token_id",) if name in found}
+    return begin | {name: found.get(name) for name in RULES}
 
 
 def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:

@@ -19,6 +19,14 @@ ACTIVATIONS = {
 }
 
 
+# What a checkpoint says of all texts that it writes.
+RULES = (
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+)
 THEIR_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
@@ -74,6 +82,25 @@ class Settings(Mapping):
             raise InputError(
                 f"{self._where}: {name}={self._fields[name]!r} is not supported; it may be {would_do}"
             )
+
+    def rules(self) -> dict[str, Any]:
+        """Of all that it writes: what comes first and last and what never does, as `Seq2SeqConfig` has it.
+
+        Raises:
+          InputError: words of several tokens that are never written, or a last token that is not the end.
+        """
+        end, words = self.get("eos_token_id"), self.get("bad_words_ids", ())
+        ends = end if isinstance(end, list) else [end]
+        if any(len(word) != 1 for word in words):
+            raise InputError(f"{self._where}: bad_words_ids of several tokens are not supported")
+        self.require("forced_eos_token_id", None, *ends)
+        begin = self.get("forced_bos_token_id")
+        return {
+            "forced": () if begin is None else (begin,),
+            "never": (*self.get("suppress_tokens", ()), *(t for (t,) in words if t not in ends)),
+            "never_first": tuple(self.get("begin_suppress_tokens", ())),
+            "ends": self.get("forced_eos_token_id") is not None,
+        }
 
     def activation(self, *names: str) -> Any:
         """The activation under the first of these names that is there."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab.data import Bytes
-from attnlab.generation import Beams, Draft, Generator, Power, Sampling, Wu
+from attnlab.generation import Beams, Draft, Generator, Lookup, Power, Sampling, Wu
 from attnlab.layers import Attention, LayerNorm, RelativeBias
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig
 from attnlab.sharding import make_mesh, out_sharding, parse_mesh
@@ -91,6 +91,40 @@ def test_prompts_and_forced_tokens_come_first(one):
     assert own == row
 
 
+def test_what_is_never_written_is_not_and_what_is_longest_ends(one):
+    """However it is drawn; with guesses of a model that would write it, too."""
+    ruled = replace(
+        CONFIG, forced=(9,), never=tuple(range(60, 250)), never_first=(3, *range(30, 60)), ends=True
+    )
+    free, g = (generator(one.mesh, config) for config in (replace(CONFIG, forced=(9,)), ruled))
+    barred, first = set(ruled.never), {*ruled.never, *ruled.never_first}
+    before = free(sources=SOURCES, max_new_tokens=9, sampling=GREEDY)
+    assert any(barred & {*row.tokens} for row in before) and any(row.tokens[1] in first for row in before)
+    found = {}
+    for name, options in {
+        "greedy": {"sampling": GREEDY},
+        "guessed": {"sampling": GREEDY, "guesses": Draft(free, 2)},
+        "looked up": {"sampling": GREEDY, "guesses": Lookup(1, 2)},
+        "drawn": {"sampling": Sampling(2.0)},
+        "drawn, guessed": {"sampling": Sampling(2.0), "guesses": Draft(free, 2)},
+    }.items():
+        found[name] = g(sources=SOURCES, max_new_tokens=9, **options)
+        for row in found[name]:
+            assert not barred & {*row.tokens[1:]} and row.tokens[1] not in first
+            assert len(row.tokens) == 8 and row.ended == "length"  # the ninth is the end
+    assert found["greedy"] == found["guessed"] == found["looked up"]
+    for source, row in zip(SOURCES, found["greedy"], strict=True):
+        ids = [7, 9]
+        for i in range(7):
+            last = logits(g, ids, source)[-1].copy()
+            last[[*(ruled.never if i else first)]] = -np.inf
+            ids.append(int(last.argmax()))
+        assert row.tokens == ids[1:]
+    for row in g.search(None, Beams(1), sources=SOURCES, max_new_tokens=9):
+        (same,) = (other for other in found["greedy"] if other.source == row.source)
+        assert (row.tokens, row.ended) == (same.tokens, same.ended)
+
+
 def test_rows_of_a_search_are_each_alone(one):
     options = {"beams": Beams(3, Wu()), "max_new_tokens": 8, "num_samples": 2}
     together = one.search(None, sources=SOURCES, **options)
@@ -108,7 +142,8 @@ def test_forced_tokens_of_a_search_have_a_length_and_no_probability(one):
 
 
 def test_a_mesh_changes_no_token(one, mesh_of):
-    on_mesh = generator(mesh_of("data:2,fsdp:2,tensor:2"))
+    config = replace(CONFIG, never=tuple(range(60, 200)), ends=True)
+    one, on_mesh = generator(one.mesh, config), generator(mesh_of("data:2,fsdp:2,tensor:2"), config)
     for sampling in (GREEDY, Sampling(top_k=5)):
         options = {"sources": SOURCES, "max_new_tokens": 6, "sampling": sampling, "seed": 3}
         assert on_mesh(**options) == one(**options)

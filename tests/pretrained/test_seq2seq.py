@@ -10,6 +10,7 @@ import pytest
 from attnlab.generation import Power, beam_search, prefill
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained import checkpoints
+from attnlab.pretrained.settings import Settings
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import (
     Imported,
@@ -224,6 +225,47 @@ def test_beams(peer, case):
             texts = [until_end(text, EOS) for text in expected[i * count : (i + 1) * count]]
             ours = [until_end(text, EOS) for text in np.asarray(got.tokens[i]).tolist()]
             assert_same([*zip(ours, np.asarray(got.scores[i]).tolist(), strict=True)], [*zip(texts, wanted, strict=True)])  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "own"), [("bart", (7,)), ("marian", ())])
+def test_rules_of_what_is_written(peer, case, own, tmp_path):
+    """Those of the folder; where tokens are never written, probabilities are of the others alone."""
+    peer = peer(case)
+    free, _ = generate(peer)
+    rules = {
+        "bad_words_ids": [[START], [EOS]],  # of which the end is written all the same
+        "suppress_tokens": sorted({token for text in free for token in text} - {EOS}),
+        "begin_suppress_tokens": [EOS, *range(5, 30)],
+        "forced_bos_token_id": own[0] if own else None,
+        "forced_eos_token_id": EOS,
+    }
+    before = peer.theirs.generation_config
+    peer.theirs.generation_config = type(before)(**before.to_dict() | rules)
+    try:
+        peer.theirs.save_pretrained(tmp_path)
+        expected, _ = generate(peer)
+        several, found = generate(peer, num_beams=3, num_return_sequences=3, early_stopping=False, renormalize_logits=True)  # fmt: skip
+    finally:
+        peer.theirs.generation_config = before
+    peer = Imported(peer.theirs, tmp_path)
+    assert peer.found[1].forced == own
+    with jax.set_mesh(peer.mesh):
+        for count, wanted, scores in ((1, expected, None), (3, several, found.sequences_scores.tolist())):
+            options = {"slots": STEPS, "steps": STEPS, "penalty": Power(1.0), "eos_id": EOS, "forced": own}
+            got = beam_search(peer.model, peer.params, prefix(peer, own), count=count, **options)
+            ours = [until_end(text, EOS) for text in got.tokens.reshape(-1, STEPS).tolist()]
+            assert ours == [until_end(text, EOS) for text in wanted]
+            if scores:
+                np.testing.assert_allclose(got.scores.reshape(-1), scores, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("rules", "told"), [
+    ({"bad_words_ids": [[5, 6]]}, "bad_words_ids of several tokens"),
+    ({"forced_eos_token_id": 5}, "forced_eos_token_id=5 is not supported; it may be None or 2"),
+])  # fmt: skip
+def test_rules_that_are_not_here_are_refused(rules, told, refuses):
+    with refuses(told):
+        Settings({"eos_token_id": EOS} | rules, "config.json").rules()
 
 
 def test_a_checkpoint_without_a_head_has_no_bias_of_logits(peer, tmp_path):

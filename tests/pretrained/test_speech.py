@@ -197,13 +197,19 @@ def test_from_sound_to_text(tmp_path):
     }
     config = transformers.WhisperConfig(**SMALL | own, forced_decoder_ids=[[1, 5], [2, 9]])
     config._attn_implementation = "eager"
-    there = saved(transformers.WhisperForConditionalGeneration(config), tmp_path)
+    model = transformers.WhisperForConditionalGeneration(config)
+    rules = {
+        "suppress_tokens": [199, 212],
+        "begin_suppress_tokens": [217, tokenizer.eos_id],
+    }
+    model.generation_config.update(**rules)
+    there = saved(model, tmp_path)
     extractor.save_pretrained(tmp_path)
     tokenizer.for_others().save(tmp_path / "tokenizer.json")
 
     sound = np.random.default_rng(0).normal(size=12_000).astype(np.float32) * 0.1
     theirs = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features
-    expected = generate(there, theirs, [[START, 5, 9]], eos_token_id=tokenizer.eos_id)
+    expected = generate(there, theirs, [[START, 5, 9]], eos_token_id=tokenizer.eos_id, **rules)
     model, params, tokens, config = load(str(tmp_path), there.mesh)
     features = LogMel.from_settings(preprocessor.read(tmp_path))(jnp.asarray(sound)[None])
     close(features[0], theirs[0].T)
@@ -211,3 +217,6 @@ def test_from_sound_to_text(tmp_path):
     (row,) = generator(sources=[features[0]], sampling=Sampling(0.0), max_new_tokens=STEPS + 2)
     assert row.tokens == until_end(expected.sequences[0, 1:].tolist(), tokenizer.eos_id)[: len(row.tokens)]
     assert row.tokens[:2] == [5, 9] and len(row.tokens) > 8
+    rules = {name: [] for name in rules}
+    free = generate(there, theirs, [[START, 5, 9]], eos_token_id=tokenizer.eos_id, **rules)
+    assert row.tokens != free.sequences[0, 1:].tolist()[: len(row.tokens)]

@@ -350,7 +350,10 @@ OF_SOURCES = {
     ("model=Seq2SeqConfig", "encoder"): "another model: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "shared"): "one table less: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "start"): "what is generated: tests/generation/test_sources.py",
-    ("model=Seq2SeqConfig", "forced"): "what is generated: tests/generation/test_sources.py",
+    **{
+        ("model=Seq2SeqConfig", name): "what is generated: tests/generation/test_sources.py"
+        for name in ("forced", "never", "never_first", "ends")
+    },
     **{
         (f"data={glyphs.Glyphs.__name__}", name): "as of all data: tests/data/test_base.py"
         for name in ("tokenizer", "sequence_length")

@@ -53,14 +53,13 @@ def _config(s: Settings, shared: bool = True, **changes: Any) -> Seq2SeqConfig:
             "dropout": s.get("dropout", 0.0),
         }
 
-    forced = s.get("forced_bos_token_id")
     decoder = of("decoder") | {"vocab_size": s.get("decoder_vocab_size", s["vocab_size"])}
     return Seq2SeqConfig(
         EncoderConfig(**of("encoder")),
         DecoderConfig(readout_bias=True, **decoder),
         shared=shared,
         start=s.get("decoder_start_token_id"),
-        forced=() if forced is None else (forced,),
+        **s.rules(),
     )
 
 

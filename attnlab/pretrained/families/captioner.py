@@ -29,6 +29,7 @@ def vision_encoder_decoder(s: Settings) -> CaptionerConfig:
         decoder=decoder,
         projection=encoder.width != decoder.width and writes.get("cross_attention_hidden_size") is None,
         start=next((token for token in begins if token is not None), None),
+        **s.rules(),
     )
 
 

@@ -36,6 +36,7 @@ def llava(s: Settings) -> PrefixConfig:
         projector=Projector(s.activation("projector_hidden_act"), s.get("multimodal_projector_bias", True)),
         normed=False,
         marker=s["image_token_index"],
+        **s.rules(),
     )
 
 
@@ -54,6 +55,7 @@ def paligemma(s: Settings) -> PrefixConfig:
         decoder=decoder,
         marker=s["image_token_index"],
         ahead=True,
+        **s.rules(),
     )
 
 

@@ -42,6 +42,7 @@ def _t5(s: Settings, tied: bool) -> Seq2SeqConfig:
         DecoderConfig(depth=s.get("num_decoder_layers", depth), tied=tied, scale_readout=tied, **half),
         shared=True,
         start=s.get("decoder_start_token_id", s.get("pad_token_id", 0)),
+        **s.rules(),
     )
 
 

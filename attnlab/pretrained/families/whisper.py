@@ -38,7 +38,7 @@ def whisper(s: Settings) -> Seq2SeqConfig:
             **both,
         ),
         start=s["decoder_start_token_id"],
-        forced=tuple(token for _, token in s.get("forced_decoder_ids") or ()),
+        **s.rules() | {"forced": tuple(token for _, token in s.get("forced_decoder_ids") or ())},
     )
 
 
