@@ -18,6 +18,7 @@ from attnlab.errors import InputError
 
 EOS = "<eos>"
 SETTINGS = "tokenizer_config.json"
+CUTS = ("source.tokenizer.json", "target.tokenizer.json")
 
 # Characters of text that a BPE learns from: merges settle long before, and memory stays small.
 TRAINING_CHARACTERS = 2**25
@@ -41,12 +42,21 @@ class Tokenizer:
       backend: the library's tokenizer.
       settings: of a tokenizer that was made elsewhere, its `tokenizer_config.json`, kept beside the other
         file: which token ends a text, and how chats are written. None is one of this module's.
+      cuts: what cuts a source, and what cuts all other texts, into pieces that the backend only numbers, as
+        of a translator whose languages share a vocabulary alone (Marian). None is the backend itself.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any] | None = None,
+        cuts: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None,
+    ):
         # Bytewise, "<eos>" in a text is five characters like any other and never becomes the token.
         backend.encode_special_tokens = True
-        self._backend, self.settings = backend, settings
+        self._backend, self.settings, self._cuts = backend, settings, cuts
+        for cut in cuts or ():
+            cut.encode_special_tokens = True
         # How whoever saved it made batches is no part of a text.
         backend.no_padding()
         backend.no_truncation()
@@ -71,6 +81,8 @@ class Tokenizer:
 
         Raises `InputError` naming the word if a `Words` tokenizer has not met it in training.
         """
+        if self._cuts is not None:
+            return np.asarray(self._numbered(self._cuts[1], text), np.int32)
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except Exception:
@@ -81,6 +93,13 @@ class Tokenizer:
                 f"the word {unknown!r} is not in the vocabulary, made of the training split"
             ) from None
         return np.asarray(ids, np.int32)
+
+    def _numbered(self, cut: tokenizers.Tokenizer, text: str) -> list[int]:
+        """Numbers of a text's pieces, and before them of the language that it begins with, as >>deu<<."""
+        language = re.match("(>>.*?<<)?", text, re.DOTALL)[0]  # type: ignore[index]
+        pieces = [*filter(None, [language]), *cut.encode(text[len(language) :]).tokens]
+        number, unknown = self._backend.token_to_id, self._backend.model.unk_token
+        return [number(unknown) if (found := number(piece)) is None else found for piece in pieces]
 
     @cached_property
     def start(self) -> list[int]:
@@ -101,8 +120,8 @@ class Tokenizer:
           text: the document.
           length: the most tokens that there may be: the text is cut, not what is around it.
         """
-        if self.settings is None:
-            ids = self.encode(text)[: None if length is None else max(length - 2, 0)]
+        if self.settings is None or self._cuts is not None:
+            ids = self.encode(text)[: None if length is None else max(length - len(self.start) - 1, 0)]
             return [*self.start, *ids.tolist(), self.eos_id]
         encoded = self._backend.encode(text, add_special_tokens=False)
         if length is not None:
@@ -113,6 +132,8 @@ class Tokenizer:
         """Token ids of a text to be read whole: with its end, or what others' tokenizers put around."""
         if self.settings is None:
             return [*self.encode(text).tolist(), self.eos_id]
+        if self._cuts is not None:
+            return [*self._numbered(self._cuts[0], text), self.eos_id]
         return self._backend.encode(text).ids or [self.eos_id]
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -189,6 +210,8 @@ class Tokenizer:
         file.write_text(self._backend.to_str(pretty=True))
         if self.settings is not None:
             (file.parent / SETTINGS).write_text(json.dumps(self.settings, indent=2))
+        for name, cut in zip(CUTS, self._cuts or (), strict=False):
+            (file.parent / name).write_text(cut.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
@@ -197,7 +220,9 @@ class Tokenizer:
         settings = file.parent / SETTINGS
         try:
             found = json.loads(settings.read_text()) if settings.exists() else None
-            return cls(tokenizers.Tokenizer.from_str(file.read_text()), found)
+            read = lambda file: tokenizers.Tokenizer.from_str(file.read_text())  # noqa: E731
+            source, target = (file.parent / name for name in CUTS)
+            return cls(read(file), found, (read(source), read(target)) if source.exists() else None)
         except FileNotFoundError:
             raise InputError(f"there is no tokenizer at {path}") from None
 

@@ -100,6 +100,7 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
     """
     file, template = folder / "tokenizer.json", folder / "chat_template.jinja"
     settings: dict[str, Any] = {}
+    cuts = None
     for name in ("special_tokens_map.json", SETTINGS):
         settings |= files.read_json(folder / name) if (folder / name).exists() else {}
     if template.exists():
@@ -113,10 +114,10 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
         made = vocabularies.read(folder, settings, files.read_json(folder / files.CONFIG)["model_type"])
         if made is None:
             return None
-        backend, settings = made
+        backend, settings, cuts = made
     if "eos_token" not in settings:
         settings["eos_token"] = _eos_by_id(folder, backend)
-    return Tokenizer(backend, settings)
+    return Tokenizer(backend, settings, cuts)
 
 
 def _eos_by_id(folder: epath.Path, backend: tokenizers.Tokenizer) -> str | None:
@@ -130,7 +131,7 @@ def copy_small_files(source: epath.Path, target: epath.Path) -> None:
     """Copies all of a checkpoint but its tensors: its config, and its tokenizer's and processors' files."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name != files.INDEX:
+        if file.suffix in (".json", ".jinja", ".model", ".spm", ".txt") and file.name != files.INDEX:
             file.copy(target / file.name, overwrite=True)
     for file in source.glob(f"*_*/{files.CONFIG}"):  # of the parts of a sentence encoder
         (target / file.parent.name).mkdir(exist_ok=True)

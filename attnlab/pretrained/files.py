@@ -34,7 +34,7 @@ def resolve(name: str) -> epath.Path:
         )
     import huggingface_hub  # takes a second, which only an id needs
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.spm", "*.txt"]
     try:
         return epath.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # no network, no such repository, no permission: the library's own kinds

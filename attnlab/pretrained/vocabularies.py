@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from etils import epath
@@ -12,7 +12,15 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from attnlab.errors import InputError
 
 Settings = dict[str, Any]
-Made = tuple[tokenizers.Tokenizer, Settings]
+
+
+class Made(NamedTuple):
+    """What a `Tokenizer` is made of."""
+
+    backend: tokenizers.Tokenizer
+    settings: Settings
+    cuts: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
+
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 # Whether a tokenizer of SentencePiece puts the tokens of begin and end around a text, by its class.
@@ -34,6 +42,7 @@ def read(folder: epath.Path, settings: Settings, model_type: str) -> Made | None
     """
     kind = re.sub("Tokenizer(Fast)?$", "", settings.get("tokenizer_class") or "")
     for name, usual, make in (
+        ("source.spm", "Marian", _marian),
         ("tokenizer.model", "Llama", _sentencepiece),
         ("spiece.model", "T5", _sentencepiece),
         ("vocab.txt", "Bert", _word_pieces),
@@ -44,10 +53,10 @@ def read(folder: epath.Path, settings: Settings, model_type: str) -> Made | None
         ),
     ):
         if (folder / name).exists():
-            backend, known = make(folder / name, kind or usual, settings)
-            found = known | {k: v for k, v in settings.items() if v is not None}
-            _add_tokens(backend, folder, found)
-            return backend, found
+            made = make(folder / name, kind or usual, settings)
+            found = made.settings | {k: v for k, v in settings.items() if v is not None}
+            _add_tokens(made.backend, folder, found)
+            return made._replace(settings=found)
     return None
 
 
@@ -110,31 +119,35 @@ def _sentencepiece(file: epath.Path, kind: str, settings: Settings) -> Made:
     backend = tokenizers.Tokenizer(_model(proto, known["additional_special_tokens"], file))
     added = [(p.piece, p.type == p.CONTROL) for p in pieces if p.type in (p.CONTROL, p.USER_DEFINED)]
     backend.add_tokens([AddedToken(piece, normalized=False, special=special) for piece, special in added])
-
-    # In the order of SentencePiece's own normalisation.
-    steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     prefix = settings.get("add_prefix_space")
     prefix = spec.add_dummy_prefix if prefix is None else prefix
-    if prefix and settings.get("legacy", kind == "T5"):  # before every stretch between special tokens
-        steps.append(normalizers.Prepend(SPACE))
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    if prefix and not settings.get("legacy", kind == "T5"):  # before the first alone
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    _spaces(backend, spec, prefix, settings.get("legacy", kind == "T5"))
     begin, end = (
         settings.get(f"add_{name}_token", usual)
         for name, usual in zip(("bos", "eos"), ENDS[kind], strict=True)
     )
     token = {**known, **{k: _text(v) for k, v in settings.items() if k in ("bos_token", "eos_token") and v}}
     _around(backend, token["bos_token"] if begin else None, token["eos_token"] if end else None)
-    return backend, known
+    return Made(backend, known)
+
+
+def _spaces(backend: tokenizers.Tokenizer, spec, prefix: bool, everywhere: bool) -> None:
+    """A normalizer and a decoder as a model says; a space before a text, or before every stretch of it."""
+    # In the order of SentencePiece's own normalisation.
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if prefix and everywhere:  # between special tokens
+        steps.append(normalizers.Prepend(SPACE))
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    if prefix and not everywhere:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
 
 
 def _proto(file: epath.Path):
@@ -179,6 +192,34 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     return [pair for *_, pair in sorted(found)]
 
 
+def _marian(file: epath.Path, kind: str, settings: Settings) -> Made:
+    """Marian's: a model of pieces for each language, which `vocab.json` numbers together."""
+    if kind != "Marian":
+        raise _refuse(file, kind, ("Marian",))
+    if settings.get("separate_vocabs"):
+        raise InputError(f"{file.parent}: separate_vocabs=True is not supported: one vocab.json for both")
+    known = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+    vocabulary = json.loads((file.parent / "vocab.json").read_text())
+    unknown = _text(settings.get("unk_token") or known["unk_token"])
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown))
+    around = decoders.Replace(Regex(r"\A\s+|\s+\z"), "")
+    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), around])
+    return Made(backend, known, (_cut(file), _cut(file.parent / "target.spm")))
+
+
+def _cut(file: epath.Path) -> tokenizers.Tokenizer:
+    """What cuts a text into the pieces of a model; those that control it are none of a text's."""
+    proto = _proto(file)
+    for number, piece in enumerate(proto.pieces):
+        if piece.type == piece.CONTROL:
+            piece.piece = f"\uffff{number}"  # which is no character
+    backend = tokenizers.Tokenizer(_model(proto, (), file))
+    own = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    backend.add_tokens([AddedToken(piece, normalized=False) for piece in own])
+    _spaces(backend, proto.normalizer_spec, proto.normalizer_spec.add_dummy_prefix, True)
+    return backend
+
+
 # Lists of words -----------------------------------------------------------------------------------------
 
 
@@ -199,7 +240,7 @@ def _word_pieces(file: epath.Path, kind: str, settings: Settings) -> Made:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
     _around(backend, token["cls_token"], token["sep_token"])
-    return backend, known
+    return Made(backend, known)
 
 
 def _bytes(file: epath.Path, kind: str, settings: Settings) -> Made:
@@ -222,11 +263,11 @@ def _gpt2(vocabulary, merges, settings: Settings) -> Made:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
     backend.decoder = decoders.ByteLevel()
-    return backend, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return Made(backend, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
 
 
 def _roberta(vocabulary, merges, settings: Settings) -> Made:
-    backend, _ = _gpt2(vocabulary, merges, settings)
+    backend = _gpt2(vocabulary, merges, settings).backend
     known = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     known |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
     token = {k: _text(settings.get(k) or v) for k, v in known.items()}
@@ -235,7 +276,7 @@ def _roberta(vocabulary, merges, settings: Settings) -> Made:
     backend.post_processor = processors.RobertaProcessing(
         *ends, True, settings.get("add_prefix_space", False)
     )
-    return backend, known
+    return Made(backend, known)
 
 
 def _clip(vocabulary, merges, settings: Settings) -> Made:
@@ -266,4 +307,4 @@ def _clip(vocabulary, merges, settings: Settings) -> Made:
     first, last = token["bos_token"], token["eos_token"]
     ends = (last, vocabulary[last]), (first, vocabulary[first])
     backend.post_processor = processors.RobertaProcessing(*ends, False, False)
-    return backend, known
+    return Made(backend, known)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.generation import Power, beam_search, prefill
+from attnlab.generation import Beams, Generator, Power, Sampling, beam_search, prefill
 from attnlab.inspect.maps import in_order
-from attnlab.pretrained import checkpoints
+from attnlab.pretrained import checkpoints, load
 from attnlab.pretrained.settings import Settings
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import (
@@ -21,6 +21,7 @@ from tests.pretrained.peers import (
     random_weights,
     saved_gradients,
 )
+from tests.pretrained.test_vocabularies import opus
 
 pytestmark = pytest.mark.parity
 
@@ -60,6 +61,12 @@ def seq2seq(case, folder):
     model = getattr(transformers, f"{family}{head}")(config)
     if family == "MT5" or "untied" in case:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return saved(model, folder)
+
+
+def saved(model, folder):
+    """`Imported` of a model with random weights, and with positions that are as they were."""
+    torch = pytest.importorskip("torch")
     random_weights(model)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -257,6 +264,41 @@ def test_rules_of_what_is_written(peer, case, own, tmp_path):
             assert ours == [until_end(text, EOS) for text in wanted]
             if scores:
                 np.testing.assert_allclose(got.scores.reshape(-1), scores, rtol=2e-5)
+
+
+def test_a_folder_of_opus_translates(tmp_path):
+    """From texts to texts, by its files alone."""
+    transformers = pytest.importorskip("transformers")
+    path = opus(tmp_path)
+    tokenizer = transformers.MarianTokenizer.from_pretrained(path)
+    pad, size = tokenizer.pad_token_id, len(tokenizer)
+    ids = {"vocab_size": size, "pad_token_id": pad, "decoder_start_token_id": pad, "eos_token_id": 0}
+    config = transformers.MarianConfig(**CASES["marian"][1] | ids | {"bos_token_id": 0})
+    model = transformers.MarianMTModel(config)
+    rules = {
+        "bad_words_ids": [[pad]],
+        "forced_eos_token_id": 0,
+        "renormalize_logits": True,
+        "max_length": 512,
+    }
+    model.generation_config.update(**rules)
+    mesh = saved(model, path).mesh
+    model.final_logits_bias.zero_()
+    for name, p in model.named_parameters():  # so that what is written depends on the source
+        p.data *= 0 if name.endswith("bias") else 4 if "_attn." in name else 1
+    model.save_pretrained(path)
+    texts = ["the cat sat", ">>deu<< naïve 日 friends ran", "Müde"]
+    given = tokenizer(texts, return_tensors="pt", padding=True)
+    found = load(str(path), mesh)
+    generator = Generator(found.model, found.params, found.tokenizer, context=48, mesh=mesh)
+    for count in (1, 4):
+        theirs = model.generate(**given, do_sample=False, num_beams=count, early_stopping=False, max_new_tokens=STEPS)  # fmt: skip
+        expected = tokenizer.batch_decode(theirs, skip_special_tokens=True)
+        got = generator.search(None, Beams(count), sources=texts, max_new_tokens=STEPS)
+        assert [row.text for row in got] == expected and len({*expected}) == 3
+        if count == 1:
+            drawn = generator(sources=texts, sampling=Sampling(0.0), max_new_tokens=STEPS)
+            assert [row.text for row in drawn] == expected
 
 
 @pytest.mark.parametrize(("rules", "told"), [

@@ -5,8 +5,11 @@ import json
 import pytest
 import tokenizers
 from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
+from attnlab.data import Tokenizer
 from attnlab.pretrained import checkpoints
 
 WORDS = "the cat sat on the mat because it was tired and then the naïve dog's 3 friends ran 42 miles home"
@@ -27,11 +30,11 @@ def folder(path, model_type, settings=None, **more):
     return epath.Path(path)
 
 
-def trained(path, kind, **options):
+def trained(path, kind, texts=TEXTS, **options):
     """A model of SentencePiece."""
     spm = pytest.importorskip("sentencepiece")
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_prefix=str(path.with_suffix("")), model_type=kind,
+        sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), model_type=kind,
         hard_vocab_limit=False, minloglevel=2, num_threads=1, **options,
     )  # fmt: skip
     path.with_suffix(".model").rename(path)
@@ -90,6 +93,72 @@ def test_sentencepiece_as_transformers_reads_it(tmp_path, name):
     theirs = getattr(transformers, cls).from_pretrained(path)
     same(ours, theirs)
     assert ours.vocab_size == len(theirs)
+
+
+GERMAN = "die Katze saß auf der Matte weil sie müde war und dann rannte der Hund mit 3 Freunden nach Hause"
+OPUS = {"vocab_size": 90, "bos_id": -1}
+CODES = [">>deu<<", ">>fra<<"]
+
+
+def opus(path):
+    """The files of a translator's tokenizer: pieces of two languages, but a few, numbered together."""
+    path = folder(path, "marian", {"source_lang": "eng", "target_lang": "deu"}, eos_token_id=0)
+    pieces = {"</s>": 0, "<unk>": 1}
+    for name, texts in {"source": TEXTS, "target": [GERMAN, GERMAN.title(), GERMAN[::-1]] * 20}.items():
+        spm = trained(path / f"{name}.spm", "unigram", texts=texts, **OPUS)
+        own = [spm.id_to_piece(i) for i in range(len(spm))]
+        pieces |= {
+            piece: len(pieces) + i
+            for i, piece in enumerate(p for p in own if p not in {*pieces, "q", "R", "\u2581the"})
+        }
+    pieces |= {token: len(pieces) + i for i, token in enumerate([*CODES, "<pad>"])}
+    (path / "vocab.json").write_text(json.dumps(pieces))
+    return path
+
+
+@pytest.fixture(scope="module")
+def translators(tmp_path_factory):
+    """Our tokenizer of such files, what a run keeps of it, and that of transformers."""
+    transformers = pytest.importorskip("transformers")
+    path = opus(tmp_path_factory.mktemp("opus"))
+    ours = checkpoints.read_tokenizer(path)
+    ours.save(tmp_path_factory.mktemp("run") / "tokenizer.json")
+    kept = Tokenizer.load(tmp_path_factory.getbasetemp() / "run0" / "tokenizer.json")
+    return ours, kept, transformers.MarianTokenizer.from_pretrained(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([*f"{WORDS} {GERMAN}".split(), *CODES, "  ", ">>", "<<"]), st.text(max_size=4)
+        )
+    )
+)
+@pytest.mark.parity
+def test_marian(translators, words):
+    """A source, a target, and the text of what is written."""
+    *both, theirs = translators
+    for text in (" ".join(words), "".join(words), *ODD):
+        for ours in both:
+            source, target = theirs(text)["input_ids"], theirs(text_target=text)["input_ids"]
+            assert ours.source(text) == source, text
+            assert ours.document(text) == target and ours.encode(text).tolist() == target[:-1], text
+            for ids in (source, target):
+                assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+
+
+@pytest.mark.parity
+def test_marian_by_hand(translators, tmp_path, refuses):
+    ours, _, theirs = translators
+    assert ours.source(">>deu<< the cat")[0] == theirs.convert_tokens_to_ids(">>deu<<") and ours.start == []
+    assert ours.source("ß") != ours.source("日") and 1 in ours.source("日")  # the other language's is known
+    assert (ours.eos_id, ours.decode(ours.document(GERMAN))) == (0, GERMAN)
+    assert ours.token_bytes[ours.document("müde")].sum() == 6
+    path = opus(tmp_path)
+    folder(path, "marian", {"separate_vocabs": True})
+    with refuses("separate_vocabs=True is not supported"):
+        checkpoints.read_tokenizer(path)
 
 
 BERT = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on mat ##s ##at a na ##ive dog ' s 3 ! ? . , 日 本 ca ##fe ##f ##e".split()
