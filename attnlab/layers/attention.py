@@ -263,8 +263,7 @@ class AttentionLayer(nn.Module):
             keys = jnp.pad(reading.ahead, [(0, 0), (0, key.shape[1] - x.shape[1])])  # slots yet to be filled
             mask = mask | segments(reading.ahead, keys)
         mask = mask & segments(reading.segments, key_segments)
-        out = self._attend(query, key, value, mask, score, deterministic)
-        return self._project_out(out, x.shape[-1]), layer_cache
+        return self._attend(query, key, value, mask, score, x.shape[-1], deterministic), layer_cache
 
     def _project(self, x: Float[Array, "B T inputs"], name: str, embed: int) -> Float[Array, "B T H D"]:
         """Queries, keys or values of a model of width `embed`, normalised if asked."""
@@ -281,8 +280,9 @@ class AttentionLayer(nn.Module):
         return Norm(self.norm, self.dtypes, over, name=f"{name}_norm")(y)
 
     def _attend(
-        self, query, key, value, mask: Mask, score: Score | None, deterministic: bool
-    ) -> Float[Array, "B T H D"]:
+        self, query, key, value, mask: Mask, score: Score | None, embed: int, deterministic: bool
+    ) -> Float[Array, "B T E"]:
+        """What is attended to, mapped to the model's width `embed`."""
         config = self.config
         sinks = parameter(self, "sinks", (config.heads,), ("heads",), self.dtypes) if config.sinks else None
         drops = config.dropout > 0 and not deterministic
@@ -302,10 +302,7 @@ class AttentionLayer(nn.Module):
         if captures:
             out, weights = out
             self.sow("intermediates", "attention_weights", weights)
-        return out
-
-    def _project_out(self, out: Float[Array, "B T H D"], embed: int) -> Float[Array, "B T E"]:
-        axes, bias = ("heads", "head_dim", "embed"), self.config.has_bias("out")
+        axes, bias = ("heads", "head_dim", "embed"), config.has_bias("out")
         return Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")(out)
 
 
@@ -340,8 +337,7 @@ class CrossAttentionLayer(AttentionLayer):
         mask = self.kind.mask() & segments(reading.segments, key_segments)
         if memory is not None and memory.mask is not None:
             mask = mask & memory.mask
-        out = self._attend(query, key, value, mask, None, deterministic)
-        return self._project_out(out, embed), layer_cache
+        return self._attend(query, key, value, mask, None, embed, deterministic), layer_cache
 
 
 class AttentionBesideLayer(AttentionLayer):
@@ -363,5 +359,4 @@ class AttentionBesideLayer(AttentionLayer):
         key, value = (self._project(both, name, embed) for name in ("key", "value"))
         key_segments = jnp.concatenate([memory.segments, reading.segments], axis=1)
         mask = segments(reading.segments, key_segments)
-        out = self._attend(query, key, value, mask, None, deterministic)
-        return self._project_out(out, embed), layer_cache
+        return self._attend(query, key, value, mask, None, embed, deterministic), layer_cache
