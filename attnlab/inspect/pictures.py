@@ -107,18 +107,20 @@ def head_grid(
     """Every head's attention map on one colour scale: a row of maps for each layer, a column for each head.
 
     weights (L, H, T, S) in [0, 1]; `tokens` names the T queries (downwards), `sources` the S keys (to
-    the right), the same tokens if not given. Up to 40 tokens are written out along the edges.
+    the right), the same tokens if not given. Along an edge up to 40 tokens are written out.
     Errors: `InputError` if the numbers of tokens are not T and S.
     """
     sources = tokens if sources is None else sources
     weights = _maps(weights, "L H T S", tokens, sources)
     L, H, T, S = weights.shape
-    written = max(T, S) <= MOST_LABELS
     points = 7.0
-    high, wide = (max(1.3, 0.125 * n if written else min(0.01 * n, 3.0)) for n in (T, S))
-    queries, keys = [legible(token) for token in tokens], [legible(token) for token in sources]
-    left = 0.35 + max(_width(word, points) for word in queries) if written else 0.6
-    below = 0.15 + max(_width(word, points) for word in keys) if written else 0.35
+    high, wide = (max(1.3, 0.125 * n if n <= MOST_LABELS else min(0.01 * n, 3.0)) for n in (T, S))
+    queries, keys = (
+        [legible(token) for token in words] if len(words) <= MOST_LABELS else None
+        for words in (tokens, sources)
+    )
+    left = 0.35 + max(_width(word, points) for word in queries) if queries else 0.6
+    below = 0.15 + max(_width(word, points) for word in keys) if keys else 0.35
     gap, head, top = 0.14, 0.24, 0.95 if title else 0.6
 
     figure, page = _canvas(
@@ -140,8 +142,8 @@ def head_grid(
         axes.spines[:].set(color=FAINT, linewidth=0.6)
         axes.tick_params(length=0, pad=2, labelsize=points, colors=GREY)
         _text(page, x, y - 0.06, f"layer {layer + 1} / head {head_number + 1}", fontsize=7, color=GREY)
-        _label(axes.yaxis, queries if written else None, shown=head_number == 0)
-        _label(axes.xaxis, keys if written else None, shown=layer == L - 1, rotation=90 if written else 0)
+        _label(axes.yaxis, queries, shown=head_number == 0)
+        _label(axes.xaxis, keys, shown=layer == L - 1, rotation=90 if keys else 0)
     _text(page, 0.12, 0.28, title, fontsize=11, weight="bold")
     _scale_bar(figure, (left, top - 0.49, 1.1, 0.08), peak)
     return figure

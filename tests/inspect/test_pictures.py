@@ -81,6 +81,11 @@ def test_head_grid_of_cross_attention_names_both_sides(tmp_path):
     assert all(f"<!-- {word} -->" in source for word in ["ein", "Hund", "a", "small", "dog"])
 
 
+def test_head_grid_of_words_over_a_long_source_names_the_words(tmp_path):
+    source = svg(head_grid(attention(1, 2, 2, 99), ["forty", "two"], sources=["frame"] * 99), tmp_path)
+    assert "<!-- forty -->" in source and "frame" not in source and "<!-- 50 -->" in source
+
+
 def test_head_grid_of_one_token_one_head(tmp_path):
     assert "<!-- only -->" in svg(head_grid(np.ones((1, 1, 1, 1)), ["only"]), tmp_path)
 
