@@ -23,13 +23,16 @@ class Pretrained(NamedTuple):
       model: the module.
       params: its parameters.
       tokenizer: None where the checkpoint has none.
-      config: of the model.
     """
 
     model: nn.Module
     params: Any
     tokenizer: Tokenizer | None
-    config: ModelConfig
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.model.config
 
 
 def load(
@@ -56,7 +59,7 @@ def load(
     config = config.with_dtypes(dtypes)
     config = config.unstacked() if unstacked else config
     params = checkpoints.read_params(folder, family, checkpoints.abstract_params(config, mesh))
-    return Pretrained(config.build(1), params, checkpoints.read_tokenizer(folder), config)
+    return Pretrained(config.build(1), params, checkpoints.read_tokenizer(folder))
 
 
 __all__ = ["Pretrained", "load"]

@@ -210,10 +210,10 @@ def test_from_sound_to_text(tmp_path):
     sound = np.random.default_rng(0).normal(size=12_000).astype(np.float32) * 0.1
     theirs = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features
     expected = generate(there, theirs, [[START, 5, 9]], eos_token_id=tokenizer.eos_id, **rules)
-    model, params, tokens, config = load(str(tmp_path), there.mesh)
+    model, params, tokens = load(str(tmp_path), there.mesh)
     features = LogMel.from_settings(preprocessor.read(tmp_path))(jnp.asarray(sound)[None])
     close(features[0], theirs[0].T)
-    generator = Generator(model, params, tokens, config.decoder.positions.length, there.mesh)
+    generator = Generator(model, params, tokens, model.config.decoder.positions.length, there.mesh)
     (row,) = generator(sources=[features[0]], sampling=Sampling(0.0), max_new_tokens=STEPS + 2)
     assert row.tokens == until_end(expected.sequences[0, 1:].tolist(), tokenizer.eos_id)[: len(row.tokens)]
     assert row.tokens[:2] == [5, 9] and len(row.tokens) > 8
