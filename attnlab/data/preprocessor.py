@@ -9,6 +9,7 @@ from etils import epath
 from attnlab.errors import InputError
 
 FILE = "preprocessor_config.json"
+OF_SEVERAL = "processor_config.json"  # newer, of models that read texts as well: the same is a part of it
 
 # Who wrote the file, and how the library that wrote it hands arrays out: nothing of what is computed.
 _NO_EFFECT = {
@@ -18,6 +19,7 @@ _NO_EFFECT = {
     "processor_class",
     "return_attention_mask",
     "return_tensors",
+    "image_seq_length",
 }
 
 
@@ -27,15 +29,18 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     Raises:
       InputError: no such file, or one that is not a JSON object.
     """
-    file = epath.Path(path) / FILE
+    files = [epath.Path(path) / name for name in (FILE, OF_SEVERAL)]
+    file = next((file for file in files if file.exists()), files[0])
     try:
         settings = json.loads(file.read_text())
     except FileNotFoundError:
         raise InputError(f"there is no {FILE} in {path}") from None
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
+    if isinstance(settings, dict) and file.name == OF_SEVERAL:
+        settings = settings.get("image_processor") or settings.get("feature_extractor")
     if not isinstance(settings, dict):
-        raise InputError(f"{file} must be a JSON object")
+        raise InputError(f"{file} must be a JSON object, with what reads images or sound")
     return settings
 
 

@@ -109,9 +109,22 @@ class Tokenizer:
         found = self._backend.encode("a")
         return found.ids[: (*found.special_tokens_mask, 0).index(0)]
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a text to go on from, after those that a document begins with."""
-        return [*self.start, *self.encode(text).tolist()] or [self.eos_id]
+    def prompt(self, text: str, marker: int | None = None) -> list[int]:
+        """Token ids of a text to go on from, after those that a document begins with.
+
+        Args:
+          text: of which no part is a special token,
+          marker: but for this one, wherever it is written.
+        """
+        reading = self if marker is None else self._marked(marker)
+        return [*self.start, *reading.encode(text).tolist()] or [self.eos_id]
+
+    def _marked(self, marker: int) -> "Tokenizer":
+        """With one token less that is special, and so no part of a text."""
+        backend = json.loads(self._backend.to_str())
+        for token in backend["added_tokens"]:
+            token["special"] &= token["id"] != marker
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(backend)), self.settings)
 
     def document(self, text: str, length: int | None = None) -> list[int]:
         """Token ids of a whole text, between those that a tokenizer made elsewhere puts around it.

@@ -263,8 +263,7 @@ class Generator:
 
     def _encode(self, prompt: str) -> list[int]:
         """What is read of the text before anything is written."""
-        start = self.model.config.start
-        ids = self.tokenizer.prompt(prompt) if start is None else [start, *self.tokenizer.encode(prompt)]
+        ids = reading.prompt(self.model.config, self.tokenizer, prompt)
         if len(ids) >= self.context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.context}: "

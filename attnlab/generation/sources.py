@@ -1,4 +1,4 @@
-"""Sources to generate from, as the arrays that a model reads them by."""
+"""Prompts and sources to generate from, as the arrays that a model reads them by."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,35 @@ import numpy as np
 
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
-from attnlab.models import ModelConfig
+from attnlab.models import ModelConfig, PrefixConfig
+
+
+def prompt(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+    """What is read of a text to go on from, with the places of an image where the model reads it among them.
+
+    Args:
+      config: of a model.
+      tokenizer: of its texts.
+      text: where the image is to stand it has its marker, LLaVA's `<image>`; not if an image comes first.
+
+    Raises:
+      InputError: a text without the marker, or with several.
+    """
+    if not isinstance(config, PrefixConfig) or config.marker is None:
+        return _begun(config, tokenizer, text)
+    image, name = [config.marker] * config.patches, tokenizer.token_text(config.marker)
+    if config.separator is not None:
+        return [*image, *_begun(config, tokenizer, text.removeprefix(name) + config.separator)]
+    ids = tokenizer.prompt(text, config.marker)
+    if (count := ids.count(config.marker)) != 1:
+        raise InputError(f"a prompt has {name} once, where its image is to be: this one has it {count} times")
+    at = ids.index(config.marker)
+    return [*ids[:at], *image, *ids[at + 1 :]]
+
+
+def _begun(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+    start = config.start
+    return tokenizer.prompt(text) if start is None else [start, *tokenizer.encode(text).tolist()]
 
 
 def arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[Any]) -> list[np.ndarray]:

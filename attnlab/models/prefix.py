@@ -33,6 +33,8 @@ class PrefixConfig(Seq2SeqConfig):
       projector: makes tokens of patches.
       normed: whether it reads them after the encoder's last norm.
       marker: the token in whose places the patches stand, as many as there are; None puts them before a text.
+      separator: what ends a prompt of a model that reads an image first; None where the prompt itself has the
+        marker.
       ahead: whether the tokens of an image see each other, and with them those of a prompt to go on from.
     """
 
@@ -40,6 +42,7 @@ class PrefixConfig(Seq2SeqConfig):
     projector: Projector = field(default_factory=Projector)
     normed: bool = True
     marker: int | None = None
+    separator: str | None = None
     ahead: bool = False
 
     @property

@@ -114,6 +114,9 @@ def test_settings_of_a_checkpoint(tmp_path):
     got = LogMel.from_settings(preprocessor.read(tmp_path))
     assert got == LogMel(mels=128, sample_rate=16_000, n_fft=512, hop=80, chunk_seconds=15)
     assert (got.samples, got.frames) == (settings["n_samples"], 3000)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": settings}))
+    assert LogMel.from_settings(preprocessor.read(tmp_path)) == got
 
 
 @pytest.mark.parametrize("settings, told", [

@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from etils import epath
+from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tokenizers import models, pre_tokenizers, processors, trainers
 
-from attnlab.generation import prefill
+from attnlab import sharding
+from attnlab.data import preprocessor
+from attnlab.data.images import Pixels
+from attnlab.generation import Generator, Sampling, prefill, sources
 from attnlab.inspect.maps import in_order
-from attnlab.pretrained import checkpoints
+from attnlab.models import PrefixConfig
+from attnlab.pretrained import checkpoints, load
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.settings import Settings
 from tests.pretrained.peers import close, places, saved, saved_gradients
@@ -20,7 +27,7 @@ from tests.pretrained.peers import close, places, saved, saved_gradients
 pytestmark = pytest.mark.parity
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
-TEXT = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+TEXT = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 # A marker that is a word of the vocabulary, and one beyond it; the projector with biases and without.
 CASES = {
     "llava": ("Llava", "CLIPVision", "Llama", {"image_token_index": 66}, {"vision_feature_layer": -2}),
@@ -34,20 +41,20 @@ STEPS, PATCHES = 32, 4
 def peer(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
 
-    def make(case):
+    def make(case, folder=None, image_token_index=None, **text_changes):
         name, vision, text, *settings = CASES[case]
         gemma = {"head_dim": 16, "num_key_value_heads": 1} if text == "Gemma" else {}
         head = {"vision_use_head": False} if vision == "SiglipVision" else {}
         config = getattr(transformers, f"{name}Config")(
             vision_config=getattr(transformers, f"{vision}Config")(**VISION, **head),
-            text_config=getattr(transformers, f"{text}Config")(**TEXT | gemma),
-            **settings[0],
+            text_config=getattr(transformers, f"{text}Config")(**TEXT | gemma | text_changes),
+            **({"image_token_index": image_token_index} if image_token_index else settings[0]),
             **settings[1],
         )
         for part in (config, config.vision_config, config.text_config):
             part._attn_implementation = "eager"
         model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-        return saved(model, tmp_path_factory.mktemp("peer"))
+        return saved(model, folder or tmp_path_factory.mktemp("peer"))
 
     return cache(make)
 
@@ -188,6 +195,71 @@ def test_greedy(peer, case):
             got.append(np.asarray(prefix.logits).argmax(-1))
             prefix = read(prefix, peer.params, got[-1])
     assert np.transpose(got).tolist() == expected[:, tokens.shape[1] :].tolist()
+
+
+def processor(kind, folder):
+    """What transformers prepares prompts and pictures by, saved."""
+    transformers = pytest.importorskip("transformers")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", "first" if kind == "llava" else "never")
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    special = ["<pad>", "<s>", "</s>"]  # numbers as of TEXT
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(["USER: What is this? ASSISTANT: caption en\n"], trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    size = {"height": 8, "width": 8}
+    if kind == "llava":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        images = transformers.CLIPImageProcessorPil(size=size, crop_size=size)
+        options = {"patch_size": 4, "vision_feature_select_strategy": "default"}
+        made = transformers.LlavaProcessor(images, tokenizer, num_additional_image_tokens=1, **options)
+    else:
+        images = transformers.SiglipImageProcessorPil(size=size, image_seq_length=PATCHES)
+        made = transformers.PaliGemmaProcessor(images, tokenizer)
+    made.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "prompts"), [
+    ("llava", ["USER: <image>\nWhat is this? ASSISTANT:", "<image> en caption", "is<image>this"]),
+    ("paligemma", ["caption en", "<image>What is this?", ""]),
+])  # fmt: skip
+def test_texts_of_pictures(peer, kind, prompts, tmp_path):
+    """From pictures and prompts to texts, by the files of a folder alone."""
+    torch = pytest.importorskip("torch")
+    theirs = processor(kind, tmp_path)
+    size, marker = len(theirs.tokenizer), theirs.image_token_id
+    model = peer(kind, vocab_size=size, image_token_index=marker, folder=tmp_path).theirs
+    pictures = [np.random.default_rng(n).integers(0, 256, (9, 12, 3), np.uint8) for n in range(3)]
+    expected = []
+    for prompt, picture in zip(prompts, pictures, strict=True):
+        given = theirs(text=prompt, images=Image.fromarray(picture), return_tensors="pt")
+        given.pop("labels", None)
+        with torch.no_grad():
+            out = model.generate(**given, do_sample=False, max_new_tokens=STEPS)
+        told = out[0, given["input_ids"].shape[1] :]
+        expected.append(theirs.decode(told, skip_special_tokens=True))
+
+    mesh = sharding.make_mesh(sharding.parse_mesh("single", 1))
+    found, pixels = load(str(tmp_path), mesh), Pixels.from_settings(preprocessor.read(tmp_path))
+    generator = Generator(found.model, found.params, found.tokenizer, context=64, mesh=mesh)
+    read = list(map(pixels, pictures))
+    found = generator(prompts, sources=read, sampling=Sampling(0.0), max_new_tokens=STEPS)
+    assert [row.text for row in found] == expected and len({*expected}) == 3
+
+
+def test_where_an_image_is_to_be_is_said_once(tmp_path, refuses):
+    processor("llava", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    tokenizer = checkpoints.read_tokenizer(epath.Path(tmp_path))
+    (marker,) = tokenizer.prompt("<image>", tokenizer.vocab_size - 1)[1:]
+    config = PrefixConfig(marker=marker)
+    for text, count in (("What is this?", 0), ("<image> <image>", 2)):
+        with refuses(f"a prompt has <image> once, where its image is to be: this one has it {count} times"):
+            sources.prompt(config, tokenizer, text)
+    assert 2 not in sources.prompt(config, tokenizer, "<image> </s>")  # which no text can say
+    assert marker not in tokenizer.prompt("<image>")
 
 
 @pytest.mark.parametrize(("kind", "changes", "told"), [

@@ -350,6 +350,7 @@ OF_SOURCES = {
     ("model=Seq2SeqConfig", "encoder"): "another model: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "shared"): "one table less: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "start"): "what is generated: tests/generation/test_sources.py",
+    ("model=PrefixConfig", "separator"): "what is generated: tests/pretrained/test_prefix.py",
     **{
         ("model=Seq2SeqConfig", name): "what is generated: tests/generation/test_sources.py"
         for name in ("forced", "never", "never_first", "ends")

@@ -54,6 +54,8 @@ def paligemma(s: Settings) -> PrefixConfig:
         encoder=vit.siglip_vision(s.part("vision_config", SIGLIP_IMAGE, vision_use_head=True)),
         decoder=decoder,
         marker=s["image_token_index"],
+        start=s.get("bos_token_id") or text.get("bos_token_id"),
+        separator="\n",
         ahead=True,
         **s.rules(),
     )
