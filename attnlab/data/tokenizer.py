@@ -76,6 +76,17 @@ class Tokenizer:
         """Whether each number is the same token."""
         return self._backend.get_vocab() == other._backend.get_vocab()
 
+    def token(self, name: str) -> int:
+        """The id of a token by its name, `<|de|>` say, special or not.
+
+        Raises:
+          InputError: no such token.
+        """
+        found = self._backend.token_to_id(name)
+        if found is None:
+            raise InputError(f"the tokenizer has no token {name!r}")
+        return found
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 (n,), without any `eos_id`.
 

@@ -78,7 +78,7 @@ class Generator:
         prompts: Sequence[str] | None = None,
         *,
         sources: Sequence[Any] | None = None,
-        forced: Sequence[int] | None = None,
+        forced: Sequence[int | str] | None = None,
         max_new_tokens: int = 128,
         num_samples: int = 1,
         sampling: Sampling | None = None,
@@ -92,7 +92,7 @@ class Generator:
         Args:
           prompts: texts to go on from, of any lengths; beside sources they may be left out.
           sources: what is read beside each prompt: texts, or arrays as of `ModelConfig.source_shape`.
-          forced: the first tokens of each completion; None is the model's own.
+          forced: the first tokens of each completion, by number or name; None is the model's own.
           max_new_tokens: most tokens to add to each.
           num_samples: completions of each prompt.
           sampling: how tokens are drawn.
@@ -140,7 +140,7 @@ class Generator:
         beams: Beams,
         *,
         sources: Sequence[Any] | None = None,
-        forced: Sequence[int] | None = None,
+        forced: Sequence[int | str] | None = None,
         max_new_tokens: int = 128,
         num_samples: int = 1,
     ) -> list[Completion]:
@@ -150,7 +150,7 @@ class Generator:
           prompts: texts to go on from, of any lengths; None only beside sources.
           beams: how to search; see `beam_search`.
           sources: what is read beside each prompt; see `__call__`.
-          forced: the first tokens of each completion; None is the model's own.
+          forced: the first tokens of each completion, by number or name; None is the model's own.
           max_new_tokens: most tokens to add to each, at least 1.
           num_samples: completions of each prompt, best first.
 
@@ -233,8 +233,9 @@ class Generator:
             written += int(number)
             yield np.asarray(tokens)[:, : int(number)]
 
-    def _forced(self, forced: Sequence[int] | None, max_new_tokens: int) -> tuple[int, ...]:
-        found = tuple(self.model.config.forced if forced is None else forced)
+    def _forced(self, forced: Sequence[int | str] | None, max_new_tokens: int) -> tuple[int, ...]:
+        given = self.model.config.forced if forced is None else forced
+        found = tuple(self.tokenizer.token(each) if isinstance(each, str) else each for each in given)
         if found and max_new_tokens <= len(found):
             raise InputError(f"max_new_tokens must be over the {len(found)} that are forced")
         return found

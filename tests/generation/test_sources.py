@@ -84,6 +84,8 @@ def test_prompts_and_forced_tokens_come_first(one):
     (row,) = one(["xy"], sources=["abc"], forced=(9, 8), max_new_tokens=9, sampling=GREEDY)
     begin = [7, *TOKENIZER.encode("xy")]
     assert row.tokens[:2] == [9, 8]
+    (named,) = one(["xy"], sources=["abc"], forced=("a", 8), max_new_tokens=9)
+    assert named.tokens[:2] == [TOKENIZER.encode("a")[0], 8]
     assert row.tokens[2:] == by_full_forwards(one, "abc", [*begin, 9, 8], 7)[: len(row.tokens) - 2]
     (own,) = generator(one.mesh, replace(CONFIG, forced=(9, 8)))(
         ["xy"], sources=["abc"], max_new_tokens=9, sampling=GREEDY
@@ -162,6 +164,8 @@ def test_what_cannot_be_read_is_refused(one, refuses):
         one(sources=["x" * 20])
     with refuses("2 prompts to 1 sources"):
         one(["a", "b"], sources=["a"])
+    with refuses("has no token '<|en|>'"):
+        one(sources=["a"], forced=("<|en|>",))
     with refuses("over the 2 that are forced"):
         one(sources=["a"], forced=(1, 2), max_new_tokens=2)
     decoder = Generator(CONFIG.decoder.build(9), {}, TOKENIZER, 8, one.mesh)

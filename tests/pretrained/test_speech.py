@@ -12,6 +12,8 @@ from attnlab.data.audio import LogMel
 from attnlab.generation import Generator, Power, Sampling, beam_search, prefill
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained import checkpoints, load
+from attnlab.pretrained.families import FAMILIES
+from attnlab.pretrained.settings import Settings
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import close, saved, saved_gradients
 
@@ -181,6 +183,11 @@ def test_beams(peer):
         assert_same(
             [*zip(ours, texts.scores[i].tolist(), strict=True)], [*zip(wanted, scores[i], strict=True)]
         )
+
+
+def test_a_language_that_is_not_named_is_not_forced(peer):
+    told = peer.theirs.config.to_dict() | {"forced_decoder_ids": [[1, None], [2, 9]]}
+    assert FAMILIES["whisper"].config(Settings(told, "config.json")).forced == ()
 
 
 def test_from_sound_to_text(tmp_path):

@@ -1,5 +1,6 @@
 """Whisper: an encoder of sound and a decoder of text."""
 
+import itertools
 from typing import Any
 
 from attnlab.layers import MLP, Attention, LayerNorm
@@ -19,6 +20,8 @@ def whisper(s: Settings) -> Seq2SeqConfig:
         "norm": LayerNorm(),
         "dropout": s.get("dropout", 0.0),
     }
+    # A null is a language to be found out; what comes after it cannot be forced without.
+    told = [token for _, token in s.get("forced_decoder_ids") or ()]
     return Seq2SeqConfig(
         SpeechEncoderConfig(
             depth=s["encoder_layers"],
@@ -38,7 +41,7 @@ def whisper(s: Settings) -> Seq2SeqConfig:
             **both,
         ),
         start=s["decoder_start_token_id"],
-        **s.rules() | {"forced": tuple(token for _, token in s.get("forced_decoder_ids") or ())},
+        **s.rules() | {"forced": tuple(itertools.takewhile(lambda token: token is not None, told))},
     )
 
 
