@@ -122,7 +122,11 @@ def open_session(request: Request, experiment: Experiment) -> Session:
         raise InputError(f"JAX has no devices to run on: {error}") from error
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
     _keep_programs(mesh)
-    return Session(experiment, mesh, _saved_tokenizer(request) or _new_tokenizer(experiment))
+    tokenizer = _saved_tokenizer(request) or _new_tokenizer(experiment)
+    start = experiment.model.start
+    if start is not None:
+        tokenizer = tokenizer.beginning(start, *experiment.model.forced)
+    return Session(experiment, mesh, tokenizer)
 
 
 def _new_tokenizer(experiment: Experiment) -> Tokenizer:
@@ -263,7 +267,10 @@ def run_export(request: Request) -> dict[str, float]:
     params = session.eval_params(restored.state)
     origin: checkpoints.Origin = request.folder / PRETRAINED
     if not (request.folder / PRETRAINED).exists():
-        origin = session.tokenizer, request.config.data.sequence_length
+        data = request.config.data
+        text = data.source_shape or ()
+        length = max((data.sequence_length, *text) if len(text) == 1 else (data.sequence_length,))
+        origin = checkpoints.Made(session.tokenizer, length, data.preprocessor)
     model = request.config.model.sized(session.tokenizer.vocab_size)
     checkpoints.write(request.out, model, params, origin)
     print(f"step {restored.step} is in {request.out}")

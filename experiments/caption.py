@@ -20,11 +20,11 @@ import numpy as np
 from attnlab.data.glyphs import Glyphs
 from attnlab.errors import InputError
 from attnlab.inspect import pictures
-from attnlab.layers import Attention
+from attnlab.layers import Attention, LayerNorm
 from attnlab.layers.blocks import Branch, Gated
-from attnlab.layers.pooling import Mean
+from attnlab.layers.pooling import ClassToken
 from attnlab.layers.resampler import Resampler
-from attnlab.models import CaptionerConfig, DecoderConfig, PrefixConfig, ViTConfig
+from attnlab.models import CaptionerConfig, DecoderConfig, Learned, PrefixConfig, ViTConfig
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 from attnlab.trained import Trained
 
@@ -33,11 +33,10 @@ SHOWN = "latin capital letter u with horn"
 
 def get_config(kind: str = "branches") -> Experiment:
     """Four layers read 16 patches of 8 by 8 pixels, two write; `kind` is how they see those."""
-    sizes = {"width": 96, "attention": Attention(heads=4)}
-    encoder = ViTConfig(
-        depth=4, image=(32, 32, 1), patch=(8, 8), class_tokens=0, pooling=Mean(), classes=0, **sizes
-    )
-    decoder = DecoderConfig(depth=2, **sizes)
+    sizes = {"width": 96, "attention": Attention(heads=4, bias=True), "norm": LayerNorm()}
+    pooling = ClassToken(dense=True)  # which no one reads, but a ViT in a checkpoint has
+    encoder = ViTConfig(depth=4, image=(32, 32, 1), patch=(8, 8), pooling=pooling, classes=0, **sizes)
+    decoder = DecoderConfig(depth=2, positions=Learned(32), **sizes)
     models = {
         "branches": CaptionerConfig(encoder, decoder),
         "gates": CaptionerConfig(encoder, decoder, resampler=Resampler(8, 1), cross=Gated()),
@@ -89,7 +88,8 @@ def _look(trained: Trained) -> None:
             continue
         row, words = names.index(SHOWN), SHOWN.split()
         weights = trained.attention(batch, "decoder/layers", "cross_attention")[-1, row].mean(0)
-        grid = weights[: len(words)].reshape(len(words), *trained.experiment.model.encoder.grid)
+        encoder = trained.experiment.model.encoder
+        grid = weights[: len(words), encoder.prefix :].reshape(len(words), *encoder.grid)
         figure = pictures.over_image(batch.source[row, ..., 0], words, grid, "Where each word looks")
         trained.keep(figure, "looks")
 

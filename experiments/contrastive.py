@@ -18,14 +18,14 @@ import numpy as np
 from attnlab.data import Example, Tokenizer
 from attnlab.data.glyphs import Glyphs
 from attnlab.inspect import pictures
-from attnlab.layers import Attention, Bidirectional, Normal
-from attnlab.layers.pooling import Mean
+from attnlab.layers import Attention, Normal
 from attnlab.models import ContrastiveConfig, ViTConfig
-from attnlab.models.contrastive import TextTowerConfig
+from attnlab.models.contrastive import EndOfText, TextTowerConfig
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 from attnlab.trained import Trained
 
 GRID = 8  # patches to a side
+END = 0  # the number of the token that ends a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +33,27 @@ class NamedGlyphs(Glyphs):
     """Pairs of a picture and a name: a row counts once, at its first token."""
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
-        """The name and the picture; no token is predicted."""
+        """The name up to its end, and the picture; no token is predicted."""
         example = super().encode(record, tokenizer)
         once = np.arange(len(example.tokens)) == 0
-        return example._replace(weights=once * 1.0, num_bytes=once * 0)
+        return example._replace(tokens=example.targets, weights=once * 1.0, num_bytes=once * 0)
 
 
 def get_config() -> Experiment:
     """Three layers read 64 patches of 4 by 4 pixels, two the words of a name."""
-    sizes = {"width": 96, "attention": Attention(heads=4), "init": Normal(std=0.1)}
+    sizes = {"width": 96, "attention": Attention(heads=4, bias=True), "init": Normal(std=0.1)}
     return Experiment(
         model=ContrastiveConfig(
             image=ViTConfig(
-                depth=3, image=(32, 32, 1), patch=(4, 4), class_tokens=0, pooling=Mean(), classes=0, **sizes
+                depth=3,
+                image=(32, 32, 1),
+                patch=(4, 4),
+                patch_bias=False,
+                embedding_norm=True,
+                classes=0,
+                **sizes,
             ),
-            text=TextTowerConfig(depth=2, pattern=(Bidirectional(),), **sizes),
+            text=TextTowerConfig(depth=2, pooling=EndOfText(END), **sizes),
             width=64,
         ),
         data=NamedGlyphs(batch_size=64),
@@ -70,11 +76,9 @@ def report(trained: Trained) -> dict[str, float]:
             f"its own {name} first: {found[f'{name}_first']:.1%} of {count}, by chance {1 / count:.1%}; "
             f"among ten: {found[f'{name}_in_ten']:.1%}, by chance {10 / count:.1%}"
         )
-    looks = trained.attention(batches[0], "image/layers")[-1, 0].mean(axis=1).reshape(-1, GRID, GRID)
-    heads = [f"head {i + 1}" for i in range(len(looks))]  # of all patches together
-    trained.keep(
-        pictures.over_image(batches[0].source[0, ..., 0], heads, looks, "Where patches look"), "looks"
-    )
+    looks = trained.attention(batches[0], "image/layers")[-1, 0, :, 0, 1:].reshape(-1, GRID, GRID)
+    heads = [f"head {i + 1}" for i in range(len(looks))]  # of the class token
+    trained.keep(pictures.over_image(batches[0].source[0, ..., 0], heads, looks, "Where it looks"), "looks")
     trained.claim("at least 30% first", min(found["character_first"], found["name_first"]) >= 0.3)
     trained.claim("at least 70% in ten", min(found["character_in_ten"], found["name_in_ten"]) >= 0.7)
     trained.claim("chance under 0.5% and 5%", 10 / count < 0.05)

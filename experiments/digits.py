@@ -11,18 +11,19 @@ Command: python run.py --config=experiments/digits.py
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attnlab.data import Data, Example, Tokenizer, Words
+from attnlab.data.images import Pixels
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ViTConfig
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 from attnlab.trained import Trained
 
-SIDE, HELD_OUT = 8, 360
+SIDE, INK, HELD_OUT = 8, 16, 360
 
 
 class Digit(NamedTuple):
@@ -44,12 +45,17 @@ class Digits(Data):
         """Height, width and channels."""
         return SIDE, SIDE, 1
 
+    @property
+    def preprocessor(self) -> dict[str, Any]:
+        """See `Data.preprocessor`."""
+        return Pixels(False, (SIDE, SIDE), scale=1 / INK, mean=(0.0,), std=(1.0,)).settings()
+
     def records(self, split: str) -> list[Digit]:
         """The last digits for validation, the others, moved too, to train on."""
         from sklearn.datasets import load_digits  # takes a second
 
         images, labels = load_digits(return_X_y=True)
-        images = images.reshape(-1, SIDE, SIDE, 1) / 16
+        images = images.reshape(-1, SIDE, SIDE, 1) / INK
         digits = [Digit(image, int(label)) for image, label in zip(images, labels, strict=True)]
         if split == "validation":
             return digits[-HELD_OUT:]
@@ -77,7 +83,7 @@ def get_config() -> Experiment:
         model=ViTConfig(
             depth=4,
             width=64,
-            attention=Attention(heads=4),
+            attention=Attention(heads=4, bias=True),
             image=(SIDE, SIDE, 1),
             patch=(2, 2),
             init=Normal(std=0.1),

@@ -10,7 +10,7 @@ Command: python run.py --config=speech (needs the extra `speech`)
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -65,6 +65,11 @@ class Numbers(Data):
     def source_shape(self) -> tuple[int, ...]:
         """Two seconds."""
         return FEATURES.frames, FEATURES.mels
+
+    @property
+    def preprocessor(self) -> dict[str, Any]:
+        """See `Data.preprocessor`."""
+        return FEATURES.settings()
 
     def records(self, split: str) -> list[Utterance]:
         """Random numbers, said in random ways."""

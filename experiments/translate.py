@@ -54,7 +54,7 @@ class Numbers(Data):
 
     def encode(self, record: int, tokenizer: Tokenizer) -> Example:
         """German, of English."""
-        ids = [tokenizer.eos_id, *tokenizer.encode(german(record)), tokenizer.eos_id]
+        ids = [*tokenizer.start, *tokenizer.encode(german(record)), tokenizer.eos_id]
         targets, source = np.array(ids[1:]), np.array(tokenizer.source(num2words(record)))
         return Example(
             np.array(ids[:-1]), targets, np.ones(len(targets)), tokenizer.token_bytes[targets], source
@@ -71,17 +71,17 @@ def get_config() -> Experiment:
     half: dict[str, Any] = {
         "depth": 2,
         "width": 128,
-        "attention": Attention(heads=4),
+        "attention": Attention(heads=4, bias=True),
         "feed_forward": MLP(512, "relu"),
         "norm": LayerNorm(),
         "placement": "post",
-        "positions": Sinusoidal(),
+        "positions": Sinusoidal(halves=True),
         "scale_embedding": True,
         "dropout": 0.1,
         "init": Normal(128**-0.5),
     }
     return Experiment(
-        model=Seq2SeqConfig(EncoderConfig(**half), DecoderConfig(**half), shared=True),
+        model=Seq2SeqConfig(EncoderConfig(**half), DecoderConfig(readout_bias=True, **half), shared=True),
         data=Numbers(batch_size=64),
         optimizer=AdamW(
             learning_rate=2e-3, schedule=InverseSquareRoot(200), weight_decay=0.0, b2=0.98, epsilon=1e-9

@@ -80,6 +80,11 @@ class LogMel:
                 )
         return cls(**{field: settings[name] for name, field in _FIELDS.items() if name in settings})
 
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` makes these numbers of, for others to do the same."""
+        named = {name: getattr(self, field) for name, field in _FIELDS.items()}
+        return {"feature_extractor_type": "WhisperFeatureExtractor", **named, **_ONLY}
+
     @property
     def samples(self) -> int:
         """Samples in a chunk."""

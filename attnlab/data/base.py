@@ -1,7 +1,7 @@
 """`Data`: what a data set must say of itself, and the pipeline it gets for it."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,6 +64,11 @@ class Data:
     @property
     def source_shape(self) -> tuple[int, ...] | None:
         """Shape of an example's source, the most of its first dimension; None without one. To override."""
+        return None
+
+    @property
+    def preprocessor(self) -> Mapping[str, Any] | None:
+        """The `preprocessor_config.json` by which others prepare sources alike; None without. To override."""
         return None
 
     @property

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import tensorflow_datasets as tfds
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from attnlab.data.base import Data
 from attnlab.data.batch import Example
+from attnlab.data.images import Pixels
 from attnlab.data.prepare import prepared
 from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
 
 SIZE, FONT_SIZE, BASELINE = 32, 22, 24  # pixels; all but a dozen characters fit
 LONGEST = 11  # words of a name
+PIXELS = Pixels(rgb=False, size=(SIZE, SIZE), mean=(0.0,), std=(1.0,))
 # Three families, each upright and slanted, light and bold. Bold and slanted letters without serifs are seen
 # apart in training, and together only in validation.
 STYLES = [
@@ -118,6 +119,11 @@ class Glyphs(Data):
         """Height, width and channels."""
         return SIZE, SIZE, 1
 
+    @property
+    def preprocessor(self) -> dict[str, Any]:
+        """See `Data.preprocessor`."""
+        return PIXELS.settings()
+
     def records(self, split: str) -> Sequence[Any]:
         """Records with "image", "name", "character" and "style" as bytes, prepared on first use."""
         encoded = {"image": tfds.decode.SkipDecoding()}  # the tokenizer learns of the names alone
@@ -133,5 +139,5 @@ class Glyphs(Data):
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
         """The name, word by word, beside the picture."""
-        picture = np.asarray(Image.open(io.BytesIO(record["image"])), np.float32)[..., None]
-        return super().encode(record, tokenizer)._replace(source=picture / 255)
+        picture = PIXELS(Image.open(io.BytesIO(record["image"])))
+        return super().encode(record, tokenizer)._replace(source=picture)

@@ -76,6 +76,25 @@ class Pixels:
             std=_triple(s.get("image_std", usual.std)) if does["normalize"] else (1.0,),
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What `from_settings` makes these numbers of, for others to do the same."""
+        short = isinstance(self.size, int)
+        normal = self.mean != (0.0,) or self.std != (1.0,)
+        return {
+            "image_processor_type": "CLIPImageProcessor" if short or self.crop else "ViTImageProcessor",
+            "do_convert_rgb": self.rgb,
+            "do_resize": self.size is not None,
+            "size": {"shortest_edge": self.size} if isinstance(self.size, int) else _sides(self.size),
+            "resample": int(Image.Resampling[self.filter.upper()]),
+            "do_center_crop": self.crop is not None,
+            "crop_size": _sides(self.crop),
+            "do_rescale": self.scale != 1,
+            "rescale_factor": self.scale,
+            "do_normalize": normal,
+            "image_mean": list(self.mean) if normal else None,
+            "image_std": list(self.std) if normal else None,
+        }
+
     def __call__(self, image: Picture) -> Float[np.ndarray, "rows columns channels"]:
         """The numbers of an image.
 
@@ -129,6 +148,10 @@ def _size(said: Any, usual: Any) -> tuple[int, int] | int:
     if set(said) == {"shortest_edge"}:
         return said["shortest_edge"]
     raise InputError(f"{preprocessor.FILE}: a size of {', '.join(said)} is not supported")
+
+
+def _sides(size: tuple[int, int] | None) -> dict[str, int] | None:
+    return size and {"height": size[0], "width": size[1]}
 
 
 def _filter(number: int) -> Any:

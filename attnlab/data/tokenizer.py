@@ -1,5 +1,6 @@
 """Tokenizers: three kinds to train, those that checkpoints come with, one object to use."""
 
+import copy
 import itertools
 import json
 import re
@@ -120,6 +121,17 @@ class Tokenizer:
         found = self._backend.encode("a")
         return found.ids[: (*found.special_tokens_mask, 0).index(0)]
 
+    @cached_property
+    def begin(self) -> list[int]:
+        """What a text to learn begins with."""
+        return self.start or [self.eos_id]
+
+    def beginning(self, *begin: int) -> "Tokenizer":
+        """The same for a model whose texts to learn begin otherwise."""
+        other = copy.copy(self)
+        vars(other)["begin"] = list(begin)
+        return other
+
     def prompt(self, text: str, marker: int | None = None) -> list[int]:
         """Token ids of a text to go on from, after those that a document begins with.
 
@@ -217,15 +229,15 @@ class Tokenizer:
             return name
         return bytes(BYTE_OF_CHARACTER[c] for c in name).decode("utf-8", errors="backslashreplace")
 
-    def for_others(self) -> "Tokenizer":
-        """The same for those who read a tokenizer's settings, and begin a text with what it puts first."""
+    def for_others(self, around: str = f"{EOS} $A") -> "Tokenizer":
+        """The same for those who read a tokenizer's settings, with what they are to put around a text A."""
         if self.settings is not None:
             return self
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{EOS} $A", special_tokens=[(EOS, self.eos_id)]
+            single=around, special_tokens=[(EOS, self.eos_id)]
         )
-        settings = dict.fromkeys(("bos_token", "eos_token"), EOS)
+        settings = dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS)
         return Tokenizer(backend, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     def save(self, path: epath.PathLike) -> None:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from attnlab.sharding import constrain
+
 
 def attention_maps(
     model: nn.Module, params, stack: str = "layers", branch: str = "attention", **inputs
@@ -50,7 +52,8 @@ def in_order(layers: dict, *path: str) -> Float[Array, "L ..."]:
         found.append(jnp.stack(blocks, axes).reshape(-1, *blocks[0].shape[axes:]))
     if "tail" in layers:
         found.append(jnp.stack(_blocks(layers["tail"], path)))
-    return jnp.concatenate(found)
+    # Layers that are scanned over are laid out over a mesh otherwise than those that stand by themselves.
+    return jnp.concatenate([constrain(x, *[None] * x.ndim) for x in found])
 
 
 def _blocks(blocks: dict, path: tuple[str, ...]) -> list[Array]:

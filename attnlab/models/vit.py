@@ -221,8 +221,9 @@ class ViT(nn.Module):
         tokens = self.embed(images, segments, masked, deterministic)
         positions = jnp.zeros_like(tokens.segments) + jnp.arange(tokens.segments.shape[1])[None]
         x, _ = self.layers(tokens.values, None, Reading(tokens.segments, positions), deterministic)
-        if self.config.placement != "post" and normed:  # else the last block has ended with one
-            x = self.norm(x)
+        if self.config.placement != "post":  # else the last block has ended with one
+            after = self.norm(x)  # in any case, for a checkpoint has it even if no one reads it
+            x = after if normed else x
         return replace(tokens, values=x)
 
     def pooled(self, tokens: Memory) -> Float[Array, "B 1 pooled"]:

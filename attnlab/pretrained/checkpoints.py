@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Collection
-from typing import Any, TypeAlias
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import tokenizers
@@ -14,17 +14,33 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from attnlab import sharding
 from attnlab.config import differences
 from attnlab.config.types import did_you_mean
-from attnlab.data import Tokenizer
+from attnlab.data import Tokenizer, preprocessor
 from attnlab.data.batch import of_spec, spec
-from attnlab.data.tokenizer import SETTINGS
+from attnlab.data.tokenizer import EOS, SETTINGS
 from attnlab.errors import InputError
 from attnlab.files import write_atomically
-from attnlab.models import ModelConfig
+from attnlab.models import ContrastiveConfig, EncoderConfig, ModelConfig, Seq2SeqConfig, ViTConfig
+from attnlab.models.contrastive import EndOfText
 from attnlab.pretrained import files, table, tensors, vocabularies
 from attnlab.pretrained.families import FAMILIES, Family
 from attnlab.pretrained.settings import RULES, Settings
 
-Origin: TypeAlias = epath.Path | tuple[Tokenizer, int]
+
+class Made(NamedTuple):
+    """What a model that was made here was trained with.
+
+    Attributes:
+      tokenizer: of the run.
+      length: of its context, tokens.
+      preprocessor: how its sources are prepared, as of `Data.preprocessor`.
+    """
+
+    tokenizer: Tokenizer
+    length: int
+    preprocessor: Mapping[str, Any] | None = None
+
+
+Origin: TypeAlias = epath.Path | Made
 
 
 def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
@@ -148,22 +164,41 @@ def describe(config: ModelConfig, length: int) -> dict[str, Any]:
     Raises:
       InputError: no family that has such a model.
     """
+    tried: list[tuple[bool, int, str, list[str]]] = []
     for kind, family in FAMILIES.items():
         if family.fields is None or type(config) is not family.made:
             continue
-        fields = {"model_type": kind, **family.fields(config, length)}
-        with contextlib.suppress(InputError):  # what the family needs to be told besides
-            if not _differences(family.config(Settings(fields, kind)), config):
-                return fields
-    known = ", ".join(kind for kind, family in FAMILIES.items() if family.fields)
-    raise InputError(f"no config.json can say what this model is; there are those of {known}")
+        named = {"model_type": kind, "architectures": [family.architecture_of(config)]}
+        fields = named | family.fields(config, length)
+        try:
+            told = _differences(config, family.config(Settings(fields, kind)))
+        except ValueError as error:  # what the family needs to be told besides, or cannot be told
+            tried.append((True, 1, kind, [str(error)]))
+            continue
+        if not told:
+            return fields
+        tried.append((False, len(told), kind, told))
+    if not tried:
+        raise InputError(
+            f"no config.json can say what this model is: no model type here is a {_name(config)}"
+        )
+    _, count, nearest, told = min(tried)
+    more = f"; and {count - 6} more" if count > 6 else ""
+    raise InputError(
+        f"no config.json can say what this model is; the nearest, {nearest}'s, could but for "
+        f"{'; '.join(told[:6])}{more}"
+    )
 
 
-def _differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
+def _differences(before: ModelConfig, after: ModelConfig) -> list[str]:
     """Where two models differ in what they compute; a field left to its default is what it then means."""
-    if type(theirs) is not type(ours):
-        return [f"model: {type(theirs).__name__} -> {type(ours).__name__}"]
-    return differences(theirs.written_out(), ours.written_out())
+    if type(before) is not type(after):
+        return [f"model: {_name(before)} -> {_name(after)}"]
+    return differences(before.written_out(), after.written_out())
+
+
+def _name(config: ModelConfig) -> str:
+    return type(config).__name__
 
 
 def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) -> None:
@@ -173,8 +208,8 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
       folder: to make.
       config: of the model, its `vocab_size` set.
       params: its parameters.
-      origin: the folder with the small files of the checkpoint that it began as; or, of a model that was made
-        here, its tokenizer and the length of its context.
+      origin: the folder with the small files of the checkpoint that it began as; or what a model that
+        was made here was trained with.
 
     Raises:
       InputError: a folder with something in it, or a model that the checkpoint's config cannot describe.
@@ -184,11 +219,14 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
     making = folder.with_name(f".{folder.name}.tmp")
     if making.exists():
         making.rmtree()
-    if isinstance(origin, tuple):
-        tokenizer, length = origin
-        fields = describe(config, length) | dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_id)
+    if isinstance(origin, Made):
+        if isinstance(config, Seq2SeqConfig) and config.start is None:
+            config = dataclasses.replace(config, start=origin.tokenizer.start[-1])
+        fields = describe(config, origin.length) | _of_tokenizer(origin.tokenizer, config)
         making.mkdir(parents=True)
-        tokenizer.for_others().save(making / "tokenizer.json")
+        origin.tokenizer.for_others(_around(config)).save(making / "tokenizer.json")
+        if origin.preprocessor is not None:
+            write_atomically(making / preprocessor.FILE, json.dumps(origin.preprocessor, indent=2) + "\n")
     else:
         _, theirs = read_config(origin)
         if changed := _differences(theirs, config):
@@ -197,6 +235,7 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
         copy_small_files(origin, making)
         fields = files.read_json(making / files.CONFIG)
     family = FAMILIES[fields["model_type"]].of(config)
+    fields = family.kept(config, fields) if family.kept else fields
     fields |= {"architectures": [family.architecture_of(config)], "dtype": dtype_of(params)}
     fields.pop("torch_dtype", None)
     write_atomically(making / files.CONFIG, json.dumps(fields, indent=2) + "\n")
@@ -204,6 +243,24 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
     if folder.exists():
         folder.rmdir()
     making.rename(folder)
+
+
+def _of_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """What a `config.json` says of a tokenizer that was made here; classes of images are words of it."""
+    fields: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
+    if isinstance(config, ViTConfig) and config.classes == tokenizer.vocab_size:
+        names = {i: tokenizer.token_text(i) for i in range(tokenizer.vocab_size)}
+        fields |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    return fields
+
+
+def _around(config: ModelConfig) -> str:
+    """What stands around a text A that a model made here reads: for encoders nothing, else its end."""
+    if isinstance(config, EncoderConfig):
+        return "$A"
+    pooling = config.text.pooling if isinstance(config, ContrastiveConfig) else None
+    ended = isinstance(pooling, EndOfText) or len(config.source_shape or ()) == 1
+    return f"$A {EOS}" if ended else f"{EOS} $A"
 
 
 def dtype_of(params: Any) -> str:

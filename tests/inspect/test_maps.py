@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from attnlab.attention import causal, reference, segments, window
 from attnlab.inspect.maps import attention_maps
 from attnlab.layers import Attention, Bidirectional, Causal, NoPositions, Sliding
-from attnlab.models import DecoderConfig
+from attnlab.models import DecoderConfig, EncoderConfig
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 6)).astype(np.int32)
 IDS = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]], np.int32)
@@ -42,6 +42,17 @@ def test_the_first_layer_by_hand():
     mask = causal() & window(1, 0) & segments(jnp.asarray(IDS))
     *_, expected = reference(q, k, v, mask=mask, score=None, scale=0.5)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_single_row_on_a_mesh_where_some_layers_are_scanned_over(mesh_of):
+    """A scan lays it out in its own way."""
+    config = EncoderConfig(depth=3, width=16, attention=Attention(heads=4), bare_first=True)
+    model, tokens = config.build(11), jnp.asarray(TOKENS[:1])
+    with jax.set_mesh(mesh_of("single")):
+        params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+        maps = attention_maps(model, params, tokens=tokens)
+    alone = attention_maps(model, jax.device_get(params), tokens=np.asarray(tokens))
+    np.testing.assert_allclose(maps, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [1, 3, 5])

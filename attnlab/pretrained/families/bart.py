@@ -5,7 +5,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig, Sinusoidal
 from attnlab.pretrained.families.base import Family, linear, norm
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 
@@ -28,6 +28,35 @@ def marian(s: Settings) -> Seq2SeqConfig:
 def pegasus(s: Settings) -> Seq2SeqConfig:
     """Pegasus: norms before branches, and after each half (Zhang et al. 2020, arXiv 1912.08777)."""
     return _config(s, placement="pre", positions=Sinusoidal(halves=True))
+
+
+def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
+    """What the `config.json` of all of them says of an encoder-decoder."""
+    reads = config.encoder if isinstance(config.encoder, EncoderConfig) else EncoderConfig()
+    d = config.decoder
+    positions = d.positions.length - 2 if isinstance(d.positions, Learned) else length
+    halves = {
+        f"{half}_{name}": value
+        for half, part in (("encoder", reads), ("decoder", d))
+        for name, value in {
+            "layers": part.depth,
+            "attention_heads": part.attention.heads,
+            "ffn_dim": part.feed_forward.hidden(part.width),
+        }.items()
+    }
+    return halves | {
+        "d_model": d.width,
+        "activation_function": THEIR_NAMES.get(d.feed_forward.activation),
+        "max_position_embeddings": positions,
+        "scale_embedding": d.scale_embedding,
+        "share_encoder_decoder_embeddings": config.shared,
+        "vocab_size": reads.vocab_size,
+        **({} if config.shared else {"decoder_vocab_size": d.vocab_size}),
+        "tie_word_embeddings": d.tied,
+        "decoder_start_token_id": config.start,
+        "forced_bos_token_id": config.forced[0] if config.forced else None,
+        "forced_eos_token_id": None,
+    }
 
 
 def _learned(s: Settings) -> Learned:
@@ -106,6 +135,7 @@ def _family(config, architecture: str, *ignored: str) -> Family:
         _tensors(),
         prefix="model.",
         architecture=architecture,
+        fields=fields,
         ignored=(*copies, bare, *ignored),
         made=Seq2SeqConfig,
         tensors_of=_tensors,

@@ -26,6 +26,8 @@ class Family:
       older: parts of names, and what older checkpoints have in their place.
       tensors_of: the table of a model with this config, where names depend on it; it stands in for `tensors`.
       zeros: regular expressions of tensors that are zero where a checkpoint has none.
+      kept: the fields of a checkpoint's `config.json`, given these, of a model that does without some of its
+        layers.
     """
 
     config: Callable[[Settings], ModelConfig]
@@ -38,6 +40,7 @@ class Family:
     older: tuple[tuple[str, str], ...] = ()
     tensors_of: Callable[[Any], tuple[Tensor, ...]] | None = None
     zeros: tuple[str, ...] = ()
+    kept: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
 
     def of(self, config: ModelConfig) -> "Family":
         """With the table of names of a model."""
@@ -62,6 +65,12 @@ def within(family: Family, ours: str, theirs: str, bare: bool = False) -> tuple[
         replace(row, ours=f"{ours}/{row.ours}", theirs=f"{theirs}.{row.theirs.removeprefix(prefix)}")
         for row in family.tensors
     )
+
+
+def labels(count: int) -> dict[str, dict]:
+    """The names of so many classes, as transformers gives them."""
+    names = [f"LABEL_{i}" for i in range(count)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def linear(ours: str, theirs: str, layout: str = "f e -> e f") -> tuple[Tensor, Tensor]:

@@ -6,9 +6,8 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import Classifier, Dense, EncoderConfig, Learned
 from attnlab.models.heads import Head
-from attnlab.pretrained.families.base import linear
+from attnlab.pretrained.families.base import labels, linear
 from attnlab.pretrained.families.encoders import (
-    architecture,
     classifier,
     family,
     head,
@@ -63,7 +62,6 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     positions = config.positions.length if isinstance(config.positions, Learned) else length
     count = config.head.labels if isinstance(config.head, Classifier) else 2
     return {
-        "architectures": [architecture("Bert")(config)],
         "num_hidden_layers": config.depth,
         "hidden_size": config.width,
         "num_attention_heads": config.attention.heads,
@@ -73,8 +71,7 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
         "max_position_embeddings": positions,
         "type_vocab_size": config.token_types,
         "vocab_size": config.vocab_size,
-        "id2label": {str(i): f"LABEL_{i}" for i in range(count)},
-        "label2id": {f"LABEL_{i}": i for i in range(count)},
+        **labels(count),
     }
 
 

@@ -1,6 +1,8 @@
 """Captioners: an encoder of images, and GPT-2 that looks at what it made of one."""
 
-from attnlab.models import CaptionerConfig
+from typing import Any
+
+from attnlab.models import CaptionerConfig, ViTConfig
 from attnlab.pretrained.families import gpt2, vit
 from attnlab.pretrained.families.base import Family, linear, within
 from attnlab.pretrained.settings import Settings
@@ -33,9 +35,26 @@ def vision_encoder_decoder(s: Settings) -> CaptionerConfig:
     )
 
 
+def fields(config: CaptionerConfig, length: int) -> dict[str, Any]:
+    """What its `config.json` says of a captioner: what those of both halves do."""
+    reads, writes = config.encoder, config.decoder
+    tokens = dict.fromkeys(("decoder_start_token_id", "bos_token_id", "eos_token_id"), config.start)
+    looks = {"is_decoder": True, "add_cross_attention": True}
+    return {
+        "encoder": {"model_type": _kind(reads), **vit.classifier_fields(reads, length)},
+        "decoder": {"model_type": "gpt2", **gpt2.fields(writes, length), **looks, **tokens},
+        "decoder_start_token_id": config.start,
+        "tie_word_embeddings": writes.tied,
+    }
+
+
+def _kind(encoder: ViTConfig) -> str:
+    return "vit" if encoder.class_tokens == 1 else "deit"
+
+
 def tensors(config: CaptionerConfig) -> tuple[Tensor, ...]:
     """The tables of both halves, and the map between them."""
-    encoder = vit.FAMILIES["vit" if config.encoder.class_tokens == 1 else "deit"].of(config.encoder)
+    encoder = vit.FAMILIES[_kind(config.encoder)].of(config.encoder)
     return (
         *within(encoder, "encoder", "encoder", bare=True),
         *linear("projection", "enc_to_dec_proj"),
@@ -49,6 +68,7 @@ FAMILIES = {
         (),
         prefix="",
         architecture="VisionEncoderDecoderModel",
+        fields=fields,
         ignored=DECODER.ignored,
         made=CaptionerConfig,
         tensors_of=tensors,

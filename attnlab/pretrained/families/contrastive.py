@@ -6,9 +6,10 @@ from attnlab.layers import MLP, Attention, Bidirectional, Causal, Kind, LayerNor
 from attnlab.layers.pairs import Sigmoid, Softmax
 from attnlab.models import ContrastiveConfig, Learned
 from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
+from attnlab.pretrained.families import vit
 from attnlab.pretrained.families.base import Family, linear, norm
 from attnlab.pretrained.families.vit import TOWER, clip_vision, layer, siglip_vision, tower
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 # What a part of a config means that says only where it differs, as those of SigLIP on the hub do.
@@ -67,6 +68,31 @@ def siglip(s: Settings) -> ContrastiveConfig:
     )
 
 
+def fields(config: ContrastiveConfig, length: int) -> dict[str, Any]:
+    """What the `config.json` of both says of two towers."""
+    text = config.text
+    end = text.pooling.token if isinstance(text.pooling, EndOfText) else None
+    positions = text.positions.length if isinstance(text.positions, Learned) else length
+    return {
+        "vision_config": vit.fields(config.image, length),
+        "text_config": {
+            "num_hidden_layers": text.depth,
+            "hidden_size": text.width,
+            "num_attention_heads": text.attention.heads,
+            "intermediate_size": text.feed_forward.hidden(text.width),
+            "hidden_act": THEIR_NAMES.get(text.feed_forward.activation),
+            "layer_norm_eps": text.norm.epsilon,
+            "max_position_embeddings": positions,
+            "vocab_size": text.vocab_size,
+            # 2 is read as the highest id; see `clip`.
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 2 if end is None else end),
+            "projection_size": config.width,
+        },
+        "projection_dim": config.width,
+        "logit_scale_init_value": config.objective.scale,
+    }
+
+
 def _tensors(projection: str, logit: str) -> tuple[Tensor, ...]:
     """The table, by what a text is projected by and the layout of the logits' factor and bias."""
     text = "text_model."
@@ -85,7 +111,7 @@ def _tensors(projection: str, logit: str) -> tuple[Tensor, ...]:
 
 def _family(config: Any, tensors: tuple[Tensor, ...], architecture: str) -> Family:
     ignored = (r".*\.position_ids",)
-    return Family(config, tensors, "text_model.", architecture, ignored=ignored, made=ContrastiveConfig)
+    return Family(config, tensors, "text_model.", architecture, fields, ignored, ContrastiveConfig)
 
 
 FAMILIES = {

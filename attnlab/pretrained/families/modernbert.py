@@ -1,10 +1,12 @@
 """ModernBERT: an encoder with rotary positions, gated feed-forward layers and sliding layers in turn."""
 
+from typing import Any
+
 from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm, Rotary
-from attnlab.models import Dense, EncoderConfig, FirstToken, MeanOfTokens
-from attnlab.pretrained.families.base import linear, norm
+from attnlab.models import Classifier, Dense, EncoderConfig, FirstToken, MeanOfTokens
+from attnlab.pretrained.families.base import labels, linear, norm
 from attnlab.pretrained.families.encoders import classifier, family, head, masked_lm
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -55,6 +57,42 @@ def _rotary(s: Settings, layer_type: str, older: str, theta: float) -> Rotary:
     return s.rotary(layer_type, s.get(older, theta))
 
 
+def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
+    """What ModernBERT's `config.json` says of an encoder."""
+    narrow = next((k for k in config.kinds if isinstance(k, Bidirectional) and k.left is not None), None)
+    types = [SLIDING if kind == narrow else FULL for kind in config.kinds]
+    whole = config.positions
+    turned = {FULL: whole, SLIDING: (narrow and narrow.positions) or whole}
+    dense = config.head.dense or Dense()
+    pooling = getattr(config.head, "pooling", None)
+    return {
+        "num_hidden_layers": config.depth,
+        "hidden_size": config.width,
+        "num_attention_heads": config.attention.heads,
+        "attention_bias": config.attention.bias is True,
+        "intermediate_size": config.feed_forward.hidden(config.width),
+        "hidden_activation": THEIR_NAMES.get(config.feed_forward.activation),
+        "mlp_bias": config.feed_forward.bias,
+        "norm_eps": config.norm.epsilon,
+        "norm_bias": isinstance(config.norm, LayerNorm) and config.norm.bias,
+        "layer_types": types,
+        "local_attention": 2 * (narrow.left or 0) if narrow else 128,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": p.theta if isinstance(p, Rotary) else 10_000.0}
+            for kind, p in turned.items()
+        },
+        "max_position_embeddings": length,
+        "classifier_activation": THEIR_NAMES.get(dense.activation),
+        "classifier_bias": dense.bias,
+        "classifier_pooling": "mean" if isinstance(pooling, MeanOfTokens) else "cls",
+        "decoder_bias": getattr(config.head, "bias", True),
+        "tie_word_embeddings": getattr(config.head, "tied", True),
+        "vocab_size": config.vocab_size,
+        **dict.fromkeys(("cls_token_id", "sep_token_id")),
+        **labels(config.head.labels if isinstance(config.head, Classifier) else 2),
+    }
+
+
 OURS, THEIRS = "layers/{layer}", "model.layers.{layer}"
 TENSORS = (
     Tensor("embedding/table", "model.embeddings.tok_embeddings.weight"),
@@ -74,4 +112,4 @@ TENSORS = (
     *classifier("document_labels", "classifier", "head.dense", "head.norm"),
     *classifier("token_labels", "classifier", "head.dense", "head.norm"),
 )
-FAMILIES = {"modernbert": family(modernbert, "ModernBert", "model.", TENSORS, (r"decoder\.weight",))}
+FAMILIES = {"modernbert": family(modernbert, "ModernBert", "model.", TENSORS, (r"decoder\.weight",), fields)}

@@ -1,6 +1,7 @@
 """Decoders that read patches of an image as tokens: LLaVA and PaliGemma."""
 
 from dataclasses import replace
+from typing import Any
 
 from attnlab.models import PrefixConfig, Projector
 from attnlab.pretrained.families import llama, vit
@@ -40,6 +41,12 @@ def llava(s: Settings) -> PrefixConfig:
     )
 
 
+def kept(config: PrefixConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    """LLaVA's `config.json` with as many layers of the tower as are read, which is the last of them."""
+    tower = fields["vision_config"] | {"num_hidden_layers": config.encoder.depth}
+    return fields | {"vision_config": tower, "vision_feature_layer": -1}
+
+
 def paligemma(s: Settings) -> PrefixConfig:
     """PaliGemma: SigLIP's tower, a map, and Gemma, whose prompt sees itself whole (arXiv 2407.07726)."""
     image = s.part("vision_config", SIGLIP_IMAGE)
@@ -61,7 +68,9 @@ def paligemma(s: Settings) -> PrefixConfig:
     )
 
 
-def _family(config, architecture: str, decoder: str, projector: tuple[Tensor, ...], *ignored: str) -> Family:
+def _family(
+    config, architecture: str, decoder: str, projector: tuple[Tensor, ...], *ignored: str, kept=None
+) -> Family:
     text = llama.FAMILIES[decoder]
     rows = vit.tower("encoder/", "vision_tower."), projector, within(text, "decoder", "language_model")
     return Family(
@@ -72,6 +81,7 @@ def _family(config, architecture: str, decoder: str, projector: tuple[Tensor, ..
         ignored=(*ignored, r"language_model\.lm_head\.weight", r".*\.(rotary_emb\.inv_freq|position_ids)"),
         made=PrefixConfig,
         older=(("vision_tower.", "vision_tower.vision_model."),),
+        kept=kept,
     )
 
 
@@ -83,7 +93,8 @@ FAMILIES = {
         "llama",
         (*linear("projection", f"{LINEAR}_1"), *linear("projection_out", f"{LINEAR}_2")),
         # Layers of the tower after the one that is read.
-        r"vision_tower\.(vision_model\.)?(encoder\.layers|post_layernorm)\..*",
+        r"vision_tower\.(vision_model\.)?encoder\.layers\..*",
+        kept=kept,
     ),
     "paligemma": _family(
         paligemma, "PaliGemmaForConditionalGeneration", "gemma", linear("projection", LINEAR)

@@ -5,7 +5,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, GatedMLP, RelativeBias, RMSNorm
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from attnlab.pretrained.families.base import Family
-from attnlab.pretrained.settings import ACTIVATIONS, Settings
+from attnlab.pretrained.settings import ACTIVATIONS, THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 
@@ -56,6 +56,30 @@ def _feed_forward(s: Settings) -> MLP | GatedMLP:
     return (GatedMLP if gated else MLP)(s["d_ff"], activation, bias=False)
 
 
+def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
+    """What the `config.json` of both says of an encoder-decoder."""
+    del length
+    reads = config.encoder if isinstance(config.encoder, EncoderConfig) else EncoderConfig()
+    d = config.decoder
+    buckets = d.positions if isinstance(d.positions, RelativeBias) else RelativeBias()
+    gate = "gated-" if isinstance(d.feed_forward, GatedMLP) else ""
+    return {
+        "num_layers": reads.depth,
+        "num_decoder_layers": d.depth,
+        "d_model": d.width,
+        "num_heads": d.attention.heads,
+        "d_kv": d.head_dim,
+        "d_ff": d.feed_forward.hidden(d.width),
+        "feed_forward_proj": f"{gate}{THEIR_NAMES.get(d.feed_forward.activation)}",
+        "layer_norm_epsilon": d.norm.epsilon,
+        "relative_attention_num_buckets": buckets.buckets,
+        "relative_attention_max_distance": buckets.max_distance,
+        "vocab_size": d.vocab_size,
+        "tie_word_embeddings": d.tied,
+        "decoder_start_token_id": config.start,
+    }
+
+
 def _tensors(config: Seq2SeqConfig | None = None) -> tuple[Tensor, ...]:
     """The names of a model; of its feed-forward layers with a gate, they are others."""
     gated = config is not None and isinstance(config.decoder.feed_forward, GatedMLP)
@@ -95,6 +119,7 @@ def _family(config, architecture: str, *ignored: str) -> Family:
         _tensors(),
         prefix="",
         architecture=architecture,
+        fields=fields,
         ignored=(*copies, *ignored),
         made=Seq2SeqConfig,
         tensors_of=_tensors,

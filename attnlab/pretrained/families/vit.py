@@ -6,8 +6,8 @@ from typing import Any
 from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Probe
 from attnlab.models import ViTConfig
-from attnlab.pretrained.families.base import Family, convolution, linear, norm
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.families.base import Family, convolution, labels, linear, norm
+from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 MODEL, CLASSIFIER, DISTILLED = "Model", "ForImageClassification", "ForImageClassificationWithTeacher"
@@ -103,6 +103,32 @@ def siglip_vision(s: Settings) -> ViTConfig:
 def clip_vision(s: Settings) -> ViTConfig:
     """CLIP's tower: a norm before the layers too (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
     return _common(s, feed_forward=_mlp(s), patch_bias=False, embedding_norm=True)
+
+
+def fields(config: ViTConfig, length: int) -> dict[str, Any]:
+    """What the `config.json` of all of them says in the same words, which is all that a tower's says."""
+    del length
+    return {
+        "num_hidden_layers": config.depth,
+        "hidden_size": config.width,
+        "num_attention_heads": config.attention.heads,
+        "intermediate_size": config.feed_forward.hidden(config.width),
+        "hidden_act": THEIR_NAMES.get(config.feed_forward.activation),
+        "layer_norm_eps": config.norm.epsilon,
+        "image_size": _size(config.image[:2]),
+        "patch_size": _size(config.patch),
+        "num_channels": config.image[2],
+    }
+
+
+def _size(pair: tuple[int, ...]) -> int | list[int]:
+    """A number where both sides are the same, which is all that a tower can be told."""
+    return pair[0] if pair[0] == pair[1] else list(pair)
+
+
+def classifier_fields(config: ViTConfig, length: int) -> dict[str, Any]:
+    """What that of ViT and DeiT says."""
+    return fields(config, length) | {"qkv_bias": config.attention.bias is True} | labels(config.classes or 0)
 
 
 # Their names of a layer's parts -----------------------------------------------------------------------------
@@ -227,21 +253,19 @@ def _named(name: str) -> Callable[[ViTConfig], str]:
     return architecture
 
 
-def _family(config, name: str, prefix: str, tensors, tensors_of=None) -> Family:
+def _family(config, name: str, prefix: str, tensors, tensors_of=None, fields=None) -> Family:
     ignored = (r".*\.position_ids",)
-    return Family(
-        config, tensors, prefix, _named(name), ignored=ignored, made=ViTConfig, tensors_of=tensors_of
-    )
+    return Family(config, tensors, prefix, _named(name), fields, ignored, ViTConfig, tensors_of=tensors_of)
 
 
 WITH_REGISTERS = "dinov2_with_registers."
 FAMILIES = {
-    "vit": _family(vit, "ViT", "vit.", _tensors("vit.", PLAIN) + _classifier()),
-    "deit": _family(deit, "DeiT", "deit.", (), deit_tensors),
+    "vit": _family(vit, "ViT", "vit.", _tensors("vit.", PLAIN) + _classifier(), fields=classifier_fields),
+    "deit": _family(deit, "DeiT", "deit.", (), deit_tensors, classifier_fields),
     "dinov2": _family(dinov2, "Dinov2", "dinov2.", (), dino_tensors("dinov2.")),
     "dinov2_with_registers": _family(
         dinov2_with_registers, "Dinov2WithRegisters", WITH_REGISTERS, (), dino_tensors(WITH_REGISTERS)
     ),
-    "siglip_vision_model": _family(siglip_vision, "SiglipVision", "vision_model.", tower()),
-    "clip_vision_model": _family(clip_vision, "CLIPVision", "vision_model.", tower()),
+    "siglip_vision_model": _family(siglip_vision, "SiglipVision", "vision_model.", tower(), fields=fields),
+    "clip_vision_model": _family(clip_vision, "CLIPVision", "vision_model.", tower(), fields=fields),
 }

@@ -6,7 +6,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
 from attnlab.pretrained.families.base import Family, convolution, linear, norm
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 
@@ -43,6 +43,29 @@ def whisper(s: Settings) -> Seq2SeqConfig:
         start=s["decoder_start_token_id"],
         **s.rules() | {"forced": tuple(itertools.takewhile(lambda token: token is not None, told))},
     )
+
+
+def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
+    """What Whisper's `config.json` says of an encoder of sound and a decoder."""
+    reads = config.encoder if isinstance(config.encoder, SpeechEncoderConfig) else SpeechEncoderConfig()
+    writes = config.decoder
+    positions = writes.positions.length if isinstance(writes.positions, Learned) else length
+    return {
+        "d_model": writes.width,
+        "encoder_layers": reads.depth,
+        "decoder_layers": writes.depth,
+        "encoder_attention_heads": reads.attention.heads,
+        "decoder_attention_heads": writes.attention.heads,
+        "encoder_ffn_dim": reads.feed_forward.hidden(reads.width),
+        "decoder_ffn_dim": writes.feed_forward.hidden(writes.width),
+        "activation_function": THEIR_NAMES.get(writes.feed_forward.activation),
+        "num_mel_bins": reads.mels,
+        "max_source_positions": reads.frames // 2,
+        "max_target_positions": positions,
+        "vocab_size": writes.vocab_size,
+        "tie_word_embeddings": writes.tied,
+        "decoder_start_token_id": config.start,
+    }
 
 
 def _attention(s: Settings, half: str) -> Attention:
@@ -82,6 +105,7 @@ FAMILIES = {
         TENSORS,
         prefix="model.",
         architecture="WhisperForConditionalGeneration",
+        fields=fields,
         ignored=(r"proj_out\.weight",),
         made=Seq2SeqConfig,
     )

@@ -1,0 +1,166 @@
+"""Models that were made here, written for transformers: the same outputs there, the same parameters back."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from attnlab import config as configs
+from attnlab.data import Words
+from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm, RelativeBias
+from attnlab.layers.pairs import Sigmoid
+from attnlab.layers.pooling import Distilled, Probe
+from attnlab.models import (
+    Classifier,
+    ContrastiveConfig,
+    DecoderConfig,
+    EncoderConfig,
+    Learned,
+    MeanOfTokens,
+    Seq2SeqConfig,
+    ViTConfig,
+)
+from attnlab.models.contrastive import LastToken, Projection, TextTowerConfig
+from attnlab.models.heads import Dense
+from attnlab.pretrained import checkpoints, load
+from tests.pretrained.peers import close
+from tests.programs import ROOT
+
+pytestmark = pytest.mark.parity
+
+# Constants that Pegasus makes by itself, and yet misses.
+SINES = {f"model.{half}.embed_positions.weight" for half in ("encoder", "decoder")}
+LENGTH = 10  # of which the speech experiment's model has 8
+TOKENIZER = Words().train([" ".join(f"w{i}" for i in range(40))])
+
+
+def experiment(name):
+    """The model of an experiment."""
+    return configs.load(str(ROOT / "experiments" / f"{name}.py")).config.model
+
+
+SIZES = {"depth": 2, "width": 16, "attention": Attention(2, bias=True)}
+T5 = {"depth": 2, "width": 16, "attention": Attention(2, head_dim=6, scale=1.0), "positions": RelativeBias(8, 20)}  # fmt: skip
+BART = SIZES | {"norm": LayerNorm(), "placement": "post", "positions": Learned(20, 2), "embedding_norm": True}
+IMAGE = {"image": (8, 8, 3), "patch": (4, 4)}
+CASES = {
+    "digits": ("ViTForImageClassification", experiment("digits")),
+    "masked_lm": ("ModernBertForMaskedLM", experiment("masked_lm")),
+    "translate": ("MarianMTModel", experiment("translate")),
+    "contrastive": ("CLIPModel", experiment("contrastive")),
+    "caption": ("VisionEncoderDecoderModel", experiment("caption")),
+    "speech": ("WhisperForConditionalGeneration", experiment("speech")),
+    "deit": (
+        "DeiTForImageClassificationWithTeacher",
+        ViTConfig(**SIZES | {"attention": Attention(2, bias="o")}, image=(8, 12, 1), patch=(4, 2), class_tokens=2, pooling=Distilled()),
+    ),
+    "siglip_vision_model": ("SiglipVisionModel", ViTConfig(**SIZES, **IMAGE, class_tokens=0, pooling=Probe(), classes=0)),
+    "siglip": (
+        "SiglipModel",
+        ContrastiveConfig(
+            image=ViTConfig(**SIZES, **IMAGE, class_tokens=0, pooling=Probe(), classes=0),
+            text=TextTowerConfig(**SIZES, positions=Learned(LENGTH), pattern=EncoderConfig().pattern, pooling=LastToken()),
+            width=16,
+            image_projection=None,
+            text_projection=Projection(bias=True),
+            objective=Sigmoid(),
+        ),
+    ),
+    "modernbert, documents": (
+        "ModernBertForSequenceClassification",
+        replace(experiment("masked_lm"), head=Classifier(3, MeanOfTokens(), Dense("gelu_exact", norm=True))),
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        Seq2SeqConfig(
+            EncoderConfig(feed_forward=MLP(24, "relu", bias=False), **T5),
+            DecoderConfig(feed_forward=MLP(24, "relu", bias=False), scale_readout=True, **T5),
+            shared=True,
+        ),
+    ),
+    "t5 1.1": (
+        "T5ForConditionalGeneration",
+        Seq2SeqConfig(
+            EncoderConfig(feed_forward=GatedMLP(24, "gelu"), **T5),
+            DecoderConfig(feed_forward=GatedMLP(24, "gelu"), tied=False, **T5 | {"depth": 3}),
+            shared=True,
+        ),
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        Seq2SeqConfig(EncoderConfig(**BART), DecoderConfig(readout_bias=True, **BART), shared=True, forced=(3,)),
+    ),
+    "pegasus": (
+        "PegasusForConditionalGeneration",
+        replace(experiment("translate"), **{
+            half: replace(getattr(experiment("translate"), half), placement="pre") for half in ("encoder", "decoder")
+        }),
+    ),
+}  # fmt: skip
+
+
+def random_params(config, seed=0):
+    """Parameters of the model, all of them far from even; but for a constant."""
+    abstract, rng = checkpoints.abstract_params(config), np.random.default_rng(seed)
+
+    def draw(path, x):
+        noise = jnp.asarray(rng.normal(size=x.shape), x.dtype)
+        return 1 + 0.3 * noise if "scale" in str(path[-1]) else 0.15 * noise
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def ours(model, config, tokens, written, source):
+    """What the model makes of texts, of images or sounds, or of both."""
+    if isinstance(config, EncoderConfig):
+        return model(tokens)[:, 0] if isinstance(config.head, Classifier) else model(tokens)
+    if isinstance(config, ViTConfig):
+        return model(None, source=source)[:, 0]
+    if isinstance(config, ContrastiveConfig):
+        return model(tokens, source=source)[:, 0]
+    return model(written, source=tokens if config.source_shape == (1,) else source)
+
+
+def theirs(model, config, tokens, written, source):
+    """The same of transformers'."""
+    torch = pytest.importorskip("torch")
+    text, written = torch.tensor(tokens), torch.tensor(written)
+    if isinstance(config, EncoderConfig):
+        return model(text).logits
+    if config.source_shape == (1,):
+        return model(text, decoder_input_ids=written).logits
+    seen = torch.tensor(np.moveaxis(source, -1, 1))
+    if isinstance(config, ViTConfig):
+        found = model(seen)
+        return found.logits if config.classes != 0 else found.pooler_output
+    if isinstance(config, ContrastiveConfig):
+        return model(text, seen).logits_per_text
+    return model(seen, decoder_input_ids=written).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_it_gives_the_same_and_comes_back(case, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    architecture, config = CASES[case]
+    config, folder = config.sized(TOKENIZER.vocab_size), epath.Path(tmp_path) / "out"
+    params = random_params(config)
+    checkpoints.write(folder, config, params, checkpoints.Made(TOKENIZER, LENGTH))
+
+    rng = np.random.default_rng(1)
+    tokens, written = rng.integers(1, TOKENIZER.vocab_size, (2, 3, 8))
+    tokens[:, -1] = TOKENIZER.eos_id
+    source = rng.normal(size=(3, *(config.source_shape or ()))).astype(np.float32)
+    arrays = jnp.asarray(tokens), jnp.asarray(written), jnp.asarray(source)
+    model = config.build(TOKENIZER.vocab_size)
+    wanted = model.apply({"params": params}, config, *arrays, method=ours)
+    there, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    report["missing_keys"] -= SINES
+    assert not any(report.values()), report
+    with torch.no_grad():
+        close(theirs(there.eval(), config, tokens, written, source), wanted)
+
+    back = load(str(folder))
+    jax.tree.map(np.testing.assert_array_equal, back.params, params)
