@@ -32,6 +32,7 @@ from attnlab.generation import (
     Wu,
     printable,
 )
+from attnlab.models import ViTConfig
 from attnlab.pretrained import checkpoints, files
 from attnlab.request import Request
 from attnlab.train import loop
@@ -130,11 +131,13 @@ def open_session(request: Request, experiment: Experiment) -> Session:
 
 
 def _new_tokenizer(experiment: Experiment) -> Tokenizer:
-    """The checkpoint's where the experiment starts from one, else one that is trained on its data."""
+    """The tokenizer of the checkpoint that it starts from, if any of text; else one trained on its data."""
     if experiment.init is None:
         return experiment.data.build_tokenizer()
     folder = files.resolve(experiment.init)
     found = checkpoints.read_tokenizer(folder)
+    if found is None and isinstance(experiment.model, ViTConfig):
+        return experiment.data.build_tokenizer()  # it reads no text: its classes are numbered as words are
     if found is None:
         raise InputError(f"{folder} has no tokenizer; transformers' save_pretrained writes a tokenizer.json")
     return found

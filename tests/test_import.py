@@ -2,12 +2,19 @@
 
 import json
 import os
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
+from attnlab import config as configs
+from attnlab import runner
+from attnlab.data import BPE
+from attnlab.pretrained import checkpoints
+from attnlab.request import Request
 from tests.pretrained.small import LLAMA, write
 from tests.programs import ROOT, call, metrics, write_text
 
@@ -147,6 +154,56 @@ def test_a_run_that_was_trained_here_is_written_and_read(place, tmp_path, capfd)
     assert texts[0] == texts[1]
 
 
+def test_a_classifier_of_images_and_what_prepares_them(tmp_path, capfd):
+    """It has no tokenizer but the words for its classes, which others are told, and need not give back."""
+    pytest.importorskip("sklearn")
+    digits = f"--config={ROOT / 'experiments' / 'digits.py'}"
+    run, out, back, again = (tmp_path / name for name in ("run", "out", "back", "again"))
+    assert call(digits, f"--workdir={run}", "--config.model.depth=1", "--fast_dev_run") == 0
+    assert call("--mode=export", f"--workdir={run}", f"--out={out}") == 0
+    fields = json.loads((out / "config.json").read_text())
+    assert fields["architectures"] == ["ViTForImageClassification"]
+    assert fields["id2label"] == {"0": "<eos>"} | {str(i + 1): str(i) for i in range(10)}
+    prepared = json.loads((out / "preprocessor_config.json").read_text())
+    assert (prepared["size"], prepared["rescale_factor"]) == ({"height": 8, "width": 8}, 1 / 16)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (out / name).unlink()
+    assert call("--mode=import", digits, f"--checkpoint={out}", f"--workdir={back}") == 0
+    assert call("--mode=export", f"--workdir={back}", f"--out={again}") == 0
+    assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in out.iterdir())
+    before, after = (load_file(p / "model.safetensors") for p in (out, again))
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    fields["id2label"] = {"0": "cat"}
+    (out / "config.json").write_text(json.dumps(fields))
+    capfd.readouterr()
+    assert call("--mode=import", digits, f"--checkpoint={out}", f"--workdir={tmp_path / 'none'}") == 2
+    assert "model.classes=1 is less than the 11 words of the tokenizer" in capfd.readouterr().err
+
+
+def test_a_translator_is_trained_on_with_the_token_that_it_begins_with(tmp_path):
+    """And reads what it was trained to read."""
+    translate = ROOT / "experiments" / "translate.py"
+    tokenizer = BPE(300).train(["the cat"])
+    model = replace(configs.load(str(translate)).config.model, start=7, forced=(9,)).sized(
+        tokenizer.vocab_size
+    )
+    model = replace(model, **{h: replace(getattr(model, h), width=16) for h in ("encoder", "decoder")})
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), checkpoints.abstract_params(model))
+    folder = epath.Path(tmp_path) / "marian"
+    checkpoints.write(folder, model, params, checkpoints.Made(tokenizer, 32))
+    loaded = configs.load(str(translate))
+    data = replace(loaded.config.data, sequence_length=128, source_length=128)
+    model = checkpoints.read_config(folder)[1]
+    experiment = replace(loaded.config, init=str(folder), model=model, data=data)
+    session = runner.open_session(Request("train", loaded, experiment, {}), experiment)
+    (batch,) = experiment.data.eval_batches("validation", session.tokenizer, limit=1)
+    assert batch.tokens[:, :2].tolist() == [[7, 9]] * len(batch.tokens)
+    ends = batch.source_segments.sum(axis=1) - 1
+    assert (batch.source[np.arange(len(ends)), ends] == tokenizer.eos_id).all()
+    assert session.tokenizer.source("the") == tokenizer.source("the")
+
+
 def test_a_model_that_no_family_has(place, tmp_path, capfd):
     _, small = place
     run = f"--workdir={tmp_path / 'run'}"
@@ -154,7 +211,7 @@ def test_a_model_that_no_family_has(place, tmp_path, capfd):
     assert call(f"--config={ROOT / 'experiments' / 'lm_docs.py'}", run, *odd, *small) == 0
     capfd.readouterr()
     assert call("--mode=export", run, f"--out={tmp_path / 'out'}") == 2
-    said = "what this model is; the nearest, llama's, could but for attention.softcap: 5.0 -> None"
+    said = "what this model is; the nearest is llama's, which would need attention.softcap: 5.0 -> None"
     assert said in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -185,7 +185,7 @@ def describe(config: ModelConfig, length: int) -> dict[str, Any]:
     _, count, nearest, told = min(tried)
     more = f"; and {count - 6} more" if count > 6 else ""
     raise InputError(
-        f"no config.json can say what this model is; the nearest, {nearest}'s, could but for "
+        f"no config.json can say what this model is; the nearest is {nearest}'s, which would need "
         f"{'; '.join(told[:6])}{more}"
     )
 

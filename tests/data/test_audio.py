@@ -117,6 +117,7 @@ def test_settings_of_a_checkpoint(tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": settings}))
     assert LogMel.from_settings(preprocessor.read(tmp_path)) == got
+    assert LogMel.from_settings(got.settings()) == got
 
 
 @pytest.mark.parametrize("settings, told", [

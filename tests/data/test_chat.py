@@ -40,6 +40,7 @@ def test_a_prompt_begins_as_its_tokenizer_has_it(foreign):
     assert foreign.encode("the cat").tolist() == [8, 10]
     assert (foreign.eos_id, foreign.vocab_size) == (2, 11)  # numbers have gaps
     assert (foreign.start, foreign.document("the cat")) == ([0], [0, 8, 10])
+    assert foreign.beginning(6, 4).prompt("the cat") == [6, 4, 8, 10] and foreign.start == [0]
     own = BPE(300).train(["the cat"])
     assert own.document("the cat") == [*own.prompt("the cat"), own.eos_id]
     assert own.prompt("the cat") == [own.eos_id, *own.encode("the cat")]

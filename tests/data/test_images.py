@@ -41,9 +41,15 @@ def test_it_is_what_transformers_makes_of_an_image(case, tmp_path):
     theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
     theirs.save_pretrained(tmp_path)
     ours = Pixels.from_settings(preprocessor.read(tmp_path))
+    said = ours.settings()
+    assert Pixels.from_settings(said) == ours
+    again = getattr(transformers, f"{said['image_processor_type']}Pil")(**said)
     for sides in SIDES:
         image = smooth(*sides)
-        expected = theirs(Image.fromarray(image), return_tensors="np").pixel_values[0]
+        expected, same = (
+            p(Image.fromarray(image), return_tensors="np").pixel_values[0] for p in (theirs, again)
+        )
+        np.testing.assert_array_equal(same, expected)
         got = ours(image)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, expected.transpose(1, 2, 0), rtol=1e-6, atol=1e-6)
