@@ -124,10 +124,7 @@ def open_session(request: Request, experiment: Experiment) -> Session:
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
     _keep_programs(mesh)
     tokenizer = _saved_tokenizer(request) or _new_tokenizer(experiment)
-    start = experiment.model.start
-    if start is not None:
-        tokenizer = tokenizer.beginning(start, *experiment.model.forced)
-    return Session(experiment, mesh, tokenizer)
+    return Session(experiment, mesh, tokenizer.beginning(*experiment.model.beginning(tokenizer.start)))
 
 
 def _new_tokenizer(experiment: Experiment) -> Tokenizer:

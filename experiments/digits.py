@@ -20,7 +20,7 @@ from attnlab.data.images import Pixels
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ViTConfig
-from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
+from attnlab.train import Experiment, Loss, Muon, Train, WarmupStableDecay
 from attnlab.trained import Trained
 
 SIDE, INK, HELD_OUT = 8, 16, 360
@@ -89,7 +89,8 @@ def get_config() -> Experiment:
             init=Normal(std=0.1),
         ),
         data=Digits(batch_size=64),
-        optimizer=Muon(learning_rate=1e-2, schedule=WarmupStableDecay(warmup=20, decay=0.4)),
+        optimizer=Muon(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=20, decay=0.4)),
+        loss=Loss(label_smoothing=0.1),
         train=Train(steps=800, eval_every=200, checkpoint_every=800, log_every=50),
     )
 

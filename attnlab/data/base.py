@@ -55,11 +55,11 @@ class Data:
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
         """A record as an example; here, predict each next token and then the end."""
         start = tokenizer.start or [tokenizer.eos_id]
-        ids = tokenizer.encode(self.text(record))
-        stream = np.concatenate([start, ids, [tokenizer.eos_id]]).astype(np.int32)
-        targets = stream[1:]
-        weights = (np.arange(1, len(stream)) >= len(start)).astype(np.float32)
-        return Example(stream[:-1], targets, weights, tokenizer.token_bytes[targets])
+        own = np.append(tokenizer.encode(self.text(record)), tokenizer.eos_id).astype(np.int32)
+        stream = np.concatenate([start, own]).astype(np.int32)
+        before = np.zeros(len(start) - 1)  # of which some may be no tokens of the tokenizer's
+        weights, sizes = (np.append(before, x) for x in (np.ones(len(own)), tokenizer.token_bytes[own]))
+        return Example(stream[:-1], stream[1:], weights.astype(np.float32), sizes)
 
     @property
     def source_shape(self) -> tuple[int, ...] | None:

@@ -19,7 +19,14 @@ from attnlab.data.batch import of_spec, spec
 from attnlab.data.tokenizer import EOS, SETTINGS
 from attnlab.errors import InputError
 from attnlab.files import write_atomically
-from attnlab.models import ContrastiveConfig, EncoderConfig, ModelConfig, Seq2SeqConfig, ViTConfig
+from attnlab.models import (
+    ContrastiveConfig,
+    EncoderConfig,
+    ModelConfig,
+    PrefixConfig,
+    Seq2SeqConfig,
+    ViTConfig,
+)
 from attnlab.models.contrastive import EndOfText
 from attnlab.pretrained import files, table, tensors, vocabularies
 from attnlab.pretrained.families import FAMILIES, Family
@@ -220,8 +227,7 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
     if making.exists():
         making.rmtree()
     if isinstance(origin, Made):
-        if isinstance(config, Seq2SeqConfig) and config.start is None:
-            config = dataclasses.replace(config, start=origin.tokenizer.start[-1])
+        config = _started(config, origin.tokenizer)
         fields = describe(config, origin.length) | _of_tokenizer(origin.tokenizer, config)
         making.mkdir(parents=True)
         origin.tokenizer.for_others(_around(config)).save(making / "tokenizer.json")
@@ -243,6 +249,13 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
     if folder.exists():
         folder.rmdir()
     making.rename(folder)
+
+
+def _started(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """With the token written out that a model which writes of a source begins with."""
+    if not isinstance(config, Seq2SeqConfig) or isinstance(config, PrefixConfig) or config.start is not None:
+        return config
+    return dataclasses.replace(config, start=tokenizer.start[-1])
 
 
 def _of_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

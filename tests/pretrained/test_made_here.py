@@ -10,7 +10,7 @@ from etils import epath
 
 from attnlab import config as configs
 from attnlab.data import Words
-from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm, RelativeBias
+from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm, RelativeBias, RMSNorm
 from attnlab.layers.pairs import Sigmoid
 from attnlab.layers.pooling import Distilled, Probe
 from attnlab.models import (
@@ -20,6 +20,8 @@ from attnlab.models import (
     EncoderConfig,
     Learned,
     MeanOfTokens,
+    PrefixConfig,
+    Projector,
     Seq2SeqConfig,
     ViTConfig,
 )
@@ -93,6 +95,19 @@ CASES = {
         "BartForConditionalGeneration",
         Seq2SeqConfig(EncoderConfig(**BART), DecoderConfig(readout_bias=True, **BART), shared=True, forced=(3,)),
     ),
+    "llava": ("LlavaForConditionalGeneration", PrefixConfig(
+        encoder=ViTConfig(**SIZES, **IMAGE, classes=0, patch_bias=False, embedding_norm=True),
+        decoder=DecoderConfig(depth=2, width=16, attention=Attention(4, kv_heads=2), feed_forward=GatedMLP(24)),
+        projector=Projector("gelu_exact"),
+        normed=False,
+        marker=5,
+    )),
+    "paligemma": ("PaliGemmaForConditionalGeneration", PrefixConfig(
+        encoder=ViTConfig(**SIZES, **IMAGE, class_tokens=0, pooling=Probe(), classes=0),
+        decoder=DecoderConfig(depth=2, width=16, attention=Attention(4, kv_heads=1), feed_forward=GatedMLP(24, "gelu"), norm=RMSNorm(from_one=True), scale_embedding=True),
+        marker=5,
+        ahead=True,
+    )),
     "pegasus": (
         "PegasusForConditionalGeneration",
         replace(experiment("translate"), **{
@@ -121,6 +136,8 @@ def ours(model, config, tokens, written, source):
         return model(None, source=source)[:, 0]
     if isinstance(config, ContrastiveConfig):
         return model(tokens, source=source)[:, 0]
+    if isinstance(config, PrefixConfig):
+        return model(tokens.at[:, :4].set(config.marker), source=source)
     return model(written, source=tokens if config.source_shape == (1,) else source)
 
 
@@ -138,6 +155,10 @@ def theirs(model, config, tokens, written, source):
         return found.logits if config.classes != 0 else found.pooler_output
     if isinstance(config, ContrastiveConfig):
         return model(text, seen).logits_per_text
+    if isinstance(config, PrefixConfig):
+        text[:, :4] = config.marker
+        prompt = {"token_type_ids": (text != config.marker).long()} if config.ahead else {}
+        return model(text, seen, attention_mask=torch.ones_like(text), **prompt).logits
     return model(seen, decoder_input_ids=written).logits
 
 
@@ -150,7 +171,7 @@ def test_there_it_gives_the_same_and_comes_back(case, tmp_path):
     checkpoints.write(folder, config, params, checkpoints.Made(TOKENIZER, LENGTH))
 
     rng = np.random.default_rng(1)
-    tokens, written = rng.integers(1, TOKENIZER.vocab_size, (2, 3, 8))
+    tokens, written = rng.integers(6, TOKENIZER.vocab_size, (2, 3, 8))
     tokens[:, -1] = TOKENIZER.eos_id
     source = rng.normal(size=(3, *(config.source_shape or ()))).astype(np.float32)
     arrays = jnp.asarray(tokens), jnp.asarray(written), jnp.asarray(source)

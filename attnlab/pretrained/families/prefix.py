@@ -1,13 +1,14 @@
 """Decoders that read patches of an image as tokens: LLaVA and PaliGemma."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from attnlab.models import PrefixConfig, Projector
 from attnlab.pretrained.families import llama, vit
 from attnlab.pretrained.families.base import Family, linear, within
 from attnlab.pretrained.families.contrastive import CLIP_IMAGE, SIGLIP_IMAGE
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 # What the parts' configs mean where they do not say, as old ones of LLaVA and PaliGemma do not.
@@ -68,8 +69,30 @@ def paligemma(s: Settings) -> PrefixConfig:
     )
 
 
+def fields(config: PrefixConfig, length: int, vision: str, text: str) -> dict[str, Any]:
+    """What the `config.json` of both says of a model, whose halves are of these types."""
+    reads, writes, projector = config.encoder, config.decoder, config.projector
+    return {
+        "vision_config": {"model_type": vision, "vision_use_head": False, **vit.fields(reads, length)},
+        "text_config": {"model_type": text, **llama.fields(writes, length)},
+        "image_token_index": writes.vocab_size if config.marker is None else config.marker,
+        "vision_feature_layer": -1,
+        "projector_hidden_act": THEIR_NAMES.get(projector.activation or ""),
+        "multimodal_projector_bias": projector.bias,
+        "projection_dim": writes.width,
+        "hidden_size": writes.width,
+        "tie_word_embeddings": writes.tied,
+    }
+
+
 def _family(
-    config, architecture: str, decoder: str, projector: tuple[Tensor, ...], *ignored: str, kept=None
+    config,
+    architecture: str,
+    vision: str,
+    decoder: str,
+    projector: tuple[Tensor, ...],
+    *ignored: str,
+    kept=None,
 ) -> Family:
     text = llama.FAMILIES[decoder]
     rows = vit.tower("encoder/", "vision_tower."), projector, within(text, "decoder", "language_model")
@@ -80,6 +103,7 @@ def _family(
         architecture=architecture,
         ignored=(*ignored, r"language_model\.lm_head\.weight", r".*\.(rotary_emb\.inv_freq|position_ids)"),
         made=PrefixConfig,
+        fields=partial(fields, vision=vision, text=decoder),
         older=(("vision_tower.", "vision_tower.vision_model."),),
         kept=kept,
     )
@@ -90,6 +114,7 @@ FAMILIES = {
     "llava": _family(
         llava,
         "LlavaForConditionalGeneration",
+        "clip_vision_model",
         "llama",
         (*linear("projection", f"{LINEAR}_1"), *linear("projection_out", f"{LINEAR}_2")),
         # Layers of the tower after the one that is read.
@@ -97,6 +122,10 @@ FAMILIES = {
         kept=kept,
     ),
     "paligemma": _family(
-        paligemma, "PaliGemmaForConditionalGeneration", "gemma", linear("projection", LINEAR)
+        paligemma,
+        "PaliGemmaForConditionalGeneration",
+        "siglip_vision_model",
+        "gemma",
+        linear("projection", LINEAR),
     ),
 }
