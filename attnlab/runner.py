@@ -32,6 +32,7 @@ from attnlab.generation import (
     Wu,
     printable,
 )
+from attnlab.generation.sources import beginning
 from attnlab.models import ViTConfig
 from attnlab.pretrained import checkpoints, files
 from attnlab.request import Request
@@ -124,7 +125,7 @@ def open_session(request: Request, experiment: Experiment) -> Session:
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
     _keep_programs(mesh)
     tokenizer = _saved_tokenizer(request) or _new_tokenizer(experiment)
-    return Session(experiment, mesh, tokenizer.beginning(*experiment.model.beginning(tokenizer.start)))
+    return Session(experiment, mesh, tokenizer.beginning(*beginning(experiment.model, tokenizer)))
 
 
 def _new_tokenizer(experiment: Experiment) -> Tokenizer:
@@ -293,6 +294,10 @@ def run_sample(request: Request) -> dict[str, float]:
     session = open_session(request, request.config)
     restored = _restore(request, session)
     trained = Trained(session, session.eval_params(restored.state), request.folder, {})
+    if len(request.config.model.source_shape or ()) > 1:
+        raise InputError(
+            "the model reads images or sounds, and --mode=sample has none: see `Trained.generator`"
+        )
     prompts = request.sampling.prompts or ("",)
     if request.sampling.num_beams is not None:
         completions = _searched(request, trained, prompts)

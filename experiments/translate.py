@@ -54,7 +54,7 @@ class Numbers(Data):
 
     def encode(self, record: int, tokenizer: Tokenizer) -> Example:
         """German, of English."""
-        ids = [*tokenizer.start, *tokenizer.encode(german(record)), tokenizer.eos_id]
+        ids = [*tokenizer.begin, *tokenizer.encode(german(record)), tokenizer.eos_id]
         targets, source = np.array(ids[1:]), np.array(tokenizer.source(num2words(record)))
         return Example(
             np.array(ids[:-1]), targets, np.ones(len(targets)), tokenizer.token_bytes[targets], source

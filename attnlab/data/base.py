@@ -54,7 +54,7 @@ class Data:
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
         """A record as an example; here, predict each next token and then the end."""
-        start = tokenizer.start or [tokenizer.eos_id]
+        start = tokenizer.begin
         own = np.append(tokenizer.encode(self.text(record)), tokenizer.eos_id).astype(np.int32)
         stream = np.concatenate([start, own]).astype(np.int32)
         before = np.zeros(len(start) - 1)  # of which some may be no tokens of the tokenizer's

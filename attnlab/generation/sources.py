@@ -33,6 +33,16 @@ def prompt(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     return [*ids[:at], *image, *ids[at + 1 :]]
 
 
+def beginning(config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
+    """What a text to learn begins with: as one that is written of an image, or any other source, alone."""
+    if isinstance(config, PrefixConfig) and config.marker is not None:
+        image = [config.marker] * config.patches
+        if config.separator is None:
+            return [*tokenizer.start, *image]
+        return [*image, *_begun(config, tokenizer, config.separator)]
+    return tokenizer.begin if config.start is None else [config.start, *config.forced]
+
+
 def _begun(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     start = config.start
     return tokenizer.prompt(text) if start is None else [start, *tokenizer.encode(text).tolist()]

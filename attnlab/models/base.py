@@ -1,7 +1,7 @@
 """What the config of every family says of its model, and what all Transformers share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Self
 
@@ -96,10 +96,6 @@ class ModelConfig(ABC):
     def ends(self) -> bool:
         """Whether a text that is as long as it may be has its end for its last token."""
         return False
-
-    def beginning(self, start: Sequence[int]) -> list[int]:
-        """What a text to learn begins with, where one of the tokenizer's begins with these tokens."""
-        return list(start) if self.start is None else [self.start, *self.forced]
 
     def sharded_dimensions(self) -> Mapping[str, tuple[str, int]]:
         """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size); and of its parts."""

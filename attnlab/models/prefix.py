@@ -1,6 +1,5 @@
 """Pictures as tokens of a text, read by one decoder (LLaVA, arXiv 2304.08485; PaliGemma, 2407.07726)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,12 +54,6 @@ class PrefixConfig(Seq2SeqConfig):
     def before(self) -> int:
         """Tokens before those of the text."""
         return self.patches if self.marker is None else 0
-
-    def beginning(self, start: Sequence[int]) -> list[int]:
-        """See `ModelConfig.beginning`: with the places of an image, as in LLaVA's and PaliGemma's prompts."""
-        places = [] if self.marker is None else [self.marker] * self.patches
-        own = super().beginning(start)
-        return [*places, *own] if self.ahead else [*own, *places]
 
     def build(self, vocab_size: int) -> "PrefixModel":
         """See `ModelConfig.build`."""

@@ -228,7 +228,8 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
         making.rmtree()
     if isinstance(origin, Made):
         config = _started(config, origin.tokenizer)
-        fields = describe(config, origin.length) | _of_tokenizer(origin.tokenizer, config)
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), origin.tokenizer.eos_id)
+        fields = ends | describe(config, origin.length) | _classes(origin.tokenizer, config)
         making.mkdir(parents=True)
         origin.tokenizer.for_others(_around(config)).save(making / "tokenizer.json")
         if origin.preprocessor is not None:
@@ -253,18 +254,18 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
 
 def _started(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """With the token written out that a model which writes of a source begins with."""
-    if not isinstance(config, Seq2SeqConfig) or isinstance(config, PrefixConfig) or config.start is not None:
+    prompts = isinstance(config, PrefixConfig) and config.separator is None  # which the tokenizer begins
+    if not isinstance(config, Seq2SeqConfig) or prompts or config.start is not None:
         return config
     return dataclasses.replace(config, start=tokenizer.start[-1])
 
 
-def _of_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """What a `config.json` says of a tokenizer that was made here; classes of images are words of it."""
-    fields: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
-    if isinstance(config, ViTConfig) and config.classes == tokenizer.vocab_size:
-        names = {i: tokenizer.token_text(i) for i in range(tokenizer.vocab_size)}
-        fields |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
-    return fields
+def _classes(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """The names of a model's classes of images, which are the words of its tokenizer."""
+    if not isinstance(config, ViTConfig) or config.classes != tokenizer.vocab_size:
+        return {}
+    names = {i: tokenizer.token_text(i) for i in range(tokenizer.vocab_size)}
+    return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
 def _around(config: ModelConfig) -> str:

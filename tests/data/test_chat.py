@@ -40,7 +40,6 @@ def test_a_prompt_begins_as_its_tokenizer_has_it(foreign):
     assert foreign.encode("the cat").tolist() == [8, 10]
     assert (foreign.eos_id, foreign.vocab_size) == (2, 11)  # numbers have gaps
     assert (foreign.start, foreign.document("the cat")) == ([0], [0, 8, 10])
-    assert foreign.beginning(6, 4).prompt("the cat") == [6, 4, 8, 10] and foreign.start == [0]
     own = BPE(300).train(["the cat"])
     assert own.document("the cat") == [*own.prompt("the cat"), own.eos_id]
     assert own.prompt("the cat") == [own.eos_id, *own.encode("the cat")]
@@ -55,8 +54,11 @@ def test_what_is_trained_on_begins_as_a_prompt_and_ends(foreign):
     assert foreign.prompt("the cat") == [*example.tokens] == [0, 4, 8, 10]
     assert foreign.document("the cat") == [*example.tokens, 2]
     assert ([*example.targets], [*example.weights]) == ([4, 8, 10, 2], [0, 1, 1, 1])
+    other = Text().encode({"text": "the cat"}, foreign.beginning(99, 4))  # which need be none of its own
+    assert ([*other.tokens], [*other.weights]) == ([99, 4, 8, 10], [0, 1, 1, 1])
+    assert other.num_bytes.tolist() == example.num_bytes.tolist()
     foreign._backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    del foreign.start
+    del foreign.start, foreign.begin
     assert foreign.prompt("the cat") == [8, 10] and [*Text().encode({"text": "the cat"}, foreign).tokens] == [
         2,
         8,

@@ -106,6 +106,7 @@ CASES = {
         encoder=ViTConfig(**SIZES, **IMAGE, class_tokens=0, pooling=Probe(), classes=0),
         decoder=DecoderConfig(depth=2, width=16, attention=Attention(4, kv_heads=1), feed_forward=GatedMLP(24, "gelu"), norm=RMSNorm(from_one=True), scale_embedding=True),
         marker=5,
+        separator="\n",
         ahead=True,
     )),
     "pegasus": (

@@ -62,7 +62,7 @@ def paligemma(s: Settings) -> PrefixConfig:
         encoder=vit.siglip_vision(s.part("vision_config", SIGLIP_IMAGE, vision_use_head=True)),
         decoder=decoder,
         marker=s["image_token_index"],
-        start=s.get("bos_token_id") or text.get("bos_token_id"),
+        start=s.get("bos_token_id", text.get("bos_token_id")),
         separator="\n",
         ahead=True,
         **s.rules(),
@@ -75,6 +75,7 @@ def fields(config: PrefixConfig, length: int, vision: str, text: str) -> dict[st
     return {
         "vision_config": {"model_type": vision, "vision_use_head": False, **vit.fields(reads, length)},
         "text_config": {"model_type": text, **llama.fields(writes, length)},
+        **({} if config.start is None else {"bos_token_id": config.start}),
         "image_token_index": writes.vocab_size if config.marker is None else config.marker,
         "vision_feature_layer": -1,
         "projector_hidden_act": THEIR_NAMES.get(projector.activation or ""),
