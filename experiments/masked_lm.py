@@ -39,7 +39,7 @@ class MaskedText(Text):
         chosen, fate = rng.random((2, len(tokens)))
         chosen = chosen < CHOSEN
         others = rng.integers(tokenizer.vocab_size, size=len(tokens))
-        shown = np.where(chosen & (fate < MASKED), tokenizer.eos_id, tokens)
+        shown = np.where(chosen & (fate < MASKED), tokenizer.mask_id, tokens)
         shown = np.where(chosen & (fate >= 1 - REPLACED), others, shown)
         return Example(shown, tokens, chosen.astype(np.float32), tokenizer.token_bytes[tokens])
 
@@ -71,7 +71,7 @@ def report(trained: Trained) -> dict[str, float]:
     trained.say(f"found: {found:.1%} of the masked tokens; by the commonest token, {common:.1%}")
     tokens = trained.tokenizer.encode("Return a list of the names in the file, or None if it is empty.")
     shown = tokens.copy()
-    shown[3::6] = trained.tokenizer.eos_id
+    shown[3::6] = trained.tokenizer.mask_id
     guessed = trained.predict(trained.one(shown))[0, : len(shown)]
     words = [trained.tokenizer.token_text(i) for i in shown]
     for i in range(3, len(tokens), 6):

@@ -73,6 +73,12 @@ class Tokenizer:
             self._names[token] = name
         self.eos_id = vocabulary[eos]
 
+    @cached_property
+    def mask_id(self) -> int:
+        """What stands for a token that is to be found: BERT's [MASK], or the end, which stands in no text."""
+        mask = (self.settings or {}).get("mask_token")
+        return self.eos_id if mask is None else self._names.index(_content(mask))
+
     def agrees(self, other: "Tokenizer") -> bool:
         """Whether each number is the same token."""
         return self._backend.get_vocab() == other._backend.get_vocab()

@@ -41,6 +41,10 @@ def test_a_prompt_begins_as_its_tokenizer_has_it(foreign):
     assert (foreign.eos_id, foreign.vocab_size) == (2, 11)  # numbers have gaps
     assert (foreign.start, foreign.document("the cat")) == ([0], [0, 8, 10])
     own = BPE(300).train(["the cat"])
+    assert (
+        own.mask_id == own.eos_id
+        and Tokenizer(foreign._backend, {"eos_token": "[SEP]", "mask_token": "[CLS]"}).mask_id == 0
+    )
     assert own.document("the cat") == [*own.prompt("the cat"), own.eos_id]
     assert own.prompt("the cat") == [own.eos_id, *own.encode("the cat")]
 
