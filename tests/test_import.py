@@ -211,7 +211,7 @@ def test_a_model_that_no_family_has(place, tmp_path, capfd):
     assert call(f"--config={ROOT / 'experiments' / 'lm_docs.py'}", run, *odd, *small) == 0
     capfd.readouterr()
     assert call("--mode=export", run, f"--out={tmp_path / 'out'}") == 2
-    said = "what this model is; the nearest is llama's, which would need attention.softcap: 5.0 -> None"
+    said = "what this model is; the nearest is llama's, which would need attention.softcap: 5.0 -> None\n"
     assert said in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 

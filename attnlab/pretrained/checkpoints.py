@@ -189,8 +189,9 @@ def describe(config: ModelConfig, length: int) -> dict[str, Any]:
         raise InputError(
             f"no config.json can say what this model is: no model type here is a {_name(config)}"
         )
-    _, count, nearest, told = min(tried)
-    more = f"; and {count - 6} more" if count > 6 else ""
+    *_, nearest, told = min(tried)
+    told = [line for line in told if "absent" not in line]  # the fields of a part whose type is told itself
+    more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
     raise InputError(
         f"no config.json can say what this model is; the nearest is {nearest}'s, which would need "
         f"{'; '.join(told[:6])}{more}"
