@@ -33,6 +33,7 @@ flags.DEFINE_multi_enum("tracker", [], ["wandb", "mlflow"], "wandb or mlflow, be
 flags.DEFINE_multi_string(
     "prompt", [], "text to go on from; of a model that reads one, such as a translator: the text to read"
 )
+flags.DEFINE_multi_string("source", [], "file of an image, or of a sound as WAV, for a model that reads one")
 flags.DEFINE_integer("num_samples", DEFAULTS.num_samples, "samples of each prompt")
 flags.DEFINE_integer("max_new_tokens", DEFAULTS.max_new_tokens, "longest sample, in tokens")
 flags.DEFINE_float("temperature", DEFAULTS.temperature, "0 always takes the likeliest token")

@@ -33,7 +33,7 @@ USED_BY: dict[str, tuple[Mode, ...]] = {
     "seed": ("train", "sample"),
     **dict.fromkeys(("max_steps", "max_time", "fast_dev_run", "overfit_batches", "profile"), ("train",)),
     **dict.fromkeys(("sweep", "init_from", "init_rules", "tracker"), ("train",)),
-    **dict.fromkeys(("prompt", "num_samples", "max_new_tokens", "temperature"), ("sample",)),
+    **dict.fromkeys(("prompt", "source", "num_samples", "max_new_tokens", "temperature"), ("sample",)),
     **dict.fromkeys(("top_k", "top_p", "min_p", "stop", "num_beams", "length_penalty"), ("sample",)),
     **dict.fromkeys(("draft", "lookup", "guess_tokens"), ("sample",)),
 }
@@ -65,10 +65,12 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
 class Sampling:
     """How to sample; None leaves a filter out. With `num_beams` the likeliest texts are searched for.
 
+    `sources` are files of the images or sounds to write of, one a prompt, or all with one prompt or none.
     With `draft` (a workdir or a checkpoint) or `lookup` (an n-gram's length) next tokens are guessed.
     """
 
     prompts: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     num_samples: int = 1
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -230,6 +232,7 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
         "trackers": tuple(dict.fromkeys(values["tracker"])),
         "sampling": Sampling(
             prompts=tuple(values["prompt"]),
+            sources=tuple(values["source"]),
             stop=tuple(values["stop"]),
             **{name: values[name] for name in sampling},
         ),

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from attnlab import config, pretrained, sharding
-from attnlab.data import Tokenizer
+from attnlab.data import Tokenizer, preprocessor
 from attnlab.errors import InputError
 from attnlab.files import as_json, write_atomically
 from attnlab.generation import (
@@ -290,21 +290,19 @@ def run_eval(request: Request) -> dict[str, float]:
 
 
 def run_sample(request: Request) -> dict[str, float]:
-    """Generates text after each prompt, or of each that the model reads as a source."""
+    """Generates text after each prompt, or of each text, image or sound that the model reads."""
     session = open_session(request, request.config)
     restored = _restore(request, session)
     trained = Trained(session, session.eval_params(restored.state), request.folder, {})
-    if len(request.config.model.source_shape or ()) > 1:
-        raise InputError(
-            "the model reads images or sounds, and --mode=sample has none: see `Trained.generator`"
-        )
-    prompts = request.sampling.prompts or ("",)
+    generator = trained.generator()
+    given = _given(request, trained)
     if request.sampling.num_beams is not None:
-        completions = _searched(request, trained, prompts)
-    elif len(prompts) * request.sampling.num_samples == 1:
-        completions = _streamed(request, trained, prompts)
+        completions = _searched(request, generator, given)
+        _print_all(completions)
+    elif len(given["prompts"] or given["sources"]) * request.sampling.num_samples == 1:
+        completions = _streamed(request, trained, generator, given)
     else:
-        completions = _drawn(request, trained, prompts)
+        completions = _drawn(request, trained, generator, given)
         _print_all(completions)
     if any(completion.ended == "context" for completion in completions):
         length = request.config.data.sequence_length
@@ -312,25 +310,56 @@ def run_sample(request: Request) -> dict[str, float]:
     return {}
 
 
-def _searched(request: Request, trained: Trained, prompts: Sequence[str]) -> list[Completion]:
-    """The likeliest texts after each prompt, printed with their scores."""
+def _given(request: Request, trained: Trained) -> dict[str, Any]:
+    """What a `Generator` is to go on from: prompts, and what the model reads beside them."""
+    wanted, shape = request.sampling, request.config.model.source_shape
+    prompts = wanted.prompts or ("",)
+    if shape is None or len(shape) == 1:
+        if wanted.sources:
+            raise InputError(
+                "--source is of models that read an image or a sound; this one reads texts: --prompt"
+            )
+        return {"sources": None} | trained.given(prompts)
+    if not wanted.sources:
+        raise InputError("the model reads an image or a sound: give its file with --source")
+    count = max(len(prompts), len(wanted.sources))
+    prompts, sources = (x * count if len(x) == 1 else x for x in (prompts, wanted.sources))
+    if len(prompts) != len(sources):
+        raise InputError(f"--prompt is given {len(prompts)} times and --source {len(sources)} times")
+    from attnlab.data import media  # takes half a second, which only a file needs
+
+    settings = _preprocessor(request)
+    return {"prompts": prompts, "sources": [media.read(file, settings, shape) for file in sources]}
+
+
+def _preprocessor(request: Request) -> Mapping[str, Any]:
+    """How a file becomes what the model of a run reads."""
+    if (folder := request.folder / PRETRAINED).exists():
+        return preprocessor.read(folder)
+    if (settings := request.config.data.preprocessor) is None:
+        raise InputError("the run's data do not say how a file is read: its `preprocessor` is None")
+    return settings
+
+
+def _searched(request: Request, generator: Generator, given: dict[str, Any]) -> list[Completion]:
+    """The likeliest texts, with their scores."""
     wanted = request.sampling
     assert wanted.num_beams is not None
-    completions = trained.generator().search(
+    return generator.search(
         beams=Beams(wanted.num_beams, Wu(wanted.length_penalty)),
-        **trained.given(prompts),
+        **given,
         num_samples=wanted.num_samples,
         max_new_tokens=wanted.max_new_tokens,
     )
-    _print_all(completions)
-    return completions
 
 
-def _drawn(request: Request, trained: Trained, prompts: Sequence[str], stream=None) -> list[Completion]:
-    """Samples after each prompt."""
+def _drawn(
+    request: Request, trained: Trained, generator: Generator, given: dict[str, Any], stream=None
+) -> list[Completion]:
+    """Samples of all that is given."""
     wanted = request.sampling
-    return trained.generate(
-        prompts,
+    return generator(
+        **given,
         num_samples=wanted.num_samples,
         max_new_tokens=wanted.max_new_tokens,
         sampling=Sampling(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p),
@@ -361,17 +390,18 @@ def _guesses(request: Request, trained: Trained) -> Lookup | Draft | None:
     return Draft(Generator(found.model, found.params, found.tokenizer, length, mesh), wanted.guess_tokens)
 
 
-def _streamed(request: Request, trained: Trained, prompts: Sequence[str]) -> list[Completion]:
+def _streamed(
+    request: Request, trained: Trained, generator: Generator, given: dict[str, Any]
+) -> list[Completion]:
     """One sample, printed as it grows."""
-    apart = "\n" if "sources" in trained.given(prompts) else ""
     # Shown with the first new text, when nothing is left that could be refused.
-    head = iter(f"{prompt}{apart}" for prompt in prompts)
+    head = iter(given["prompts"] or [f"{source}\n" for source in given["sources"]])
 
     def stream(_: int, text: str) -> None:
         sys.stdout.write(printable(next(head, "") + text))
         sys.stdout.flush()
 
-    completions = _drawn(request, trained, prompts, stream)
+    completions = _drawn(request, trained, generator, given, stream)
     print(printable(next(head, "")))
     return completions
 

@@ -5,7 +5,9 @@ import os
 import re
 import resource
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.programs import ROOT, call, metrics, program, write_text, write_tiny
 
@@ -106,6 +108,33 @@ def test_sample(lm):
         *("--max_new_tokens=20",), cwd=folder,
     )  # fmt: skip
     assert " " not in stopped.removeprefix("the").removesuffix("\n")
+
+
+@pytest.mark.slow
+def test_images_in_files_are_told_of(tmp_path, capfd):
+    run, (cat, dog) = f"--workdir={tmp_path / 'run'}", [tmp_path / f"{name}.png" for name in ("cat", "dog")]
+    for seed, file in enumerate((cat, dog)):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (50, 70, 3), np.uint8)).save(file)
+    small = ["--max_steps=1", "--config.train.eval_batches=1", "--config.data.batch_size=8"]
+    assert call(f"--config={ROOT / 'experiments' / 'caption.py'}", run, *small) == 0
+    capfd.readouterr()
+    sample = ["--mode=sample", run, "--max_new_tokens=4"]
+    assert call(*sample, f"--source={cat}", f"--source={dog}", "--temperature=0") == 0
+    out = capfd.readouterr().out
+    assert out.startswith("--- 1 of 2\n") and "--- 2 of 2\n" in out
+    assert call(*sample, f"--source={cat}", "--num_beams=2", "--num_samples=2") == 0
+    assert "score" in capfd.readouterr().out
+    for wrong, said in (
+        ([], "give its file with --source"),
+        ([f"--source={tmp_path / 'nowhere.png'}"], "there is no file"),
+        ([f"--source={ROOT / 'README.md'}"], "README.md is not an image"),
+        (
+            [f"--source={cat}", f"--source={dog}", *["--prompt=a"] * 3],
+            "--prompt is given 3 times and --source 2",
+        ),
+    ):
+        assert call(*sample, *wrong) == 2
+        assert said in capfd.readouterr().err
 
 
 @pytest.mark.slow
