@@ -114,7 +114,7 @@ def get_config() -> Experiment:
         ),
         data=Numbers(batch_size=32),
         optimizer=AdamW(learning_rate=1.5e-3),
-        train=Train(steps=600, eval_every=300, checkpoint_every=300, log_every=50),
+        train=Train(steps=900, eval_every=300, checkpoint_every=300, log_every=50),
     )
 
 
