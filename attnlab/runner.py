@@ -1,4 +1,4 @@
-"""The modes of `run.py`: train, eval, sample and describe."""
+"""The modes of `run.py`: what each does with a run."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,6 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,20 +17,10 @@ from absl import logging
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from attnlab import config, pretrained, sharding
-from attnlab.data import Tokenizer, preprocessor
+from attnlab import config, sharding, writing
+from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.files import as_json, write_atomically
-from attnlab.generation import (
-    Beams,
-    Completion,
-    Draft,
-    Generator,
-    Lookup,
-    Sampling,
-    Wu,
-    printable,
-)
 from attnlab.generation.sources import beginning
 from attnlab.models import ViTConfig
 from attnlab.pretrained import checkpoints, files
@@ -44,9 +33,9 @@ from attnlab.train.initialize import start_from
 from attnlab.train.metrics import Writers
 from attnlab.train.partition import join
 from attnlab.train.session import Session
-from attnlab.trained import Trained
+from attnlab.trained import PRETRAINED, Trained
 
-TOKENIZER, REPORT, PRETRAINED = "tokenizer.json", "report.json", "pretrained"
+TOKENIZER, REPORT = "tokenizer.json", "report.json"
 # Errors that tell of the machine or of what was asked, and not of a bug.
 OF_THE_MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
@@ -291,125 +280,14 @@ def run_eval(request: Request) -> dict[str, float]:
 
 def run_sample(request: Request) -> dict[str, float]:
     """Generates text after each prompt, or of each text, image or sound that the model reads."""
-    session = open_session(request, request.config)
-    restored = _restore(request, session)
-    trained = Trained(session, session.eval_params(restored.state), request.folder, {})
-    generator = trained.generator()
-    given = _given(request, trained)
-    if request.sampling.num_beams is not None:
-        completions = _searched(request, generator, given)
-        _print_all(completions)
-    elif len(given["prompts"] or given["sources"]) * request.sampling.num_samples == 1:
-        completions = _streamed(request, trained, generator, given)
-    else:
-        completions = _drawn(request, trained, generator, given)
-        _print_all(completions)
-    if any(completion.ended == "context" for completion in completions):
-        length = request.config.data.sequence_length
-        print(f"(ended at the model's context of {length} tokens)", file=sys.stderr)
+    writing.write(request, _restored(request), _restored)
     return {}
 
 
-def _given(request: Request, trained: Trained) -> dict[str, Any]:
-    """What a `Generator` is to go on from: prompts, and what the model reads beside them."""
-    wanted, shape = request.sampling, request.config.model.source_shape
-    prompts = wanted.prompts or ("",)
-    if shape is None or len(shape) == 1:
-        if wanted.sources:
-            raise InputError(
-                "--source is of models that read an image or a sound; this one reads texts: --prompt"
-            )
-        return {"sources": None} | trained.given(prompts)
-    if not wanted.sources:
-        raise InputError("the model reads an image or a sound: give its file with --source")
-    count = max(len(prompts), len(wanted.sources))
-    prompts, sources = (x * count if len(x) == 1 else x for x in (prompts, wanted.sources))
-    if len(prompts) != len(sources):
-        raise InputError(f"--prompt is given {len(prompts)} times and --source {len(sources)} times")
-    from attnlab.data import media  # takes half a second, which only a file needs
-
-    settings = _preprocessor(request)
-    return {"prompts": prompts, "sources": [media.read(file, settings, shape) for file in sources]}
-
-
-def _preprocessor(request: Request) -> Mapping[str, Any]:
-    """How a file becomes what the model of a run reads."""
-    if (folder := request.folder / PRETRAINED).exists():
-        return preprocessor.read(folder)
-    if (settings := request.config.data.preprocessor) is None:
-        raise InputError("the run's data do not say how a file is read: its `preprocessor` is None")
-    return settings
-
-
-def _searched(request: Request, generator: Generator, given: dict[str, Any]) -> list[Completion]:
-    """The likeliest texts, with their scores."""
-    wanted = request.sampling
-    assert wanted.num_beams is not None
-    return generator.search(
-        beams=Beams(wanted.num_beams, Wu(wanted.length_penalty)),
-        **given,
-        num_samples=wanted.num_samples,
-        max_new_tokens=wanted.max_new_tokens,
-    )
-
-
-def _drawn(
-    request: Request, trained: Trained, generator: Generator, given: dict[str, Any], stream=None
-) -> list[Completion]:
-    """Samples of all that is given."""
-    wanted = request.sampling
-    return generator(
-        **given,
-        num_samples=wanted.num_samples,
-        max_new_tokens=wanted.max_new_tokens,
-        sampling=Sampling(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p),
-        stop=wanted.stop,
-        seed=request.seed or 0,
-        stream=stream,
-        guesses=_guesses(request, trained),
-    )
-
-
-def _guesses(request: Request, trained: Trained) -> Lookup | Draft | None:
-    """How next tokens are guessed, if they are: by what came before, another run, or a checkpoint."""
-    wanted = request.sampling
-    if wanted.lookup is not None:
-        return Lookup(wanted.lookup, wanted.guess_tokens)
-    if wanted.draft is None:
-        return None
-    folder = epath.Path(wanted.draft)
-    if (folder / FOLDER).exists():
-        source = dataclasses.replace(request, workdir=folder.absolute(), checkpoint="latest")
-        session = open_session(source, config.load_workdir(folder).config)
-        other = Trained(session, session.eval_params(_restore(source, session).state), folder)
-        return Draft(other.generator(), wanted.guess_tokens)
-    found, mesh = pretrained.load(wanted.draft, trained.session.mesh), trained.session.mesh
-    if found.tokenizer is None:
-        raise InputError(f"--draft={wanted.draft} has no tokenizer: its tokens cannot be compared")
-    length = request.config.data.sequence_length
-    return Draft(Generator(found.model, found.params, found.tokenizer, length, mesh), wanted.guess_tokens)
-
-
-def _streamed(
-    request: Request, trained: Trained, generator: Generator, given: dict[str, Any]
-) -> list[Completion]:
-    """One sample, printed as it grows."""
-    # Shown with the first new text, when nothing is left that could be refused.
-    head = iter(given["prompts"] or [f"{source}\n" for source in given["sources"]])
-
-    def stream(_: int, text: str) -> None:
-        sys.stdout.write(printable(next(head, "") + text))
-        sys.stdout.flush()
-
-    completions = _drawn(request, trained, generator, given, stream)
-    print(printable(next(head, "")))
-    return completions
-
-
-def _print_all(completions: Sequence[Completion]) -> None:
-    for i, completion in enumerate(completions, 1):
-        score = "" if completion.score is None else f", score {completion.score:.3f}"
-        print(f"--- {i} of {len(completions)}{score}\n{printable(completion.head + completion.text)}")
+def _restored(request: Request) -> Trained:
+    """A run with the parameters of its checkpoint."""
+    session = open_session(request, request.config)
+    return Trained(session, session.eval_params(_restore(request, session).state), request.folder, {})
 
 
 def run_describe(request: Request) -> dict[str, float]:

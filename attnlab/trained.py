@@ -17,6 +17,8 @@ from attnlab.inspect.maps import attention_maps
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
 
+PRETRAINED = "pretrained"  # where a run's folder has the small files of the checkpoint that it began as
+
 
 @dataclass(frozen=True)
 class Trained:
