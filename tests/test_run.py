@@ -116,6 +116,7 @@ def test_images_in_files_are_told_of(tmp_path, capfd):
     for seed, file in enumerate((cat, dog)):
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (50, 70, 3), np.uint8)).save(file)
     small = ["--max_steps=1", "--config.train.eval_batches=1", "--config.data.batch_size=8"]
+    small += ["--config.model.encoder.depth=1", "--config.model.decoder.depth=1"]
     assert call(f"--config={ROOT / 'experiments' / 'caption.py'}", run, *small) == 0
     capfd.readouterr()
     sample = ["--mode=sample", run, "--max_new_tokens=4"]

@@ -262,11 +262,15 @@ class Tokenizer:
         settings = file.parent / SETTINGS
         try:
             found = json.loads(settings.read_text()) if settings.exists() else None
-            read = lambda file: tokenizers.Tokenizer.from_str(file.read_text())  # noqa: E731
             source, target = (file.parent / name for name in CUTS)
-            return cls(read(file), found, (read(source), read(target)) if source.exists() else None)
+            cuts = (_read(source), _read(target)) if source.exists() else None
+            return cls(_read(file), found, cuts)
         except FileNotFoundError:
             raise InputError(f"there is no tokenizer at {path}") from None
+
+
+def _read(file: epath.Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(file.read_text())
 
 
 def _content(token: Any) -> str:

@@ -140,6 +140,8 @@ def test_marian(translators, words):
     """A source, a target, and the text of what is written."""
     *both, theirs = translators
     for text in (" ".join(words), "".join(words), *ODD):
+        if any(token in text for token in theirs.all_special_tokens):
+            continue  # of which there the text would be made, and here it has their letters
         for ours in both:
             source, target = theirs(text)["input_ids"], theirs(text_target=text)["input_ids"]
             assert ours.source(text) == source, text
