@@ -67,14 +67,15 @@ def _given(request: Request, trained: Trained) -> Given:
         return {"sources": None} | trained.given(prompts)
     if not wanted.sources:
         raise InputError("the model reads an image or a sound: give its file with --source")
-    count = max(len(prompts), len(wanted.sources))
-    prompts, sources = (x * count if len(x) == 1 else x for x in (prompts, wanted.sources))
-    if len(prompts) != len(sources):
-        raise InputError(f"--prompt is given {len(prompts)} times and --source {len(sources)} times")
+    count, there = len(prompts), len(wanted.sources)
+    if count != there and min(count, there) > 1:
+        raise InputError(f"--prompt is given {count} times and --source {there} times")
     from attnlab.data import media  # takes half a second, which only a file needs
 
     settings = _preprocessor(request)
-    return {"prompts": prompts, "sources": [media.read(file, settings, shape) for file in sources]}
+    sources = [media.read(file, settings, shape) for file in wanted.sources]
+    given: dict[str, list] = {"prompts": list(prompts), "sources": sources}
+    return {name: x * max(count, there) if len(x) == 1 else x for name, x in given.items()}
 
 
 def _preprocessor(request: Request) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -145,15 +145,8 @@ class Tokenizer:
           text: of which no part is a special token,
           marker: but for this one, wherever it is written.
         """
-        reading = self if marker is None else self._marked(marker)
+        reading = self if marker is None else _marked(self, marker)
         return [*self.start, *reading.encode(text).tolist()] or [self.eos_id]
-
-    def _marked(self, marker: int) -> "Tokenizer":
-        """With one token less that is special, and so no part of a text."""
-        backend = json.loads(self._backend.to_str())
-        for token in backend["added_tokens"]:
-            token["special"] &= token["id"] != marker
-        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(backend)), self.settings)
 
     def document(self, text: str, length: int | None = None) -> list[int]:
         """Token ids of a whole text, between those that a tokenizer made elsewhere puts around it.
@@ -267,6 +260,15 @@ class Tokenizer:
             return cls(_read(file), found, cuts)
         except FileNotFoundError:
             raise InputError(f"there is no tokenizer at {path}") from None
+
+
+@lru_cache(maxsize=1)  # a whole vocabulary is written and read, which is not for every prompt
+def _marked(tokenizer: Tokenizer, marker: int) -> Tokenizer:
+    """With one token less that is special, and so no part of a text."""
+    backend = json.loads(tokenizer._backend.to_str())
+    for token in backend["added_tokens"]:
+        token["special"] &= token["id"] != marker
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(backend)), tokenizer.settings)
 
 
 def _read(file: epath.Path) -> tokenizers.Tokenizer:

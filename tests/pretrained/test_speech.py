@@ -11,11 +11,11 @@ from attnlab.data import Bytes, preprocessor
 from attnlab.data.audio import LogMel
 from attnlab.generation import Generator, Power, Sampling, beam_search, prefill
 from attnlab.inspect.maps import in_order
-from attnlab.pretrained import checkpoints, load
+from attnlab.pretrained import load
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.settings import Settings
 from tests.generation.models import assert_same, until_end
-from tests.pretrained.peers import close, saved, saved_gradients
+from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -118,11 +118,7 @@ def test_loss_and_gradients(peer, tmp_path):
 
 
 def test_written_again_it_is_the_same(peer, tmp_path):
-    checkpoints.write_params(tmp_path, peer.found[0], peer.params)
-    peer.theirs.config.save_pretrained(tmp_path)
-    again = type(peer.theirs).from_pretrained(tmp_path)
-    for name, tensor in peer.theirs.state_dict().items():
-        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+    assert_written_again(peer, tmp_path)
 
 
 def generate(peer, features, begin, **options):

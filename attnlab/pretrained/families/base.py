@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnlab.models import DecoderConfig, ModelConfig
+from attnlab.models.base import TransformerConfig
 from attnlab.pretrained.settings import Settings
 from attnlab.pretrained.table import PART, Tensor
 
@@ -65,6 +66,16 @@ def within(family: Family, ours: str, theirs: str, bare: bool = False) -> tuple[
         replace(row, ours=f"{ours}/{row.ours}", theirs=f"{theirs}.{row.theirs.removeprefix(prefix)}")
         for row in family.tensors
     )
+
+
+def sizes(config: TransformerConfig) -> dict[str, int]:
+    """The sizes of a stack of layers, as most `config.json` files say them."""
+    return {
+        "num_hidden_layers": config.depth,
+        "hidden_size": config.width,
+        "num_attention_heads": config.attention.heads,
+        "intermediate_size": config.feed_forward.hidden(config.width),
+    }
 
 
 def labels(count: int) -> dict[str, dict]:

@@ -6,7 +6,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import Classifier, Dense, EncoderConfig, Learned
 from attnlab.models.heads import Head
-from attnlab.pretrained.families.base import labels, linear
+from attnlab.pretrained.families.base import labels, linear, sizes
 from attnlab.pretrained.families.encoders import (
     classifier,
     family,
@@ -62,10 +62,7 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     positions = config.positions.length if isinstance(config.positions, Learned) else length
     count = config.head.labels if isinstance(config.head, Classifier) else 2
     return {
-        "num_hidden_layers": config.depth,
-        "hidden_size": config.width,
-        "num_attention_heads": config.attention.heads,
-        "intermediate_size": config.feed_forward.hidden(config.width),
+        **sizes(config),
         "hidden_act": THEIR_NAMES.get(config.feed_forward.activation),
         "layer_norm_eps": config.norm.epsilon,
         "max_position_embeddings": positions,

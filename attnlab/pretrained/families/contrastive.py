@@ -7,7 +7,7 @@ from attnlab.layers.pairs import Sigmoid, Softmax
 from attnlab.models import ContrastiveConfig, Learned
 from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
 from attnlab.pretrained.families import vit
-from attnlab.pretrained.families.base import Family, linear, norm
+from attnlab.pretrained.families.base import Family, linear, norm, sizes
 from attnlab.pretrained.families.vit import TOWER, clip_vision, layer, siglip_vision, tower
 from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
@@ -76,10 +76,7 @@ def fields(config: ContrastiveConfig, length: int) -> dict[str, Any]:
     return {
         "vision_config": vit.fields(config.image, length),
         "text_config": {
-            "num_hidden_layers": text.depth,
-            "hidden_size": text.width,
-            "num_attention_heads": text.attention.heads,
-            "intermediate_size": text.feed_forward.hidden(text.width),
+            **sizes(text),
             "hidden_act": THEIR_NAMES.get(text.feed_forward.activation),
             "layer_norm_eps": text.norm.epsilon,
             "max_position_embeddings": positions,

@@ -6,7 +6,7 @@ from typing import Any
 
 from attnlab.layers import Attention, Causal, GatedMLP, RMSNorm, Rotary, Sliding
 from attnlab.models import DecoderConfig
-from attnlab.pretrained.families.base import Family, linear
+from attnlab.pretrained.families.base import Family, linear, sizes
 from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
@@ -40,13 +40,10 @@ def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
     windows = [kind.window for kind in config.kinds if isinstance(kind, Sliding)]
     theta = config.positions.theta if isinstance(config.positions, Rotary) else 10_000.0
     return {
-        "num_hidden_layers": config.depth,
-        "hidden_size": config.width,
-        "num_attention_heads": config.attention.heads,
+        **sizes(config),
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "attention_bias": config.attention.bias is True,
-        "intermediate_size": config.feed_forward.hidden(config.width),
         "hidden_act": THEIR_NAMES.get(config.feed_forward.activation),
         "mlp_bias": config.feed_forward.bias,
         "rms_norm_eps": config.norm.epsilon,

@@ -4,7 +4,7 @@ from typing import Any
 
 from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm, Rotary
 from attnlab.models import Classifier, Dense, EncoderConfig, FirstToken, MeanOfTokens
-from attnlab.pretrained.families.base import labels, linear, norm
+from attnlab.pretrained.families.base import labels, linear, norm, sizes
 from attnlab.pretrained.families.encoders import classifier, family, head, masked_lm
 from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
@@ -66,11 +66,8 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     dense = config.head.dense or Dense()
     pooling = getattr(config.head, "pooling", None)
     return {
-        "num_hidden_layers": config.depth,
-        "hidden_size": config.width,
-        "num_attention_heads": config.attention.heads,
+        **sizes(config),
         "attention_bias": config.attention.bias is True,
-        "intermediate_size": config.feed_forward.hidden(config.width),
         "hidden_activation": THEIR_NAMES.get(config.feed_forward.activation),
         "mlp_bias": config.feed_forward.bias,
         "norm_eps": config.norm.epsilon,

@@ -6,7 +6,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Probe
 from attnlab.models import ViTConfig
-from attnlab.pretrained.families.base import Family, convolution, labels, linear, norm
+from attnlab.pretrained.families.base import Family, convolution, labels, linear, norm, sizes
 from attnlab.pretrained.settings import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
@@ -109,10 +109,7 @@ def fields(config: ViTConfig, length: int) -> dict[str, Any]:
     """What the `config.json` of all of them says in the same words, which is all that a tower's says."""
     del length
     return {
-        "num_hidden_layers": config.depth,
-        "hidden_size": config.width,
-        "num_attention_heads": config.attention.heads,
-        "intermediate_size": config.feed_forward.hidden(config.width),
+        **sizes(config),
         "hidden_act": THEIR_NAMES.get(config.feed_forward.activation),
         "layer_norm_eps": config.norm.epsilon,
         "image_size": _size(config.image[:2]),
