@@ -4,8 +4,8 @@ import sys
 
 from absl import flags
 
-from attnlab import cli
-from attnlab.request import DEFAULT_EXPERIMENT, MODES, Sampling
+from attnlab.runner import cli
+from attnlab.runner.request import DEFAULT_EXPERIMENT, MODES, Sampling
 
 DEFAULTS = Sampling()
 

@@ -92,9 +92,9 @@ def compare(lengths: list[int], names: list[str], rounds: int) -> None:
 def skipping(rounds: int, length: int = 4096) -> None:
     """What a mask saves, in time and in tiles visited."""
     from attnlab.attention import causal, segments, window
-    from attnlab.attention.blockwise import tile_of
-    from attnlab.attention.masks import Grid
-    from attnlab.attention.plan import plan
+    from attnlab.attention.backends.blockwise import tile_of
+    from attnlab.attention.block_mask import plan
+    from attnlab.attention.masks.base import Grid
 
     documents = segments(jnp.arange(length)[None] // (length // 8) + 1)
     masks = {

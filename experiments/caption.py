@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from attnlab.data.glyphs import Glyphs
+from attnlab.data.builtin.glyphs import Glyphs
 from attnlab.errors import InputError
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, LayerNorm
@@ -25,8 +25,8 @@ from attnlab.layers.blocks import Branch, Gated
 from attnlab.layers.pooling import ClassToken
 from attnlab.layers.resampler import Resampler
 from attnlab.models import CaptionerConfig, DecoderConfig, Learned, PrefixConfig, ViTConfig
+from attnlab.runner.trained_model import Trained
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
-from attnlab.trained import Trained
 
 SHOWN = "latin capital letter u with horn"
 

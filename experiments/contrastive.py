@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from attnlab.data import Example, Tokenizer
-from attnlab.data.glyphs import Glyphs
+from attnlab.data.builtin.glyphs import Glyphs
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ContrastiveConfig, ViTConfig
 from attnlab.models.contrastive import EndOfText, TextTowerConfig
+from attnlab.runner.trained_model import Trained
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
-from attnlab.trained import Trained
 
 GRID = 8  # patches to a side
 END = 0  # the number of the token that ends a name

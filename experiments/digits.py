@@ -20,8 +20,8 @@ from attnlab.data.images import Pixels
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ViTConfig
+from attnlab.runner.trained_model import Trained
 from attnlab.train import Experiment, Loss, Muon, Train, WarmupStableDecay
-from attnlab.trained import Trained
 
 SIDE, INK, HELD_OUT = 8, 16, 360
 

@@ -6,12 +6,12 @@ Command: python run.py --config=finetune --config.init=DIR (a folder in Hugging 
   With low-rank adapters only: --config.lora=LoRA --config.optimizer.learning_rate=1e-3
 """
 
-from attnlab import reports
 from attnlab.data import Text
 from attnlab.models import DecoderConfig
 from attnlab.pretrained import load
+from attnlab.runner import reports
+from attnlab.runner.trained_model import Trained
 from attnlab.train import AdamW, Cosine, Experiment, Train
-from attnlab.trained import Trained
 
 
 def get_config() -> Experiment:

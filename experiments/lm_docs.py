@@ -6,12 +6,12 @@ Source: the decoder is that of Llama (Touvron et al. 2023, arXiv 2302.13971, sec
 Command: python run.py
 """
 
-from attnlab import reports
 from attnlab.data import BPE, Text
 from attnlab.layers import Attention, GatedMLP
 from attnlab.models import DecoderConfig
+from attnlab.runner import reports
+from attnlab.runner.trained_model import Trained
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
-from attnlab.trained import Trained
 
 
 def get_config() -> Experiment:

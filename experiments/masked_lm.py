@@ -21,8 +21,8 @@ from attnlab.data import BPE, Example, Text, Tokenizer
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm
 from attnlab.models import EncoderConfig
+from attnlab.runner.trained_model import Trained
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
-from attnlab.trained import Trained
 
 CHOSEN, MASKED, REPLACED = 0.15, 0.8, 0.1  # of all tokens, and of those that are chosen
 

@@ -20,8 +20,8 @@ from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Bidirectional
 from attnlab.models import DecoderConfig
+from attnlab.runner.trained_model import Trained
 from attnlab.train import AdamW, Experiment, Train
-from attnlab.trained import Trained
 
 KINDS = {  # six nouns, and four predicates that fit these nouns alone
     "cat dog fox horse goat duck": "tired hungry sleepy afraid",

@@ -6,12 +6,12 @@ Source: Zaremba et al. 2014, arXiv 1409.2329, section 3 (the model), made small.
 Command: python run.py --config=recurrent_lm
 """
 
-from attnlab import reports
 from attnlab.data import BPE, Text
 from attnlab.layers import LSTM
 from attnlab.models import RecurrentConfig
+from attnlab.runner import reports
+from attnlab.runner.trained_model import Trained
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
-from attnlab.trained import Trained
 
 
 def get_config() -> Experiment:

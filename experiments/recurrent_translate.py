@@ -17,8 +17,8 @@ from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.inspect import pictures
 from attnlab.layers import GRU, NoAttention
 from attnlab.models import RecurrentSeq2SeqConfig
+from attnlab.runner.trained_model import Trained
 from attnlab.train import AdamW, Experiment, Train
-from attnlab.trained import Trained
 
 WORDS = [a + b + c for a in "bdgk" for b in "aeio" for c in "lmrs"]
 MEANING = dict(zip(WORDS, np.random.default_rng(0).permutation(WORDS), strict=True))

@@ -17,13 +17,13 @@ import numpy as np
 
 from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.data.audio import LogMel
-from attnlab.data.speech import Voice, speak
+from attnlab.data.builtin.espeak import Voice, speak
 from attnlab.generation import Sampling
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
+from attnlab.runner.trained_model import Trained
 from attnlab.train import AdamW, Experiment, Train
-from attnlab.trained import Trained
 
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "

@@ -20,8 +20,8 @@ from attnlab.generation import Sampling
 from attnlab.inspect import pictures
 from attnlab.layers import MLP, Attention, LayerNorm, Normal
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig, Sinusoidal
+from attnlab.runner.trained_model import Trained
 from attnlab.train import AdamW, Experiment, InverseSquareRoot, Loss, Train
-from attnlab.trained import Trained
 
 COUNT = {"train": 20_000, "validation": 500}
 

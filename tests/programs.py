@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import run
-from attnlab import cli
+from attnlab.runner import cli
 
 ROOT = Path(run.__file__).parent
 TINY = '''"""A language model of a few hundred parameters."""

@@ -104,7 +104,7 @@ def test_blocks_are_of_a_known_kind(page):
 
 
 def test_flags_are_there(page):
-    from attnlab.request import USED_BY
+    from attnlab.runner.request import USED_BY
 
     for code in inline_code(page):
         for flag in re.findall(r"(?:^|\s)'?--([\w.]+)", code if code.startswith(("--", "'--")) else ""):
@@ -332,7 +332,7 @@ def do(words: list[str], resolve_only: bool, remember: bool) -> None:
 
     print("$ python " + shlex.join(words), flush=True)
     requests: list[Any] = []
-    stub = types.ModuleType("attnlab.runner")
+    stub = types.ModuleType("attnlab.runner.modes")
     stub.run = lambda request: requests.append(request) or {}  # type: ignore[attr-defined]
     code = call(words, stub)
     assert code == 0, f"exit code {code}"
@@ -370,21 +370,21 @@ def call(words: list[str], runner: types.ModuleType | None = None) -> int:
     from absl import flags
 
     import run  # noqa: F401 - declares the flags
-    from attnlab import cli
-    from attnlab.request import USED_BY
+    from attnlab.runner import cli
+    from attnlab.runner.request import USED_BY
 
-    real = sys.modules.pop("attnlab.runner", None)
+    real = sys.modules.pop("attnlab.runner.modes", None)
     if runner is not None or real is not None:
-        sys.modules["attnlab.runner"] = runner or real
+        sys.modules["attnlab.runner.modes"] = runner or real
     try:
         return cli.main(words)
     finally:
         for name in USED_BY:
             flags.FLAGS[name].unparse()  # back to its default
         if runner is not None:
-            del sys.modules["attnlab.runner"]
+            del sys.modules["attnlab.runner.modes"]
             if real is not None:
-                sys.modules["attnlab.runner"] = real
+                sys.modules["attnlab.runner.modes"] = real
 
 
 def refuse(words: list[str], answer: str) -> None:

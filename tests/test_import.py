@@ -11,10 +11,10 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from attnlab import config as configs
-from attnlab import runner
 from attnlab.data import BPE
 from attnlab.pretrained import checkpoints
-from attnlab.request import Request
+from attnlab.runner import modes as runner
+from attnlab.runner.request import Request
 from tests.pretrained.small import LLAMA, write
 from tests.programs import ROOT, call, metrics, write_text
 

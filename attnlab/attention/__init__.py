@@ -1,11 +1,24 @@
 """The attention mechanism as pure functions on arrays."""
 
-from attnlab.attention.backends import register
-from attnlab.attention.dispatch import attend
+from attnlab.attention.attend import attend
+from attnlab.attention.backends.reference import reference
+from attnlab.attention.backends.registry import register
 from attnlab.attention.explain import explain
-from attnlab.attention.grids import neighbourhood, sliding_tile, tile_order
-from attnlab.attention.masks import Mask, mask_fn, moved, per_head
-from attnlab.attention.patterns import causal, segments, tree, window
+from attnlab.attention.masks.base import Mask, mask_fn, moved, per_head
+from attnlab.attention.masks.basic import causal, segments, tree, window
+from attnlab.attention.masks.grids import neighbourhood, sliding_tile, tile_order
+from attnlab.attention.masks.intervals import (
+    block_causal,
+    block_diffusion,
+    chunked,
+    islands,
+    key_lengths,
+    media,
+    prefix,
+    shared_prefix,
+    sinks_and_window,
+)
+from attnlab.attention.masks.sparse import bigbird, blocks, dilated, global_tokens, strided
 from attnlab.attention.positions import (
     NTK,
     DynamicNTK,
@@ -21,8 +34,6 @@ from attnlab.attention.positions import (
     sinusoidal,
     xpos,
 )
-from attnlab.attention.reference import reference
-from attnlab.attention.scattered import bigbird, blocks, dilated, global_tokens, strided
 from attnlab.attention.scores import (
     Score,
     alibi,
@@ -37,17 +48,6 @@ from attnlab.attention.scores import (
     step_temperature,
     t5_bias,
     temperature,
-)
-from attnlab.attention.spans import (
-    block_causal,
-    block_diffusion,
-    chunked,
-    islands,
-    key_lengths,
-    media,
-    prefix,
-    shared_prefix,
-    sinks_and_window,
 )
 
 __all__ = [

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.masks import Index
+from attnlab.attention.masks.base import Index
 
 
 @jax.tree_util.register_dataclass

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlab.attention.backends import BACKENDS, Backend, Request
-from attnlab.attention.blockwise import tile_of
-from attnlab.attention.dispatch import attend, choose
-from attnlab.attention.masks import Grid, as_mask
-from attnlab.attention.plan import is_traced
+from attnlab.attention.attend import attend, choose
+from attnlab.attention.backends.blockwise import tile_of
+from attnlab.attention.backends.registry import BACKENDS, Backend, Request
+from attnlab.attention.block_mask import is_traced
+from attnlab.attention.masks.base import Grid, as_mask
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.reference import softmax
+from attnlab.attention.backends.reference import softmax
 from attnlab.errors import InputError
 
 __all__ = ["entmax15", "off_by_one", "sigmoid", "softmax", "sparsemax", "top_k"]

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax, nn
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.masks import Index, Mask
-from attnlab.attention.values import Function, Pairs, Value, pairs, pytree
+from attnlab.attention.masks.base import Index, Mask
+from attnlab.attention.pairwise import Function, Pairs, Value, pairs, pytree
 from attnlab.errors import InputError
 
 

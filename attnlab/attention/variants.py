@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.dispatch import attend
-from attnlab.attention.masks import as_mask
-from attnlab.attention.patterns import causal
+from attnlab.attention.attend import attend
+from attnlab.attention.masks.base import as_mask
+from attnlab.attention.masks.basic import causal
+from attnlab.attention.pairwise import pairs, pytree
 from attnlab.attention.scores import Score, bias
-from attnlab.attention.values import pairs, pytree
 from attnlab.errors import InputError
 
 

@@ -17,7 +17,7 @@ from etils import epath
 import attnlab
 from attnlab.config.types import check, did_you_mean, is_config
 from attnlab.errors import InputError
-from attnlab.files import reach
+from attnlab.paths import reach
 
 MODULE_PREFIX = "attnlab_experiment_"
 

@@ -20,7 +20,7 @@ from attnlab.config.experiments import MODULE_PREFIX, Loaded, import_source
 from attnlab.config.text import refuse_politely
 from attnlab.config.types import check, default_of, fields_of, is_config, no_field
 from attnlab.errors import InputError
-from attnlab.files import write_atomically
+from attnlab.paths import write_atomically
 
 CONFIG, EXPERIMENT = "config.json", "experiment.py"
 

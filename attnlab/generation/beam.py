@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.generation.prefix import Prefix
+from attnlab.generation.decode_state import Prefix
 from attnlab.generation.sampling import whole_rows
 from attnlab.sharding import out_sharding
 

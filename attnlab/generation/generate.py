@@ -18,7 +18,7 @@ from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.generation import sources as reading
 from attnlab.generation.beam import Beams, beam_search
-from attnlab.generation.prefix import Prefix, prefill
+from attnlab.generation.decode_state import Prefix, prefill
 from attnlab.generation.sampling import Sampling, row_keys, sample
 from attnlab.generation.speculative import Draft, Drafted, Lookup, begin, speculate
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from attnlab import sharding
 from attnlab.attention.cache import Cache
 from attnlab.errors import InputError
-from attnlab.generation.prefix import Prefix, forward
+from attnlab.generation.decode_state import Prefix, forward
 from attnlab.generation.sampling import Sampling, filter_logits, sample
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.attention import attend, causal, moved, segments, softcap, t5_bias, window
 from attnlab.attention.cache import Cache, LayerCache
-from attnlab.attention.masks import Index, Mask
+from attnlab.attention.masks.base import Index, Mask
 from attnlab.attention.positions import Scaling, rotary
 from attnlab.attention.scores import Score
 from attnlab.layers.linear import Linear

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.layers.attention import NoPositions, RelativeBias, Rotary
+from attnlab.layers.contrastive_loss import Pairs, Sigmoid, Softmax
 from attnlab.layers.linear import Linear
 from attnlab.layers.norms import LayerNorm, RMSNorm
-from attnlab.layers.pairs import Pairs, Sigmoid, Softmax
 from attnlab.layers.parameters import parameter
 from attnlab.layers.pooling import pooled_width
 from attnlab.layers.readout import TokenStatistics

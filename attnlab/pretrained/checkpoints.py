@@ -18,7 +18,6 @@ from attnlab.data import Tokenizer, preprocessor
 from attnlab.data.batch import of_spec, spec
 from attnlab.data.tokenizer import EOS, SETTINGS
 from attnlab.errors import InputError
-from attnlab.files import write_atomically
 from attnlab.models import (
     ContrastiveConfig,
     EncoderConfig,
@@ -28,6 +27,7 @@ from attnlab.models import (
     ViTConfig,
 )
 from attnlab.models.contrastive import EndOfText
+from attnlab.paths import write_atomically
 from attnlab.pretrained import files, table, tensors, vocabularies
 from attnlab.pretrained.families import FAMILIES, Family
 from attnlab.pretrained.settings import RULES, Settings

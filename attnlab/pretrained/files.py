@@ -11,7 +11,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from attnlab.errors import InputError
-from attnlab.files import write_atomically
+from attnlab.paths import write_atomically
 
 GENERATION = "generation_config.json"
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

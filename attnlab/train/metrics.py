@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from attnlab.files import as_json, write_atomically
+from attnlab.paths import as_json, write_atomically
 from attnlab.train.progress import Progress
 from attnlab.train.trackers import open_tracker
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from attnlab.config.text import render
 from attnlab.errors import InputError
-from attnlab.files import write_atomically
+from attnlab.paths import write_atomically
 
 IDS = "trackers.json"
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab import attention as a
-from attnlab.attention.masks import Mask, as_mask
+from attnlab.attention.masks.base import Mask, as_mask
 
 B, H, T, S = 2, 3, 7, 12  # self-attention has S queries
 

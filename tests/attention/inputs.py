@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from attnlab.attention import causal, segments, window
-from attnlab.attention.masks import Mask
+from attnlab.attention.masks.base import Mask
 
 
 def qkv(seed, b=2, t=5, s=7, h=4, k=2, d=6, dv=3, dtype=jnp.float32):

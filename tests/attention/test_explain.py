@@ -5,8 +5,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import attend, causal, explain, register, segments, window
-from attnlab.attention.backends import BACKENDS, Reference, Result
-from attnlab.attention.blockwise import tile_of
+from attnlab.attention.backends.blockwise import tile_of
+from attnlab.attention.backends.registry import BACKENDS, Reference, Result
 from tests.attention.inputs import qkv
 
 SHAPE = jax.ShapeDtypeStruct((2, 512, 4, 16), jnp.float32)

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import attend, causal, reference
-from attnlab.attention.blockwise import blockwise
+from attnlab.attention.backends.blockwise import blockwise
+from attnlab.attention.pairwise import pairs
 from attnlab.attention.scores import (
     Forgetting,
     alibi,
@@ -25,7 +26,6 @@ from attnlab.attention.scores import (
     t5_bias,
     temperature,
 )
-from attnlab.attention.values import pairs
 
 
 def draw(*shape):

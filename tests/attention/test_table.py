@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.attention import mask_fn
-from attnlab.attention.backends import with_sinks
-from attnlab.attention.blockwise import blockwise, blockwise_twice
-from attnlab.attention.reference import reference
+from attnlab.attention.backends.blockwise import blockwise, blockwise_twice
+from attnlab.attention.backends.reference import reference
+from attnlab.attention.backends.registry import with_sinks
 from attnlab.attention.scores import (
     Forgetting,
     alibi,

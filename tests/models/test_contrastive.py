@@ -9,7 +9,7 @@ import pytest
 
 from attnlab.inspect.maps import attention_maps
 from attnlab.layers import MLP, Attention, Bidirectional, MuP
-from attnlab.layers.pairs import Sigmoid, Softmax
+from attnlab.layers.contrastive_loss import Sigmoid, Softmax
 from attnlab.layers.pooling import Mean, Probe
 from attnlab.models import ContrastiveConfig, ViTConfig
 from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig

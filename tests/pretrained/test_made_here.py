@@ -11,7 +11,7 @@ from etils import epath
 from attnlab import config as configs
 from attnlab.data import Words
 from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm, RelativeBias, RMSNorm
-from attnlab.layers.pairs import Sigmoid
+from attnlab.layers.contrastive_loss import Sigmoid
 from attnlab.layers.pooling import Distilled, Probe
 from attnlab.models import (
     Classifier,

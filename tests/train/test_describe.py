@@ -11,9 +11,9 @@ import pytest
 
 from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
-from attnlab.data import glyphs
+from attnlab.data.builtin import glyphs
 from attnlab.layers import Attention
-from attnlab.layers.pairs import Sigmoid
+from attnlab.layers.contrastive_loss import Sigmoid
 from attnlab.layers.resampler import Resampler
 from attnlab.models import (
     CaptionerConfig,

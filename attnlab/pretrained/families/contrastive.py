@@ -3,7 +3,7 @@
 from typing import Any
 
 from attnlab.layers import MLP, Attention, Bidirectional, Causal, Kind, LayerNorm
-from attnlab.layers.pairs import Sigmoid, Softmax
+from attnlab.layers.contrastive_loss import Sigmoid, Softmax
 from attnlab.models import ContrastiveConfig, Learned
 from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
 from attnlab.pretrained.families import vit

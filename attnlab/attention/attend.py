@@ -1,0 +1,285 @@
+"""`attend`: one call for every attention in the project."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from attnlab.attention.backends.cudnn import Cudnn
+from attnlab.attention.backends.reference import softmax
+from attnlab.attention.backends.registry import BACKENDS, Backend, Request, Result, register
+from attnlab.attention.backends.tokamax import Tokamax
+from attnlab.attention.backends.tpu import Flash, Splash
+from attnlab.attention.block_mask import is_traced
+from attnlab.attention.context_parallel import AllGather, AllToAll, Ring
+from attnlab.attention.masks.base import Mask, as_mask
+from attnlab.attention.scores import as_score
+from attnlab.errors import InputError
+
+for _backend in (Tokamax(), Cudnn(), Flash(), Splash(), AllGather(), AllToAll(), Ring()):
+    register(_backend)
+
+
+def attend(
+    query: Float[Array, "*B T H D"],
+    key: Float[Array, "*B S K D"],
+    value: Float[Array, "*B S K Dv"],
+    *,
+    mask: Mask | Callable | Array | np.ndarray | None = None,
+    score: Any = None,
+    scale: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    normalizer: Callable = softmax,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    backend: str | Backend = "auto",
+    return_lse: bool = False,
+    return_weights: bool = False,
+):
+    """Attention of `query` over `key` and `value` (Vaswani et al. 2017, equation 1), heads grouped if K < H.
+
+    Args:
+      query: (B, T, H, D), or with any number of batch dimensions.
+      key: (B, S, K, D), H a multiple of K.
+      value: (B, S, K, Dv).
+      mask: which pairs may attend: a mask, a boolean array, or a function of (b, h, q, k); None is all.
+      score: change of the scaled scores: a score, a function of (score, b, h, q, k), or several in order.
+      scale: factor of the scores; None is 1 / sqrt(D).
+      sinks: a further score of each head that takes weight and gives nothing, (H,).
+      normalizer: masked scores to weights, over the last axis; only "reference" has others than softmax.
+      dropout_rate: share of weights dropped, where `dropout_key` is given.
+      dropout_key: random key of the dropout.
+      backend: the name of one, one itself, or "auto": the first that does not refuse; see `explain`.
+      return_lse: also return the float32 log-sum-exp, (B, T, H).
+      return_weights: also return the weights before dropout, (B, H, T, S), float32.
+
+    Returns:
+      The output (B, T, H, Dv) in the value's dtype, then what was asked for, in that order. A query
+      with no key to attend to gets output 0 and log-sum-exp -inf. The result is laid out over the
+      mesh as `query` is.
+
+    Raises:
+      InputError: shapes or layouts that do not fit, an unknown backend, or one that cannot do what is asked.
+    """
+    _check_shapes(query, key, value)
+    if not 0 <= dropout_rate < 1:
+        raise InputError(f"attend: dropout_rate must be at least 0 and under 1, not {dropout_rate}")
+    batch = query.shape[:-3]
+    arrays = [x.reshape(-1, *x.shape[-3:]) if len(batch) != 1 else x for x in (query, key, value)]
+    request = Request(
+        query=arrays[0],
+        key=arrays[1],
+        value=arrays[2],
+        mask=None if mask is None else as_mask(mask),
+        score=as_score(score),
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        sinks=sinks,
+        normalizer=normalizer,
+        dropout_rate=0.0 if dropout_key is None else dropout_rate,
+        dropout_key=dropout_key if dropout_rate else None,
+        wants_weights=return_weights,
+        wants_lse=return_lse,
+        platform=_platform(),
+    )
+    _check_values(request)
+    result = _per_device(backend, request)
+    out, lse, weights = (
+        x if x is None or len(batch) == 1 else x.reshape(*batch, *x.shape[1:]) for x in result
+    )
+    extras = [lse] * return_lse + [weights] * return_weights
+    return (out, *extras) if extras else out
+
+
+def choose(wanted: str | Backend, request: Request) -> Backend:
+    """The backend that is wanted, or with "auto" the first that does not refuse.
+
+    Raises:
+      InputError: no backend of this name, or a refusal.
+    """
+    known = {backend.name: backend for backend in BACKENDS}
+    if wanted == "auto":
+        refused = {}
+        for backend in BACKENDS:
+            reason = backend.refuse(request)
+            if reason is None:
+                return backend
+            refused[backend.name] = reason
+        told = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise InputError(f"attend: no backend can do this: {told}")
+    if isinstance(wanted, str) and wanted not in known:
+        raise InputError(f"attend: unknown backend {wanted!r}; there are auto, {', '.join(known)}")
+    backend = known[wanted] if isinstance(wanted, str) else wanted
+    if reason := backend.refuse(request):
+        raise InputError(f"attend: backend {backend.name!r} cannot do this: {reason}")
+    return backend
+
+
+def _check_shapes(query, key, value) -> None:
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
+        raise InputError(f"attend takes (batch, length, heads, head_dim) arrays; got {shapes}")
+    if key.shape[:-1] != value.shape[:-1] or query.shape[:-3] != key.shape[:-3]:
+        raise InputError(f"attend: batch, length and heads of key and value must agree; got {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise InputError(f"attend: query and key must have one head_dim; got {shapes}")
+    if query.shape[-2] % key.shape[-2]:
+        hint = ""
+        if query.shape[-3] % key.shape[-3] == 0:
+            hint = (
+                "; laid out (batch, heads, length, head_dim)? attend takes (batch, length, heads, head_dim)"
+            )
+        raise InputError(f"attend: query heads must be a multiple of key heads; got {shapes}{hint}")
+
+
+def _platform() -> str:
+    """The platform that the program is for: of the mesh's devices, which may be others than are here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.values["jax_default_device"]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def _check_values(request: Request) -> None:
+    """Checks that arrays within mask and score have the scores' lengths, or 1, where they say so."""
+    b, t, h, _ = request.query.shape
+    lengths = {"batch": b, "heads": h, "queries": t, "keys": request.key.shape[1]}
+
+    def check(what, x, layout):
+        for name, n in zip(layout, jnp.shape(x), strict=True):
+            if name in lengths and n not in (1, lengths[name]):
+                raise InputError(
+                    f"attend: an array {jnp.shape(x)} of ({', '.join(map(str, layout))}) in the {what} "
+                    f"has {n} {name}, where the scores have {lengths[name]}"
+                )
+        return x
+
+    for what, value in (("mask", request.mask), ("score", request.score)):
+        if value is not None:
+            value.map(partial(check, what))
+
+
+def _per_device(wanted: str | Backend, request: Request) -> Result:
+    """Runs a backend on each device's own part, as the types of the arguments say."""
+    arrays = request.query, request.key, request.value
+    layouts = [
+        P(None, None, None, None) if jax.sharding.get_abstract_mesh().empty else _spec(x) for x in arrays
+    ]
+    mesh = jax.sharding.get_abstract_mesh()
+    is_part = any(map(any, layouts))
+    if not is_part and mesh.size <= 1:
+        return choose(wanted, request).run(request, (0, 0, 0, 0))
+    batch, sequence, heads = _check_layouts(layouts, request.key.shape[2])
+    sizes = mesh.shape
+
+    def part(x, spec):
+        lengths = (
+            n // math.prod(sizes[a] for a in _axes(axes)) for n, axes in zip(x.shape, spec, strict=True)
+        )
+        return jax.ShapeDtypeStruct(tuple(lengths), x.dtype)
+
+    query, key, value = (part(x, spec) for x, spec in zip(arrays, layouts, strict=True))
+    devices = math.prod(sizes[a] for a in _axes(sequence))
+    request = dataclasses.replace(request, sequence=_axes(sequence), devices=devices, is_part=is_part)
+    backend = choose(wanted, dataclasses.replace(request, query=query, key=key, value=value))
+    axes = {"batch": batch, "heads": heads}
+
+    def spec(x, layout) -> P:
+        # Cut as the scores are, but for what serves all rows or heads; whole along the length.
+        return P(*(axes.get(name) if n > 1 else None for name, n in zip(layout, jnp.shape(x), strict=True)))
+
+    # What is known now stays so: it does not become an argument, of which a backend would know nothing.
+    values = request.mask, request.score
+    specs = jax.tree.leaves([x if x is None else x.map(spec) for x in values], is_leaf=_is_spec)
+    leaves, structure = jax.tree.flatten(values)
+    moves = [any(spec) or not _is_known(x) for x, spec in zip(leaves, specs, strict=True)]
+    specs = [spec for spec, moving in zip(specs, moves, strict=True) if moving]
+    moving = [x for x, moving in zip(leaves, moves, strict=True) if moving]
+    fixed = [np.asarray(x) for x, moving in zip(leaves, moves, strict=True) if not moving]
+    sinks = None if request.sinks is None else jax.sharding.reshard(request.sinks, P(heads))
+
+    def local(query, key, value, moving, sinks, dropout_key):
+        sources = iter(fixed), iter(moving)
+        mask, score = structure.unflatten(next(sources[moving]) for moving in moves)
+        first = _first(batch, query.shape[0]), _first(heads, query.shape[2]), 0, 0
+        mine = dataclasses.replace(
+            request,
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            score=score,
+            sinks=sinks,
+            dropout_key=_local_key(dropout_key, (batch, heads)),
+        )
+        return tuple(backend.run(mine, first))
+
+    weights = P(batch, heads, sequence, None) if request.wants_weights else None
+    result = jax.shard_map(
+        local,
+        in_specs=(*layouts, specs, P(heads), P()),
+        out_specs=(P(batch, sequence, heads, None), P(batch, sequence, heads), weights),
+        check_vma=False,
+    )(*arrays, list(map(jax.sharding.reshard, moving, specs)), sinks, request.dropout_key)
+    return Result(*result)
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, P)
+
+
+def _is_known(x: Array | np.ndarray) -> bool:
+    """Whether an array is known, as a whole and as numbers, while the program is traced."""
+    if is_traced(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        return False
+    return not isinstance(x, jax.Array) or x.is_fully_replicated
+
+
+def _axes(entry) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _first(axes, length: int):
+    """Where this device's part begins in a dimension that is laid out over mesh axes."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return jax.lax.axis_index(axes) * length if math.prod(sizes[a] for a in _axes(axes)) > 1 else 0
+
+
+def _local_key(key, layout):
+    """A dropout key of this device's own, so that no two shards drop the same places.
+
+    Devices that hold the same rows and heads keep one key: they must agree.
+    """
+    if key is None:
+        return None
+    for axes in layout:
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
+
+
+def _spec(x) -> P:
+    return jax.typeof(x).sharding.spec
+
+
+def _check_layouts(layouts, kv_heads: int):
+    """The mesh axes of batch, length and heads, once each device has all it needs of its rows."""
+    query, key, value = layouts
+    told = f"laid out are query {query}, key {key}, value {value}"
+    if any(spec[3] for spec in layouts):
+        raise InputError(f"attend: head_dim must be whole on every device, reshard first; {told}")
+    # One key head serves every query head, wherever those lie.
+    heads = (query[2],) if kv_heads > 1 else (query[2], None)
+    if any(spec[:2] != query[:2] or spec[2] not in heads for spec in (key, value)):
+        raise InputError(
+            f"attend: batch, length and heads of key and value must be laid out as the query's, "
+            f"reshard first; {told}"
+        )
+    return query[0], query[1], query[2]

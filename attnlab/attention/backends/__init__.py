@@ -1,0 +1,1 @@
+"""Backends of `attend`, one file each."""

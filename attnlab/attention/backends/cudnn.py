@@ -1,0 +1,138 @@
+"""cuDNN's fused attention for NVIDIA's GPUs, through `jax.nn.dot_product_attention`, as a backend.
+
+It is asked only for what it gives exactly as the other backends do: it rounds a bias to the width of the
+query, takes another mask as such a bias, and returns a log-sum-exp that is rounded and has no gradient.
+It has packed rows only as runs, one after the other, that it is told the beginnings of, which `segments`
+does not promise: its ids are mostly known only when run, and may come in any order. Its `score_mod`, which
+JAX keeps private, has no gradient to arrays, and an operation that cuDNN lacks, such as the `1 - x` of the
+derivative of a softcap, is not refused when compiled: it ends the process on the GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from attnlab.attention.backends.registry import Request, Result, beyond_softmax, sharded_length
+from attnlab.attention.masks.base import And, Mask
+from attnlab.attention.masks.basic import Causal, Window
+from attnlab.attention.masks.intervals import KeyLengths
+
+
+class Cudnn:
+    """No mask, or a causal one with or without a window, or padding, in half precision."""
+
+    name = "cudnn"
+
+    def refuse(self, request):
+        """See `Backend.refuse`."""
+        r = request
+        if r.platform != "gpu":
+            return f"it is for GPUs, and this is for a {r.platform.upper()}"
+        if reason := sharded_length(r) or beyond_softmax(r):
+            return reason
+        if r.wants_lse or r.sinks is not None:
+            return "its log-sum-exp, which return_lse asks for and sinks need, is rounded and has no gradient"
+        if r.score is not None:
+            return "it changes no scores"
+        if not isinstance(r.scale, int | float):
+            return "its scale has to be a number"
+        return _refuse_shapes(r) or _refuse_mask(r)
+
+    def run(self, request, first):
+        """See `Backend.run`."""
+        del first  # its masks know distances and lengths alone
+        r = request
+        paddings, others = _split(r.mask)
+        left, right = _reach(others)
+        lengths, has_keys = _lengths(paddings, r)
+        out = jax.nn.dot_product_attention(
+            *(r.query, r.key, r.value),
+            scale=r.scale,
+            is_causal=right is not None,
+            local_window_size=None if left is None else (left, 0),
+            **lengths,
+            implementation="cudnn",
+        )
+        if has_keys is not None:
+            out = jnp.where(has_keys, out, 0)
+        return Result(out, jnp.full(out.shape[:3], jnp.nan))  # which nobody asked for
+
+
+def _refuse_shapes(r: Request) -> str | None:
+    dtypes = {x.dtype.name for x in (r.query, r.key, r.value)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+        return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
+    width, value_width = r.query.shape[-1], r.value.shape[-1]
+    if width != value_width or width % 8 or width > 128:
+        return (
+            f"it takes one head_dim, a multiple of 8 of at most 128, for query, key and value, not "
+            f"{width} and {value_width}"
+        )
+    return None
+
+
+def _refuse_mask(r: Request) -> str | None:
+    paddings, others = _split(r.mask)
+    reach = _reach(others)
+    if reach == (None, None):
+        return None
+    if reach is None or reach[1] != 0 or (reach[0] or 0) < 0:
+        return "of masks it has causal(), window(left, 0) and key_lengths() alone"
+    if paddings and reach[0] is not None:
+        return "it has no window beside key_lengths(), as all keys in it may be padding"
+    if r.query.shape[1] > r.key.shape[1]:
+        return "its causal mask is for no more queries than keys"
+    return None
+
+
+def _split(mask: Mask | None) -> tuple[list[KeyLengths], list[Mask]]:
+    """The masks of which a pair needs all, those that are padding apart from the others."""
+    match mask:
+        case None:
+            return [], []
+        case KeyLengths():
+            return [mask], []
+        case And():
+            one, other = _split(mask.left), _split(mask.right)
+            return one[0] + other[0], one[1] + other[1]
+    return [], [mask]
+
+
+def _reach(masks: list[Mask]) -> tuple[int | None, int | None] | None:
+    """How far before and after a query its keys may lie, where that, being known, is all of the masks.
+
+    None is no limit, as in `Window`.
+    """
+    lefts, rights = [], []
+    for mask in masks:
+        match mask:
+            case Causal(offset=int(offset)):
+                rights.append(offset)
+            case Window(left=left, right=right, offset=int(offset)):
+                lefts += [] if left is None else [left - offset]
+                rights += [] if right is None else [right + offset]
+            case _:
+                return None
+    return min(lefts, default=None), min(rights, default=None)
+
+
+def _lengths(paddings: list[KeyLengths], r: Request) -> tuple[dict[str, Array], Array | None]:
+    """What cuDNN is told of the lengths of each row, and which queries have a key, (B, T, 1, 1)."""
+    if not paddings:
+        return {}, None
+    rows, t, s = *r.query.shape[:2], r.key.shape[1]
+
+    def least(numbers, most):
+        for number in numbers:
+            most = jnp.minimum(most, jnp.asarray(number, jnp.int32))
+        return jnp.broadcast_to(most, (rows,))
+
+    queries = least([p.queries for p in paddings if p.queries is not None], t)
+    keys = least([p.keys for p in paddings], s)
+    # In the kernel no row is without keys: what it would give there, or as a gradient, is not promised.
+    told = {
+        "query_seq_lengths": jnp.maximum(queries, 1),
+        "key_value_seq_lengths": jnp.maximum(keys, 1),
+    }
+    has_keys = (jnp.arange(t)[None] < queries[:, None]) & (keys[:, None] > 0)
+    return told, has_keys[:, :, None, None]

@@ -1,0 +1,46 @@
+"""Attention of one query a row, as of the token that comes next while text is generated."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab.attention.backends.reference import softmax, weigh
+from attnlab.attention.masks.base import First, Mask
+from attnlab.attention.pairwise import rectangle
+from attnlab.attention.scores import Score
+
+
+def single(
+    query: Float[Array, "B 1 H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    scale: float = 1.0,
+    sinks: Float[Array, " H"] | None = None,
+    first: First = (0, 0, 0, 0),
+) -> tuple[Float[Array, "B 1 H Dv"], Float[Array, "B 1 H"]]:
+    """`reference` by sums over elements: each key and value is read once, where it lies.
+
+    As products of matrices, XLA's CPU backend would lay out all of them anew for every query.
+    """
+    b, _, h, d = query.shape
+    k = key.shape[2]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    keys, values = (_without_one_row(x.astype(dtype)) for x in (key, value))  # ([B], S, K, D)
+    grouped = jnp.moveaxis(query.reshape(b, 1, k, h // k, d).astype(dtype), 3, 0)  # (G, B, 1, K, D)
+    products = jnp.stack([(_without_one_row(one) * keys).sum(-1) for one in grouped])  # (G, [B], S, K)
+    # Done by now: XLA would otherwise do them again for every number of the output.
+    products = jax.lax.optimization_barrier(products)
+    scores = scale * jnp.moveaxis(products.reshape(h // k, b, -1, k), (0, 2), (2, 3))  # (B, K, G, S)
+    scores = scores.reshape(b, h, 1, -1)
+    weights, lse = weigh(scores, rectangle(first, scores.shape), mask, score, sinks, softmax)
+    weights = jnp.moveaxis(weights.reshape(b, k, h // k, -1), (2, 3), (0, 2))[..., None]  # (G, B, S, K, 1)
+    out = jnp.stack([(_without_one_row(one) * values).sum(-3) for one in weights], axis=-2)
+    return out.reshape(b, 1, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2)
+
+
+def _without_one_row(x: Array) -> Array:
+    """The only row, if there is one: beside a dimension of 1, XLA's CPU backend sums 10 times as slowly."""
+    return x.reshape(x.shape[1:]) if len(x) == 1 else x

@@ -1,0 +1,106 @@
+"""The oracle: the full score matrix in float32 (float64 stays float64), and the weights themselves."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab.attention.masks.base import First, Mask
+from attnlab.attention.pairwise import Pairs, rectangle
+from attnlab.attention.scores import Score
+
+# A changed score that is no more than this forbids its pair, whichever backend sees it, and however many
+# others its row has. Finite, for where backends keep a running maximum, inf - inf would be no number.
+NOTHING = -1e30
+
+
+def softmax(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b S"], Float[Array, "*b"]]:
+    """Weights and log-sum-exp over the last axis; a row of -inf gives weights 0 and -inf, with gradient 0."""
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0, top)
+    exponentials = jnp.exp(scores - top)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return exponentials / total, lse[..., 0]
+
+
+def reference(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    scale: float = 1.0,
+    sinks: Float[Array, " H"] | None = None,
+    normalizer: Callable = softmax,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    first: First = (0, 0, 0, 0),
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"], Float[Array, "B H T S"]]:
+    """softmax(score(scale * Q K^T)) V with every pair written out (Vaswani et al. 2017, equation 1).
+
+    Args:
+      query: (B, T, H, D).
+      key: (B, S, K, D).
+      value: (B, S, K, Dv).
+      mask: which pairs may attend; None is all.
+      score: change of the scaled scores.
+      scale: factor of the scores.
+      sinks: a further score of every row that takes weight and gives nothing, (H,).
+      normalizer: masked scores -> weights and their logarithmic normaliser, over the last axis.
+      dropout_rate: share of weights dropped, where `dropout_key` is given.
+      dropout_key: random key of the dropout.
+      first: the first batch row, head, query and key, where these are part of a whole.
+
+    Returns:
+      The output in the value's dtype, the log-sum-exp of the scores, and the weights. A query with
+      no key to attend to gets output 0, weights 0 and log-sum-exp -inf.
+    """
+    b, t, h, d = query.shape
+    s, k = key.shape[1:3]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
+    scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
+    weights, lse = weigh(scores, rectangle(first, scores.shape), mask, score, sinks, normalizer)
+    dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
+    out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
+    return out.reshape(b, t, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
+
+
+def weigh(
+    scores: Float[Array, "B H T S"],
+    at: Pairs,
+    mask: Mask | None,
+    score: Score | None,
+    sinks: Float[Array, " H"] | None,
+    normalizer: Callable,
+) -> tuple[Float[Array, "B H T S"], Float[Array, "B H T"]]:
+    """Weights, and logarithmic normaliser, of the scaled scores of the pairs `at`; see `reference`."""
+    allowed = None if mask is None else mask.block(at)
+    if score is not None:
+        scores = score(only(allowed, scores), at)
+        scores = jnp.where(scores <= NOTHING, -jnp.inf, scores)
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, -jnp.inf)
+    size = scores.shape[-1]
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+    weights, lse = normalizer(scores)
+    return weights[..., :size], lse
+
+
+def only(allowed: Array | None, scores: Array) -> Array:
+    """The scores, with a gradient only where allowed: elsewhere that of a change may be no number."""
+    return scores if allowed is None else jnp.where(allowed, scores, jax.lax.stop_gradient(scores))
+
+
+def _dropout(weights: Array, rate: float, key: Array | None) -> Array:
+    if rate == 0.0 or key is None:
+        return weights
+    keep = jax.random.bernoulli(key, 1.0 - rate, weights.shape)
+    return jnp.where(keep, weights / (1.0 - rate), 0.0)

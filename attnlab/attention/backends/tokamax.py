@@ -1,0 +1,97 @@
+"""Tokamax's attention for NVIDIA's GPUs, a library that may be installed beside this one, as a backend.
+
+Of its kernels it is the Triton one, which takes scores that add, with their gradient, and any mask; a softcap
+it has without a gradient. It holds mask and bias whole: how much of that is still sensible is a limit.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.attention.backends.registry import Request, Result, beyond_softmax, sharded_length
+from attnlab.attention.masks.base import Mask
+from attnlab.attention.masks.basic import Causal
+from attnlab.attention.masks.dense import GIB, added, allowed, pairs_added, pairs_allowed, told
+
+
+class Tokamax:
+    """Scores that only add, with gradients to what they add, and any mask; in half precision.
+
+    Attributes:
+      implementation: what it computes with; "xla" is for any platform.
+      most: the most bytes of the mask, and of the bias that a score is made to.
+    """
+
+    name = "tokamax"
+
+    def __init__(self, implementation: str = "triton", most: int = GIB):
+        self.implementation, self.most = implementation, most
+
+    def refuse(self, request):
+        """See `Backend.refuse`."""
+        r = request
+        if r.platform != "gpu" and self.implementation != "xla":
+            return f"it is for GPUs, and this is for a {r.platform.upper()}"
+        if importlib.util.find_spec("tokamax") is None:
+            return "tokamax is not installed"
+        if reason := sharded_length(r) or beyond_softmax(r):
+            return reason
+        if r.wants_lse or r.sinks is not None:
+            return "it has no log-sum-exp, which return_lse asks for and sinks need"
+        if r.score is not None and not r.score.adds:
+            return "of scores it takes those that only add, as bias and alibi do"
+        if not isinstance(r.scale, int | float):
+            return "its scale has to be a number"
+        dtypes = {x.dtype.name for x in (r.query, r.key, r.value)}
+        if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+            return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
+        if (size := _size(r)) > self.most:
+            return f"its mask and bias would take {told(size)} as a whole"
+        return None if self.implementation == "xla" else _refuse_device()
+
+    def run(self, request, first):
+        """See `Backend.run`."""
+        import tokamax  # only now, as it takes seconds
+
+        r = request
+        bias = None if r.score is None else added(r, first)
+        pairs = has_keys = None
+        if not (r.mask is None or _is_causal(r.mask)):
+            pairs = allowed(r.mask, r, first)
+            has_keys = pairs.any(3, keepdims=True)
+            # Without keys a row would get the mean of all values, so it gets some, and is left out after.
+            pairs |= ~has_keys
+        out = tokamax.dot_product_attention(
+            *(r.query, r.key, r.value, bias, pairs),
+            scale=r.scale,
+            is_causal=_is_causal(r.mask),
+            implementation=self.implementation,
+        )
+        if has_keys is not None:
+            out = jnp.where(jnp.swapaxes(has_keys, 1, 2), out, 0)
+        return Result(out.astype(r.value.dtype), jnp.full(out.shape[:3], jnp.nan))  # which nobody asked for
+
+
+def _refuse_device() -> str | None:
+    import tokamax
+
+    device = jax.local_devices()[0]
+    if tokamax.config.cross_compile.value:
+        return None
+    if device.platform != "gpu" or float(device.compute_capability) < 8:
+        return (
+            "its kernel is for GPUs from Ampere on, of which there is none; see tokamax.config.cross_compile"
+        )
+    return None
+
+
+def _size(r: Request) -> int:
+    """Bytes of the mask and the bias."""
+    size = 0 if r.score is None else 4 * pairs_added(r)
+    return size if r.mask is None or _is_causal(r.mask) else size + pairs_allowed(r.mask, r)
+
+
+def _is_causal(mask: Mask | None) -> bool:
+    """Whether it is `causal()`, of which the kernel skips the tiles that are empty."""
+    return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset == 0

@@ -1,0 +1,243 @@
+"""Attention over a sequence that is sharded over devices: three ways to bring queries and keys together.
+
+All run inside `shard_map`, each device holding its own part of the length, in order. Masks and scores are
+whole along the length on every device, and are cut to the parts that meet.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from attnlab.attention.backends import vjp as cotangents
+from attnlab.attention.backends.blockwise import blockwise, gradients
+from attnlab.attention.backends.registry import Request, Result, beyond_softmax, with_sinks
+
+
+class Context:
+    """What the three have in common."""
+
+    name: str
+
+    def refuse(self, request: Request):
+        """See `Backend.refuse`."""
+        if not request.sequence:
+            return "the length is whole on every device"
+        return beyond_softmax(request) or self.refuse_more(request)
+
+    def refuse_more(self, request: Request) -> str | None:
+        """Why this way cannot do what is asked."""
+        del request
+        return None
+
+    def run(self, request: Request, first):
+        """See `Backend.run`."""
+        out, lse = self.attend(request, first)
+        return Result(*(out, lse) if request.sinks is None else with_sinks(out, lse, request.sinks))
+
+    def attend(self, request: Request, first) -> tuple[Array, Array]:
+        """Output and log-sum-exp of this device's queries."""
+        raise NotImplementedError
+
+
+class AllGather(Context):
+    """Every device gets all keys and values, for its own queries (arXiv 2407.21783, section 3.3.2)."""
+
+    name = "all_gather"
+
+    def attend(self, r, first):
+        """See `Context.attend`."""
+        key, value = (jax.lax.all_gather(x, r.sequence, axis=1, tiled=True) for x in (r.key, r.value))
+        start = first[2] + jax.lax.axis_index(r.sequence) * r.query.shape[1]
+        mask, score = _cut((r.mask, r.score), queries=(start, r.query.shape[1]))
+        at = (*first[:2], start, first[3])
+        return blockwise(r.query, key, value, mask=mask, score=score, scale=r.scale, first=at)
+
+
+class AllToAll(Context):
+    """Every device gets the whole length of some heads (DeepSpeed Ulysses, arXiv 2309.14509, section 3)."""
+
+    name = "all_to_all"
+
+    def refuse_more(self, request):
+        """See `Context.refuse_more`."""
+        heads, count = request.key.shape[2], request.devices
+        if heads % count:
+            return f"{heads} key heads a device do not divide over {count} devices"
+        return None
+
+    def attend(self, r, first):
+        """See `Context.attend`."""
+        swap = partial(jax.lax.all_to_all, axis_name=r.sequence, tiled=True)
+        query, key, value = (swap(x, split_axis=2, concat_axis=1) for x in (r.query, r.key, r.value))
+        start = jax.lax.axis_index(r.sequence) * query.shape[2]
+        mask, score = _cut((r.mask, r.score), heads=(start, query.shape[2]))
+        at = (first[0], first[1] + start, *first[2:])
+        out, lse = blockwise(query, key, value, mask=mask, score=score, scale=r.scale, first=at)
+        return swap(out, split_axis=1, concat_axis=2), swap(lse, split_axis=1, concat_axis=2)
+
+
+class Ring(Context):
+    """Keys and values go round, each device adding what its queries find in them (arXiv 2310.01889).
+
+    With a mask, device i of n first trades halves to hold parts i and 2n - 1 - i of 2n, so that a causal
+    mask leaves every device the same work (zig-zag; Llama 3, arXiv 2407.21783, section 3.3.2).
+    """
+
+    name = "ring"
+
+    def refuse_more(self, request):
+        """See `Context.refuse_more`."""
+        lengths = request.query.shape[1], request.key.shape[1]
+        if any(n % 2 for n in lengths) and request.mask is not None:
+            return f"it deals out halves of each device's length, and {lengths} are not even"
+        return None
+
+    def attend(self, r, first):
+        """See `Context.attend`."""
+        query, key, value = r.query, r.key, r.value
+        deals = r.mask is not None
+        if deals:
+            query, key, value = (_deal(x, r.sequence) for x in (query, key, value))
+        static = r.sequence, deals, r.scale if isinstance(r.scale, float) else 1.0
+        if not isinstance(r.scale, float):
+            query = query * r.scale
+        out, lse = _ring(static, query, key, value, r.mask, r.score, first)
+        return (_deal(out, r.sequence, back=True), _deal(lse, r.sequence, back=True)) if deals else (out, lse)
+
+
+def _cut(values, **ranges):
+    return [x if x is None else x.cut(**ranges) for x in values]
+
+
+def _deal(x: Array, axis, back: bool = False) -> Array:
+    """From parts 2i and 2i + 1 of 2n on device i to parts i and 2n - 1 - i, or back."""
+    n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+
+    def holder(part):
+        return part if part < n else 2 * n - 1 - part
+
+    # Even parts all go to different devices, and so do odd ones.
+    even, odd = ([(part // 2, holder(part)) for part in range(start, 2 * n, 2)] for start in (0, 1))
+    first, second = jnp.split(x, 2, axis=1)
+    swapped = me % 2 == 1  # there the part that comes first in order is the odd one
+    if back:
+        first, second = jnp.where(swapped, second, first), jnp.where(swapped, first, second)
+        even, odd = ([(b, a) for a, b in pairs] for pairs in (even, odd))
+    first, second = jax.lax.ppermute(first, axis, even), jax.lax.ppermute(second, axis, odd)
+    if not back:
+        first, second = jnp.where(swapped, second, first), jnp.where(swapped, first, second)
+    return jnp.concatenate([first, second], axis=1)
+
+
+class _Meetings:
+    """The parts of queries and keys that meet on this device in each step of the ring."""
+
+    def __init__(self, static, query, key, mask, score, first):
+        self.axis, self.deals, self.scale = static
+        self.n, self.me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
+        self.count = 2 if self.deals else 1
+        self.sizes = query.shape[1] // self.count, key.shape[1] // self.count
+        self.mask, self.score, self.first = mask, score, first
+
+    def part(self, owner, half: int):
+        """The number of a part, among all in their order."""
+        if not self.deals:
+            return owner
+        return owner if half == 0 else 2 * self.n - 1 - owner
+
+    def options(self, owner, i: int, j: int):
+        """What `blockwise` has to know where half i of these queries meets half j of the owner's keys."""
+        q, k = self.part(self.me, i) * self.sizes[0], self.part(owner, j) * self.sizes[1]
+        ranges = {"queries": (q, self.sizes[0]), "keys": (k, self.sizes[1])}
+        mask, score = _cut((self.mask, self.score), **ranges)
+        b, h, q0, k0 = self.first
+        return {"queries": q, "keys": k}, {
+            "mask": mask,
+            "score": score,
+            "scale": self.scale,
+            "first": (b, h, q0 + q, k0 + k),
+        }
+
+    def halves(self, *arrays):
+        """Each half of several arrays."""
+        return list(zip(*(jnp.split(x, self.count, axis=1) for x in arrays), strict=True))
+
+    def around(self, carry, step, moving):
+        """`step(carry, owner, moving)` for each device's keys, which move on in between, and come home."""
+
+        def turn(state, i):
+            carry, moving = state
+            carry, moving = step(carry, (self.me - i) % self.n, moving)
+            onwards = [(d, (d + 1) % self.n) for d in range(self.n)]
+            return (carry, jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, onwards), moving)), None
+
+        return jax.lax.scan(turn, (carry, moving), jnp.arange(self.n))[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(static, query, key, value, mask, score, first):
+    return _ring_forward(static, query, key, value, mask, score, first)[0]
+
+
+def _ring_forward(static, query, key, value, mask, score, first):
+    meet = _Meetings(static, query, key, mask, score, first)
+
+    def step(carry, owner, moving):
+        results = []
+        for i, ((q,), state) in enumerate(zip(meet.halves(query), carry, strict=True)):
+            for j, (k, v) in enumerate(meet.halves(*moving)):
+                _, options = meet.options(owner, i, j)
+                state = _merge(state, blockwise(q, k, v, **options))
+            results.append(state)
+        return results, moving
+
+    rows = (*query.shape[:1], meet.sizes[0], query.shape[2])
+    start = (jnp.zeros((*rows, value.shape[-1])), jnp.full(rows, -jnp.inf))
+    carry, _ = meet.around([start] * meet.count, step, (key, value))
+    out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*carry, strict=True))
+    return (out.astype(value.dtype), lse), (query, key, value, mask, score, first, out, lse)
+
+
+def _merge(one, two):
+    """The softmax over two sets of keys, from that over each (arXiv 2307.08691, section 2.3)."""
+    (out_1, lse_1), (out_2, lse_2) = one, two
+    lse = jnp.logaddexp(lse_1, lse_2)
+    known = jnp.where(jnp.isneginf(lse), 0, lse)
+    shares = [jnp.exp(x - known)[..., None] for x in (lse_1, lse_2)]
+    return out_1 * shares[0] + out_2.astype(jnp.float32) * shares[1], lse
+
+
+def _ring_backward(static, residuals, given):
+    query, key, value, mask, score, first, out, lse = residuals
+    d_out, d_lse = given
+    delta = cotangents.delta(out, d_out, d_lse)
+    meet = _Meetings(static, query, key, mask, score, first)
+    rows = meet.halves(query, d_out, lse, delta)
+
+    def step(carry, owner, moving):
+        d_queries, d_score = carry
+        k_parts, d_parts = meet.halves(*moving[:2]), meet.halves(*moving[2:])
+        d_queries, d_parts = list(d_queries), [list(x) for x in d_parts]
+        for i, (q, g, norm, minus) in enumerate(rows):
+            for j, (k, v) in enumerate(k_parts):
+                starts, options = meet.options(owner, i, j)
+                d_q, d_k, d_v, d_cut = gradients(q, k, v, g, norm, minus, **options)
+                d_queries[i] += d_q
+                d_parts[j][0] += d_k
+                d_parts[j][1] += d_v
+                d_score = cotangents.add(score, d_score, d_cut, **starts)
+        d_key, d_value = (jnp.concatenate(x, axis=1) for x in zip(*d_parts, strict=True))
+        return (d_queries, d_score), (*moving[:2], d_key, d_value)
+
+    zeros = [jnp.zeros(q.shape) for q, *_ in rows], cotangents.zeros(score)
+    moving = (key, value, jnp.zeros(key.shape), jnp.zeros(value.shape))
+    (d_queries, d_score), (*_, d_key, d_value) = meet.around(zeros, step, moving)
+    d_query = jnp.concatenate(d_queries, axis=1)
+    found = [g.astype(x.dtype) for x, g in zip((query, key, value), (d_query, d_key, d_value), strict=True)]
+    nothing = cotangents.nothing
+    return (*found, nothing(mask), cotangents.finish(score, d_score), nothing(first))
+
+
+_ring.defvjp(_ring_forward, _ring_backward)

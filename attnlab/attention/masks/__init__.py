@@ -1,0 +1,1 @@
+"""Masks: which pairs of positions may attend."""

@@ -1,0 +1,44 @@
+"""Masks and scores as one array each, for backends that take no other: what it is, and how large."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from attnlab.attention.backends.registry import Request
+from attnlab.attention.block_mask import depends_on
+from attnlab.attention.masks.base import First, Mask
+from attnlab.attention.pairwise import rectangle
+
+GIB = 2**30
+
+
+def allowed(mask: Mask, request: Request, first: First) -> Bool[Array, "B H T S"]:
+    """What a mask allows; dimensions of batch and heads that it does not depend on may be 1."""
+    b, t, h, _ = request.query.shape
+    s = request.key.shape[1]
+    pairs = mask.block(rectangle(first, (b, h, t, s)))
+    return jnp.broadcast_to(pairs, (*pairs.shape[:2], t, s))
+
+
+def added(request: Request, first: First) -> Float[Array, "B H T S"]:
+    """What a score that only adds (`Score.adds`) adds; 0 where there is none."""
+    b, t, h, _ = request.query.shape
+    nothing = jnp.zeros((b, h, t, request.key.shape[1]))
+    return nothing if request.score is None else request.score(nothing, rectangle(first, nothing.shape))
+
+
+def pairs_allowed(mask: Mask, request: Request) -> int:
+    """How many pairs `allowed` has."""
+    rows, heads = depends_on(mask)
+    b, t, h, _ = request.query.shape
+    return (b if rows else 1) * (h if heads else 1) * t * request.key.shape[1]
+
+
+def pairs_added(request: Request) -> int:
+    """How many pairs `added` has."""
+    b, t, h, _ = request.query.shape
+    return b * h * t * request.key.shape[1]
+
+
+def told(size: int) -> str:
+    """So many bytes, as a refusal tells them."""
+    return f"{size / GIB:.1f} GiB"

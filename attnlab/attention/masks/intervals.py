@@ -1,0 +1,394 @@
+"""Masks in which the keys of each query are a run of neighbours, or a few."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from attnlab.attention.masks.base import Counted, Index, Mask
+from attnlab.attention.pairwise import Pairs, pytree
+from attnlab.errors import InputError
+
+FAR = 2**30  # further than any key
+
+
+class Spans(Counted):
+    """Base class: implement `spans`; the position of query i among the keys is i + offset."""
+
+    def spans(self, at: Pairs) -> list[tuple[Index, Index]]:
+        """The first key of each run that a query may attend to, and the first beyond it; no two runs meet."""
+        raise NotImplementedError
+
+    def block(self, at):
+        """See `Mask.block`."""
+        allowed = False
+        for first, end in self.spans(at):
+            allowed |= (at.keys >= first) & (at.keys < end)
+        return allowed
+
+    def count(self, at):
+        """See `Counted.count`."""
+        return sum(jnp.clip(at.keys, first, end) for first, end in self.spans(at))
+
+
+@pytree
+class Prefix(Spans):
+    """Causal, but for the first keys, which every query sees (T5, arXiv 1910.10683, section 3.2.1).
+
+    prefix(2):
+
+        keys  0 1 2 3
+    query 0   x x . .
+    query 1   x x . .
+    query 2   x x x .
+    query 3   x x x x
+
+    Attributes:
+      length: how many keys, a number or one for each batch row (B,).
+      offset: key index of the first query.
+    """
+
+    length: Index
+    offset: Index = 0
+
+    layout = {"length": ("batch",)}
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        return [(0, jnp.maximum(rows_of(self.length), at.queries + self.offset + 1))]
+
+
+@pytree
+class KeyLengths(Spans):
+    """Only the first keys of each batch row: the others are padding.
+
+    key_lengths(jnp.array([3])):
+
+        keys  0 1 2 3
+    query 0   x x x .
+    query 1   x x x .
+
+    Attributes:
+      keys: how many keys, a number or (B,).
+      queries: how many queries, a number or (B,); those beyond see nothing. None is all.
+    """
+
+    keys: Index
+    queries: Index | None = None
+
+    layout = {"keys": ("batch",), "queries": ("batch",)}
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        if self.queries is None:
+            return [(0, rows_of(self.keys))]
+        return [(0, jnp.where(at.queries < rows_of(self.queries), rows_of(self.keys), 0))]
+
+
+@pytree
+class Chunked(Spans):
+    """Causal within chunks of so many tokens (Llama 4's local layers).
+
+    chunked(2):
+
+        keys  0 1 2 3
+    query 0   x . . .
+    query 1   x x . .
+    query 2   . . x .
+    query 3   . . x x
+    """
+
+    size: int
+    offset: Index = 0
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        here = at.queries + self.offset
+        return [(here // self.size * self.size, here + 1)]
+
+
+@pytree
+class BlockCausal(Spans):
+    """Causal between blocks of so many tokens, and everything within one (arXiv 2503.09573, section 3.1).
+
+    block_causal(2):
+
+        keys  0 1 2 3
+    query 0   x x . .
+    query 1   x x . .
+    query 2   x x x x
+    query 3   x x x x
+    """
+
+    size: int
+    offset: Index = 0
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        return [(0, ((at.queries + self.offset) // self.size + 1) * self.size)]
+
+
+@pytree
+class BlockDiffusion(Spans):
+    """Noised tokens, and after them the same ones clean, in blocks: those train a block diffusion model.
+
+    A noised block sees itself and the clean blocks before it; clean ones are block-causal among each
+    other (BD3-LM, arXiv 2503.09573, section 3.2). block_diffusion(length=4, size=2):
+
+        keys  0 1 2 3 4 5 6 7
+    query 0   x x . . . . . .
+    query 1   x x . . . . . .
+    query 2   . . x x x x . .
+    query 3   . . x x x x . .
+    query 4   . . . . x x . .
+    query 5   . . . . x x . .
+    query 6   . . . . x x x x
+    query 7   . . . . x x x x
+    """
+
+    length: int
+    size: int
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        clean = at.queries >= self.length
+        first = at.queries % self.length // self.size * self.size
+        end = jnp.minimum(first + self.size, self.length)
+        noised = jnp.where(clean, 0, first), jnp.where(clean, 0, end)
+        return [noised, (self.length, self.length + jnp.where(clean, end, first))]
+
+
+@pytree
+class SinksAndWindow(Spans):
+    """Causal: the first keys, and the `left` before the query (StreamingLLM, arXiv 2309.17453, section 3.2).
+
+    sinks_and_window(sinks=1, left=1):
+
+        keys  0 1 2 3 4
+    query 0   x . . . .
+    query 1   x x . . .
+    query 2   x x x . .
+    query 3   x . x x .
+    query 4   x . . x x
+    """
+
+    sinks: int
+    left: int
+    offset: Index = 0
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        here = at.queries + self.offset
+        return [
+            (0, jnp.minimum(self.sinks, here + 1)),
+            (jnp.maximum(here - self.left, self.sinks), here + 1),
+        ]
+
+
+@pytree
+class Islands(Spans):
+    """Causal, but for islands whose tokens all see each other, such as the patches of an image.
+
+    islands(jnp.array([[0, 1, 1, 0]])):
+
+        keys  0 1 2 3
+    query 0   x . . .
+    query 1   x x x .
+    query 2   x x x .
+    query 3   x x x x
+
+    Attributes:
+      ends: the first index beyond the island of each token, (B, S); 0 where it is in none.
+      offset: key index of the first query.
+    """
+
+    ends: Int[Array, "B S"]
+    offset: Index = 0
+
+    layout = {"ends": ("batch", None)}
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        here = at.queries + self.offset
+        return [(0, jnp.maximum(here + 1, _at(self.ends, here)))]
+
+
+@pytree
+class SharedPrefix(Spans):
+    """Many continuations of one prefix in a row: each sees the prefix and, causally, itself.
+
+    shared_prefix(jnp.array([[0, 0, 1, 1, 2, 2]])):
+
+        keys  0 1 2 3 4 5
+    query 0   x . . . . .
+    query 1   x x . . . .
+    query 2   x x x . . .
+    query 3   x x x x . .
+    query 4   x x . . x .
+    query 5   x x . . x x
+
+    Attributes:
+      prefix: length of the prefix, (B,).
+      starts: where the continuation of each token begins, (B, S); 0 in the prefix.
+      offset: key index of the first query.
+    """
+
+    prefix: Int[Array, " B"]
+    starts: Int[Array, "B S"]
+    offset: Index = 0
+
+    layout = {"prefix": ("batch",), "starts": ("batch", None)}
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        here = at.queries + self.offset
+        start = _at(self.starts, here)
+        return [(0, jnp.where(start > 0, rows_of(self.prefix), 0)), (start, here + 1)]
+
+
+@pytree
+class Media(Spans):
+    """Each token of a text sees the last image that was marked before it, or at it, and no other.
+
+    The keys are images of `tokens` keys each, one after the other (Flamingo, arXiv 2204.14198, section
+    2.3). media(jnp.array([[False, True, False, True]]), tokens=2):
+
+        keys  0 1 2 3
+    query 0   . . . .
+    query 1   x x . .
+    query 2   x x . .
+    query 3   . . x x
+
+    Attributes:
+      images: how many images have been marked up to each token, (B, T).
+      tokens: keys of an image.
+    """
+
+    images: Int[Array, "B T"]
+    tokens: int
+
+    layout = {"images": ("batch", "queries")}
+
+    def spans(self, at):
+        """See `Spans.spans`."""
+        end = jnp.asarray(self.images)[:, None, :, None] * self.tokens
+        return [(jnp.maximum(end - self.tokens, 0), end)]
+
+
+def rows_of(x: Index):
+    """One number of each batch row, (B,), as the scores are laid out."""
+    return x if jnp.ndim(x) == 0 else jnp.reshape(x, (-1, 1, 1, 1))
+
+
+def _at(x: Array, index: Array):
+    """The values of each batch row, (B, S), at these (1 or B, 1, T, 1)."""
+    return jnp.take_along_axis(jnp.asarray(x)[:, None, :, None], jnp.maximum(index, 0), axis=2, mode="clip")
+
+
+def runs(x: Array, size: int):
+    """The last dimension as runs of so many; the last run is filled with the last value."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)], mode="edge")
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def reach(here, left: int | None, right: int | None):
+    """The first key of a window about `here`, and the first beyond it."""
+    return here - (FAR if left is None else left), here + (FAR if right is None else right + 1)
+
+
+def per_row(x: Index) -> Index:
+    """A number that the compiler knows as it is, or an array with a dimension of batch."""
+    return x if isinstance(x, int) else jnp.reshape(x, (-1,))
+
+
+def at_least(least: int, **sizes: int) -> None:
+    """Raises InputError where a size is less."""
+    for name, size in sizes.items():
+        if size < least:
+            raise InputError(f"{name} must be at least {least}, not {size}")
+
+
+def prefix(length: Index | Int[Array, " B"], offset: Index = 0) -> Mask:
+    """See `Prefix`."""
+    return Prefix(per_row(length), offset)
+
+
+def key_lengths(keys: Index | Int[Array, " B"], queries: Index | Int[Array, " B"] | None = None) -> Mask:
+    """See `KeyLengths`."""
+    return KeyLengths(per_row(keys), None if queries is None else per_row(queries))
+
+
+def chunked(size: int, offset: Index = 0) -> Mask:
+    """See `Chunked`.
+
+    Raises:
+      InputError: a size below 1.
+    """
+    at_least(1, size=size)
+    return Chunked(size, offset)
+
+
+def block_causal(size: int, offset: Index = 0) -> Mask:
+    """See `BlockCausal`.
+
+    Raises:
+      InputError: a size below 1.
+    """
+    at_least(1, size=size)
+    return BlockCausal(size, offset)
+
+
+def block_diffusion(length: int, size: int) -> Mask:
+    """See `BlockDiffusion`.
+
+    Raises:
+      InputError: a length or size below 1.
+    """
+    at_least(1, length=length, size=size)
+    return BlockDiffusion(length, size)
+
+
+def sinks_and_window(sinks: int, left: int, offset: Index = 0) -> Mask:
+    """See `SinksAndWindow`.
+
+    Raises:
+      InputError: a negative number.
+    """
+    at_least(0, sinks=sinks, left=left)
+    return SinksAndWindow(sinks, left, offset)
+
+
+def islands(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
+    """See `Islands`; an island is a run of one id, and 0 is in none."""
+    with jax.ensure_compile_time_eval():  # what is known now stays known
+        return Islands(_ends(jnp.asarray(ids)), offset)
+
+
+def _ends(ids: Array) -> Array:
+    """The first index beyond each token's run of one id, 0 for tokens of id 0."""
+    last = jnp.concatenate([ids[:, 1:] != ids[:, :-1], jnp.ones_like(ids[:, :1], bool)], axis=1)
+    after = jnp.where(last, jnp.arange(1, ids.shape[1] + 1)[None, :], FAR)
+    return jnp.where(ids == 0, 0, jax.lax.cummin(after, axis=1, reverse=True))
+
+
+def shared_prefix(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
+    """See `SharedPrefix`; of each token, 0 in the prefix and then the number of its continuation."""
+    with jax.ensure_compile_time_eval():
+        ids = jnp.asarray(ids)
+        return SharedPrefix((ids == 0).sum(1), _starts(ids), offset)
+
+
+def _starts(ids: Array) -> Array:
+    """The first index of each token's run of one id."""
+    first = jnp.concatenate([jnp.zeros_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    return jax.lax.cummax(jnp.where(first, jnp.arange(ids.shape[1])[None, :], 0), axis=1)
+
+
+def media(markers: Bool[Array, "B T"], tokens: int) -> Mask:
+    """See `Media`; True where the text has the marker of an image.
+
+    Raises:
+      InputError: images of no tokens.
+    """
+    at_least(1, tokens=tokens)
+    with jax.ensure_compile_time_eval():
+        return Media(jnp.cumsum(jnp.asarray(markers), axis=1, dtype=jnp.int32), tokens)

@@ -1,0 +1,1 @@
+"""Sequence mixers that replace softmax attention."""

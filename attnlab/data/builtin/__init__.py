@@ -1,0 +1,1 @@
+"""Data sets that serve one experiment."""

@@ -1,0 +1,1 @@
+"""The command line of attnlab: flags, modes, sweeps, sampling and reports."""

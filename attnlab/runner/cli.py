@@ -1,0 +1,156 @@
+"""The command line: flags in, one call of the runner, and every mistake told in one line."""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from attnlab import config as configs
+from attnlab.config.tree import Override
+from attnlab.config.types import did_you_mean
+from attnlab.errors import InputError
+from attnlab.runner import sweep
+from attnlab.runner.request import MODES, USED_BY, resolve
+
+EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
+WHAT_MODES_DO = {
+    "train": "train, or go on with the run that --workdir holds",
+    "eval": "measure a trained run on its validation data",
+    "sample": "generate from a trained run",
+    "import": "make a run of a checkpoint in Hugging Face's layout: --checkpoint=DIR or a hub id",
+    "export": "write a run as such a checkpoint, to --out",
+    "describe": "show the config, the model and where it is placed; nothing is run",
+}
+EXAMPLES = (
+    ("train", "--config=experiments/lm_docs.py --config.model.depth=12 --workdir=runs/deep"),
+    ("go on with it, for longer", "--workdir=runs/deep --config.train.steps=20000"),
+    ("sample from it", "--mode=sample --workdir=runs/deep --prompt='Once' --temperature=0.8"),
+    ("compare two learning rates", "--sweep=config.optimizer.learning_rate=1e-3,3e-4"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the arguments ask for (absl's flags are defined by the caller); the exit code.
+
+    Bad input of any kind is one line on stderr and exit code 2, a loss that is no number one line and
+    exit code 1; a bug keeps its traceback.
+    """
+    try:
+        try:
+            app.run(_main, argv=list(sys.argv if argv is None else argv), flags_parser=_parse)
+        finally:
+            sys.stdout.flush()
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except flags.Error as error:
+        return _fail(_flag_error(error), EXIT_BAD_INPUT)
+    except InputError as error:
+        return _fail(f"error: {error}", EXIT_BAD_INPUT)
+    except FloatingPointError as error:
+        return _fail(f"error: {error}", EXIT_DIVERGED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader has gone, as in `| head`. Python would complain when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    raise AssertionError("app.run returned")
+
+
+def _fail(message: str, code: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _flag_error(error: flags.Error) -> str:
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"error: no flag --{error.flagname}{did_you_mean(error.flagname, USED_BY)}"
+    told = re.sub(r"invalid literal for int\(\).*", "expected a whole number", str(error))
+    return "error: " + re.sub(r"could not convert string to float.*", "expected a number", told)
+
+
+def _parse(argv: Sequence[str]) -> list[Override]:
+    """Parse the flags into absl's FLAGS, and hand over the overrides of the config."""
+    arguments = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+    before_dashes = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if any(argument in HELP for argument in before_dashes[1:]):
+        print(help_text())
+        sys.exit(0)
+    overrides, rest = take_overrides(arguments)
+    flags.FLAGS.unparse_flags()
+    positional = flags.FLAGS(rest)[1:]
+    if positional:
+        raise InputError(f"unexpected argument {positional[0]!r}; every argument is a flag, --name=value")
+    return overrides
+
+
+def take_overrides(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """Part `--config.path=text` and `--config.path text` from the other arguments, in order.
+
+    Raises InputError for one without a value.
+    """
+    overrides, rest = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--":
+            rest += [argument, *arguments]
+            break
+        match = re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            rest.append(argument)
+            continue
+        path, text = match.groups()
+        if text is None:
+            text = next(arguments, None)
+            if text is None or text.startswith("--"):
+                raise InputError(f"--config.{path} needs a value: --config.{path}=...")
+        overrides.append((path, text))
+    return overrides, rest
+
+
+def _main(overrides: list[Override]) -> int:
+    values = {name: flags.FLAGS[name].value for name in USED_BY}
+    given = {name for name in USED_BY if flags.FLAGS[name].present}
+    values |= {
+        name: values[name] or [] for name in values if flags.FLAGS[name].flag_type().startswith("multi")
+    }
+    requests = resolve(values, given, overrides)
+    runner = importlib.import_module("attnlab.runner.modes")  # and with it JAX, now that all is well
+    if requests[0].swept:
+        return sweep.run_all(requests, runner.run)
+    runner.run(requests[0])
+    return 0
+
+
+def help_text() -> str:
+    """What `--help` prints: modes, flags, the experiments that exist, and commands to copy."""
+    experiments = configs.available() or {"(none here)": ""}
+    groups: dict[str, dict[str, str]] = {}
+    for name, modes in USED_BY.items():
+        few = modes if modes != MODES else ("every mode",)
+        title = f"Flags of {few[0] if len(few) == 1 else 'several modes'}"
+        suffix = f" [{', '.join(few)}]" if len(few) > 1 else ""
+        groups.setdefault(title, {})[f"--{name}"] = _flag_help(name) + suffix
+    groups["Flags of every mode"]["--config.PATH"] = "a field of the config, as in --config.model.depth=12"
+    sections = {
+        "Modes (--mode)": WHAT_MODES_DO,
+        **groups,
+        "Experiments (--config)": experiments,
+        "Examples": {f"{what}:": f"python run.py {command}" for what, command in EXAMPLES},
+    }
+    width = max(len(name) for rows in sections.values() for name in rows)
+    lines = ["attnlab: a laboratory for the attention mechanism, in JAX and Flax."]
+    for title, rows in sections.items():
+        lines += ["", title, *(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items())]
+    return "\n".join(lines)
+
+
+def _flag_help(name: str) -> str:
+    flag = flags.FLAGS[name]
+    text = flag.help.partition(";\n")[0]  # absl says of a flag that may repeat that it may, in a line more
+    repeats = "; may repeat" if flag.flag_type().startswith("multi") else ""
+    return text + repeats + (f" (default: {flag.default})" if flag.default not in (None, False, []) else "")

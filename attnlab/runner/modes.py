@@ -1,0 +1,369 @@
+"""The modes of `run.py`: what each does with a run."""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+from attnlab import config, sharding
+from attnlab.data import Tokenizer
+from attnlab.errors import InputError
+from attnlab.generation.sources import beginning
+from attnlab.models import ViTConfig
+from attnlab.paths import as_json, write_atomically
+from attnlab.pretrained import checkpoints, files
+from attnlab.runner import sampling as writing
+from attnlab.runner.request import Request
+from attnlab.runner.trained_model import PRETRAINED, Trained
+from attnlab.train import loop
+from attnlab.train.checkpoints import FOLDER, Checkpoints, Restored, params_sha256
+from attnlab.train.describe import describe
+from attnlab.train.experiment import Experiment
+from attnlab.train.initialize import start_from
+from attnlab.train.metrics import Writers
+from attnlab.train.partition import join
+from attnlab.train.session import Session
+
+TOKENIZER, REPORT = "tokenizer.json", "report.json"
+# Errors that tell of the machine or of what was asked, and not of a bug.
+OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+MAX_SIMULATED = 8  # CPU devices simulated for a mesh that names its sizes
+
+
+def run(request: Request) -> dict[str, float]:
+    """Does what a request asks; returns the numbers it ended with.
+
+    Raises:
+      InputError: what was asked cannot be done; the message is for the person.
+    """
+    modes = {
+        "train": run_train,
+        "eval": run_eval,
+        "sample": run_sample,
+        "describe": run_describe,
+        "import": run_import,
+        "export": run_export,
+    }
+    try:
+        if not isinstance(request.config, Experiment):
+            found = f"{type(request.config).__module__}.{type(request.config).__name__}"
+            raise InputError(f"get_config() has to return an attnlab.train.Experiment, not a {found}")
+        prepare(request)
+        return modes[request.mode](request)
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        _remove_if_empty(request)
+        raise InputError(f"{error.filename or request.workdir}: {error.strerror}") from error
+    except InputError:
+        _remove_if_empty(request)
+        raise
+
+
+def _remove_if_empty(request: Request) -> None:
+    """Leaves no folder behind for a run that never began."""
+    if request.mode in ("train", "import") and request.workdir is not None:
+        for folder in (request.workdir / FOLDER, request.workdir):
+            with contextlib.suppress(OSError, ValueError):  # epath raises a ValueError where it is not empty
+                folder.rmdir()
+
+
+def prepare(request: Request) -> None:
+    """Sets JAX up: simulated devices, NaN checks."""
+    # What goes wrong in a library is raised, and told once, by us: it need not log it as well.
+    logging.set_verbosity(logging.FATAL)
+    _leave_libtpu_alone()
+    sizes = [int(size) for size in re.findall(r":(\d+)", request.mesh)]
+    count = 1
+    for size in sizes:
+        count *= size
+    if 1 < count <= MAX_SIMULATED and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX is running already: an earlier run of a sweep
+            jax.config.update("jax_num_cpu_devices", count)  # counts only where the CPU is all there is
+    jax.config.update("jax_debug_nans", request.debug_nans)
+
+
+def _leave_libtpu_alone() -> None:
+    """Keeps a libtpu that is only here to compile for TPUs from complaining that there is none."""
+    no_chip = os.environ.get("TPU_SKIP_MDS_QUERY")  # JAX sets it where it finds none
+    others = importlib.util.find_spec("jax_plugins")
+    if no_chip and others is None and importlib.util.find_spec("libtpu"):
+        jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
+
+
+def open_session(request: Request, experiment: Experiment) -> Session:
+    """The experiment on the mesh that was asked for, with the run's tokenizer."""
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise InputError(f"JAX has no devices to run on: {error}") from error
+    mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
+    _keep_programs(mesh)
+    tokenizer = _saved_tokenizer(request) or _new_tokenizer(experiment)
+    return Session(experiment, mesh, tokenizer.beginning(*beginning(experiment.model, tokenizer)))
+
+
+def _new_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The tokenizer of the checkpoint that it starts from, if any of text; else one trained on its data."""
+    if experiment.init is None:
+        return experiment.data.build_tokenizer()
+    folder = files.resolve(experiment.init)
+    found = checkpoints.read_tokenizer(folder)
+    if found is None and isinstance(experiment.model, ViTConfig):
+        return experiment.data.build_tokenizer()  # it reads no text: its classes are numbered as words are
+    if found is None:
+        raise InputError(f"{folder} has no tokenizer; transformers' save_pretrained writes a tokenizer.json")
+    return found
+
+
+def _keep_programs(mesh: jax.sharding.Mesh) -> None:
+    """Keeps compiled programs on disk for the next start, except those of simulated devices.
+
+    Of those, one that is read back hangs in its collectives until XLA ends the process (jax 0.10.2).
+    """
+    simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    jax.config.update("jax_enable_compilation_cache", not simulated)
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "attnlab", "xla"))
+    compilation_cache.reset_cache()  # JAX looks at these once a process
+
+
+def _saved_tokenizer(request: Request) -> Tokenizer | None:
+    """The tokenizer that a run was trained with; None before there is anything trained."""
+    if request.workdir is None:
+        return None
+    file = request.workdir / TOKENIZER
+    if file.exists():
+        try:
+            return Tokenizer.load(file)
+        except Exception as error:  # the library raises plain Exceptions
+            raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
+    if (request.workdir / FOLDER).exists():
+        # Another one, of text that may have changed since, would give the parameters another meaning.
+        raise InputError(f"{file} is missing, and without it the checkpoints beside it mean nothing")
+    return None
+
+
+def run_train(request: Request) -> dict[str, float]:
+    """Trains, or goes on with, the run of a workdir."""
+    began = time.perf_counter()
+    experiment, workdir = _as_asked(request), request.folder
+    session = open_session(request, experiment)
+    session.optimizer  # noqa: B018 - rules that match nothing are told before anything is written
+    batches, validation = _input(request, session)
+    last = _last_step(request, experiment)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(workdir, experiment.train.keep) as saved:
+        state, step = _start(request, session, saved, batches)
+        config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
+        _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
+        verb = f"going on at step {step}" if step else "training"
+        print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_devices(session)})")
+        limits = loop.Limits(request.max_steps, request.max_time, request.profile)
+        flat = config.flatten(experiment)
+        with Writers(workdir, steps=last, resume=step, trackers=request.trackers, config=flat) as writers:
+            outcome = loop.train(
+                session,
+                batches,
+                validation,
+                saved,
+                writers,
+                state,
+                limits,
+                str(workdir / "profile"),
+                print,
+            )
+    if outcome.reason == "signal":
+        print(f"stopped by a signal at step {outcome.step}, saved; go on with: {_again(workdir)}")
+        return {}
+    metrics = {f"eval_{name}": value for name, value in outcome.metrics.items()}
+    if outcome.reason == "done":
+        metrics |= _report(
+            request, Trained(session, session.eval_params(outcome.state), workdir, outcome.metrics)
+        )
+    seconds = time.perf_counter() - began
+    print(f"{outcome.reason.replace('_', ' ')} at step {outcome.step} after {seconds:.0f} s")
+    print(f"config, metrics, checkpoints and pictures are in {workdir}")
+    print(f"go on, evaluate or sample with: {_again(workdir)} [--mode=eval|sample]")
+    return metrics
+
+
+def _input(request: Request, session: Session) -> tuple[Any, Any]:
+    """This process's training batches, and its part of what every evaluation reads.
+
+    Both splits are opened here: a validation split that cannot be read is told before the first step.
+    """
+    experiment = session.experiment
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = experiment.data.train_iterator(
+        session.tokenizer, seed=experiment.seed, num_batches=request.overfit_batches, **processes
+    )
+    limit = experiment.train.eval_batches
+    return batches, experiment.data.eval_batches("validation", session.tokenizer, limit=limit, **processes)
+
+
+def _last_step(request: Request, experiment: Experiment) -> int:
+    """The step this command ends at."""
+    last = min(experiment.train.steps, request.max_steps or experiment.train.steps)
+    if request.profile and request.profile[0] > last:
+        raise InputError(f"--profile={request.profile[0]}:{request.profile[1]}: the last step is {last}")
+    return last
+
+
+def _save_tokenizer(tokenizer: Tokenizer, file: epath.Path) -> None:
+    """Writes it once, and whole or not at all."""
+    if jax.process_index() == 0 and not file.exists():
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        tokenizer.save(temporary)
+        temporary.replace(file)
+
+
+def run_import(request: Request) -> dict[str, float]:
+    """Makes a run of a checkpoint, at step 0."""
+    experiment, workdir = request.config, request.folder
+    session = open_session(request, experiment)
+    batches, _ = _input(request, session)
+    with Checkpoints(workdir, experiment.train.keep) as saved:
+        state = _first_state(session, workdir)
+        config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
+        _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
+        saved.save(0, state, batches.get_state())
+    count = sum(x.size for x in jax.tree.leaves(session.abstract_params))
+    print(f"{count:,} parameters of {experiment.init} are in {workdir}")
+    print(f"sample, evaluate, train or export with: {_again(workdir)} --mode=sample|eval|train|export")
+    return {}
+
+
+def run_export(request: Request) -> dict[str, float]:
+    """Writes a run's parameters as a checkpoint in Hugging Face's layout."""
+    assert request.out is not None
+    session = open_session(request, request.config)
+    restored = _restore(request, session)
+    params = session.eval_params(restored.state)
+    origin: checkpoints.Origin = request.folder / PRETRAINED
+    if not (request.folder / PRETRAINED).exists():
+        data = request.config.data
+        text = data.source_shape or ()
+        length = max((data.sequence_length, *text) if len(text) == 1 else (data.sequence_length,))
+        origin = checkpoints.Made(session.tokenizer, length, data.preprocessor)
+    model = request.config.model.sized(session.tokenizer.vocab_size)
+    checkpoints.write(request.out, model, params, origin)
+    print(f"step {restored.step} is in {request.out}")
+    return {}
+
+
+def run_eval(request: Request) -> dict[str, float]:
+    """Evaluates a run's checkpoint on the whole validation split, and reports as at the end of training."""
+    session = open_session(request, request.config)
+    restored = _restore(request, session)
+    data = request.config.data
+    params = session.eval_params(restored.state)
+    metrics = session.evaluate(params, data.eval_batches("validation", session.tokenizer))
+    print(f"step {restored.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return metrics | _report(request, Trained(session, params, request.folder, metrics))
+
+
+def run_sample(request: Request) -> dict[str, float]:
+    """Generates text after each prompt, or of each text, image or sound that the model reads."""
+    writing.write(request, _restored(request), _restored)
+    return {}
+
+
+def _restored(request: Request) -> Trained:
+    """A run with the parameters of its checkpoint."""
+    session = open_session(request, request.config)
+    return Trained(session, session.eval_params(_restore(request, session).state), request.folder, {})
+
+
+def run_describe(request: Request) -> dict[str, float]:
+    """Prints what an experiment is, and of a run also where it stands."""
+    session = open_session(request, request.config)
+    print("config\n" + config.show(request.config, request.sources) + "\n")
+    print(describe(session))
+    if request.workdir is not None and (request.workdir / FOLDER).exists():
+        restored = _restore(request, session)
+        print(f"\ncheckpoint\n  step {restored.step}")
+        print(f"params_sha256: {params_sha256(join(restored.state.params, restored.state.frozen))}")
+    return {}
+
+
+def _as_asked(request: Request) -> Experiment:
+    """The config with what `--seed` and `--fast_dev_run` change."""
+    experiment = request.config
+    if request.fast_dev_run:
+        quick = dataclasses.replace(
+            experiment.train, steps=2, log_every=1, eval_every=1, eval_batches=2, checkpoint_every=1
+        )
+        experiment = dataclasses.replace(experiment, train=quick)
+    return experiment
+
+
+def _start(request: Request, session: Session, saved: Checkpoints, batches) -> tuple[Any, int]:
+    """The state to train from: the latest checkpoint, another run's parameters, or those of a new run."""
+    if saved.steps():
+        restored = saved.restore(session.abstract_state)
+        if restored.data is None:
+            processes = f"another number of processes than {jax.process_count()}"
+            raise InputError(f"checkpoint {restored.step} was saved by {processes}; go on with as many")
+        batches.set_state(restored.data)
+        return restored.state, restored.step
+    if request.init_from is None:
+        return _first_state(session, request.folder), 0
+    source = dataclasses.replace(request, workdir=request.init_from)
+    other = open_session(source, config.load_workdir(request.init_from).config)
+    theirs = _restore(source, other)
+    return start_from(session, other.eval_params(theirs.state), request.init_rules, print), 0
+
+
+def _first_state(session: Session, workdir: epath.Path) -> Any:
+    """The state of a new run: parameters of the seed, or of a checkpoint, whose small files are kept."""
+    if session.experiment.init is None:
+        return session.new_state()
+    folder = files.resolve(session.experiment.init)
+    family, _ = checkpoints.read_config(folder)
+    state = session.new_state(checkpoints.read_params(folder, family, session.abstract_params))
+    if jax.process_index() == 0:
+        checkpoints.copy_small_files(folder, workdir / PRETRAINED)
+    return state
+
+
+def _restore(request: Request, session: Session) -> Restored:
+    with Checkpoints(request.folder) as saved:
+        return saved.restore(session.abstract_state, str(request.checkpoint))
+
+
+def _report(request: Request, trained: Trained) -> dict[str, float]:
+    """What the experiment file's own `report(trained)` finds; nothing if it has none."""
+    report = getattr(request.loaded.module, "report", None)
+    if report is None:
+        return {}
+    found = dict(report(trained) or {})
+    write_atomically(
+        request.folder / REPORT, json.dumps({n: as_json(x) for n, x in found.items()}, indent=2) + "\n"
+    )
+    return found
+
+
+def _devices(session: Session) -> str:
+    device = session.mesh.devices.flat[0]
+    return f"{session.mesh.size} {device.platform} device{'s' if session.mesh.size > 1 else ''}"
+
+
+def _again(workdir: epath.Path) -> str:
+    return f"python {shlex.quote(os.path.relpath(sys.argv[0]))} --workdir={shlex.quote(str(workdir))}"

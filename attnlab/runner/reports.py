@@ -1,0 +1,56 @@
+"""What a run shows at its end."""
+
+import numpy as np
+
+from attnlab.data.baselines import compressed_bits_per_byte
+from attnlab.generation import Sampling, printable
+from attnlab.inspect import pictures
+from attnlab.models import TransformerConfig
+from attnlab.runner.trained_model import Trained
+from attnlab.train.metrics import read
+
+
+def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -> dict[str, float]:
+    """A sample, its attention map, and the model's bits per byte beside those of two compressors.
+
+    A model that reads whole texts has no sample, one without attention has no map; a prompt that fills the
+    context is cut to half of it.
+    """
+    data = trained.experiment.data
+    figures = {"model": trained.metrics.get("bits_per_byte", float("nan"))}
+    figures |= compressed_bits_per_byte(data)
+    told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    limit = trained.experiment.train.eval_batches
+    trained.say(
+        f"bits per byte of the validation text: {told}" + (f" (model: of {limit} batches)" if limit else "")
+    )
+
+    _curve(trained, {name: figures[name] for name in ("bz2", "xz")})
+    start = trained.tokenizer.encode(prompt)[: data.sequence_length // 2]
+    shown = [trained.tokenizer.eos_id, *start]
+    if trained.experiment.model.causal:
+        prompt, sampling = trained.tokenizer.decode(start), Sampling(temperature=0.8, top_p=0.95)
+        (sample,) = trained.generate([prompt], max_new_tokens=max_new_tokens, sampling=sampling)
+        trained.say(f"sample:\n{printable(prompt + sample.text)}")
+        shown += sample.tokens
+    shown = shown[: min(24, data.sequence_length)]
+    if isinstance(trained.experiment.model, TransformerConfig):
+        weights = trained.attention_of(shown)
+        words = [trained.tokenizer.token_text(i) for i in shown]
+        trained.keep(pictures.head_grid(np.asarray(weights), words, "Where each token looks"), "attention")
+    return {f"bits_per_byte_{name}": value for name, value in figures.items()}
+
+
+def _curve(trained: Trained, baselines: dict[str, float]) -> None:
+    """Bits per byte over the run, from the metrics it has written."""
+    file = trained.workdir / "metrics.jsonl"
+    lines = [line for line in read(file) if "bits_per_byte" in line] if file.exists() else []
+
+    def points(split: str) -> tuple[list[int], list[float]]:
+        own = [line for line in lines if line["split"] == split]
+        return [line["step"] for line in own], [line["bits_per_byte"] for line in own]
+
+    (steps, values), (eval_steps, eval_values) = points("train"), points("eval")
+    if len(steps) > 1:
+        figure = pictures.training_curve(steps, values, eval_steps, eval_values, baselines, "bits per byte")
+        trained.keep(figure, "curve")

@@ -1,0 +1,424 @@
+"""From flags to a `Request`: all that a run is asked to do, resolved and checked before it starts."""
+
+import copy
+import dataclasses
+import datetime
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from etils import epath
+
+from attnlab import config as configs
+from attnlab.config.saved import CONFIG
+from attnlab.config.text import split
+from attnlab.config.tree import Override
+from attnlab.errors import InputError
+from attnlab.paths import reach
+
+Mode = Literal["train", "eval", "sample", "describe", "import", "export"]
+MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe", "import", "export")
+DEFAULT_EXPERIMENT = "experiments/lm_docs.py"
+FINE_TUNING = "experiments/finetune.py"
+
+# Which modes read which flag. A flag that the mode would ignore is refused.
+USED_BY: dict[str, tuple[Mode, ...]] = {
+    **dict.fromkeys(("mode", "config", "workdir", "mesh"), MODES),
+    "debug_nans": ("train", "eval", "sample"),
+    "checkpoint": ("train", "eval", "sample", "import", "export"),
+    "out": ("export",),
+    "seed": ("train", "sample"),
+    **dict.fromkeys(("max_steps", "max_time", "fast_dev_run", "overfit_batches", "profile"), ("train",)),
+    **dict.fromkeys(("sweep", "init_from", "init_rules", "tracker"), ("train",)),
+    **dict.fromkeys(("prompt", "source", "num_samples", "max_new_tokens", "temperature"), ("sample",)),
+    **dict.fromkeys(("top_k", "top_p", "min_p", "stop", "num_beams", "length_penalty"), ("sample",)),
+    **dict.fromkeys(("draft", "lookup", "guess_tokens"), ("sample",)),
+}
+# Fields (and all below them) in which a run may differ from the config that its workdir holds.
+ALONG_THE_WAY = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep")
+MAY_CHANGE: dict[Mode, tuple[str, ...]] = {
+    "train": (*(f"train.{name}" for name in ALONG_THE_WAY), "data.prefetch"),
+    "eval": ("data",),
+    "sample": (),
+    "export": (),
+}
+BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(
+        (
+            *("max_steps", "overfit_batches", "num_samples", "max_new_tokens", "top_k", "num_beams"),
+            *("lookup", "guess_tokens"),
+        ),
+        ("1 or more", lambda x: x >= 1),
+    ),
+    "seed": ("from 0 to 4294967295", lambda x: 0 <= x < 2**32),
+    "temperature": ("0 or more, and finite", lambda x: 0 <= x < math.inf),
+    "length_penalty": ("finite", math.isfinite),
+    "top_p": ("above 0, and at most 1", lambda x: 0 < x <= 1),
+    "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to sample; None leaves a filter out. With `num_beams` the likeliest texts are searched for.
+
+    `sources` are files of the images or sounds to write of, one a prompt, or all with one prompt or none.
+    With `draft` (a workdir or a checkpoint) or `lookup` (an n-gram's length) next tokens are guessed.
+    """
+
+    prompts: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    num_samples: int = 1
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    stop: tuple[str, ...] = ()
+    num_beams: int | None = None
+    length_penalty: float = 0.6
+    draft: str | None = None
+    lookup: int | None = None
+    guess_tokens: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One run, as asked for.
+
+    Attributes:
+        mode: what to do.
+        loaded: the experiment.
+        config: its config with the overrides applied.
+        sources: where each value of `config` comes from; see `attnlab.config.sources`.
+        workdir: the run's folder, absolute; None only in mode describe.
+        mesh: the device mesh: as asked, else the one that the run was trained on, else a single device.
+        max_steps: stop after this step, however many the config plans.
+        max_time: stop after this many seconds.
+        seed: in place of the config's in mode train (and in it already); of the draws in mode sample.
+        fast_dev_run: go through every stage with a few steps only.
+        overfit_batches: train on this many batches over and over.
+        profile: the steps to trace, from the first up to but not the second.
+        debug_nans: stop at the operation that makes the first NaN.
+        checkpoint: "latest", "best" or a step; in mode train, of `init_from`.
+        out: the folder that mode export writes.
+        init_from: the workdir of the run whose parameters to start from.
+        init_rules: (regular expression, replacement) by which parameters of that run are renamed.
+        trackers: the services that metrics go to besides the workdir.
+        sampling: how to sample.
+        swept: within a sweep, the swept fields and their values as text.
+    """
+
+    mode: Mode
+    loaded: configs.Loaded
+    config: Any
+    sources: Mapping[str, str]
+    workdir: epath.Path | None = None
+    mesh: str = "single"
+    max_steps: int | None = None
+    max_time: float | None = None
+    seed: int | None = None
+    fast_dev_run: bool = False
+    overfit_batches: int | None = None
+    profile: tuple[int, int] | None = None
+    debug_nans: bool = False
+    checkpoint: str | int = "latest"
+    out: epath.Path | None = None
+    init_from: epath.Path | None = None
+    init_rules: tuple[tuple[str, str], ...] = ()
+    trackers: tuple[str, ...] = ()
+    sampling: Sampling = Sampling()
+    swept: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def folder(self) -> epath.Path:
+        """The workdir, in a mode that has one."""
+        assert self.workdir is not None
+        return self.workdir
+
+
+def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Override]) -> list[Request]:
+    """The run that the flags ask for, or the runs of a sweep.
+
+    Args:
+        values: every flag's value.
+        given: the flags that were on the command line.
+        overrides: the `--config.path=text` arguments, in order.
+
+    Raises InputError for a flag that the mode ignores, a value out of bounds, or a config that cannot be.
+    """
+    mode: Mode = values["mode"]
+    _refuse_ignored(mode, values, given)
+    for name, (bounds, within) in BOUNDS.items():
+        if values[name] is not None and not within(values[name]):
+            raise InputError(f"--{name}={values[name]} is out of bounds; it has to be {bounds}")
+    _refuse_beside_beams(values, given)
+    if values["draft"] is not None and values["lookup"] is not None:
+        raise InputError("--draft and --lookup are two ways to guess: give one of them")
+    if "guess_tokens" in given and values["draft"] is None and values["lookup"] is None:
+        raise InputError("--guess_tokens means nothing without --draft or --lookup")
+    if "" in values["stop"]:
+        raise InputError("--stop is empty; it has to be the text at which a sample ends")
+    if mode == "import":
+        if "checkpoint" not in given:
+            raise InputError("--mode=import needs --checkpoint: a folder, or a hub id, org/model")
+        overrides = [("init", values["checkpoint"]), *overrides]
+        values = {**values, "checkpoint": "latest"}
+    if mode == "export" and values["out"] is None:
+        raise InputError("--mode=export needs --out: the folder to write")
+    options = _options(values)
+    mesh = values["mesh"] if "mesh" in given else None
+    if mode == "train" and values["seed"] is not None:
+        overrides = [*overrides, ("seed", str(values["seed"]))]
+    workdir = _folder("workdir", values["workdir"])
+    spec = values["config"] if "config" in given else None
+    if values["sweep"]:
+        requests = _sweep(values["sweep"], mode, spec, workdir, overrides, mesh, options)
+    else:
+        requests = [_request(mode, spec, workdir, overrides, mesh, options)]
+    if mode in ("train", "import") and workdir is None:
+        made = _make_workdir(requests[0].loaded.name)
+        requests = [
+            dataclasses.replace(request, workdir=made / str(request.workdir) if request.workdir else made)
+            for request in requests
+        ]
+    elif mode in ("train", "import") and workdir is not None:
+        _make_folder(workdir)
+    return requests
+
+
+def _refuse_ignored(mode: Mode, values: Mapping[str, Any], given: Iterable[str]) -> None:
+    for name in sorted(given):
+        if mode not in USED_BY.get(name, MODES):
+            modes = " or ".join(f"--mode={used}" for used in USED_BY[name])
+            raise InputError(f"--{name} means nothing with --mode={mode}; it goes with {modes}")
+    if values["init_from"] is None:
+        if "init_rules" in given:
+            raise InputError("--init_rules renames parameters of another run; say which with --init_from")
+        if "checkpoint" in given and mode == "train":
+            raise InputError("--checkpoint with --mode=train picks one of --init_from, which is not given")
+
+
+def _refuse_beside_beams(values: Mapping[str, Any], given: set[str]) -> None:
+    if values["num_beams"] is None:
+        if "length_penalty" in given:
+            raise InputError("--length_penalty means nothing without --num_beams")
+        return
+    for name in ("temperature", "top_k", "top_p", "min_p", "stop", "seed", "draft", "lookup"):
+        if name in given:
+            raise InputError(f"--{name} means nothing with --num_beams, which draws nothing")
+    if values["num_samples"] > values["num_beams"]:
+        raise InputError(
+            f"--num_samples={values['num_samples']}: a search of {values['num_beams']} beams has no more"
+        )
+
+
+def _options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a Request that flags alone decide."""
+    plain = ("max_steps", "seed", "fast_dev_run", "overfit_batches", "debug_nans")
+    lengths = ("num_samples", "max_new_tokens", "num_beams", "length_penalty")
+    guesses = ("draft", "lookup", "guess_tokens")
+    sampling = (*lengths, *guesses, "temperature", "top_k", "top_p", "min_p")
+    return {name: values[name] for name in plain} | {
+        "max_time": _seconds(values["max_time"]),
+        "profile": _profile(values["profile"]),
+        "checkpoint": _checkpoint(values["checkpoint"]),
+        "out": _folder("out", values["out"]),
+        "init_from": _folder("init_from", values["init_from"]),
+        "init_rules": tuple(_rule(rule) for rule in values["init_rules"]),
+        "trackers": tuple(dict.fromkeys(values["tracker"])),
+        "sampling": Sampling(
+            prompts=tuple(values["prompt"]),
+            sources=tuple(values["source"]),
+            stop=tuple(values["stop"]),
+            **{name: values[name] for name in sampling},
+        ),
+    }
+
+
+def _request(
+    mode: Mode,
+    spec: str | None,
+    workdir: epath.Path | None,
+    overrides: Sequence[Override],
+    mesh: str | None,
+    options: Mapping[str, Any],
+) -> Request:
+    """One run: of the experiment named, or of the one that its workdir holds."""
+    run = configs.load_workdir(workdir) if workdir and (workdir / CONFIG).exists() else None
+    if run is None and mode in ("eval", "sample", "export"):
+        where = f"{workdir} holds none (it has no {CONFIG})" if workdir else "say which with --workdir"
+        raise InputError(f"--mode={mode} needs a run that was trained; {where}")
+    if run and mode == "import":
+        raise InputError(f"{workdir} holds a run already; import into another --workdir")
+    usual = FINE_TUNING if mode == "import" else DEFAULT_EXPERIMENT
+    loaded = run if run and spec is None else configs.load(usual if spec is None else spec)
+    config = loaded.config if loaded is run else _as_checkpoint(loaded.config, overrides)
+    config = configs.override_all(config, overrides)
+    if run and mode != "describe":
+        _refuse_another_config(mode, workdir, run.config, config)
+    told = configs.sources(config, loaded.config, [path for path, _ in overrides], loaded.sources)
+    mesh = mesh or (run.mesh if run else None) or "single"
+    return Request(
+        mode=mode, loaded=loaded, config=config, sources=told, workdir=workdir, mesh=mesh, **options
+    )
+
+
+def _as_checkpoint(config: Any, overrides: Sequence[Override]) -> Any:
+    """The config with the model of the checkpoint that it starts from, if it starts from one."""
+    init = dict(overrides).get("init", getattr(config, "init", None))
+    if init is None:
+        return config
+    if not init:
+        raise InputError("which checkpoint? Say with --config.init: a folder, or a hub id, org/model")
+    from attnlab.pretrained import checkpoints, files
+
+    changed = copy.copy(config)
+    # Its own checks run when the overrides are applied: a shorter data.sequence_length may be among them.
+    object.__setattr__(changed, "model", checkpoints.read_config(files.resolve(init))[1])
+    return changed
+
+
+def _refuse_another_config(mode: Mode, workdir: epath.Path | None, saved: Any, config: Any) -> None:
+    free = MAY_CHANGE[mode]
+    found = [
+        line
+        for line in configs.differences(saved, config)
+        if not any(f"{line.partition(':')[0]}.".startswith(f"{path}.") for path in free)
+    ]
+    if found:
+        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+        raise InputError(f"{workdir} holds a run of another config: {'; '.join(found[:6])}{more}")
+
+
+def _sweep(
+    specs: Sequence[str],
+    mode: Mode,
+    spec: str | None,
+    workdir: epath.Path | None,
+    overrides: Sequence[Override],
+    mesh: str | None,
+    options: Mapping[str, Any],
+) -> list[Request]:
+    """One run for each combination of the swept values, each in a folder of its own within `workdir`."""
+    if workdir and (workdir / CONFIG).exists():
+        raise InputError(f"{workdir} holds a single run; give the sweep another --workdir")
+    axes = [_axis(text, overrides) for text in specs]
+    paths = [path for path, _ in axes]
+    if len(set(paths)) < len(paths):
+        raise InputError(f"--sweep names {max(paths, key=paths.count)} twice")
+    requests: dict[str, Request] = {}
+    for texts in itertools.product(*(values for _, values in axes)):
+        chosen = list(zip(paths, texts, strict=True))
+        # The config is needed for the name of the folder, so the first resolution is without one.
+        draft = _request(mode, spec, None, [*overrides, *chosen], mesh, options)
+        swept = {path: _value_text(draft.config, path, text) for path, text in chosen}
+        folder = ",".join(f"{_short(path, paths)}={text}" for path, text in swept.items())
+        folder = re.sub(r"[^\w.=,+()-]", "_", folder)
+        if folder in requests:
+            raise InputError(f"--sweep asks for {folder} twice")
+        if len(folder.encode()) > 200:  # file systems take 255
+            raise InputError(
+                f"--sweep={texts[0]}...: too long for the name of a folder; make it an experiment"
+            )
+        place = workdir / folder if workdir else None
+        request = _request(mode, spec, place, [*overrides, *chosen], mesh, options) if place else draft
+        requests[folder] = dataclasses.replace(request, swept=swept, workdir=place or epath.Path(folder))
+    return list(requests.values())
+
+
+def _axis(text: str, overrides: Sequence[Override]) -> tuple[str, list[str]]:
+    path, equals, values = text.partition("=")
+    path = path.strip().removeprefix("config.")
+    pieces = [piece.strip() for piece in split(values)]
+    if not equals or not path or not pieces:
+        raise InputError(f"--sweep={text}: expected a field and its values, config.model.depth=2,4,8")
+    if path in (overridden for overridden, _ in overrides):
+        raise InputError(f"config.{path} is set by a flag and swept as well")
+    return path, pieces
+
+
+def _short(path: str, paths: Sequence[str]) -> str:
+    last = [other.rpartition(".")[2] for other in paths]
+    name = path.rpartition(".")[2]
+    return name if last.count(name) == 1 else path
+
+
+def _value_text(config: Any, path: str, text: str) -> str:
+    """A swept value as it is shown: 0.001 however it was written, a component as it was asked for."""
+    value = configs.flatten(config).get(path, text)
+    return text if isinstance(value, type | str) else configs.render(value)
+
+
+def _folder(flag: str, text: str | None) -> epath.Path | None:
+    if text is None:
+        return None
+    if not text:
+        raise InputError(f"--{flag} is empty")
+    return reach(text)
+
+
+def _make_workdir(name: str) -> epath.Path:
+    """A new folder under runs/, made here so that two runs of one second do not share it."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    for count in itertools.count(1):
+        folder = os.path.abspath(os.path.join("runs", f"{name}-{stamp}" + (f"-{count}" if count > 1 else "")))
+        try:
+            os.makedirs(folder)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"cannot make {folder}: {error.strerror}; choose a --workdir") from error
+        return epath.Path(folder)
+    raise AssertionError("unreachable")
+
+
+def _make_folder(folder: epath.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    if "://" not in str(folder) and not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write into {folder}")
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    seconds = float(parts[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parts[2]] if parts else 0
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--max_time={text}: expected seconds above 0, or as in 90s, 5m, 1h")
+    return seconds
+
+
+def _profile(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if not parts or not 1 <= int(parts[1]) < int(parts[2]):
+        raise InputError(f"--profile={text}: expected the steps start:stop to trace, from 1, as in 10:13")
+    return int(parts[1]), int(parts[2])
+
+
+def _checkpoint(text: str) -> str | int:
+    if text in ("latest", "best"):
+        return text
+    if not re.fullmatch(r"\d+", text):
+        raise InputError(f"--checkpoint={text}: expected latest, best or a step")
+    return int(text)
+
+
+def _rule(text: str) -> tuple[str, str]:
+    pattern, arrow, replacement = text.partition("->")
+    if not arrow:
+        raise InputError(f"--init_rules={text}: expected regex->replacement")
+    try:
+        # The replacement is tried too: a group that is not there would only be told at the first match.
+        re.sub(f"(?:{pattern})|", replacement, "")
+    except (re.error, IndexError) as error:
+        raise InputError(f"--init_rules={text}: {error}") from error
+    return pattern, replacement

@@ -1,0 +1,236 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.attention import bias, causal, mask_fn, reference, score_fn, segments, window
+from attnlab.attention.backends.blockwise import blockwise, blockwise_twice, tile_of
+from attnlab.attention.block_mask import plan
+from attnlab.attention.masks.base import Dense, Grid
+from tests.attention.inputs import qkv, weighted_sum
+
+
+def loss_of(attention, scale=0.4, **options):
+    def loss(query, key, value, mask, score):
+        out, lse, *_ = attention(query, key, value, mask=mask, score=score, scale=scale, **options)
+        return weighted_sum(out, lse), (out, lse)
+
+    return jax.value_and_grad(loss, (0, 1, 2, 4), has_aux=True)
+
+
+def assert_agree(query, key, value, mask, score=None, tolerance=1e-5, tile=None):
+    @jax.jit
+    def both(*args):
+        return [loss_of(blockwise, tile=tile)(*args), loss_of(reference)(*args)]
+
+    ((_, (out, lse)), gradients), ((_, (out_r, lse_r)), gradients_r) = both(query, key, value, mask, score)
+    assert out.dtype == value.dtype and lse.dtype == jnp.float32
+    pairs = zip(
+        *(jax.tree.leaves(x) for x in ((out, lse, gradients), (out_r, lse_r, gradients_r))), strict=True
+    )
+    for ours, theirs in pairs:
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        finite = theirs[np.isfinite(theirs)]
+        size = max(1.0, np.abs(finite).max(initial=0))
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * size)
+
+
+SAME = jnp.arange(150)[None]
+LONG = {
+    "none": None,
+    "causal": causal(),
+    "causal offset": causal(30),
+    "window": causal() & window(20, None),
+    "both sides": window(9, 40, 3),
+    "segments": causal() & segments(SAME // 37),
+    "rows without keys": causal(-70) & ~window(3, 3),
+    "or": window(0, 0) | (causal() & segments(SAME % 3)),
+    "a head of its own": mask_fn(lambda b, h, q, k: (q >= k) & ((h == 0) | (q - k < 10))),
+    "captured": mask_fn(lambda b, h, q, k: SAME[0, q] // 20 == SAME[0, k] // 20),
+}
+
+
+@pytest.mark.parametrize("tile", [None, (32, 64), (8, 8)], ids=["its own tiles", "few tiles", "many tiles"])
+@pytest.mark.parametrize("name", LONG)
+def test_agrees_at_every_size_of_tile(name, tile):
+    assert_agree(*qkv(1, b=1, t=150, s=150, h=2, k=1, d=4, dv=5), LONG[name], tile=tile)
+
+
+@pytest.mark.parametrize("name", ["none", "window", "segments"])
+def test_bfloat16_agrees_to_two_of_its_roundings(name):
+    # The reference rounds once, at the end; here weights and score gradients are rounded too (2^-8 each).
+    query, key, value = (x / 2 for x in qkv(1, b=1, t=150, s=150, h=2, k=1, d=4, dv=5, dtype=jnp.bfloat16))
+    assert_agree(query, key, value, LONG[name], tolerance=2**-7)
+
+
+@pytest.mark.parametrize("tile", [(16, 8), (4, 4)], ids=["few tiles", "many tiles"])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 29, 23), (1, 4, 29, 23), (2, 1, 1, 23), (1, 1, 29, 1), (1, 1, 1, 1)], ids=str
+)
+def test_gradients_reach_a_bias_of_any_shape(shape, tile):
+    array = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    assert_agree(*qkv(2, t=29, s=23), causal(-3), bias(array), tile=tile)
+
+
+def test_gradients_reach_what_functions_capture():
+    slopes, table = jnp.linspace(0.1, 0.4, 4), jnp.linspace(-1, 1, 60)
+    query, key, value = qkv(2, t=29, s=29)
+
+    def gradients(attention, **options):
+        def loss(slopes, table):
+            score = score_fn(lambda s, b, h, q, k: jnp.tanh(s) - slopes[h] * (q - k) + table[q - k + 29])
+            mask = mask_fn(lambda b, h, q, k: q >= k)
+            return weighted_sum(*attention(query, key, value, mask=mask, score=score, **options)[:2])
+
+        return jax.jit(jax.grad(loss, (0, 1)))(slopes, table)
+
+    expected = gradients(reference)
+    for ours, theirs in zip(gradients(blockwise, tile=(8, 8)), expected, strict=True):
+        assert np.abs(theirs).max() > 0.1
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", [reference, blockwise, blockwise_twice], ids=lambda f: f.__name__)
+def test_a_score_that_is_no_number_where_the_mask_forbids_spoils_no_gradient(attention):
+    def loss(logarithm, query, key, value):
+        score = score_fn(lambda s, b, h, q, k: s * logarithm(q - k + 1.0))
+        return weighted_sum(*attention(query, key, value, mask=causal(), score=score)[:2])
+
+    def gradients(logarithm):
+        return jax.jit(jax.grad(lambda *x: loss(logarithm, *x), (0, 1, 2)))(*qkv(2, t=29, s=29))
+
+    expected = gradients(lambda x: jnp.log(jnp.maximum(x, 1)))
+    for ours, theirs in zip(gradients(jnp.log), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [reference, blockwise, blockwise_twice], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min])
+def test_a_bias_that_forbids_does_what_a_mask_does(attention, low):
+    allowed = np.random.default_rng(0).random((1, 1, 29, 23)) < 0.5
+    allowed[..., 4, :] = False
+    array = jnp.asarray(np.where(allowed, 0, low), jnp.float32)
+    arrays = qkv(2, t=29, s=23)
+    got = jax.jit(lambda *x: attention(*x, score=bias(array)))(*arrays)[:2]
+    for ours, theirs in zip(got, reference(*arrays, mask=Dense(allowed)), strict=False):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_under_vmap_with_a_mask_of_each():
+    examples = [qkv(seed, t=9, s=9) for seed in range(3)]
+    ids = jnp.array([[[1] * 9] * 2, [[1] * 4 + [2] * 5] * 2, [[0] * 3 + [1] * 6] * 2])
+    stacked = [jnp.stack(x) for x in zip(*examples, strict=True)]
+
+    def run(attention, **options):
+        return lambda q, k, v, ids: loss_of(attention, **options)(q, k, v, causal() & segments(ids), None)
+
+    got = jax.vmap(run(blockwise, tile=(4, 4)))(*stacked, ids)
+    expected = jax.vmap(run(reference))(*stacked, ids)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["rows without keys", "a head of its own"])
+def test_forward_mode_and_second_derivatives(name):
+    query, key, value = qkv(3, b=1, t=30, s=30, h=2, k=1, d=4, dv=3)
+    slope, tangents = jnp.float32(0.3), qkv(4, b=1, t=30, s=30, h=2, k=1, d=4, dv=3)
+
+    def derivatives(attention, **options):
+        def loss(query, key, value, slope):
+            score = score_fn(lambda s, b, h, q, k: jnp.tanh(s) - slope * (q - k))
+            out, lse, *_ = attention(query, key, value, mask=LONG[name], score=score, scale=0.4, **options)
+            return weighted_sum(out, lse)
+
+        def along(*arrays):
+            return jax.jvp(loss, arrays, (*tangents, jnp.float32(1)))[1]
+
+        # Forward mode, reverse mode, and forward over reverse and reverse over forward.
+        arrays = query, key, value, slope
+        twice = jax.jvp(jax.grad(loss, (0, 1, 2, 3)), arrays, (*tangents, jnp.float32(1)))
+        return along(*arrays), twice, jax.grad(along, (0, 1, 2, 3))(*arrays)
+
+    got = jax.jit(lambda: derivatives(blockwise_twice, tile=(8, 8)))()
+    expected = jax.jit(lambda: derivatives(reference))()
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        size = max(1.0, np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_empty_tiles_are_never_read(traced):
+    query, key, value = qkv(2, t=16, s=16)
+    poison = jnp.where(jnp.arange(16)[None, :, None, None] >= 12, jnp.nan, 1.0)
+
+    @jax.jit
+    def run(offset):
+        mask = causal(offset if traced else 0)
+        return blockwise(query, key * poison, value * poison, mask=mask, tile=(4, 4))
+
+    out, lse = run(jnp.int32(0))
+    assert jnp.isfinite(out[:, :12]).all() and jnp.isfinite(lse[:, :12]).all()
+    assert jnp.isnan(out[:, 12:]).any()
+
+
+def test_only_tiles_on_the_border_are_masked():
+    made, known = plan(causal(), Grid(64, 64, 8, 16))
+    np.testing.assert_array_equal(made.visited, [1, 1, 2, 2, 3, 3, 4, 4])
+    np.testing.assert_array_equal(made.visited - made.unmasked, 1)
+    assert (known.unmasked, known.masked) == (True, True)
+    assert plan(None, Grid(64, 64, 8, 16))[1].masked is False
+    assert plan(None, Grid(64, 60, 8, 16))[1].masked is True  # what fills up the last tile
+
+
+def test_tiles_visited_at_4096_of_its_own_tiles():
+    """What masks save: causal at most 0.6 of all tiles, 8 documents 0.2, and a window as many for each query."""
+
+    def share(mask, length=4096):
+        made, _ = plan(mask, Grid(length, length, *tile_of(length, length)))
+        return np.sum(made.visited) / made.order.size
+
+    documents = segments(jnp.arange(4096)[None] // 512 + 1)
+    near = causal() & window(511)
+    assert share(None) == 1
+    assert share(causal()) < 0.6
+    assert share(causal() & documents) < 0.2
+    assert share(near, 16384) < 1.1 / 4 * share(near)
+
+
+def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
+    grid = Grid(64, 64, 16, 16, batch=2, heads=4)
+    plans = []
+
+    @jax.jit
+    def run(ids, row):
+        for mask, first in (
+            (causal() & segments(ids), (0, 0, 0, 0)),
+            (causal(), (row, row, 0, 0)),  # on a device whose rows are known only when run
+            (mask_fn(lambda b, h, q, k: q >= k + b), (row, row, 0, 0)),
+            (causal(row) & causal(), (0, 0, 0, 0)),
+            (Dense(np.ones((1, 4, 1, 1), bool)) | (lambda b, h, q, k: q >= k + h), (row, row, 0, 0)),
+        ):
+            plans.append(plan(mask, grid._replace(first=first))[1].visits)
+        return ids
+
+    run(jnp.ones((2, 64), jnp.int32), 0)
+    diagonal = tuple(tuple((j, j == i) for j in range(i + 1)) for i in range(4))
+    masked = tuple(tuple((j, True) for j in range(i + 1)) for i in range(4))
+    assert plans == [masked, diagonal, None, masked, None]
+
+
+@pytest.mark.parametrize("mask", [causal(), causal() & window(511)], ids=["causal", "window"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_is_linear_in_the_length(backward, mask):
+    def peak(attention, length):
+        shape = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
+
+        def out(q, k, v):
+            return attention(q, k, v, mask=mask)[0]
+
+        f = jax.grad(lambda *a: out(*a).sum(), (0, 1, 2)) if backward else out
+        return jax.jit(f).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    full = peak(reference, 8192)
+    assert full >= 8192 * 8192 * 4
+    short, long = peak(blockwise, 2048), peak(blockwise, 8192)
+    assert long < 4.5 * short
+    assert long < full / 10

@@ -1,0 +1,191 @@
+"""What is asked of cuDNN, with XLA in its place, and compiled for a GPU that is not here."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from attnlab.attention import attend, causal, key_lengths, segments, softcap, window
+from attnlab.attention.backends.cudnn import Cudnn, _reach, _split
+from attnlab.attention.backends.registry import Request
+from tests.attention.inputs import allowed_pairs, masks, qkv
+from tests.programs import told_by
+
+REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
+
+
+def of_shape(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"platform": "tpu"}, "for GPUs"),
+        ({"sequence": ("sequence",)}, "length is sharded over sequence"),
+        ({"dropout_rate": 0.1}, "weights"),
+        ({"wants_weights": True}, "weights"),
+        ({"normalizer": jax.nn.relu}, "softmax alone"),
+        ({"wants_lse": True}, "no gradient"),
+        ({"sinks": of_shape(4)}, "no gradient"),
+        ({"score": softcap(3.0)}, "no scores"),
+        ({"scale": jnp.float32(1)}, "number"),
+        ({"query": of_shape(2, 256, 4, 64, dtype=jnp.float32)}, "bfloat16, float32"),
+        ({"value": of_shape(2, 256, 4, 32)}, "64 and 32"),
+        (dict.fromkeys(("query", "key", "value"), of_shape(2, 256, 4, 160)), "at most 128"),
+        ({"mask": segments(jnp.ones((2, 256), int))}, "of masks it has"),
+        ({"mask": causal(3)}, "of masks it has"),
+        ({"mask": causal(jnp.int32(0))}, "of masks it has"),
+        ({"mask": window(3, 3)}, "of masks it has"),
+        ({"mask": ~causal()}, "of masks it has"),
+        ({"mask": key_lengths(9) | causal()}, "of masks it has"),
+        ({"mask": key_lengths(9) & window(3, 0)}, "no window beside key_lengths()"),
+        ({"mask": causal(), "query": of_shape(2, 257, 4, 64)}, "no more queries than keys"),
+    ],
+)
+def test_refuses_what_cudnn_cannot_do(change, words):
+    assert Cudnn().refuse(REQUEST) is None
+    assert words in Cudnn().refuse(dataclasses.replace(REQUEST, **change))
+
+
+@settings(max_examples=50, deadline=None)
+@given(masks(1, 7, 9))
+def test_reach_is_all_of_a_mask(mask):
+    paddings, others = _split(mask)
+    assert not paddings
+    reach = _reach(others)
+    if reach is None:
+        assert any(name in repr(mask) for name in ("Not", "Or", "Segments"))
+        return
+    left, right = reach
+    distance = np.arange(9)[None] - np.arange(7)[:, None]
+    expected = (distance >= -(99 if left is None else left)) & (distance <= (99 if right is None else right))
+    np.testing.assert_array_equal(allowed_pairs(mask, 1, 7, 9)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        causal(),
+        causal() & window(5),
+        window(5, 0),
+        key_lengths(jnp.array([7, 0])),
+        key_lengths(12, jnp.array([20, 3])),
+        causal() & key_lengths(jnp.array([4, 99]), jnp.array([99, 0])) & key_lengths(6),
+    ],
+    ids=str,
+)
+def test_asks_for_what_the_reference_gives(mask, monkeypatch):
+    """By its arguments as JAX's own implementation understands them; that cuDNN does is NVIDIA's to prove."""
+    xla = jax.nn.dot_product_attention
+    told = {}
+
+    def instead(*x, implementation, **options):
+        told.update(options)
+        out = xla(*x, **options)
+        # A kernel may leave anything where there is no query.
+        lengths = options.get("query_seq_lengths", jnp.full(len(out), out.shape[1]))
+        return jnp.where((jnp.arange(out.shape[1])[None] < lengths[:, None])[..., None, None], out, jnp.nan)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    query, key, value = qkv(0, t=20, s=30, d=8, dv=8, dtype=jnp.float16)
+    request = Request(query, key, value, mask, scale=0.3, platform="gpu")
+    assert Cudnn().refuse(request) is None
+
+    def cudnn(*x):
+        return Cudnn().run(dataclasses.replace(request, query=x[0], key=x[1], value=x[2]), (0, 0, 0, 0)).out
+
+    def expected(*x):
+        return attend(*x, mask=mask, scale=0.3, backend="reference")
+
+    def output_and_gradients(f):
+        return f(query, key, value), *jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(query, key, value)
+
+    for one, other in zip(output_and_gradients(cudnn), output_and_gradients(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2**-6)
+    for name, most in (("query_seq_lengths", 20), ("key_value_seq_lengths", 30)):
+        if name in told:
+            assert told[name].shape == (2,)
+            assert np.all((told[name] > 0) & (told[name] <= most))
+
+
+# The H100 SXM's figures, from NVIDIA's data sheet and deviceQuery.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation" platform_version: "compute capability 9.0" device_address_bits: 64
+  name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.13.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+PROGRAM = """
+import json, re, sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from attnlab.attention import attend, causal, key_lengths, segments, window
+
+jax.devices()  # registers the plugin
+topology = topologies.get_topology_desc(
+    "h100", platform="cuda", target_config=sys.argv[1], topology="1x1x4"
+)
+mesh = Mesh(np.array(topology.devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def calls(mask_of, spec=P("data", None, "tensor", None)):
+    def shape(*sizes, spec=spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(query, key, value, ids):
+        return jnp.sum(attend(query, key, value, mask=mask_of(ids)).astype(jnp.float32))
+
+    arrays = shape(4, 1000, 8, 64), shape(4, 1000, 4, 64), shape(4, 1000, 4, 64)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, shape(4, 1000, spec=P(), dtype=jnp.int32))
+        text = lowered.compile().as_text()
+    return sorted(set(re.findall(r'__cudnn\\$(fmha[A-Za-z]*)', text)))
+
+
+print(json.dumps({
+    "none": calls(lambda ids: None),
+    "causal": calls(lambda ids: causal()),
+    "window": calls(lambda ids: causal() & window(100)),
+    "whole on every device": calls(lambda ids: causal(), P(None, None, None, None)),
+    "padding": calls(lambda ids: key_lengths(ids.sum(1))),
+    "causal and padding": calls(lambda ids: causal() & key_lengths(ids.sum(1), ids.max(1))),
+    "segments": calls(lambda ids: causal() & segments(ids)),
+}))
+"""
+
+
+@pytest.mark.preflight
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the CUDA plugin (extra `cuda`)"
+)
+def test_compiles_for_an_h100():
+    """Forward and backward, with `backend="auto"`: cuDNN's calls where it can, none where it cannot."""
+    # The plugin would have libraries that only a run needs.
+    found = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    assert found.pop("segments") == []
+    for name, calls in found.items():
+        assert calls == ["fmhaSoftmax", "fmhaSoftmaxBackward"], name

@@ -1,0 +1,309 @@
+"""The kernel as a plain JAX program against the reference, and compiled for TPUs that are not here."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnlab.attention import alibi, attend, bias, causal, explain, mask_fn, segments, softcap, window
+from attnlab.attention.backends.registry import Request
+from attnlab.attention.backends.tpu import Flash, Splash
+from tests.attention import definitions
+from tests.attention.inputs import qkv, weighted_sum
+from tests.programs import told_by
+
+KERNEL = Splash(tile=128, interpret=True)
+T, S = 200, 300  # two tiles of 128 and three, the last ones not full
+SHAPE = {"b": 2, "t": T, "s": S, "h": 4, "k": 2, "d": 16, "dv": 8}
+RNG = np.random.default_rng(0)
+# In any order, padding (0) here and there, and one that has queries but no keys.
+DOCUMENTS = jnp.asarray(RNG.integers(0, 5, (2, T))), jnp.asarray(RNG.integers(0, 4, (2, S)))
+
+MASKS = {
+    "none": None,
+    "window": causal(50) & window(70, None, 50),
+    "rows without keys": causal(-60) & window(None, 9),
+    "tiles without keys": causal(-150),
+    "nothing at all": causal(-T),
+    "segments": segments(*DOCUMENTS),
+    "segments between others": causal(40) & segments(*DOCUMENTS) & mask_fn(lambda b, h, q, k: k != 3),
+    "dense": RNG.random((T, S)) < 0.3,
+    "a head of its own": mask_fn(lambda b, h, q, k: (k <= q) & ((h != 1) | (q - k < 20))),
+    "dense by heads": RNG.random((4, T, S)) < 0.3,
+}
+
+
+def gradients_of(backend, mask, score=None):
+    def loss(query, key, value, sinks):
+        out, lse = attend(
+            *(query, key, value),
+            mask=mask,
+            score=score,
+            sinks=sinks,
+            scale=0.3,
+            backend=backend,
+            return_lse=True,
+        )
+        if not jax.sharding.get_abstract_mesh().empty:
+            lse, out = jax.sharding.reshard((lse, out), P())
+        return weighted_sum(out, lse), (out, lse)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+
+
+def assert_equal(ours, theirs, tolerance=1e-5):
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert x.dtype == y.dtype
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        size = max(1.0, np.abs(y[np.isfinite(y)]).max(initial=0))
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * size)
+
+
+def assert_agree(arrays, mask, score=None, sinks=None, tolerance=1e-5):
+    ours, theirs = (gradients_of(backend, mask, score)(*arrays, sinks) for backend in (KERNEL, "reference"))
+    assert_equal(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_agrees_with_the_reference(name):
+    assert_agree(qkv(0, **SHAPE), MASKS[name])
+
+
+def test_softcap_and_sinks():
+    assert_agree(qkv(1, **SHAPE), causal(-60), softcap(2.0), jnp.asarray([0.5, -1.0, 3.0, 0.0]))
+
+
+def test_bfloat16_agrees_to_two_of_its_roundings():
+    # The query is rounded once more when it is scaled, and so are the weights' gradients (2^-8 each).
+    arrays = [(x / 2).astype(jnp.bfloat16) for x in qkv(1, **SHAPE)]
+    assert_agree(arrays, causal(50), tolerance=2**-7)
+
+
+def test_the_tile_is_no_part_of_the_result():
+    """Two tiles, one computed in halves, and three."""
+    arrays = qkv(2, b=1, t=1000, s=1000, h=1, k=1, d=4, dv=4)
+    results = [
+        jax.jit(lambda *x, tile=tile: attend(*x, mask=window(300, 0), backend=Splash(tile, interpret=True)))(
+            *arrays
+        )
+        for tile in (None, 2048, 384)
+    ]
+    expected = attend(*arrays, mask=window(300, 0), backend="reference")
+    for result in results:
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["data:2,tensor:2", "fsdp:2"])
+def test_a_mesh_changes_no_number(mesh_of, text):
+    arrays = qkv(0, b=2, t=T, s=T, h=4, k=2, d=8, dv=8)
+    dense, ids = np.tril(RNG.random((T, T)) < 0.9, -1), DOCUMENTS[0]
+
+    def gradients(arrays, ids, sinks, backend):
+        # The function and the array are known, the segments are not, and only these have rows.
+        mask = causal() & segments(ids) & dense & mask_fn(lambda b, h, q, k: k != 3)
+        return gradients_of(backend, mask)(*arrays, sinks)
+
+    sinks = jnp.asarray([0.5, -1.0, 3.0, 0.0])
+    expected = jax.jit(gradients, static_argnums=3)(arrays, ids, sinks, "reference")
+    mesh = mesh_of(text)
+    rows = jax.NamedSharding(mesh, P(("data", "fsdp"), None, "tensor", None))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(arrays, rows)
+        got = jax.jit(gradients, static_argnums=3)(placed, ids, sinks, KERNEL)
+    assert_equal(got, expected)
+
+
+def test_arrays_whole_on_every_device_of_a_mesh(mesh_of):
+    arrays = qkv(0, b=1, t=T, s=T, h=2, k=1, d=8, dv=8)
+    mask = RNG.random((2, T, T)) < 0.5  # by heads, all of which every device has
+    expected = attend(*arrays, mask=mask, backend="reference")
+    with jax.set_mesh(mesh_of("fsdp:2")):
+        got = jax.jit(lambda *x: attend(*x, mask=mask, backend=KERNEL))(*arrays)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="tpu")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"platform": "cpu"}, "for TPUs"),
+        ({"sequence": ("sequence",)}, "length is sharded over sequence"),
+        ({"dropout_rate": 0.1}, "weights"),
+        ({"wants_weights": True}, "weights"),
+        ({"normalizer": jax.nn.relu}, "softmax alone"),
+        ({"value": jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)}, "bfloat16, float32"),
+        ({"query": jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.bfloat16)}, "128 queries"),
+        ({"score": bias(jnp.ones((4, 256, 256)))}, "softcap"),
+        ({"score": softcap(jnp.float32(3))}, "softcap(number)"),
+    ],
+)
+def test_refuses_what_the_kernel_cannot_do(change, words):
+    assert Splash().refuse(REQUEST) is None
+    assert words in Splash().refuse(dataclasses.replace(REQUEST, **change))
+
+
+def test_refuses_what_would_take_too_much_memory():
+    long = dataclasses.replace(REQUEST, **dict.fromkeys(("query", "key", "value"), long_shape()))
+    assert Splash().refuse(long) is None
+    by_row = dataclasses.replace(long, mask=mask_fn(lambda b, h, q, k: k < b))
+    assert "8.0 GiB" in Splash().refuse(by_row)
+    assert Splash(most=2**40).refuse(by_row) is None
+    assert "32.0 GiB" in Flash().refuse(long)
+    query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
+    assert "for TPUs" in explain(query, key, value).refused["splash"]
+
+
+def long_shape():
+    return jax.ShapeDtypeStruct((2, 2**15, 4, 64), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_masks_known_only_when_run(rows, heads):
+    arrays, sinks = qkv(3, **SHAPE), jnp.asarray([0.5, -1.0, 3.0, 0.0])
+    allowed = RNG.random((rows, heads, T, S)) < 0.4
+    allowed[..., 7, :] = False  # a row without keys
+    allowed[..., :128, 128:256] = False  # a tile without keys
+
+    def gradients(allowed, backend):
+        return gradients_of(backend, segments(*DOCUMENTS) & allowed)(*arrays, sinks)
+
+    run = jax.jit(gradients, static_argnums=1)
+    assert_equal(run(jnp.asarray(allowed), KERNEL), run(jnp.asarray(allowed), "reference"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, name", enumerate(definitions.CASES))
+def test_the_table_of_masks(number, name):
+    """Every kind of mask; heads are grouped in every second one, and softcap and sinks come now and then."""
+    case, heads = definitions.CASES[name](), definitions.H
+    arrays = qkv(
+        0, b=definitions.B, t=case.queries, s=definitions.S, h=heads, k=heads if number % 2 else 1, d=4
+    )
+    sinks = jnp.asarray([0.5, -1.0, 3.0]) if number % 4 == 0 else None
+    assert_agree(arrays, case.mask, softcap(2.0) if number % 3 == 0 else None, sinks)
+
+
+BIASED = Flash(tile=128, interpret=True)
+
+
+@pytest.mark.parametrize("name", ["bias", "alibi", "causal"])
+def test_flash_agrees_with_the_reference_and_so_do_gradients_of_the_bias(name):
+    sinks = jnp.asarray([0.5, -1.0, 3.0, 0.0])
+    mask = {
+        "bias": causal(-60) & segments(*DOCUMENTS),
+        "alibi": RNG.random((2, 1, T, S)) < 0.3,
+        "causal": causal(),
+    }[name]
+    array = (
+        jnp.linspace(0.1, 0.8, 4)
+        if name == "alibi"
+        else jnp.asarray(RNG.normal(size=(1, 4, T, S)), jnp.float32)
+    )
+    score = alibi if name == "alibi" else bias
+
+    def loss(array, query, key, value, sinks, backend):
+        out, lse = attend(
+            *(query, key, value),
+            mask=mask,
+            score=score(array),
+            sinks=sinks,
+            backend=backend,
+            return_lse=True,
+        )
+        return weighted_sum(out, lse), (out, lse)
+
+    run = jax.jit(jax.value_and_grad(loss, range(5), has_aux=True), static_argnums=5)
+    arrays = array, *qkv(4, **SHAPE), sinks
+    assert_equal(run(*arrays, BIASED), run(*arrays, "reference"))
+
+
+def test_flash_refuses_scores_that_do_more_than_add():
+    assert Flash().refuse(dataclasses.replace(REQUEST, score=alibi(4))) is None
+    assert Flash().refuse(dataclasses.replace(REQUEST, score=bias(jnp.ones((4, 256, 256))))) is None
+    assert "only add" in Flash().refuse(dataclasses.replace(REQUEST, score=softcap(3.0)))
+
+
+def test_the_platform_is_the_one_traced_for():
+    query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
+
+    def kernels(*arrays):
+        return "splash" in str(jax.make_jaxpr(attend)(*arrays))
+
+    assert not kernels(query, key, value)
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=tpu)):
+        assert kernels(query, key, value)
+    with jax.default_device("tpu"):
+        assert kernels(query, key, value)
+
+
+PROGRAM = """
+import json, re, sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from attnlab.attention import alibi, attend, causal, key_lengths, segments, softcap, window
+
+devices = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[:4]
+mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+ROWS, WHOLE = P("data", None, "tensor", None), P(None, None, None, None)
+
+
+def kernels(mask_of, dtype=jnp.bfloat16, width=128, value_width=128, length=3000, spec=ROWS, **options):
+    def shape(*sizes, spec=spec, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(query, key, value, ids, sinks):
+        out, lse = attend(query, key, value, mask=mask_of(ids), sinks=sinks, return_lse=True, **options)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
+
+    arrays = shape(4, length, 8, width), shape(4, length, 4, width), shape(4, length, 4, value_width)
+    ids = shape(4, length, spec=P(spec[0], None), dtype=jnp.int32)
+    sinks = shape(8, spec=P(spec[2]), dtype=jnp.float32)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2, 4))).lower(*arrays, ids, sinks).compile()
+    text = compiled.as_text()
+    calls = text.count('custom_call_target="tpu_custom_call"')
+    found = "splash_mha_(?:fwd|dq|dkv)|flash_attention|flash_mha_bwd_(?:dq|dkv)"
+    return calls, sorted(set(re.findall(found, text)))
+
+
+dense = np.random.default_rng(0).random((1000, 1000)) < 0.5
+print(json.dumps({
+    "segments": kernels(lambda ids: causal() & segments(ids)),
+    "window, float32, a wide head": kernels(lambda ids: causal() & window(500), jnp.float32, 256, 256),
+    "softcap, a narrow head": kernels(lambda ids: causal(), width=64, value_width=32, score=softcap(30.0)),
+    "dense, whole on every device": kernels(lambda ids: dense, length=1000, spec=WHOLE),
+    "short, odd": kernels(lambda ids: None, width=80, value_width=80, length=131),
+    "rows known only when run": kernels(lambda ids: causal() & key_lengths(ids[:, 0])),
+    "flash, biased": kernels(lambda ids: causal(), length=2000, score=alibi(8)),
+    "flash, float32, a wide head": kernels(
+        lambda ids: None, jnp.float32, 256, 192, length=1500, score=alibi(8)
+    ),
+    "a wide head": kernels(lambda ids: segments(ids), width=192, value_width=128, length=4096),
+}))
+"""
+
+
+@pytest.mark.preflight
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for(topology):
+    """Forward and backward, with `backend="auto"`: the program names no platform, the mesh does."""
+    kernels = told_by(
+        PROGRAM, topology, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )
+    for name, found in kernels.items():
+        splash = ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
+        flash = ["flash_attention", "flash_mha_bwd_dkv", "flash_mha_bwd_dq"]
+        assert found == [3, flash if name.startswith("flash") else splash], name

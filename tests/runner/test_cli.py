@@ -1,0 +1,435 @@
+"""The command line, from arguments to the requests that the runner gets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+import run
+from attnlab import config as configs
+from attnlab.errors import InputError
+from attnlab.runner import cli
+from attnlab.runner.request import BOUNDS, USED_BY
+
+ROOT = Path(run.__file__).parent
+EXPERIMENT = '''"""A toy language model.
+
+Nothing is learnt.
+"""
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class AdamW:
+    learning_rate: float = 1e-3
+
+@dataclass(frozen=True)
+class Lion:
+    learning_rate: float = 1e-4
+
+@dataclass(frozen=True)
+class Model:
+    depth: int = 2
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 10
+
+@dataclass(frozen=True)
+class Data:
+    length: int = 8
+
+@dataclass(frozen=True)
+class Experiment:
+    model: Model = Model()
+    optimizer: AdamW | Lion = AdamW()
+    train: Train = Train()
+    data: Data = Data()
+    seed: int = 0
+
+def get_config(size: str = "small"):
+    return Experiment(Model(depth={"small": 2, "large": 20}[size]))
+'''
+
+
+class Runner(types.ModuleType):
+    """Stands in for the runner: keeps the requests, saves their configs as a run does."""
+
+    def __init__(self):
+        super().__init__("attnlab.runner.modes")
+        self.requests = []
+        self.answer = lambda request: {"loss": 1.0}
+
+    def run(self, request):
+        self.requests.append(request)
+        if request.mode == "train":
+            configs.save(request.workdir, request.loaded, request.config, request.sources)
+        return self.answer(request)
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "toy.py").write_text(EXPERIMENT)
+    monkeypatch.chdir(tmp_path)
+    runner = Runner()
+    monkeypatch.setitem(sys.modules, "attnlab.runner.modes", runner)
+    return runner
+
+
+def call(*arguments):
+    return cli.main(["run.py", *arguments])
+
+
+def train(*arguments):
+    return call("--config=toy", *arguments)
+
+
+def test_every_flag_is_declared_and_read():
+    ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["run"]}
+    assert ours == set(USED_BY)
+    assert set(BOUNDS) <= ours
+
+
+def test_train_by_default_in_a_new_dated_folder(runner, tmp_path):
+    assert train() == 0
+    assert train() == 0  # perhaps within the same second
+    one, two = runner.requests
+    assert one.mode == "train"
+    assert one.workdir != two.workdir
+    assert Path(one.workdir).parent == tmp_path / "runs"
+    assert one.workdir.name.startswith("toy-20")
+    assert one.config.model.depth == 2
+    assert (one.mesh, one.seed, one.max_steps, one.checkpoint) == ("single", None, None, "latest")
+
+
+def test_overrides_in_order_and_in_both_spellings(runner):
+    arguments = ["--config.model.depth=3", "--config.model.depth", "-4", "-config.optimizer=Lion"]
+    assert train(*arguments, "--config.train.steps=7") == 0
+    (request,) = runner.requests
+    assert request.config.model.depth == -4
+    assert type(request.config.optimizer).__name__ == "Lion"
+    assert request.sources["model.depth"] == request.sources["train.steps"] == "flag"
+    assert request.sources["data.length"] == "default"
+
+
+def test_the_other_flags_are_passed_on(runner, tmp_path):
+    code = train(
+        *("--workdir=w", "--mesh=fsdp=4", "--max_steps=5", "--max_time=1.5m", "--seed=3", "--fast_dev_run"),
+        *("--overfit_batches=2", "--profile=10:13", "--debug_nans", "--init_from=~/old", "--checkpoint=12"),
+        *("--init_rules=^a/(.*)->b/\\1", "--init_rules=x->", "--tracker=wandb", "--tracker=mlflow"),
+    )
+    assert code == 0
+    (request,) = runner.requests
+    assert (request.mesh, request.max_steps, request.max_time, request.seed) == ("fsdp=4", 5, 90.0, 3)
+    assert (request.fast_dev_run, request.overfit_batches, request.debug_nans) == (True, 2, True)
+    assert (request.profile, request.checkpoint) == ((10, 13), 12)
+    assert str(request.init_from) == os.path.expanduser("~/old")
+    assert request.init_rules == (("^a/(.*)", "b/\\1"), ("x", ""))
+    assert request.trackers == ("wandb", "mlflow")
+    assert str(request.workdir) == str(tmp_path / "w")
+
+
+def test_sampling(runner):
+    assert train("--workdir=w") == 0
+    code = call(
+        *("--mode=sample", "--workdir=w", "--prompt=a,b", "--prompt=c", "--num_samples=3", "--temperature=0"),
+        *("--top_k=5", "--top_p=0.9", "--min_p=0.1", "--stop=\n", "--max_new_tokens=7", "--checkpoint=best"),
+    )
+    assert code == 0
+    sampling = runner.requests[-1].sampling
+    assert (sampling.prompts, sampling.stop) == (("a,b", "c"), ("\n",))
+    assert (sampling.num_samples, sampling.max_new_tokens, sampling.temperature) == (3, 7, 0.0)
+    assert (sampling.top_k, sampling.top_p, sampling.min_p) == (5, 0.9, 0.1)
+    assert runner.requests[-1].checkpoint == "best"
+
+
+def test_a_flag_file_may_hold_overrides(runner, tmp_path):
+    (tmp_path / "flags").write_text("--config=toy\n# a comment\n--config.model.depth=5\n")
+    assert call("--flagfile=flags") == 0
+    assert runner.requests[0].config.model.depth == 5
+
+
+def test_describe_needs_no_folder_and_makes_none(runner, tmp_path):
+    assert call("--mode=describe", "--config=toy:large") == 0
+    assert runner.requests[0].workdir is None
+    assert runner.requests[0].config.model.depth == 20
+    assert not (tmp_path / "runs").exists()
+
+
+# A workdir that holds a run -----------------------------------------------------------------------------
+
+
+def test_a_workdir_alone_goes_on_with_its_run(runner, tmp_path):
+    assert train("--workdir=w", "--config.model.depth=7") == 0
+    (tmp_path / "experiments" / "toy.py").unlink()
+    assert call("--workdir=w") == 0
+    assert call("--workdir=w", "--config.train.steps=99") == 0
+    first, second, third = runner.requests
+    assert configs.differences(first.config, second.config) == []
+    assert second.sources == first.sources
+    assert configs.differences(first.config, third.config) == ["train.steps: 10 -> 99"]
+    assert third.sources == first.sources | {"train.steps": "flag"}
+    assert third.loaded.name == "toy"
+
+
+def test_a_workdir_with_another_config_is_refused(runner, capsys):
+    assert train("--workdir=w", "--config.model.depth=7") == 0
+    assert train("--workdir=w", "--config.model.depth=7") == 0
+    capsys.readouterr()
+    assert train("--workdir=w") == 2
+    assert "w holds a run of another config: model.depth: 7 -> 2" in capsys.readouterr().err
+    assert call("--workdir=w", "--config.optimizer=Lion", "--config.train.steps=5") == 2
+    told = capsys.readouterr().err
+    assert "optimizer: AdamW -> Lion" in told
+    assert "train.steps" not in told
+    assert len(runner.requests) == 2
+
+
+def test_evaluation_may_use_other_data(runner, capsys):
+    assert train("--workdir=w") == 0
+    assert call("--mode=eval", "--workdir=w", "--config.data.length=64") == 0
+    assert call("--mode=eval", "--workdir=w", "--config.model.depth=64") == 2
+    assert call("--mode=describe", "--workdir=w", "--config.model.depth=64") == 0
+
+
+# What is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--confg=toy"], "error: no flag --confg; did you mean 'config'?"),
+        (["--frobnicate"], "error: no flag --frobnicate"),
+        (["--mode=trian"], "--mode=trian: value should be one of <train|eval|sample|describe|import|export>"),
+        (["--max_steps=ten"], "--max_steps=ten: expected a whole number"),
+        (["--mode=sample", "--temperature=hot"], "--temperature=hot: expected a number"),
+        (["--max_steps"], "--max_steps"),
+        (["--max_steps=0"], "--max_steps=0 is out of bounds; it has to be 1 or more"),
+        (["--mode=sample", "--temperature=-1"], "--temperature=-1.0 is out of bounds"),
+        (["--mode=sample", "--temperature=nan"], "--temperature=nan is out of bounds"),
+        (["--mode=sample", "--top_p=0"], "--top_p=0.0 is out of bounds; it has to be above 0, and at most 1"),
+        (["--mode=sample", "--min_p=1.5"], "--min_p=1.5 is out of bounds"),
+        (["--seed=-1"], "--seed=-1 is out of bounds"),
+        (["--max_time=soon"], "--max_time=soon: expected seconds"),
+        (["--max_time=0s"], "--max_time=0s: expected seconds above 0"),
+        (["--profile=13:10"], "--profile=13:10: expected the steps start:stop"),
+        (["--mode=eval", "--checkpoint=newest"], "--checkpoint=newest: expected latest, best or a step"),
+        (["--checkpoint=best"], "--checkpoint with --mode=train picks one of --init_from"),
+        (["--init_rules=a->b"], "--init_rules renames parameters of another run"),
+        (["--init_from=x", "--init_rules=ab"], "--init_rules=ab: expected regex->replacement"),
+        (["--init_from=x", "--init_rules=(->b"], "--init_rules=(->b: "),
+        (["--init_from=x", "--init_rules=a->\\1"], "--init_rules=a->\\1: invalid group reference"),
+        (["--tracker=sacred"], "--tracker=sacred: value should be one of <wandb|mlflow>"),
+        (["--prompt=hi"], "--prompt means nothing with --mode=train; it goes with --mode=sample"),
+        (["--mode=eval", "--sweep=model.depth=1"], "--sweep means nothing with --mode=eval"),
+        (["--mode=describe", "--seed=1"], "--seed means nothing with --mode=describe"),
+        (["--mode=eval"], "--mode=eval needs a run that was trained; say which with --workdir"),
+        (["--mode=sample", "--workdir=none"], "holds none (it has no config.json)"),
+        (["train"], "unexpected argument 'train'"),
+        (["--fast_dev_run", "true"], "unexpected argument 'true'"),
+        (["--workdir="], "--workdir is empty"),
+        (["--workdir=experiments/toy.py"], "cannot make the folder"),
+        (["--workdir=experiments/toy.py/x"], "cannot make the folder"),
+        (["--workdir=nostorage://x"], "nostorage://x"),
+        (["--config="], "no experiment file ''"),
+        (["--config=tpy"], "no experiment file 'tpy'; did you mean 'toy'? Experiments: toy"),
+        (["--config=toy:huge"], "error: experiments/toy.py:36: KeyError: 'huge'"),
+        (["--config.model.dpth=3"], "config.model has no field 'dpth'; did you mean 'depth'? Fields: depth"),
+        (["--config.model.depth=x"], "config.model.depth=x: expected int"),
+        (["--config.model.depth"], "--config.model.depth needs a value"),
+        (["--config.model.depth", "--fast_dev_run"], "--config.model.depth needs a value"),
+        (["--sweep=model.depth"], "--sweep=model.depth: expected a field and its values"),
+        (["--sweep=model.depth=1,x"], "config.model.depth=x: expected int"),
+        ([f"--sweep=model.depth={'1' * 99},{'2' * 210}"], "config.model.depth=22222"),
+        (
+            [f"--sweep=optimizer=Lion(learning_rate=0.{'1' * 210})"],
+            "too long for the name of a folder; make it an experiment",
+        ),
+        (["--sweep=model.depth=1,1"], "--sweep asks for depth=1 twice"),
+        (["--sweep=model.depth=1", "--sweep=config.model.depth=2"], "--sweep names model.depth twice"),
+        (
+            ["--sweep=model.depth=1", "--config.model.depth=2"],
+            "config.model.depth is set by a flag and swept",
+        ),
+        (["--flagfile=gone"], "gone"),
+        (["--mode=sample", "--num_beams=0"], "--num_beams=0 is out of bounds; it has to be 1 or more"),
+        (["--mode=sample", "--num_beams=2", "--top_k=3"], "--top_k means nothing with --num_beams"),
+        (["--mode=sample", "--num_beams=2", "--num_samples=3"], "--num_samples=3: a search of 2 beams"),
+        (["--mode=sample", "--num_beams=2", "--lookup=3"], "--lookup means nothing with --num_beams"),
+        (["--mode=sample", "--lookup=0"], "--lookup=0 is out of bounds"),
+        (["--mode=sample", "--lookup=2", "--draft=x"], "two ways to guess"),
+        (["--mode=sample", "--guess_tokens=2"], "--guess_tokens means nothing without --draft or --lookup"),
+        (["--mode=sample", "--length_penalty=1"], "--length_penalty means nothing without --num_beams"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(runner, capsys, tmp_path, arguments, said):
+    arguments = arguments if any(a.startswith("--conf") for a in arguments) else ["--config=toy", *arguments]
+    assert cli.main(["run.py", "--config=toy", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert runner.requests == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_input_error_of_the_runner_is_one_line_too(runner, capsys):
+    def refuse(request):
+        raise InputError("no such\nmesh")
+
+    runner.answer = refuse
+    assert train() == 2
+    assert capsys.readouterr().err == "error: no such mesh\n"
+
+
+def test_a_bug_keeps_its_traceback(runner):
+    def bug(request):
+        raise ZeroDivisionError
+
+    runner.answer = bug
+    with pytest.raises(ZeroDivisionError):
+        train()
+
+
+def test_an_interrupt_is_one_line(runner, capsys):
+    def interrupt(request):
+        raise KeyboardInterrupt
+
+    runner.answer = interrupt
+    assert train() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# Sweeps -------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_runs_every_combination_and_compares(runner, capsys, tmp_path):
+    def answer(request):
+        depth = request.config.model.depth
+        if depth == 3:
+            raise FloatingPointError("loss is NaN\nat step 4")
+        return {"train/loss": 0.5, "validation/loss": 1 / depth * request.config.optimizer.learning_rate}
+
+    runner.answer = answer
+    sweeps = ["--sweep=config.optimizer.learning_rate=1e-3,3e-4", "--sweep=model.depth=2,3"]
+    assert train("--workdir=w", *sweeps) == 1  # one of them failed
+    folders = [request.workdir.name for request in runner.requests]
+    assert folders == [
+        f"learning_rate={rate},depth={depth}" for rate in ("0.001", "0.0003") for depth in (2, 3)
+    ]
+    assert all(request.sources["model.depth"] == "flag" for request in runner.requests)
+    assert Path(runner.requests[0].workdir).parent == tmp_path / "w"
+    rows = json.loads((tmp_path / "w" / "sweep.json").read_text())
+    assert rows[0]["values"] == {"optimizer.learning_rate": "0.001", "model.depth": "2"}
+    assert rows[0]["metrics"] == {"train/loss": 0.5, "validation/loss": 0.0005}
+    assert rows[1]["error"] == "FloatingPointError: loss is NaN at step 4"
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("optimizer.learning_rate "))
+    assert lines[head].split() == ["optimizer.learning_rate", "model.depth", "validation/loss", "train/loss"]
+    assert lines[head + 1].split() == ["0.0003", "2", "0.00015", "0.5"]
+    assert lines[head + 2].split() == ["0.001", "2", "0.0005", "0.5"]
+    assert lines[head + 3].split(maxsplit=5)[:4] == ["0.001", "3", "-", "-"]
+    assert lines[head + 3].endswith("failed: FloatingPointError: loss is NaN at step 4")
+
+
+def test_a_sweep_over_components_and_infinite_losses(runner, tmp_path):
+    runner.answer = lambda request: {"loss": float("inf")}
+    assert train("--sweep=optimizer=AdamW(learning_rate=0.5),Lion") == 0
+    assert [r.workdir.name for r in runner.requests] == [
+        "optimizer=AdamW(learning_rate=0.5)",
+        "optimizer=Lion",
+    ]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("toy-")
+    assert json.loads((folder / "sweep.json").read_text())[0]["metrics"] == {"loss": "Infinity"}
+
+
+def test_an_interrupted_sweep_shows_what_it_has(runner, capsys):
+    def answer(request):
+        if request.config.model.depth == 2:
+            raise KeyboardInterrupt
+        return {"loss": 1.0}
+
+    runner.answer = answer
+    assert train("--sweep=model.depth=1,2,3") == 130
+    out, err = capsys.readouterr()
+    assert "model.depth" in out
+    assert err == "interrupted\n"
+    assert len(runner.requests) == 2
+
+
+def test_a_sweep_goes_on_where_it_was_but_not_in_the_folder_of_a_run(runner, capsys):
+    assert train("--workdir=s", "--sweep=model.depth=1,2") == 0
+    assert train("--workdir=s", "--sweep=model.depth=1,2,3") == 0
+    assert train("--workdir=w") == 0
+    assert train("--workdir=w", "--sweep=model.depth=1,2") == 2
+    assert "holds a single run" in capsys.readouterr().err
+
+
+# The program itself -------------------------------------------------------------------------------------
+
+
+def program(*arguments, cwd=None, **options):
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_help_tells_modes_flags_experiments_and_examples_at_once(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "toy.py").write_text('"""A toy.\n\nMore."""\nraise SystemExit("was run")')
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run; from attnlab.runner import cli; "
+    code += "c = cli.main(['run.py', '--help']); assert not {'jax', 'flax'} & set(sys.modules); sys.exit(c)"
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - start < 10  # well under 2 on an idle machine
+    text = done.stdout
+    assert done.stderr == ""
+    assert all(f"--{name} " in text for name in USED_BY)
+    assert "describe  " in text
+    assert "A toy." in text
+    assert "python run.py --config=experiments/lm_docs.py" in text
+    assert "verbosity" not in text
+    assert "test_" not in text
+
+
+def test_the_program_exits_2_with_one_line():
+    done = program("--mode=trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    command = f"{sys.executable} {ROOT / 'run.py'} --help | true"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+        assert done.stderr == ""
+
+
+def test_an_interrupt_of_the_program(tmp_path):
+    fake = "import time\ndef run(request):\n  print('ready', flush=True)\n  time.sleep(60)\n"
+    (tmp_path / "toy.py").write_text(EXPERIMENT)
+    # A shell that starts the tests in the background has them ignore interrupts.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"import sys, types; sys.path.insert(0, {str(ROOT)!r}); m = types.ModuleType('attnlab.runner.modes'); "
+    code += f"exec({fake!r}, m.__dict__); sys.modules['attnlab.runner.modes'] = m; import run; "
+    code += (
+        "from attnlab.runner import cli; sys.exit(cli.main(['run.py', '--config=toy', '--mode=describe']))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=30)
+    assert (child.returncode, err) == (130, "interrupted\n")
