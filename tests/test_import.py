@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from attnlab import config as configs
 from attnlab.data import BPE
-from attnlab.pretrained import checkpoints
+from attnlab.pretrained import import_export
 from attnlab.runner import modes as runner
 from attnlab.runner.request import Request
 from tests.pretrained.small import LLAMA, write
@@ -189,12 +189,12 @@ def test_a_translator_is_trained_on_with_the_token_that_it_begins_with(tmp_path)
         tokenizer.vocab_size
     )
     model = replace(model, **{h: replace(getattr(model, h), width=16) for h in ("encoder", "decoder")})
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), checkpoints.abstract_params(model))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), import_export.abstract_params(model))
     folder = epath.Path(tmp_path) / "marian"
-    checkpoints.write(folder, model, params, checkpoints.Made(tokenizer, 32))
+    import_export.write(folder, model, params, import_export.Made(tokenizer, 32))
     loaded = configs.load(str(translate))
     data = replace(loaded.config.data, sequence_length=128, source_length=128)
-    model = checkpoints.read_config(folder)[1]
+    model = import_export.read_config(folder)[1]
     experiment = replace(loaded.config, init=str(folder), model=model, data=data)
     session = runner.open_session(Request("train", loaded, experiment, {}), experiment)
     (batch,) = experiment.data.eval_batches("validation", session.tokenizer, limit=1)

@@ -12,7 +12,7 @@ import numpy as np
 from attnlab.data import batch as batching
 from attnlab.data.batch import Batch, Example
 from attnlab.data.packing import POOL_CHUNKS, READING, Pack
-from attnlab.data.reading import Prefetch, Remembered
+from attnlab.data.prefetch import Prefetch, Remembered
 from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
 from attnlab.errors import InputError
 

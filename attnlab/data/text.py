@@ -29,13 +29,13 @@ class Text(Data):
         # Imported here: TFDS takes a second that data sets of another kind need not wait for.
         kind, _, rest = self.name.partition(":")
         if kind == "tfds":
-            from attnlab.data import registry
+            from attnlab.data import tfds_text
 
-            return registry.records(rest, split)
+            return tfds_text.records(rest, split)
         if kind == "text":
-            from attnlab.data import files
+            from attnlab.data import text_files
 
-            return files.records(rest, split)
-        from attnlab.data import stdlib
+            return text_files.records(rest, split)
+        from attnlab.data.builtin import stdlib
 
         return stdlib.records(self.name, split)

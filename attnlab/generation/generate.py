@@ -16,7 +16,7 @@ from attnlab import sharding
 from attnlab.attention.cache import Cache
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
-from attnlab.generation import sources as reading
+from attnlab.generation import source_inputs
 from attnlab.generation.beam import Beams, beam_search
 from attnlab.generation.decode_state import Prefix, prefill
 from attnlab.generation.sampling import Sampling, row_keys, sample
@@ -258,13 +258,13 @@ class Generator:
                 prompt, [*self._encode(prompt), *forced], array, source if isinstance(source, str) else None
             )
             for prompt, source, array in zip(
-                prompts, sources, reading.arrays(config, self.tokenizer, sources), strict=True
+                prompts, sources, source_inputs.arrays(config, self.tokenizer, sources), strict=True
             )
         ]
 
     def _encode(self, prompt: str) -> list[int]:
         """What is read of the text before anything is written."""
-        ids = reading.prompt(self.model.config, self.tokenizer, prompt)
+        ids = source_inputs.prompt(self.model.config, self.tokenizer, prompt)
         if len(ids) >= self.context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.context}: "
@@ -296,7 +296,7 @@ class Generator:
         tokens, segments = self._padded(given, room)
         given = [*given, *[given[0]] * (len(tokens) - len(given))]
         arrays = [task.source for task in given if task.source is not None]
-        source = reading.rows(arrays, self.model.config.source_shape) if arrays else {}
+        source = source_inputs.rows(arrays, self.model.config.source_shape) if arrays else {}
         slots = tokens.shape[1] + room
         return prefill(
             self.model, slots, self.params, *map(self._put, (tokens, segments)), **self._put(source)

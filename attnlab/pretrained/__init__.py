@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from attnlab.data import Tokenizer
 from attnlab.layers import Dtypes
 from attnlab.models import ModelConfig
-from attnlab.pretrained import checkpoints
-from attnlab.pretrained.files import resolve
+from attnlab.pretrained import import_export
+from attnlab.pretrained.repository import resolve
 
 
 class Pretrained(NamedTuple):
@@ -55,11 +55,11 @@ def load(
         tensors that do not fit the config, all by name.
     """
     folder = resolve(name)
-    family, config = checkpoints.read_config(folder)
+    family, config = import_export.read_config(folder)
     config = config.with_dtypes(dtypes)
     config = config.unstacked() if unstacked else config
-    params = checkpoints.read_params(folder, family, checkpoints.abstract_params(config, mesh))
-    return Pretrained(config.build(1), params, checkpoints.read_tokenizer(folder))
+    params = import_export.read_params(folder, family, import_export.abstract_params(config, mesh))
+    return Pretrained(config.build(1), params, import_export.read_tokenizer(folder))
 
 
 __all__ = ["Pretrained", "load"]

@@ -22,8 +22,8 @@ from attnlab.errors import InputError
 from attnlab.layers import Dtypes
 from attnlab.models import EncoderConfig, FirstToken, Learned, MeanOfTokens
 from attnlab.models.heads import pool
-from attnlab.pretrained import files
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained import repository
+from attnlab.pretrained.hf_config import Settings
 
 POOLINGS: dict[str, FirstToken | MeanOfTokens] = {
     "pooling_mode_cls_token": FirstToken(),
@@ -100,7 +100,7 @@ def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Sent
       InputError: no sentence encoder, a part of one that there is nothing here for, or what `pretrained.load`
         refuses.
     """
-    folder = files.resolve(name)
+    folder = repository.resolve(name)
     pooling, normalize = _parts(folder)
     found = pretrained.load(str(folder), mesh, dtypes)
     if not isinstance(found.config, EncoderConfig) or found.tokenizer is None:
@@ -126,8 +126,10 @@ def _parts(folder: epath.Path) -> tuple[FirstToken | MeanOfTokens, bool]:
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or parts[0]["path"]:
         told = ", ".join(kinds)
         raise InputError(f"{file}: parts {told} are not supported; there are Transformer, Pooling, Normalize")
-    file = folder / parts[1]["path"] / files.CONFIG
-    chosen = [name for name, on in files.read_json(file).items() if name.startswith("pooling_mode") and on]
+    file = folder / parts[1]["path"] / repository.CONFIG
+    chosen = [
+        name for name, on in repository.read_json(file).items() if name.startswith("pooling_mode") and on
+    ]
     if len(chosen) != 1 or chosen[0] not in POOLINGS:
         told = " and ".join(chosen) or "none"
         raise InputError(f"{file}: pooling by {told} is not supported; it may be {' or '.join(POOLINGS)}")
@@ -135,4 +137,4 @@ def _parts(folder: epath.Path) -> tuple[FirstToken | MeanOfTokens, bool]:
 
 
 def _settings(file: epath.Path) -> Settings:
-    return Settings(files.read_json(file) if file.exists() else {}, str(file))
+    return Settings(repository.read_json(file) if file.exists() else {}, str(file))

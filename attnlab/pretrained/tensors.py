@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlab.pretrained.files import Checkpoint
+from attnlab.pretrained.repository import Checkpoint
 from attnlab.pretrained.table import Place, shapes_of
 from attnlab.train.optimizers import parameter_name
 

@@ -20,10 +20,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from attnlab import config, sharding
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
-from attnlab.generation.sources import beginning
+from attnlab.generation.source_inputs import beginning
 from attnlab.models import ViTConfig
 from attnlab.paths import as_json, write_atomically
-from attnlab.pretrained import checkpoints, files
+from attnlab.pretrained import import_export, repository
 from attnlab.runner import sampling as writing
 from attnlab.runner.request import Request
 from attnlab.runner.trained_model import PRETRAINED, Trained
@@ -122,8 +122,8 @@ def _new_tokenizer(experiment: Experiment) -> Tokenizer:
     """The tokenizer of the checkpoint that it starts from, if any of text; else one trained on its data."""
     if experiment.init is None:
         return experiment.data.build_tokenizer()
-    folder = files.resolve(experiment.init)
-    found = checkpoints.read_tokenizer(folder)
+    folder = repository.resolve(experiment.init)
+    found = import_export.read_tokenizer(folder)
     if found is None and isinstance(experiment.model, ViTConfig):
         return experiment.data.build_tokenizer()  # it reads no text: its classes are numbered as words are
     if found is None:
@@ -256,14 +256,14 @@ def run_export(request: Request) -> dict[str, float]:
     session = open_session(request, request.config)
     restored = _restore(request, session)
     params = session.eval_params(restored.state)
-    origin: checkpoints.Origin = request.folder / PRETRAINED
+    origin: import_export.Origin = request.folder / PRETRAINED
     if not (request.folder / PRETRAINED).exists():
         data = request.config.data
         text = data.source_shape or ()
         length = max((data.sequence_length, *text) if len(text) == 1 else (data.sequence_length,))
-        origin = checkpoints.Made(session.tokenizer, length, data.preprocessor)
+        origin = import_export.Made(session.tokenizer, length, data.preprocessor)
     model = request.config.model.sized(session.tokenizer.vocab_size)
-    checkpoints.write(request.out, model, params, origin)
+    import_export.write(request.out, model, params, origin)
     print(f"step {restored.step} is in {request.out}")
     return {}
 
@@ -335,11 +335,11 @@ def _first_state(session: Session, workdir: epath.Path) -> Any:
     """The state of a new run: parameters of the seed, or of a checkpoint, whose small files are kept."""
     if session.experiment.init is None:
         return session.new_state()
-    folder = files.resolve(session.experiment.init)
-    family, _ = checkpoints.read_config(folder)
-    state = session.new_state(checkpoints.read_params(folder, family, session.abstract_params))
+    folder = repository.resolve(session.experiment.init)
+    family, _ = import_export.read_config(folder)
+    state = session.new_state(import_export.read_params(folder, family, session.abstract_params))
     if jax.process_index() == 0:
-        checkpoints.copy_small_files(folder, workdir / PRETRAINED)
+        import_export.copy_small_files(folder, workdir / PRETRAINED)
     return state
 
 

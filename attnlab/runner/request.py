@@ -274,11 +274,11 @@ def _as_checkpoint(config: Any, overrides: Sequence[Override]) -> Any:
         return config
     if not init:
         raise InputError("which checkpoint? Say with --config.init: a folder, or a hub id, org/model")
-    from attnlab.pretrained import checkpoints, files
+    from attnlab.pretrained import import_export, repository
 
     changed = copy.copy(config)
     # Its own checks run when the overrides are applied: a shorter data.sequence_length may be among them.
-    object.__setattr__(changed, "model", checkpoints.read_config(files.resolve(init))[1])
+    object.__setattr__(changed, "model", import_export.read_config(repository.resolve(init))[1])
     return changed
 
 

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from attnlab.data import stdlib
+from attnlab.data.builtin import stdlib
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from attnlab.data import Bytes, Text, files
+from attnlab.data import Bytes, Text, text_files
 from attnlab.errors import InputError
 
 
@@ -48,11 +48,11 @@ def test_many_files_are_split_by_file(tmp_path):
 
 @pytest.mark.parametrize("line", ["a line of text é🙂\n", "é🙂"], ids=["lines", "one line"])
 def test_long_files_become_many_documents(tmp_path, line):
-    content = line * (5 * files.DOCUMENT_BYTES // len(line.encode()))
+    content = line * (5 * text_files.DOCUMENT_BYTES // len(line.encode()))
     (tmp_path / "long.txt").write_text(content)
     records = text(f"text:{tmp_path}/long.txt").records("train")
     assert len(records) >= 4
-    assert max(len(record["text"].encode()) for record in records) <= 1.3 * files.DOCUMENT_BYTES
+    assert max(len(record["text"].encode()) for record in records) <= 1.3 * text_files.DOCUMENT_BYTES
     rest = joined(text(f"text:{tmp_path}/long.txt"), "validation")
     assert "".join(record["text"] for record in records) + rest == content
 

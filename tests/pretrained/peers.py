@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from attnlab import sharding
-from attnlab.pretrained import checkpoints, table, tensors
+from attnlab.pretrained import import_export, table, tensors
 
 LENGTHS = (11, 7)  # tokens in the rows of a batch, padded on the right
 
@@ -41,7 +41,7 @@ class Imported:
 
     @cached_property
     def found(self):
-        return checkpoints.read_config(self.folder)
+        return import_export.read_config(self.folder)
 
     @cached_property
     def model(self):
@@ -49,11 +49,11 @@ class Imported:
 
     @cached_property
     def abstract(self):
-        return checkpoints.abstract_params(self.found[1], self.mesh)
+        return import_export.abstract_params(self.found[1], self.mesh)
 
     @cached_property
     def params(self):
-        return checkpoints.read_params(self.folder, self.found[0], self.abstract)
+        return import_export.read_params(self.folder, self.found[0], self.abstract)
 
     def named(self, tree):
         """Our parameters, or gradients of them, under their names and in their layouts."""
@@ -68,7 +68,7 @@ def saved(model, folder):
 
 def assert_written_again(peer, folder):
     """Holds that what is written again loads in transformers with the same bits."""
-    checkpoints.write_params(folder, peer.found[0], peer.params)
+    import_export.write_params(folder, peer.found[0], peer.params)
     peer.theirs.config.save_pretrained(folder)
     again = type(peer.theirs).from_pretrained(folder)
     for name, tensor in peer.theirs.state_dict().items():

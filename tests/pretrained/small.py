@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from attnlab.data import BPE
-from attnlab.pretrained import checkpoints
+from attnlab.pretrained import import_export
 
 LLAMA = {
     "model_type": "llama",
@@ -30,11 +30,11 @@ def write(folder, config=LLAMA, seed=0):
     """The folder, with random weights and a tokenizer in it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    family, model = checkpoints.read_config(folder)
-    abstract = checkpoints.abstract_params(model)
+    family, model = import_export.read_config(folder)
+    abstract = import_export.abstract_params(model)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) * 0.1, abstract)
-    checkpoints.write_params(folder, family, params)
+    import_export.write_params(folder, family, params)
     BPE(vocab_size=290).train(TEXTS).save(folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<eos>"}}))
     return params

@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from attnlab.pretrained import checkpoints
+from attnlab.pretrained import import_export
 from attnlab.train import LoRA
 from attnlab.train.lora import add_adapters, merge
 from tests.pretrained.peers import batch, close
@@ -35,7 +35,7 @@ def test_written_it_computes_what_adapters_beside_the_matrices_do(tmp_path):
         ours = np.asarray(jax.jit(peer.model.apply)({"params": merged}, ids))
 
     written = epath.Path(tmp_path) / "adapted"
-    checkpoints.write(written, peer.found[1], merged, epath.Path(peer.folder))
+    import_export.write(written, peer.found[1], merged, epath.Path(peer.folder))
     loaded = AutoModelForCausalLM.from_pretrained(written)
 
     for layer in range(peer.theirs.config.num_hidden_layers):

@@ -10,7 +10,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from attnlab.models import Classifier, Dense, FirstToken, MaskedLM, Pooled
-from attnlab.pretrained import checkpoints, load
+from attnlab.pretrained import import_export, load
 from tests.models.test_encoder import ALBERT
 from tests.models.test_encoder import BERT as CONFIG
 from tests.pretrained.test_sentences import BERT
@@ -27,14 +27,14 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_what_was_made_here_is_described(name):
     config = replace(CONFIG, vocab_size=13, head=HEADS[name], positions=replace(CONFIG.positions, offset=0))
-    fields = checkpoints.describe(config, 16)
+    fields = import_export.describe(config, 16)
     assert (fields["model_type"], fields["architectures"]) == ("bert", [name])
 
 
 def test_what_no_bert_is(refuses):
     for config in (CONFIG, ALBERT, replace(CONFIG, head=MaskedLM(None))):
         with refuses("no config.json can say what this model is"):
-            checkpoints.describe(replace(config, vocab_size=13), 14)
+            import_export.describe(replace(config, vocab_size=13), 14)
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def made(tmp_path):
     """A folder of a model of masked words, and its parameters."""
     (tmp_path / "config.json").write_text(json.dumps(BERT | {"architectures": ["BertForMaskedLM"]}))
     folder = epath.Path(tmp_path)
-    family, config = checkpoints.read_config(folder)
-    rng, abstract = np.random.default_rng(0), checkpoints.abstract_params(config)
+    family, config = import_export.read_config(folder)
+    rng, abstract = np.random.default_rng(0), import_export.abstract_params(config)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract)
-    checkpoints.write_params(folder, family, params)
+    import_export.write_params(folder, family, params)
     return tmp_path, params
 
 

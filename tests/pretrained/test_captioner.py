@@ -10,7 +10,7 @@ import pytest
 from attnlab.generation import Power, beam_search, prefill
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import assert_written_again, batch, close, places, saved, saved_gradients
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from etils import epath
 
-from attnlab.pretrained import checkpoints
+from attnlab.pretrained import import_export
 from tests.pretrained.small import write
 
 pytestmark = pytest.mark.parity
@@ -66,11 +66,11 @@ def test_the_same_tokens(tmp_path, name):
     write(epath.Path(tmp_path))
     settings = {"eos_token": "<eos>", "bos_token": "<eos>", "chat_template": TEMPLATES[name]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = checkpoints.read_tokenizer(epath.Path(tmp_path))
+    ours = import_export.read_tokenizer(epath.Path(tmp_path))
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for chat in CHATS:
         expected = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         assert ours.chat(chat) == expected
     several = [{"name": "default", "template": TEMPLATES[name]}, {"name": "tool_use", "template": "x"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several}))
-    assert checkpoints.read_tokenizer(epath.Path(tmp_path)).chat(chat) == expected
+    assert import_export.read_tokenizer(epath.Path(tmp_path)).chat(chat) == expected

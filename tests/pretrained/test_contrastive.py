@@ -8,7 +8,7 @@ import pytest
 
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
 
 pytestmark = pytest.mark.parity

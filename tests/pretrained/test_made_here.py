@@ -27,7 +27,7 @@ from attnlab.models import (
 )
 from attnlab.models.contrastive import LastToken, Projection, TextTowerConfig
 from attnlab.models.heads import Dense
-from attnlab.pretrained import checkpoints, load
+from attnlab.pretrained import import_export, load
 from tests.pretrained.peers import close
 from tests.programs import ROOT
 
@@ -120,7 +120,7 @@ CASES = {
 
 def random_params(config, seed=0):
     """Parameters of the model, all of them far from even; but for a constant."""
-    abstract, rng = checkpoints.abstract_params(config), np.random.default_rng(seed)
+    abstract, rng = import_export.abstract_params(config), np.random.default_rng(seed)
 
     def draw(path, x):
         noise = jnp.asarray(rng.normal(size=x.shape), x.dtype)
@@ -169,7 +169,7 @@ def test_there_it_gives_the_same_and_comes_back(case, tmp_path):
     architecture, config = CASES[case]
     config, folder = config.sized(TOKENIZER.vocab_size), epath.Path(tmp_path) / "out"
     params = random_params(config)
-    checkpoints.write(folder, config, params, checkpoints.Made(TOKENIZER, LENGTH))
+    import_export.write(folder, config, params, import_export.Made(TOKENIZER, LENGTH))
 
     rng = np.random.default_rng(1)
     tokens, written = rng.integers(6, TOKENIZER.vocab_size, (2, 3, 8))

@@ -16,12 +16,12 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 from attnlab import sharding
 from attnlab.data import preprocessor
 from attnlab.data.images import Pixels
-from attnlab.generation import Generator, Sampling, prefill, sources
+from attnlab.generation import Generator, Sampling, prefill, source_inputs
 from attnlab.inspect.maps import in_order
 from attnlab.models import PrefixConfig
-from attnlab.pretrained import checkpoints, load
+from attnlab.pretrained import import_export, load
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from tests.pretrained.peers import close, places, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
@@ -156,14 +156,14 @@ def test_written_again_it_is_the_same(peer, case, tmp_path):
     torch = pytest.importorskip("torch")
     peer, folder = peer(case), epath.Path(tmp_path) / "out"
     family, config = peer.found
-    checkpoints.write(folder, config, peer.params, epath.Path(peer.folder))
+    import_export.write(folder, config, peer.params, epath.Path(peer.folder))
     written, first = (load_file(f / "model.safetensors") for f in (folder, peer.folder))
     for name in first.keys() - written.keys():
         layer = re.fullmatch(r"vision_tower\.encoder\.layers\.(\d)\..*", name)
         assert layer and int(layer[1]) >= config.encoder.depth, name
     for name in written:
         np.testing.assert_array_equal(written[name], first[name], err_msg=name)
-    assert checkpoints.read_config(folder) == (family, config)
+    assert import_export.read_config(folder) == (family, config)
     again, report = type(peer.theirs).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     ids, there, prompt, pixels = inputs(peer, left=False)
@@ -177,7 +177,7 @@ def test_names_of_older_checkpoints(peer, tmp_path):
     tensors = load_file(peer.folder / "model.safetensors")
     older = {n.replace("vision_tower.", "vision_tower.vision_model."): x for n, x in tensors.items()}
     save_file(older, tmp_path / "model.safetensors")
-    params = checkpoints.read_params(epath.Path(tmp_path), peer.found[0], peer.abstract)
+    params = import_export.read_params(epath.Path(tmp_path), peer.found[0], peer.abstract)
     jax.tree.map(np.testing.assert_array_equal, params, peer.params)
 
 
@@ -256,13 +256,13 @@ def test_texts_of_pictures(peer, kind, prompts, tmp_path):
 def test_where_an_image_is_to_be_is_said_once(tmp_path, refuses):
     processor("llava", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    tokenizer = checkpoints.read_tokenizer(epath.Path(tmp_path))
+    tokenizer = import_export.read_tokenizer(epath.Path(tmp_path))
     (marker,) = tokenizer.prompt("<image>", tokenizer.vocab_size - 1)[1:]
     config = PrefixConfig(marker=marker)
     for text, count in (("What is this?", 0), ("<image> <image>", 2)):
         with refuses(f"a prompt has <image> once, where its image is to be: this one has it {count} times"):
-            sources.prompt(config, tokenizer, text)
-    assert 2 not in sources.prompt(config, tokenizer, "<image> </s>")  # which no text can say
+            source_inputs.prompt(config, tokenizer, text)
+    assert 2 not in source_inputs.prompt(config, tokenizer, "<image> </s>")  # which no text can say
     assert marker not in tokenizer.prompt("<image>")
 
 

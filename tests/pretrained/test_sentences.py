@@ -12,7 +12,7 @@ from etils import epath
 from tokenizers import models, pre_tokenizers, processors
 
 from attnlab.models import FirstToken, MeanOfTokens
-from attnlab.pretrained import checkpoints, sentences
+from attnlab.pretrained import import_export, sentences
 
 BERT = {
     "model_type": "bert",
@@ -47,10 +47,10 @@ def write(folder, parts=PARTS, pooling="mean_tokens", **limits):
     backend.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     backend.enable_padding(length=20)
     backend.save(str(folder / "tokenizer.json"))
-    family, config = checkpoints.read_config(epath.Path(folder))
-    rng, abstract = np.random.default_rng(0), checkpoints.abstract_params(config)
+    family, config = import_export.read_config(epath.Path(folder))
+    rng, abstract = np.random.default_rng(0), import_export.abstract_params(config)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) * 0.3, abstract)
-    checkpoints.write_params(epath.Path(folder), family, params)
+    import_export.write_params(epath.Path(folder), family, params)
 
 
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
@@ -78,7 +78,7 @@ def test_on_a_mesh_and_of_length_one(tmp_path, mesh_of):
 
 def test_its_parts_are_copied_with_it(tmp_path):
     write(tmp_path / "there")
-    checkpoints.copy_small_files(epath.Path(tmp_path / "there"), epath.Path(tmp_path / "here"))
+    import_export.copy_small_files(epath.Path(tmp_path / "there"), epath.Path(tmp_path / "here"))
     assert (tmp_path / "here" / "1_Pooling" / "config.json").exists()
 
 

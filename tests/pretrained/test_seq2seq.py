@@ -9,8 +9,8 @@ import pytest
 
 from attnlab.generation import Beams, Generator, Power, Sampling, beam_search, prefill
 from attnlab.inspect.maps import in_order
-from attnlab.pretrained import checkpoints, load
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained import import_export, load
+from attnlab.pretrained.hf_config import Settings
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import (
     Imported,
@@ -314,8 +314,8 @@ def test_a_checkpoint_without_a_head_has_no_bias_of_logits(peer, tmp_path):
     """As BART's own are: the bias is zeros."""
     peer = peer("bart")
     peer.theirs.model.save_pretrained(tmp_path)
-    family, config = checkpoints.read_config(tmp_path)
-    params = checkpoints.read_params(tmp_path, family, checkpoints.abstract_params(config))
+    family, config = import_export.read_config(tmp_path)
+    params = import_export.read_params(tmp_path, family, import_export.abstract_params(config))
     assert not np.asarray(params["decoder"]["readout_bias"]["bias"]).any()
     ours, whole = params["decoder"]["embedding"]["table"], peer.params["decoder"]["embedding"]["table"]
     np.testing.assert_array_equal(ours, whole)
@@ -326,10 +326,10 @@ def test_what_texts_begin_with_is_read_and_what_is_not_there_refused(peer, tmp_p
     peer.theirs.generation_config.forced_bos_token_id = 5
     peer.theirs.save_pretrained(tmp_path)
     peer.theirs.generation_config.forced_bos_token_id = None
-    config = checkpoints.read_config(tmp_path)[1]
+    config = import_export.read_config(tmp_path)[1]
     assert (config.start, config.forced) == (START, (5,))
     peer.theirs.config.tie_word_embeddings = False
     peer.theirs.config.save_pretrained(tmp_path)
     peer.theirs.config.tie_word_embeddings = True
     with refuses("tie_word_embeddings=False"):
-        checkpoints.read_config(tmp_path)
+        import_export.read_config(tmp_path)

@@ -13,7 +13,7 @@ from attnlab.generation import Generator, Power, Sampling, beam_search, prefill
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained import load
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
 

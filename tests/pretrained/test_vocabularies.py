@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
 from attnlab.data import Tokenizer
-from attnlab.pretrained import checkpoints
+from attnlab.pretrained import import_export
 
 WORDS = "the cat sat on the mat because it was tired and then the naïve dog's 3 friends ran 42 miles home"
 TEXTS = [WORDS, WORDS.title(), WORDS[::-1], "The  quick brown fox; isn't it? (Yes!) 12,345.67"] * 20
@@ -64,7 +64,7 @@ def test_llama(tmp_path, legacy):
     (tmp_path / "llama").mkdir()
     peer = trained(tmp_path / "llama" / "tokenizer.model", "bpe", **LLAMA)
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "chat_template": "{{ bos_token }}x"}
-    ours = checkpoints.read_tokenizer(folder(tmp_path / "llama", "llama", settings))
+    ours = import_export.read_tokenizer(folder(tmp_path / "llama", "llama", settings))
     for text in ODD if legacy else [text for text in ODD if not text.startswith((" ", "\u2581"))]:
         assert ours.encode(text).tolist() == peer.encode(text), text
         assert ours.decode(peer.encode(text)) == text.replace("\u2581", " ")
@@ -89,7 +89,7 @@ def test_sentencepiece_as_transformers_reads_it(tmp_path, name):
     settings = {"tokenizer_class": cls} | (
         {} if name == "t5" else {"add_bos_token": True, "add_eos_token": name == "llama"}
     )
-    ours = checkpoints.read_tokenizer(folder(path, name, settings))
+    ours = import_export.read_tokenizer(folder(path, name, settings))
     theirs = getattr(transformers, cls).from_pretrained(path)
     same(ours, theirs)
     assert ours.vocab_size == len(theirs)
@@ -121,7 +121,7 @@ def translators(tmp_path_factory):
     """Our tokenizer of such files, what a run keeps of it, and that of transformers."""
     transformers = pytest.importorskip("transformers")
     path = opus(tmp_path_factory.mktemp("opus"))
-    ours = checkpoints.read_tokenizer(path)
+    ours = import_export.read_tokenizer(path)
     ours.save(tmp_path_factory.mktemp("run") / "tokenizer.json")
     kept = Tokenizer.load(tmp_path_factory.getbasetemp() / "run0" / "tokenizer.json")
     return ours, kept, transformers.MarianTokenizer.from_pretrained(path)
@@ -160,7 +160,7 @@ def test_marian_by_hand(translators, tmp_path, refuses):
     path = opus(tmp_path)
     folder(path, "marian", {"separate_vocabs": True})
     with refuses("separate_vocabs=True is not supported"):
-        checkpoints.read_tokenizer(path)
+        import_export.read_tokenizer(path)
 
 
 BERT = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on mat ##s ##at a na ##ive dog ' s 3 ! ? . , 日 本 ca ##fe ##f ##e".split()
@@ -174,7 +174,7 @@ def test_word_pieces(tmp_path, settings):
     transformers = pytest.importorskip("transformers")
     path = folder(tmp_path, "bert", {"tokenizer_class": "BertTokenizer", **settings})
     (path / "vocab.txt").write_text("\n".join(BERT) + "\n")
-    ours = checkpoints.read_tokenizer(path)
+    ours = import_export.read_tokenizer(path)
     theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
     same(ours, theirs, [text for text in ODD if "[" not in text])
     assert ours.document("the cats") == [2, 5, 6, 10, 3] and ours.prompt("the cat") == [2, 5, 6]
@@ -200,7 +200,7 @@ def test_bytes(tmp_path, name):
     )  # fmt: skip
     backend.train_from_iterator([t.lower() for t in TEXTS], trainer)
     backend.model.save(str(tmp_path))
-    ours = checkpoints.read_tokenizer(path)
+    ours = import_export.read_tokenizer(path)
     same(ours, getattr(transformers, f"{name}Tokenizer").from_pretrained(tmp_path))
     if name != "CLIP":
         assert all(ours.decode(ours.document(text)) == text for text in ODD)
@@ -210,18 +210,18 @@ def test_tokens_beyond_the_vocabulary_and_what_is_refused(tmp_path, refuses, mon
     settings = {"added_tokens_decoder": {len(BERT): {"content": "[USER]", "special": True}}}
     path = folder(tmp_path / "bert", "bert", settings)
     (path / "vocab.txt").write_text("\n".join(BERT))
-    ours = checkpoints.read_tokenizer(path)
+    ours = import_export.read_tokenizer(path)
     assert ours.vocab_size == len(BERT) + 1 and ours.token_bytes[-1] == 0
     (path / "added_tokens.json").write_text(json.dumps({"[OTHER]": len(BERT) + 2}))
     with refuses("the token [OTHER] is to be number"):
-        checkpoints.read_tokenizer(path)
+        import_export.read_tokenizer(path)
     folder(path, "bert", {"tokenizer_class": "MPNetTokenizer"})
     with refuses("vocab.txt: of a MPNetTokenizer only a tokenizer.json can be read; there are BertTokenizer"):
-        checkpoints.read_tokenizer(path)
+        import_export.read_tokenizer(path)
     path = folder(tmp_path / "llama", "llama")
     (path / "tokenizer.model").write_bytes(b"nothing")
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with refuses(
         "tokenizer.model is read by the package sentencepiece", 'pip install "attnlab[sentencepiece]"'
     ):
-        checkpoints.read_tokenizer(path)
+        import_export.read_tokenizer(path)

@@ -349,10 +349,10 @@ OF_SOURCES = {
     ): "as the data's: tests/models/test_speech.py",
     ("model=Seq2SeqConfig", "encoder"): "another model: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "shared"): "one table less: tests/models/test_seq2seq.py",
-    ("model=Seq2SeqConfig", "start"): "what is generated: tests/generation/test_sources.py",
+    ("model=Seq2SeqConfig", "start"): "what is generated: tests/generation/test_source_inputs.py",
     ("model=PrefixConfig", "separator"): "what is generated: tests/pretrained/test_prefix.py",
     **{
-        ("model=Seq2SeqConfig", name): "what is generated: tests/generation/test_sources.py"
+        ("model=Seq2SeqConfig", name): "what is generated: tests/generation/test_source_inputs.py"
         for name in ("forced", "never", "never_first", "ends")
     },
     **{

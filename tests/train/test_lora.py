@@ -13,7 +13,7 @@ from attnlab.layers import Experts
 from attnlab.layers.experts import ExpertMaps
 from attnlab.layers.linear import Linear
 from attnlab.models import ContrastiveConfig, DecoderConfig, RecurrentSeq2SeqConfig, Seq2SeqConfig
-from attnlab.pretrained.checkpoints import abstract_params
+from attnlab.pretrained.import_export import abstract_params
 from attnlab.train import AdamW, Constant, LoRA, Rule
 from attnlab.train.describe import describe
 from attnlab.train.optimizers import matrix_axes, parameter_name

@@ -5,7 +5,7 @@ from attnlab.models import Dense, EncoderConfig
 from attnlab.pretrained.families.base import linear
 from attnlab.pretrained.families.bert import POOLER, encoder
 from attnlab.pretrained.families.encoders import classifier, family, head, layers, masked_lm, tables
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 
 
 def albert(s: Settings) -> EncoderConfig:

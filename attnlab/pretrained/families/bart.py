@@ -5,7 +5,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig, Sinusoidal
 from attnlab.pretrained.families.base import Family, linear, norm
-from attnlab.pretrained.settings import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from attnlab.models import DecoderConfig, ModelConfig
 from attnlab.models.base import TransformerConfig
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from attnlab.pretrained.table import PART, Tensor
 
 

@@ -15,7 +15,7 @@ from attnlab.pretrained.families.encoders import (
     masked_lm,
     tables,
 )
-from attnlab.pretrained.settings import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
 
 POOLER = Dense("tanh")
 

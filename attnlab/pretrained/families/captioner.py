@@ -5,7 +5,7 @@ from typing import Any
 from attnlab.models import CaptionerConfig, ViTConfig
 from attnlab.pretrained.families import gpt2, vit
 from attnlab.pretrained.families.base import Family, linear, within
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from attnlab.pretrained.table import Tensor
 
 ENCODERS = {"vit": ("ViTModel", vit.vit), "deit": ("DeiTModel", vit.deit)}

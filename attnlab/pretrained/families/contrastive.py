@@ -9,7 +9,7 @@ from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTow
 from attnlab.pretrained.families import vit
 from attnlab.pretrained.families.base import Family, linear, norm, sizes
 from attnlab.pretrained.families.vit import TOWER, clip_vision, layer, siglip_vision, tower
-from attnlab.pretrained.settings import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 # What a part of a config means that says only where it differs, as those of SigLIP on the hub do.

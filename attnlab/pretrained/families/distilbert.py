@@ -3,7 +3,7 @@
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import Dense, EncoderConfig, Learned
 from attnlab.pretrained.families.encoders import classifier, family, head, layers, masked_lm, tables
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 
 
 def distilbert(s: Settings) -> EncoderConfig:

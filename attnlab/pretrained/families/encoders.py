@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from attnlab.models import Classifier, Dense, EncoderConfig, FirstToken, MaskedLM, MeanOfTokens, Pooled
 from attnlab.models.heads import Head
 from attnlab.pretrained.families.base import Family, linear, norm
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from attnlab.pretrained.table import Tensor
 
 # What the names of transformers' classes end with.

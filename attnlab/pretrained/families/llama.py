@@ -7,7 +7,7 @@ from typing import Any
 from attnlab.layers import Attention, Causal, GatedMLP, RMSNorm, Rotary, Sliding
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import Family, linear, sizes
-from attnlab.pretrained.settings import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 

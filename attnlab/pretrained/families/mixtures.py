@@ -7,7 +7,7 @@ from attnlab.layers import Experts
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import linear
 from attnlab.pretrained.families.llama import PRE, family, llama, llama_tensors, mistral
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from attnlab.pretrained.table import Tensor
 
 

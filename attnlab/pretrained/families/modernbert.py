@@ -6,7 +6,7 @@ from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm, Rotary
 from attnlab.models import Classifier, Dense, EncoderConfig, FirstToken, MeanOfTokens
 from attnlab.pretrained.families.base import labels, linear, norm, sizes
 from attnlab.pretrained.families.encoders import classifier, family, head, masked_lm
-from attnlab.pretrained.settings import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 FULL, SLIDING = "full_attention", "sliding_attention"

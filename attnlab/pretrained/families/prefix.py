@@ -8,7 +8,7 @@ from attnlab.models import PrefixConfig, Projector
 from attnlab.pretrained.families import llama, vit
 from attnlab.pretrained.families.base import Family, linear, within
 from attnlab.pretrained.families.contrastive import CLIP_IMAGE, SIGLIP_IMAGE
-from attnlab.pretrained.settings import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 # What the parts' configs mean where they do not say, as old ones of LLaVA and PaliGemma do not.

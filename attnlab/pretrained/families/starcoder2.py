@@ -3,7 +3,7 @@
 from attnlab.layers import MLP, Attention, Causal, LayerNorm, Sliding
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import Family, linear, norm
-from attnlab.pretrained.settings import Settings
+from attnlab.pretrained.hf_config import Settings
 from attnlab.pretrained.table import Tensor
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, GatedMLP, RelativeBias, RMSNorm
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from attnlab.pretrained.families.base import Family
-from attnlab.pretrained.settings import ACTIVATIONS, THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import ACTIVATIONS, THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 

@@ -7,7 +7,7 @@ from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Probe
 from attnlab.models import ViTConfig
 from attnlab.pretrained.families.base import Family, convolution, labels, linear, norm, sizes
-from attnlab.pretrained.settings import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 MODEL, CLASSIFIER, DISTILLED = "Model", "ForImageClassification", "ForImageClassificationWithTeacher"

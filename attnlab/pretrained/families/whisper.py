@@ -6,7 +6,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
 from attnlab.pretrained.families.base import Family, convolution, linear, norm
-from attnlab.pretrained.settings import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
 from attnlab.pretrained.table import Tensor
 
 

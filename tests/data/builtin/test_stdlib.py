@@ -7,13 +7,14 @@ import time
 
 import pytest
 
-from attnlab.data import Text, prepare, stdlib
+from attnlab.data import Text, prepare
 from attnlab.data.baselines import compressed_bits_per_byte
+from attnlab.data.builtin import stdlib
 from attnlab.errors import InputError
 
 PREPARE = """
 import itertools
-from attnlab.data import stdlib
+from attnlab.data.builtin import stdlib
 every = stdlib.modules
 stdlib.modules = lambda: itertools.islice(every(), 60)
 print("start", flush=True)

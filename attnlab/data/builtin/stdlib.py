@@ -13,7 +13,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from attnlab.data.prepare import prepared
-from attnlab.data.registry import Column
+from attnlab.data.tfds_text import Column
 
 VALIDATION_PERCENT = 8
 # Some orders of hashing give validation to three giants (tkinter, idlelib, distutils). Under this one it

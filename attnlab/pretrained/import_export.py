@@ -28,9 +28,9 @@ from attnlab.models import (
 )
 from attnlab.models.contrastive import EndOfText
 from attnlab.paths import write_atomically
-from attnlab.pretrained import files, table, tensors, vocabularies
+from attnlab.pretrained import repository, table, tensors, vocabularies
 from attnlab.pretrained.families import FAMILIES, Family
-from attnlab.pretrained.settings import RULES, Settings
+from attnlab.pretrained.hf_config import RULES, Settings
 
 
 class Made(NamedTuple):
@@ -56,19 +56,19 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
     Raises:
       InputError: a model_type or a setting that there is nothing here for.
     """
-    fields = files.read_json(folder / files.CONFIG) | _generation(folder)
+    fields = repository.read_json(folder / repository.CONFIG) | _generation(folder)
     kind = fields.get("model_type")
     if kind not in FAMILIES:
         known = f"{did_you_mean(str(kind), FAMILIES)} There are {', '.join(sorted(FAMILIES))}"
-        raise InputError(f"{folder / files.CONFIG}: no model_type {kind!r}{known}")
-    settings = Settings(fields, str(folder / files.CONFIG))
+        raise InputError(f"{folder / repository.CONFIG}: no model_type {kind!r}{known}")
+    settings = Settings(fields, str(folder / repository.CONFIG))
     try:
         config = FAMILIES[kind].config(settings)
         return FAMILIES[kind].of(config), config
     except InputError:
         raise
     except ValueError as error:  # of a config's own checks
-        raise InputError(f"{folder / files.CONFIG}: {error}") from error
+        raise InputError(f"{folder / repository.CONFIG}: {error}") from error
 
 
 def _generation(folder: epath.Path) -> dict[str, Any]:
@@ -76,10 +76,10 @@ def _generation(folder: epath.Path) -> dict[str, Any]:
 
     Where there is such a file, it alone has the rules; what begins a text the config may say just as well.
     """
-    file = folder / files.GENERATION
+    file = folder / repository.GENERATION
     if not file.exists():
         return {}
-    found = files.read_json(file)
+    found = repository.read_json(file)
     begin = {name: found[name] for name in ("decoder_start_token_id",) if name in found}
     return begin | {name: found.get(name) for name in RULES}
 
@@ -95,7 +95,7 @@ def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
     Raises:
       InputError: files that cannot be read, or tensors that do not fit the config: all of them, by name.
     """
-    checkpoint = files.Checkpoint(folder)
+    checkpoint = repository.Checkpoint(folder)
     there = checkpoint.shapes()
     found = table.places([_as_named(row, family, there) for row in family.tensors], abstract)
     zeros = [n for p in found if (n := p.theirs) not in there and table.matches(family.zeros, n)]
@@ -125,7 +125,7 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
     settings: dict[str, Any] = {}
     cuts = None
     for name in ("special_tokens_map.json", SETTINGS):
-        settings |= files.read_json(folder / name) if (folder / name).exists() else {}
+        settings |= repository.read_json(folder / name) if (folder / name).exists() else {}
     if template.exists():
         settings["chat_template"] = template.read_text()
     if file.exists():
@@ -134,7 +134,9 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
         except Exception as error:  # the library raises plain Exceptions
             raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
     else:
-        made = vocabularies.read(folder, settings, files.read_json(folder / files.CONFIG)["model_type"])
+        made = vocabularies.read(
+            folder, settings, repository.read_json(folder / repository.CONFIG)["model_type"]
+        )
         if made is None:
             return None
         backend, settings, cuts = made
@@ -145,7 +147,7 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
 
 def _eos_by_id(folder: epath.Path, backend: tokenizers.Tokenizer) -> str | None:
     """The token that ends a text where only the model's config tells, by its number."""
-    number = files.read_json(folder / files.CONFIG).get("eos_token_id")
+    number = repository.read_json(folder / repository.CONFIG).get("eos_token_id")
     number = number[0] if isinstance(number, list) else number
     return None if number is None else backend.id_to_token(number)
 
@@ -154,9 +156,9 @@ def copy_small_files(source: epath.Path, target: epath.Path) -> None:
     """Copies all of a checkpoint but its tensors: its config, and its tokenizer's and processors' files."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".spm", ".txt") and file.name != files.INDEX:
+        if file.suffix in (".json", ".jinja", ".model", ".spm", ".txt") and file.name != repository.INDEX:
             file.copy(target / file.name, overwrite=True)
-    for file in source.glob(f"*_*/{files.CONFIG}"):  # of the parts of a sentence encoder
+    for file in source.glob(f"*_*/{repository.CONFIG}"):  # of the parts of a sentence encoder
         (target / file.parent.name).mkdir(exist_ok=True)
         file.copy(target / file.parent.name / file.name, overwrite=True)
 
@@ -239,14 +241,14 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
         _, theirs = read_config(origin)
         if changed := _differences(theirs, config):
             told = "; ".join(changed)
-            raise InputError(f"{origin / files.CONFIG} cannot say what was changed since: {told}")
+            raise InputError(f"{origin / repository.CONFIG} cannot say what was changed since: {told}")
         copy_small_files(origin, making)
-        fields = files.read_json(making / files.CONFIG)
+        fields = repository.read_json(making / repository.CONFIG)
     family = FAMILIES[fields["model_type"]].of(config)
     fields = family.kept(config, fields) if family.kept else fields
     fields |= {"architectures": [family.architecture_of(config)], "dtype": dtype_of(params)}
     fields.pop("torch_dtype", None)
-    write_atomically(making / files.CONFIG, json.dumps(fields, indent=2) + "\n")
+    write_atomically(making / repository.CONFIG, json.dumps(fields, indent=2) + "\n")
     write_params(making, family, params)
     if folder.exists():
         folder.rmdir()
@@ -285,7 +287,7 @@ def dtype_of(params: Any) -> str:
 
 def write_params(folder: epath.Path, family: Family, params: Any) -> None:
     """Writes parameters under the names and in the layouts of a family."""
-    files.write(folder, tensors.save(table.places(family.tensors, params), params))
+    repository.write(folder, tensors.save(table.places(family.tensors, params), params))
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
