@@ -75,7 +75,7 @@ def test_never_more_than_a_tensor_is_read_at_once(made, monkeypatch):
 
 def test_in_several_files_with_an_index(made, tmp_path, monkeypatch):
     folder, params = made
-    monkeypatch.setattr(files, "MAX_FILE", 4000)
+    monkeypatch.setattr(repository, "MAX_FILE", 4000)
     target = epath.Path(tmp_path)
     import_export.copy_small_files(folder, target)
     family, _ = import_export.read_config(folder)
