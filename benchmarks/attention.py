@@ -94,7 +94,7 @@ def skipping(rounds: int, length: int = 4096) -> None:
     from attnlab.attention import causal, segments, window
     from attnlab.attention.backends.blockwise import tile_of
     from attnlab.attention.block_mask import plan
-    from attnlab.attention.masks.base import Grid
+    from attnlab.attention.masks.base import BlockGrid
 
     documents = segments(jnp.arange(length)[None] // (length // 8) + 1)
     masks = {
@@ -108,7 +108,7 @@ def skipping(rounds: int, length: int = 4096) -> None:
         steps = {name: attnlab(inputs, backward, mask) for name, mask in masks.items()}
         print(f"\nlength {length}, {'forward and backward' if backward else 'forward'}")
         print(table(alternate(steps, rounds, 1), length, "tokens"))
-    grid = Grid(length, length, *tile_of(length, length))
+    grid = BlockGrid(length, length, *tile_of(length, length))
     for name, mask in masks.items():
         made, _ = plan(mask, grid)
         print(

@@ -4,7 +4,7 @@ from attnlab.attention.attend import attend
 from attnlab.attention.backends.reference import reference
 from attnlab.attention.backends.registry import register
 from attnlab.attention.explain import explain
-from attnlab.attention.masks.base import Mask, mask_fn, moved, per_head
+from attnlab.attention.masks.base import Mask, mask_fn, per_head, shift_mask
 from attnlab.attention.masks.basic import causal, segments, tree, window
 from attnlab.attention.masks.grids import neighbourhood, sliding_tile, tile_order
 from attnlab.attention.masks.intervals import (
@@ -80,7 +80,6 @@ __all__ = [
     "log_temperature",
     "mask_fn",
     "media",
-    "moved",
     "multimodal",
     "neighbourhood",
     "per_head",
@@ -94,6 +93,7 @@ __all__ = [
     "segments",
     "shared_prefix",
     "shaw",
+    "shift_mask",
     "sinks_and_window",
     "sinusoidal",
     "sliding_tile",

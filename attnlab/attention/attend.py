@@ -162,7 +162,7 @@ def _check_values(request: Request) -> None:
 
     for what, value in (("mask", request.mask), ("score", request.score)):
         if value is not None:
-            value.map(partial(check, what))
+            value.map_arrays(partial(check, what))
 
 
 def _per_device(wanted: str | Backend, request: Request) -> Result:
@@ -196,7 +196,7 @@ def _per_device(wanted: str | Backend, request: Request) -> Result:
 
     # What is known now stays so: it does not become an argument, of which a backend would know nothing.
     values = request.mask, request.score
-    specs = jax.tree.leaves([x if x is None else x.map(spec) for x in values], is_leaf=_is_spec)
+    specs = jax.tree.leaves([x if x is None else x.map_arrays(spec) for x in values], is_leaf=_is_spec)
     leaves, structure = jax.tree.flatten(values)
     moves = [any(spec) or not _is_known(x) for x, spec in zip(leaves, specs, strict=True)]
     specs = [spec for spec, moving in zip(specs, moves, strict=True) if moving]

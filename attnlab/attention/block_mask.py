@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from attnlab.attention.masks.base import And, Grid, Mask
-from attnlab.attention.pairwise import now, pairs
+from attnlab.attention.masks.base import AndMask, BlockGrid, Mask
+from attnlab.attention.pairwise import eval_at_trace_time, pair_indices
 
 
 class Plan(NamedTuple):
@@ -57,15 +57,15 @@ def is_traced(tree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def plan(mask: Mask | None, grid: Grid) -> tuple[Plan, Known]:
+def plan(mask: Mask | None, grid: BlockGrid) -> tuple[Plan, Known]:
     """The plan of a mask over a grid, computed here and now as far as the mask is known.
 
     What is known only when run, such as segments, is left out of account where that leaves few tiles;
     where it leaves many, the whole plan is found when run.
     """
     part, whole = known_part(mask, grid)
-    if whole or (part is not None and not is_traced(grid.first[2:])):
-        some, every = now(lambda: _sorts(part, grid._replace(first=(0, 0, *grid.first[2:]))))
+    if whole or (part is not None and not is_traced(grid.offset[2:])):
+        some, every = eval_at_trace_time(lambda: _sorts(part, grid._replace(offset=(0, 0, *grid.offset[2:]))))
         every = every & whole
         visits = _written_out(some, every, grid)
         if whole or visits is not None:
@@ -73,18 +73,18 @@ def plan(mask: Mask | None, grid: Grid) -> tuple[Plan, Known]:
     return _plan(jnp, *_sorts(mask, grid)), Known()
 
 
-def known_part(mask: Mask | None, grid: Grid) -> tuple[Mask | None, bool]:
+def known_part(mask: Mask | None, grid: BlockGrid) -> tuple[Mask | None, bool]:
     """The part of a conjunction that is known when compiled, and whether that is all of it."""
     if mask is None:
-        return None, not is_traced(grid.first[2:])
-    if isinstance(mask, And):
+        return None, not is_traced(grid.offset[2:])
+    if isinstance(mask, AndMask):
         sides = known_part(mask.left, grid), known_part(mask.right, grid)
         if all(whole for _, whole in sides):
             return mask, True
         parts = [part for part, _ in sides if part is not None]
-        return (reduce(And, parts) if parts else None), False
-    by_place = is_traced(grid.first[:2]) and any(depends_on(mask))
-    if by_place or is_traced((mask, grid.first[2:])):
+        return (reduce(AndMask, parts) if parts else None), False
+    by_place = is_traced(grid.offset[:2]) and any(depends_on(mask))
+    if by_place or is_traced((mask, grid.offset[2:])):
         return None, False
     return mask, True
 
@@ -93,28 +93,27 @@ def depends_on(mask: Mask) -> tuple[bool, bool]:
     """Whether a mask differs between rows of the batch, and between heads."""
     # Two of each, so that a function of their index shows it.
     two, one = (0, 2), (0, 1)
-    corner = jax.eval_shape(
-        lambda: mask.cut(batch=two, heads=two, queries=one, keys=one).block(pairs(2, 2, 1, 1))
-    )
+    ranges = {"batch": two, "heads": two, "queries": one, "keys": one}
+    corner = jax.eval_shape(lambda: mask.slice_block(**ranges).evaluate(pair_indices(2, 2, 1, 1)))
     return corner.shape[0] > 1, corner.shape[1] > 1
 
 
-def _written_out(some, every, grid: Grid):
-    scores = some.sum() * grid.rows * grid.columns * grid.batch * grid.heads
+def _written_out(some, every, grid: BlockGrid):
+    scores = some.sum() * grid.block_q * grid.block_kv * grid.batch * grid.heads
     if some.sum() > FEW_TILES or scores > FEW_SCORES:
         return None
     return tuple(tuple((int(j), not every[i, j]) for j in np.flatnonzero(some[i])) for i in range(len(some)))
 
 
-def _sorts(mask: Mask | None, grid: Grid):
+def _sorts(mask: Mask | None, grid: BlockGrid):
     """Of each tile: whether some row of the batch or head needs it, and whether none needs a mask for it."""
-    count, width = grid.counts
+    count, width = grid.num_blocks
     some: Any = np.ones((count, width), bool)
     every: Any = some
     if mask is not None:
-        some, every = mask.tiles(grid)
+        some, every = mask.block_summary(grid)
         some, every = some.any((0, 1)), every.all((0, 1))
-    if grid.keys % grid.columns:  # what fills up the last tile is not to be attended to
+    if grid.num_keys % grid.block_kv:  # what fills up the last tile is not to be attended to
         every = every & (np.arange(width) < width - 1)[None]
     return some, every & some
 

@@ -108,7 +108,7 @@ class Ring(Context):
 
 
 def _cut(values, **ranges):
-    return [x if x is None else x.cut(**ranges) for x in values]
+    return [x if x is None else x.slice_block(**ranges) for x in values]
 
 
 def _deal(x: Array, axis, back: bool = False) -> Array:

@@ -10,7 +10,7 @@ from attnlab.attention.attend import attend, choose
 from attnlab.attention.backends.blockwise import tile_of
 from attnlab.attention.backends.registry import BACKENDS, Backend, Request
 from attnlab.attention.block_mask import is_traced
-from attnlab.attention.masks.base import Grid, as_mask
+from attnlab.attention.masks.base import BlockGrid, as_mask
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def explain(
     whole = None if mask is None else as_mask(mask)
     if whole is None or not is_traced(whole):
         density = 1.0 if whole is None else whole.density(t, s, rows, h)
-        tiles = _count(whole, Grid(t, s, *tile, rows, h))
+        tiles = _count(whole, BlockGrid(t, s, *tile, rows, h))
     pairs = rows * h * t * s * (1.0 if density is None else density)
     return Explanation(
         backend=witness.chosen.name,
@@ -83,11 +83,11 @@ def explain(
     )
 
 
-def _count(mask, grid: Grid) -> tuple[int, int, int]:
+def _count(mask, grid: BlockGrid) -> tuple[int, int, int]:
     """How many tiles are empty, partial and full."""
     if mask is None:
-        return 0, 0, int(np.prod(grid.counts))
-    some, every = (np.asarray(x) for x in mask.tiles(grid))
+        return 0, 0, int(np.prod(grid.num_blocks))
+    some, every = (np.asarray(x) for x in mask.block_summary(grid))
     return int((~some).sum()), int((some & ~every).sum()), int((some & every).sum())
 
 

@@ -33,10 +33,10 @@ class Held(Mask):
     keys: Int[Array, "B S"]
     window: int | None = None
 
-    layout = {"queries": ("batch", "queries"), "keys": ("batch", "keys")}
+    dims = {"queries": ("batch", "queries"), "keys": ("batch", "keys")}
 
-    def block(self, at):
-        """See `Mask.block`."""
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
         q, k = self.queries[:, None, :, None], self.keys[:, None, None, :]
         allowed = (k >= 0) & (k <= q)
         return allowed if self.window is None else allowed & (k > q - self.window)

@@ -14,36 +14,38 @@ from jaxtyping import Array, Int
 
 from attnlab.errors import InputError
 
-Layout = tuple[str | None, ...]
+Dims = tuple[str | None, ...]
 T = TypeVar("T")
 
 
-class Pairs(NamedTuple):
+class PairIndices(NamedTuple):
     """A rectangle of scores, (B, H, T, S): the indices of its batch rows, query heads, queries and keys.
 
     They count through the whole batch, model and sequence, also where a device holds a part. Each is an
     array of four dimensions that broadcasts against the scores, so that masks and scores are written as
-    formulas: `at.keys <= at.queries`.
+    formulas: `at.kv <= at.q`.
     """
 
-    batch: Int[Array, "B 1 1 1"]
-    heads: Int[Array, "1 H 1 1"]
-    queries: Int[Array, "1 1 T 1"]
-    keys: Int[Array, "1 1 1 S"]
+    b: Int[Array, "B 1 1 1"]
+    h: Int[Array, "1 H 1 1"]
+    q: Int[Array, "1 1 T 1"]
+    kv: Int[Array, "1 1 1 S"]
 
 
-def pairs(*indices: int | Int[Array, " N"]) -> Pairs:
+def pair_indices(*indices: int | Int[Array, " N"]) -> PairIndices:
     """The rectangle of these batch rows, heads, queries and keys; a number stands for as many from 0 on."""
     arrays = (jnp.arange(x) if isinstance(x, int) else x for x in indices)
-    return Pairs(*(jnp.expand_dims(x, [i for i in range(4) if i != axis]) for axis, x in enumerate(arrays)))
+    return PairIndices(
+        *(jnp.expand_dims(x, [i for i in range(4) if i != axis]) for axis, x in enumerate(arrays))
+    )
 
 
-def rectangle(first: Sequence[int | Array], shape: Sequence[int]) -> Pairs:
+def block_indices(offset: Sequence[int | Array], shape: Sequence[int]) -> PairIndices:
     """The rectangle of this shape whose first batch row, head, query and key are these."""
-    return pairs(*(start + jnp.arange(n) for start, n in zip(first, shape, strict=True)))
+    return pair_indices(*(start + jnp.arange(n) for start, n in zip(offset, shape, strict=True)))
 
 
-def now(function: Callable[[], T]) -> T:
+def eval_at_trace_time(function: Callable[[], T]) -> T:
     """What it returns, its arrays as NumPy's, also while a program is traced; it closes over known arrays.
 
     It runs in a thread of its own, where there is neither a trace nor a mesh: JAX's own evaluation at
@@ -53,67 +55,67 @@ def now(function: Callable[[], T]) -> T:
         return thread.submit(lambda: jax.tree.map(np.asarray, function())).result()
 
 
-class Value:
+class PairwiseFn:
     """Base of masks and scores: a frozen dataclass that is a pytree, made by `pytree`.
 
     Attributes:
-      layout: of each field that is an array, what its dimensions are: "batch", "heads", "queries", "keys",
+      dims: of each field that is an array, what its dimensions are: "batch", "heads", "queries", "keys",
         or None. A dimension with a name has the length of the scores', or 1; a backend cuts it to the
         rectangle that it asks about, and lays it out over devices as the scores. All others stay whole.
     """
 
-    layout: ClassVar[dict[str, Layout]] = {}
+    dims: ClassVar[dict[str, Dims]] = {}
 
-    def map(self, change: Callable[[Array, Layout], Any]) -> Self:
-        """With every array x within it replaced by `change(x, its layout)`."""
+    def map_arrays(self, change: Callable[[Array, Dims], Any]) -> Self:
+        """With every array x within it replaced by `change(x, its dims)`."""
 
-        def visit(value, layout=None):
-            if isinstance(value, Value):
-                return value.map(change)
-            if isinstance(value, STATIC):
+        def visit(value, dims=None):
+            if isinstance(value, PairwiseFn):
+                return value.map_arrays(change)
+            if isinstance(value, STATIC_TYPES):
                 return value
             if isinstance(value, list):
                 return [visit(v) for v in value]
-            return change(value, (None,) * jnp.ndim(value) if layout is None else layout)
+            return change(value, (None,) * jnp.ndim(value) if dims is None else dims)
 
         names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]  # by `pytree`
-        return type(self)(**{name: visit(getattr(self, name), self.layout.get(name)) for name in names})
+        return type(self)(**{name: visit(getattr(self, name), self.dims.get(name)) for name in names})
 
-    def cut(self, **ranges: tuple[int | Array, int]) -> Self:
-        """With the named dimensions of its arrays cut to `(start, length)`, as in cut(queries=(64, 32))."""
+    def slice_block(self, **ranges: tuple[int | Array, int]) -> Self:
+        """With the named dimensions of its arrays cut to `(start, length)`, as `queries=(64, 32)`."""
 
-        def change(x, layout):
-            for axis, name in enumerate(layout):
+        def change(x, dims):
+            for axis, name in enumerate(dims):
                 if name in ranges and x.shape[axis] > 1:
                     x = jax.lax.dynamic_slice_in_dim(x, *ranges[name], axis)
             return x
 
-        return self.map(change)
+        return self.map_arrays(change)
 
-    def pad(self, **lengths: int) -> Self:
+    def pad_to(self, **lengths: int) -> Self:
         """With the named dimensions of its arrays made that long, by repeating their ends."""
 
-        def change(x, layout):
-            more = [lengths.get(name, n) - n if n > 1 else 0 for name, n in zip(layout, x.shape, strict=True)]
+        def change(x, dims):
+            more = [lengths.get(name, n) - n if n > 1 else 0 for name, n in zip(dims, x.shape, strict=True)]
             return jnp.pad(x, [(0, n) for n in more], mode="edge") if any(more) else x
 
-        return self.map(change)
+        return self.map_arrays(change)
 
 
 @dataclass(frozen=True)
-class Function:
+class TracedFn:
     """A function of one pair, traced once: the arrays it captured are values beside it, with gradients.
 
     Attributes:
       jaxpr: the traced function.
-      used: which of its arguments it looks at.
+      uses: which of its arguments it looks at.
     """
 
     jaxpr: Any
-    used: tuple[bool, ...]
+    uses: tuple[bool, ...]
 
     @staticmethod
-    def trace(function: Callable, arguments: Sequence[Array], what: str) -> "tuple[Function, list[Array]]":
+    def trace(function: Callable, arguments: Sequence[Array], what: str) -> "tuple[TracedFn, list[Array]]":
         """The function traced with scalars like these, and the arrays it captured.
 
         Raises:
@@ -128,12 +130,12 @@ class Function:
             raise InputError(f"{what} gets the indices of one pair and returns one scalar, not {shapes}")
         read = {v for equation in closed.jaxpr.eqns for v in equation.invars if isinstance(v, core.Var)}
         read |= {v for v in closed.jaxpr.outvars if isinstance(v, core.Var)}
-        return Function(closed.jaxpr, tuple(v in read for v in closed.jaxpr.invars)), list(closed.consts)
+        return TracedFn(closed.jaxpr, tuple(v in read for v in closed.jaxpr.invars)), list(closed.consts)
 
     def __call__(self, captured: Sequence[Array], *arguments: Array) -> Array:
         """Its value at every pair; the arguments have four dimensions that broadcast, as the result has."""
         function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, list(captured)))
-        inputs = [x if used else x[:1, :1, :1, :1] for x, used in zip(arguments, self.used, strict=True)]
+        inputs = [x if uses else x[:1, :1, :1, :1] for x, uses in zip(arguments, self.uses, strict=True)]
 
         def mapped(*scalars):
             return function(*scalars)[0]
@@ -155,21 +157,21 @@ def _over(function, moving: Sequence[bool]):
     return call
 
 
-STATIC = (bool, int, float, str, tuple, type(None), Function)
+STATIC_TYPES = (bool, int, float, str, tuple, type(None), TracedFn)
 
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass that is a pytree: numbers, text, tuples and None are its type, all else is data.
 
-    So the compiler knows `Causal(3)`, while `Causal(jnp.int32(3))` may be traced.
+    So the compiler knows `CausalMask(3)`, while `CausalMask(jnp.int32(3))` may be traced.
     """
     cls = dataclass(frozen=True, eq=False)(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # it has just become one
 
     def flatten(x):
-        static = tuple((n, getattr(x, n)) for n in names if isinstance(getattr(x, n), STATIC))
-        dynamic = tuple(n for n in names if not isinstance(getattr(x, n), STATIC))
+        static = tuple((n, getattr(x, n)) for n in names if isinstance(getattr(x, n), STATIC_TYPES))
+        dynamic = tuple(n for n in names if not isinstance(getattr(x, n), STATIC_TYPES))
         return [(jax.tree_util.GetAttrKey(n), getattr(x, n)) for n in dynamic], (static, dynamic)
 
     def unflatten(aux, data):

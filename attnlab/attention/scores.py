@@ -13,11 +13,11 @@ from jax import lax, nn
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.masks.base import Index, Mask
-from attnlab.attention.pairwise import Function, Pairs, Value, pairs, pytree
+from attnlab.attention.pairwise import PairIndices, PairwiseFn, TracedFn, pair_indices, pytree
 from attnlab.errors import InputError
 
 
-class Score(Value):
+class Score(PairwiseFn):
     """Base class: a change of the scaled scores that keeps their shape. The arrays in it get gradients.
 
     Attributes:
@@ -26,8 +26,8 @@ class Score(Value):
 
     adds: ClassVar[bool] = False
 
-    def __call__(self, scores: Float[Array, "B H T S"], at: Pairs) -> Float[Array, "B H T S"]:
-        """The changed scores of these pairs; the score's own arrays are cut to them, by their `layout`."""
+    def __call__(self, scores: Float[Array, "B H T S"], at: PairIndices) -> Float[Array, "B H T S"]:
+        """The changed scores of these pairs; the score's own arrays are cut to them, by their `dims`."""
         raise NotImplementedError
 
 
@@ -49,7 +49,7 @@ class Bias(Score):
     bias: Float[Array, "B H T S"]
 
     adds = True
-    layout = {"bias": ("batch", "heads", "queries", "keys")}
+    dims = {"bias": ("batch", "heads", "queries", "keys")}
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
@@ -67,7 +67,7 @@ class Alibi(Score):
     offset: Index = 0
 
     adds = True
-    layout = {"slopes": ("heads",)}
+    dims = {"slopes": ("heads",)}
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
@@ -88,7 +88,7 @@ class RelativeBias(Score):
     offset: Index = 0
 
     adds = True
-    layout = {"table": (None, "heads")}
+    dims = {"table": (None, "heads")}
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
@@ -104,7 +104,7 @@ class Shaw(Score):
     offset: Index = 0
 
     adds = True
-    layout = {"by_distance": ("batch", "heads", "queries", None)}
+    dims = {"by_distance": ("batch", "heads", "queries", None)}
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
@@ -118,7 +118,7 @@ class Temperature(Score):
 
     factor: Float[Array, "B H T 1"]
 
-    layout = {"factor": ("batch", "heads", "queries", None)}
+    dims = {"factor": ("batch", "heads", "queries", None)}
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
@@ -137,7 +137,7 @@ class Forgetting(Score):
     keys: Float[Array, "B H 1 S"]
 
     adds = True
-    layout = {
+    dims = {
         "queries": ("batch", "heads", "queries", None),
         "keys": ("batch", "heads", None, "keys"),
     }
@@ -166,15 +166,15 @@ class Chain(Score):
 
 
 @pytree
-class Call(Score):
+class ScoreFn(Score):
     """A function of one score and the indices of its pair, written by the user."""
 
-    function: Function
+    function: TracedFn
     captured: Any
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
-        return self.function(self.captured, scores, at.batch, at.heads, at.queries, at.keys)
+        return self.function(self.captured, scores, at.b, at.h, at.q, at.kv)
 
 
 def score_fn(function: Callable[[Array, Array, Array, Array, Array], Array]) -> Score:
@@ -186,8 +186,8 @@ def score_fn(function: Callable[[Array, Array, Array, Array, Array], Array]) -> 
       InputError: it does not return one scalar.
     """
     arguments = [jnp.float32(0), *[jnp.int32(0)] * 4]
-    traced, captured = Function.trace(function, arguments, "a score function")
-    return Call(traced, captured)
+    traced, captured = TracedFn.trace(function, arguments, "a score function")
+    return ScoreFn(traced, captured)
 
 
 def softcap(cap: float) -> Score:
@@ -311,7 +311,8 @@ def cope(
     scale = 1 / math.sqrt(d) if scale is None else scale
     grouped = query.reshape(b, t, k, h // k, d)
     products = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    gates = jnp.where(mask.block(pairs(b, h, t, s)), nn.sigmoid(scale * products.reshape(b, h, t, s)), 0)
+    allowed = mask.evaluate(pair_indices(b, h, t, s))
+    gates = jnp.where(allowed, nn.sigmoid(scale * products.reshape(b, h, t, s)), 0)
     position = jnp.minimum(lax.cumsum(gates, axis=3, reverse=True), table.shape[0] - 1)
     low = jnp.floor(position).astype(jnp.int32)
     by_position = jnp.einsum("bthd,pd->bhtp", query, table, preferred_element_type=jnp.float32)
@@ -351,12 +352,12 @@ def forgetting(log_gates: Float[Array, "B T H"]) -> Score:
     return Forgetting(sums[:, :, :, None], sums[:, :, None, :])
 
 
-def _distance(at: Pairs, offset: Index) -> Int[Array, "1 1 T S"]:
+def _distance(at: PairIndices, offset: Index) -> Int[Array, "1 1 T S"]:
     """Key index minus query index."""
-    return at.keys - at.queries - offset
+    return at.kv - at.q - offset
 
 
-def _clipped(at: Pairs, offset: Index, distances: int) -> Int[Array, "1 1 T S"]:
+def _clipped(at: PairIndices, offset: Index, distances: int) -> Int[Array, "1 1 T S"]:
     """Which of so many distances each pair has, the one in the middle being 0."""
     most = distances // 2
     return jnp.clip(_distance(at, offset), -most, most) + most

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from attnlab.attention.attend import attend
 from attnlab.attention.masks.base import as_mask
 from attnlab.attention.masks.basic import causal
-from attnlab.attention.pairwise import pairs, pytree
+from attnlab.attention.pairwise import pair_indices, pytree
 from attnlab.attention.scores import Score, bias
 from attnlab.errors import InputError
 
@@ -188,8 +188,8 @@ def selective(
     mask = causal() if mask is None else as_mask(mask)
     scale = 1 / math.sqrt(d) if scale is None else scale
     scores = scale * jnp.einsum("btd,bsd->bts", query[:, :, 0], key[:, :, 0])
-    at = pairs(b, 1, t, s)
-    chosen = (mask.block(at) & (at.keys > 0) & (at.keys != at.queries))[:, 0]
+    at = pair_indices(b, 1, t, s)
+    chosen = (mask.evaluate(at) & (at.kv > 0) & (at.kv != at.q))[:, 0]
     taken = jnp.where(chosen, jax.nn.relu(scores), 0)
     before = jnp.cumsum(jnp.pad(taken[:, :-1], ((0, 0), (1, 0), (0, 0))), axis=1)
     return attend(query, key, value, mask=mask, score=[score, bias(-before[:, None])], scale=scale, **how)

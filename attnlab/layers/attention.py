@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention import attend, causal, moved, segments, softcap, t5_bias, window
+from attnlab.attention import attend, causal, segments, shift_mask, softcap, t5_bias, window
 from attnlab.attention.cache import Cache, LayerCache
 from attnlab.attention.masks.base import Index, Mask
 from attnlab.attention.positions import Scaling, rotary
@@ -253,7 +253,7 @@ class AttentionLayer(nn.Module):
         mask, key_segments, cache = self.kind.mask(), reading.segments, reading.cache
         if cache is not None and layer_cache is not None:
             first, key_segments = cache.index - x.shape[1], cache.segments
-            mask = moved(self.kind.mask(first), cache.first)
+            mask = shift_mask(self.kind.mask(first), cache.first)
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
         score = None

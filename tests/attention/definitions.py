@@ -335,18 +335,18 @@ def per_head():
 
 
 @case
-def moved_of_each_row():
+def shifted_of_each_row():
     starts = [0, 4]
 
     def allows(b, h, i, j):
         i, j = i + 5 - starts[b], j - starts[b]
         return 0 <= j <= i and i // 3 == j // 3
 
-    return a.moved(a.chunked(3, 5), jnp.array(starts)), allows, T
+    return a.shift_mask(a.chunked(3, 5), jnp.array(starts)), allows, T
 
 
 @case
-def moved_islands():
+def shifted_islands():
     ids, starts = [0, 1, 1, 0, 2, 2, 2, 0, 3, 3, 3, 3], [3, 1]
 
     def allows(b, h, i, j):
@@ -354,23 +354,23 @@ def moved_islands():
         island = i >= 0 and j >= 0 and ids[i] > 0 and {ids[x] for x in range(i, j + 1)} == {ids[i]}
         return j >= 0 and (j <= i or island)
 
-    return a.moved(a.islands(jnp.array([ids])), jnp.array(starts)), allows
+    return a.shift_mask(a.islands(jnp.array([ids])), jnp.array(starts)), allows
 
 
 @case
-def moved_blocks():
+def shifted_blocks():
     chosen, starts = np.array([[1, 0, 1], [0, 1, 1], [0, 0, 0]], bool), [3, 1]
 
     def allows(b, h, i, j):
         i, j = i - starts[b], j - starts[b]
         return i >= 0 and j >= 0 and chosen[i // 4, j // 4]
 
-    return a.moved(a.blocks(chosen, 4), jnp.array(starts)), allows
+    return a.shift_mask(a.blocks(chosen, 4), jnp.array(starts)), allows
 
 
 @case
-def moved_of_a_function():
-    mask = a.moved(a.prefix(3) & (lambda b, h, q, k: (q + k) % (h + 2) != 0), 2)
+def shifted_of_a_function():
+    mask = a.shift_mask(a.prefix(3) & (lambda b, h, q, k: (q + k) % (h + 2) != 0), 2)
     return mask, lambda b, h, i, j: j >= 2 and (j < 5 or j <= i) and (i + j - 4) % (h + 2) != 0
 
 

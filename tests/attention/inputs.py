@@ -50,11 +50,11 @@ def allowed_pairs(mask, b, t, s):
 
     def allows(m, row, i, j):
         match type(m).__name__:
-            case "And":
+            case "AndMask":
                 return allows(m.left, row, i, j) and allows(m.right, row, i, j)
-            case "Or":
+            case "OrMask":
                 return allows(m.left, row, i, j) or allows(m.right, row, i, j)
-            case "Not":
+            case "NotMask":
                 return not allows(m.mask, row, i, j)
             case "Causal":
                 return j <= i + m.offset

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import attend, bias, causal, mask_fn, score_fn, segments, softcap, window
 from attnlab.attention.block_mask import plan
-from attnlab.attention.masks.base import Grid
+from attnlab.attention.masks.base import BlockGrid
 from tests.attention.inputs import qkv, weighted_sum
 
 WAYS = ["ring", "all_to_all", "all_gather"]
@@ -102,13 +102,15 @@ def test_the_zig_zag_deals_every_device_the_same_work():
     def tiles_of(device):
         mine = device, 2 * n - 1 - device
         grids = [
-            Grid(part, part, 16, 16, first=(0, 0, i * part, j * part)) for i in mine for j in range(2 * n)
+            BlockGrid(part, part, 16, 16, offset=(0, 0, i * part, j * part))
+            for i in mine
+            for j in range(2 * n)
         ]
         return sum(int(plan(causal(), grid)[0].visited.sum()) for grid in grids)
 
     work = [tiles_of(device) for device in range(n)]
     assert max(work) <= 1.01 * min(work)
-    whole = int(plan(causal(), Grid(length, length, 16, 16))[0].visited.sum())
+    whole = int(plan(causal(), BlockGrid(length, length, 16, 16))[0].visited.sum())
     assert sum(work) == whole
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import attend, causal, reference
 from attnlab.attention.backends.blockwise import blockwise
-from attnlab.attention.pairwise import pairs
+from attnlab.attention.pairwise import pair_indices
 from attnlab.attention.scores import (
     Forgetting,
     alibi,
@@ -179,7 +179,9 @@ def test_agrees_with_a_loop_and_its_derivatives(name):
 
 def changed(score, heads, queries, keys, batch=1):
     """What a score makes of scores of 0."""
-    return np.asarray(score(jnp.zeros((batch, heads, queries, keys)), pairs(batch, heads, queries, keys)))
+    return np.asarray(
+        score(jnp.zeros((batch, heads, queries, keys)), pair_indices(batch, heads, queries, keys))
+    )
 
 
 def test_gates_between_a_key_and_the_query_add_up():

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from attnlab.attention.backends import vjp as cotangents
 from attnlab.attention.backends.reference import NOTHING, only
 from attnlab.attention.block_mask import Known, Plan, equal_part, plan
-from attnlab.attention.masks.base import First, Grid, Mask
-from attnlab.attention.pairwise import rectangle
+from attnlab.attention.masks.base import BlockGrid, BlockOffset, Mask
+from attnlab.attention.pairwise import block_indices
 from attnlab.attention.scores import Score
 
 
@@ -27,7 +27,7 @@ def blockwise(
     mask: Mask | None = None,
     score: Score | None = None,
     scale: float = 1.0,
-    first: First = (0, 0, 0, 0),
+    first: BlockOffset = (0, 0, 0, 0),
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """The output and log-sum-exp of `reference`, without ever holding a full score matrix.
@@ -61,7 +61,7 @@ def gradients(
     mask: Mask | None = None,
     score: Score | None = None,
     scale: float = 1.0,
-    first: First = (0, 0, 0, 0),
+    first: BlockOffset = (0, 0, 0, 0),
 ):
     """What these keys and values add to the gradient of a softmax that other keys may have a part in.
 
@@ -97,7 +97,7 @@ def blockwise_twice(
     mask: Mask | None = None,
     score: Score | None = None,
     scale: float = 1.0,
-    first: First = (0, 0, 0, 0),
+    first: BlockOffset = (0, 0, 0, 0),
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """`blockwise` differentiated by JAX itself: slower, but forward-mode and second derivatives exist.
@@ -136,13 +136,13 @@ class _Call:
         b, t, self.heads, _ = query_shape
         s, self.kv_heads = key_shape[1:3]
         rows, columns = tile or tile_of(t, s)
-        grid = Grid(t, s, rows, columns, b, self.heads, first)
+        grid = BlockGrid(t, s, rows, columns, b, self.heads, first)
         made, known = plan(mask, grid)
         if not written_out:
             known = Known()
-        self.num_queries, count, width = t, *grid.counts
+        self.num_queries, count, width = t, *grid.num_blocks
         self.lengths = {"queries": count * rows, "keys": width * columns}
-        mask, score = (x if x is None else x.pad(**self.lengths) for x in (mask, score))
+        mask, score = (x if x is None else x.pad_to(**self.lengths) for x in (mask, score))
         self.static = rows, columns, s, known, scale
         self.values = mask, score, made, first
 
@@ -186,18 +186,18 @@ def _slice(x: Array, i, size: int, axis: int) -> Array:
 class _Tiles:
     """The tiles of one call: their scores, and loops over those that the plan visits."""
 
-    def __init__(self, static, mask: Mask | None, score: Score | None, made: Plan, first: First):
+    def __init__(self, static, mask: Mask | None, score: Score | None, made: Plan, first: BlockOffset):
         self.rows, self.columns, self.num_keys, self.known, self.scale = static
         self.mask, self.score, self.plan, self.first = mask, score, made, first
 
     def _at(self, i, j, batch: int, heads: int):
         b, h, q, k = self.first
         first = b, h, q + i * self.rows, k + j * self.columns
-        return rectangle(first, (batch, heads, self.rows, self.columns))
+        return block_indices(first, (batch, heads, self.rows, self.columns))
 
-    def cut(self, value, i, j):
+    def slice_block(self, value, i, j):
         """A mask or score with its arrays cut to a tile."""
-        return value.cut(queries=(i * self.rows, self.rows), keys=(j * self.columns, self.columns))
+        return value.slice_block(queries=(i * self.rows, self.rows), keys=(j * self.columns, self.columns))
 
     def scores(self, q, k, i, j, masked: bool):
         """A tile's scores, (B, K, G, rows, columns), and the pull-back to its products and its `Score`."""
@@ -208,7 +208,9 @@ class _Tiles:
         scores, pull_back = self._scaled(raw), lambda g: (self._scaled(g), None)
         if self.score is not None:
             changed, through = jax.vjp(
-                lambda x, score: score(only(allowed, x), at), scores.reshape(flat), self.cut(self.score, i, j)
+                lambda x, score: score(only(allowed, x), at),
+                scores.reshape(flat),
+                self.slice_block(self.score, i, j),
             )
             scores = changed.reshape(shape)
 
@@ -226,7 +228,7 @@ class _Tiles:
         local = j * self.columns + jnp.arange(self.columns)
         allowed = (local < self.num_keys)[None, None, None, :]
         if self.mask is not None:
-            allowed = allowed & self.cut(self.mask, i, j).block(at)
+            allowed = allowed & self.slice_block(self.mask, i, j).evaluate(at)
         return jnp.broadcast_to(allowed, (*allowed.shape[:2], *shape[2:]))
 
     def _scaled(self, x):

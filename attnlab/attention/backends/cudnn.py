@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from attnlab.attention.backends.registry import Request, Result, beyond_softmax, sharded_length
-from attnlab.attention.masks.base import And, Mask
+from attnlab.attention.masks.base import AndMask, Mask
 from attnlab.attention.masks.basic import Causal, Window
 from attnlab.attention.masks.intervals import KeyLengths
 
@@ -92,7 +92,7 @@ def _split(mask: Mask | None) -> tuple[list[KeyLengths], list[Mask]]:
             return [], []
         case KeyLengths():
             return [mask], []
-        case And():
+        case AndMask():
             one, other = _split(mask.left), _split(mask.right)
             return one[0] + other[0], one[1] + other[1]
     return [], [mask]

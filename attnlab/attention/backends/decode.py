@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.backends.reference import softmax, weigh
-from attnlab.attention.masks.base import First, Mask
-from attnlab.attention.pairwise import rectangle
+from attnlab.attention.masks.base import BlockOffset, Mask
+from attnlab.attention.pairwise import block_indices
 from attnlab.attention.scores import Score
 
 
@@ -19,7 +19,7 @@ def single(
     score: Score | None = None,
     scale: float = 1.0,
     sinks: Float[Array, " H"] | None = None,
-    first: First = (0, 0, 0, 0),
+    first: BlockOffset = (0, 0, 0, 0),
 ) -> tuple[Float[Array, "B 1 H Dv"], Float[Array, "B 1 H"]]:
     """`reference` by sums over elements: each key and value is read once, where it lies.
 
@@ -35,7 +35,7 @@ def single(
     products = jax.lax.optimization_barrier(products)
     scores = scale * jnp.moveaxis(products.reshape(h // k, b, -1, k), (0, 2), (2, 3))  # (B, K, G, S)
     scores = scores.reshape(b, h, 1, -1)
-    weights, lse = weigh(scores, rectangle(first, scores.shape), mask, score, sinks, softmax)
+    weights, lse = weigh(scores, block_indices(first, scores.shape), mask, score, sinks, softmax)
     weights = jnp.moveaxis(weights.reshape(b, k, h // k, -1), (2, 3), (0, 2))[..., None]  # (G, B, S, K, 1)
     out = jnp.stack([(_without_one_row(one) * values).sum(-3) for one in weights], axis=-2)
     return out.reshape(b, 1, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2)

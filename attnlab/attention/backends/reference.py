@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.masks.base import First, Mask
-from attnlab.attention.pairwise import Pairs, rectangle
+from attnlab.attention.masks.base import BlockOffset, Mask
+from attnlab.attention.pairwise import PairIndices, block_indices
 from attnlab.attention.scores import Score
 
 # A changed score that is no more than this forbids its pair, whichever backend sees it, and however many
@@ -39,7 +39,7 @@ def reference(
     normalizer: Callable = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    first: First = (0, 0, 0, 0),
+    first: BlockOffset = (0, 0, 0, 0),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"], Float[Array, "B H T S"]]:
     """softmax(score(scale * Q K^T)) V with every pair written out (Vaswani et al. 2017, equation 1).
 
@@ -65,7 +65,7 @@ def reference(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
     scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
-    weights, lse = weigh(scores, rectangle(first, scores.shape), mask, score, sinks, normalizer)
+    weights, lse = weigh(scores, block_indices(first, scores.shape), mask, score, sinks, normalizer)
     dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
     out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
     return out.reshape(b, t, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
@@ -73,14 +73,14 @@ def reference(
 
 def weigh(
     scores: Float[Array, "B H T S"],
-    at: Pairs,
+    at: PairIndices,
     mask: Mask | None,
     score: Score | None,
     sinks: Float[Array, " H"] | None,
     normalizer: Callable,
 ) -> tuple[Float[Array, "B H T S"], Float[Array, "B H T"]]:
     """Weights, and logarithmic normaliser, of the scaled scores of the pairs `at`; see `reference`."""
-    allowed = None if mask is None else mask.block(at)
+    allowed = None if mask is None else mask.evaluate(at)
     if score is not None:
         scores = score(only(allowed, scores), at)
         scores = jnp.where(scores <= NOTHING, -jnp.inf, scores)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from attnlab.attention.backends.blockwise import blockwise, blockwise_twice
 from attnlab.attention.backends.decode import single
 from attnlab.attention.backends.reference import reference, softmax
-from attnlab.attention.masks.base import First, Mask
+from attnlab.attention.masks.base import BlockOffset, Mask
 from attnlab.attention.scores import Score
 
 
@@ -74,7 +74,7 @@ class Backend(Protocol):
         """Why it cannot do what is asked; None where it can."""
         ...
 
-    def run(self, request: Request, first: First) -> Result:
+    def run(self, request: Request, first: BlockOffset) -> Result:
         """The result for one device's part, whose batch row, head, query and key count from `first`."""
         ...
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.attention.backends import vjp as cotangents
 from attnlab.attention.block_mask import depends_on
-from attnlab.attention.masks.base import Grid, Mask
-from attnlab.attention.pairwise import now, pairs
+from attnlab.attention.masks.base import BlockGrid, Mask
+from attnlab.attention.pairwise import eval_at_trace_time, pair_indices
 
 Pair = tuple[int, int]
 Kernel = splash.SplashAttentionKernel
@@ -48,7 +48,7 @@ def known(mask: Mask | None, heads: int, lengths: Pair, tile: Pair, **options) -
             splash_masks.MultiHeadMask(each), head_shards=1, q_seq_shards=1, **_options(tile, **options)
         )
 
-    return now(make)
+    return eval_at_trace_time(make)
 
 
 def unknown(tile: Pair, **options) -> Kernel:
@@ -198,16 +198,16 @@ class _Head(splash_masks.Mask):
     def _whole(self) -> Mask:
         """The mask cut to this head, with keys and queries up to a whole tile."""
         assert self.mask is not None
-        return self.mask.cut(heads=(self.head, 1)).pad(queries=self._shape[0], keys=self._shape[1])
+        return self.mask.slice_block(heads=(self.head, 1)).pad_to(queries=self._shape[0], keys=self._shape[1])
 
     @cached_property
     def _tiles(self) -> tuple[np.ndarray, np.ndarray]:
         """Of each tile, whether it may allow some pair, and whether it allows every one."""
         (rows, columns), (queries, keys) = self.tile, self._shape
-        grid = Grid(queries, keys, rows, columns, first=(0, self.head, 0, 0))
-        some = every = np.ones(grid.counts, bool)
+        grid = BlockGrid(queries, keys, rows, columns, offset=(0, self.head, 0, 0))
+        some = every = np.ones(grid.num_blocks, bool)
         if self.mask is not None:
-            some, every = (np.asarray(x)[0, 0] for x in self._whole.tiles(grid))
+            some, every = (np.asarray(x)[0, 0] for x in self._whole.block_summary(grid))
         ends = columns + np.arange(0, keys, columns)
         return some, every & (ends <= self.num_keys)[None, :]
 
@@ -220,8 +220,8 @@ class _Head(splash_masks.Mask):
             return np.broadcast_to(every, (len(q), len(k)))
         allowed = (k < self.num_keys)[None, :]
         if self.mask is not None:
-            part = self._whole.cut(queries=(q[0], len(q)), keys=(k[0], len(k)))
-            allowed = allowed & np.asarray(part.block(pairs(1, np.array([self.head]), q, k)))[0, 0]
+            part = self._whole.slice_block(queries=(q[0], len(q)), keys=(k[0], len(k)))
+            allowed = allowed & np.asarray(part.evaluate(pair_indices(1, np.array([self.head]), q, k)))[0, 0]
         return np.broadcast_to(allowed, (len(q), len(k)))
 
     def is_empty(self) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from attnlab.attention.backends.registry import Request, Result, beyond_softmax, sharded_length, with_sinks
 from attnlab.attention.block_mask import depends_on, equal_part, is_traced
-from attnlab.attention.masks.base import And, Mask
+from attnlab.attention.masks.base import AndMask, Mask
 from attnlab.attention.masks.basic import Causal, Segments
 from attnlab.attention.masks.dense import GIB, added, allowed, pairs_added, pairs_allowed, told
 from attnlab.attention.scores import Softcap
@@ -154,7 +154,7 @@ def _split(mask: Mask | None) -> tuple[Segments | None, Mask | None]:
     """The segments that are one side of an `And` at the top of a mask, and the rest of it."""
     if isinstance(mask, Segments):
         return mask, None
-    if isinstance(mask, And):
+    if isinstance(mask, AndMask):
         for one, other in ((mask.left, mask.right), (mask.right, mask.left)):
             segments, rest = _split(one)
             if segments is not None:
@@ -172,7 +172,7 @@ def _is_known(mask: Mask, r: Request) -> bool:
 
 def _is_causal(mask: Mask | None) -> bool:
     """Whether a mask is known to allow no key after the query of its own number."""
-    if isinstance(mask, And):
+    if isinstance(mask, AndMask):
         return _is_causal(mask.left) or _is_causal(mask.right)
     return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset <= 0
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from attnlab.attention.pairwise import Layout
+from attnlab.attention.pairwise import Dims
 from attnlab.attention.scores import Score
 
 
@@ -41,20 +41,20 @@ def add(score: Score | None, sums: list[Array], parts: Any, **starts: int | Arra
     if score is None:
         return sums
 
-    def add_one(total, part, layout: Layout):
+    def add_one(total, part, dims: Dims):
         if part.dtype == jax.dtypes.float0 or (total.shape != part.shape and not total.shape):
             return total
         where = [
             starts.get(name or "", 0) if n < whole else 0
-            for name, n, whole in zip(layout, part.shape, total.shape, strict=True)
+            for name, n, whole in zip(dims, part.shape, total.shape, strict=True)
         ]
         there = jax.lax.dynamic_slice(total, where, part.shape)
         return jax.lax.dynamic_update_slice(total, there + part, where)
 
-    layouts = jax.tree.leaves(score.map(lambda x, layout: _Leaf(layout)))
+    leaf_dims = jax.tree.leaves(score.map_arrays(lambda x, dims: _Leaf(dims)))
     return [
-        add_one(total, part, leaf.layout)
-        for total, part, leaf in zip(sums, jax.tree.leaves(parts), layouts, strict=True)
+        add_one(total, part, leaf.dims)
+        for total, part, leaf in zip(sums, jax.tree.leaves(parts), leaf_dims, strict=True)
     ]
 
 
@@ -71,7 +71,7 @@ def finish(score: Score | None, sums: list[Array]) -> Any:
 
 
 class _Leaf:
-    """A layout where a tree has an array."""
+    """The dims where a tree has an array."""
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    def __init__(self, dims: Dims):
+        self.dims = dims

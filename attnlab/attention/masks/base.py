@@ -2,7 +2,7 @@
 
 A mask answers for any rectangle of pairs, so that a backend asks only for the tiles it visits, and says
 beforehand which tiles are empty, which are full, and which it has to be asked about. The kinds there are
-stand in `patterns.py`.
+stand in `basic.py`, `intervals.py`, `sparse.py` and `grids.py`.
 """
 
 import functools
@@ -15,84 +15,86 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.pairwise import Function, Pairs, Value, pairs, pytree, rectangle
+from attnlab.attention.pairwise import PairIndices, PairwiseFn, TracedFn, block_indices, pair_indices, pytree
 from attnlab.errors import InputError
 
 Index = int | Int[Array, ""]
-First = tuple[Index, Index, Index, Index]  # batch row, head, query, key
+BlockOffset = tuple[Index, Index, Index, Index]  # batch row, head, query, key
 
 
-class Tiles(NamedTuple):
-    """What is known of each tile of a mask, (B or 1, H or 1, query tiles, key tiles).
+class BlockSummary(NamedTuple):
+    """What is known of each block of a mask, (B or 1, H or 1, query blocks, key blocks).
 
     Attributes:
-      some: some pair of it may be allowed; where False, none is.
-      every: every pair of it is allowed; where False, some may not be.
+      any_allowed: some pair of it may be allowed; where False, none is.
+      all_allowed: every pair of it is allowed; where False, some may not be.
     """
 
-    some: Bool[Array, "B H Q S"]
-    every: Bool[Array, "B H Q S"]
+    any_allowed: Bool[Array, "B H Q S"]
+    all_allowed: Bool[Array, "B H Q S"]
 
 
-class Grid(NamedTuple):
-    """Tiles of `rows` queries and `columns` keys, over so many queries and keys of so many rows and heads.
+class BlockGrid(NamedTuple):
+    """Blocks of `block_q` by `block_kv` pairs, over these numbers of queries, keys, rows and heads.
 
-    The last tiles may be smaller. Indices count from `first`, (batch row, head, query, key).
+    The last blocks may be smaller. Indices count from `offset`, (batch row, head, query, key).
     """
 
-    queries: int
-    keys: int
-    rows: int
-    columns: int
+    num_queries: int
+    num_keys: int
+    block_q: int
+    block_kv: int
     batch: int = 1
     heads: int = 1
-    first: First = (0, 0, 0, 0)
+    offset: BlockOffset = (0, 0, 0, 0)
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """How many tiles there are along queries, and along keys."""
-        return -(-self.queries // self.rows), -(-self.keys // self.columns)
+    def num_blocks(self) -> tuple[int, int]:
+        """How many blocks there are along queries, and along keys."""
+        return -(-self.num_queries // self.block_q), -(-self.num_keys // self.block_kv)
 
 
-class Mask(Value):
-    """Base class: implement `block`, and `tiles` where the answer is known without looking at every pair."""
+class Mask(PairwiseFn):
+    """Base class: implement `evaluate`, and `block_summary` where it is known without every pair."""
 
-    def block(self, at: Pairs) -> Bool[Array, "B H T S"]:
+    def evaluate(self, at: PairIndices) -> Bool[Array, "B H T S"]:
         """Which of these pairs may attend, of a shape that broadcasts to (B, H, T, S).
 
-        The mask's own arrays are cut to the same pairs already, by their `layout`.
+        The mask's own arrays are cut to the same pairs already, by their `dims`.
         """
         raise NotImplementedError
 
-    def tally(self, at: Pairs, columns: int) -> Int[Array, "B H T N"]:
-        """How many of each `columns` keys a query may attend to; here by looking at every pair."""
-        allowed = self.block(at)
-        allowed = jnp.broadcast_to(allowed, (*allowed.shape[:3], at.keys.shape[-1]))
-        more = -at.keys.shape[-1] % columns
+    def count_per_block(self, at: PairIndices, block_kv: int) -> Int[Array, "B H T N"]:
+        """How many of each `block_kv` keys a query may attend to; here by looking at every pair."""
+        allowed = self.evaluate(at)
+        allowed = jnp.broadcast_to(allowed, (*allowed.shape[:3], at.kv.shape[-1]))
+        more = -at.kv.shape[-1] % block_kv
         allowed = jnp.pad(allowed, [(0, 0)] * 3 + [(0, more)])
-        return allowed.reshape(*allowed.shape[:3], -1, columns).sum(-1)
+        return allowed.reshape(*allowed.shape[:3], -1, block_kv).sum(-1)
 
-    def tiles(self, grid: Grid) -> Tiles:
-        """What is known of each tile; here exactly, from `tally`."""
-        starts = np.arange(grid.counts[1]) * grid.columns
-        sizes = np.minimum(grid.columns, grid.keys - starts)[None, None, None]
+    def block_summary(self, grid: BlockGrid) -> BlockSummary:
+        """What is known of each block; here exactly, from `count_per_block`."""
+        starts = np.arange(grid.num_blocks[1]) * grid.block_kv
+        sizes = np.minimum(grid.block_kv, grid.num_keys - starts)[None, None, None]
 
         def summary(seen, there):
             return (there & (seen > 0)).any(2), (~there | (seen == sizes)).all(2)
 
-        some, every = self._strips(grid, summary)
-        return Tiles(jnp.moveaxis(some, 0, 2), jnp.moveaxis(every, 0, 2))
+        any_allowed, all_allowed = self._map_query_blocks(grid, summary)
+        return BlockSummary(jnp.moveaxis(any_allowed, 0, 2), jnp.moveaxis(all_allowed, 0, 2))
 
-    def _strips(self, grid: Grid, summary: Callable[[Array, Array], Any]) -> Any:
-        """Of each strip of queries, along a new first axis: `summary(tally, which queries there are)`."""
-        count, _ = grid.counts
-        padded = self.pad(queries=count * grid.rows)
+    def _map_query_blocks(self, grid: BlockGrid, summary: Callable[[Array, Array], Any]) -> Any:
+        """Of each strip of queries, along a new first axis: `summary(counts, which queries there are)`."""
+        count, _ = grid.num_blocks
+        padded = self.pad_to(queries=count * grid.block_q)
 
         def strip(i):
-            b, h, q, k = grid.first
-            at = rectangle((b, h, q + i * grid.rows, k), (grid.batch, grid.heads, grid.rows, grid.keys))
-            seen = padded.cut(queries=(i * grid.rows, grid.rows)).tally(at, grid.columns)
-            return summary(seen, (at.queries - q < grid.queries))
+            b, h, q, k = grid.offset
+            shape = grid.batch, grid.heads, grid.block_q, grid.num_keys
+            at = block_indices((b, h, q + i * grid.block_q, k), shape)
+            part = padded.slice_block(queries=(i * grid.block_q, grid.block_q))
+            seen = part.count_per_block(at, grid.block_kv)
+            return summary(seen, (at.q - q < grid.num_queries))
 
         return jax.lax.map(strip, jnp.arange(count))
 
@@ -100,14 +102,14 @@ class Mask(Value):
         self, num_queries: int, num_keys: int, batch: int = 1, heads: int = 1
     ) -> Bool[Array, "B H T S"]:
         """The whole mask as one boolean array; dimensions that it does not depend on may be 1."""
-        allowed = self.block(pairs(batch, heads, num_queries, num_keys))
+        allowed = self.evaluate(pair_indices(batch, heads, num_queries, num_keys))
         return jnp.broadcast_to(allowed, (*allowed.shape[:2], num_queries, num_keys))
 
     def density(self, num_queries: int, num_keys: int, batch: int = 1, heads: int = 1) -> float:
         """The exact share of allowed pairs, counted a strip of queries at a time."""
         rows = max(1, min(num_queries, 2**22 // (num_keys * batch * heads)))
-        grid = Grid(num_queries, num_keys, rows, num_keys, batch, heads)
-        seen = np.asarray(self._strips(grid, lambda seen, there: jnp.where(there, seen, 0).sum(2)))
+        grid = BlockGrid(num_queries, num_keys, rows, num_keys, batch, heads)
+        seen = np.asarray(self._map_query_blocks(grid, lambda seen, there: jnp.where(there, seen, 0).sum(2)))
         return seen.sum(dtype=np.int64).item() / (num_queries * num_keys * seen.shape[1] * seen.shape[2])
 
     def draw(self, num_queries: int, num_keys: int, row: int = 0, head: int = 0) -> str:
@@ -117,167 +119,167 @@ class Mask(Value):
         return "\n".join(" ".join("x" if allowed else "." for allowed in line) for line in lines)
 
     def __and__(self, other: "Mask") -> "Mask":
-        return And(self, as_mask(other))
+        return AndMask(self, as_mask(other))
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Or(self, as_mask(other))
+        return OrMask(self, as_mask(other))
 
     def __invert__(self) -> "Mask":
-        return Not(self)
+        return NotMask(self)
 
     __rand__, __ror__ = __and__, __or__
     __array_ufunc__ = None  # so that NumPy leaves `array & mask` to the mask
 
 
-class Counted(Mask):
+class CountingMask(Mask):
     """Base of masks that know how many keys a query may attend to without looking at each of them."""
 
-    def count(self, at: Pairs) -> Int[Array, "B H T S"]:
-        """How many keys before each of `at.keys` a query may attend to, up to a number of the query's own."""
+    def count_before(self, at: PairIndices) -> Int[Array, "B H T S"]:
+        """How many keys before each of `at.kv` a query may attend to, up to a number of the query's own."""
         raise NotImplementedError
 
-    def tally(self, at, columns):
-        """See `Mask.tally`: the difference of `count` between the ends of each run."""
-        ends = jnp.concatenate([at.keys[..., ::columns], at.keys[..., -1:] + 1], axis=-1)
-        return jnp.diff(self.count(at._replace(keys=ends)), axis=-1)
+    def count_per_block(self, at, block_kv):
+        """See `Mask.count_per_block`: the difference of `count_before` between the ends of each run."""
+        ends = jnp.concatenate([at.kv[..., ::block_kv], at.kv[..., -1:] + 1], axis=-1)
+        return jnp.diff(self.count_before(at._replace(kv=ends)), axis=-1)
 
 
 @pytree
-class And(Mask):
+class AndMask(Mask):
     """Pairs that both masks allow."""
 
     left: Mask
     right: Mask
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return self.left.block(at) & self.right.block(at)
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return self.left.evaluate(at) & self.right.evaluate(at)
 
-    def tiles(self, grid):
-        """See `Mask.tiles`."""
-        a, b = self.left.tiles(grid), self.right.tiles(grid)
-        return Tiles(a.some & b.some, a.every & b.every)
+    def block_summary(self, grid):
+        """See `Mask.block_summary`."""
+        a, b = self.left.block_summary(grid), self.right.block_summary(grid)
+        return BlockSummary(a.any_allowed & b.any_allowed, a.all_allowed & b.all_allowed)
 
 
 @pytree
-class Or(Mask):
+class OrMask(Mask):
     """Pairs that either mask allows."""
 
     left: Mask
     right: Mask
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return self.left.block(at) | self.right.block(at)
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return self.left.evaluate(at) | self.right.evaluate(at)
 
-    def tiles(self, grid):
-        """See `Mask.tiles`."""
-        a, b = self.left.tiles(grid), self.right.tiles(grid)
-        return Tiles(a.some | b.some, a.every | b.every)
+    def block_summary(self, grid):
+        """See `Mask.block_summary`."""
+        a, b = self.left.block_summary(grid), self.right.block_summary(grid)
+        return BlockSummary(a.any_allowed | b.any_allowed, a.all_allowed | b.all_allowed)
 
 
 @pytree
-class Not(Mask):
+class NotMask(Mask):
     """Pairs that the mask forbids."""
 
     mask: Mask
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return ~self.mask.block(at)
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return ~self.mask.evaluate(at)
 
-    def tiles(self, grid):
-        """See `Mask.tiles`."""
-        known = self.mask.tiles(grid)
-        return Tiles(~known.every, ~known.some)
+    def block_summary(self, grid):
+        """See `Mask.block_summary`."""
+        known = self.mask.block_summary(grid)
+        return BlockSummary(~known.all_allowed, ~known.any_allowed)
 
 
 @pytree
-class PerHead(Mask):
+class PerHeadMask(Mask):
     """Another mask in each head.
 
     Attributes:
       masks: the different ones.
-      kinds: which of them each head has.
+      mask_of_head: the index of each head's mask.
     """
 
     masks: list[Mask]
-    kinds: tuple[int, ...]
+    mask_of_head: tuple[int, ...]
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return self._any(at.heads, [mask.block(at) for mask in self.masks])
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return self._any(at.h, [mask.evaluate(at) for mask in self.masks])
 
-    def tiles(self, grid):
-        """See `Mask.tiles`."""
-        heads = jnp.reshape(grid.first[1] + jnp.arange(grid.heads), (1, -1, 1, 1))
-        known = [mask.tiles(grid) for mask in self.masks]
-        return Tiles(*(self._any(heads, parts) for parts in zip(*known, strict=True)))
+    def block_summary(self, grid):
+        """See `Mask.block_summary`."""
+        heads = jnp.reshape(grid.offset[1] + jnp.arange(grid.heads), (1, -1, 1, 1))
+        known = [mask.block_summary(grid) for mask in self.masks]
+        return BlockSummary(*(self._any(heads, parts) for parts in zip(*known, strict=True)))
 
     def _any(self, heads, parts):
         """Of each head what its own mask says."""
-        kinds = jnp.asarray(self.kinds)[heads]
-        return functools.reduce(operator.or_, ((kinds == i) & part for i, part in enumerate(parts)))
+        index = jnp.asarray(self.mask_of_head)[heads]
+        return functools.reduce(operator.or_, ((index == i) & part for i, part in enumerate(parts)))
 
 
 @pytree
-class Moved(Mask):
+class ShiftedMask(Mask):
     """Another mask that counts queries and keys from a key of each row; those before it are seen by none.
 
     Attributes:
       mask: the other one.
-      by: the key it counts from, a number or (B,).
+      offset: the key it counts from, a number or (B,).
     """
 
     mask: Mask
-    by: Index
+    offset: Index
 
-    layout = {"by": ("batch",)}
+    dims = {"offset": ("batch",)}
 
-    def block(self, at):
-        """See `Mask.block`."""
-        at = self._moved(at)
-        return self.mask.block(at) & (at.keys >= 0)
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        at = self._shift(at)
+        return self.mask.evaluate(at) & (at.kv >= 0)
 
-    def tally(self, at, columns):
-        """See `Mask.tally`."""
-        if isinstance(self.mask, Counted):
-            return Counted.tally(self, at, columns)  # type: ignore[arg-type]
-        return super().tally(at, columns)
+    def count_per_block(self, at, block_kv):
+        """See `Mask.count_per_block`."""
+        if isinstance(self.mask, CountingMask):
+            return CountingMask.count_per_block(self, at, block_kv)  # type: ignore[arg-type]
+        return super().count_per_block(at, block_kv)
 
-    def count(self, at):
-        """See `Counted.count`: keys before the first are none."""
-        at = self._moved(at)
-        return self.mask.count(at._replace(keys=jnp.maximum(at.keys, 0)))
+    def count_before(self, at):
+        """See `CountingMask.count_before`: keys before the first are none."""
+        at = self._shift(at)
+        return self.mask.count_before(at._replace(kv=jnp.maximum(at.kv, 0)))
 
-    def _moved(self, at: Pairs) -> Pairs:
-        by = jnp.reshape(self.by, (-1, 1, 1, 1))
-        return at._replace(queries=at.queries - by, keys=at.keys - by)
+    def _shift(self, at: PairIndices) -> PairIndices:
+        offset = jnp.reshape(self.offset, (-1, 1, 1, 1))
+        return at._replace(q=at.q - offset, kv=at.kv - offset)
 
 
 @pytree
-class Dense(Mask):
+class DenseMask(Mask):
     """Any boolean array, whose dimensions of batch and heads may be 1."""
 
     allowed: Bool[Array, "B H T S"]
 
-    layout = {"allowed": ("batch", "heads", "queries", "keys")}
+    dims = {"allowed": ("batch", "heads", "queries", "keys")}
 
-    def block(self, at):
-        """See `Mask.block`."""
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
         return jnp.asarray(self.allowed)
 
 
 @pytree
-class Call(Mask):
+class MaskFn(Mask):
     """A function of the indices of one pair, written by the user."""
 
-    function: Function
+    function: TracedFn
     captured: Any
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return self.function(self.captured, at.batch, at.heads, at.queries, at.keys) != 0
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return self.function(self.captured, at.b, at.h, at.q, at.kv) != 0
 
 
 def mask_fn(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
@@ -288,11 +290,11 @@ def mask_fn(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
     Raises:
       InputError: it does not return one scalar.
     """
-    return Call(*Function.trace(function, [jnp.int32(0)] * 4, "a mask function"))
+    return MaskFn(*TracedFn.trace(function, [jnp.int32(0)] * 4, "a mask function"))
 
 
 def per_head(masks: Sequence[Any]) -> Mask:
-    """See `PerHead`; a mask for each query head, where one mask may stand for many heads.
+    """See `PerHeadMask`; a mask for each query head, where one mask may stand for many heads.
 
     Raises:
       InputError: no masks.
@@ -303,31 +305,31 @@ def per_head(masks: Sequence[Any]) -> Mask:
     # Masks of one type that hold the same arrays are one.
     names = [(jax.tree.structure(mask), *map(id, jax.tree.leaves(mask))) for mask in made]
     different = dict(zip(names, made, strict=True))
-    return PerHead(list(different.values()), tuple(list(different).index(name) for name in names))
+    return PerHeadMask(list(different.values()), tuple(list(different).index(name) for name in names))
 
 
-def moved(mask: Any, by: Index | Int[Array, " B"]) -> Mask:
-    """See `Moved`: where rows are padded on the left, the mask of each row without its padding.
+def shift_mask(mask: Any, offset: Index | Int[Array, " B"]) -> Mask:
+    """See `ShiftedMask`: where rows are padded on the left, the mask of each row without its padding.
 
     Raises:
-      InputError: the mask has an array of queries or keys, which cannot be moved.
+      InputError: the mask has an array of queries or keys, which cannot be shifted.
     """
 
-    def check(x, layout):
-        for name, n in zip(layout, jnp.shape(x), strict=True):
+    def check(x, dims):
+        for name, n in zip(dims, jnp.shape(x), strict=True):
             if name in ("queries", "keys") and n > 1:
-                raise InputError(f"moved: the mask has an array of {n} {name}, where it must count them")
+                raise InputError(f"shift_mask: the mask has an array of {n} {name}, where it must count them")
         return x
 
-    by = by if isinstance(by, int) else jnp.reshape(by, (-1,))
+    offset = offset if isinstance(offset, int) else jnp.reshape(offset, (-1,))
 
-    def move(mask):  # each part by itself, for some know their tiles without looking at every pair
+    def shift(mask):  # each part by itself, for some know their tiles without looking at every pair
         match mask:
-            case And() | Or():
-                return type(mask)(move(mask.left), move(mask.right))
-        return Moved(mask, by)
+            case AndMask() | OrMask():
+                return type(mask)(shift(mask.left), shift(mask.right))
+        return ShiftedMask(mask, offset)
 
-    return move(as_mask(mask).map(check))
+    return shift(as_mask(mask).map_arrays(check))
 
 
 def as_mask(value: Any) -> Mask:
@@ -337,4 +339,4 @@ def as_mask(value: Any) -> Mask:
     if callable(value):
         return mask_fn(value)
     array: Any = value if isinstance(value, jax.Array) else np.asarray(value)
-    return Dense(array.reshape(*(1,) * (4 - array.ndim), *array.shape).astype(bool))
+    return DenseMask(array.reshape(*(1,) * (4 - array.ndim), *array.shape).astype(bool))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.masks.base import Grid, Index, Mask, Tiles
+from attnlab.attention.masks.base import BlockGrid, BlockSummary, Index, Mask
 from attnlab.attention.masks.intervals import Spans, per_row, reach, rows_of, runs
 from attnlab.attention.pairwise import pytree
 from attnlab.errors import InputError
@@ -27,16 +27,16 @@ class Causal(Spans):
 
     def spans(self, at):
         """See `Spans.spans`."""
-        return [(0, at.queries + self.offset + 1)]
+        return [(0, at.q + self.offset + 1)]
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return at.keys - at.queries <= self.offset
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return at.kv - at.q <= self.offset
 
-    def tiles(self, grid):
-        """See `Mask.tiles`."""
+    def block_summary(self, grid):
+        """See `Mask.block_summary`."""
         low, high = _distances(grid)
-        return Tiles(low <= self.offset, high <= self.offset)
+        return BlockSummary(low <= self.offset, high <= self.offset)
 
 
 @pytree
@@ -57,13 +57,13 @@ class Window(Spans):
 
     def spans(self, at):
         """See `Spans.spans`."""
-        return [reach(at.queries + self.offset, self.left, self.right)]
+        return [reach(at.q + self.offset, self.left, self.right)]
 
-    def tiles(self, grid):
-        """See `Mask.tiles`."""
+    def block_summary(self, grid):
+        """See `Mask.block_summary`."""
         low, high = (x - self.offset for x in _distances(grid))
         before, after = reach(0, self.left, self.right)
-        return Tiles((low < after) & (high >= before), (high < after) & (low >= before))
+        return BlockSummary((low < after) & (high >= before), (high < after) & (low >= before))
 
 
 @pytree
@@ -87,14 +87,14 @@ class Tree(Mask):
     lineage: Bool[Array, "B N N"]
     prefix: Index = 0
 
-    layout = {"lineage": ("batch", None, None), "prefix": ("batch",)}
+    dims = {"lineage": ("batch", None, None), "prefix": ("batch",)}
 
-    def block(self, at):
-        """See `Mask.block`."""
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
         lineage, prefix = jnp.asarray(self.lineage), rows_of(self.prefix)
-        node, count = at.keys - prefix, lineage.shape[-1]
+        node, count = at.kv - prefix, lineage.shape[-1]
         row = jnp.arange(len(lineage))[:, None, None, None]
-        among = lineage[row, jnp.minimum(at.queries, count - 1), jnp.clip(node, 0, count - 1)]
+        among = lineage[row, jnp.minimum(at.q, count - 1), jnp.clip(node, 0, count - 1)]
         return (node < 0) | ((node < count) & among)
 
 
@@ -118,30 +118,30 @@ class Segments(Mask):
     queries: Int[Array, "B T"]
     keys: Int[Array, "B S"]
 
-    layout = {"queries": ("batch", "queries"), "keys": ("batch", "keys")}
+    dims = {"queries": ("batch", "queries"), "keys": ("batch", "keys")}
 
-    def block(self, at):
-        """See `Mask.block`."""
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
         q, k = self.queries[:, None, :, None], self.keys[:, None, None, :]
         return (q == k) & (k > 0)
 
-    def tiles(self, grid):
-        """See `Mask.tiles`: from the first and last segment of each run of tokens."""
-        q = _extremes(self.queries, grid.rows)
-        k = _extremes(self.keys, grid.columns)
+    def block_summary(self, grid):
+        """See `Mask.block_summary`: from the first and last segment of each run of tokens."""
+        q = _extremes(self.queries, grid.block_q)
+        k = _extremes(self.keys, grid.block_kv)
         q, k = [x[:, None, :, None] for x in q], [x[:, None, None, :] for x in k]
         (q_least, q_first, q_last), (k_least, k_first, k_last) = q, k
         some = (q_first <= k_last) & (k_first <= q_last)
         every = (q_least == k_last) & (k_least == k_last) & (q_last == k_last) & (k_last > 0)
-        return Tiles(some, every)
+        return BlockSummary(some, every)
 
 
-def _distances(grid: Grid):
+def _distances(grid: BlockGrid):
     """The least and greatest key index minus query index of each tile, (1, 1, query tiles, key tiles)."""
-    q, k = np.arange(0, grid.queries, grid.rows), np.arange(0, grid.keys, grid.columns)
-    q_last = np.minimum(q + grid.rows, grid.queries) - 1
-    k_last = np.minimum(k + grid.columns, grid.keys) - 1
-    shift = grid.first[3] - grid.first[2]
+    q, k = np.arange(0, grid.num_queries, grid.block_q), np.arange(0, grid.num_keys, grid.block_kv)
+    q_last = np.minimum(q + grid.block_q, grid.num_queries) - 1
+    k_last = np.minimum(k + grid.block_kv, grid.num_keys) - 1
+    shift = grid.offset[3] - grid.offset[2]
     low, high = k[None, :] - q_last[:, None], k_last[None, :] - q[:, None]
     return low[None, None] + shift, high[None, None] + shift
 

@@ -5,25 +5,25 @@ from jaxtyping import Array, Bool, Float
 
 from attnlab.attention.backends.registry import Request
 from attnlab.attention.block_mask import depends_on
-from attnlab.attention.masks.base import First, Mask
-from attnlab.attention.pairwise import rectangle
+from attnlab.attention.masks.base import BlockOffset, Mask
+from attnlab.attention.pairwise import block_indices
 
 GIB = 2**30
 
 
-def allowed(mask: Mask, request: Request, first: First) -> Bool[Array, "B H T S"]:
+def allowed(mask: Mask, request: Request, first: BlockOffset) -> Bool[Array, "B H T S"]:
     """What a mask allows; dimensions of batch and heads that it does not depend on may be 1."""
     b, t, h, _ = request.query.shape
     s = request.key.shape[1]
-    pairs = mask.block(rectangle(first, (b, h, t, s)))
+    pairs = mask.evaluate(block_indices(first, (b, h, t, s)))
     return jnp.broadcast_to(pairs, (*pairs.shape[:2], t, s))
 
 
-def added(request: Request, first: First) -> Float[Array, "B H T S"]:
+def added(request: Request, first: BlockOffset) -> Float[Array, "B H T S"]:
     """What a score that only adds (`Score.adds`) adds; 0 where there is none."""
     b, t, h, _ = request.query.shape
     nothing = jnp.zeros((b, h, t, request.key.shape[1]))
-    return nothing if request.score is None else request.score(nothing, rectangle(first, nothing.shape))
+    return nothing if request.score is None else request.score(nothing, block_indices(first, nothing.shape))
 
 
 def pairs_allowed(mask: Mask, request: Request) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from attnlab.attention.masks.base import Counted, Mask
+from attnlab.attention.masks.base import CountingMask, Mask
 from attnlab.attention.pairwise import pytree
 from attnlab.errors import InputError
 
@@ -36,7 +36,7 @@ class _Axis(NamedTuple):
 
 
 @pytree
-class Neighbourhood(Counted):
+class Neighbourhood(CountingMask):
     """The nearest cells of a grid, so many along each axis; tokens go through it row by row.
 
     At an edge the window shifts inwards, so that every query has as many keys (NATTEN, arXiv 2204.07143;
@@ -59,17 +59,17 @@ class Neighbourhood(Counted):
     window: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def block(self, at):
-        """See `Mask.block`."""
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
         allowed = True
-        for axis, query, key in zip(self._axes(), self._cells(at.queries), self._cells(at.keys), strict=True):
+        for axis, query, key in zip(self._axes(), self._cells(at.q), self._cells(at.kv), strict=True):
             allowed &= axis.sees(query, key)
         return allowed
 
-    def count(self, at):
-        """See `Counted.count`: whole slices before the key's along an axis, and the part of its own."""
+    def count_before(self, at):
+        """See `CountingMask.count_before`: whole slices before the key's, and the part of its own."""
         before, size = 0, 1
-        cells = zip(self._axes(), self._cells(at.queries), self._cells(at.keys), strict=True)
+        cells = zip(self._axes(), self._cells(at.q), self._cells(at.kv), strict=True)
         for axis, query, key in reversed(list(cells)):
             before = axis.count(query, key) * size + axis.sees(query, key) * before
             size *= axis.window

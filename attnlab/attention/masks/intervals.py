@@ -4,30 +4,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.masks.base import Counted, Index, Mask
-from attnlab.attention.pairwise import Pairs, pytree
+from attnlab.attention.masks.base import CountingMask, Index, Mask
+from attnlab.attention.pairwise import PairIndices, pytree
 from attnlab.errors import InputError
 
 FAR = 2**30  # further than any key
 
 
-class Spans(Counted):
+class Spans(CountingMask):
     """Base class: implement `spans`; the position of query i among the keys is i + offset."""
 
-    def spans(self, at: Pairs) -> list[tuple[Index, Index]]:
+    def spans(self, at: PairIndices) -> list[tuple[Index, Index]]:
         """The first key of each run that a query may attend to, and the first beyond it; no two runs meet."""
         raise NotImplementedError
 
-    def block(self, at):
-        """See `Mask.block`."""
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
         allowed = False
         for first, end in self.spans(at):
-            allowed |= (at.keys >= first) & (at.keys < end)
+            allowed |= (at.kv >= first) & (at.kv < end)
         return allowed
 
-    def count(self, at):
-        """See `Counted.count`."""
-        return sum(jnp.clip(at.keys, first, end) for first, end in self.spans(at))
+    def count_before(self, at):
+        """See `CountingMask.count_before`."""
+        return sum(jnp.clip(at.kv, first, end) for first, end in self.spans(at))
 
 
 @pytree
@@ -50,11 +50,11 @@ class Prefix(Spans):
     length: Index
     offset: Index = 0
 
-    layout = {"length": ("batch",)}
+    dims = {"length": ("batch",)}
 
     def spans(self, at):
         """See `Spans.spans`."""
-        return [(0, jnp.maximum(rows_of(self.length), at.queries + self.offset + 1))]
+        return [(0, jnp.maximum(rows_of(self.length), at.q + self.offset + 1))]
 
 
 @pytree
@@ -75,13 +75,13 @@ class KeyLengths(Spans):
     keys: Index
     queries: Index | None = None
 
-    layout = {"keys": ("batch",), "queries": ("batch",)}
+    dims = {"keys": ("batch",), "queries": ("batch",)}
 
     def spans(self, at):
         """See `Spans.spans`."""
         if self.queries is None:
             return [(0, rows_of(self.keys))]
-        return [(0, jnp.where(at.queries < rows_of(self.queries), rows_of(self.keys), 0))]
+        return [(0, jnp.where(at.q < rows_of(self.queries), rows_of(self.keys), 0))]
 
 
 @pytree
@@ -102,7 +102,7 @@ class Chunked(Spans):
 
     def spans(self, at):
         """See `Spans.spans`."""
-        here = at.queries + self.offset
+        here = at.q + self.offset
         return [(here // self.size * self.size, here + 1)]
 
 
@@ -124,7 +124,7 @@ class BlockCausal(Spans):
 
     def spans(self, at):
         """See `Spans.spans`."""
-        return [(0, ((at.queries + self.offset) // self.size + 1) * self.size)]
+        return [(0, ((at.q + self.offset) // self.size + 1) * self.size)]
 
 
 @pytree
@@ -150,8 +150,8 @@ class BlockDiffusion(Spans):
 
     def spans(self, at):
         """See `Spans.spans`."""
-        clean = at.queries >= self.length
-        first = at.queries % self.length // self.size * self.size
+        clean = at.q >= self.length
+        first = at.q % self.length // self.size * self.size
         end = jnp.minimum(first + self.size, self.length)
         noised = jnp.where(clean, 0, first), jnp.where(clean, 0, end)
         return [noised, (self.length, self.length + jnp.where(clean, end, first))]
@@ -177,7 +177,7 @@ class SinksAndWindow(Spans):
 
     def spans(self, at):
         """See `Spans.spans`."""
-        here = at.queries + self.offset
+        here = at.q + self.offset
         return [
             (0, jnp.minimum(self.sinks, here + 1)),
             (jnp.maximum(here - self.left, self.sinks), here + 1),
@@ -204,11 +204,11 @@ class Islands(Spans):
     ends: Int[Array, "B S"]
     offset: Index = 0
 
-    layout = {"ends": ("batch", None)}
+    dims = {"ends": ("batch", None)}
 
     def spans(self, at):
         """See `Spans.spans`."""
-        here = at.queries + self.offset
+        here = at.q + self.offset
         return [(0, jnp.maximum(here + 1, _at(self.ends, here)))]
 
 
@@ -236,11 +236,11 @@ class SharedPrefix(Spans):
     starts: Int[Array, "B S"]
     offset: Index = 0
 
-    layout = {"prefix": ("batch",), "starts": ("batch", None)}
+    dims = {"prefix": ("batch",), "starts": ("batch", None)}
 
     def spans(self, at):
         """See `Spans.spans`."""
-        here = at.queries + self.offset
+        here = at.q + self.offset
         start = _at(self.starts, here)
         return [(0, jnp.where(start > 0, rows_of(self.prefix), 0)), (start, here + 1)]
 
@@ -266,7 +266,7 @@ class Media(Spans):
     images: Int[Array, "B T"]
     tokens: int
 
-    layout = {"images": ("batch", "queries")}
+    dims = {"images": ("batch", "queries")}
 
     def spans(self, at):
         """See `Spans.spans`."""

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.masks.base import Counted, Index, Mask, Tiles
+from attnlab.attention.masks.base import BlockSummary, CountingMask, Index, Mask
 from attnlab.attention.masks.intervals import at_least, reach, runs
 from attnlab.attention.pairwise import pytree
 
 
 @pytree
-class Dilated(Counted):
+class Dilated(CountingMask):
     """Every `step`-th key of a `Window`, counted from the query (Longformer, arXiv 2004.05150, section 3.1).
 
     dilated(step=2, left=2, right=2):
@@ -30,20 +30,20 @@ class Dilated(Counted):
     right: int | None = None
     offset: Index = 0
 
-    def block(self, at):
-        """See `Mask.block`."""
-        here = at.queries + self.offset
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        here = at.q + self.offset
         first, end = reach(here, self.left, self.right)
-        return (at.keys >= first) & (at.keys < end) & ((at.keys - here) % self.step == 0)
+        return (at.kv >= first) & (at.kv < end) & ((at.kv - here) % self.step == 0)
 
-    def count(self, at):
-        """See `Counted.count`."""
-        here = at.queries + self.offset
-        return (jnp.clip(at.keys, *reach(here, self.left, self.right)) - 1 - here) // self.step
+    def count_before(self, at):
+        """See `CountingMask.count_before`."""
+        here = at.q + self.offset
+        return (jnp.clip(at.kv, *reach(here, self.left, self.right)) - 1 - here) // self.step
 
 
 @pytree
-class Strided(Counted):
+class Strided(CountingMask):
     """Causal: the last `stride` keys, and before those every `stride`-th (arXiv 1904.10509, section 4.3).
 
     strided(2):
@@ -60,16 +60,16 @@ class Strided(Counted):
     stride: int
     offset: Index = 0
 
-    def block(self, at):
-        """See `Mask.block`."""
-        back = at.queries + self.offset - at.keys
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        back = at.q + self.offset - at.kv
         return (back >= 0) & ((back <= self.stride) | (back % self.stride == 0))
 
-    def count(self, at):
-        """See `Counted.count`: those within the window, and the others."""
-        here = at.queries + self.offset
+    def count_before(self, at):
+        """See `CountingMask.count_before`: those within the window, and the others."""
+        here = at.q + self.offset
         first = here - self.stride
-        return jnp.clip(at.keys, first, here + 1) + (jnp.minimum(at.keys, first) - 1 - here) // self.stride
+        return jnp.clip(at.kv, first, here + 1) + (jnp.minimum(at.kv, first) - 1 - here) // self.stride
 
 
 @pytree
@@ -91,19 +91,19 @@ class GlobalTokens(Mask):
     positions: Int[Array, "B N"]
     offset: Index = 0
 
-    layout = {"positions": ("batch", None)}
+    dims = {"positions": ("batch", None)}
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return self._has(at.queries + self.offset) | self._has(at.keys)
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return self._has(at.q + self.offset) | self._has(at.kv)
 
-    def tiles(self, grid):
-        """See `Mask.tiles`."""
-        queries = grid.first[2] + self.offset + jnp.arange(grid.queries)
-        keys = grid.first[3] + jnp.arange(grid.keys)
-        q = runs(self._has(queries[None])[:, None], grid.rows)[..., None, :]
-        k = runs(self._has(keys[None])[:, None], grid.columns)[:, :, None]
-        return Tiles(q.any(-1) | k.any(-1), q.all(-1) | k.all(-1))
+    def block_summary(self, grid):
+        """See `Mask.block_summary`."""
+        queries = grid.offset[2] + self.offset + jnp.arange(grid.num_queries)
+        keys = grid.offset[3] + jnp.arange(grid.num_keys)
+        q = runs(self._has(queries[None])[:, None], grid.block_q)[..., None, :]
+        k = runs(self._has(keys[None])[:, None], grid.block_kv)[:, :, None]
+        return BlockSummary(q.any(-1) | k.any(-1), q.all(-1) | k.all(-1))
 
     def _has(self, index):
         """Whether a token is one of them."""
@@ -132,28 +132,28 @@ class Blocks(Mask):
     allowed: Bool[Array, "B H Q S"]
     size: int
 
-    layout = {"allowed": ("batch", "heads", None, None)}
+    dims = {"allowed": ("batch", "heads", None, None)}
 
-    def block(self, at):
-        """See `Mask.block`."""
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
         allowed = jnp.asarray(self.allowed)
-        for axis, index in ((2, at.queries), (3, at.keys)):
+        for axis, index in ((2, at.q), (3, at.kv)):
             index = jnp.where(index < 0, allowed.shape[axis], index // self.size)
             allowed = jnp.take_along_axis(allowed, index, axis, mode="fill", fill_value=False)
         return allowed
 
-    def tiles(self, grid):
-        """See `Mask.tiles`: how many blocks that a tile meets are allowed, by sums up to each block."""
+    def block_summary(self, grid):
+        """See `Mask.block_summary`: from prefix sums over the allowed blocks."""
         sums, met = jnp.asarray(self.allowed).astype(jnp.int32), []
-        for axis, length, step in ((2, grid.queries, grid.rows), (3, grid.keys, grid.columns)):
+        for axis, length, step in ((2, grid.num_queries, grid.block_q), (3, grid.num_keys, grid.block_kv)):
             start = np.arange(0, length, step)
-            first = (grid.first[axis] + start) // self.size
-            end = (grid.first[axis] + np.minimum(start + step, length) - 1) // self.size + 1
+            first = (grid.offset[axis] + start) // self.size
+            end = (grid.offset[axis] + np.minimum(start + step, length) - 1) // self.size + 1
             sums = jnp.pad(jnp.cumsum(sums, axis), [(int(i == axis), 0) for i in range(4)])
             sums = jnp.take(sums, end, axis, mode="clip") - jnp.take(sums, first, axis, mode="clip")
             met.append(end - first)
         area = met[0][:, None] * met[1][None, :]
-        return Tiles(sums > 0, sums == area[None, None])
+        return BlockSummary(sums > 0, sums == area[None, None])
 
 
 def dilated(step: int, left: int | None = None, right: int | None = None, offset: Index = 0) -> Mask:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attnlab.attention.attend import attend
-from attnlab.attention.masks.base import Mask, Tiles
+from attnlab.attention.masks.base import BlockSummary, Mask
 from attnlab.attention.masks.basic import causal, window
 from attnlab.attention.pairwise import pytree
 from attnlab.errors import InputError
@@ -31,26 +31,28 @@ class Chosen(Mask):
     chosen: Bool[Array, "B H T N"]
     size: int
 
-    layout: ClassVar = {"chosen": ("batch", "heads", "queries", None)}
+    dims: ClassVar = {"chosen": ("batch", "heads", "queries", None)}
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return jnp.take(self.chosen, at.keys[0, 0, 0] // self.size, axis=3, mode="clip")
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return jnp.take(self.chosen, at.kv[0, 0, 0] // self.size, axis=3, mode="clip")
 
-    def tiles(self, grid):
-        """See `Mask.tiles`: from the number of chosen blocks among those that a tile of keys meets."""
-        count, width = grid.counts
-        padded = self.pad(queries=count * grid.rows).chosen
-        rows = padded.reshape(*padded.shape[:2], -1, grid.rows, padded.shape[3])
-        first = jnp.arange(width) * grid.columns
-        last = jnp.minimum(first + grid.columns, grid.keys) - 1
-        first, last = ((x + grid.first[3]) // self.size for x in (first, last))
+    def block_summary(self, grid):
+        """See `Mask.block_summary`: from the number of chosen blocks that a block of keys overlaps."""
+        count, width = grid.num_blocks
+        padded = self.pad_to(queries=count * grid.block_q).chosen
+        rows = padded.reshape(*padded.shape[:2], -1, grid.block_q, padded.shape[3])
+        first = jnp.arange(width) * grid.block_kv
+        last = jnp.minimum(first + grid.block_kv, grid.num_keys) - 1
+        first, last = ((x + grid.offset[3]) // self.size for x in (first, last))
 
         def among(blocks):
             sums = jnp.pad(jnp.cumsum(blocks, axis=-1), [(0, 0)] * 3 + [(1, 0)])
             return jnp.take(sums, last + 1, axis=-1) - jnp.take(sums, first, axis=-1)
 
-        return Tiles(among(rows.any(3)) > 0, among(rows.all(3)) == (last + 1 - first)[None, None, None])
+        return BlockSummary(
+            among(rows.any(3)) > 0, among(rows.all(3)) == (last + 1 - first)[None, None, None]
+        )
 
 
 @pytree
@@ -68,9 +70,9 @@ class Past(Mask):
 
     size: int
 
-    def block(self, at):
-        """See `Mask.block`."""
-        return (at.keys + 1) * self.size <= at.queries + 1
+    def evaluate(self, at):
+        """See `Mask.evaluate`."""
+        return (at.kv + 1) * self.size <= at.q + 1
 
 
 def moba(

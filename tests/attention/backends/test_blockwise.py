@@ -6,7 +6,7 @@ import pytest
 from attnlab.attention import bias, causal, mask_fn, reference, score_fn, segments, window
 from attnlab.attention.backends.blockwise import blockwise, blockwise_twice, tile_of
 from attnlab.attention.block_mask import plan
-from attnlab.attention.masks.base import Dense, Grid
+from attnlab.attention.masks.base import BlockGrid, DenseMask
 from tests.attention.inputs import qkv, weighted_sum
 
 
@@ -112,7 +112,7 @@ def test_a_bias_that_forbids_does_what_a_mask_does(attention, low):
     array = jnp.asarray(np.where(allowed, 0, low), jnp.float32)
     arrays = qkv(2, t=29, s=23)
     got = jax.jit(lambda *x: attention(*x, score=bias(array)))(*arrays)[:2]
-    for ours, theirs in zip(got, reference(*arrays, mask=Dense(allowed)), strict=False):
+    for ours, theirs in zip(got, reference(*arrays, mask=DenseMask(allowed)), strict=False):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -172,19 +172,19 @@ def test_empty_tiles_are_never_read(traced):
 
 
 def test_only_tiles_on_the_border_are_masked():
-    made, known = plan(causal(), Grid(64, 64, 8, 16))
+    made, known = plan(causal(), BlockGrid(64, 64, 8, 16))
     np.testing.assert_array_equal(made.visited, [1, 1, 2, 2, 3, 3, 4, 4])
     np.testing.assert_array_equal(made.visited - made.unmasked, 1)
     assert (known.unmasked, known.masked) == (True, True)
-    assert plan(None, Grid(64, 64, 8, 16))[1].masked is False
-    assert plan(None, Grid(64, 60, 8, 16))[1].masked is True  # what fills up the last tile
+    assert plan(None, BlockGrid(64, 64, 8, 16))[1].masked is False
+    assert plan(None, BlockGrid(64, 60, 8, 16))[1].masked is True  # what fills up the last tile
 
 
 def test_tiles_visited_at_4096_of_its_own_tiles():
     """What masks save: causal at most 0.6 of all tiles, 8 documents 0.2, and a window as many for each query."""
 
     def share(mask, length=4096):
-        made, _ = plan(mask, Grid(length, length, *tile_of(length, length)))
+        made, _ = plan(mask, BlockGrid(length, length, *tile_of(length, length)))
         return np.sum(made.visited) / made.order.size
 
     documents = segments(jnp.arange(4096)[None] // 512 + 1)
@@ -196,7 +196,7 @@ def test_tiles_visited_at_4096_of_its_own_tiles():
 
 
 def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
-    grid = Grid(64, 64, 16, 16, batch=2, heads=4)
+    grid = BlockGrid(64, 64, 16, 16, batch=2, heads=4)
     plans = []
 
     @jax.jit
@@ -206,9 +206,9 @@ def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
             (causal(), (row, row, 0, 0)),  # on a device whose rows are known only when run
             (mask_fn(lambda b, h, q, k: q >= k + b), (row, row, 0, 0)),
             (causal(row) & causal(), (0, 0, 0, 0)),
-            (Dense(np.ones((1, 4, 1, 1), bool)) | (lambda b, h, q, k: q >= k + h), (row, row, 0, 0)),
+            (DenseMask(np.ones((1, 4, 1, 1), bool)) | (lambda b, h, q, k: q >= k + h), (row, row, 0, 0)),
         ):
-            plans.append(plan(mask, grid._replace(first=first))[1].visits)
+            plans.append(plan(mask, grid._replace(offset=first))[1].visits)
         return ids
 
     run(jnp.ones((2, 64), jnp.int32), 0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attnlab import attention
 from attnlab.attention import causal, mask_fn, per_head, window
-from attnlab.attention.masks.base import Dense, Grid, Mask, as_mask
+from attnlab.attention.masks.base import BlockGrid, DenseMask, Mask, as_mask
 from tests.attention.definitions import CASES, B, H, S, T, whole
 from tests.attention.inputs import allowed_pairs, masks
 
@@ -41,10 +41,10 @@ def test_combined_masks_allow_what_logic_says(drawn):
 @given(combined(), st.sampled_from(((4, 5), (5, 3))))
 def test_tiles_of_combined_masks_leave_out_no_pair_and_allow_none_too_many(drawn, tile):
     mask, allowed = drawn
-    some, every = jax.jit(lambda mask: mask.tiles(Grid(S, S, *tile, B, H)))(mask)
+    any_allowed, all_allowed = jax.jit(lambda mask: mask.block_summary(BlockGrid(S, S, *tile, B, H)))(mask)
     rows, columns = (np.arange(S) // size for size in tile)
     visited, unmasked = (
-        np.broadcast_to(x, (B, H, *x.shape[2:]))[:, :, rows][..., columns] for x in (some, every)
+        np.broadcast_to(x, (B, H, *x.shape[2:]))[:, :, rows][..., columns] for x in (any_allowed, all_allowed)
     )
     assert not (allowed & ~visited).any()
     assert not (unmasked & ~allowed).any()
@@ -73,7 +73,7 @@ def test_an_array_may_stand_for_a_mask_on_either_side(make):
 def test_an_array_of_fewer_dimensions_serves_all_rows_and_heads():
     array = np.random.default_rng(0).random((3, 4, 5)) < 0.5
     mask = as_mask(array)
-    assert isinstance(mask, Dense)
+    assert isinstance(mask, DenseMask)
     np.testing.assert_array_equal(mask.materialize(4, 5), array[None])
     np.testing.assert_array_equal(as_mask(array[0, :1]).materialize(4, 5)[0, 0], array[0, :1].repeat(4, 0))
 
@@ -91,9 +91,9 @@ def test_a_function_must_return_one_boolean(refuses):
 def test_the_heads_of_a_device_have_masks_of_their_own():
     mask = per_head([causal(), window(0, 0), window(1, 1), causal()])
     assert len(mask.masks) == 3  # the two `causal()` are one
-    some, every = mask.tiles(Grid(4, 4, 2, 2, heads=2, first=(0, 1, 0, 0)))
-    np.testing.assert_array_equal(some[0, 0], np.eye(2, dtype=bool))
-    assert some[0, 1].all() and every[0, 1].trace() == 2 and not every[0, 0].any()
+    any_allowed, all_allowed = mask.block_summary(BlockGrid(4, 4, 2, 2, heads=2, offset=(0, 1, 0, 0)))
+    np.testing.assert_array_equal(any_allowed[0, 0], np.eye(2, dtype=bool))
+    assert any_allowed[0, 1].all() and all_allowed[0, 1].trace() == 2 and not all_allowed[0, 0].any()
 
 
 def test_density_counts_every_pair_in_strips():
@@ -116,7 +116,7 @@ def test_draws_the_row_and_head_asked_for():
 def test_every_kind_of_mask_is_in_the_picture():
     public = {name: getattr(attention, name) for name in attention.__all__}
     makers = {name for name, x in public.items() if getattr(x, "__annotations__", {}).get("return") is Mask}
-    of_anything = {"mask_fn", "moved", "per_head"}
+    of_anything = {"mask_fn", "shift_mask", "per_head"}
     tree = ast.parse((Path(__file__).parents[3] / "docs" / "pictures" / "masks.py").read_text())
     drawn = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert "causal" in makers and of_anything < makers

@@ -12,19 +12,21 @@ from attnlab.attention.masks import basic as patterns
 from attnlab.attention.masks import grids
 from attnlab.attention.masks import intervals as spans
 from attnlab.attention.masks import sparse as scattered
-from attnlab.attention.masks.base import Grid
-from attnlab.attention.pairwise import pairs
+from attnlab.attention.masks.base import BlockGrid
+from attnlab.attention.pairwise import pair_indices
 from tests.attention.definitions import CASES, B, H, S, whole
 from tests.attention.inputs import qkv
 
 every_kind = pytest.mark.parametrize("name", CASES)
 
 
-def cut(mask, batch=0, head=0, query=0, key=0, *, queries):
+def device_part(mask, batch=0, head=0, query=0, key=0, *, queries):
     """A mask as a device has it whose part begins there, and that beginning."""
     first = batch, head, query, key
-    part = mask.cut(batch=(batch, B - batch), heads=(head, H - head), queries=(query, queries - query))
-    return part.cut(keys=(key, S - key)), first
+    part = mask.slice_block(
+        batch=(batch, B - batch), heads=(head, H - head), queries=(query, queries - query)
+    )
+    return part.slice_block(keys=(key, S - key)), first
 
 
 @every_kind
@@ -38,15 +40,15 @@ def test_allows_the_pairs_of_its_definition(name):
 @every_kind
 def test_parts_are_parts_of_the_whole_when_traced(name):
     mask, _, queries = CASES[name]()
-    part, (batch, head, query, key) = cut(mask, 1, 1, 2, 5, queries=queries)
+    part, (batch, head, query, key) = device_part(mask, 1, 1, 2, 5, queries=queries)
 
     @jax.jit
-    def block(mask, query):
+    def evaluate(mask, query):
         at = [batch + jnp.arange(B - batch), head + jnp.arange(H - head)]
-        return mask.block(pairs(*at, query + jnp.arange(queries - 2), key + jnp.arange(S - key)))
+        return mask.evaluate(pair_indices(*at, query + jnp.arange(queries - 2), key + jnp.arange(S - key)))
 
     expected = whole(name)[batch:, head:, query:, key:]
-    got = block(part, jnp.int32(query))
+    got = evaluate(part, jnp.int32(query))
     np.testing.assert_array_equal(np.broadcast_to(got, expected.shape), expected)
 
 
@@ -58,14 +60,16 @@ def test_tiles_are_what_counting_pairs_gives(name):
     mask, _, queries = CASES[name]()
     wholes = [whole(name)[tuple(slice(n, None) for n in first)] for first in GRIDS]
     grids = [
-        Grid(*x.shape[2:], *tile, *x.shape[:2], first)
+        BlockGrid(*x.shape[2:], *tile, *x.shape[:2], first)
         for x, (first, tile) in zip(wholes, GRIDS.items(), strict=True)
     ]
-    parts = [cut(mask, *first, queries=queries)[0] for first in GRIDS]
-    known = jax.jit(lambda parts: [part.tiles(grid) for part, grid in zip(parts, grids, strict=True)])(parts)
+    parts = [device_part(mask, *first, queries=queries)[0] for first in GRIDS]
+    known = jax.jit(
+        lambda parts: [part.block_summary(grid) for part, grid in zip(parts, grids, strict=True)]
+    )(parts)
     for tiles, grid, allowed in zip(known, grids, wholes, strict=True):
         for ours, count in zip(tiles, (np.any, np.all), strict=True):
-            expected = counted(allowed, grid.rows, grid.columns, count)
+            expected = counted(allowed, grid.block_q, grid.block_kv, count)
             np.testing.assert_array_equal(np.broadcast_to(ours, expected.shape), expected)
 
 
@@ -169,8 +173,8 @@ def test_mistakes(refuses):
         attention.tree((0, 1))
     with refuses("none"):
         attention.per_head([])
-    with refuses("moved", "4 queries"):
-        attention.moved(attention.segments(jnp.ones((1, 4), int)), 1)
+    with refuses("shift_mask", "4 queries"):
+        attention.shift_mask(attention.segments(jnp.ones((1, 4), int)), 1)
 
 
 def test_masks_of_arrays_that_are_laid_out_over_devices(mesh_of):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab.attention import attend, causal
-from attnlab.attention.masks.base import Grid, Mask
+from attnlab.attention.masks.base import BlockGrid, Mask
 from attnlab.attention.mixers.native_sparse import Chosen, Past, block_means, moba, nsa
 
 B, T, H, K, D, DV, SIZE = 2, 22, 4, 2, 5, 3, 4
@@ -167,15 +167,15 @@ def test_a_block_is_past_when_its_last_key_is():
 def test_tiles_of_chosen_blocks_are_those_of_their_pairs(rows, columns):
     for share in (0.1, 0.9):
         mask = Chosen(choices(1, share=share), SIZE)
-        grid = Grid(T, T, rows, columns, B, 2)
-        for ours, theirs in zip(mask.tiles(grid), Mask.tiles(mask, grid), strict=True):
+        grid = BlockGrid(T, T, rows, columns, B, 2)
+        for ours, theirs in zip(mask.block_summary(grid), Mask.block_summary(mask, grid), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
 def test_tiles_count_keys_from_the_first():
     mask = Chosen(choices(2, share=0.3), SIZE)
-    grid = Grid(T, 8, 6, 3, B, 2, (0, 0, 0, 7))
-    for ours, theirs in zip(mask.tiles(grid), Mask.tiles(mask, grid), strict=True):
+    grid = BlockGrid(T, 8, 6, 3, B, 2, (0, 0, 0, 7))
+    for ours, theirs in zip(mask.block_summary(grid), Mask.block_summary(mask, grid), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
