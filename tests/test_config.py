@@ -465,6 +465,15 @@ def test_an_experiment_is_found_by_path_and_by_name(toy, tmp_path, monkeypatch):
     assert configs.available() == {"pronouns": "Pronouns: a toy."}
 
 
+def test_a_bare_name_passes_over_a_file_that_is_no_experiment(toy, tmp_path, refuses):
+    (tmp_path / "pronouns.py").write_text("print('a script of the same name')\n")
+    assert configs.load("pronouns").path == toy
+    with refuses("has no function get_config"):
+        configs.load("pronouns.py")
+    (tmp_path / "pronouns.py").write_text(EXPERIMENT)
+    assert configs.load("pronouns").path == tmp_path / "pronouns.py"
+
+
 def test_classes_of_the_experiment_file_are_choices(toy):
     config = configs.override(configs.load("pronouns").config, "word", "Other(count=3)")
     assert (config.word.who, config.word.count) == ("she", 3)

@@ -97,7 +97,7 @@ def test_blocks_are_of_a_known_kind(page):
         assert not block.note or block.note.startswith(NOTES), f"{where}: <!-- {block.note} --> means nothing"
         if block.language in ("bash", "console"):
             for words in commands(block):
-                known = words[:2] == ["python", "run.py"] or words[0] in INSTALLING_AND_CHECKING
+                known = command_line(words) or words[0] in INSTALLING_AND_CHECKING
                 assert known, f"{where}: {' '.join(words)} is run by nobody"
         else:
             assert "python run.py" not in block.text or block.language == "python" or block.note, where
@@ -108,7 +108,9 @@ def test_flags_are_there(page):
 
     for code in inline_code(page):
         for flag in re.findall(r"(?:^|\s)'?--([\w.]+)", code if code.startswith(("--", "'--")) else ""):
-            assert flag.startswith("config.") or flag in (*USED_BY, "help"), f"{page.name}: --{flag}"
+            assert flag.startswith("config.") or flag in (*USED_BY, "help", "version"), (
+                f"{page.name}: --{flag}"
+            )
 
 
 def test_fields_are_there(page):
@@ -318,8 +320,8 @@ def live(page: Path, resolve_only: bool = False) -> None:
             for words in commands(block):
                 if words[0] == "pytest" and not resolve_only and len(words) > 1 and Path(words[1]).is_file():
                     subprocess.run([sys.executable, "-m", "pytest", "-q", words[1]], check=True)
-                elif words[:2] == ["python", "run.py"]:
-                    do(words[1:], resolve_only or block.note == "resolve only", remember=resolve_only)
+                elif argv := command_line(words):
+                    do(argv, resolve_only or block.note == "resolve only", remember=resolve_only)
     if not resolve_only and "<!-- workdir -->" in page.read_text():
         table = page.read_text().partition("<!-- workdir -->")[2].strip().split("\n\n")[0]
         for name in re.findall(r"^\| `([\w./]+)`", table, flags=re.MULTILINE):
@@ -330,7 +332,7 @@ def do(words: list[str], resolve_only: bool, remember: bool) -> None:
     """Runs a command made small, or resolves it alone; `remember` saves what it would have trained."""
     from attnlab import config
 
-    print("$ python " + shlex.join(words), flush=True)
+    print("$ " + shlex.join(words), flush=True)
     requests: list[Any] = []
     stub = types.ModuleType("attnlab.runner.modes")
     stub.run = lambda request: requests.append(request) or {}  # type: ignore[attr-defined]
@@ -369,7 +371,6 @@ def call(words: list[str], runner: types.ModuleType | None = None) -> int:
     """The exit code of run.py; with `runner` in place of the real one."""
     from absl import flags
 
-    import run  # noqa: F401 - declares the flags
     from attnlab.runner import cli
     from attnlab.runner.request import USED_BY
 
@@ -387,12 +388,17 @@ def call(words: list[str], runner: types.ModuleType | None = None) -> int:
                 sys.modules["attnlab.runner.modes"] = real
 
 
+def command_line(words: list[str]) -> list[str]:
+    """The arguments of a command that starts attnlab, with its name first; empty for another command."""
+    return words if words[0] == "attnlab" else words[1:] if words[:2] == ["python", "run.py"] else []
+
+
 def refuse(words: list[str], answer: str) -> None:
     """Checks that a command is refused with the answer printed under it, `...` standing for anything."""
     print("$ " + shlex.join(words), flush=True)
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
-        code = call(words[1:])
+        code = call(command_line(words))
     pattern = re.escape(answer).replace(re.escape("..."), ".*")
     assert code == 2 and re.fullmatch(pattern, told.getvalue().strip()), (code, told.getvalue())
 

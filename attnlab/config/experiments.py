@@ -19,6 +19,7 @@ from attnlab.config.types import check, did_you_mean, is_config
 from attnlab.errors import InputError
 from attnlab.paths import reach
 
+FOLDER = "experiments"
 MODULE_PREFIX = "attnlab_experiment_"
 
 
@@ -50,8 +51,8 @@ class Loaded:
 def load(spec: str) -> Loaded:
     """The experiment that `path.py`, `path.py:argument`, its bare name, or a saved `config.json` names.
 
-    A path is looked up from the current folder, then from the folder that holds attnlab and its experiments.
-    Raises InputError for a file that is not there or does not give a config.
+    `find` says where the file is looked up. Raises InputError for a file that is not there or does not give a
+    config.
     """
     if spec.endswith(".json"):
         from attnlab.config.saved import load_saved
@@ -74,17 +75,21 @@ def _split_argument(spec: str) -> tuple[str, str | None]:
     return spec, None
 
 
-def roots() -> list[Path]:
-    """The folders whose experiments can be named from anywhere, nearest first."""
-    installed = Path(attnlab.__file__).resolve().parent.parent
-    return list(dict.fromkeys([Path.cwd(), installed]))
+def installed_folder() -> Path:
+    """Return the folder of the experiments that come with attnlab.
+
+    In an installed wheel that is `attnlab/experiments`; in a checkout `experiments` is beside `attnlab`.
+    """
+    package = Path(attnlab.__file__).resolve().parent
+    inside = package / FOLDER
+    return inside if inside.is_dir() else package.parent / FOLDER
 
 
 def available() -> dict[str, str]:
     """The experiments there are, by name, with the first line of their docstring; none of them is run."""
     found: dict[str, str] = {}
-    for root in roots():
-        for file in sorted((root / "experiments").glob("*.py")):
+    for folder in (Path.cwd() / FOLDER, installed_folder()):
+        for file in sorted(folder.glob("*.py")):
             if not file.stem.startswith("_"):
                 found.setdefault(file.stem, _first_line(file))
     return found
@@ -99,19 +104,35 @@ def _first_line(file: Path) -> str:
 
 
 def find(name: str) -> epath.Path:
-    """The file of an experiment; raises InputError listing the experiments there are."""
-    if "://" in name:
-        candidates = [reach(name)]
-    else:
-        tries = (name, f"{name}.py", f"experiments/{name}.py")
-        candidates = [epath.Path(root) / file for root in roots() for file in tries]
-    for candidate in candidates:
-        if candidate.suffix == ".py" and candidate.is_file():
+    """Return the file of an experiment.
+
+    A path is looked up from the current folder. `NAME`, `NAME.py` and `experiments/NAME.py` are looked up
+    in the current folder, in its `experiments`, and among the experiments that come with attnlab; a bare
+    `NAME` passes over a file that does not mention `get_config`.
+
+    Raises:
+        InputError: there is no such file; the message lists the experiments there are.
+    """
+    bare = re.fullmatch(r"[\w-]+", name) is not None
+    for candidate in _candidates(name):
+        if candidate.suffix != ".py" or not candidate.is_file():
+            continue
+        if not bare or b"get_config" in candidate.read_bytes():
             return candidate
     known = available()
     hint = did_you_mean(Path(name).stem, known)
     listing = ", ".join(known) or "none here"
     raise InputError(f"no experiment file {name!r}{hint or '.'} Experiments: {listing}")
+
+
+def _candidates(name: str) -> list[epath.Path]:
+    """The places where `find` looks, first to last."""
+    if "://" in name:
+        return [reach(name)]
+    here, installed = epath.Path(Path.cwd()), epath.Path(installed_folder())
+    short = name.removeprefix(f"{FOLDER}/")
+    places = [here / name, here / FOLDER / name, installed / short]
+    return [epath.Path(f"{place}{suffix}") for place in places for suffix in ("", ".py")]
 
 
 def import_source(source: bytes, path: epath.PathLike) -> types.ModuleType:

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+import attnlab.runner.flags  # noqa: F401 - defines the flags
 from attnlab import config as configs
 from attnlab.config.tree import Override
 from attnlab.config.types import did_you_mean
 from attnlab.errors import InputError
+from attnlab.provenance import version_line
 from attnlab.runner import sweep
+from attnlab.runner.command import invocation
 from attnlab.runner.request import MODES, USED_BY, resolve
 
 EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
+VERSION = ("--version", "-version")
 WHAT_MODES_DO = {
     "train": "train, or go on with the run that --workdir holds",
     "eval": "measure a trained run on its validation data",
@@ -34,7 +38,7 @@ EXAMPLES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments ask for (absl's flags are defined by the caller); the exit code.
+    """Do what the arguments ask for and return the exit code.
 
     Bad input of any kind is one line on stderr and exit code 2, a loss that is no number one line and
     exit code 1; a bug keeps its traceback.
@@ -77,9 +81,13 @@ def _parse(argv: Sequence[str]) -> list[Override]:
     """Parse the flags into absl's FLAGS, and hand over the overrides of the config."""
     arguments = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
     before_dashes = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    if any(argument in HELP for argument in before_dashes[1:]):
-        print(help_text())
-        sys.exit(0)
+    for argument in before_dashes[1:]:
+        if argument in HELP:
+            print(help_text(invocation(argv[0])))
+            sys.exit(0)
+        if argument in VERSION:
+            print(version_line())
+            sys.exit(0)
     overrides, rest = take_overrides(arguments)
     flags.FLAGS.unparse_flags()
     positional = flags.FLAGS(rest)[1:]
@@ -126,8 +134,12 @@ def _main(overrides: list[Override]) -> int:
     return 0
 
 
-def help_text() -> str:
-    """What `--help` prints: modes, flags, the experiments that exist, and commands to copy."""
+def help_text(program: str = "attnlab") -> str:
+    """Return what `--help` prints: modes, flags, experiments and example commands.
+
+    Args:
+        program: how the examples start attnlab, `python run.py`.
+    """
     experiments = configs.available() or {"(none here)": ""}
     groups: dict[str, dict[str, str]] = {}
     for name, modes in USED_BY.items():
@@ -135,12 +147,14 @@ def help_text() -> str:
         title = f"Flags of {few[0] if len(few) == 1 else 'several modes'}"
         suffix = f" [{', '.join(few)}]" if len(few) > 1 else ""
         groups.setdefault(title, {})[f"--{name}"] = _flag_help(name) + suffix
-    groups["Flags of every mode"]["--config.PATH"] = "a field of the config, as in --config.model.depth=12"
+    every_mode = groups["Flags of every mode"]
+    every_mode["--config.PATH"] = "a field of the config, as in --config.model.depth=12"
+    every_mode["--help, --version"] = "print this help, or the versions of attnlab, JAX, Flax and Python"
     sections = {
         "Modes (--mode)": WHAT_MODES_DO,
         **groups,
         "Experiments (--config)": experiments,
-        "Examples": {f"{what}:": f"python run.py {command}" for what, command in EXAMPLES},
+        "Examples": {f"{what}:": f"{program} {command}" for what, command in EXAMPLES},
     }
     width = max(len(name) for rows in sections.values() for name in rows)
     lines = ["attnlab: a laboratory for the attention mechanism, in JAX and Flax."]

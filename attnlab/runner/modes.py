@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import time
 from typing import Any
 
@@ -25,6 +24,7 @@ from attnlab.models import ViTConfig
 from attnlab.paths import as_json, write_atomically
 from attnlab.pretrained import import_export, repository
 from attnlab.runner import sampling as writing
+from attnlab.runner.command import invocation
 from attnlab.runner.request import Request
 from attnlab.runner.trained_model import PRETRAINED, Trained
 from attnlab.train import loop
@@ -366,4 +366,4 @@ def _devices(session: Session) -> str:
 
 
 def _again(workdir: epath.Path) -> str:
-    return f"python {shlex.quote(os.path.relpath(sys.argv[0]))} --workdir={shlex.quote(str(workdir))}"
+    return f"{invocation()} --workdir={shlex.quote(str(workdir))}"

@@ -2,16 +2,19 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from absl import flags
 
+import attnlab
 import run
 from attnlab import config as configs
 from attnlab.errors import InputError
@@ -92,7 +95,7 @@ def train(*arguments):
 
 
 def test_every_flag_is_declared_and_read():
-    ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["run"]}
+    ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["attnlab.runner.flags"]}
     assert ours == set(USED_BY)
     assert set(BOUNDS) <= ours
 
@@ -400,6 +403,16 @@ def test_help_tells_modes_flags_experiments_and_examples_at_once(tmp_path):
     assert "python run.py --config=experiments/lm_docs.py" in text
     assert "verbosity" not in text
     assert "test_" not in text
+
+
+def test_version_names_the_libraries_without_importing_them():
+    code = "import sys; from attnlab.runner import cli; c = cli.main(['attnlab', '--version']); "
+    code += "assert not {'jax', 'flax'} & set(sys.modules); sys.exit(c)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    installed = [metadata.version(name) for name in ("jax", "flax")] + [platform.python_version()]
+    expected = "attnlab {} (jax {}, flax {}, Python {})\n".format(attnlab.__version__, *installed)
+    assert done.stdout == expected
 
 
 def test_the_program_exits_2_with_one_line():

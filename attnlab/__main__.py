@@ -1,0 +1,8 @@
+"""`python -m attnlab` is the console command `attnlab`."""
+
+import sys
+
+from attnlab.runner import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main())

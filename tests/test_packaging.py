@@ -1,0 +1,112 @@
+"""The wheel holds all that a run needs, and works in an empty folder without a checkout."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import attnlab
+from attnlab.runner.command import invocation
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(find_spec("hatchling") is None, reason="needs hatchling (extra `test`)")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout, built without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    code = "import sys, hatchling.build as h; print(h.build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder of packages with the wheel unpacked, as pip does it."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def python(installed: Path, cwd: Path, *arguments: str) -> str:
+    """What a Python prints that finds the unpacked wheel before this checkout."""
+    environment = os.environ | {
+        "PYTHONPATH": str(installed),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_the_package_and_its_experiments_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        texts = {name: archive.read(name).decode() for name in names if ".dist-info/" in name}
+    here = {str(p.relative_to(ROOT)) for p in (ROOT / "attnlab").rglob("*.py")} | {"attnlab/py.typed"}
+    here |= {f"attnlab/{p.relative_to(ROOT)}" for p in (ROOT / "experiments").glob("*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == here
+    (scripts,) = (text for name, text in texts.items() if name.endswith("entry_points.txt"))
+    assert re.search(r"^attnlab *= *attnlab\.runner\.cli:main$", scripts, flags=re.MULTILINE)
+
+
+def test_installed_experiments_are_found_and_can_be_imported(installed, tmp_path):
+    code = (
+        "import attnlab.experiments.pronoun as p; from attnlab import config; l = config.load('pronoun'); "
+        "f = config.load('experiments/pronoun.py'); assert l.path == f.path; print(l.path); print(p.__file__)"
+    )
+    file = str(installed / "attnlab" / "experiments" / "pronoun.py")
+    assert python(installed, tmp_path, "-c", code).split() == [file, file]
+
+
+def test_help_and_version_of_an_installed_attnlab(installed, tmp_path):
+    text = python(installed, tmp_path, "-m", "attnlab", "--help")
+    assert "pronoun " in text
+    assert "python -m attnlab --config=experiments/lm_docs.py" in text
+    first = python(installed, tmp_path, "-m", "attnlab", "--version")
+    assert first.startswith(f"attnlab {attnlab.__version__} (jax ")
+
+
+@pytest.mark.slow
+def test_an_installed_experiment_trains_in_an_empty_folder(installed, tmp_path):
+    told = python(installed, tmp_path, "-m", "attnlab", "--config=pronoun", "--max_steps=3", "--workdir=run")
+    assert "python -m attnlab --workdir=" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert (tmp_path / "run" / "experiment.py").read_text() == (
+        ROOT / "experiments" / "pronoun.py"
+    ).read_text()
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("/x/attnlab/__main__.py", "python -m attnlab"),
+        ("run.py", "python run.py"),
+        ("../my code/run.py", "python '../my code/run.py'"),
+        ("bin/attnlab", "bin/attnlab"),
+    ],
+)
+def test_how_the_command_is_written(program, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert invocation(program) == command
+
+
+def test_a_console_command_on_the_path_is_its_name(tmp_path, monkeypatch):
+    (tmp_path / "attnlab").write_text("#!/bin/sh\n")
+    (tmp_path / "attnlab").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert invocation(str(tmp_path / "attnlab")) == "attnlab"
