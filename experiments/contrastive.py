@@ -79,7 +79,10 @@ def report(trained: Trained) -> dict[str, float]:
     looks = trained.attention(batches[0], "image/layers")[-1, 0, :, 0, 1:].reshape(-1, GRID, GRID)
     heads = [f"head {i + 1}" for i in range(len(looks))]  # of the class token
     trained.keep(pictures.over_image(batches[0].source[0, ..., 0], heads, looks, "Where it looks"), "looks")
-    trained.claim("at least 30% first", min(found["character_first"], found["name_first"]) >= 0.3)
-    trained.claim("at least 70% in ten", min(found["character_in_ten"], found["name_in_ten"]) >= 0.7)
-    trained.claim("chance under 0.5% and 5%", 10 / count < 0.05)
+    trained.claim("names that rank their own character first", found["character_first"], ">=", 0.3)
+    trained.claim("names with their own character in the top ten", found["character_in_ten"], ">=", 0.7)
+    trained.claim("characters that rank their own name first", found["name_first"], ">=", 0.3)
+    trained.claim("characters with their own name in the top ten", found["name_in_ten"], ">=", 0.7)
+    trained.claim("first by chance", 1 / count, "<", 0.005)
+    trained.claim("in the top ten by chance", 10 / count, "<", 0.05)
     return found

@@ -103,8 +103,8 @@ def report(trained: Trained) -> dict[str, float]:
     looks = trained.attention(batch)[-1, 0, :, 0, 1:].reshape(-1, SIDE // 2, SIDE // 2)  # of the class token
     heads = [f"head {i + 1}" for i in range(len(looks))]
     trained.keep(pictures.over_image(batch.source[0, ..., 0], heads, looks, "Where it looks"), "looks")
-    trained.claim("at least 95% of the held-out digits right", accuracy >= 0.95)
-    trained.claim("under 93% by a linear model", linear < 0.93)
+    trained.claim("held-out digits right", accuracy, ">=", 0.95)
+    trained.claim("held-out digits right by logistic regression", linear, "<", 0.93)
     return {"accuracy": accuracy, "accuracy_linear": linear}
 
 

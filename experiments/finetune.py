@@ -31,5 +31,5 @@ def report(trained: Trained) -> dict[str, float]:
     batches = trained.batches("validation", trained.experiment.train.eval_batches)
     loss = trained.session.evaluate(before, batches)["loss"]
     trained.say(f"loss before: {loss:.3f} nats a token, after: {trained.metrics['loss']:.3f}")
-    trained.claim("a lower loss than the checkpoint's", trained.metrics["loss"] < loss)
+    trained.claim("loss below the checkpoint's", trained.metrics["loss"], "<", loss)
     return reports.language_model(trained, prompt="Return the") | {"loss_before": loss}

@@ -79,6 +79,6 @@ def report(trained: Trained) -> dict[str, float]:
     trained.say("filled in: " + "".join(words))
     maps = trained.attention_of(shown.tolist())
     trained.keep(pictures.head_grid(maps, words, "Where each token looks"), "attention")
-    trained.claim("more than 18% found", found > 0.18)
-    trained.claim("more than three times the commonest token's share", found > 3 * common)
+    trained.claim("masked tokens predicted", found, ">", 0.18)
+    trained.claim("masked tokens predicted, against 3 times the most frequent token", found, ">", 3 * common)
     return {"accuracy": float(found), "commonest": float(common)}

@@ -115,6 +115,6 @@ def report(trained: Trained) -> dict[str, float]:
         weights = trained.attention_of(trained.tokenizer.encode(" ".join(words)))
         twins.append((words, words.index("it"), weights[:, :, words.index("it")], words.index(antecedent)))
     trained.keep(pictures.looks(twins, 'Where "it" looks'), "it")
-    trained.claim("at least 99% of pronouns resolved", accuracy >= 0.99)
-    trained.claim("one head on the antecedent in at least 95%", heads.max() >= 0.95)
+    trained.claim("pronouns resolved", accuracy, ">=", 0.99)
+    trained.claim("sentences whose best head peaks on the antecedent", heads.max(), ">=", 0.95)
     return {"accuracy": float(accuracy), "best_head": float(heads.max())}

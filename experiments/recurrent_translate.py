@@ -85,9 +85,9 @@ def report(trained: Trained) -> dict[str, float]:
     trained.say(f"sentences without a fault: {told}")
     longest = found["16_to_20"]
     if isinstance(trained.experiment.model.attention, NoAttention):
-        trained.claim("without attention fewer than 20% of 16 to 20 words", longest < 0.2)
+        trained.claim("sentences of 16 to 20 words right without attention", longest, "<", 0.2)
         return found
-    trained.claim("with attention at least 95% of 16 to 20 words", longest >= 0.95)
+    trained.claim("sentences of 16 to 20 words right with attention", longest, ">=", 0.95)
     _picture(trained)
     return found
 

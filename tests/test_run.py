@@ -46,7 +46,7 @@ def test_a_quick_run_goes_through_every_stage(lm):
     pictures = {p.name for p in (folder / "run" / "pictures").iterdir()}
     assert pictures == {"attention.png", "attention.svg", "curve.png", "curve.svg"}
     report = json.loads((folder / "run" / "report.json").read_text())
-    assert set(report) == {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz"}
+    assert set(report) == {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz", "claims"}
     assert (
         "training in" in out and "done at step 2" in out and "go on, evaluate or sample with: python " in out
     )
@@ -144,7 +144,11 @@ def test_pronoun(tmp_path):
     out = ran(config, "--fast_dev_run", "--workdir=run", "--config.model.width=16", cwd=tmp_path)
     assert "resolved: " in out and "claim FAILS" in out
     assert {p.name for p in (tmp_path / "run" / "pictures").iterdir()} == {"it.png", "it.svg"}
-    assert set(json.loads((tmp_path / "run" / "report.json").read_text())) == {"accuracy", "best_head"}
+    assert set(json.loads((tmp_path / "run" / "report.json").read_text())) == {
+        "accuracy",
+        "best_head",
+        "claims",
+    }
     assert all("bits_per_byte" not in line for line in metrics(tmp_path / "run", "eval"))
 
 

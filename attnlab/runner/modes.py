@@ -349,15 +349,15 @@ def _restore(request: Request, session: Session) -> Restored:
 
 
 def _report(request: Request, trained: Trained) -> dict[str, float]:
-    """What the experiment file's own `report(trained)` finds; nothing if it has none."""
+    """Run the experiment's own `report(trained)`, if it has one; write its numbers and claims."""
     report = getattr(request.loaded.module, "report", None)
     if report is None:
         return {}
-    found = dict(report(trained) or {})
-    write_atomically(
-        request.folder / REPORT, json.dumps({n: as_json(x) for n, x in found.items()}, indent=2) + "\n"
-    )
-    return found
+    numbers = dict(report(trained) or {})
+    claims = [claim.as_json() for claim in trained.claims]
+    content = {name: as_json(x) for name, x in numbers.items()} | {"claims": claims}
+    write_atomically(request.folder / REPORT, json.dumps(content, indent=2) + "\n")
+    return numbers
 
 
 def _devices(session: Session) -> str:

@@ -14,6 +14,7 @@ from attnlab.data import Batch
 from attnlab.generation import Completion, Generator
 from attnlab.inspect import pictures
 from attnlab.inspect.maps import attention_maps
+from attnlab.runner.claims import Claim, Comparison
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
 
@@ -30,6 +31,7 @@ class Trained:
       workdir: the run's folder.
       metrics: of its last evaluation.
       say: takes lines for the person.
+      claims: every claim that `claim` has checked, in order.
     """
 
     session: Session
@@ -37,6 +39,7 @@ class Trained:
     workdir: epath.Path
     metrics: Mapping[str, float] = field(default_factory=dict)
     say: Callable[[str], None] = print
+    claims: list[Claim] = field(default_factory=list)
 
     @property
     def experiment(self) -> Experiment:
@@ -103,9 +106,14 @@ class Trained:
             np.zeros(rows, np.float32),
         )
 
-    def claim(self, text: str, holds: bool) -> None:
-        """Says whether a claim of the experiment came true."""
-        self.say(f"claim {'holds' if holds else 'FAILS'}: {text}")
+    def claim(self, text: str, value: float, comparison: Comparison, threshold: float) -> None:
+        """Compare a measured value with its threshold, print whether the claim holds, record it.
+
+        `report.json` lists every claim; see `Claim`. A claim that fails does not change the exit code.
+        """
+        claim = Claim(text, float(value), comparison, float(threshold))
+        self.claims.append(claim)
+        self.say(str(claim))
 
     def keep(self, figure, name: str) -> None:
         """Saves a figure as PNG and SVG under the run's `pictures`, and says where."""
