@@ -71,11 +71,11 @@ class Writers:
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Send the metrics of one step of one split everywhere; scalar arrays are as good as floats.
 
-        Raises ValueError for a metric called "step" or "split", which would hide those.
+        Raises ValueError for a metric called "step", "split" or "time", which would hide those.
         """
         if not self._sinks:
             return
-        if reserved := {"step", "split"} & metrics.keys():
+        if reserved := {"step", "split", "time"} & metrics.keys():
             raise ValueError(f"a metric cannot be called {reserved.pop()!r}")
         numbers = {name: x if type(x) is int else float(x) for name, x in metrics.items()}
         for sink in self._sinks:
@@ -102,7 +102,9 @@ def _is_first_process() -> bool:
 
 
 class JsonLines:
-    """A file of one JSON object a line: step, split, then the metrics; on disk when `write` returns.
+    """A file of one JSON object a line: step, split, time, then the metrics; on disk when `write` returns.
+
+    `time` is the time of writing in seconds since 1970 (UTC), as `time.time()` returns it.
 
     NaN and the infinities, for which JSON has no numbers, are the strings "NaN", "Infinity" and "-Infinity";
     `read` turns them back. A last line that a killed process left unfinished is dropped.
@@ -121,7 +123,8 @@ class JsonLines:
     def write(self, step: int, split: str, metrics: Metrics) -> None:
         """Add a line."""
         numbers = {name: as_json(value) for name, value in metrics.items()}
-        line = json.dumps({"step": step, "split": split} | numbers, allow_nan=False) + "\n"
+        row = {"step": step, "split": split, "time": round(time.time(), 3)} | numbers
+        line = json.dumps(row, allow_nan=False) + "\n"
         if self._appends:
             with _naming(self._path), open(self._path, "a") as file:
                 file.write(line)

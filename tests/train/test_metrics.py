@@ -17,7 +17,11 @@ from attnlab.train.metrics import JsonLines, Writers
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a metrics.jsonl without their time, which no two runs share."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["time"]
+    return rows
 
 
 # metrics.jsonl -------------------------------------------------------------------------------------------
@@ -33,10 +37,20 @@ def test_each_line_is_on_disk_at_once(tmp_path):
     ]
 
 
+def test_each_row_has_its_time_in_seconds_since_1970(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(sinks.time, "time", lambda: 1_700_000_000.1234)
+    JsonLines(path).write(1, "train", {"loss": 2.5})
+    assert path.read_text() == '{"step": 1, "split": "train", "time": 1700000000.123, "loss": 2.5}\n'
+    assert sinks.read(path) == [{"step": 1, "split": "train", "time": 1700000000.123, "loss": 2.5}]
+
+
 def test_numbers_that_json_lacks_are_strings_and_read_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonLines(path).write(1, "train", {"a": math.nan, "b": math.inf, "c": -math.inf})
-    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+    row = json.loads(path.read_text(), parse_constant=pytest.fail)
+    del row["time"]
+    assert row == {
         "step": 1,
         "split": "train",
         "a": "NaN",
@@ -274,6 +288,8 @@ def test_arrays_are_numbers_and_reserved_names_are_refused(tmp_path):
         writers.write(np.int64(1), "train", {"loss": np.float32(0.5), "count": np.int32(3)})
         with pytest.raises(ValueError, match="cannot be called 'step'"):
             writers.write(1, "train", {"step": 1})
+        with pytest.raises(ValueError, match="cannot be called 'time'"):
+            writers.write(1, "train", {"time": 1})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 0.5, "count": 3.0}]
 
 
