@@ -25,7 +25,7 @@ from attnlab.layers.blocks import Branch, Gated
 from attnlab.layers.pooling import ClassToken
 from attnlab.layers.resampler import Resampler
 from attnlab.models import CaptionerConfig, DecoderConfig, Learned, PrefixConfig, ViTConfig
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
 SHOWN = "latin capital letter u with horn"
@@ -52,7 +52,7 @@ def get_config(kind: str = "branches") -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """Words and names that are right, beside a baseline that sees no picture, and where a word looks."""
     batches = trained.batches("validation")
     likeliest = _likeliest_next(trained)
@@ -69,7 +69,7 @@ def report(trained: Trained) -> dict[str, float]:
         name: float(np.concatenate(found).mean())
         for name, found in {"words": words, "words_unseen": baseline, "names": names}.items()
     }
-    trained.say(
+    trained.log(
         f"words of unseen characters' names: {right['words']:.1%} right, {right['words_unseen']:.1%} by the "
         f"word before alone; whole names: {right['names']:.1%}"
     )
@@ -80,7 +80,7 @@ def report(trained: Trained) -> dict[str, float]:
     return right
 
 
-def _look(trained: Trained) -> None:
+def _look(trained: TrainedModel) -> None:
     """Keeps a picture of where in the image each word of a name looks, as the heads of the last layer do."""
     for batch in trained.batches("validation"):
         names = [trained.tokenizer.decode(row) for row in batch.targets]
@@ -91,10 +91,10 @@ def _look(trained: Trained) -> None:
         encoder = trained.experiment.model.encoder
         grid = weights[: len(words), encoder.prefix :].reshape(len(words), *encoder.grid)
         figure = pictures.over_image(batch.source[row, ..., 0], words, grid, "Where each word looks")
-        trained.keep(figure, "looks")
+        trained.save_figure(figure, "looks")
 
 
-def _likeliest_next(trained: Trained) -> np.ndarray:
+def _likeliest_next(trained: TrainedModel) -> np.ndarray:
     """The word that comes most often after each in training, by the words' numbers."""
     data, follows = trained.experiment.data, defaultdict(Counter)
     for name in Counter(data.text(record) for record in data.records("train")):

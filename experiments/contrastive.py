@@ -21,7 +21,7 @@ from attnlab.inspect import pictures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ContrastiveConfig, ViTConfig
 from attnlab.models.contrastive import EndOfText, TextTowerConfig
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
 GRID = 8  # patches to a side
@@ -62,7 +62,7 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """How often a name finds its character and the other way round, and where a picture is looked at."""
     batches = trained.batches("validation")
     there = [batch.segments.any(axis=1) for batch in batches]
@@ -72,13 +72,15 @@ def report(trained: Trained) -> dict[str, float]:
     for name, likeness in (("character", texts @ images.T), ("name", images @ texts.T)):
         before = (likeness > np.diag(likeness)[:, None]).sum(axis=1)  # how many are nearer than its own
         found |= {f"{name}_first": float((before < 1).mean()), f"{name}_in_ten": float((before < 10).mean())}
-        trained.say(
+        trained.log(
             f"its own {name} first: {found[f'{name}_first']:.1%} of {count}, by chance {1 / count:.1%}; "
             f"among ten: {found[f'{name}_in_ten']:.1%}, by chance {10 / count:.1%}"
         )
     looks = trained.attention(batches[0], "image/layers")[-1, 0, :, 0, 1:].reshape(-1, GRID, GRID)
     heads = [f"head {i + 1}" for i in range(len(looks))]  # of the class token
-    trained.keep(pictures.over_image(batches[0].source[0, ..., 0], heads, looks, "Where it looks"), "looks")
+    trained.save_figure(
+        pictures.over_image(batches[0].source[0, ..., 0], heads, looks, "Where it looks"), "looks"
+    )
     trained.claim("names that rank their own character first", found["character_first"], ">=", 0.3)
     trained.claim("names with their own character in the top ten", found["character_in_ten"], ">=", 0.7)
     trained.claim("characters that rank their own name first", found["name_first"], ">=", 0.3)

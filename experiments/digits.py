@@ -20,7 +20,7 @@ from attnlab.data.images import Pixels
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ViTConfig
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Loss, Muon, Train, WarmupStableDecay
 
 SIDE, INK, HELD_OUT = 8, 16, 360
@@ -95,14 +95,14 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """The share of held-out digits that are right, that of a linear model, and a picture of attention."""
     accuracy, linear = trained.metrics["accuracy"], _linear(trained.experiment.data)
-    trained.say(f"right: {accuracy:.1%} of the held-out digits; {linear:.1%} by logistic regression")
+    trained.log(f"right: {accuracy:.1%} of the held-out digits; {linear:.1%} by logistic regression")
     batch = trained.batches("validation", limit=1)[0]
     looks = trained.attention(batch)[-1, 0, :, 0, 1:].reshape(-1, SIDE // 2, SIDE // 2)  # of the class token
     heads = [f"head {i + 1}" for i in range(len(looks))]
-    trained.keep(pictures.over_image(batch.source[0, ..., 0], heads, looks, "Where it looks"), "looks")
+    trained.save_figure(pictures.over_image(batch.source[0, ..., 0], heads, looks, "Where it looks"), "looks")
     trained.claim("held-out digits right", accuracy, ">=", 0.95)
     trained.claim("held-out digits right by logistic regression", linear, "<", 0.93)
     return {"accuracy": accuracy, "accuracy_linear": linear}

@@ -10,7 +10,7 @@ from attnlab.data import Text
 from attnlab.models import DecoderConfig
 from attnlab.pretrained import load
 from attnlab.runner import reports
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Cosine, Experiment, Train
 
 
@@ -25,11 +25,11 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """Bits per byte beside the checkpoint's and two compressors', a sample and its attention map."""
     before = load(trained.experiment.init, trained.session.mesh, trained.experiment.model.dtypes).params
     batches = trained.batches("validation", trained.experiment.train.eval_batches)
     loss = trained.session.evaluate(before, batches)["loss"]
-    trained.say(f"loss before: {loss:.3f} nats a token, after: {trained.metrics['loss']:.3f}")
+    trained.log(f"loss before: {loss:.3f} nats a token, after: {trained.metrics['loss']:.3f}")
     trained.claim("loss below the checkpoint's", trained.metrics["loss"], "<", loss)
     return reports.language_model(trained, prompt="Return the") | {"loss_before": loss}

@@ -10,7 +10,7 @@ from attnlab.data import BPE, Text
 from attnlab.layers import Attention, GatedMLP
 from attnlab.models import DecoderConfig
 from attnlab.runner import reports
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
 
@@ -26,7 +26,7 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """Report a sample, its attention map, and bits per byte beside two compressors."""
     numbers = reports.language_model(trained, prompt="Return the")
     model, compressors = numbers["bits_per_byte_model"], ("bits_per_byte_bz2", "bits_per_byte_xz")

@@ -21,7 +21,7 @@ from attnlab.data import BPE, Example, Text, Tokenizer
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm
 from attnlab.models import EncoderConfig
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
 CHOSEN, MASKED, REPLACED = 0.15, 0.8, 0.1  # of all tokens, and of those that are chosen
@@ -63,22 +63,22 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """How many tokens are found, how many the commonest would be, and a sentence with its map."""
     targets = [batch.targets[batch.weights > 0] for batch in trained.batches("validation")]
     common = np.bincount(np.concatenate(targets)).max() / sum(map(len, targets))
     found = trained.metrics["accuracy"]
-    trained.say(f"found: {found:.1%} of the masked tokens; by the commonest token, {common:.1%}")
+    trained.log(f"found: {found:.1%} of the masked tokens; by the commonest token, {common:.1%}")
     tokens = trained.tokenizer.encode("Return a list of the names in the file, or None if it is empty.")
     shown = tokens.copy()
     shown[3::6] = trained.tokenizer.mask_id
-    guessed = trained.predict(trained.one(shown))[0, : len(shown)]
+    guessed = trained.predict(trained.batch_from_tokens(shown))[0, : len(shown)]
     words = [trained.tokenizer.token_text(i) for i in shown]
     for i in range(3, len(tokens), 6):
         words[i] = f"[{trained.tokenizer.token_text(guessed[i])}]"
-    trained.say("filled in: " + "".join(words))
-    maps = trained.attention_of(shown.tolist())
-    trained.keep(pictures.head_grid(maps, words, "Where each token looks"), "attention")
+    trained.log("filled in: " + "".join(words))
+    maps = trained.attention_of_tokens(shown.tolist())
+    trained.save_figure(pictures.head_grid(maps, words, "Where each token looks"), "attention")
     trained.claim("masked tokens predicted", found, ">", 0.18)
     trained.claim("masked tokens predicted, against 3 times the most frequent token", found, ">", 3 * common)
     return {"accuracy": float(found), "commonest": float(common)}

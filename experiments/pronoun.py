@@ -20,7 +20,7 @@ from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Bidirectional
 from attnlab.models import DecoderConfig
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Experiment, Train
 
 KINDS = {  # six nouns, and four predicates that fit these nouns alone
@@ -94,7 +94,7 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """How many pronouns are resolved, how often the best head finds the antecedent, a picture of twins."""
     right, found = [], []
     for batch in trained.batches("validation"):
@@ -105,16 +105,16 @@ def report(trained: Trained) -> dict[str, float]:
         found.append(batch.tokens[row[:, None, None], looked_at] == answers[:, None, None])
     accuracy, heads = np.concatenate(right).mean(), np.concatenate(found).mean(axis=0)
     layer, head = np.unravel_index(heads.argmax(), heads.shape)
-    trained.say(f"resolved: {accuracy:.1%} of unseen combinations; by the nearest noun or the first, 50.0%")
-    trained.say(
+    trained.log(f"resolved: {accuracy:.1%} of unseen combinations; by the nearest noun or the first, 50.0%")
+    trained.log(
         f'best head: "it" in layer {layer + 1}, head {head + 1} peaks on the antecedent in {heads.max():.1%}'
     )
     twins = []
     for predicate, antecedent in (("tired", "cat"), ("soft", "mat")):
         words = f"the cat sat on the mat because it was {predicate}".split()
-        weights = trained.attention_of(trained.tokenizer.encode(" ".join(words)))
+        weights = trained.attention_of_tokens(trained.tokenizer.encode(" ".join(words)))
         twins.append((words, words.index("it"), weights[:, :, words.index("it")], words.index(antecedent)))
-    trained.keep(pictures.looks(twins, 'Where "it" looks'), "it")
+    trained.save_figure(pictures.looks(twins, 'Where "it" looks'), "it")
     trained.claim("pronouns resolved", accuracy, ">=", 0.99)
     trained.claim("sentences whose best head peaks on the antecedent", heads.max(), ">=", 0.95)
     return {"accuracy": float(accuracy), "best_head": float(heads.max())}

@@ -10,7 +10,7 @@ from attnlab.data import BPE, Text
 from attnlab.layers import LSTM
 from attnlab.models import RecurrentConfig
 from attnlab.runner import reports
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
 
@@ -24,7 +24,7 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """A sample, and bits per byte beside two compressors."""
     figures = reports.language_model(trained, prompt="Return the")
     trained.claim("bits per byte", figures["bits_per_byte_model"], "<", 2.45)

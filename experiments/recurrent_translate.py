@@ -17,7 +17,7 @@ from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.inspect import pictures
 from attnlab.layers import GRU, NoAttention
 from attnlab.models import RecurrentSeq2SeqConfig
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Experiment, Train
 
 WORDS = [a + b + c for a in "bdgk" for b in "aeio" for c in "lmrs"]
@@ -69,7 +69,7 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """Sentences without a fault by their length, and where the words of one look."""
     right, lengths = [], []
     for batch in trained.batches("validation"):
@@ -82,7 +82,7 @@ def report(trained: Trained) -> dict[str, float]:
         these = (lengths > first) & (lengths <= first + 5)
         found[f"{first + 1}_to_{first + 5}"] = float(right[these].mean())
     told = ", ".join(f"of {name.replace('_', ' ')} words {share:.1%}" for name, share in found.items())
-    trained.say(f"sentences without a fault: {told}")
+    trained.log(f"sentences without a fault: {told}")
     longest = found["16_to_20"]
     if isinstance(trained.experiment.model.attention, NoAttention):
         trained.claim("sentences of 16 to 20 words right without attention", longest, "<", 0.2)
@@ -92,7 +92,7 @@ def report(trained: Trained) -> dict[str, float]:
     return found
 
 
-def _picture(trained: Trained) -> None:
+def _picture(trained: TrainedModel) -> None:
     """Where the words of a translation come from, those of every pair crosswise."""
     batch = trained.batches("validation", limit=1)[0]
     row = int(np.argmin(abs(batch.source_segments.sum(axis=1) - 11)))
@@ -101,4 +101,4 @@ def _picture(trained: Trained) -> None:
     written, read = (
         [trained.tokenizer.token_text(i) for i in ids[row, :length]] for ids in (batch.targets, batch.source)
     )
-    trained.keep(pictures.head_grid(weights, written, "Where each word comes from", read), "alignment")
+    trained.save_figure(pictures.head_grid(weights, written, "Where each word comes from", read), "alignment")

@@ -22,7 +22,7 @@ from attnlab.generation import Sampling
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Experiment, Train
 
 ONES = (
@@ -118,7 +118,7 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """How many words, and numbers, are written right; and where each word of one was heard."""
     records = trained.experiment.data.records("validation")
     sounds = [features(record) for record in records]
@@ -129,7 +129,7 @@ def report(trained: Trained) -> dict[str, float]:
         "words": 1 - faults / sum(len(said) for said, _ in pairs),
         "numbers": float(np.mean([said == written for said, written in pairs])),
     }
-    trained.say(
+    trained.log(
         f"of numbers never heard {found['words']:.1%} of words are right, {found['numbers']:.1%} whole"
     )
     trained.claim("words of unheard numbers right", found["words"], ">=", 0.95)
@@ -147,7 +147,7 @@ def distance(one: list[str], other: list[str]) -> int:
     return row[-1]
 
 
-def _picture(trained: Trained) -> None:
+def _picture(trained: TrainedModel) -> None:
     """Where the decoder looks in the sound of one number as it writes each word."""
     batch = trained.batches("validation", limit=1)[0]
     row = int(batch.weights.sum(axis=1).argmax())
@@ -155,4 +155,4 @@ def _picture(trained: Trained) -> None:
     weights = trained.attention(batch, "decoder/layers", "cross_attention")[:, row, :, :length]
     written = [trained.tokenizer.token_text(i) for i in batch.targets[row, :length]]
     times = [f"{i / 50:.2f} s" for i in range(weights.shape[-1])]
-    trained.keep(pictures.head_grid(weights, written, "Where each word is heard", times), "heard")
+    trained.save_figure(pictures.head_grid(weights, written, "Where each word is heard", times), "heard")

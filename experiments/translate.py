@@ -20,7 +20,7 @@ from attnlab.generation import Sampling
 from attnlab.inspect import pictures
 from attnlab.layers import MLP, Attention, LayerNorm, Normal
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig, Sinusoidal
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Experiment, InverseSquareRoot, Loss, Train
 
 COUNT = {"train": 20_000, "validation": 500}
@@ -91,7 +91,7 @@ def get_config() -> Experiment:
     )
 
 
-def report(trained: Trained) -> dict[str, float]:
+def report(trained: TrainedModel) -> dict[str, float]:
     """How many unseen numbers are translated without a fault, and where the words of one come from."""
     numbers = trained.experiment.data.records("validation")
     found = trained.generate(
@@ -99,14 +99,14 @@ def report(trained: Trained) -> dict[str, float]:
     )
     right = np.array([row.text == german(number) for row, number in zip(found, numbers, strict=True)])
     for row, number in [*zip(found, numbers, strict=True)][:3]:
-        trained.say(f"{number}: {row.source} -> {row.text}")
-    trained.say(f"translated without a fault: {right.mean():.1%} of {len(right)} numbers of unseen thousands")
+        trained.log(f"{number}: {row.source} -> {row.text}")
+    trained.log(f"translated without a fault: {right.mean():.1%} of {len(right)} numbers of unseen thousands")
     trained.claim("numbers translated exactly", right.mean(), ">=", 0.9)
     _picture(trained)
     return {"accuracy": float(right.mean())}
 
 
-def _picture(trained: Trained) -> None:
+def _picture(trained: TrainedModel) -> None:
     """Where each piece of one translation looks in the English words."""
     batch = trained.batches("validation", limit=1)[0]
     row = int(np.argmin(abs(batch.segments.sum(axis=1) - 10)))
@@ -117,4 +117,6 @@ def _picture(trained: Trained) -> None:
         for ids in (batch.targets[row, :written], batch.source[row, :read])
     )
     shown = maps[:, row, :, :written, :read]
-    trained.keep(pictures.head_grid(shown, targets, "Where each piece comes from", source), "cross_attention")
+    trained.save_figure(
+        pictures.head_grid(shown, targets, "Where each piece comes from", source), "cross_attention"
+    )

@@ -104,11 +104,11 @@ def test_blocks_are_of_a_known_kind(page):
 
 
 def test_flags_are_there(page):
-    from attnlab.runner.request import USED_BY
+    from attnlab.runner.request import FLAG_MODES
 
     for code in inline_code(page):
         for flag in re.findall(r"(?:^|\s)'?--([\w.]+)", code if code.startswith(("--", "'--")) else ""):
-            assert flag.startswith("config.") or flag in (*USED_BY, "help", "version"), (
+            assert flag.startswith("config.") or flag in (*FLAG_MODES, "help", "version"), (
                 f"{page.name}: --{flag}"
             )
 
@@ -372,7 +372,7 @@ def call(words: list[str], runner: types.ModuleType | None = None) -> int:
     from absl import flags
 
     from attnlab.runner import cli
-    from attnlab.runner.request import USED_BY
+    from attnlab.runner.request import FLAG_MODES
 
     real = sys.modules.pop("attnlab.runner.modes", None)
     if runner is not None or real is not None:
@@ -380,7 +380,7 @@ def call(words: list[str], runner: types.ModuleType | None = None) -> int:
     try:
         return cli.main(words)
     finally:
-        for name in USED_BY:
+        for name in FLAG_MODES:
             flags.FLAGS[name].unparse()  # back to its default
         if runner is not None:
             del sys.modules["attnlab.runner.modes"]

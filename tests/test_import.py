@@ -38,7 +38,7 @@ def place(tmp_path_factory):
 def test_a_run_is_made_and_written_again(place, tmp_path, capfd):
     folder, _ = place
     out = tmp_path / "again"
-    assert call("--mode=export", f"--workdir={folder / 'run'}", f"--out={out}") == 0
+    assert call("--mode=export", f"--workdir={folder / 'run'}", f"--output_dir={out}") == 0
     assert f"step 0 is in {out}" in capfd.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (folder / "llama").iterdir())
     before, after = (load_file(p / "model.safetensors") for p in (folder / "llama", out))
@@ -65,15 +65,15 @@ def test_guesses_change_nothing_of_what_is_likeliest(place, capfd):
     likeliest = ["--prompt=the cat", "--max_new_tokens=12", "--temperature=0"]
     for guesses in (
         [],
-        ["--lookup=1", "--guess_tokens=2"],
-        [f"--draft={folder / 'run'}"],
-        [f"--draft={folder / 'llama'}"],
+        ["--prompt_lookup_ngram=1", "--num_speculative_tokens=2"],
+        [f"--draft_model={folder / 'run'}"],
+        [f"--draft_model={folder / 'llama'}"],
     ):
         capfd.readouterr()
         assert call("--mode=sample", f"--workdir={folder / 'run'}", *likeliest, *guesses) == 0
         texts.add(capfd.readouterr().out)
     assert len(texts) == 1
-    assert call("--mode=sample", f"--workdir={folder / 'run'}", "--draft=nowhere") == 2
+    assert call("--mode=sample", f"--workdir={folder / 'run'}", "--draft_model=nowhere") == 2
     assert "no checkpoint at nowhere" in capfd.readouterr().err
 
 
@@ -92,7 +92,7 @@ def test_trained_on_and_written(place, tmp_path, mesh, capfd):
     said = capfd.readouterr().out
     assert "claim holds: loss below the checkpoint's: " in said
     assert len(metrics(tmp_path / "run", "train")) >= 1
-    assert call("--mode=export", run, f"--out={out}") == 0
+    assert call("--mode=export", run, f"--output_dir={out}") == 0
     before, after = (load_file(p / "model.safetensors") for p in (folder / "llama", out))
     assert {n: x.shape for n, x in before.items()} == {n: x.shape for n, x in after.items()}
     assert [n for n in before if (before[n] == after[n]).all()] == ["model.embed_tokens.weight"]
@@ -107,7 +107,7 @@ def test_adapters_are_trained_go_on_and_are_written_as_part_of_their_matrices(pl
         for stop in stops:
             assert call(FINE, *asked, f"--workdir={tmp_path / name}", f"--max_steps={stop}") == 0
         out = tmp_path / f"{name}-out"
-        assert call("--mode=export", f"--workdir={tmp_path / name}", f"--out={out}") == 0
+        assert call("--mode=export", f"--workdir={tmp_path / name}", f"--output_dir={out}") == 0
         written.append(load_file(out / "model.safetensors"))
     before = load_file(folder / "llama" / "model.safetensors")
     assert before.keys() == written[0].keys() == written[1].keys()
@@ -141,7 +141,7 @@ def test_a_run_that_was_trained_here_is_written_and_read(place, tmp_path, capfd)
         "--max_steps=2",
     ]
     assert call(f"--config={ROOT / 'experiments' / 'lm_docs.py'}", run, *tiny, *small) == 0
-    assert call("--mode=export", run, f"--out={out}") == 0
+    assert call("--mode=export", run, f"--output_dir={out}") == 0
     fields = json.loads((out / "config.json").read_text())
     assert (fields["model_type"], fields["max_position_embeddings"]) == ("mistral", 32)
     again = f"--workdir={tmp_path / 'again'}"
@@ -160,7 +160,7 @@ def test_a_classifier_of_images_and_what_prepares_them(tmp_path, capfd):
     digits = f"--config={ROOT / 'experiments' / 'digits.py'}"
     run, out, back, again = (tmp_path / name for name in ("run", "out", "back", "again"))
     assert call(digits, f"--workdir={run}", "--config.model.depth=1", "--fast_dev_run") == 0
-    assert call("--mode=export", f"--workdir={run}", f"--out={out}") == 0
+    assert call("--mode=export", f"--workdir={run}", f"--output_dir={out}") == 0
     fields = json.loads((out / "config.json").read_text())
     assert fields["architectures"] == ["ViTForImageClassification"]
     assert fields["id2label"] == {"0": "<eos>"} | {str(i + 1): str(i) for i in range(10)}
@@ -169,7 +169,7 @@ def test_a_classifier_of_images_and_what_prepares_them(tmp_path, capfd):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (out / name).unlink()
     assert call("--mode=import", digits, f"--checkpoint={out}", f"--workdir={back}") == 0
-    assert call("--mode=export", f"--workdir={back}", f"--out={again}") == 0
+    assert call("--mode=export", f"--workdir={back}", f"--output_dir={again}") == 0
     assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in out.iterdir())
     before, after = (load_file(p / "model.safetensors") for p in (out, again))
     for name in before:
@@ -210,7 +210,7 @@ def test_a_model_that_no_family_has(place, tmp_path, capfd):
     odd = ["--config.model.width=16", "--config.model.attention=Attention(4,softcap=5.0)", "--max_steps=1"]
     assert call(f"--config={ROOT / 'experiments' / 'lm_docs.py'}", run, *odd, *small) == 0
     capfd.readouterr()
-    assert call("--mode=export", run, f"--out={tmp_path / 'out'}") == 2
+    assert call("--mode=export", run, f"--output_dir={tmp_path / 'out'}") == 2
     said = "what this model is; the nearest is llama's, which would need attention.softcap: 5.0 -> None\n"
     assert said in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -222,10 +222,10 @@ def test_a_model_that_no_family_has(place, tmp_path, capfd):
         (["--mode=import"], "--mode=import needs --checkpoint"),
         (["--mode=import", "--checkpoint=nowhere"], "no checkpoint at nowhere"),
         (["--mode=import", "--checkpoint={llama}", "--workdir={run}"], "holds a run already"),
-        (["--mode=export", "--workdir={run}"], "--mode=export needs --out"),
-        (["--mode=export", "--workdir={run}", "--out={run}"], "is not empty"),
-        (["--mode=export", "--out=x"], "--mode=export needs a run that was trained"),
-        (["--mode=train", "--out=x"], "--out means nothing with --mode=train"),
+        (["--mode=export", "--workdir={run}"], "--mode=export needs --output_dir"),
+        (["--mode=export", "--workdir={run}", "--output_dir={run}"], "is not empty"),
+        (["--mode=export", "--output_dir=x"], "--mode=export needs a run that was trained"),
+        (["--mode=train", "--output_dir=x"], "--output_dir means nothing with --mode=train"),
         ([FINE], "which checkpoint? Say with --config.init"),
         ([FINE, "--config.init={llama}", "--config.model.vocab_size=9"], "model.vocab_size=9 is less than"),
         ([FINE, "--config.init={llama}", "--config.model.width=32"], "misshapen"),

@@ -41,9 +41,9 @@ def test_a_quick_run_goes_through_every_stage(lm):
     there = {p.name for p in (folder / "run").iterdir()}
     assert there == {
         *("config.json", "experiment.py", "tokenizer.json", "metrics.jsonl", "tensorboard"),
-        *("checkpoints", "report.json", "pictures"),
+        *("checkpoints", "report.json", "figures"),
     }
-    pictures = {p.name for p in (folder / "run" / "pictures").iterdir()}
+    pictures = {p.name for p in (folder / "run" / "figures").iterdir()}
     assert pictures == {"attention.png", "attention.svg", "curve.png", "curve.svg"}
     report = json.loads((folder / "run" / "report.json").read_text())
     assert set(report) == {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz", "claims"}
@@ -143,7 +143,7 @@ def test_pronoun(tmp_path):
     config = f"--config={ROOT / 'experiments' / 'pronoun.py'}"
     out = ran(config, "--fast_dev_run", "--workdir=run", "--config.model.width=16", cwd=tmp_path)
     assert "resolved: " in out and "claim FAILS" in out
-    assert {p.name for p in (tmp_path / "run" / "pictures").iterdir()} == {"it.png", "it.svg"}
+    assert {p.name for p in (tmp_path / "run" / "figures").iterdir()} == {"it.png", "it.svg"}
     assert set(json.loads((tmp_path / "run" / "report.json").read_text())) == {
         "accuracy",
         "best_head",

@@ -17,7 +17,6 @@ from etils import epath
 import attnlab
 from attnlab.config.types import check, did_you_mean, is_config
 from attnlab.errors import InputError
-from attnlab.paths import reach
 
 FOLDER = "experiments"
 MODULE_PREFIX = "attnlab_experiment_"
@@ -128,7 +127,7 @@ def find(name: str) -> epath.Path:
 def _candidates(name: str) -> list[epath.Path]:
     """The places where `find` looks, first to last."""
     if "://" in name:
-        return [reach(name)]
+        return [resolve_path(name)]
     here, installed = epath.Path(Path.cwd()), epath.Path(installed_folder())
     short = name.removeprefix(f"{FOLDER}/")
     places = [here / name, here / FOLDER / name, installed / short]
@@ -157,7 +156,7 @@ def import_source(source: bytes, path: epath.PathLike) -> types.ModuleType:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise _told(error, path) from error
+        raise format_error(error, path) from error
     return module
 
 
@@ -173,14 +172,14 @@ def _call_get_config(module: types.ModuleType, path: epath.Path, argument: str |
     try:
         config = get_config() if argument is None else get_config(argument)
     except (Exception, SystemExit) as error:
-        raise _told(error, path) from error
+        raise format_error(error, path) from error
     if not is_config(config):
         raise InputError(f"get_config of {path} returned {type(config).__name__}, not a dataclass")
     check(config)
     return config
 
 
-def _told(error: BaseException, path: epath.Path) -> InputError:
+def format_error(error: BaseException, path: epath.Path) -> InputError:
     """The error of an experiment in one line: where in the file, and what."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)

@@ -17,7 +17,7 @@ from etils import epath
 
 import attnlab
 from attnlab.config.experiments import MODULE_PREFIX, Loaded, import_source
-from attnlab.config.text import refuse_politely
+from attnlab.config.text import construct_or_raise
 from attnlab.config.types import check, default_of, fields_of, is_config, no_field
 from attnlab.errors import InputError
 from attnlab.paths import write_atomically
@@ -74,7 +74,7 @@ def from_dict(data: Any, experiment: types.ModuleType | None = None, path: str =
             raise InputError(f"{path} ({cls.__name__}) lacks the field {field.name!r}")
     values = {name: from_dict(value, experiment, f"{path}.{name}") for name, value in given.items()}
     try:
-        return refuse_politely(cls, values)
+        return construct_or_raise(cls, values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

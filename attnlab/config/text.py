@@ -89,10 +89,10 @@ def construct(cls: type, text: str, current: Any = None) -> Any:
     required = [f.name for f in dataclasses.fields(cls) if f.init and default_of(f) is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise InputError(f"{cls.__name__} needs {', '.join(missing)}, as in {cls.__name__}({missing[0]}=...)")
-    return refuse_politely(cls, values)
+    return construct_or_raise(cls, values)
 
 
-def refuse_politely(make: Any, values: dict[str, Any]) -> Any:
+def construct_or_raise(make: Any, values: dict[str, Any]) -> Any:
     """`make(**values)`, where a value that its own checks refuse becomes an InputError."""
     try:
         return make(**values)

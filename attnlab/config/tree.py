@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from attnlab.config.text import parse, refuse_politely, render
+from attnlab.config.text import construct_or_raise, parse, render
 from attnlab.config.types import (
     choices,
     default_of,
@@ -110,7 +110,7 @@ def _checked(new: Any, old: Any, path: str, overrides: list[Override]) -> Any:
         for name in fields_of(type(new))
     }
     try:
-        return refuse_politely(type(new), parts)
+        return construct_or_raise(type(new), parts)
     except InputError as error:
         within = [(p, text) for p, text in overrides if f"{p}.".startswith(f"{path}.") or not path]
         asked = " ".join(f"config.{p}={text}" for p, text in within or overrides)

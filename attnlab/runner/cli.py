@@ -16,17 +16,17 @@ from attnlab.errors import InputError
 from attnlab.provenance import version_line
 from attnlab.runner import sweep
 from attnlab.runner.command import invocation
-from attnlab.runner.request import MODES, USED_BY, resolve
+from attnlab.runner.request import FLAG_MODES, MODES, build_requests
 
 EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 VERSION = ("--version", "-version")
-WHAT_MODES_DO = {
+MODE_HELP = {
     "train": "train, or go on with the run that --workdir holds",
     "eval": "measure a trained run on its validation data",
     "sample": "generate from a trained run",
     "import": "make a run of a checkpoint in Hugging Face's layout: --checkpoint=DIR or a hub id",
-    "export": "write a run as such a checkpoint, to --out",
+    "export": "write a run as such a checkpoint, to --output_dir",
     "describe": "show the config, the model and where it is placed; nothing is run",
 }
 EXAMPLES = (
@@ -72,9 +72,9 @@ def _fail(message: str, code: int) -> int:
 
 def _flag_error(error: flags.Error) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
-        return f"error: no flag --{error.flagname}{did_you_mean(error.flagname, USED_BY)}"
-    told = re.sub(r"invalid literal for int\(\).*", "expected a whole number", str(error))
-    return "error: " + re.sub(r"could not convert string to float.*", "expected a number", told)
+        return f"error: no flag --{error.flagname}{did_you_mean(error.flagname, FLAG_MODES)}"
+    message = re.sub(r"invalid literal for int\(\).*", "expected a whole number", str(error))
+    return "error: " + re.sub(r"could not convert string to float.*", "expected a number", message)
 
 
 def _parse(argv: Sequence[str]) -> list[Override]:
@@ -121,12 +121,12 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 
 def _main(overrides: list[Override]) -> int:
-    values = {name: flags.FLAGS[name].value for name in USED_BY}
-    given = {name for name in USED_BY if flags.FLAGS[name].present}
+    values = {name: flags.FLAGS[name].value for name in FLAG_MODES}
+    present = {name for name in FLAG_MODES if flags.FLAGS[name].present}
     values |= {
         name: values[name] or [] for name in values if flags.FLAGS[name].flag_type().startswith("multi")
     }
-    requests = resolve(values, given, overrides)
+    requests = build_requests(values, present, overrides)
     runner = importlib.import_module("attnlab.runner.modes")  # and with it JAX, now that all is well
     if requests[0].swept:
         return sweep.run_all(requests, runner.run)
@@ -142,7 +142,7 @@ def help_text(program: str = "attnlab") -> str:
     """
     experiments = configs.available() or {"(none here)": ""}
     groups: dict[str, dict[str, str]] = {}
-    for name, modes in USED_BY.items():
+    for name, modes in FLAG_MODES.items():
         few = modes if modes != MODES else ("every mode",)
         title = f"Flags of {few[0] if len(few) == 1 else 'several modes'}"
         suffix = f" [{', '.join(few)}]" if len(few) > 1 else ""
@@ -151,7 +151,7 @@ def help_text(program: str = "attnlab") -> str:
     every_mode["--config.PATH"] = "a field of the config, as in --config.model.depth=12"
     every_mode["--help, --version"] = "print this help, or the versions of attnlab, JAX, Flax and Python"
     sections = {
-        "Modes (--mode)": WHAT_MODES_DO,
+        "Modes (--mode)": MODE_HELP,
         **groups,
         "Experiments (--config)": experiments,
         "Examples": {f"{what}:": f"{program} {command}" for what, command in EXAMPLES},

@@ -5,9 +5,9 @@
 
 from absl import flags
 
-from attnlab.runner.request import DEFAULT_EXPERIMENT, MODES, Sampling
+from attnlab.runner.request import DEFAULT_EXPERIMENT, MODES, SamplingFlags
 
-DEFAULTS = Sampling()
+DEFAULTS = SamplingFlags()
 
 flags.DEFINE_enum("mode", "train", MODES, "what to do")
 flags.DEFINE_string("config", DEFAULT_EXPERIMENT, "experiment: path.py, path.py:argument or a config.json")
@@ -25,7 +25,7 @@ flags.DEFINE_multi_string("sweep", [], "field and values, config.model.depth=2,4
 flags.DEFINE_string(
     "checkpoint", "latest", "latest, best or a step; with train, of --init_from; with import, a folder"
 )
-flags.DEFINE_string("out", None, "folder to write the exported checkpoint to")
+flags.DEFINE_string("output_dir", None, "folder to write the exported checkpoint to")
 flags.DEFINE_string("init_from", None, "workdir of another run whose parameters to start from")
 flags.DEFINE_multi_string("init_rules", [], "regex->replacement that renames its parameters")
 flags.DEFINE_multi_enum("tracker", [], ["wandb", "mlflow"], "wandb or mlflow, besides files")
@@ -42,7 +42,11 @@ flags.DEFINE_float("top_p", None, "keep the likeliest tokens up to this probabil
 flags.DEFINE_float("min_p", None, "keep tokens at least this likely relative to the likeliest")
 flags.DEFINE_integer("num_beams", None, "search for the likeliest texts with so many beams, and draw nothing")
 flags.DEFINE_float("length_penalty", DEFAULTS.length_penalty, "of beams: over 0 prefers longer texts")
-flags.DEFINE_string("draft", None, "workdir or checkpoint of a smaller model that guesses the next tokens")
-flags.DEFINE_integer("lookup", None, "guess by what came after the last so many tokens before")
-flags.DEFINE_integer("guess_tokens", DEFAULTS.guess_tokens, "how many tokens to guess at a time")
+flags.DEFINE_string("draft_model", None, "speculative decoding: workdir or checkpoint of the draft model")
+flags.DEFINE_integer(
+    "prompt_lookup_ngram", None, "speculative decoding: draft from earlier matches of the last n tokens"
+)
+flags.DEFINE_integer(
+    "num_speculative_tokens", DEFAULTS.num_speculative_tokens, "draft tokens verified in each forward pass"
+)
 flags.DEFINE_multi_string("stop", [], "text at which a sample ends")

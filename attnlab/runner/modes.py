@@ -23,10 +23,10 @@ from attnlab.generation.source_inputs import beginning
 from attnlab.models import ViTConfig
 from attnlab.paths import as_json, write_atomically
 from attnlab.pretrained import import_export, repository
-from attnlab.runner import sampling as writing
 from attnlab.runner.command import invocation
 from attnlab.runner.request import Request
-from attnlab.runner.trained_model import PRETRAINED, Trained
+from attnlab.runner.sampling import run_sampling
+from attnlab.runner.trained_model import PRETRAINED, TrainedModel
 from attnlab.train import loop
 from attnlab.train.checkpoints import FOLDER, Checkpoints, Restored, params_sha256
 from attnlab.train.describe import describe
@@ -38,7 +38,7 @@ from attnlab.train.session import Session
 
 TOKENIZER, REPORT = "tokenizer.json", "report.json"
 # Errors that tell of the machine or of what was asked, and not of a bug.
-OF_THE_MACHINE = (
+ENVIRONMENT_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
@@ -61,12 +61,12 @@ def run(request: Request) -> dict[str, float]:
     }
     try:
         if not isinstance(request.config, Experiment):
-            found = f"{type(request.config).__module__}.{type(request.config).__name__}"
-            raise InputError(f"get_config() has to return an attnlab.train.Experiment, not a {found}")
-        prepare(request)
+            returned = f"{type(request.config).__module__}.{type(request.config).__name__}"
+            raise InputError(f"get_config() has to return an attnlab.train.Experiment, not a {returned}")
+        configure_jax(request)
         return modes[request.mode](request)
     except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
+        if error.errno not in ENVIRONMENT_ERRNOS:
             raise
         _remove_if_empty(request)
         raise InputError(f"{error.filename or request.workdir}: {error.strerror}") from error
@@ -83,11 +83,11 @@ def _remove_if_empty(request: Request) -> None:
                 folder.rmdir()
 
 
-def prepare(request: Request) -> None:
+def configure_jax(request: Request) -> None:
     """Sets JAX up: simulated devices, NaN checks."""
     # What goes wrong in a library is raised, and told once, by us: it need not log it as well.
     logging.set_verbosity(logging.FATAL)
-    _leave_libtpu_alone()
+    _use_cpu_without_tpu()
     sizes = [int(size) for size in re.findall(r":(\d+)", request.mesh)]
     count = 1
     for size in sizes:
@@ -98,11 +98,11 @@ def prepare(request: Request) -> None:
     jax.config.update("jax_debug_nans", request.debug_nans)
 
 
-def _leave_libtpu_alone() -> None:
+def _use_cpu_without_tpu() -> None:
     """Keeps a libtpu that is only here to compile for TPUs from complaining that there is none."""
     no_chip = os.environ.get("TPU_SKIP_MDS_QUERY")  # JAX sets it where it finds none
-    others = importlib.util.find_spec("jax_plugins")
-    if no_chip and others is None and importlib.util.find_spec("libtpu"):
+    plugins = importlib.util.find_spec("jax_plugins")
+    if no_chip and plugins is None and importlib.util.find_spec("libtpu"):
         jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
 
 
@@ -113,7 +113,7 @@ def open_session(request: Request, experiment: Experiment) -> Session:
     except RuntimeError as error:
         raise InputError(f"JAX has no devices to run on: {error}") from error
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
-    _keep_programs(mesh)
+    _enable_compilation_cache(mesh)
     tokenizer = _saved_tokenizer(request) or _new_tokenizer(experiment)
     return Session(experiment, mesh, tokenizer.beginning(*beginning(experiment.model, tokenizer)))
 
@@ -123,15 +123,15 @@ def _new_tokenizer(experiment: Experiment) -> Tokenizer:
     if experiment.init is None:
         return experiment.data.build_tokenizer()
     folder = repository.resolve(experiment.init)
-    found = import_export.read_tokenizer(folder)
-    if found is None and isinstance(experiment.model, ViTConfig):
+    tokenizer = import_export.read_tokenizer(folder)
+    if tokenizer is None and isinstance(experiment.model, ViTConfig):
         return experiment.data.build_tokenizer()  # it reads no text: its classes are numbered as words are
-    if found is None:
+    if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer; transformers' save_pretrained writes a tokenizer.json")
-    return found
+    return tokenizer
 
 
-def _keep_programs(mesh: jax.sharding.Mesh) -> None:
+def _enable_compilation_cache(mesh: jax.sharding.Mesh) -> None:
     """Keeps compiled programs on disk for the next start, except those of simulated devices.
 
     Of those, one that is read back hangs in its collectives until XLA ends the process (jax 0.10.2).
@@ -163,18 +163,18 @@ def _saved_tokenizer(request: Request) -> Tokenizer | None:
 def run_train(request: Request) -> dict[str, float]:
     """Trains, or goes on with, the run of a workdir."""
     began = time.perf_counter()
-    experiment, workdir = _as_asked(request), request.folder
+    experiment, workdir = apply_flags(request), request.folder
     session = open_session(request, experiment)
     session.optimizer  # noqa: B018 - rules that match nothing are told before anything is written
-    batches, validation = _input(request, session)
-    last = _last_step(request, experiment)
+    batches, validation = _open_input(request, session)
+    last = _final_step(request, experiment)
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir, experiment.train.keep) as saved:
-        state, step = _start(request, session, saved, batches)
+        state, step = _initial_state(request, session, saved, batches)
         config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         verb = f"going on at step {step}" if step else "training"
-        print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_devices(session)})")
+        print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_describe_devices(session)})")
         limits = loop.Limits(request.max_steps, request.max_time, request.profile)
         flat = config.flatten(experiment)
         with Writers(workdir, steps=last, resume=step, trackers=request.trackers, config=flat) as writers:
@@ -190,21 +190,21 @@ def run_train(request: Request) -> dict[str, float]:
                 print,
             )
     if outcome.reason == "signal":
-        print(f"stopped by a signal at step {outcome.step}, saved; go on with: {_again(workdir)}")
+        print(f"stopped by a signal at step {outcome.step}, saved; go on with: {resume_command(workdir)}")
         return {}
     metrics = {f"eval_{name}": value for name, value in outcome.metrics.items()}
     if outcome.reason == "done":
         metrics |= _report(
-            request, Trained(session, session.eval_params(outcome.state), workdir, outcome.metrics)
+            request, TrainedModel(session, session.eval_params(outcome.state), workdir, outcome.metrics)
         )
     seconds = time.perf_counter() - began
     print(f"{outcome.reason.replace('_', ' ')} at step {outcome.step} after {seconds:.0f} s")
-    print(f"config, metrics, checkpoints and pictures are in {workdir}")
-    print(f"go on, evaluate or sample with: {_again(workdir)} [--mode=eval|sample]")
+    print(f"config, metrics, checkpoints and figures are in {workdir}")
+    print(f"go on, evaluate or sample with: {resume_command(workdir)} [--mode=eval|sample]")
     return metrics
 
 
-def _input(request: Request, session: Session) -> tuple[Any, Any]:
+def _open_input(request: Request, session: Session) -> tuple[Any, Any]:
     """This process's training batches, and its part of what every evaluation reads.
 
     Both splits are opened here: a validation split that cannot be read is told before the first step.
@@ -218,7 +218,7 @@ def _input(request: Request, session: Session) -> tuple[Any, Any]:
     return batches, experiment.data.eval_batches("validation", session.tokenizer, limit=limit, **processes)
 
 
-def _last_step(request: Request, experiment: Experiment) -> int:
+def _final_step(request: Request, experiment: Experiment) -> int:
     """The step this command ends at."""
     last = min(experiment.train.steps, request.max_steps or experiment.train.steps)
     if request.profile and request.profile[0] > last:
@@ -238,21 +238,23 @@ def run_import(request: Request) -> dict[str, float]:
     """Makes a run of a checkpoint, at step 0."""
     experiment, workdir = request.config, request.folder
     session = open_session(request, experiment)
-    batches, _ = _input(request, session)
+    batches, _ = _open_input(request, session)
     with Checkpoints(workdir, experiment.train.keep) as saved:
-        state = _first_state(session, workdir)
+        state = _new_state(session, workdir)
         config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         saved.save(0, state, batches.get_state())
     count = sum(x.size for x in jax.tree.leaves(session.abstract_params))
     print(f"{count:,} parameters of {experiment.init} are in {workdir}")
-    print(f"sample, evaluate, train or export with: {_again(workdir)} --mode=sample|eval|train|export")
+    print(
+        f"sample, evaluate, train or export with: {resume_command(workdir)} --mode=sample|eval|train|export"
+    )
     return {}
 
 
 def run_export(request: Request) -> dict[str, float]:
     """Writes a run's parameters as a checkpoint in Hugging Face's layout."""
-    assert request.out is not None
+    assert request.output_dir is not None
     session = open_session(request, request.config)
     restored = _restore(request, session)
     params = session.eval_params(restored.state)
@@ -263,8 +265,8 @@ def run_export(request: Request) -> dict[str, float]:
         length = max((data.sequence_length, *text) if len(text) == 1 else (data.sequence_length,))
         origin = import_export.Made(session.tokenizer, length, data.preprocessor)
     model = request.config.model.sized(session.tokenizer.vocab_size)
-    import_export.write(request.out, model, params, origin)
-    print(f"step {restored.step} is in {request.out}")
+    import_export.write(request.output_dir, model, params, origin)
+    print(f"step {restored.step} is in {request.output_dir}")
     return {}
 
 
@@ -276,19 +278,19 @@ def run_eval(request: Request) -> dict[str, float]:
     params = session.eval_params(restored.state)
     metrics = session.evaluate(params, data.eval_batches("validation", session.tokenizer))
     print(f"step {restored.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return metrics | _report(request, Trained(session, params, request.folder, metrics))
+    return metrics | _report(request, TrainedModel(session, params, request.folder, metrics))
 
 
 def run_sample(request: Request) -> dict[str, float]:
     """Generates text after each prompt, or of each text, image or sound that the model reads."""
-    writing.write(request, _restored(request), _restored)
+    run_sampling(request, _load_trained_model(request), _load_trained_model)
     return {}
 
 
-def _restored(request: Request) -> Trained:
+def _load_trained_model(request: Request) -> TrainedModel:
     """A run with the parameters of its checkpoint."""
     session = open_session(request, request.config)
-    return Trained(session, session.eval_params(_restore(request, session).state), request.folder, {})
+    return TrainedModel(session, session.eval_params(_restore(request, session).state), request.folder, {})
 
 
 def run_describe(request: Request) -> dict[str, float]:
@@ -303,7 +305,7 @@ def run_describe(request: Request) -> dict[str, float]:
     return {}
 
 
-def _as_asked(request: Request) -> Experiment:
+def apply_flags(request: Request) -> Experiment:
     """The config with what `--seed` and `--fast_dev_run` change."""
     experiment = request.config
     if request.fast_dev_run:
@@ -314,7 +316,7 @@ def _as_asked(request: Request) -> Experiment:
     return experiment
 
 
-def _start(request: Request, session: Session, saved: Checkpoints, batches) -> tuple[Any, int]:
+def _initial_state(request: Request, session: Session, saved: Checkpoints, batches) -> tuple[Any, int]:
     """The state to train from: the latest checkpoint, another run's parameters, or those of a new run."""
     if saved.steps():
         restored = saved.restore(session.abstract_state)
@@ -324,14 +326,14 @@ def _start(request: Request, session: Session, saved: Checkpoints, batches) -> t
         batches.set_state(restored.data)
         return restored.state, restored.step
     if request.init_from is None:
-        return _first_state(session, request.folder), 0
+        return _new_state(session, request.folder), 0
     source = dataclasses.replace(request, workdir=request.init_from)
     other = open_session(source, config.load_workdir(request.init_from).config)
-    theirs = _restore(source, other)
-    return start_from(session, other.eval_params(theirs.state), request.init_rules, print), 0
+    other_state = _restore(source, other).state
+    return start_from(session, other.eval_params(other_state), request.init_rules, print), 0
 
 
-def _first_state(session: Session, workdir: epath.Path) -> Any:
+def _new_state(session: Session, workdir: epath.Path) -> Any:
     """The state of a new run: parameters of the seed, or of a checkpoint, whose small files are kept."""
     if session.experiment.init is None:
         return session.new_state()
@@ -348,7 +350,7 @@ def _restore(request: Request, session: Session) -> Restored:
         return saved.restore(session.abstract_state, str(request.checkpoint))
 
 
-def _report(request: Request, trained: Trained) -> dict[str, float]:
+def _report(request: Request, trained: TrainedModel) -> dict[str, float]:
     """Run the experiment's own `report(trained)`, if it has one; write its numbers and claims."""
     report = getattr(request.loaded.module, "report", None)
     if report is None:
@@ -360,10 +362,11 @@ def _report(request: Request, trained: Trained) -> dict[str, float]:
     return numbers
 
 
-def _devices(session: Session) -> str:
+def _describe_devices(session: Session) -> str:
     device = session.mesh.devices.flat[0]
     return f"{session.mesh.size} {device.platform} device{'s' if session.mesh.size > 1 else ''}"
 
 
-def _again(workdir: epath.Path) -> str:
+def resume_command(workdir: epath.Path) -> str:
+    """The command line that resumes a run."""
     return f"{invocation()} --workdir={shlex.quote(str(workdir))}"

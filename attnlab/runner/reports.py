@@ -6,11 +6,11 @@ from attnlab.data.baselines import compressed_bits_per_byte
 from attnlab.generation import Sampling, printable
 from attnlab.inspect import pictures
 from attnlab.models import TransformerConfig
-from attnlab.runner.trained_model import Trained
+from attnlab.runner.trained_model import TrainedModel
 from attnlab.train.metrics import read
 
 
-def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -> dict[str, float]:
+def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 96) -> dict[str, float]:
     """A sample, its attention map, and the model's bits per byte beside those of two compressors.
 
     A model that reads whole texts has no sample, one without attention has no map; a prompt that fills the
@@ -19,10 +19,10 @@ def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -
     data = trained.experiment.data
     figures = {"model": trained.metrics.get("bits_per_byte", float("nan"))}
     figures |= compressed_bits_per_byte(data)
-    told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    values = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
     limit = trained.experiment.train.eval_batches
-    trained.say(
-        f"bits per byte of the validation text: {told}" + (f" (model: of {limit} batches)" if limit else "")
+    trained.log(
+        f"bits per byte of the validation text: {values}" + (f" (model: of {limit} batches)" if limit else "")
     )
 
     _curve(trained, {name: figures[name] for name in ("bz2", "xz")})
@@ -31,17 +31,19 @@ def language_model(trained: Trained, prompt: str, *, max_new_tokens: int = 96) -
     if trained.experiment.model.causal:
         prompt, sampling = trained.tokenizer.decode(start), Sampling(temperature=0.8, top_p=0.95)
         (sample,) = trained.generate([prompt], max_new_tokens=max_new_tokens, sampling=sampling)
-        trained.say(f"sample:\n{printable(prompt + sample.text)}")
+        trained.log(f"sample:\n{printable(prompt + sample.text)}")
         shown += sample.tokens
     shown = shown[: min(24, data.sequence_length)]
     if isinstance(trained.experiment.model, TransformerConfig):
-        weights = trained.attention_of(shown)
+        weights = trained.attention_of_tokens(shown)
         words = [trained.tokenizer.token_text(i) for i in shown]
-        trained.keep(pictures.head_grid(np.asarray(weights), words, "Where each token looks"), "attention")
+        trained.save_figure(
+            pictures.head_grid(np.asarray(weights), words, "Where each token looks"), "attention"
+        )
     return {f"bits_per_byte_{name}": value for name, value in figures.items()}
 
 
-def _curve(trained: Trained, baselines: dict[str, float]) -> None:
+def _curve(trained: TrainedModel, baselines: dict[str, float]) -> None:
     """Bits per byte over the run, from the metrics it has written."""
     file = trained.workdir / "metrics.jsonl"
     lines = [line for line in read(file) if "bits_per_byte" in line] if file.exists() else []
@@ -53,4 +55,4 @@ def _curve(trained: Trained, baselines: dict[str, float]) -> None:
     (steps, values), (eval_steps, eval_values) = points("train"), points("eval")
     if len(steps) > 1:
         figure = pictures.training_curve(steps, values, eval_steps, eval_values, baselines, "bits per byte")
-        trained.keep(figure, "curve")
+        trained.save_figure(figure, "curve")

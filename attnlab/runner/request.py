@@ -17,7 +17,6 @@ from attnlab.config.saved import CONFIG
 from attnlab.config.text import split
 from attnlab.config.tree import Override
 from attnlab.errors import InputError
-from attnlab.paths import reach
 
 Mode = Literal["train", "eval", "sample", "describe", "import", "export"]
 MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe", "import", "export")
@@ -25,22 +24,22 @@ DEFAULT_EXPERIMENT = "experiments/lm_docs.py"
 FINE_TUNING = "experiments/finetune.py"
 
 # Which modes read which flag. A flag that the mode would ignore is refused.
-USED_BY: dict[str, tuple[Mode, ...]] = {
+FLAG_MODES: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("mode", "config", "workdir", "mesh"), MODES),
     "debug_nans": ("train", "eval", "sample"),
     "checkpoint": ("train", "eval", "sample", "import", "export"),
-    "out": ("export",),
+    "output_dir": ("export",),
     "seed": ("train", "sample"),
     **dict.fromkeys(("max_steps", "max_time", "fast_dev_run", "overfit_batches", "profile"), ("train",)),
     **dict.fromkeys(("sweep", "init_from", "init_rules", "tracker"), ("train",)),
     **dict.fromkeys(("prompt", "source", "num_samples", "max_new_tokens", "temperature"), ("sample",)),
     **dict.fromkeys(("top_k", "top_p", "min_p", "stop", "num_beams", "length_penalty"), ("sample",)),
-    **dict.fromkeys(("draft", "lookup", "guess_tokens"), ("sample",)),
+    **dict.fromkeys(("draft_model", "prompt_lookup_ngram", "num_speculative_tokens"), ("sample",)),
 }
 # Fields (and all below them) in which a run may differ from the config that its workdir holds.
-ALONG_THE_WAY = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep")
-MAY_CHANGE: dict[Mode, tuple[str, ...]] = {
-    "train": (*(f"train.{name}" for name in ALONG_THE_WAY), "data.prefetch"),
+RESUME_MUTABLE_FIELDS = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep")
+MODE_MUTABLE_FIELDS: dict[Mode, tuple[str, ...]] = {
+    "train": (*(f"train.{name}" for name in RESUME_MUTABLE_FIELDS), "data.prefetch"),
     "eval": ("data",),
     "sample": (),
     "export": (),
@@ -49,7 +48,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
         (
             *("max_steps", "overfit_batches", "num_samples", "max_new_tokens", "top_k", "num_beams"),
-            *("lookup", "guess_tokens"),
+            *("prompt_lookup_ngram", "num_speculative_tokens"),
         ),
         ("1 or more", lambda x: x >= 1),
     ),
@@ -62,11 +61,12 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingFlags:
     """How to sample; None leaves a filter out. With `num_beams` the likeliest texts are searched for.
 
     `sources` are files of the images or sounds to write of, one a prompt, or all with one prompt or none.
-    With `draft` (a workdir or a checkpoint) or `lookup` (an n-gram's length) next tokens are guessed.
+    `draft_model` (a workdir or a checkpoint) or `prompt_lookup_ngram` (a length) turns on speculative
+    decoding, `num_speculative_tokens` at a time.
     """
 
     prompts: tuple[str, ...] = ()
@@ -80,9 +80,9 @@ class Sampling:
     stop: tuple[str, ...] = ()
     num_beams: int | None = None
     length_penalty: float = 0.6
-    draft: str | None = None
-    lookup: int | None = None
-    guess_tokens: int = 4
+    draft_model: str | None = None
+    prompt_lookup_ngram: int | None = None
+    num_speculative_tokens: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Request:
         profile: the steps to trace, from the first up to but not the second.
         debug_nans: stop at the operation that makes the first NaN.
         checkpoint: "latest", "best" or a step; in mode train, of `init_from`.
-        out: the folder that mode export writes.
+        output_dir: the folder that mode export writes.
         init_from: the workdir of the run whose parameters to start from.
         init_rules: (regular expression, replacement) by which parameters of that run are renamed.
         trackers: the services that metrics go to besides the workdir.
@@ -126,11 +126,11 @@ class Request:
     profile: tuple[int, int] | None = None
     debug_nans: bool = False
     checkpoint: str | int = "latest"
-    out: epath.Path | None = None
+    output_dir: epath.Path | None = None
     init_from: epath.Path | None = None
     init_rules: tuple[tuple[str, str], ...] = ()
     trackers: tuple[str, ...] = ()
-    sampling: Sampling = Sampling()
+    sampling: SamplingFlags = SamplingFlags()
     swept: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -140,75 +140,83 @@ class Request:
         return self.workdir
 
 
-def resolve(values: Mapping[str, Any], given: set[str], overrides: Sequence[Override]) -> list[Request]:
+def build_requests(
+    values: Mapping[str, Any], present: set[str], overrides: Sequence[Override]
+) -> list[Request]:
     """The run that the flags ask for, or the runs of a sweep.
 
     Args:
         values: every flag's value.
-        given: the flags that were on the command line.
+        present: the flags that were on the command line.
         overrides: the `--config.path=text` arguments, in order.
 
     Raises InputError for a flag that the mode ignores, a value out of bounds, or a config that cannot be.
     """
     mode: Mode = values["mode"]
-    _refuse_ignored(mode, values, given)
+    _check_mode_flags(mode, values, present)
     for name, (bounds, within) in BOUNDS.items():
         if values[name] is not None and not within(values[name]):
             raise InputError(f"--{name}={values[name]} is out of bounds; it has to be {bounds}")
-    _refuse_beside_beams(values, given)
-    if values["draft"] is not None and values["lookup"] is not None:
-        raise InputError("--draft and --lookup are two ways to guess: give one of them")
-    if "guess_tokens" in given and values["draft"] is None and values["lookup"] is None:
-        raise InputError("--guess_tokens means nothing without --draft or --lookup")
+    _check_beam_flags(values, present)
+    _check_speculative_flags(values, present)
     if "" in values["stop"]:
         raise InputError("--stop is empty; it has to be the text at which a sample ends")
     if mode == "import":
-        if "checkpoint" not in given:
+        if "checkpoint" not in present:
             raise InputError("--mode=import needs --checkpoint: a folder, or a hub id, org/model")
         overrides = [("init", values["checkpoint"]), *overrides]
         values = {**values, "checkpoint": "latest"}
-    if mode == "export" and values["out"] is None:
-        raise InputError("--mode=export needs --out: the folder to write")
-    options = _options(values)
-    mesh = values["mesh"] if "mesh" in given else None
+    if mode == "export" and values["output_dir"] is None:
+        raise InputError("--mode=export needs --output_dir: the folder to write")
+    options = _request_fields(values)
+    mesh = values["mesh"] if "mesh" in present else None
     if mode == "train" and values["seed"] is not None:
         overrides = [*overrides, ("seed", str(values["seed"]))]
-    workdir = _folder("workdir", values["workdir"])
-    spec = values["config"] if "config" in given else None
+    workdir = _resolve_folder("workdir", values["workdir"])
+    spec = values["config"] if "config" in present else None
     if values["sweep"]:
-        requests = _sweep(values["sweep"], mode, spec, workdir, overrides, mesh, options)
+        requests = _sweep_requests(values["sweep"], mode, spec, workdir, overrides, mesh, options)
     else:
-        requests = [_request(mode, spec, workdir, overrides, mesh, options)]
+        requests = [_make_request(mode, spec, workdir, overrides, mesh, options)]
     if mode in ("train", "import") and workdir is None:
-        made = _make_workdir(requests[0].loaded.name)
+        root = _make_default_workdir(requests[0].loaded.name)
         requests = [
-            dataclasses.replace(request, workdir=made / str(request.workdir) if request.workdir else made)
+            dataclasses.replace(request, workdir=root / str(request.workdir) if request.workdir else root)
             for request in requests
         ]
     elif mode in ("train", "import") and workdir is not None:
-        _make_folder(workdir)
+        _make_writable_folder(workdir)
     return requests
 
 
-def _refuse_ignored(mode: Mode, values: Mapping[str, Any], given: Iterable[str]) -> None:
-    for name in sorted(given):
-        if mode not in USED_BY.get(name, MODES):
-            modes = " or ".join(f"--mode={used}" for used in USED_BY[name])
+def _check_mode_flags(mode: Mode, values: Mapping[str, Any], present: Iterable[str]) -> None:
+    for name in sorted(present):
+        if mode not in FLAG_MODES.get(name, MODES):
+            modes = " or ".join(f"--mode={used}" for used in FLAG_MODES[name])
             raise InputError(f"--{name} means nothing with --mode={mode}; it goes with {modes}")
     if values["init_from"] is None:
-        if "init_rules" in given:
+        if "init_rules" in present:
             raise InputError("--init_rules renames parameters of another run; say which with --init_from")
-        if "checkpoint" in given and mode == "train":
+        if "checkpoint" in present and mode == "train":
             raise InputError("--checkpoint with --mode=train picks one of --init_from, which is not given")
 
 
-def _refuse_beside_beams(values: Mapping[str, Any], given: set[str]) -> None:
+def _check_beam_flags(values: Mapping[str, Any], present: set[str]) -> None:
     if values["num_beams"] is None:
-        if "length_penalty" in given:
+        if "length_penalty" in present:
             raise InputError("--length_penalty means nothing without --num_beams")
         return
-    for name in ("temperature", "top_k", "top_p", "min_p", "stop", "seed", "draft", "lookup"):
-        if name in given:
+    for name in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "stop",
+        "seed",
+        "draft_model",
+        "prompt_lookup_ngram",
+    ):
+        if name in present:
             raise InputError(f"--{name} means nothing with --num_beams, which draws nothing")
     if values["num_samples"] > values["num_beams"]:
         raise InputError(
@@ -216,21 +224,32 @@ def _refuse_beside_beams(values: Mapping[str, Any], given: set[str]) -> None:
         )
 
 
-def _options(values: Mapping[str, Any]) -> dict[str, Any]:
+def _check_speculative_flags(values: Mapping[str, Any], present: set[str]) -> None:
+    flags = ("draft_model", "prompt_lookup_ngram")
+    set_flags = [name for name in flags if values[name] is not None]
+    if len(set_flags) > 1:
+        raise InputError("--draft_model and --prompt_lookup_ngram both propose draft tokens: give one")
+    if "num_speculative_tokens" in present and not set_flags:
+        raise InputError(
+            "--num_speculative_tokens means nothing without --draft_model or --prompt_lookup_ngram"
+        )
+
+
+def _request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Request that flags alone decide."""
     plain = ("max_steps", "seed", "fast_dev_run", "overfit_batches", "debug_nans")
     lengths = ("num_samples", "max_new_tokens", "num_beams", "length_penalty")
-    guesses = ("draft", "lookup", "guess_tokens")
-    sampling = (*lengths, *guesses, "temperature", "top_k", "top_p", "min_p")
+    speculative = ("draft_model", "prompt_lookup_ngram", "num_speculative_tokens")
+    sampling = (*lengths, *speculative, "temperature", "top_k", "top_p", "min_p")
     return {name: values[name] for name in plain} | {
-        "max_time": _seconds(values["max_time"]),
-        "profile": _profile(values["profile"]),
-        "checkpoint": _checkpoint(values["checkpoint"]),
-        "out": _folder("out", values["out"]),
-        "init_from": _folder("init_from", values["init_from"]),
-        "init_rules": tuple(_rule(rule) for rule in values["init_rules"]),
+        "max_time": _parse_seconds(values["max_time"]),
+        "profile": _parse_profile(values["profile"]),
+        "checkpoint": _parse_checkpoint(values["checkpoint"]),
+        "output_dir": _resolve_folder("output_dir", values["output_dir"]),
+        "init_from": _resolve_folder("init_from", values["init_from"]),
+        "init_rules": tuple(_parse_rename_rule(rule) for rule in values["init_rules"]),
         "trackers": tuple(dict.fromkeys(values["tracker"])),
-        "sampling": Sampling(
+        "sampling": SamplingFlags(
             prompts=tuple(values["prompt"]),
             sources=tuple(values["source"]),
             stop=tuple(values["stop"]),
@@ -239,7 +258,7 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _request(
+def _make_request(
     mode: Mode,
     spec: str | None,
     workdir: epath.Path | None,
@@ -256,18 +275,18 @@ def _request(
         raise InputError(f"{workdir} holds a run already; import into another --workdir")
     usual = FINE_TUNING if mode == "import" else DEFAULT_EXPERIMENT
     loaded = run if run and spec is None else configs.load(usual if spec is None else spec)
-    config = loaded.config if loaded is run else _as_checkpoint(loaded.config, overrides)
+    config = loaded.config if loaded is run else _with_checkpoint_model(loaded.config, overrides)
     config = configs.override_all(config, overrides)
     if run and mode != "describe":
-        _refuse_another_config(mode, workdir, run.config, config)
-    told = configs.sources(config, loaded.config, [path for path, _ in overrides], loaded.sources)
+        _check_config_matches(mode, workdir, run.config, config)
+    field_sources = configs.sources(config, loaded.config, [path for path, _ in overrides], loaded.sources)
     mesh = mesh or (run.mesh if run else None) or "single"
     return Request(
-        mode=mode, loaded=loaded, config=config, sources=told, workdir=workdir, mesh=mesh, **options
+        mode=mode, loaded=loaded, config=config, sources=field_sources, workdir=workdir, mesh=mesh, **options
     )
 
 
-def _as_checkpoint(config: Any, overrides: Sequence[Override]) -> Any:
+def _with_checkpoint_model(config: Any, overrides: Sequence[Override]) -> Any:
     """The config with the model of the checkpoint that it starts from, if it starts from one."""
     init = dict(overrides).get("init", getattr(config, "init", None))
     if init is None:
@@ -282,19 +301,19 @@ def _as_checkpoint(config: Any, overrides: Sequence[Override]) -> Any:
     return changed
 
 
-def _refuse_another_config(mode: Mode, workdir: epath.Path | None, saved: Any, config: Any) -> None:
-    free = MAY_CHANGE[mode]
-    found = [
+def _check_config_matches(mode: Mode, workdir: epath.Path | None, saved: Any, config: Any) -> None:
+    mutable = MODE_MUTABLE_FIELDS[mode]
+    changes = [
         line
         for line in configs.differences(saved, config)
-        if not any(f"{line.partition(':')[0]}.".startswith(f"{path}.") for path in free)
+        if not any(f"{line.partition(':')[0]}.".startswith(f"{path}.") for path in mutable)
     ]
-    if found:
-        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
-        raise InputError(f"{workdir} holds a run of another config: {'; '.join(found[:6])}{more}")
+    if changes:
+        rest = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
+        raise InputError(f"{workdir} holds a run of another config: {'; '.join(changes[:6])}{rest}")
 
 
-def _sweep(
+def _sweep_requests(
     specs: Sequence[str],
     mode: Mode,
     spec: str | None,
@@ -306,7 +325,7 @@ def _sweep(
     """One run for each combination of the swept values, each in a folder of its own within `workdir`."""
     if workdir and (workdir / CONFIG).exists():
         raise InputError(f"{workdir} holds a single run; give the sweep another --workdir")
-    axes = [_axis(text, overrides) for text in specs]
+    axes = [_parse_sweep_axis(text, overrides) for text in specs]
     paths = [path for path, _ in axes]
     if len(set(paths)) < len(paths):
         raise InputError(f"--sweep names {max(paths, key=paths.count)} twice")
@@ -314,9 +333,9 @@ def _sweep(
     for texts in itertools.product(*(values for _, values in axes)):
         chosen = list(zip(paths, texts, strict=True))
         # The config is needed for the name of the folder, so the first resolution is without one.
-        draft = _request(mode, spec, None, [*overrides, *chosen], mesh, options)
-        swept = {path: _value_text(draft.config, path, text) for path, text in chosen}
-        folder = ",".join(f"{_short(path, paths)}={text}" for path, text in swept.items())
+        unplaced = _make_request(mode, spec, None, [*overrides, *chosen], mesh, options)
+        swept = {path: _format_swept_value(unplaced.config, path, text) for path, text in chosen}
+        folder = ",".join(f"{_short_field_name(path, paths)}={text}" for path, text in swept.items())
         folder = re.sub(r"[^\w.=,+()-]", "_", folder)
         if folder in requests:
             raise InputError(f"--sweep asks for {folder} twice")
@@ -324,13 +343,15 @@ def _sweep(
             raise InputError(
                 f"--sweep={texts[0]}...: too long for the name of a folder; make it an experiment"
             )
-        place = workdir / folder if workdir else None
-        request = _request(mode, spec, place, [*overrides, *chosen], mesh, options) if place else draft
-        requests[folder] = dataclasses.replace(request, swept=swept, workdir=place or epath.Path(folder))
+        request, place = unplaced, epath.Path(folder)
+        if workdir:
+            place = workdir / folder
+            request = _make_request(mode, spec, place, [*overrides, *chosen], mesh, options)
+        requests[folder] = dataclasses.replace(request, swept=swept, workdir=place)
     return list(requests.values())
 
 
-def _axis(text: str, overrides: Sequence[Override]) -> tuple[str, list[str]]:
+def _parse_sweep_axis(text: str, overrides: Sequence[Override]) -> tuple[str, list[str]]:
     path, equals, values = text.partition("=")
     path = path.strip().removeprefix("config.")
     pieces = [piece.strip() for piece in split(values)]
@@ -341,27 +362,27 @@ def _axis(text: str, overrides: Sequence[Override]) -> tuple[str, list[str]]:
     return path, pieces
 
 
-def _short(path: str, paths: Sequence[str]) -> str:
+def _short_field_name(path: str, paths: Sequence[str]) -> str:
     last = [other.rpartition(".")[2] for other in paths]
     name = path.rpartition(".")[2]
     return name if last.count(name) == 1 else path
 
 
-def _value_text(config: Any, path: str, text: str) -> str:
+def _format_swept_value(config: Any, path: str, text: str) -> str:
     """A swept value as it is shown: 0.001 however it was written, a component as it was asked for."""
     value = configs.flatten(config).get(path, text)
     return text if isinstance(value, type | str) else configs.render(value)
 
 
-def _folder(flag: str, text: str | None) -> epath.Path | None:
+def _resolve_folder(flag: str, text: str | None) -> epath.Path | None:
     if text is None:
         return None
     if not text:
         raise InputError(f"--{flag} is empty")
-    return reach(text)
+    return resolve_path(text)
 
 
-def _make_workdir(name: str) -> epath.Path:
+def _make_default_workdir(name: str) -> epath.Path:
     """A new folder under runs/, made here so that two runs of one second do not share it."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     for count in itertools.count(1):
@@ -376,7 +397,7 @@ def _make_workdir(name: str) -> epath.Path:
     raise AssertionError("unreachable")
 
 
-def _make_folder(folder: epath.Path) -> None:
+def _make_writable_folder(folder: epath.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -385,7 +406,7 @@ def _make_folder(folder: epath.Path) -> None:
         raise InputError(f"cannot write into {folder}")
 
 
-def _seconds(text: str | None) -> float | None:
+def _parse_seconds(text: str | None) -> float | None:
     if text is None:
         return None
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
@@ -395,7 +416,7 @@ def _seconds(text: str | None) -> float | None:
     return seconds
 
 
-def _profile(text: str | None) -> tuple[int, int] | None:
+def _parse_profile(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = re.fullmatch(r"(\d+):(\d+)", text.strip())
@@ -404,7 +425,7 @@ def _profile(text: str | None) -> tuple[int, int] | None:
     return int(parts[1]), int(parts[2])
 
 
-def _checkpoint(text: str) -> str | int:
+def _parse_checkpoint(text: str) -> str | int:
     if text in ("latest", "best"):
         return text
     if not re.fullmatch(r"\d+", text):
@@ -412,7 +433,7 @@ def _checkpoint(text: str) -> str | int:
     return int(text)
 
 
-def _rule(text: str) -> tuple[str, str]:
+def _parse_rename_rule(text: str) -> tuple[str, str]:
     pattern, arrow, replacement = text.partition("->")
     if not arrow:
         raise InputError(f"--init_rules={text}: expected regex->replacement")

@@ -21,14 +21,14 @@ from attnlab.generation import (
     printable,
 )
 from attnlab.runner.request import Request
-from attnlab.runner.trained_model import PRETRAINED, Trained
+from attnlab.runner.trained_model import PRETRAINED, TrainedModel
 from attnlab.train.checkpoints import FOLDER
 
-Given: TypeAlias = dict[str, Any]
-OpenRun: TypeAlias = Callable[[Request], Trained]
+GeneratorInputs: TypeAlias = dict[str, Any]
+OpenRun: TypeAlias = Callable[[Request], TrainedModel]
 
 
-def write(request: Request, trained: Trained, open_run: OpenRun) -> None:
+def run_sampling(request: Request, trained: TrainedModel, open_run: OpenRun) -> None:
     """Generates as is asked, and prints it.
 
     Args:
@@ -40,42 +40,42 @@ def write(request: Request, trained: Trained, open_run: OpenRun) -> None:
       InputError: a model that does not generate, or what it cannot read.
     """
     generator = trained.generator()
-    given = _given(request, trained)
-    guesses = _guesses(request, trained, open_run)
+    inputs = _generator_inputs(request, trained)
+    guesses = _speculation(request, trained, open_run)
     if request.sampling.num_beams is not None:
-        completions = _searched(request, generator, given)
+        completions = _beam_search(request, generator, inputs)
         _print_all(completions)
-    elif len(given["prompts"] or given["sources"]) * request.sampling.num_samples == 1:
-        completions = _streamed(request, generator, given, guesses)
+    elif len(inputs["prompts"] or inputs["sources"]) * request.sampling.num_samples == 1:
+        completions = _stream_sample(request, generator, inputs, guesses)
     else:
-        completions = _drawn(request, generator, given, guesses)
+        completions = _sample(request, generator, inputs, guesses)
         _print_all(completions)
     if any(completion.ended == "context" for completion in completions):
         length = request.config.data.sequence_length
         print(f"(ended at the model's context of {length} tokens)", file=sys.stderr)
 
 
-def _given(request: Request, trained: Trained) -> Given:
+def _generator_inputs(request: Request, trained: TrainedModel) -> GeneratorInputs:
     """What a `Generator` is to go on from: prompts, and what the model reads beside them."""
-    wanted, shape = request.sampling, request.config.model.source_shape
-    prompts = wanted.prompts or ("",)
+    options, shape = request.sampling, request.config.model.source_shape
+    prompts = options.prompts or ("",)
     if shape is None or len(shape) == 1:
-        if wanted.sources:
+        if options.sources:
             raise InputError(
                 "--source is of models that read an image or a sound; this one reads texts: --prompt"
             )
-        return {"sources": None} | trained.given(prompts)
-    if not wanted.sources:
+        return {"sources": None} | trained.as_generator_inputs(prompts)
+    if not options.sources:
         raise InputError("the model reads an image or a sound: give its file with --source")
-    count, there = len(prompts), len(wanted.sources)
-    if count != there and min(count, there) > 1:
-        raise InputError(f"--prompt is given {count} times and --source {there} times")
+    num_prompts, num_sources = len(prompts), len(options.sources)
+    if num_prompts != num_sources and min(num_prompts, num_sources) > 1:
+        raise InputError(f"--prompt is given {num_prompts} times and --source {num_sources} times")
     from attnlab.data import media  # takes half a second, which only a file needs
 
     settings = _preprocessor(request)
-    sources = [media.read(file, settings, shape) for file in wanted.sources]
-    given: dict[str, list] = {"prompts": list(prompts), "sources": sources}
-    return {name: x * max(count, there) if len(x) == 1 else x for name, x in given.items()}
+    sources = [media.read(file, settings, shape) for file in options.sources]
+    inputs: dict[str, list] = {"prompts": list(prompts), "sources": sources}
+    return {name: x * max(num_prompts, num_sources) if len(x) == 1 else x for name, x in inputs.items()}
 
 
 def _preprocessor(request: Request) -> Mapping[str, Any]:
@@ -87,66 +87,74 @@ def _preprocessor(request: Request) -> Mapping[str, Any]:
     return settings
 
 
-def _searched(request: Request, generator: Generator, given: Given) -> list[Completion]:
+def _beam_search(request: Request, generator: Generator, inputs: GeneratorInputs) -> list[Completion]:
     """The likeliest texts, with their scores."""
-    wanted = request.sampling
-    assert wanted.num_beams is not None
+    options = request.sampling
+    assert options.num_beams is not None
     return generator.search(
-        beams=Beams(wanted.num_beams, Wu(wanted.length_penalty)),
-        **given,
-        num_samples=wanted.num_samples,
-        max_new_tokens=wanted.max_new_tokens,
+        beams=Beams(options.num_beams, Wu(options.length_penalty)),
+        **inputs,
+        num_samples=options.num_samples,
+        max_new_tokens=options.max_new_tokens,
     )
 
 
-def _drawn(
-    request: Request, generator: Generator, given: Given, guesses: Lookup | Draft | None, stream=None
+def _sample(
+    request: Request,
+    generator: Generator,
+    inputs: GeneratorInputs,
+    guesses: Lookup | Draft | None,
+    stream=None,
 ) -> list[Completion]:
-    """Samples of all that is given."""
-    wanted = request.sampling
+    """Samples for all inputs."""
+    options = request.sampling
     return generator(
-        **given,
-        num_samples=wanted.num_samples,
-        max_new_tokens=wanted.max_new_tokens,
-        sampling=Sampling(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p),
-        stop=wanted.stop,
+        **inputs,
+        num_samples=options.num_samples,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.min_p),
+        stop=options.stop,
         seed=request.seed or 0,
         stream=stream,
         guesses=guesses,
     )
 
 
-def _guesses(request: Request, trained: Trained, open_run: OpenRun) -> Lookup | Draft | None:
+def _speculation(request: Request, trained: TrainedModel, open_run: OpenRun) -> Lookup | Draft | None:
     """How next tokens are guessed, if they are: by what came before, another run, or a checkpoint."""
-    wanted = request.sampling
-    if wanted.lookup is not None:
-        return Lookup(wanted.lookup, wanted.guess_tokens)
-    if wanted.draft is None:
+    options = request.sampling
+    if options.prompt_lookup_ngram is not None:
+        return Lookup(options.prompt_lookup_ngram, options.num_speculative_tokens)
+    if options.draft_model is None:
         return None
-    folder = epath.Path(wanted.draft)
+    folder = epath.Path(options.draft_model)
     if (folder / FOLDER).exists():
         other = {"workdir": folder.absolute(), "config": config.load_workdir(folder).config}
         run = open_run(dataclasses.replace(request, checkpoint="latest", **other))
-        return Draft(run.generator(), wanted.guess_tokens)
-    found, mesh = pretrained.load(wanted.draft, trained.session.mesh), trained.session.mesh
-    if found.tokenizer is None:
-        raise InputError(f"--draft={wanted.draft} has no tokenizer: its tokens cannot be compared")
+        return Draft(run.generator(), options.num_speculative_tokens)
+    loaded, mesh = pretrained.load(options.draft_model, trained.session.mesh), trained.session.mesh
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"--draft_model={options.draft_model} has no tokenizer: its tokens cannot be compared"
+        )
     length = request.config.data.sequence_length
-    return Draft(Generator(found.model, found.params, found.tokenizer, length, mesh), wanted.guess_tokens)
+    return Draft(
+        Generator(loaded.model, loaded.params, loaded.tokenizer, length, mesh), options.num_speculative_tokens
+    )
 
 
-def _streamed(
-    request: Request, generator: Generator, given: Given, guesses: Lookup | Draft | None
+def _stream_sample(
+    request: Request, generator: Generator, inputs: GeneratorInputs, guesses: Lookup | Draft | None
 ) -> list[Completion]:
     """One sample, printed as it grows."""
     # Shown with the first new text, when nothing is left that could be refused.
-    head = iter(given["prompts"] or [f"{source}\n" for source in given["sources"]])
+    head = iter(inputs["prompts"] or [f"{source}\n" for source in inputs["sources"]])
 
     def stream(_: int, text: str) -> None:
         sys.stdout.write(printable(next(head, "") + text))
         sys.stdout.flush()
 
-    completions = _drawn(request, generator, given, guesses, stream)
+    completions = _sample(request, generator, inputs, guesses, stream)
     print(printable(next(head, "")))
     return completions
 

@@ -1,4 +1,4 @@
-"""A trained model in hand: predict, look at its attention, generate, and keep pictures."""
+"""A trained model in hand: predict, read its attention maps, generate, and save figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +18,12 @@ from attnlab.runner.claims import Claim, Comparison
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
 
+FIGURES = "figures"
 PRETRAINED = "pretrained"  # where a run's folder has the small files of the checkpoint that it began as
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """What an experiment's `report(trained)` is given at the end of a run.
 
     Attributes:
@@ -30,7 +31,7 @@ class Trained:
       params: the parameters to evaluate.
       workdir: the run's folder.
       metrics: of its last evaluation.
-      say: takes lines for the person.
+      log: takes lines for the person.
       claims: every claim that `claim` has checked, in order.
     """
 
@@ -38,7 +39,7 @@ class Trained:
     params: Any
     workdir: epath.Path
     metrics: Mapping[str, float] = field(default_factory=dict)
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
     claims: list[Claim] = field(default_factory=list)
 
     @property
@@ -79,20 +80,20 @@ class Trained:
         length = self.experiment.data.sequence_length
         return Generator(self.session.model, self.params, self.tokenizer, length, self.session.mesh)
 
-    def given(self, texts: Sequence[str]) -> dict[str, Any]:
+    def as_generator_inputs(self, texts: Sequence[str]) -> dict[str, Any]:
         """Texts as what a `Generator` takes: the sources of a model that reads texts, else prompts."""
         shape = self.experiment.model.source_shape
         return {"prompts": None, "sources": texts} if shape and len(shape) == 1 else {"prompts": texts}
 
     def generate(self, texts: Sequence[str], **options) -> list[Completion]:
-        """Completions of texts, as of `given`; options as of `Generator`."""
-        return self.generator()(**self.given(texts), **options)
+        """Completions of texts, as of `as_generator_inputs`; options as of `Generator`."""
+        return self.generator()(**self.as_generator_inputs(texts), **options)
 
-    def attention_of(self, tokens: Sequence[int]) -> Float[np.ndarray, "L H T S"]:
+    def attention_of_tokens(self, tokens: Sequence[int]) -> Float[np.ndarray, "L H T S"]:
         """Where each token of one text looks, in every layer and head."""
-        return self.attention(self.one(tokens))[:, 0]
+        return self.attention(self.batch_from_tokens(tokens))[:, 0]
 
-    def one(self, tokens: Sequence[int]) -> Batch:
+    def batch_from_tokens(self, tokens: Sequence[int]) -> Batch:
         """A text as a batch, in every row of as many as the mesh needs."""
         rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
         ids = np.tile(np.asarray(tokens, np.int32), (rows, 1))
@@ -113,12 +114,12 @@ class Trained:
         """
         claim = Claim(text, float(value), comparison, float(threshold))
         self.claims.append(claim)
-        self.say(str(claim))
+        self.log(str(claim))
 
-    def keep(self, figure, name: str) -> None:
-        """Saves a figure as PNG and SVG under the run's `pictures`, and says where."""
-        paths = pictures.save(figure, self.workdir / "pictures" / name)
-        self.say(f"picture: {', '.join(str(path) for path in paths)}")
+    def save_figure(self, figure, name: str) -> None:
+        """Saves a figure as PNG and SVG under the run's `figures`, and says where."""
+        paths = pictures.save(figure, self.workdir / FIGURES / name)
+        self.log(f"figure: {', '.join(str(path) for path in paths)}")
 
 
 @partial(jax.jit, static_argnums=(0, 1))

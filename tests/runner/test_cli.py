@@ -19,7 +19,7 @@ import run
 from attnlab import config as configs
 from attnlab.errors import InputError
 from attnlab.runner import cli
-from attnlab.runner.request import BOUNDS, USED_BY
+from attnlab.runner.request import BOUNDS, FLAG_MODES
 
 ROOT = Path(run.__file__).parent
 EXPERIMENT = '''"""A toy language model.
@@ -96,7 +96,7 @@ def train(*arguments):
 
 def test_every_flag_is_declared_and_read():
     ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["attnlab.runner.flags"]}
-    assert ours == set(USED_BY)
+    assert ours == set(FLAG_MODES)
     assert set(BOUNDS) <= ours
 
 
@@ -265,10 +265,16 @@ def test_evaluation_may_use_other_data(runner, capsys):
         (["--mode=sample", "--num_beams=0"], "--num_beams=0 is out of bounds; it has to be 1 or more"),
         (["--mode=sample", "--num_beams=2", "--top_k=3"], "--top_k means nothing with --num_beams"),
         (["--mode=sample", "--num_beams=2", "--num_samples=3"], "--num_samples=3: a search of 2 beams"),
-        (["--mode=sample", "--num_beams=2", "--lookup=3"], "--lookup means nothing with --num_beams"),
-        (["--mode=sample", "--lookup=0"], "--lookup=0 is out of bounds"),
-        (["--mode=sample", "--lookup=2", "--draft=x"], "two ways to guess"),
-        (["--mode=sample", "--guess_tokens=2"], "--guess_tokens means nothing without --draft or --lookup"),
+        (
+            ["--mode=sample", "--num_beams=2", "--prompt_lookup_ngram=3"],
+            "--prompt_lookup_ngram means nothing with --num_beams",
+        ),
+        (["--mode=sample", "--prompt_lookup_ngram=0"], "--prompt_lookup_ngram=0 is out of bounds"),
+        (["--mode=sample", "--prompt_lookup_ngram=2", "--draft_model=x"], "both propose draft tokens"),
+        (
+            ["--mode=sample", "--num_speculative_tokens=2"],
+            "--num_speculative_tokens means nothing without --draft_model or --prompt_lookup_ngram",
+        ),
         (["--mode=sample", "--length_penalty=1"], "--length_penalty means nothing without --num_beams"),
     ],
 )
@@ -397,7 +403,7 @@ def test_help_tells_modes_flags_experiments_and_examples_at_once(tmp_path):
     assert time.monotonic() - start < 10  # well under 2 on an idle machine
     text = done.stdout
     assert done.stderr == ""
-    assert all(f"--{name} " in text for name in USED_BY)
+    assert all(f"--{name} " in text for name in FLAG_MODES)
     assert "describe  " in text
     assert "A toy." in text
     assert "python run.py --config=experiments/lm_docs.py" in text
