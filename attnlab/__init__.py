@@ -13,4 +13,4 @@ Shapes in signatures and docstrings use one legend throughout:
 Arrays are laid out (batch, length, heads, head_dim).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

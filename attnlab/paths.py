@@ -8,7 +8,7 @@ from etils import epath
 from attnlab.errors import InputError
 
 
-def reach(text: str) -> epath.Path:
+def resolve_path(text: str) -> epath.Path:
     """A folder or file by its name, local (then absolute) or gs://.
 
     Raises InputError for storage that cannot be reached: no such bucket, no rights, a missing package.

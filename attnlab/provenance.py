@@ -22,6 +22,6 @@ def _version(package: str) -> str:
 
 
 def version_line() -> str:
-    """Return what `--version` prints: `attnlab 0.1.0 (jax 0.10.2, flax 0.12.8, Python 3.11.9)`."""
+    """Return what `--version` prints: `attnlab 0.2.0 (jax 0.10.2, flax 0.12.8, Python 3.11.9)`."""
     found = versions()
     return f"attnlab {found['attnlab']} (jax {found['jax']}, flax {found['flax']}, Python {found['python']})"

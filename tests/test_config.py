@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attnlab
 from attnlab import config as configs
 from attnlab.config.text import parse, split
 from attnlab.errors import InputError
@@ -597,6 +598,41 @@ def test_a_corrupt_or_foreign_config_is_told_in_one_line(toy, tmp_path, edit, sa
     assert said in str(caught.value)
     assert "config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda text: text.replace("experiment:Toy", "attnlab.gone:Toy"),
+            "config is of type attnlab.gone:Toy",
+        ),
+        (lambda text: text.replace('"count": 3', '"number": 3'), "config.word (Other) has no field 'number'"),
+    ],
+)
+def test_a_config_of_an_older_version_names_both_versions(toy, tmp_path, edit, message):
+    save(toy, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(edit(file.read_text().replace(f'"{attnlab.__version__}"', '"0.1.0"')))
+    with pytest.raises(InputError) as caught:
+        configs.load_workdir(tmp_path / "run")
+    head = (
+        f"{file} was written by attnlab 0.1.0 and cannot be read by attnlab {attnlab.__version__}: {message}"
+    )
+    assert str(caught.value).startswith(head)
+    assert str(caught.value).endswith("; start a new run")
+
+
+def test_an_older_experiment_whose_imports_are_gone_names_both_versions(toy, tmp_path):
+    save(toy, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace(f'"{attnlab.__version__}"', '"0.1.0"'))
+    source = tmp_path / "run" / "experiment.py"
+    source.write_text(source.read_text() + "\nfrom attnlab.trained import Trained\n")
+    with pytest.raises(
+        InputError, match=r"was written by attnlab 0\.1\.0 .*No module named 'attnlab.trained'"
+    ):
+        configs.load_workdir(tmp_path / "run")
 
 
 def test_a_folder_without_a_run(tmp_path):

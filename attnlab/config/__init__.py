@@ -6,7 +6,8 @@
 Nothing here imports JAX, so that `--help` and a mistyped flag answer at once.
 """
 
-from attnlab.config.experiments import Loaded, available, load
+from attnlab.config.experiments import Loaded, available
+from attnlab.config.loading import load
 from attnlab.config.saved import from_dict, load_workdir, save, to_dict
 from attnlab.config.text import render
 from attnlab.config.tree import differences, flatten, override, override_all, show, sources

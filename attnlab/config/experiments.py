@@ -47,16 +47,12 @@ class Loaded:
     mesh: str | None = None
 
 
-def load(spec: str) -> Loaded:
-    """The experiment that `path.py`, `path.py:argument`, its bare name, or a saved `config.json` names.
+def load_file(spec: str) -> Loaded:
+    """Load the experiment that `path.py`, `path.py:argument` or its bare name names.
 
     `find` says where the file is looked up. Raises InputError for a file that is not there or does not give a
     config.
     """
-    if spec.endswith(".json"):
-        from attnlab.config.saved import load_saved
-
-        return load_saved(spec)
     name, argument = _split_argument(spec)
     path = find(name)
     source = path.read_bytes()

@@ -132,14 +132,14 @@ def load_saved(path: epath.PathLike) -> Loaded:
     record = _read(path)
     source_file = path.parent / EXPERIMENT
     source = source_file.read_bytes() if source_file.is_file() else b""
-    module = import_source(source, source_file) if source else None
     try:
+        module = import_source(source, source_file) if source else None
         config = from_dict(record["config"], module)
         if not is_config(config):
             raise InputError("config is not an object with a $type")
         check(config)
     except InputError as error:
-        raise InputError(f"{path} (saved by attnlab {record.get('attnlab', '?')}): {error}") from error
+        raise InputError(_unreadable(path, record.get("attnlab", "another version"), error)) from error
     about = record["experiment"]
     return Loaded(
         config,
@@ -150,6 +150,16 @@ def load_saved(path: epath.PathLike) -> Loaded:
         source,
         record["sources"],
         record.get("mesh"),
+    )
+
+
+def _unreadable(path: epath.Path, version: str, error: InputError) -> str:
+    """Return the message for a saved config that does not load, with both versions where they differ."""
+    if version == attnlab.__version__:
+        return f"{path}: {error}"
+    return (
+        f"{path} was written by attnlab {version} and cannot be read by attnlab {attnlab.__version__}: "
+        f"{error}; start a new run"
     )
 
 

@@ -32,7 +32,7 @@ from attnlab.errors import InputError
 
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 # Errors that a constructor's own checks raise; anything else is a bug and keeps its traceback.
-REFUSALS = (ValueError, TypeError, ArithmeticError, AssertionError)
+VALIDATION_ERRORS = (ValueError, TypeError, ArithmeticError, AssertionError)
 
 
 def parse(text: str, annotation: Any, current: Any = None) -> Any:
@@ -92,11 +92,11 @@ def construct(cls: type, text: str, current: Any = None) -> Any:
     return construct_or_raise(cls, values)
 
 
-def construct_or_raise(make: Any, values: dict[str, Any]) -> Any:
-    """`make(**values)`, where a value that its own checks refuse becomes an InputError."""
+def construct_or_raise(cls: Any, values: dict[str, Any]) -> Any:
+    """`cls(**values)`, where a value that its own checks refuse becomes an InputError."""
     try:
-        return make(**values)
-    except REFUSALS as error:
+        return cls(**values)
+    except VALIDATION_ERRORS as error:
         raise InputError(str(error) or type(error).__name__) from error
 
 

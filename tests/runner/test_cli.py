@@ -290,6 +290,33 @@ def test_bad_input_is_one_line_and_exit_code_2(runner, capsys, tmp_path, argumen
     assert not (tmp_path / "runs").exists()
 
 
+OLD_CONFIG = {
+    "attnlab": "0.1.0",
+    "experiment": {"name": "lm_docs", "argument": None},
+    "mesh": "single",
+    "sources": {"train.steps": "file"},
+    "config": {
+        "$type": "attnlab.train.experiment:Experiment",
+        "model": {"$type": "attnlab.models.decoder:DecoderConfig", "depth": 2, "bare_first": True},
+        "train": {"$type": "attnlab.train.experiment:Train", "steps": 20},
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "sample", "describe", "export"])
+def test_a_workdir_of_an_older_version_is_one_line_and_exit_code_2(runner, capsys, tmp_path, mode):
+    file = tmp_path / "old" / "config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(OLD_CONFIG))
+    extra = ["--output_dir=out"] if mode == "export" else []
+    assert call(f"--mode={mode}", "--workdir=old", *extra) == 2
+    versions = f"was written by attnlab 0.1.0 and cannot be read by attnlab {attnlab.__version__}"
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), runner.requests) == ("", 1, [])
+    assert err.startswith(f"error: {file} {versions}: config")
+    assert err.endswith("; start a new run\n")
+
+
 def test_an_input_error_of_the_runner_is_one_line_too(runner, capsys):
     def refuse(request):
         raise InputError("no such\nmesh")
