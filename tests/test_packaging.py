@@ -4,22 +4,24 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import attnlab
 from attnlab.runner.command import invocation
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(find_spec("hatchling") is None, reason="needs hatchling (extra `test`)")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The wheel of this checkout, built without a network."""
+    pytest.importorskip("hatchling", reason="needs hatchling (extra `test`)")
     folder = tmp_path_factory.mktemp("wheel")
     code = "import sys, hatchling.build as h; print(h.build_wheel(sys.argv[1]))"
     done = subprocess.run(
@@ -110,3 +112,19 @@ def test_a_console_command_on_the_path_is_its_name(tmp_path, monkeypatch):
     (tmp_path / "attnlab").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert invocation(str(tmp_path / "attnlab")) == "attnlab"
+
+
+REQUIREMENTS = [
+    Requirement(text)
+    for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+]
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda requirement: requirement.name)
+def test_what_is_installed_is_within_the_bounds(requirement):
+    assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+
+
+def test_libraries_whose_experimental_interfaces_are_used_have_upper_bounds():
+    bounded = {r.name for r in REQUIREMENTS if any(s.operator == "<" for s in r.specifier)}
+    assert bounded == {"grain", "orbax-checkpoint", "tensorboardX"}
