@@ -51,7 +51,7 @@ def texts(batch: int) -> list[str]:
 def attnlab(folder: Path) -> Generate:
     """This project's."""
     from attnlab import sharding
-    from attnlab.generation import Generator, Sampling
+    from attnlab.generation import Generator, SamplingParams
     from attnlab.pretrained import load
 
     mesh = sharding.make_mesh(sharding.parse_mesh("single", 1))
@@ -59,7 +59,7 @@ def attnlab(folder: Path) -> Generate:
     generator = Generator(found.model, found.params, found.tokenizer, PROMPT + NEW, mesh)
 
     def generate(batch: int) -> list[list[int]]:
-        made = generator(texts(batch), max_new_tokens=NEW, sampling=Sampling(temperature=0.0))
+        made = generator(texts(batch), max_new_tokens=NEW, sampling=SamplingParams(temperature=0.0))
         return [completion.tokens for completion in made]
 
     return generate

@@ -18,7 +18,7 @@ import numpy as np
 from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.data.audio import LogMel
 from attnlab.data.builtin.espeak import Voice, speak
-from attnlab.generation import Sampling
+from attnlab.generation import SamplingParams
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
@@ -122,7 +122,7 @@ def report(trained: TrainedModel) -> dict[str, float]:
     """How many words, and numbers, are written right; and where each word of one was heard."""
     records = trained.experiment.data.records("validation")
     sounds = [features(record) for record in records]
-    heard = trained.generator()(sources=sounds, sampling=Sampling(0.0), max_new_tokens=7)
+    heard = trained.generator()(sources=sounds, sampling=SamplingParams(0.0), max_new_tokens=7)
     pairs = [(record.text.split(), row.text.split()) for record, row in zip(records, heard, strict=True)]
     faults = sum(distance(said, written) for said, written in pairs)
     found = {

@@ -16,7 +16,7 @@ import numpy as np
 from num2words import num2words
 
 from attnlab.data import BPE, Data, Example, Tokenizer
-from attnlab.generation import Sampling
+from attnlab.generation import SamplingParams
 from attnlab.inspect import pictures
 from attnlab.layers import MLP, Attention, LayerNorm, Normal
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig, Sinusoidal
@@ -95,7 +95,7 @@ def report(trained: TrainedModel) -> dict[str, float]:
     """How many unseen numbers are translated without a fault, and where the words of one come from."""
     numbers = trained.experiment.data.records("validation")
     found = trained.generate(
-        [num2words(number) for number in numbers], sampling=Sampling(temperature=0.0), max_new_tokens=31
+        [num2words(number) for number in numbers], sampling=SamplingParams(temperature=0.0), max_new_tokens=31
     )
     right = np.array([row.text == german(number) for row, number in zip(found, numbers, strict=True)])
     for row, number in [*zip(found, numbers, strict=True)][:3]:

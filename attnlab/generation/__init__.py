@@ -1,22 +1,29 @@
-"""Text from a model: how the next token is drawn, the loop that draws it, and search for the likeliest."""
+"""Generation: sampling, the decode loop, beam search and speculative decoding."""
 
-from attnlab.generation.beam import Beams, Power, Texts, Wu, beam_search
-from attnlab.generation.decode_state import Prefix, prefill
-from attnlab.generation.generate import Completion, Generator, printable
-from attnlab.generation.sampling import Sampling, filter_logits, row_keys, sample
-from attnlab.generation.speculative import Draft, Lookup
+from attnlab.generation.beam import (
+    BeamSearchOptions,
+    GNMTLengthPenalty,
+    Hypotheses,
+    PowerLengthPenalty,
+    beam_search,
+)
+from attnlab.generation.completion import Completion, printable
+from attnlab.generation.decode_state import DecodeState, prefill
+from attnlab.generation.generate import DraftModel, Generator
+from attnlab.generation.sampling import SamplingParams, filter_logits, row_keys, sample
+from attnlab.generation.speculative import PromptLookup
 
 __all__ = [
-    "Beams",
+    "BeamSearchOptions",
     "Completion",
-    "Draft",
+    "DecodeState",
+    "DraftModel",
+    "GNMTLengthPenalty",
     "Generator",
-    "Lookup",
-    "Power",
-    "Prefix",
-    "Sampling",
-    "Texts",
-    "Wu",
+    "Hypotheses",
+    "PowerLengthPenalty",
+    "PromptLookup",
+    "SamplingParams",
     "beam_search",
     "filter_logits",
     "prefill",

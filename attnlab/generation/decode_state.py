@@ -1,4 +1,4 @@
-"""What was read before anything is generated: the cache after the prompts, and the next token's logits."""
+"""The state of decoding: the KV cache of the tokens decoded so far, and the logits of the next token."""
 
 import math
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int
 from attnlab import sharding
 from attnlab.attention.cache import Cache, take_rows
 
-READ = 1024  # tokens read at a time, over all rows
+PREFILL_CHUNK = 1024  # tokens of a prompt per forward pass, over all rows
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Prefix:
-    """Texts read so far: the cache of their tokens, logits of the next token, and its position.
+class DecodeState:
+    """The cache of all tokens decoded so far, the logits of the next token, and its position.
 
     Logits of tokens that the model never writes, or never first, are -inf: see `Seq2SeqConfig.never`.
     """
@@ -27,20 +27,20 @@ class Prefix:
     logits: Float[Array, "B V"]
     positions: Int[Array, " B"]
 
-    def take(self, rows: Int[Array, "G N"]) -> "Prefix":
-        """With other rows; see `Cache.take`."""
+    def take(self, rows: Int[Array, "G N"]) -> "DecodeState":
+        """Return the state of other rows; see `Cache.take`."""
         logits, positions = (take_rows(x, rows) for x in (self.logits, self.positions))
-        return Prefix(self.cache.take(rows), logits, positions)
+        return DecodeState(self.cache.take(rows), logits, positions)
 
-    def read(self, model, params, tokens: Int[Array, " B"]) -> "Prefix":
-        """With one more token of each row."""
+    def decode(self, model, params, tokens: Int[Array, " B"]) -> "DecodeState":
+        """Return the state after one more token of each row."""
         new = tokens[:, None]
         logits, cache = forward(model, params, new, jnp.ones_like(new), self.positions[:, None], self.cache)
-        return Prefix(cache, _last(logits), self.positions + 1)
+        return DecodeState(cache, _last_logits(logits), self.positions + 1)
 
 
 def forward(model, params, tokens, segments, positions, cache: Cache, **source) -> tuple[Array, Cache]:
-    """Logits after each of these tokens (B, T, V), and the cache with them; -inf of what is never written.
+    """Return the logits after each token (B, T, V) and the new cache; suppressed tokens have logit -inf.
 
     Args:
       model: with `init_cache`.
@@ -48,51 +48,51 @@ def forward(model, params, tokens, segments, positions, cache: Cache, **source) 
       tokens: ids.
       segments: 0 where they are padding.
       positions: of each token.
-      cache: of what was read before.
+      cache: of the tokens before.
       **source: at the first tokens, what `Batch.inputs` has of a source, if the model reads one.
     """
     logits, cache = model.apply({"params": params}, tokens, segments, positions, cache, **source)
-    return without(logits, model.config.never), cache
+    return suppress(logits, model.config.never), cache
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def prefill(
     model, slots: int, params, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], **source
-) -> Prefix:
-    """Reads prompts, padded on the left where `segments` is 0, into a new cache of so many slots.
+) -> DecodeState:
+    """Read prompts, padded on the left where `segments` is 0, into a new cache of `slots` slots.
 
-    Many tokens are read a piece after the other, so that no activation is of all of them. What is made of a
-    source is kept in the cache: it is read here, with the whole prompt, and never again.
+    A long prompt is read in chunks, so that no activation covers all of it. The encoding of a source is kept
+    in the cache: the source is read here, with the whole prompt, and never again.
     """
     rows, length = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    cache, whole = model.init_cache(rows, slots), (tokens, segments, positions)
+    cache, prompt = model.init_cache(rows, slots), (tokens, segments, positions)
 
-    def read(cache: Cache, piece, **source):
-        x, cache = model.apply({"params": params}, *piece, cache, **source, method="hidden")
+    def read(cache: Cache, chunk, **source):
+        x, cache = model.apply({"params": params}, *chunk, cache, **source, method="hidden")
         return cache, x[:, -1:]
 
-    count = 1 if source else math.gcd(length, -(-tokens.size // READ))
-    if count == 1:
-        cache, x = read(cache, whole, **source)
+    num_chunks = 1 if source else math.gcd(length, -(-tokens.size // PREFILL_CHUNK))
+    if num_chunks == 1:
+        cache, x = read(cache, prompt, **source)
     else:
-        pieces = [jnp.moveaxis(x.reshape(rows, count, -1), 1, 0) for x in whole]
-        cache, x = jax.lax.scan(read, cache, pieces)
+        chunks = [jnp.moveaxis(x.reshape(rows, num_chunks, -1), 1, 0) for x in prompt]
+        cache, x = jax.lax.scan(read, cache, chunks)
         x = x[-1]
     # Of the last token alone: the logits of all of a long prompt can be larger than the model.
     x = sharding.constrain(x, "batch", None, None)
     logits = model.apply({"params": params}, x, method="logits_of")
-    logits = without(logits, (*model.config.never, *model.config.never_first))
-    return Prefix(cache, _last(logits), sharding.constrain(positions[:, -1] + 1, "batch"))
+    logits = suppress(logits, (*model.config.never, *model.config.never_first))
+    return DecodeState(cache, _last_logits(logits), sharding.constrain(positions[:, -1] + 1, "batch"))
 
 
-def without(logits: Float[Array, "B T V"], tokens: tuple[int, ...]) -> Float[Array, "B T V"]:
-    """Logits that are -inf of these tokens."""
+def suppress(logits: Float[Array, "B T V"], tokens: tuple[int, ...]) -> Float[Array, "B T V"]:
+    """Set the logits of these tokens to -inf."""
     if not tokens:
         return logits
     return jnp.where(np.isin(np.arange(logits.shape[-1]), tokens)[None, None], -jnp.inf, logits)
 
 
-def _last(logits: Float[Array, "B T V"]) -> Float[Array, "B V"]:
-    # Laid out by word, as positions are, for a slice of a single row may lose its layout.
+def _last_logits(logits: Float[Array, "B T V"]) -> Float[Array, "B V"]:
+    # Constrained explicitly, as positions are: a slice of a single row may lose its sharding.
     return sharding.constrain(logits[:, -1].astype(jnp.float32), "batch", None)

@@ -1,4 +1,4 @@
-"""Text from a model: one compiled prefill, one compiled decode loop, a stretch of tokens a call."""
+"""Generation: one compiled prefill, and one compiled decode loop that decodes a chunk of tokens per call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,40 +17,35 @@ from attnlab.attention.cache import Cache
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.generation import source_inputs
-from attnlab.generation.beam import Beams, beam_search
-from attnlab.generation.decode_state import Prefix, prefill
-from attnlab.generation.sampling import Sampling, row_keys, sample
-from attnlab.generation.speculative import Draft, Drafted, Lookup, begin, speculate
+from attnlab.generation.beam import BeamSearchOptions, beam_search
+from attnlab.generation.completion import Completion, GenerationInput, IncrementalDetokenizer
+from attnlab.generation.decode_state import DecodeState, prefill
+from attnlab.generation.sampling import SamplingParams, row_keys, sample
+from attnlab.generation.speculative import (
+    DraftSpeculator,
+    PromptLookup,
+    check_num_speculative_tokens,
+    init_speculation,
+    speculate,
+)
 
-STRETCH = 16  # tokens decoded between looks at stop strings and the terminal
-_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+DECODE_CHUNK = 16  # tokens decoded between checks of stop strings and outputs
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What came after a prompt, or of a source.
+class DraftModel:
+    """Speculative decoding with the draft tokens of another model that has the same vocabulary.
 
     Attributes:
-      prompt: the text given to go on from.
-      text: the text generated, up to but not with a stop string.
-      tokens: the ids generated.
-      ended: why it ended: "eos", "stop" (a stop string), "length" (as many tokens as asked), or "context".
-      score: of a beam search, the log-probability of the tokens divided by the penalty of their number.
-      source: the text that was read beside the prompt, if any.
+      generator: of the draft model.
+      num_speculative_tokens: draft tokens per pass.
     """
 
-    prompt: str
-    text: str
-    tokens: list[int]
-    ended: str
-    score: float | None = None
-    source: str | None = None
+    generator: "Generator"
+    num_speculative_tokens: int = 4
 
-    @property
-    def head(self) -> str:
-        """What it was made of, as is to be shown before its text."""
-        return self.prompt if self.source is None else f"{self.source}\n{self.prompt}"
+    def __post_init__(self):
+        check_num_speculative_tokens(self)
 
 
 class Generator:
@@ -78,55 +73,55 @@ class Generator:
         prompts: Sequence[str] | None = None,
         *,
         sources: Sequence[Any] | None = None,
-        forced: Sequence[int | str] | None = None,
+        forced_decoder_ids: Sequence[int | str] | None = None,
         max_new_tokens: int = 128,
         num_samples: int = 1,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         seed: int = 0,
         stream: Callable[[int, str], None] | None = None,
-        guesses: Lookup | Draft | None = None,
+        speculator: PromptLookup | DraftModel | None = None,
     ) -> list[Completion]:
         """Completions of each prompt, `num_samples` in a row for the first, then the second, and so on.
 
         Args:
           prompts: texts to go on from, of any lengths; beside sources they may be left out.
           sources: what is read beside each prompt: texts, or arrays as of `ModelConfig.source_shape`.
-          forced: the first tokens of each completion, by number or name; None is the model's own.
+          forced_decoder_ids: the first tokens of each completion, by number or name; None is the model's own.
           max_new_tokens: most tokens to add to each.
           num_samples: completions of each prompt.
           sampling: how tokens are drawn.
           stop: strings that end a completion.
           seed: of the draws; a row's draws do not depend on the other rows.
           stream: called with (row, new text) as text becomes certain.
-          guesses: how next tokens are guessed, to be checked several at a time; None is not at all.
+          speculator: proposes draft tokens for speculative decoding; None decodes one token at a time.
 
         Raises:
           InputError: a prompt that leaves no room in the context, an empty stop string, sources that are
-            not what the model reads, or guesses of models that cannot be checked by this one.
+            not what the model reads, or a draft model with another vocabulary.
         """
         if isinstance(stop, str) or not all(stop):
             raise InputError(f"stop must be a list of strings of at least one character, not {stop!r}")
-        forced = self._forced(forced, max_new_tokens)
-        given = [task for task in self._tasks(prompts, sources, forced) for _ in range(num_samples)]
-        steps = self._steps(given, forced, max_new_tokens)
+        forced_ids = self._forced_ids(forced_decoder_ids, max_new_tokens)
+        inputs = [each for each in self._inputs(prompts, sources, forced_ids) for _ in range(num_samples)]
+        steps = self._steps(inputs, forced_ids, max_new_tokens)
         limit = "length" if steps == max_new_tokens else "context"
-        steps -= len(forced) + self.model.config.ends  # those that are drawn
-        rows = [_Row(task, self.tokenizer, stop) for task in given]
+        steps -= len(forced_ids) + self.model.config.ends  # those that are drawn
+        rows = [IncrementalDetokenizer(each, self.tokenizer, stop) for each in inputs]
         for i, row in enumerate(rows):
-            fresh = row.add(list(forced))
-            if stream is not None and fresh:
-                stream(i, fresh)
+            new_text = row.add(list(forced_ids))
+            if stream is not None and new_text:
+                stream(i, new_text)
         with jax.set_mesh(self.mesh):
-            write = self._write if guesses is None else partial(self._speculate, guesses)
-            written = 0
-            for tokens in write(given, steps, sampling or Sampling(), seed):
+            decode = self._sample if speculator is None else partial(self._speculate, speculator)
+            num_decoded = 0
+            for tokens in decode(inputs, steps, sampling or SamplingParams(), seed):
                 for i, (row, new) in enumerate(zip(rows, tokens, strict=False)):
-                    fresh = row.add(new[: steps - written].tolist())
-                    if stream is not None and fresh:
-                        stream(i, fresh)
-                written += tokens.shape[1]
-                if written >= steps or all(row.ended for row in rows):
+                    new_text = row.add(new[: steps - num_decoded].tolist())
+                    if stream is not None and new_text:
+                        stream(i, new_text)
+                num_decoded += tokens.shape[1]
+                if num_decoded >= steps or all(row.finish_reason for row in rows):
                     break
         for i, row in enumerate(rows):
             rest = row.end(limit)
@@ -134,13 +129,13 @@ class Generator:
                 stream(i, rest)
         return [row.completion() for row in rows]
 
-    def search(
+    def beam_search(
         self,
         prompts: Sequence[str] | None,
-        beams: Beams,
+        options: BeamSearchOptions,
         *,
         sources: Sequence[Any] | None = None,
-        forced: Sequence[int | str] | None = None,
+        forced_decoder_ids: Sequence[int | str] | None = None,
         max_new_tokens: int = 128,
         num_samples: int = 1,
     ) -> list[Completion]:
@@ -148,9 +143,9 @@ class Generator:
 
         Args:
           prompts: texts to go on from, of any lengths; None only beside sources.
-          beams: how to search; see `beam_search`.
+          options: how to search; see `beam_search`.
           sources: what is read beside each prompt; see `__call__`.
-          forced: the first tokens of each completion, by number or name; None is the model's own.
+          forced_decoder_ids: the first tokens of each completion, by number or name; None is the model's own.
           max_new_tokens: most tokens to add to each, at least 1.
           num_samples: completions of each prompt, best first.
 
@@ -158,113 +153,136 @@ class Generator:
           InputError: a prompt that leaves no room in the context, more samples than beams, or sources that
             are not what the model reads.
         """
-        if not 1 <= num_samples <= beams.count:
+        if not 1 <= num_samples <= options.num_beams:
             raise InputError(
-                f"num_samples={num_samples} must be at least 1, and at most the {beams.count} beams"
+                f"num_samples={num_samples} must be at least 1, and at most the {options.num_beams} beams"
             )
-        forced = self._forced(forced, max_new_tokens)
-        given = self._tasks(prompts, sources, forced)
-        steps = self._steps(given, forced, max_new_tokens)
-        slots = _stretches(steps)
+        forced_ids = self._forced_ids(forced_decoder_ids, max_new_tokens)
+        inputs = self._inputs(prompts, sources, forced_ids)
+        steps = self._steps(inputs, forced_ids, max_new_tokens)
+        slots = round_up_to_chunk(steps)
         with jax.set_mesh(self.mesh):
-            found = beam_search(
+            hypotheses = beam_search(
                 self.model,
                 self.params,
-                self._prefill(given, slots),
-                count=beams.count,
-                penalty=beams.penalty,
+                self._prefill(inputs, slots),
+                num_beams=options.num_beams,
+                length_penalty=options.length_penalty,
                 eos_id=self.tokenizer.eos_id,
                 slots=slots,
                 steps=steps,
-                forced=forced,
+                forced_decoder_ids=forced_ids,
             )
         limit = "length" if steps == max_new_tokens else "context"
         completions = []
-        for task, texts, scores in zip(
-            given, np.asarray(found.tokens), np.asarray(found.scores), strict=False
+        for each, texts, scores in zip(
+            inputs, np.asarray(hypotheses.tokens), np.asarray(hypotheses.scores), strict=False
         ):
             for tokens, score in zip(texts[:num_samples], scores, strict=False):
-                row = _Row(task, self.tokenizer, ())
+                row = IncrementalDetokenizer(each, self.tokenizer, ())
                 row.add(tokens[: steps - self.model.config.ends].tolist())
                 row.end(limit)
                 if np.isfinite(score):
                     completions.append(replace(row.completion(), score=float(score)))
         return completions
 
-    def _write(self, given: Sequence["_Task"], steps: int, sampling: Sampling, seed: int):
-        """The next tokens of every row, (B, STRETCH), again and again."""
-        prefix = self._prefill(given, _stretches(steps))
-        state = _start(prefix, seed)
-        for _ in range(0, steps, STRETCH):
-            state, tokens = _decode(self.model, self.tokenizer.eos_id, sampling, self.params, state)
+    def _sample(self, inputs: Sequence[GenerationInput], steps: int, sampling: SamplingParams, seed: int):
+        """Yield the next tokens of every row, (B, DECODE_CHUNK), again and again."""
+        state = _start(self._prefill(inputs, round_up_to_chunk(steps)), seed)
+        for _ in range(0, steps, DECODE_CHUNK):
+            state, tokens = _decode_chunk(self.model, self.tokenizer.eos_id, sampling, self.params, state)
             yield np.asarray(tokens)
 
     def _speculate(
-        self, guesses: Lookup | Draft, given: Sequence["_Task"], steps: int, sampling: Sampling, seed: int
+        self,
+        speculator: PromptLookup | DraftModel,
+        inputs: Sequence[GenerationInput],
+        steps: int,
+        sampling: SamplingParams,
+        seed: int,
     ):
-        """The same, some at a time, of guesses that are checked."""
+        """Yield the next tokens of every row, as many as each call accepts."""
         if steps < 1:
             return
-        room, rows = _stretches(steps) + guesses.count + 1, STRETCH + guesses.count + 1
-        prefix = self._prefill(given, room)
-        guesser: Lookup | Drafted
-        if isinstance(guesses, Draft):
-            other = guesses.generator
-            drafting = other._prefill(given, room)
-            if prefix.logits.shape != drafting.logits.shape or not self.tokenizer.agrees(other.tokenizer):
+        num_drafts = speculator.num_speculative_tokens
+        room, capacity = round_up_to_chunk(steps) + num_drafts + 1, DECODE_CHUNK + num_drafts + 1
+        decode_state = self._prefill(inputs, room)
+        drafter: PromptLookup | DraftSpeculator
+        if isinstance(speculator, DraftModel):
+            draft = speculator.generator
+            draft_state = draft._prefill(inputs, room)
+            same_size = decode_state.logits.shape == draft_state.logits.shape
+            if not same_size or not self.tokenizer.agrees(draft.tokenizer):
                 raise InputError("a draft must be a model of the same tokens as the one that checks it")
-            guesser, params, memo = Drafted(other.model, guesses.count), other.params, drafting.cache
+            drafter, draft_params = DraftSpeculator(draft.model, num_drafts), draft.params
+            speculator_state = draft_state.cache
         else:
-            tokens, segments = self._padded(given, room)
+            tokens, segments = self._padded(inputs, room)
             texts = np.pad(np.where(segments > 0, tokens, -1), ((0, 0), (0, room)), constant_values=-1)
-            guesser, params, memo = guesses, None, self._put(texts)
-        if not isinstance(prefix.cache, Cache) or not isinstance(memo, Cache | jax.Array):
+            drafter, draft_params, speculator_state = speculator, None, self._put(texts)
+        if not isinstance(decode_state.cache, Cache) or not isinstance(speculator_state, Cache | jax.Array):
             raise InputError("a recurrent model cannot take back what it has read: it goes without guesses")
         options = {"sampling": sampling, "eos_id": self.tokenizer.eos_id}
-        start = _start(prefix, seed)
-        state = begin(start.prefix, memo, start.keys, looks_up=params is None, **options)
+        start = _start(decode_state, seed)
+        state = init_speculation(
+            start.decode_state, speculator_state, start.keys, looks_up=draft_params is None, **options
+        )
         yield np.asarray(state.last)[:, None]
-        written = 1
-        while written < steps:
-            limit = min(STRETCH, steps - written)
-            state, tokens, number = speculate(
-                self.model, self.params, guesser, params, state, room=rows, limit=limit, **options
+        num_decoded = 1
+        while num_decoded < steps:
+            limit = min(DECODE_CHUNK, steps - num_decoded)
+            state, tokens, count = speculate(
+                self.model,
+                self.params,
+                drafter,
+                draft_params,
+                state,
+                capacity=capacity,
+                limit=limit,
+                **options,
             )
-            written += int(number)
-            yield np.asarray(tokens)[:, : int(number)]
+            num_decoded += int(count)
+            yield np.asarray(tokens)[:, : int(count)]
 
-    def _forced(self, forced: Sequence[int | str] | None, max_new_tokens: int) -> tuple[int, ...]:
-        given = self.model.config.forced if forced is None else forced
-        found = tuple(self.tokenizer.token(each) if isinstance(each, str) else each for each in given)
-        if found and max_new_tokens <= len(found):
-            raise InputError(f"max_new_tokens must be over the {len(found)} that are forced")
-        return found
+    def _forced_ids(
+        self, forced_decoder_ids: Sequence[int | str] | None, max_new_tokens: int
+    ) -> tuple[int, ...]:
+        tokens = self.model.config.forced if forced_decoder_ids is None else forced_decoder_ids
+        ids = tuple(self.tokenizer.token(token) if isinstance(token, str) else token for token in tokens)
+        if ids and max_new_tokens <= len(ids):
+            raise InputError(f"max_new_tokens must be over the {len(ids)} that are forced")
+        return ids
 
-    def _steps(self, given: Sequence["_Task"], forced: tuple[int, ...], max_new_tokens: int) -> int:
-        """Most tokens of a completion, those that are forced among them."""
-        return min(max_new_tokens, self.context - max(len(task.ids) for task in given) + len(forced))
+    def _steps(
+        self, inputs: Sequence[GenerationInput], forced_ids: tuple[int, ...], max_new_tokens: int
+    ) -> int:
+        """Most tokens of a completion, the forced ones included."""
+        return min(max_new_tokens, self.context - max(len(each.ids) for each in inputs) + len(forced_ids))
 
-    def _tasks(self, prompts, sources, forced: tuple[int, ...]) -> list["_Task"]:
+    def _inputs(self, prompts, sources, forced_ids: tuple[int, ...]) -> list[GenerationInput]:
         config = self.model.config
         if sources is None:
             if config.source_shape is not None or prompts is None:
                 raise InputError(f"the model needs {'prompts' if config.source_shape is None else 'sources'}")
-            return [_Task(prompt, [*self._encode(prompt), *forced]) for prompt in prompts]
+            return [GenerationInput(prompt, [*self._encode(prompt), *forced_ids]) for prompt in prompts]
         prompts = [""] * len(sources) if prompts is None else prompts
         if len(prompts) != len(sources):
             raise InputError(f"there are {len(prompts)} prompts to {len(sources)} sources")
         return [
-            _Task(
-                prompt, [*self._encode(prompt), *forced], array, source if isinstance(source, str) else None
+            GenerationInput(
+                prompt,
+                [*self._encode(prompt), *forced_ids],
+                array,
+                source if isinstance(source, str) else None,
             )
             for prompt, source, array in zip(
-                prompts, sources, source_inputs.arrays(config, self.tokenizer, sources), strict=True
+                prompts, sources, source_inputs.source_arrays(config, self.tokenizer, sources), strict=True
             )
         ]
 
     def _encode(self, prompt: str) -> list[int]:
         """What is read of the text before anything is written."""
-        ids = source_inputs.prompt(self.model.config, self.tokenizer, prompt)
+        ids = source_inputs.prompt_ids(self.model.config, self.tokenizer, prompt)
         if len(ids) >= self.context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.context}: "
@@ -272,147 +290,72 @@ class Generator:
             )
         return ids
 
-    def _padded(self, given: Sequence["_Task"], room: int) -> tuple[np.ndarray, np.ndarray]:
+    def _padded(self, inputs: Sequence[GenerationInput], room: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and segments of the prompts, padded on the left so that all end together."""
-        ids = [task.ids for task in given]
+        ids = [each.ids for each in inputs]
         # Lengths and rows in powers of two, so that few programs are compiled.
         length = max(max(map(len, ids)), min(_power_of_two(max(map(len, ids))), self.context - room))
-        tokens, segments = np.zeros((2, self._count(given), length), np.int32)
+        tokens, segments = np.zeros((2, self._count(inputs), length), np.int32)
         for i, row in enumerate([*ids, *[ids[0]] * (len(tokens) - len(ids))]):
             tokens[i, length - len(row) :] = row
             segments[i, length - len(row) :] = 1
         return tokens, segments
 
-    def _count(self, given: Sequence["_Task"]) -> int:
+    def _count(self, inputs: Sequence[GenerationInput]) -> int:
         pieces = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-_power_of_two(len(given)) // pieces) * pieces
+        return -(-_power_of_two(len(inputs)) // pieces) * pieces
 
     def _put(self, x):
         """Rows of arrays, laid out over the mesh."""
         return jax.device_put(x, sharding.named(self.mesh, P(("data", "fsdp"))))
 
-    def _prefill(self, given: Sequence["_Task"], room: int) -> Prefix:
+    def _prefill(self, inputs: Sequence[GenerationInput], room: int) -> DecodeState:
         """The prompts read, with room for more tokens."""
-        tokens, segments = self._padded(given, room)
-        given = [*given, *[given[0]] * (len(tokens) - len(given))]
-        arrays = [task.source for task in given if task.source is not None]
-        source = source_inputs.rows(arrays, self.model.config.source_shape) if arrays else {}
+        tokens, segments = self._padded(inputs, room)
+        inputs = [*inputs, *[inputs[0]] * (len(tokens) - len(inputs))]
+        arrays = [each.source for each in inputs if each.source is not None]
+        source = source_inputs.pad_sources(arrays, self.model.config.source_shape) if arrays else {}
         slots = tokens.shape[1] + room
         return prefill(
             self.model, slots, self.params, *map(self._put, (tokens, segments)), **self._put(source)
         )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What one row is to be made of.
-
-    Attributes:
-      prompt: the text to go on from.
-      ids: all that is read before the first token that is drawn.
-      source: what is read beside it.
-      text: the source as it was given, if it was a text.
-    """
-
-    prompt: str
-    ids: list[int]
-    source: np.ndarray | None = None
-    text: str | None = None
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _State:
-    """Between two tokens: what was read, and of each row its random key and whether it ended."""
+class _LoopState:
+    """Between two tokens: the decode state, and of each row its random key and whether it has ended."""
 
-    prefix: Prefix
+    decode_state: DecodeState
     keys: jax.Array
     done: jax.Array
 
 
 @partial(jax.jit, donate_argnums=0)
-def _start(prefix: Prefix, seed) -> _State:
-    positions = prefix.positions
+def _start(decode_state: DecodeState, seed) -> _LoopState:
+    positions = decode_state.positions
     keys = row_keys(jax.random.key(seed), jnp.arange(len(positions)))
-    return _State(prefix, sharding.constrain(keys, "batch"), jnp.zeros_like(positions, bool))
+    return _LoopState(decode_state, sharding.constrain(keys, "batch"), jnp.zeros_like(positions, bool))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(model: nn.Module, eos_id: int, sampling: Sampling, params, state: _State):
-    """The next stretch of tokens of every row, (B, STRETCH); a row past its end repeats the end."""
+def _decode_chunk(model: nn.Module, eos_id: int, sampling: SamplingParams, params, state: _LoopState):
+    """Return the new state and the next tokens of every row (B, DECODE_CHUNK); ended rows repeat the end."""
 
-    def one(state: _State, _):
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.prefix.positions)
-        token = jnp.where(state.done, eos_id, sample(keys, state.prefix.logits, sampling))
-        prefix = state.prefix.read(model, params, token)
-        return _State(prefix, state.keys, state.done | (token == eos_id)), token
+    def one(state: _LoopState, _):
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.decode_state.positions)
+        token = jnp.where(state.done, eos_id, sample(keys, state.decode_state.logits, sampling))
+        decode_state = state.decode_state.decode(model, params, token)
+        return _LoopState(decode_state, state.keys, state.done | (token == eos_id)), token
 
-    state, tokens = jax.lax.scan(one, state, length=STRETCH)
+    state, tokens = jax.lax.scan(one, state, length=DECODE_CHUNK)
     return state, tokens.T
 
 
-class _Row:
-    """One row's text as it grows."""
-
-    def __init__(self, task: _Task, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._task, self.ended = task, ""
-        self._tokenizer, self._stop = tokenizer, stop
-        self._tokens: list[int] = []
-        self._text = ""
-        self._given = 0
-
-    def add(self, tokens: list[int]) -> str:
-        """Takes new tokens; returns the text that is now certain and was not given before."""
-        if self.ended:
-            return ""
-        if self._tokenizer.eos_id in tokens:
-            tokens = tokens[: tokens.index(self._tokenizer.eos_id)]
-            self.ended = "eos"
-        text = self._tokenizer.decode(self._tokens + tokens)
-        if any(s in text for s in self._stop):
-            # The first token that completes a stop string is the last.
-            counts = range(1, len(tokens) + 1)
-            texts = [self._tokenizer.decode(self._tokens + tokens[:n]) for n in counts]
-            count = next(
-                n for n, text in zip(counts, texts, strict=True) if any(s in text for s in self._stop)
-            )
-            tokens, text = tokens[:count], texts[count - 1]
-            text = text[: min(text.find(s) for s in self._stop if s in text)]
-            self.ended = "stop"
-        self._tokens += tokens
-        self._text = text
-        return self._fresh(0 if self.ended else self._uncertain())
-
-    def _fresh(self, uncertain: int) -> str:
-        certain = self._text[: len(self._text) - uncertain]
-        fresh, self._given = certain[self._given :], max(self._given, len(certain))
-        return fresh
-
-    def _uncertain(self) -> int:
-        """Characters at the end that a next token may change: half a character after half a stop string."""
-        text = self._text.rstrip("\N{REPLACEMENT CHARACTER}")
-        half = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        return len(self._text) - len(text) + half
-
-    def end(self, limit: str) -> str:
-        """Ends a row that has not ended by itself; returns the text that was still uncertain."""
-        self.ended = self.ended or limit
-        return self._fresh(0)
-
-    def completion(self) -> Completion:
-        """The finished row."""
-        return Completion(self._task.prompt, self._text, self._tokens, self.ended, source=self._task.text)
-
-
-def _stretches(steps: int) -> int:
-    """Room for so many tokens, in whole stretches."""
-    return -(-steps // STRETCH) * STRETCH
+def round_up_to_chunk(steps: int) -> int:
+    """Return `steps` rounded up to a multiple of `DECODE_CHUNK`."""
+    return -(-steps // DECODE_CHUNK) * DECODE_CHUNK
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def printable(text: str) -> str:
-    """`text` with control characters made visible: a model may write them, and a terminal would obey."""
-    return text.translate(_PICTURES)

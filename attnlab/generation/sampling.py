@@ -20,7 +20,7 @@ from attnlab.errors import InputError
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to draw a token; the filters apply in the order of the fields, each to what the last one left.
 
     temperature: divides the logits, at least 0; 0 draws the most probable token (the first, of equals).
@@ -48,10 +48,10 @@ class Sampling:
 
 def _require(name, value, allowed, meaning):
     if isinstance(value, Real) and not allowed(value):
-        raise InputError(f"Sampling.{name} is {value!r}; it must be {meaning}")
+        raise InputError(f"SamplingParams.{name} is {value!r}; it must be {meaning}")
 
 
-def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+def filter_logits(logits: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B V"]:
     """Logits of the distribution to draw from: -inf where nothing may be drawn, 0 at the most probable token.
 
     logits (B, V), each row with a finite entry; -inf marks tokens that are forbidden already.
@@ -73,7 +73,7 @@ def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     return logits if vocabulary is None else jax.sharding.reshard(logits, P(rows, None))
 
 
-def _lowest_kept(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B 1"]:
+def _lowest_kept(logits: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B 1"]:
     """The smallest logit that every filter keeps; the largest logit of a row is 0."""
     if sampling.top_k is None and sampling.top_p is None:
         lowest = jnp.full_like(logits[:, :1], -jnp.inf)
@@ -84,7 +84,7 @@ def _lowest_kept(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array
     return lowest
 
 
-def _lowest_sorted(ascending: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B 1"]:
+def _lowest_sorted(ascending: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B 1"]:
     """The smallest of ascending logits (B, V) that top-k and top-p keep."""
 
     def smallest(kept):
@@ -113,7 +113,7 @@ def row_keys(key: Key[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
-def sample(keys: Key[Array, "B"], logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, "B"]:
+def sample(keys: Key[Array, "B"], logits: Float[Array, "B V"], sampling: SamplingParams) -> Int[Array, "B"]:
     """Draw one token for each row, by the row's own key; keys (B,), logits (B, V), returns int32 ids (B,)."""
     logits = whole_rows(logits)
     rows = jax.typeof(logits).sharding.spec[0]

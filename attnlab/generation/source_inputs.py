@@ -10,7 +10,7 @@ from attnlab.errors import InputError
 from attnlab.models import ModelConfig, PrefixConfig
 
 
-def prompt(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     """What is read of a text to go on from, with the places of an image where the model reads it among them.
 
     Args:
@@ -22,10 +22,10 @@ def prompt(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
       InputError: a text without the marker, or with several.
     """
     if not isinstance(config, PrefixConfig) or config.marker is None:
-        return _begun(config, tokenizer, text)
+        return _text_ids(config, tokenizer, text)
     image, name = [config.marker] * config.patches, tokenizer.token_text(config.marker)
     if config.separator is not None:
-        return [*image, *_begun(config, tokenizer, text.removeprefix(name) + config.separator)]
+        return [*image, *_text_ids(config, tokenizer, text.removeprefix(name) + config.separator)]
     ids = tokenizer.prompt(text, config.marker)
     if (count := ids.count(config.marker)) != 1:
         raise InputError(f"a prompt has {name} once, where its image is to be: this one has it {count} times")
@@ -33,22 +33,22 @@ def prompt(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     return [*ids[:at], *image, *ids[at + 1 :]]
 
 
-def beginning(config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
+def training_prefix_ids(config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
     """What a text to learn begins with: as one that is written of an image, or any other source, alone."""
     if isinstance(config, PrefixConfig) and config.marker is not None:
         image = [config.marker] * config.patches
         if config.separator is None:
             return [*tokenizer.start, *image]
-        return [*image, *_begun(config, tokenizer, config.separator)]
+        return [*image, *_text_ids(config, tokenizer, config.separator)]
     return tokenizer.begin if config.start is None else [config.start, *config.forced]
 
 
-def _begun(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+def _text_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     start = config.start
     return tokenizer.prompt(text) if start is None else [start, *tokenizer.encode(text).tolist()]
 
 
-def arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[Any]) -> list[np.ndarray]:
+def source_arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[Any]) -> list[np.ndarray]:
     """Each source as an array of what a row of `ModelConfig.source_shape` holds.
 
     Args:
@@ -65,27 +65,27 @@ def arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[Any]) ->
     if len(shape) == 1:
         if not all(isinstance(source, str) for source in sources):
             raise InputError("the sources of this model are texts")
-        found = [np.asarray(tokenizer.source(source), np.int32) for source in sources]
-        config.check_source(max(map(len, found)))
-        return found
-    found = [np.asarray(source, np.float32) for source in sources]
-    for array in found:
+        arrays = [np.asarray(tokenizer.source(source), np.int32) for source in sources]
+        config.check_source(max(map(len, arrays)))
+        return arrays
+    arrays = [np.asarray(source, np.float32) for source in sources]
+    for array in arrays:
         if array.shape[1:] != shape[1:] or not 1 <= len(array) <= shape[0]:
             raise InputError(f"a source is an array of at most {shape}, not of {array.shape}")
-    return found
+    return arrays
 
 
-def rows(found: Sequence[np.ndarray], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+def pad_sources(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Sources padded at their ends to one array, texts to a power of two, and where they are.
 
     Args:
-      found: as of `arrays`.
+      arrays: as of `source_arrays`.
       shape: `ModelConfig.source_shape`.
     """
-    longest = max(map(len, found))
+    longest = max(map(len, arrays))
     length = shape[0] if len(shape) > 1 else 1 << (longest - 1).bit_length()
-    padded = np.zeros((len(found), length, *shape[1:]), found[0].dtype)
-    there = np.zeros((len(found), length), np.int32)
-    for i, array in enumerate(found):
-        padded[i, : len(array)], there[i, : len(array)] = array, 1
-    return {"source": padded, "source_segments": there}
+    padded = np.zeros((len(arrays), length, *shape[1:]), arrays[0].dtype)
+    segments = np.zeros((len(arrays), length), np.int32)
+    for i, array in enumerate(arrays):
+        padded[i, : len(array)], segments[i, : len(array)] = array, 1
+    return {"source": padded, "source_segments": segments}

@@ -1,18 +1,18 @@
-"""Speculative decoding: next tokens are guessed at little cost, and one pass of the model checks them all.
+"""Speculative decoding: cheap draft tokens, verified several at a time by one pass of the model.
 
-    the model's last token     on
-    guessed                       the  mat  and  the
-    one pass gives              p(.|on) p(.|the) p(.|mat) p(.|and)
-    settled by it                 the  mat  because
+    last token of the model    on
+    draft tokens                  the  mat  and  the
+    logits of one pass         p(.|on) p(.|the) p(.|mat) p(.|and)
+    tokens accepted, one more     the  mat  because
 
-Each token that is settled is distributed as if the model alone had written it (Leviathan et al. 2023,
-arXiv 2211.17192, algorithm 1). Rows go on in step: of all rows' guesses a pass keeps as many as were right in
-the row that was wrong first, and settles one token more. So the gain is greatest for a single row.
+Each token is distributed as if the model alone had written it (Leviathan et al. 2023, arXiv 2211.17192,
+algorithm 1). All rows advance together: a pass accepts as many draft tokens as the row with the fewest right
+ones, and adds one token. So the gain is greatest for a single row.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,148 +22,137 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from attnlab import sharding
 from attnlab.attention.cache import Cache
 from attnlab.errors import InputError
-from attnlab.generation.decode_state import Prefix, forward
-from attnlab.generation.sampling import Sampling, filter_logits, sample
-
-if TYPE_CHECKING:
-    from attnlab.generation.generate import Generator
+from attnlab.generation.decode_state import DecodeState, forward
+from attnlab.generation.sampling import SamplingParams, filter_logits, sample
 
 
 @dataclass(frozen=True)
-class Lookup:
-    """Guesses that the text repeats itself: after its last tokens comes what came after them the last time.
+class PromptLookup:
+    """Draft by repetition: after the last n-gram comes what followed its previous occurrence.
 
-    Nothing but the text is needed, and what is written is what would have been written without.
+    No second model is needed, and the text is the same as without.
 
     Attributes:
-      ngram: how many of the last tokens are looked up.
-      count: tokens guessed at a time.
+      ngram: length of the n-gram that is looked up.
+      num_speculative_tokens: draft tokens per pass.
     """
 
     ngram: int = 2
-    count: int = 4
+    num_speculative_tokens: int = 4
 
     def __post_init__(self):
-        _check_count("Lookup", self.count)
+        check_num_speculative_tokens(self)
         if self.ngram < 1:
-            raise InputError(f"Lookup.ngram is {self.ngram}; it must be at least 1")
+            raise InputError(f"PromptLookup.ngram is {self.ngram}; it must be at least 1")
 
-    def guess(self, params, texts: Int[Array, "B S"], state: "_State", sampling: Sampling):
-        """`count` + 1 tokens of each row (count + 1, B); of `texts`, -1 is padding."""
+    def propose(self, params, texts: Int[Array, "B S"], state: "SpeculativeState", sampling: SamplingParams):
+        """Return num_speculative_tokens + 1 draft tokens of each row, no logits, and the texts."""
         del params, sampling
         slots, now = jnp.arange(texts.shape[1])[None], state.cache.index
-        found = (slots < now) & (slots >= self.ngram - 1)
+        matches = (slots < now) & (slots >= self.ngram - 1)
         for i in range(self.ngram):
-            found = found & (jnp.roll(texts, i, axis=1) == jnp.take(texts, jnp.array([now - i]), axis=1))
-        last = jnp.where(found, slots, -1).max(axis=1, keepdims=True)
-        # Beyond the end of the text it is taken to go on in the same period.
-        places = last + 1 + jnp.arange(self.count + 1)[None] % (now - last)
-        guessed = jax.vmap(lambda row, at: row[at])(texts, places)
-        return jnp.maximum(guessed, 0).T, None, texts
+            matches &= jnp.roll(texts, i, axis=1) == jnp.take(texts, jnp.array([now - i]), axis=1)
+        last = jnp.where(matches, slots, -1).max(axis=1, keepdims=True)
+        # Beyond its end the text is taken to continue with the same period.
+        places = last + 1 + jnp.arange(self.num_speculative_tokens + 1)[None] % (now - last)
+        draft_tokens = jax.vmap(lambda row, at: row[at])(texts, places)
+        return jnp.maximum(draft_tokens, 0).T, None, texts
 
-    def settle(self, keys, guessed: Int[Array, " B"], logits, drafted, sampling: Sampling):
-        """The token that the model draws, and whether it was guessed: algorithm 1 of a certain guess."""
-        del drafted
+    def verify(self, keys, draft_tokens: Int[Array, " B"], logits, draft_logits, sampling: SamplingParams):
+        """Return the token that the model draws, and whether it is the draft's: algorithm 1 for q = 1."""
+        del draft_logits
         token = sample(keys, logits, sampling)
-        return token, token == guessed
+        return token, token == draft_tokens
 
-    def go_on(self, texts: Int[Array, "B S"], tokens: Int[Array, "B T"], state: "_State", kept):
-        """The texts with new tokens; what is past those that are kept will be written over."""
-        del kept
+    def advance(
+        self, texts: Int[Array, "B S"], tokens: Int[Array, "B T"], state: "SpeculativeState", num_new
+    ):
+        """Return the texts with new tokens; those after the first `num_new` are overwritten later."""
+        del num_new
         return jax.lax.dynamic_update_slice_in_dim(texts, tokens, state.cache.index + 1, axis=1)
 
 
-@dataclass(frozen=True)
-class Draft:
-    """Guesses what another model of the same tokens would write.
-
-    Attributes:
-      generator: of the other model.
-      count: tokens guessed at a time.
-    """
-
-    generator: "Generator"
-    count: int = 4
-
-    def __post_init__(self):
-        _check_count("Draft", self.count)
-
-
-def _check_count(name: str, count: int) -> None:
-    if count < 1:
-        raise InputError(f"{name}.count is {count}; it must be at least 1")
+def check_num_speculative_tokens(speculator: Any) -> None:
+    """Raise `InputError` unless a speculator drafts at least one token."""
+    if speculator.num_speculative_tokens < 1:
+        raise InputError(
+            f"{type(speculator).__name__}.num_speculative_tokens is {speculator.num_speculative_tokens}; "
+            "it must be at least 1"
+        )
 
 
 @dataclass(frozen=True)
-class Drafted:
-    """What a `Draft` is to a compiled program; it keeps the cache of its model."""
+class DraftSpeculator:
+    """A draft model inside a compiled program; its state is the KV cache of that model."""
 
     model: nn.Module
-    count: int
+    num_speculative_tokens: int
 
-    def guess(self, params, cache: Cache, state: "_State", sampling: Sampling):
-        """`count` + 1 tokens, logits that they were drawn from, and a cache with all but the last of them."""
+    def propose(self, params, cache: Cache, state: "SpeculativeState", sampling: SamplingParams):
+        """Return num_speculative_tokens + 1 draft tokens, their logits, and a cache of all but the last."""
 
         def one(carry: Any, _):
             cache, token, positions = carry
             new = token[:, None]
             logits, cache = forward(self.model, params, new, jnp.ones_like(new), positions[:, None], cache)
-            logits = _laid_out(logits[:, 0])
-            token = sample(_fold(state.keys, positions + 1, _GUESS), logits, sampling)
+            logits = _as_rows(logits[:, 0])
+            token = sample(_fold_in(state.keys, positions + 1, _DRAFT), logits, sampling)
             return (cache, token, positions + 1), (token, logits)
 
         start: Any = cache, state.last, state.positions
-        (cache, *_), (guessed, logits) = jax.lax.scan(one, start, length=self.count + 1)
-        return guessed, logits, cache
+        length = self.num_speculative_tokens + 1
+        (cache, *_), (draft_tokens, logits) = jax.lax.scan(one, start, length=length)
+        return draft_tokens, logits, cache
 
-    def settle(self, keys, guessed: Int[Array, " B"], logits, drafted, sampling: Sampling):
-        """See `settle`."""
-        return settle(keys, guessed, logits, drafted, sampling)
+    def verify(self, keys, draft_tokens: Int[Array, " B"], logits, draft_logits, sampling: SamplingParams):
+        """See `accept_or_resample`."""
+        return accept_or_resample(keys, draft_tokens, logits, draft_logits, sampling)
 
-    def go_on(self, cache: Cache, tokens, state: "_State", kept):
-        """The cache with the tokens that are kept."""
-        return cache.rewind(tokens.shape[1] - kept)
-
-
-_GUESS, _ACCEPT, _OTHER = 1, 2, 3  # what else is drawn for a token, each by a key of its own
+    def advance(self, cache: Cache, tokens, state: "SpeculativeState", num_new):
+        """Return the cache without the tokens that were rejected."""
+        return cache.rewind(tokens.shape[1] - num_new)
 
 
-def _fold(keys: Key[Array, " B"], *numbers) -> Key[Array, " B"]:
+# Random draws of one token, each by a key of its own.
+_DRAFT, _ACCEPT, _RESAMPLE = 1, 2, 3
+
+
+def _fold_in(keys: Key[Array, " B"], *numbers) -> Key[Array, " B"]:
     for number in numbers:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, 0 if jnp.ndim(number) else None))(keys, number)
     return keys
 
 
-def settle(
+def accept_or_resample(
     keys: Key[Array, " B"],
-    guessed: Int[Array, " B"],
+    draft_tokens: Int[Array, " B"],
     logits: Float[Array, "B V"],
-    drafted: Float[Array, "B V"],
-    sampling: Sampling,
+    draft_logits: Float[Array, "B V"],
+    sampling: SamplingParams,
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """A token distributed by p, of one that was drawn from q, and whether it is the same one.
+    """Return a token distributed by p, made of a draft token drawn from q, and whether that was accepted.
 
-    It is kept with probability min(1, p / q), and otherwise drawn from max(0, p - q), normalised
-    (arXiv 2211.17192, algorithm 1). Sampling's filters apply to both.
+    It is accepted with probability min(1, p / q), and otherwise drawn from max(0, p - q), normalised
+    (arXiv 2211.17192, algorithm 1). The filters of `sampling` apply to both.
 
     Args:
       keys: of each row.
-      guessed: the token drawn from q.
+      draft_tokens: drawn from q.
       logits: of p.
-      drafted: logits of q.
-      sampling: see `Sampling`.
+      draft_logits: of q.
+      sampling: see `SamplingParams`.
     """
-    p, q = (jax.nn.softmax(filter_logits(x, sampling)) for x in (logits, drafted))
-    at = jnp.arange(p.shape[1])[None] == guessed[:, None]
-    p_guessed, q_guessed = (jnp.where(at, x, 0.0).sum(axis=1) for x in (p, q))
-    accepted = jax.vmap(jax.random.uniform)(_fold(keys, _ACCEPT)) * q_guessed < p_guessed
-    other = jax.vmap(jax.random.categorical)(_fold(keys, _OTHER), jnp.log(jnp.maximum(p - q, 0.0)))
-    return jnp.where(accepted, guessed, other).astype(jnp.int32), accepted
+    p, q = (jax.nn.softmax(filter_logits(x, sampling)) for x in (logits, draft_logits))
+    at = jnp.arange(p.shape[1])[None] == draft_tokens[:, None]
+    p_draft, q_draft = (jnp.where(at, x, 0.0).sum(axis=1) for x in (p, q))
+    accepted = jax.vmap(jax.random.uniform)(_fold_in(keys, _ACCEPT)) * q_draft < p_draft
+    resampled = jax.vmap(jax.random.categorical)(_fold_in(keys, _RESAMPLE), jnp.log(jnp.maximum(p - q, 0.0)))
+    return jnp.where(accepted, draft_tokens, resampled).astype(jnp.int32), accepted
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _State:
+class SpeculativeState:
     """Between two passes.
 
     Attributes:
@@ -172,8 +161,8 @@ class _State:
       positions: of these.
       keys: of each row.
       done: rows that have ended.
-      memo: what guesses are made of.
-      passes: of the model, so far.
+      speculator_state: texts of `PromptLookup`, or the KV cache of the draft model.
+      passes: forward passes of the model so far.
     """
 
     cache: Cache
@@ -181,88 +170,115 @@ class _State:
     positions: Int[Array, " B"]
     keys: Key[Array, " B"]
     done: Bool[Array, " B"]
-    memo: Any
+    speculator_state: Any
     passes: Int[Array, ""]
 
 
 @partial(jax.jit, static_argnames=("eos_id", "looks_up"))
-def begin(
-    prefix: Prefix, memo: Any, keys: Key[Array, " B"], *, sampling: Sampling, eos_id: int, looks_up: bool
-) -> _State:
-    """The state once the first token is drawn: `last`, to be taken for the first that is written.
+def init_speculation(
+    decode_state: DecodeState,
+    speculator_state: Any,
+    keys: Key[Array, " B"],
+    *,
+    sampling: SamplingParams,
+    eos_id: int,
+    looks_up: bool,
+) -> SpeculativeState:
+    """Draw the first token of each row, and return the state after it: `last` is the first token of the text.
 
     Args:
-      prefix: what was read, with free slots for all tokens that will be written, and one guess more.
-      memo: the cache of the drafting model; or, if that `looks_up`, the texts by slots of the cache.
+      decode_state: after the prompts, with free slots for all new tokens and one draft more.
+      speculator_state: the cache of the draft model; or, if `looks_up`, the texts by slots of the cache.
       keys: of each row.
       sampling: how tokens are drawn.
       eos_id: the token that ends a text.
-      looks_up: whether guesses are looked up.
+      looks_up: whether the speculator is a `PromptLookup`.
     """
-    last = sample(_fold(keys, prefix.positions), prefix.logits, sampling)
+    last = sample(_fold_in(keys, decode_state.positions), decode_state.logits, sampling)
+    cache = decode_state.cache
     if looks_up:
-        memo = jax.lax.dynamic_update_slice_in_dim(memo, last[:, None], prefix.cache.index, axis=1)
-    return _State(prefix.cache, last, prefix.positions, keys, last == eos_id, memo, jnp.int32(0))
+        speculator_state = jax.lax.dynamic_update_slice_in_dim(
+            speculator_state, last[:, None], cache.index, axis=1
+        )
+    return SpeculativeState(
+        cache, last, decode_state.positions, keys, last == eos_id, speculator_state, jnp.int32(0)
+    )
 
 
-@partial(jax.jit, static_argnames=("model", "guesser", "eos_id", "room"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "speculator", "eos_id", "capacity"), donate_argnames="state")
 def speculate(
-    model: nn.Module, params, guesser: Lookup | Drafted, guesser_params, state: _State, *,
-    sampling: Sampling, eos_id: int, room: int, limit,
-) -> tuple[_State, Int[Array, "B room"], Int[Array, ""]]:  # fmt: skip
-    """The next tokens of every row, at least `limit` unless all end, and how many there are.
+    model: nn.Module,
+    params,
+    speculator: PromptLookup | DraftSpeculator,
+    draft_params,
+    state: SpeculativeState,
+    *,
+    sampling: SamplingParams,
+    eos_id: int,
+    capacity: int,
+    limit,
+) -> tuple[SpeculativeState, Int[Array, "B capacity"], Int[Array, ""]]:
+    """Return the state after at least `limit` more tokens, unless all rows end; the tokens; and their number.
 
     Args:
       model: see `forward`.
       params: its parameters.
-      guesser: what guesses.
-      guesser_params: parameters of its model, if it has one.
-      state: of `begin`, or of the last call.
+      speculator: proposes draft tokens.
+      draft_params: parameters of the speculator's model, if it has one.
+      state: of `init_speculation`, or of the last call.
       sampling: how tokens are drawn.
       eos_id: the token that ends a text.
-      room: for tokens, at least `limit` and one guess more.
+      capacity: room for tokens, at least `limit` and one draft more.
       limit: tokens after which to return; may be traced.
     """
 
     def one(carry):
-        state, tokens, number = carry
-        state, new, kept = _pass(model, params, guesser, guesser_params, state, sampling, eos_id)
-        return state, jax.lax.dynamic_update_slice_in_dim(tokens, new, number, axis=1), number + kept
+        state, tokens, count = carry
+        state, new, num_new = _draft_and_verify(
+            model, params, speculator, draft_params, state, sampling, eos_id
+        )
+        return state, jax.lax.dynamic_update_slice_in_dim(tokens, new, count, axis=1), count + num_new
 
-    nothing = jnp.zeros_like(state.last)[:, None] + jnp.zeros((1, room), jnp.int32)
-    goes_on = lambda carry: (carry[2] < limit) & ~carry[0].done.all()  # noqa: E731
-    return jax.lax.while_loop(goes_on, one, (state, nothing, jnp.int32(0)))
+    tokens = jnp.zeros_like(state.last)[:, None] + jnp.zeros((1, capacity), jnp.int32)
+    unfinished = lambda carry: (carry[2] < limit) & ~carry[0].done.all()  # noqa: E731
+    return jax.lax.while_loop(unfinished, one, (state, tokens, jnp.int32(0)))
 
 
-def _pass(model, params, guesser, guesser_params, state: _State, sampling: Sampling, eos_id: int):
-    """The state after one pass, the tokens that it settles in (B, count + 1), and how many they are."""
-    count = guesser.count
-    guessed, drafted, memo = guesser.guess(guesser_params, state.memo, state, sampling)
-    given = jnp.concatenate([state.last[:, None], guessed[:count].T], axis=1)
+def _draft_and_verify(
+    model, params, speculator, draft_params, state: SpeculativeState, sampling: SamplingParams, eos_id: int
+):
+    """Return the state after one pass of the model, its tokens (B, count + 1), and the number to keep."""
+    count = speculator.num_speculative_tokens
+    draft_tokens, draft_logits, speculator_state = speculator.propose(
+        draft_params, state.speculator_state, state, sampling
+    )
+    inputs = jnp.concatenate([state.last[:, None], draft_tokens[:count].T], axis=1)
     positions = state.positions[:, None] + jnp.arange(count + 1)[None]
-    logits, cache = forward(model, params, given, jnp.ones_like(given), positions, state.cache)
-    logits = jnp.stack([_laid_out(logits[:, i]) for i in range(count + 1)])
+    logits, cache = forward(model, params, inputs, jnp.ones_like(inputs), positions, state.cache)
+    logits = jnp.stack([_as_rows(logits[:, i]) for i in range(count + 1)])
 
-    def settle_one(x):
-        positions, guessed, logits, drafted = x
-        return guesser.settle(_fold(state.keys, positions), guessed, logits, drafted, sampling)
+    def verify(x):
+        positions, draft_tokens, logits, draft_logits = x
+        return speculator.verify(
+            _fold_in(state.keys, positions), draft_tokens, logits, draft_logits, sampling
+        )
 
-    tokens, right = jax.lax.map(settle_one, (positions.T + 1, guessed, logits, drafted))
-    # A row that has ended holds up no other.
-    stretch = jnp.where(state.done, count, jnp.cumprod(right[:count], axis=0).sum(axis=0))
-    kept, tokens = stretch.min() + 1, sharding.constrain(tokens.T, "batch", None)
-    ended = ((tokens == eos_id) & (jnp.arange(count + 1) < kept)[None]).any(axis=1)
+    tokens, accepted = jax.lax.map(verify, (positions.T + 1, draft_tokens, logits, draft_logits))
+    # A row that has ended delays no other.
+    num_accepted = jnp.where(state.done, count, jnp.cumprod(accepted[:count], axis=0).sum(axis=0))
+    num_new, tokens = num_accepted.min() + 1, sharding.constrain(tokens.T, "batch", None)
+    ended = ((tokens == eos_id) & (jnp.arange(count + 1) < num_new)[None]).any(axis=1)
     new = replace(
         state,
-        cache=cache.rewind(count + 1 - kept),
-        last=sharding.constrain(jnp.take(tokens, kept - 1, axis=1), "batch"),
-        positions=state.positions + kept,
+        cache=cache.rewind(count + 1 - num_new),
+        last=sharding.constrain(jnp.take(tokens, num_new - 1, axis=1), "batch"),
+        positions=state.positions + num_new,
         done=state.done | ended,
-        memo=guesser.go_on(memo, tokens, state, kept),
+        speculator_state=speculator.advance(speculator_state, tokens, state, num_new),
         passes=state.passes + 1,
     )
-    return new, tokens, kept
+    return new, tokens, num_new
 
 
-def _laid_out(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+def _as_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     return sharding.constrain(logits.astype(jnp.float32), "batch", None)

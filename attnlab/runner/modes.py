@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from attnlab import config, sharding
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
-from attnlab.generation.source_inputs import beginning
+from attnlab.generation.source_inputs import training_prefix_ids
 from attnlab.models import ViTConfig
 from attnlab.paths import as_json, write_atomically
 from attnlab.pretrained import import_export, repository
@@ -115,7 +115,7 @@ def open_session(request: Request, experiment: Experiment) -> Session:
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
     _enable_compilation_cache(mesh)
     tokenizer = _saved_tokenizer(request) or _new_tokenizer(experiment)
-    return Session(experiment, mesh, tokenizer.beginning(*beginning(experiment.model, tokenizer)))
+    return Session(experiment, mesh, tokenizer.beginning(*training_prefix_ids(experiment.model, tokenizer)))
 
 
 def _new_tokenizer(experiment: Experiment) -> Tokenizer:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from attnlab.data.baselines import compressed_bits_per_byte
-from attnlab.generation import Sampling, printable
+from attnlab.generation import SamplingParams, printable
 from attnlab.inspect import pictures
 from attnlab.models import TransformerConfig
 from attnlab.runner.trained_model import TrainedModel
@@ -29,7 +29,7 @@ def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 
     start = trained.tokenizer.encode(prompt)[: data.sequence_length // 2]
     shown = [trained.tokenizer.eos_id, *start]
     if trained.experiment.model.causal:
-        prompt, sampling = trained.tokenizer.decode(start), Sampling(temperature=0.8, top_p=0.95)
+        prompt, sampling = trained.tokenizer.decode(start), SamplingParams(temperature=0.8, top_p=0.95)
         (sample,) = trained.generate([prompt], max_new_tokens=max_new_tokens, sampling=sampling)
         trained.log(f"sample:\n{printable(prompt + sample.text)}")
         shown += sample.tokens

@@ -11,13 +11,13 @@ from attnlab import config, pretrained
 from attnlab.data import preprocessor
 from attnlab.errors import InputError
 from attnlab.generation import (
-    Beams,
+    BeamSearchOptions,
     Completion,
-    Draft,
+    DraftModel,
     Generator,
-    Lookup,
-    Sampling,
-    Wu,
+    GNMTLengthPenalty,
+    PromptLookup,
+    SamplingParams,
     printable,
 )
 from attnlab.runner.request import Request
@@ -41,16 +41,16 @@ def run_sampling(request: Request, trained: TrainedModel, open_run: OpenRun) -> 
     """
     generator = trained.generator()
     inputs = _generator_inputs(request, trained)
-    guesses = _speculation(request, trained, open_run)
+    speculator = _speculator(request, trained, open_run)
     if request.sampling.num_beams is not None:
         completions = _beam_search(request, generator, inputs)
         _print_all(completions)
     elif len(inputs["prompts"] or inputs["sources"]) * request.sampling.num_samples == 1:
-        completions = _stream_sample(request, generator, inputs, guesses)
+        completions = _stream_sample(request, generator, inputs, speculator)
     else:
-        completions = _sample(request, generator, inputs, guesses)
+        completions = _sample(request, generator, inputs, speculator)
         _print_all(completions)
-    if any(completion.ended == "context" for completion in completions):
+    if any(completion.finish_reason == "context" for completion in completions):
         length = request.config.data.sequence_length
         print(f"(ended at the model's context of {length} tokens)", file=sys.stderr)
 
@@ -91,8 +91,8 @@ def _beam_search(request: Request, generator: Generator, inputs: GeneratorInputs
     """The likeliest texts, with their scores."""
     options = request.sampling
     assert options.num_beams is not None
-    return generator.search(
-        beams=Beams(options.num_beams, Wu(options.length_penalty)),
+    return generator.beam_search(
+        options=BeamSearchOptions(options.num_beams, GNMTLengthPenalty(options.length_penalty)),
         **inputs,
         num_samples=options.num_samples,
         max_new_tokens=options.max_new_tokens,
@@ -103,7 +103,7 @@ def _sample(
     request: Request,
     generator: Generator,
     inputs: GeneratorInputs,
-    guesses: Lookup | Draft | None,
+    speculator: PromptLookup | DraftModel | None,
     stream=None,
 ) -> list[Completion]:
     """Samples for all inputs."""
@@ -112,39 +112,44 @@ def _sample(
         **inputs,
         num_samples=options.num_samples,
         max_new_tokens=options.max_new_tokens,
-        sampling=Sampling(options.temperature, options.top_k, options.top_p, options.min_p),
+        sampling=SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p),
         stop=options.stop,
         seed=request.seed or 0,
         stream=stream,
-        guesses=guesses,
+        speculator=speculator,
     )
 
 
-def _speculation(request: Request, trained: TrainedModel, open_run: OpenRun) -> Lookup | Draft | None:
+def _speculator(
+    request: Request, trained: TrainedModel, open_run: OpenRun
+) -> PromptLookup | DraftModel | None:
     """How next tokens are guessed, if they are: by what came before, another run, or a checkpoint."""
     options = request.sampling
     if options.prompt_lookup_ngram is not None:
-        return Lookup(options.prompt_lookup_ngram, options.num_speculative_tokens)
+        return PromptLookup(options.prompt_lookup_ngram, options.num_speculative_tokens)
     if options.draft_model is None:
         return None
     folder = epath.Path(options.draft_model)
     if (folder / FOLDER).exists():
         other = {"workdir": folder.absolute(), "config": config.load_workdir(folder).config}
         run = open_run(dataclasses.replace(request, checkpoint="latest", **other))
-        return Draft(run.generator(), options.num_speculative_tokens)
+        return DraftModel(run.generator(), options.num_speculative_tokens)
     loaded, mesh = pretrained.load(options.draft_model, trained.session.mesh), trained.session.mesh
     if loaded.tokenizer is None:
         raise InputError(
             f"--draft_model={options.draft_model} has no tokenizer: its tokens cannot be compared"
         )
     length = request.config.data.sequence_length
-    return Draft(
+    return DraftModel(
         Generator(loaded.model, loaded.params, loaded.tokenizer, length, mesh), options.num_speculative_tokens
     )
 
 
 def _stream_sample(
-    request: Request, generator: Generator, inputs: GeneratorInputs, guesses: Lookup | Draft | None
+    request: Request,
+    generator: Generator,
+    inputs: GeneratorInputs,
+    speculator: PromptLookup | DraftModel | None,
 ) -> list[Completion]:
     """One sample, printed as it grows."""
     # Shown with the first new text, when nothing is left that could be refused.
@@ -154,7 +159,7 @@ def _stream_sample(
         sys.stdout.write(printable(next(head, "") + text))
         sys.stdout.flush()
 
-    completions = _sample(request, generator, inputs, guesses, stream)
+    completions = _sample(request, generator, inputs, speculator, stream)
     print(printable(next(head, "")))
     return completions
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.generation import Power, beam_search, prefill
+from attnlab.generation import PowerLengthPenalty, beam_search, prefill
 from attnlab.layers import Attention, Causal, Sliding
 from attnlab.models import DecoderConfig
 
@@ -53,15 +53,22 @@ def padded(prompts):
     return tokens, segments
 
 
-MEAN = Power()
+MEAN = PowerLengthPenalty()
 
 
 def search(model, params, prompts, steps, count, penalty=MEAN, eos_id=EOS):
     """Texts up to and with their end, and scores, of each prompt."""
     tokens, segments = padded(prompts)
-    prefix = prefill(model, tokens.shape[1] + steps, params, tokens, segments)
+    decode_state = prefill(model, tokens.shape[1] + steps, params, tokens, segments)
     found = beam_search(
-        model, params, prefix, count=count, penalty=penalty, eos_id=eos_id, slots=steps, steps=steps
+        model,
+        params,
+        decode_state,
+        num_beams=count,
+        length_penalty=penalty,
+        eos_id=eos_id,
+        slots=steps,
+        steps=steps,
     )
     return [
         [(until_end(text, eos_id), s) for text, s in zip(texts.tolist(), scores.tolist(), strict=True)]

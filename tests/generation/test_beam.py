@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.generation import Beams, Power, Wu, beam_search, prefill
+from attnlab.generation import BeamSearchOptions, GNMTLengthPenalty, PowerLengthPenalty, beam_search, prefill
 from tests.generation.models import (
     EOS,
     WINDOWED,
@@ -21,10 +21,10 @@ from tests.generation.models import (
 VOCAB = 7
 PROMPTS = [[3, 1, 4, 1, 5], [2, 6], [5, 3, 5, 2, 1, 6, 3]]
 PENALTIES = {
-    "power": (Power(1.0), lambda n: n),
-    "none": (Power(0.0), lambda n: 1),
-    "short": (Power(-0.5), lambda n: n**-0.5),
-    "wu": (Wu(0.6), lambda n: ((5 + n) / 6) ** 0.6),
+    "power": (PowerLengthPenalty(1.0), lambda n: n),
+    "none": (PowerLengthPenalty(0.0), lambda n: 1),
+    "short": (PowerLengthPenalty(-0.5), lambda n: n**-0.5),
+    "wu": (GNMTLengthPenalty(0.6), lambda n: ((5 + n) / 6) ** 0.6),
 }
 
 
@@ -54,7 +54,7 @@ def by_loops(model, params, prompt, steps, count, penalty):
 def test_is_the_plain_loop(name):
     model, params = start(WINDOWED, VOCAB)
     penalty, of_length = PENALTIES[name]
-    got = search(model, params, PROMPTS, steps=8, count=3, penalty=penalty)
+    got = search(model, params, PROMPTS, steps=8, num_beams=3, length_penalty=penalty)
     for prompt, texts in zip(PROMPTS, got, strict=True):
         assert_same(texts, by_loops(model, params, prompt, 8, 3, of_length))
     assert len({len(text) for texts in got for text, _ in texts}) > 1  # some ended early
@@ -113,8 +113,17 @@ def test_a_mesh_changes_no_text(mesh_of, text, count):
             lambda x, like: jax.device_put(x, jax.NamedSharding(mesh, like.sharding.spec)), params, shapes
         )
         tokens, segments = (jax.device_put(x, rows.sharding) for x in padded(prompts))
-        prefix = prefill(model, tokens.shape[1] + 6, there, tokens, segments)
-        found = beam_search(model, there, prefix, count=3, penalty=Power(), eos_id=EOS, slots=6, steps=6)
+        decode_state = prefill(model, tokens.shape[1] + 6, there, tokens, segments)
+        found = beam_search(
+            model,
+            there,
+            decode_state,
+            num_beams=3,
+            length_penalty=PowerLengthPenalty(),
+            eos_id=EOS,
+            slots=6,
+            steps=6,
+        )
         assert jax.typeof(found.tokens).sharding.spec[0] == ("data", "fsdp")
     for texts, scores, row in zip(*map(np.asarray, found), expected, strict=True):
         assert_same([*zip(map(until_end, texts.tolist()), scores, strict=True)], row)
@@ -122,6 +131,6 @@ def test_a_mesh_changes_no_text(mesh_of, text, count):
 
 def test_bad_options_are_refused(refuses):
     with refuses("count is 0", "at least 1"):
-        Beams(count=0)
+        BeamSearchOptions(num_beams=0)
     with refuses("alpha is inf", "finite"):
-        Wu(float("inf"))
+        GNMTLengthPenalty(float("inf"))

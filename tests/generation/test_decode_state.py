@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from attnlab import sharding
-from attnlab.generation import decode_state as prefix
+from attnlab.generation import decode_state
 from attnlab.layers import Attention, RelativeBias
 from attnlab.models import DecoderConfig, RecurrentConfig
 from tests.generation.test_generate import CONFIG, generator
@@ -19,9 +19,9 @@ MODELS = {
 
 def read(g, at_once: int, monkeypatch):
     """What is read of prompts of unequal lengths, and the bytes of activations that it takes."""
-    monkeypatch.setattr(prefix, "READ", at_once)
+    monkeypatch.setattr(decode_state, "PREFILL_CHUNK", at_once)
     # A function of its own, which has no program of another size yet.
-    prefill = jax.jit(lambda *given: prefix.prefill.__wrapped__(*given), static_argnums=(0, 1))
+    prefill = jax.jit(lambda *given: decode_state.prefill.__wrapped__(*given), static_argnums=(0, 1))
     lengths = np.array([256, 3, 160, 64, 65, 200, 1, 130])
     tokens = np.random.default_rng(0).integers(0, 200, (8, 256), np.int32)
     segments = (np.arange(256) >= 256 - lengths[:, None]).astype(np.int32)

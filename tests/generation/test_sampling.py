@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from attnlab.errors import InputError
-from attnlab.generation import Sampling, filter_logits, sample
+from attnlab.generation import SamplingParams, filter_logits, sample
 from attnlab.generation import row_keys as eager_row_keys
 
 jit_filter, jit_sample, row_keys = jax.jit(filter_logits), jax.jit(sample), jax.jit(eager_row_keys)
@@ -20,7 +20,7 @@ rows = st.lists(entry, min_size=9, max_size=9).filter(lambda row: max(row) > -np
 
 def samplings(optional=lambda strategy: st.one_of(st.none(), strategy)):
     return st.builds(
-        Sampling,
+        SamplingParams,
         temperature=st.floats(0.1, 5),
         top_k=optional(st.integers(1, 12)),
         top_p=optional(st.floats(0.01, 1)),
@@ -86,7 +86,7 @@ def test_filters_by_hand():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
 
     def kept(**filters):
-        return (filter_logits(logits, Sampling(**filters))[0] > -jnp.inf).tolist()
+        return (filter_logits(logits, SamplingParams(**filters))[0] > -jnp.inf).tolist()
 
     assert kept() == [True, True, True, True]
     assert kept(top_k=1) == [True, False, False, False]
@@ -100,11 +100,11 @@ def test_filters_by_hand():
 
 
 def test_top_p_of_one_keeps_even_what_a_float_cannot_sum():
-    kept = filter_logits(jnp.array([[0.0, -30.0, -200.0]]), Sampling(top_p=1.0))
+    kept = filter_logits(jnp.array([[0.0, -30.0, -200.0]]), SamplingParams(top_p=1.0))
     np.testing.assert_allclose(kept, [[0.0, -30.0, -200.0]])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, 6, 0.9, 0.05)])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.5, 6, 0.9, 0.05)])
 def test_draws_follow_the_distribution(sampling):
     logits, draws = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.0]), 20_000
     probabilities = softmax(np.asarray(filter_logits(jnp.array([logits]), sampling), np.float64)[0])
@@ -117,7 +117,7 @@ def test_draws_follow_the_distribution(sampling):
 
 def test_temperature_zero_takes_the_first_of_the_most_probable():
     logits = jnp.array([[1.0, 3.0, 3.0, 2.0], [-jnp.inf, -5.0, -6.0, -5.0]])
-    greedy = Sampling(temperature=0.0, top_k=3, top_p=0.9, min_p=0.1)
+    greedy = SamplingParams(temperature=0.0, top_k=3, top_p=0.9, min_p=0.1)
     for seed in range(5):
         assert jit_sample(row_keys(jax.random.key(seed), jnp.arange(2)), logits, greedy).tolist() == [1, 1]
     np.testing.assert_array_equal(jnp.isfinite(filter_logits(logits, greedy)).sum(-1), [1, 1])
@@ -125,31 +125,35 @@ def test_temperature_zero_takes_the_first_of_the_most_probable():
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
 def test_extreme_temperatures_give_no_nan(temperature):
-    kept = filter_logits(jnp.array([[1e4, -1e4, 9e3]]), Sampling(temperature, 2, 0.9, 0.1))
+    kept = filter_logits(jnp.array([[1e4, -1e4, 9e3]]), SamplingParams(temperature, 2, 0.9, 0.1))
     assert not jnp.isnan(kept).any() and kept.max() == 0
 
 
 def test_half_precision_logits_are_filtered_in_float32():
     logits = jnp.array([[1.0, 2.0, 3.0]], jnp.bfloat16)
-    assert filter_logits(logits, Sampling(top_p=0.9)).dtype == jnp.float32
+    assert filter_logits(logits, SamplingParams(top_p=0.9)).dtype == jnp.float32
 
 
 def test_a_row_draws_the_same_whoever_else_is_in_the_batch():
     logits, key = jax.random.normal(jax.random.key(1), (8, 100)), jax.random.key(2)
     numbers = jnp.arange(8)
-    together = jit_sample(row_keys(key, numbers), logits, Sampling(top_p=0.95))
-    backwards = jit_sample(row_keys(key, numbers[::-1]), logits[::-1], Sampling(top_p=0.95))
-    alone = jit_sample(row_keys(key, numbers[5:6]), logits[5:6], Sampling(top_p=0.95))
+    together = jit_sample(row_keys(key, numbers), logits, SamplingParams(top_p=0.95))
+    backwards = jit_sample(row_keys(key, numbers[::-1]), logits[::-1], SamplingParams(top_p=0.95))
+    alone = jit_sample(row_keys(key, numbers[5:6]), logits[5:6], SamplingParams(top_p=0.95))
     np.testing.assert_array_equal(together, backwards[::-1])
     assert together[5] == alone[0]
-    same = jit_sample(row_keys(key, numbers), jnp.zeros((8, 100)), Sampling())
+    same = jit_sample(row_keys(key, numbers), jnp.zeros((8, 100)), SamplingParams())
     assert len(set(same.tolist())) > 4, "equal rows must not draw alike"
 
 
 def test_numbers_may_be_traced():
     jit = jax.jit(lambda logits, sampling: filter_logits(logits, sampling))
     logits = jax.random.normal(jax.random.key(0), (2, 20))
-    for sampling in [Sampling(0.5, 3, 0.9, 0.1), Sampling(0.0, 7, 0.2, 0.5), Sampling(2.0, 50, 1.0, 0.0)]:
+    for sampling in [
+        SamplingParams(0.5, 3, 0.9, 0.1),
+        SamplingParams(0.0, 7, 0.2, 0.5),
+        SamplingParams(2.0, 50, 1.0, 0.0),
+    ]:
         np.testing.assert_allclose(jit(logits, sampling), filter_logits(logits, sampling), rtol=1e-6)
     assert jit._cache_size() == 1
 
@@ -169,8 +173,8 @@ def test_numbers_may_be_traced():
 )
 def test_bad_settings_say_what_is_allowed(bad, says):
     with pytest.raises(InputError, match=says) as error:
-        Sampling(**bad)
-    assert f"Sampling.{next(iter(bad))}" in str(error.value)
+        SamplingParams(**bad)
+    assert f"SamplingParams.{next(iter(bad))}" in str(error.value)
 
 
 @pytest.mark.parametrize("spec", [P("data", None), P("data", "tensor"), P(None, "tensor"), P(None, None)])
@@ -178,7 +182,7 @@ def test_under_an_explicit_mesh(spec):
     """Runs on one device too: an Explicit mesh checks the types of arrays, however many hold them."""
     tensor = 2 if jax.device_count() % 2 == 0 else 1
     mesh = jax.make_mesh((jax.device_count() // tensor, tensor), ("data", "tensor"))
-    size, sampling = 2 * jax.device_count(), Sampling(0.8, 20, 0.9, 0.05)
+    size, sampling = 2 * jax.device_count(), SamplingParams(0.8, 20, 0.9, 0.05)
     logits = jax.random.normal(jax.random.key(0), (size, 64))
     expected = jit_sample(row_keys(jax.random.key(1), jnp.arange(size)), logits, sampling)
     with jax.set_mesh(mesh):

@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 
 from attnlab.data import Bytes
-from attnlab.generation import Beams, Draft, Generator, Lookup, Power, Sampling, Wu
+from attnlab.generation import (
+    BeamSearchOptions,
+    DraftModel,
+    Generator,
+    GNMTLengthPenalty,
+    PowerLengthPenalty,
+    PromptLookup,
+    SamplingParams,
+)
 from attnlab.layers import Attention, LayerNorm, RelativeBias
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig
 from attnlab.sharding import make_mesh, out_sharding, parse_mesh
 
 TOKENIZER = Bytes().train([])
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 CONTEXT = 24
 HALF = {"depth": 2, "width": 16, "attention": Attention(heads=4)}
 CONFIG = Seq2SeqConfig(
@@ -77,14 +85,14 @@ def test_greedy_is_the_argmax_of_full_forwards(one):
         assert row.tokens == by_full_forwards(one, source, [7], 12)[: len(row.tokens)]
         assert (row.source, row.prompt, row.head) == (source, "", f"{source}\n")
     assert len({tuple(row.tokens) for row in found}) == 3  # they depend on their sources
-    assert one(sources=SOURCES, max_new_tokens=12, sampling=GREEDY, guesses=Draft(one, 2)) == found
+    assert one(sources=SOURCES, max_new_tokens=12, sampling=GREEDY, speculator=DraftModel(one, 2)) == found
 
 
 def test_prompts_and_forced_tokens_come_first(one):
-    (row,) = one(["xy"], sources=["abc"], forced=(9, 8), max_new_tokens=9, sampling=GREEDY)
+    (row,) = one(["xy"], sources=["abc"], forced_decoder_ids=(9, 8), max_new_tokens=9, sampling=GREEDY)
     begin = [7, *TOKENIZER.encode("xy")]
     assert row.tokens[:2] == [9, 8]
-    (named,) = one(["xy"], sources=["abc"], forced=("a", 8), max_new_tokens=9)
+    (named,) = one(["xy"], sources=["abc"], forced_decoder_ids=("a", 8), max_new_tokens=9)
     assert named.tokens[:2] == [TOKENIZER.encode("a")[0], 8]
     assert row.tokens[2:] == by_full_forwards(one, "abc", [*begin, 9, 8], 7)[: len(row.tokens) - 2]
     (own,) = generator(one.mesh, replace(CONFIG, forced=(9, 8)))(
@@ -105,15 +113,15 @@ def test_what_is_never_written_is_not_and_what_is_longest_ends(one):
     found = {}
     for name, options in {
         "greedy": {"sampling": GREEDY},
-        "guessed": {"sampling": GREEDY, "guesses": Draft(free, 2)},
-        "looked up": {"sampling": GREEDY, "guesses": Lookup(1, 2)},
-        "drawn": {"sampling": Sampling(2.0)},
-        "drawn, guessed": {"sampling": Sampling(2.0), "guesses": Draft(free, 2)},
+        "guessed": {"sampling": GREEDY, "speculator": DraftModel(free, 2)},
+        "looked up": {"sampling": GREEDY, "speculator": PromptLookup(1, 2)},
+        "drawn": {"sampling": SamplingParams(2.0)},
+        "drawn, guessed": {"sampling": SamplingParams(2.0), "speculator": DraftModel(free, 2)},
     }.items():
         found[name] = g(sources=SOURCES, max_new_tokens=9, **options)
         for row in found[name]:
             assert not barred & {*row.tokens[1:]} and row.tokens[1] not in first
-            assert len(row.tokens) == 8 and row.ended == "length"  # the ninth is the end
+            assert len(row.tokens) == 8 and row.finish_reason == "length"  # the ninth is the end
     assert found["greedy"] == found["guessed"] == found["looked up"]
     for source, row in zip(SOURCES, found["greedy"], strict=True):
         ids = [7, 9]
@@ -122,22 +130,28 @@ def test_what_is_never_written_is_not_and_what_is_longest_ends(one):
             last[[*(ruled.never if i else first)]] = -np.inf
             ids.append(int(last.argmax()))
         assert row.tokens == ids[1:]
-    for row in g.search(None, Beams(1), sources=SOURCES, max_new_tokens=9):
+    for row in g.beam_search(None, BeamSearchOptions(1), sources=SOURCES, max_new_tokens=9):
         (same,) = (other for other in found["greedy"] if other.source == row.source)
-        assert (row.tokens, row.ended) == (same.tokens, same.ended)
+        assert (row.tokens, row.finish_reason) == (same.tokens, same.finish_reason)
 
 
 def test_rows_of_a_search_are_each_alone(one):
-    options = {"beams": Beams(3, Wu()), "max_new_tokens": 8, "num_samples": 2}
-    together = one.search(None, sources=SOURCES, **options)
-    alone = one.search(None, sources=SOURCES[1:2], **options)
+    options = {"options": BeamSearchOptions(3, GNMTLengthPenalty()), "max_new_tokens": 8, "num_samples": 2}
+    together = one.beam_search(None, sources=SOURCES, **options)
+    alone = one.beam_search(None, sources=SOURCES[1:2], **options)
     for row, expected in zip(together[2:4], alone, strict=True):
         assert row.tokens == expected.tokens and abs(row.score - expected.score) < 1e-4
 
 
 def test_forced_tokens_of_a_search_have_a_length_and_no_probability(one):
-    (row,) = one.search(None, Beams(1, Power(1.0)), sources=["abc"], forced=(9,), max_new_tokens=6)
-    assert row.tokens == [9, *by_full_forwards(one, "abc", [7, 9], 5)] and row.ended == "length"
+    (row,) = one.beam_search(
+        None,
+        BeamSearchOptions(1, PowerLengthPenalty(1.0)),
+        sources=["abc"],
+        forced_decoder_ids=(9,),
+        max_new_tokens=6,
+    )
+    assert row.tokens == [9, *by_full_forwards(one, "abc", [7, 9], 5)] and row.finish_reason == "length"
     log_probs = np.asarray(jax.nn.log_softmax(logits(one, [7, *row.tokens[:-1]], "abc")))
     total = sum(log_probs[i, token] for i, token in enumerate(row.tokens) if i >= 1)
     np.testing.assert_allclose(row.score, total / 6, rtol=1e-4)
@@ -146,11 +160,12 @@ def test_forced_tokens_of_a_search_have_a_length_and_no_probability(one):
 def test_a_mesh_changes_no_token(one, mesh_of):
     config = replace(CONFIG, never=tuple(range(60, 200)), ends=True)
     one, on_mesh = generator(one.mesh, config), generator(mesh_of("data:2,fsdp:2,tensor:2"), config)
-    for sampling in (GREEDY, Sampling(top_k=5)):
+    for sampling in (GREEDY, SamplingParams(top_k=5)):
         options = {"sources": SOURCES, "max_new_tokens": 6, "sampling": sampling, "seed": 3}
         assert on_mesh(**options) == one(**options)
     found, expected = (
-        g.search(None, Beams(3, Wu()), sources=SOURCES, max_new_tokens=6) for g in (on_mesh, one)
+        g.beam_search(None, BeamSearchOptions(3, GNMTLengthPenalty()), sources=SOURCES, max_new_tokens=6)
+        for g in (on_mesh, one)
     )
     assert [row.tokens for row in found] == [row.tokens for row in expected]
 
@@ -165,9 +180,9 @@ def test_what_cannot_be_read_is_refused(one, refuses):
     with refuses("2 prompts to 1 sources"):
         one(["a", "b"], sources=["a"])
     with refuses("has no token '<|en|>'"):
-        one(sources=["a"], forced=("<|en|>",))
+        one(sources=["a"], forced_decoder_ids=("<|en|>",))
     with refuses("over the 2 that are forced"):
-        one(sources=["a"], forced=(1, 2), max_new_tokens=2)
+        one(sources=["a"], forced_decoder_ids=(1, 2), max_new_tokens=2)
     decoder = Generator(CONFIG.decoder.build(9), {}, TOKENIZER, 8, one.mesh)
     with refuses("needs prompts"):
         decoder()

@@ -1,4 +1,4 @@
-"""Guessed tokens, checked: what is written is as if nothing had been guessed."""
+"""Speculative decoding: the text is distributed as without it."""
 
 import itertools
 from functools import cache
@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from attnlab.data import BPE
-from attnlab.generation import Draft, Generator, Lookup, Sampling, filter_logits, prefill, row_keys
-from attnlab.generation.speculative import Drafted, begin, settle, speculate
+from attnlab.generation import (
+    DraftModel,
+    Generator,
+    PromptLookup,
+    SamplingParams,
+    filter_logits,
+    prefill,
+    row_keys,
+)
+from attnlab.generation.speculative import DraftSpeculator, accept_or_resample, init_speculation, speculate
 from attnlab.layers import Attention
 from attnlab.models import DecoderConfig, RecurrentConfig
 from attnlab.sharding import make_mesh, parse_mesh
@@ -18,8 +26,8 @@ from tests.generation.models import WINDOWED, next_log_probs, start
 from tests.generation.test_generate import GREEDY, generator
 
 PROMPTS = ["abcabcab", "hello, hel", "x"]
-SAMPLING = Sampling(0.8, top_k=20, top_p=0.9)
-LIKELIEST = Sampling(0.0, top_k=20, top_p=0.9)  # by the same programs
+SAMPLING = SamplingParams(0.8, top_k=20, top_p=0.9)
+LIKELIEST = SamplingParams(0.0, top_k=20, top_p=0.9)  # by the same programs
 SMALLER = DecoderConfig(depth=1, width=16, attention=Attention(heads=2), tied=False)
 MESH = "data:2,fsdp:2,tensor:2"
 
@@ -36,8 +44,8 @@ def pair(text="single"):
 )
 def test_the_likeliest_tokens_are_the_same(kind, mesh):
     one, other = pair(mesh)
-    guesses = {"lookup": Lookup(2, 3), "draft": Draft(other, 3)}[kind]
-    got = one(PROMPTS, max_new_tokens=23, sampling=LIKELIEST, guesses=guesses)
+    speculator = {"lookup": PromptLookup(2, 3), "draft": DraftModel(other, 3)}[kind]
+    got = one(PROMPTS, max_new_tokens=23, sampling=LIKELIEST, speculator=speculator)
     assert got == one(PROMPTS, max_new_tokens=23, sampling=LIKELIEST)
     assert max(len(row.tokens) for row in got) == 23
 
@@ -48,17 +56,20 @@ def test_what_is_looked_up_changes_no_draw():
     options = {"max_new_tokens": 23, "sampling": SAMPLING, "seed": 3}
     pieces = {}
     got = one(
-        PROMPTS, **options, guesses=Lookup(2, 3), stream=lambda i, text: pieces.setdefault(i, []).append(text)
+        PROMPTS,
+        **options,
+        speculator=PromptLookup(2, 3),
+        stream=lambda i, text: pieces.setdefault(i, []).append(text),
     )
     assert got == one(PROMPTS, **options)
     assert ["".join(pieces[i]) for i in range(3)] == [row.text for row in got]
-    assert one(["x"], max_new_tokens=0, guesses=Lookup())[0].tokens == []
+    assert one(["x"], max_new_tokens=0, speculator=PromptLookup())[0].tokens == []
 
 
 def test_draws_of_a_row_do_not_depend_on_the_others():
     """Nor on how far other rows' guesses held."""
     one, other = pair()
-    options = {"max_new_tokens": 23, "sampling": SAMPLING, "seed": 3, "guesses": Draft(other, 3)}
+    options = {"max_new_tokens": 23, "sampling": SAMPLING, "seed": 3, "speculator": DraftModel(other, 3)}
     first, second = one(PROMPTS, **options), one(["abcabcab", "zzz", "x"], **options)
     assert (first[0], first[2]) == (second[0], second[2]) and first[1] != second[1]
     assert first[0].tokens != one(PROMPTS, **options | {"seed": 4})[0].tokens
@@ -74,16 +85,18 @@ def chi_square(counts, expected):
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.7, top_k=3), Sampling(1.5, top_p=0.6), GREEDY], ids=str
+    "sampling",
+    [SamplingParams(), SamplingParams(0.7, top_k=3), SamplingParams(1.5, top_p=0.6), GREEDY],
+    ids=str,
 )
 def test_a_settled_token_is_distributed_as_the_model_has_it(sampling):
     rows = 40_000
     p, q = (jnp.tile(jax.random.normal(jax.random.key(i), (1, 5)), (rows, 1)) for i in (1, 2))
     keys = row_keys(jax.random.key(0), jnp.arange(rows))
-    guessed = jax.vmap(jax.random.categorical)(
+    draft_tokens = jax.vmap(jax.random.categorical)(
         row_keys(jax.random.key(9), jnp.arange(rows)), filter_logits(q, sampling)
     )
-    tokens, accepted = settle(keys, guessed, p, q, sampling)
+    tokens, accepted = accept_or_resample(keys, draft_tokens, p, q, sampling)
     target, drafted = (np.asarray(jax.nn.softmax(filter_logits(x[:1], sampling)))[0] for x in (p, q))
     share = np.minimum(target, drafted).sum()  # that algorithm 1 accepts (section 3.3)
     assert abs(float(accepted.mean()) - share) < 5 * np.sqrt(max(share * (1 - share), 1e-9) / rows)
@@ -94,7 +107,7 @@ def test_a_settled_token_is_distributed_as_the_model_has_it(sampling):
         else counts.argmax() == target.argmax()
     )
     if share < 0.99:  # what the model drafted with is another distribution, and the test sees it
-        assert abs(np.bincount(guessed, minlength=5) - rows * target).max() > 0.01 * rows
+        assert abs(np.bincount(draft_tokens, minlength=5) - rows * target).max() > 0.01 * rows
 
 
 def test_texts_are_distributed_as_the_model_has_them():
@@ -102,14 +115,16 @@ def test_texts_are_distributed_as_the_model_has_them():
     rows, vocabulary, prompt = 2048, 4, [1, 3, 2]
     (model, params), (draft, theirs) = start(WINDOWED, vocabulary), start(SMALLER, vocabulary, 1)
     tokens = jnp.tile(jnp.array([prompt]), (rows, 1))
-    prefix, other = (
+    decode_state, other = (
         prefill(m, 12, p, tokens, jnp.ones_like(tokens)) for m, p in ((model, params), (draft, theirs))
     )
-    options = {"sampling": Sampling(), "eos_id": vocabulary}  # no token ends a text
+    options = {"sampling": SamplingParams(), "eos_id": vocabulary}  # no token ends a text
     keys = row_keys(jax.random.key(0), jnp.arange(rows))
-    state = begin(prefix, other.cache, keys, looks_up=False, **options)
+    state = init_speculation(decode_state, other.cache, keys, looks_up=False, **options)
     first = np.asarray(state.last)[:, None]
-    _, more, number = speculate(model, params, Drafted(draft, 2), theirs, state, room=8, limit=2, **options)
+    _, more, number = speculate(
+        model, params, DraftSpeculator(draft, 2), theirs, state, capacity=8, limit=2, **options
+    )
     assert number >= 2
     texts = np.concatenate([first, np.asarray(more)[:, :2]], axis=1)
     all_texts = [*itertools.product(range(vocabulary), repeat=3)]
@@ -127,14 +142,19 @@ def test_texts_are_distributed_as_the_model_has_them():
 def test_fewer_passes_where_guesses_are_right(kind):
     model, params = start(WINDOWED, 9)
     tokens = jnp.array([[1, 3, 2]])
-    prefix = prefill(model, 60, params, tokens, jnp.ones_like(tokens))
-    guesser, memo = Drafted(model, 3), prefill(model, 60, params, tokens, jnp.ones_like(tokens)).cache
+    decode_state = prefill(model, 60, params, tokens, jnp.ones_like(tokens))
+    speculator, speculator_state = (
+        DraftSpeculator(model, 3),
+        prefill(model, 60, params, tokens, jnp.ones_like(tokens)).cache,
+    )
     if kind == "lookup":
-        guesser, memo = Lookup(2, 3), jnp.full((1, 60), -1).at[:, :3].set(tokens)
+        speculator, speculator_state = PromptLookup(2, 3), jnp.full((1, 60), -1).at[:, :3].set(tokens)
     options = {"sampling": GREEDY, "eos_id": 9}
     keys = row_keys(jax.random.key(0), jnp.arange(1))
-    state = begin(prefix, memo, keys, looks_up=kind == "lookup", **options)
-    state, tokens, number = speculate(model, params, guesser, params, state, room=44, limit=40, **options)
+    state = init_speculation(decode_state, speculator_state, keys, looks_up=kind == "lookup", **options)
+    state, tokens, number = speculate(
+        model, params, speculator, params, state, capacity=44, limit=40, **options
+    )
     if kind == "itself":
         assert (int(state.passes), int(number)) == (10, 40)
     else:  # the likeliest text soon repeats itself
@@ -148,16 +168,16 @@ def test_refusals(refuses):
     config = RecurrentConfig(depth=1, width=16)
     params = config.build(257).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     recurrent = Generator(config.build(257), params, one.tokenizer, 40, one.mesh)
-    for model, guesses in ((recurrent, Lookup()), (one, Draft(recurrent))):
+    for model, speculator in ((recurrent, PromptLookup()), (one, DraftModel(recurrent))):
         with refuses("a recurrent model cannot take back what it has read"):
-            model(["x"], guesses=guesses)
+            model(["x"], speculator=speculator)
     words = BPE(257).train(["a"])
     other = generator(one.mesh, SMALLER)
     other.tokenizer = words
     assert one.tokenizer.agrees(one.tokenizer) and not one.tokenizer.agrees(words)
     with refuses("a draft must be a model of the same tokens"):
-        one(["x"], guesses=Draft(other))
-    with refuses("Lookup.ngram is 0"):
-        Lookup(0)
-    with refuses("Draft.count is 0; it must be at least 1"):
-        Draft(one, 0)
+        one(["x"], speculator=DraftModel(other))
+    with refuses("PromptLookup.ngram is 0"):
+        PromptLookup(0)
+    with refuses("DraftModel.num_speculative_tokens is 0; it must be at least 1"):
+        DraftModel(one, 0)

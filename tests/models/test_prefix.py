@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab.data import Bytes
-from attnlab.generation import Generator, Sampling
+from attnlab.generation import Generator, SamplingParams
 from attnlab.models import Learned, PrefixConfig, Projector
 from attnlab.sharding import make_mesh, parse_mesh
 from tests.models.test_captioner import DECODER, ENCODER, IMAGES, TOKENS, check_cache, check_mesh, draw, start
@@ -79,7 +79,7 @@ def test_captions_are_the_argmax_of_full_forwards():
     laid = jax.tree.map(lambda x: jax.NamedSharding(mesh, x.sharding.spec), shapes)
     params = jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes), laid)
     generate = Generator(model, params, tokenizer, 24, mesh)
-    options = {"max_new_tokens": 4, "sampling": Sampling(temperature=0.0)}
+    options = {"max_new_tokens": 4, "sampling": SamplingParams(temperature=0.0)}
     found = generate(["abc", "d"], sources=list(IMAGES[:2]), **options)
     run = jax.jit(model.apply)
     for row, text in enumerate(("abc", "d")):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.generation import Power, beam_search, prefill
+from attnlab.generation import PowerLengthPenalty, beam_search, prefill
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import Settings
@@ -163,7 +163,14 @@ def test_greedy_and_beams(peer, case):
             got.append(np.asarray(prefix.logits).argmax(-1))
             prefix = read(prefix, peer.params, got[-1])
         found = beam_search(
-            peer.model, peer.params, first, count=3, penalty=Power(), eos_id=EOS, slots=STEPS, steps=STEPS
+            peer.model,
+            peer.params,
+            first,
+            num_beams=3,
+            length_penalty=PowerLengthPenalty(),
+            eos_id=EOS,
+            slots=STEPS,
+            steps=STEPS,
         )
     peer.theirs.generation_config.eos_token_id = None
     assert np.transpose(got).tolist() == generate()[:, 1:].tolist()

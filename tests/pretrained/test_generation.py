@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from attnlab.generation import Power, prefill
+from attnlab.generation import PowerLengthPenalty, prefill
 from tests.generation.models import assert_same, padded, search, until_end
 from tests.pretrained.test_decoders import CASES, decoder
 
@@ -60,7 +60,7 @@ def test_beams(case, alpha, tmp_path):
         expected, found = generate(peer, early_stopping=False, eos_token_id=EOS, **options)
         scores = found.sequences_scores.reshape(-1, count).tolist()
         with jax.set_mesh(peer.mesh):
-            got = search(peer.model, peer.params, PROMPTS, STEPS, count, Power(alpha), EOS)
+            got = search(peer.model, peer.params, PROMPTS, STEPS, count, PowerLengthPenalty(alpha), EOS)
         for i, (ours, wanted) in enumerate(zip(got, scores, strict=True)):
             texts = [until_end(text, EOS) for text in expected[i * count : (i + 1) * count]]
             assert_same(ours, [*zip(texts, wanted, strict=True)])

@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 from attnlab import sharding
 from attnlab.data import preprocessor
 from attnlab.data.images import Pixels
-from attnlab.generation import Generator, Sampling, prefill, source_inputs
+from attnlab.generation import Generator, SamplingParams, prefill, source_inputs
 from attnlab.inspect.maps import in_order
 from attnlab.models import PrefixConfig
 from attnlab.pretrained import import_export, load
@@ -249,7 +249,7 @@ def test_texts_of_pictures(peer, kind, prompts, tmp_path):
     found, pixels = load(str(tmp_path), mesh), Pixels.from_settings(preprocessor.read(tmp_path))
     generator = Generator(found.model, found.params, found.tokenizer, context=64, mesh=mesh)
     read = list(map(pixels, pictures))
-    found = generator(prompts, sources=read, sampling=Sampling(0.0), max_new_tokens=STEPS)
+    found = generator(prompts, sources=read, sampling=SamplingParams(0.0), max_new_tokens=STEPS)
     assert [row.text for row in found] == expected and len({*expected}) == 3
 
 
@@ -261,8 +261,8 @@ def test_where_an_image_is_to_be_is_said_once(tmp_path, refuses):
     config = PrefixConfig(marker=marker)
     for text, count in (("What is this?", 0), ("<image> <image>", 2)):
         with refuses(f"a prompt has <image> once, where its image is to be: this one has it {count} times"):
-            source_inputs.prompt(config, tokenizer, text)
-    assert 2 not in source_inputs.prompt(config, tokenizer, "<image> </s>")  # which no text can say
+            source_inputs.prompt_ids(config, tokenizer, text)
+    assert 2 not in source_inputs.prompt_ids(config, tokenizer, "<image> </s>")  # which no text can say
     assert marker not in tokenizer.prompt("<image>")
 
 

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.generation import Beams, Generator, Power, Sampling, beam_search, prefill
+from attnlab.generation import (
+    BeamSearchOptions,
+    Generator,
+    PowerLengthPenalty,
+    SamplingParams,
+    beam_search,
+    prefill,
+)
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained import import_export, load
 from attnlab.pretrained.hf_config import Settings
@@ -225,8 +232,8 @@ def test_beams(peer, case):
         scores = found.sequences_scores.reshape(-1, count).tolist()
         with jax.set_mesh(peer.mesh):
             got = beam_search(
-                peer.model, peer.params, prefix(peer, forced), count=count, penalty=Power(alpha),
-                eos_id=EOS, slots=STEPS, steps=STEPS, forced=forced,
+                peer.model, peer.params, prefix(peer, forced), num_beams=count, length_penalty=PowerLengthPenalty(alpha),
+                eos_id=EOS, slots=STEPS, steps=STEPS, forced_decoder_ids=forced,
             )  # fmt: skip
         for i, wanted in enumerate(scores):
             texts = [until_end(text, EOS) for text in expected[i * count : (i + 1) * count]]
@@ -258,7 +265,13 @@ def test_rules_of_what_is_written(peer, case, own, tmp_path):
     assert peer.found[1].forced == own
     with jax.set_mesh(peer.mesh):
         for count, wanted, scores in ((1, expected, None), (3, several, found.sequences_scores.tolist())):
-            options = {"slots": STEPS, "steps": STEPS, "penalty": Power(1.0), "eos_id": EOS, "forced": own}
+            options = {
+                "slots": STEPS,
+                "steps": STEPS,
+                "length_penalty": PowerLengthPenalty(1.0),
+                "eos_id": EOS,
+                "forced_decoder_ids": own,
+            }
             got = beam_search(peer.model, peer.params, prefix(peer, own), count=count, **options)
             ours = [until_end(text, EOS) for text in got.tokens.reshape(-1, STEPS).tolist()]
             assert ours == [until_end(text, EOS) for text in wanted]
@@ -294,10 +307,10 @@ def test_a_folder_of_opus_translates(tmp_path):
     for count in (1, 4):
         theirs = model.generate(**given, do_sample=False, num_beams=count, early_stopping=False, max_new_tokens=STEPS)  # fmt: skip
         expected = tokenizer.batch_decode(theirs, skip_special_tokens=True)
-        got = generator.search(None, Beams(count), sources=texts, max_new_tokens=STEPS)
+        got = generator.beam_search(None, BeamSearchOptions(count), sources=texts, max_new_tokens=STEPS)
         assert [row.text for row in got] == expected and len({*expected}) == 3
         if count == 1:
-            drawn = generator(sources=texts, sampling=Sampling(0.0), max_new_tokens=STEPS)
+            drawn = generator(sources=texts, sampling=SamplingParams(0.0), max_new_tokens=STEPS)
             assert [row.text for row in drawn] == expected
 
 

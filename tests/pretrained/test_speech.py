@@ -9,7 +9,7 @@ import pytest
 
 from attnlab.data import Bytes, preprocessor
 from attnlab.data.audio import LogMel
-from attnlab.generation import Generator, Power, Sampling, beam_search, prefill
+from attnlab.generation import Generator, PowerLengthPenalty, SamplingParams, beam_search, prefill
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained import load
 from attnlab.pretrained.families import FAMILIES
@@ -171,7 +171,13 @@ def test_beams(peer):
     expected = found.sequences[:, 2:].reshape(2, 3, -1).tolist()
     scores = found.sequences_scores.reshape(2, 3).tolist()
     with jax.set_mesh(peer.mesh):
-        options = {"count": 3, "penalty": Power(1.0), "eos_id": EOS, "slots": STEPS, "steps": STEPS}
+        options = {
+            "num_beams": 3,
+            "length_penalty": PowerLengthPenalty(1.0),
+            "eos_id": EOS,
+            "slots": STEPS,
+            "steps": STEPS,
+        }
         texts = beam_search(peer.model, peer.params, start(peer, features), **options)
     for i in range(2):
         ours = [until_end(text, EOS) for text in texts.tokens[i].tolist()]
@@ -217,7 +223,7 @@ def test_from_sound_to_text(tmp_path):
     features = LogMel.from_settings(preprocessor.read(tmp_path))(jnp.asarray(sound)[None])
     close(features[0], theirs[0].T)
     generator = Generator(model, params, tokens, model.config.decoder.positions.length, there.mesh)
-    (row,) = generator(sources=[features[0]], sampling=Sampling(0.0), max_new_tokens=STEPS + 2)
+    (row,) = generator(sources=[features[0]], sampling=SamplingParams(0.0), max_new_tokens=STEPS + 2)
     assert row.tokens == until_end(expected.sequences[0, 1:].tolist(), tokenizer.eos_id)[: len(row.tokens)]
     assert row.tokens[:2] == [5, 9] and len(row.tokens) > 8
     rules = {name: [] for name in rules}

@@ -1,0 +1,115 @@
+"""Completions, and the text of one as it grows token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnlab.data import Tokenizer
+
+_CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
+_CONTROL_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The text generated after a prompt, or from a source.
+
+    Attributes:
+      prompt: the text that is continued.
+      text: the text generated, up to but not with a stop string.
+      tokens: the ids generated.
+      finish_reason: "eos", "stop" (a stop string), "length" (`max_new_tokens`), or "context".
+      score: of a beam search, the log-probability of the tokens divided by their length penalty.
+      source: the source, if it is a text.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    score: float | None = None
+    source: str | None = None
+
+    @property
+    def head(self) -> str:
+        """The inputs, to be shown before the text."""
+        return self.prompt if self.source is None else f"{self.source}\n{self.prompt}"
+
+
+@dataclass(frozen=True)
+class GenerationInput:
+    """The inputs of one row.
+
+    Attributes:
+      prompt: the text to continue.
+      ids: all tokens that are read before the first token is drawn.
+      source: an array that is read beside them.
+      source_text: the source, if it is a text.
+    """
+
+    prompt: str
+    ids: list[int]
+    source: np.ndarray | None = None
+    source_text: str | None = None
+
+
+class IncrementalDetokenizer:
+    """The text of one row as it grows; ends it at the end token or at a stop string."""
+
+    def __init__(self, inputs: GenerationInput, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._inputs, self.finish_reason = inputs, ""
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens: list[int] = []
+        self._text = ""
+        self._num_emitted = 0
+
+    def add(self, tokens: list[int]) -> str:
+        """Add tokens; return the text that is certain now and was not returned before."""
+        if self.finish_reason:
+            return ""
+        if self._tokenizer.eos_id in tokens:
+            tokens = tokens[: tokens.index(self._tokenizer.eos_id)]
+            self.finish_reason = "eos"
+        text = self._tokenizer.decode(self._tokens + tokens)
+        if any(s in text for s in self._stop):
+            # The first token that completes a stop string is the last.
+            counts = range(1, len(tokens) + 1)
+            texts = [self._tokenizer.decode(self._tokens + tokens[:n]) for n in counts]
+            count = next(
+                n for n, text in zip(counts, texts, strict=True) if any(s in text for s in self._stop)
+            )
+            tokens, text = tokens[:count], texts[count - 1]
+            text = text[: min(text.find(s) for s in self._stop if s in text)]
+            self.finish_reason = "stop"
+        self._tokens += tokens
+        self._text = text
+        return self._emit(0 if self.finish_reason else self._num_uncertain())
+
+    def _emit(self, num_uncertain: int) -> str:
+        certain = self._text[: len(self._text) - num_uncertain]
+        new, self._num_emitted = certain[self._num_emitted :], max(self._num_emitted, len(certain))
+        return new
+
+    def _num_uncertain(self) -> int:
+        """Characters at the end that a next token may change: half a character after half a stop string."""
+        text = self._text.rstrip("\N{REPLACEMENT CHARACTER}")
+        half = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return len(self._text) - len(text) + half
+
+    def end(self, reason: str) -> str:
+        """End the text unless it has ended; return the text that was still uncertain."""
+        self.finish_reason = self.finish_reason or reason
+        return self._emit(0)
+
+    def completion(self) -> Completion:
+        """Return the finished row."""
+        inputs = self._inputs
+        return Completion(
+            inputs.prompt, self._text, self._tokens, self.finish_reason, source=inputs.source_text
+        )
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters made visible: a terminal would obey those that a model writes."""
+    return text.translate(_CONTROL_PICTURES)
