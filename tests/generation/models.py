@@ -56,7 +56,7 @@ def padded(prompts):
 MEAN = PowerLengthPenalty()
 
 
-def search(model, params, prompts, steps, count, penalty=MEAN, eos_id=EOS):
+def search(model, params, prompts, steps, num_beams, length_penalty=MEAN, eos_id=EOS):
     """Texts up to and with their end, and scores, of each prompt."""
     tokens, segments = padded(prompts)
     decode_state = prefill(model, tokens.shape[1] + steps, params, tokens, segments)
@@ -64,8 +64,8 @@ def search(model, params, prompts, steps, count, penalty=MEAN, eos_id=EOS):
         model,
         params,
         decode_state,
-        num_beams=count,
-        length_penalty=penalty,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
         eos_id=eos_id,
         slots=steps,
         steps=steps,

@@ -75,14 +75,14 @@ def test_with_room_for_all_texts_it_is_an_exhaustive_search(name):
     scores = [s / of_length(len(t)) for s, t in zip(scores, texts, strict=True)]
     expected = sorted(zip(map(list, texts), scores, strict=True), key=lambda x: -x[1])
     # There is room for more, and nothing fills it.
-    (got,) = search(model, params, [prompt], steps, count=len(texts) + 5, penalty=penalty)
+    (got,) = search(model, params, [prompt], steps, num_beams=len(texts) + 5, length_penalty=penalty)
     assert [s for _, s in got[len(texts) :]] == [-np.inf] * 5
     assert_same(got[: len(texts)], expected)
 
 
 def test_one_beam_is_greedy():
     model, params = start(WINDOWED, VOCAB)
-    ((text, score),), *_ = search(model, params, PROMPTS, steps=9, count=1)
+    ((text, score),), *_ = search(model, params, PROMPTS, steps=9, num_beams=1)
     expected, total = [], 0.0
     while len(expected) < 9 and EOS not in expected:
         (log_probs,) = next_log_probs(model, params, [PROMPTS[0] + expected])
@@ -93,16 +93,16 @@ def test_one_beam_is_greedy():
 
 def test_rows_do_not_depend_on_each_other():
     model, params = start(WINDOWED, VOCAB)
-    together = search(model, params, PROMPTS, steps=8, count=3)
+    together = search(model, params, PROMPTS, steps=8, num_beams=3)
     for prompt, texts in zip(PROMPTS, together, strict=True):
-        assert_same(search(model, params, [prompt], steps=8, count=3)[0], texts)
+        assert_same(search(model, params, [prompt], steps=8, num_beams=3)[0], texts)
 
 
 @pytest.mark.parametrize(("text", "count"), [("data:2,fsdp:2,tensor:2", 4), ("single", 1)])
 def test_a_mesh_changes_no_text(mesh_of, text, count):
     model, params = start(WINDOWED, VOCAB)
     prompts = [*PROMPTS, [1, 2]][:count]
-    expected = search(model, params, prompts, steps=6, count=3)
+    expected = search(model, params, prompts, steps=6, num_beams=3)
     mesh = mesh_of(text)
     with jax.set_mesh(mesh):
         rows = jax.ShapeDtypeStruct(
@@ -130,7 +130,7 @@ def test_a_mesh_changes_no_text(mesh_of, text, count):
 
 
 def test_bad_options_are_refused(refuses):
-    with refuses("count is 0", "at least 1"):
+    with refuses("num_beams is 0", "at least 1"):
         BeamSearchOptions(num_beams=0)
     with refuses("alpha is inf", "finite"):
         GNMTLengthPenalty(float("inf"))

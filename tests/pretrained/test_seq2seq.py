@@ -272,7 +272,7 @@ def test_rules_of_what_is_written(peer, case, own, tmp_path):
                 "eos_id": EOS,
                 "forced_decoder_ids": own,
             }
-            got = beam_search(peer.model, peer.params, prefix(peer, own), count=count, **options)
+            got = beam_search(peer.model, peer.params, prefix(peer, own), num_beams=count, **options)
             ours = [until_end(text, EOS) for text in got.tokens.reshape(-1, STEPS).tolist()]
             assert ours == [until_end(text, EOS) for text in wanted]
             if scores:
