@@ -15,7 +15,7 @@ from attnlab.data import BPE
 from attnlab.pretrained import import_export
 from attnlab.runner import modes as runner
 from attnlab.runner.request import Request
-from tests.pretrained.small import LLAMA, write
+from tests.pretrained.small_llama import LLAMA, write
 from tests.programs import ROOT, call, metrics, write_text
 
 FINE = f"--config={ROOT / 'experiments' / 'finetune.py'}"
@@ -191,7 +191,7 @@ def test_a_translator_is_trained_on_with_the_token_that_it_begins_with(tmp_path)
     model = replace(model, **{h: replace(getattr(model, h), width=16) for h in ("encoder", "decoder")})
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), import_export.abstract_params(model))
     folder = epath.Path(tmp_path) / "marian"
-    import_export.write(folder, model, params, import_export.Made(tokenizer, 32))
+    import_export.write_checkpoint(folder, model, params, import_export.FromScratch(tokenizer, 32))
     loaded = configs.load(str(translate))
     data = replace(loaded.config.data, sequence_length=128, source_length=128)
     model = import_export.read_config(folder)[1]

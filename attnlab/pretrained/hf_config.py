@@ -20,17 +20,17 @@ ACTIVATIONS = {
 
 
 # What a checkpoint says of all texts that it writes.
-RULES = (
+GENERATION_FIELDS = (
     "forced_bos_token_id",
     "forced_eos_token_id",
     "suppress_tokens",
     "begin_suppress_tokens",
     "bad_words_ids",
 )
-THEIR_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+HF_ACTIVATION_NAMES = {param: hf_name for hf_name, param in reversed(ACTIVATIONS.items())}
 
 
-class Settings(Mapping):
+class HFConfig(Mapping):
     """The fields of a `config.json`, and the few that families share in our words.
 
     Args:
@@ -58,10 +58,10 @@ class Settings(Mapping):
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field, or the default where it is absent or null."""
-        found = self._fields.get(name)
-        return default if found is None else found
+        value = self._fields.get(name)
+        return default if value is None else value
 
-    def part(self, name: str, defaults: Mapping[str, Any] | None = None, **changes: Any) -> "Settings":
+    def part(self, name: str, defaults: Mapping[str, Any] | None = None, **changes: Any) -> "HFConfig":
         """The fields of a model within this one.
 
         Args:
@@ -69,7 +69,7 @@ class Settings(Mapping):
           defaults: what those are that it does not name.
           **changes: what some are, whatever it says.
         """
-        return Settings({**(defaults or {}), **self[name], **changes}, f"{self._where}: {name}")
+        return HFConfig({**(defaults or {}), **self[name], **changes}, f"{self._where}: {name}")
 
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses a field that is there with a value that the family's model here cannot have.

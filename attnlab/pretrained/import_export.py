@@ -28,12 +28,13 @@ from attnlab.models import (
 )
 from attnlab.models.contrastive import EndOfText
 from attnlab.paths import write_atomically
-from attnlab.pretrained import repository, table, tensors, vocabularies
+from attnlab.pretrained import repository, tensor_mapping, tensors, tokenizer_files
 from attnlab.pretrained.families import FAMILIES, Family
-from attnlab.pretrained.hf_config import RULES, Settings
+from attnlab.pretrained.hf_config import GENERATION_FIELDS, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-class Made(NamedTuple):
+class FromScratch(NamedTuple):
     """What a model that was made here was trained with.
 
     Attributes:
@@ -47,7 +48,7 @@ class Made(NamedTuple):
     preprocessor: Mapping[str, Any] | None = None
 
 
-Origin: TypeAlias = epath.Path | Made
+Origin: TypeAlias = epath.Path | FromScratch
 
 
 def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
@@ -56,32 +57,32 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
     Raises:
       InputError: a model_type or a setting that there is nothing here for.
     """
-    fields = repository.read_json(folder / repository.CONFIG) | _generation(folder)
-    kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        known = f"{did_you_mean(str(kind), FAMILIES)} There are {', '.join(sorted(FAMILIES))}"
-        raise InputError(f"{folder / repository.CONFIG}: no model_type {kind!r}{known}")
-    settings = Settings(fields, str(folder / repository.CONFIG))
+    fields = repository.read_json(folder / repository.CONFIG_FILE) | _read_generation_config(folder)
+    model_type = fields.get("model_type")
+    if model_type not in FAMILIES:
+        known = f"{did_you_mean(str(model_type), FAMILIES)} There are {', '.join(sorted(FAMILIES))}"
+        raise InputError(f"{folder / repository.CONFIG_FILE}: no model_type {model_type!r}{known}")
+    hf_config = HFConfig(fields, str(folder / repository.CONFIG_FILE))
     try:
-        config = FAMILIES[kind].config(settings)
-        return FAMILIES[kind].of(config), config
+        config = FAMILIES[model_type].config(hf_config)
+        return FAMILIES[model_type].for_config(config), config
     except InputError:
         raise
     except ValueError as error:  # of a config's own checks
-        raise InputError(f"{folder / repository.CONFIG}: {error}") from error
+        raise InputError(f"{folder / repository.CONFIG_FILE}: {error}") from error
 
 
-def _generation(folder: epath.Path) -> dict[str, Any]:
+def _read_generation_config(folder: epath.Path) -> dict[str, Any]:
     """How a model's texts are written, which newer checkpoints keep apart from their config.
 
     Where there is such a file, it alone has the rules; what begins a text the config may say just as well.
     """
-    file = folder / repository.GENERATION
+    file = folder / repository.GENERATION_CONFIG_FILE
     if not file.exists():
         return {}
-    found = repository.read_json(file)
-    begin = {name: found[name] for name in ("decoder_start_token_id",) if name in found}
-    return begin | {name: found.get(name) for name in RULES}
+    generation = repository.read_json(file)
+    start = {name: generation[name] for name in ("decoder_start_token_id",) if name in generation}
+    return start | {name: generation.get(name) for name in GENERATION_FIELDS}
 
 
 def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
@@ -95,24 +96,28 @@ def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
     Raises:
       InputError: files that cannot be read, or tensors that do not fit the config: all of them, by name.
     """
-    checkpoint = repository.Checkpoint(folder)
-    there = checkpoint.shapes()
-    found = table.places([_as_named(row, family, there) for row in family.tensors], abstract)
-    zeros = [n for p in found if (n := p.theirs) not in there and table.matches(family.zeros, n)]
-    found = [place for place in found if place.theirs not in zeros]
-    table.check(found, there, family.ignored, str(folder))
-    return tensors.load(checkpoint, found, abstract)
+    reader = repository.SafetensorsReader(folder)
+    shapes = reader.shapes()
+    mappings = [_with_checkpoint_name(mapping, family, shapes) for mapping in family.tensors]
+    slices = tensor_mapping.tensor_slices(mappings, abstract)
+
+    def is_zero(name: str) -> bool:
+        return name not in shapes and tensor_mapping.matches(family.optional_zero_tensors, name)
+
+    slices = [piece for piece in slices if not is_zero(piece.hf_name)]
+    tensor_mapping.check(slices, shapes, family.ignored, str(folder))
+    return tensors.load_params(reader, slices, abstract)
 
 
-def _as_named(row: table.Tensor, family: Family, there: Collection[str]) -> table.Tensor:
-    """A row by the names of a checkpoint: of a model without its head, or an older one."""
-    theirs = row.theirs
-    if not any(name.startswith(family.prefix) for name in there):
-        theirs = theirs.removeprefix(family.prefix)
-    for now, before in family.older:
-        if any(before in name for name in there):
-            theirs = theirs.replace(now, before)
-    return dataclasses.replace(row, theirs=theirs)
+def _with_checkpoint_name(mapping: TensorMapping, family: Family, names: Collection[str]) -> TensorMapping:
+    """Rename a tensor as a checkpoint without a head, or an older one, names it."""
+    hf_name = mapping.hf_name
+    if not any(name.startswith(family.prefix) for name in names):
+        hf_name = hf_name.removeprefix(family.prefix)
+    for new, old in family.renamed_prefixes:
+        if any(old in name for name in names):
+            hf_name = hf_name.replace(new, old)
+    return dataclasses.replace(mapping, hf_name=hf_name)
 
 
 def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
@@ -123,7 +128,7 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
     """
     file, template = folder / "tokenizer.json", folder / "chat_template.jinja"
     settings: dict[str, Any] = {}
-    cuts = None
+    source_target_tokenizers = None
     for name in ("special_tokens_map.json", SETTINGS):
         settings |= repository.read_json(folder / name) if (folder / name).exists() else {}
     if template.exists():
@@ -134,36 +139,38 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
         except Exception as error:  # the library raises plain Exceptions
             raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
     else:
-        made = vocabularies.read(
-            folder, settings, repository.read_json(folder / repository.CONFIG)["model_type"]
-        )
-        if made is None:
+        model_type = repository.read_json(folder / repository.CONFIG_FILE)["model_type"]
+        parts = tokenizer_files.read(folder, settings, model_type)
+        if parts is None:
             return None
-        backend, settings, cuts = made
+        backend, settings, source_target_tokenizers = parts
     if "eos_token" not in settings:
         settings["eos_token"] = _eos_by_id(folder, backend)
-    return Tokenizer(backend, settings, cuts)
+    return Tokenizer(backend, settings, source_target_tokenizers)
 
 
 def _eos_by_id(folder: epath.Path, backend: tokenizers.Tokenizer) -> str | None:
     """The token that ends a text where only the model's config tells, by its number."""
-    number = repository.read_json(folder / repository.CONFIG).get("eos_token_id")
+    number = repository.read_json(folder / repository.CONFIG_FILE).get("eos_token_id")
     number = number[0] if isinstance(number, list) else number
     return None if number is None else backend.id_to_token(number)
 
 
-def copy_small_files(source: epath.Path, target: epath.Path) -> None:
+def copy_non_tensor_files(source: epath.Path, target: epath.Path) -> None:
     """Copies all of a checkpoint but its tensors: its config, and its tokenizer's and processors' files."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".spm", ".txt") and file.name != repository.INDEX:
+        if (
+            file.suffix in (".json", ".jinja", ".model", ".spm", ".txt")
+            and file.name != repository.INDEX_FILE
+        ):
             file.copy(target / file.name, overwrite=True)
-    for file in source.glob(f"*_*/{repository.CONFIG}"):  # of the parts of a sentence encoder
+    for file in source.glob(f"*_*/{repository.CONFIG_FILE}"):  # of the parts of a sentence encoder
         (target / file.parent.name).mkdir(exist_ok=True)
         file.copy(target / file.parent.name / file.name, overwrite=True)
 
 
-def describe(config: ModelConfig, length: int) -> dict[str, Any]:
+def hf_config_fields(config: ModelConfig, length: int) -> dict[str, Any]:
     """The fields of a `config.json` that say what a model is, of the first family that can say all of it.
 
     Args:
@@ -175,43 +182,45 @@ def describe(config: ModelConfig, length: int) -> dict[str, Any]:
     """
     tried: list[tuple[bool, int, str, list[str]]] = []
     for kind, family in FAMILIES.items():
-        if family.fields is None or type(config) is not family.made:
+        if family.fields is None or type(config) is not family.config_class:
             continue
         named = {"model_type": kind, "architectures": [family.architecture_of(config)]}
         fields = named | family.fields(config, length)
         try:
-            told = _differences(config, family.config(Settings(fields, kind)))
+            changed = _config_differences(config, family.config(HFConfig(fields, kind)))
         except ValueError as error:  # what the family needs to be told besides, or cannot be told
             tried.append((True, 1, kind, [str(error)]))
             continue
-        if not told:
+        if not changed:
             return fields
-        tried.append((False, len(told), kind, told))
+        tried.append((False, len(changed), kind, changed))
     if not tried:
         raise InputError(
-            f"no config.json can say what this model is: no model type here is a {_name(config)}"
+            f"no config.json can say what this model is: no model type here is a {_class_name(config)}"
         )
-    *_, nearest, told = min(tried)
-    told = [line for line in told if "absent" not in line]  # the fields of a part whose type is told itself
-    more = f"; and {len(told) - 6} more" if len(told) > 6 else ""
+    *_, nearest, changed = min(tried)
+    changed = [
+        line for line in changed if "absent" not in line
+    ]  # the fields of a part whose type is told itself
+    rest = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
     raise InputError(
         f"no config.json can say what this model is; the nearest is {nearest}'s, which would need "
-        f"{'; '.join(told[:6])}{more}"
+        f"{'; '.join(changed[:6])}{rest}"
     )
 
 
-def _differences(before: ModelConfig, after: ModelConfig) -> list[str]:
+def _config_differences(before: ModelConfig, after: ModelConfig) -> list[str]:
     """Where two models differ in what they compute; a field left to its default is what it then means."""
     if type(before) is not type(after):
-        return [f"model: {_name(before)} -> {_name(after)}"]
+        return [f"model: {_class_name(before)} -> {_class_name(after)}"]
     return differences(before.written_out(), after.written_out())
 
 
-def _name(config: ModelConfig) -> str:
+def _class_name(config: ModelConfig) -> str:
     return type(config).__name__
 
 
-def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) -> None:
+def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) -> None:
     """Writes a model as a checkpoint, whole or not at all.
 
     Args:
@@ -226,36 +235,38 @@ def write(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) 
     """
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty")
-    making = folder.with_name(f".{folder.name}.tmp")
-    if making.exists():
-        making.rmtree()
-    if isinstance(origin, Made):
-        config = _started(config, origin.tokenizer)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.exists():
+        temporary.rmtree()
+    if isinstance(origin, FromScratch):
+        config = _with_start_token(config, origin.tokenizer)
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), origin.tokenizer.eos_id)
-        fields = ends | describe(config, origin.length) | _classes(origin.tokenizer, config)
-        making.mkdir(parents=True)
-        origin.tokenizer.for_others(_around(config)).save(making / "tokenizer.json")
+        fields = ends | hf_config_fields(config, origin.length) | _label_names(origin.tokenizer, config)
+        temporary.mkdir(parents=True)
+        origin.tokenizer.for_others(_template(config)).save(temporary / "tokenizer.json")
         if origin.preprocessor is not None:
-            write_atomically(making / preprocessor.FILE, json.dumps(origin.preprocessor, indent=2) + "\n")
+            write_atomically(temporary / preprocessor.FILE, json.dumps(origin.preprocessor, indent=2) + "\n")
     else:
-        _, theirs = read_config(origin)
-        if changed := _differences(theirs, config):
-            told = "; ".join(changed)
-            raise InputError(f"{origin / repository.CONFIG} cannot say what was changed since: {told}")
-        copy_small_files(origin, making)
-        fields = repository.read_json(making / repository.CONFIG)
-    family = FAMILIES[fields["model_type"]].of(config)
-    fields = family.kept(config, fields) if family.kept else fields
+        _, imported = read_config(origin)
+        if changed := _config_differences(imported, config):
+            message = "; ".join(changed)
+            raise InputError(
+                f"{origin / repository.CONFIG_FILE} cannot say what was changed since: {message}"
+            )
+        copy_non_tensor_files(origin, temporary)
+        fields = repository.read_json(temporary / repository.CONFIG_FILE)
+    family = FAMILIES[fields["model_type"]].for_config(config)
+    fields = family.keep_on_export(config, fields) if family.keep_on_export else fields
     fields |= {"architectures": [family.architecture_of(config)], "dtype": dtype_of(params)}
     fields.pop("torch_dtype", None)
-    write_atomically(making / repository.CONFIG, json.dumps(fields, indent=2) + "\n")
-    write_params(making, family, params)
+    write_atomically(temporary / repository.CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
+    write_params(temporary, family, params)
     if folder.exists():
         folder.rmdir()
-    making.rename(folder)
+    temporary.rename(folder)
 
 
-def _started(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+def _with_start_token(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """With the token written out that a model which writes of a source begins with."""
     prompts = isinstance(config, PrefixConfig) and config.separator is None  # which the tokenizer begins
     if not isinstance(config, Seq2SeqConfig) or prompts or config.start is not None:
@@ -263,7 +274,7 @@ def _started(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return dataclasses.replace(config, start=tokenizer.start[-1])
 
 
-def _classes(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+def _label_names(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     """The names of a model's classes of images, which are the words of its tokenizer."""
     if not isinstance(config, ViTConfig) or config.classes != tokenizer.vocab_size:
         return {}
@@ -271,7 +282,7 @@ def _classes(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
-def _around(config: ModelConfig) -> str:
+def _template(config: ModelConfig) -> str:
     """What stands around a text A that a model made here reads: for encoders nothing, else its end."""
     if isinstance(config, EncoderConfig):
         return "$A"
@@ -287,7 +298,9 @@ def dtype_of(params: Any) -> str:
 
 def write_params(folder: epath.Path, family: Family, params: Any) -> None:
     """Writes parameters under the names and in the layouts of a family."""
-    repository.write(folder, tensors.save(table.places(family.tensors, params), params))
+    repository.write_safetensors(
+        folder, tensors.to_tensors(tensor_mapping.tensor_slices(family.tensors, params), params)
+    )
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:

@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 from attnlab.errors import InputError
 from attnlab.paths import write_atomically
 
-GENERATION = "generation_config.json"
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
-MAX_FILE = 4 << 30  # bytes of tensors in one file
+GENERATION_CONFIG_FILE = "generation_config.json"
+CONFIG_FILE, SAFETENSORS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+MAX_SHARD_BYTES = 4 << 30  # bytes of tensors in one file
 
 
 def resolve(name: str) -> epath.Path:
@@ -30,7 +30,7 @@ def resolve(name: str) -> epath.Path:
         return folder
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(
-            f"no checkpoint at {name}: expected a folder with {CONFIG}, or a hub id as in org/model"
+            f"no checkpoint at {name}: expected a folder with {CONFIG_FILE}, or a hub id as in org/model"
         )
     import huggingface_hub  # takes a second, which only an id needs
 
@@ -49,17 +49,17 @@ def read_json(file: epath.Path) -> dict[str, Any]:
       InputError: no such file, or no JSON object in it.
     """
     try:
-        found = json.loads(file.read_text())
+        fields = json.loads(file.read_text())
     except FileNotFoundError:
         raise InputError(f"{file.parent} is no checkpoint: it has no {file.name}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise InputError(f"{file} is no JSON object")
-    return found
+    return fields
 
 
-class Checkpoint:
+class SafetensorsReader:
     """The tensors of a folder's safetensors files, read one at a time.
 
     A file is opened anew for each: while it is open, all that was read of it counts as memory of the process.
@@ -73,7 +73,7 @@ class Checkpoint:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in _tensor_files(folder):
             try:
-                with _opened(file) as opened:
+                with _open(file) as opened:
                     for name in opened.keys():  # noqa: SIM118 - no dict
                         self._files[name] = file
                         self._shapes[name] = tuple(opened.get_slice(name).get_shape())
@@ -86,59 +86,59 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """The values of a tensor."""
-        with _opened(self._files[name]) as opened:
+        with _open(self._files[name]) as opened:
             return opened.get_tensor(name)
 
 
-def _opened(file: epath.Path) -> Any:
+def _open(file: epath.Path) -> Any:
     return safetensors.safe_open(os.fspath(file), framework="numpy")
 
 
 def _tensor_files(folder: epath.Path) -> list[epath.Path]:
-    if (folder / INDEX).exists():
-        names = set(read_json(folder / INDEX).get("weight_map", {}).values())
+    if (folder / INDEX_FILE).exists():
+        names = set(read_json(folder / INDEX_FILE).get("weight_map", {}).values())
         absent = sorted(name for name in names if not (folder / name).exists())
         if absent or not names:
             raise InputError(
-                f"{folder / INDEX} names files that are not there: {', '.join(absent) or 'none'}"
+                f"{folder / INDEX_FILE} names files that are not there: {', '.join(absent) or 'none'}"
             )
         return [folder / name for name in sorted(names)]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    pickles = [name for name in PICKLES if (folder / name).exists()]
+    if (folder / SAFETENSORS_FILE).exists():
+        return [folder / SAFETENSORS_FILE]
+    pickles = [name for name in PICKLE_FILES if (folder / name).exists()]
     if pickles:
         raise InputError(
-            f"{folder / pickles[0]}: only {SINGLE} is read, for a pickle can run any code as it is "
+            f"{folder / pickles[0]}: only {SAFETENSORS_FILE} is read, for a pickle can run any code as it is "
             "opened; convert it with transformers' save_pretrained"
         )
-    raise InputError(f"{folder} has no {SINGLE} and no {INDEX}")
+    raise InputError(f"{folder} has no {SAFETENSORS_FILE} and no {INDEX_FILE}")
 
 
-def write(folder: epath.Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes tensors as transformers reads them: one file, or several of at most `MAX_FILE` and an index."""
+def write_safetensors(folder: epath.Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write tensors as transformers reads them: one file, or shards of `MAX_SHARD_BYTES` and an index."""
     files: list[epath.Path] = []
     total, weight_map = 0, dict[str, int]()
-    for group in _groups(tensors):
+    for shard in _shards(tensors):
         files.append(folder / f".tensors-{len(files)}.tmp")
-        save_file(group, os.fspath(files[-1]), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(group, len(files) - 1)
-        total += sum(tensor.nbytes for tensor in group.values())
+        save_file(shard, os.fspath(files[-1]), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, len(files) - 1)
+        total += sum(tensor.nbytes for tensor in shard.values())
     if len(files) == 1:
-        files[0].replace(folder / SINGLE)
+        files[0].replace(folder / SAFETENSORS_FILE)
         return
     names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     for file, name in zip(files, names, strict=True):
         file.replace(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in weight_map.items()}}
-    write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_atomically(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
-def _groups(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+def _shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     """The tensors of each file."""
-    group: dict[str, np.ndarray] = {}
+    shard: dict[str, np.ndarray] = {}
     for name, tensor in tensors:
-        if group and sum(t.nbytes for t in group.values()) + tensor.nbytes > MAX_FILE:
-            yield group
-            group = {}
-        group[name] = tensor
-    yield group
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard

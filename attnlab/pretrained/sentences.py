@@ -23,7 +23,7 @@ from attnlab.layers import Dtypes
 from attnlab.models import EncoderConfig, FirstToken, Learned, MeanOfTokens
 from attnlab.models.heads import pool
 from attnlab.pretrained import repository
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 
 POOLINGS: dict[str, FirstToken | MeanOfTokens] = {
     "pooling_mode_cls_token": FirstToken(),
@@ -102,18 +102,20 @@ def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Sent
     """
     folder = repository.resolve(name)
     pooling, normalize = _parts(folder)
-    found = pretrained.load(str(folder), mesh, dtypes)
-    if not isinstance(found.config, EncoderConfig) or found.tokenizer is None:
+    checkpoint = pretrained.load(str(folder), mesh, dtypes)
+    if not isinstance(checkpoint.config, EncoderConfig) or checkpoint.tokenizer is None:
         raise InputError(f"{folder} has no encoder of texts, or no tokenizer")
-    limit = _settings(folder / "sentence_bert_config.json")
+    limit = _hf_config(folder / "sentence_bert_config.json")
     limit.require("do_lower_case", False)
-    _settings(folder / "config_sentence_transformers.json").require("default_prompt_name", None)
-    length, positions = limit.get("max_seq_length"), found.config.positions
+    _hf_config(folder / "config_sentence_transformers.json").require("default_prompt_name", None)
+    length, positions = limit.get("max_seq_length"), checkpoint.config.positions
     if isinstance(positions, Learned):
         length = min(length or positions.length, positions.length - positions.offset)
     if length is None:
         raise InputError(f"{folder}: nothing says how long texts may be")
-    return SentenceEncoder(found.model, found.params, found.tokenizer, pooling, normalize, length, mesh)
+    return SentenceEncoder(
+        checkpoint.model, checkpoint.params, checkpoint.tokenizer, pooling, normalize, length, mesh
+    )
 
 
 def _parts(folder: epath.Path) -> tuple[FirstToken | MeanOfTokens, bool]:
@@ -124,17 +126,19 @@ def _parts(folder: epath.Path) -> tuple[FirstToken | MeanOfTokens, bool]:
     parts = json.loads(file.read_text())
     kinds = [part["type"].rpartition(".")[2] for part in parts]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or parts[0]["path"]:
-        told = ", ".join(kinds)
-        raise InputError(f"{file}: parts {told} are not supported; there are Transformer, Pooling, Normalize")
-    file = folder / parts[1]["path"] / repository.CONFIG
+        names = ", ".join(kinds)
+        raise InputError(
+            f"{file}: parts {names} are not supported; there are Transformer, Pooling, Normalize"
+        )
+    file = folder / parts[1]["path"] / repository.CONFIG_FILE
     chosen = [
         name for name, on in repository.read_json(file).items() if name.startswith("pooling_mode") and on
     ]
     if len(chosen) != 1 or chosen[0] not in POOLINGS:
-        told = " and ".join(chosen) or "none"
-        raise InputError(f"{file}: pooling by {told} is not supported; it may be {' or '.join(POOLINGS)}")
+        names = " and ".join(chosen) or "none"
+        raise InputError(f"{file}: pooling by {names} is not supported; it may be {' or '.join(POOLINGS)}")
     return POOLINGS[chosen[0]], kinds[-1] == "Normalize"
 
 
-def _settings(file: epath.Path) -> Settings:
-    return Settings(repository.read_json(file) if file.exists() else {}, str(file))
+def _hf_config(file: epath.Path) -> HFConfig:
+    return HFConfig(repository.read_json(file) if file.exists() else {}, str(file))

@@ -263,9 +263,9 @@ def run_export(request: Request) -> dict[str, float]:
         data = request.config.data
         text = data.source_shape or ()
         length = max((data.sequence_length, *text) if len(text) == 1 else (data.sequence_length,))
-        origin = import_export.Made(session.tokenizer, length, data.preprocessor)
+        origin = import_export.FromScratch(session.tokenizer, length, data.preprocessor)
     model = request.config.model.sized(session.tokenizer.vocab_size)
-    import_export.write(request.output_dir, model, params, origin)
+    import_export.write_checkpoint(request.output_dir, model, params, origin)
     print(f"step {restored.step} is in {request.output_dir}")
     return {}
 
@@ -341,7 +341,7 @@ def _new_state(session: Session, workdir: epath.Path) -> Any:
     family, _ = import_export.read_config(folder)
     state = session.new_state(import_export.read_params(folder, family, session.abstract_params))
     if jax.process_index() == 0:
-        import_export.copy_small_files(folder, workdir / PRETRAINED)
+        import_export.copy_non_tensor_files(folder, workdir / PRETRAINED)
     return state
 
 

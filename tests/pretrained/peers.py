@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from attnlab import sharding
-from attnlab.pretrained import import_export, table, tensors
+from attnlab.pretrained import import_export, tensor_mapping, tensors
 
 LENGTHS = (11, 7)  # tokens in the rows of a batch, padded on the right
 
@@ -57,7 +57,9 @@ class Imported:
 
     def named(self, tree):
         """Our parameters, or gradients of them, under their names and in their layouts."""
-        return dict(tensors.save(table.places(self.found[0].tensors, self.params), tree))
+        return dict(
+            tensors.to_tensors(tensor_mapping.tensor_slices(self.found[0].tensors, self.params), tree)
+        )
 
 
 def saved(model, folder):

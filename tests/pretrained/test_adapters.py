@@ -35,7 +35,7 @@ def test_written_it_computes_what_adapters_beside_the_matrices_do(tmp_path):
         ours = np.asarray(jax.jit(peer.model.apply)({"params": merged}, ids))
 
     written = epath.Path(tmp_path) / "adapted"
-    import_export.write(written, peer.found[1], merged, epath.Path(peer.folder))
+    import_export.write_checkpoint(written, peer.found[1], merged, epath.Path(peer.folder))
     loaded = AutoModelForCausalLM.from_pretrained(written)
 
     for layer in range(peer.theirs.config.num_hidden_layers):

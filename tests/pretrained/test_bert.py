@@ -27,14 +27,14 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_what_was_made_here_is_described(name):
     config = replace(CONFIG, vocab_size=13, head=HEADS[name], positions=replace(CONFIG.positions, offset=0))
-    fields = import_export.describe(config, 16)
+    fields = import_export.hf_config_fields(config, 16)
     assert (fields["model_type"], fields["architectures"]) == ("bert", [name])
 
 
 def test_what_no_bert_is(refuses):
     for config in (CONFIG, ALBERT, replace(CONFIG, head=MaskedLM(None))):
         with refuses("no config.json can say what this model is"):
-            import_export.describe(replace(config, vocab_size=13), 14)
+            import_export.hf_config_fields(replace(config, vocab_size=13), 14)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from attnlab.generation import PowerLengthPenalty, beam_search, prefill
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import assert_written_again, batch, close, places, saved, saved_gradients
 
@@ -192,4 +192,4 @@ def test_greedy_and_beams(peer, case):
 def test_what_is_not_here_is_refused(refuses):
     said = {"encoder": {"model_type": "swin"}, "decoder": {"model_type": "gpt2"}}
     with refuses("config.json: encoder", "model_type='swin'", "'vit'"):
-        FAMILIES["vision-encoder-decoder"].config(Settings(said, "config.json"))
+        FAMILIES["vision-encoder-decoder"].config(HFConfig(said, "config.json"))

@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from attnlab.pretrained import import_export
-from tests.pretrained.small import write
+from tests.pretrained.small_llama import write
 
 pytestmark = pytest.mark.parity
 

@@ -8,7 +8,7 @@ import pytest
 
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
@@ -152,5 +152,5 @@ def test_what_a_config_leaves_out_is_what_it_means_there(kind, name):
     transformers = pytest.importorskip("transformers")
     said = {"text_config": {}, "vision_config": {}}
     whole = getattr(transformers, f"{name}Config")(**said).to_dict()
-    short, long = (FAMILIES[kind].config(Settings(fields, "config.json")) for fields in (said, whole))
+    short, long = (FAMILIES[kind].config(HFConfig(fields, "config.json")) for fields in (said, whole))
     assert short.written_out() == long.written_out()

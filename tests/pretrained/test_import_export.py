@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from attnlab.layers import Dtypes
 from attnlab.pretrained import import_export, load, repository
 from attnlab.train.optimizers import parameter_name
-from tests.pretrained.small import LLAMA, write
+from tests.pretrained.small_llama import LLAMA, write
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def test_never_more_than_a_tensor_is_read_at_once(made, monkeypatch):
     """A whole leaf is put together from the tensors of its layers, each asked for by itself."""
     folder, _ = made
     asked = []
-    read = repository.Checkpoint.read
+    read = repository.SafetensorsReader.read
     monkeypatch.setattr(
-        repository.Checkpoint, "read", lambda self, name: (asked.append(name), read(self, name))[1]
+        repository.SafetensorsReader, "read", lambda self, name: (asked.append(name), read(self, name))[1]
     )
     load(str(folder))
     assert sorted(asked) == sorted(load_file(folder / "model.safetensors"))
@@ -75,14 +75,14 @@ def test_never_more_than_a_tensor_is_read_at_once(made, monkeypatch):
 
 def test_in_several_files_with_an_index(made, tmp_path, monkeypatch):
     folder, params = made
-    monkeypatch.setattr(repository, "MAX_FILE", 4000)
+    monkeypatch.setattr(repository, "MAX_SHARD_BYTES", 4000)
     target = epath.Path(tmp_path)
-    import_export.copy_small_files(folder, target)
+    import_export.copy_non_tensor_files(folder, target)
     family, _ = import_export.read_config(folder)
     import_export.write_params(target, family, params)
     names = sorted(p.name for p in target.glob("*.safetensors"))
     assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05}.safetensors"
-    index = json.loads((target / repository.INDEX).read_text())
+    index = json.loads((target / repository.INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
     for ours, want in zip(jax.tree.leaves(load(str(target)).params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), want)

@@ -21,7 +21,7 @@ from attnlab.inspect.maps import in_order
 from attnlab.models import PrefixConfig
 from attnlab.pretrained import import_export, load
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 from tests.pretrained.peers import close, places, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
@@ -156,7 +156,7 @@ def test_written_again_it_is_the_same(peer, case, tmp_path):
     torch = pytest.importorskip("torch")
     peer, folder = peer(case), epath.Path(tmp_path) / "out"
     family, config = peer.found
-    import_export.write(folder, config, peer.params, epath.Path(peer.folder))
+    import_export.write_checkpoint(folder, config, peer.params, epath.Path(peer.folder))
     written, first = (load_file(f / "model.safetensors") for f in (folder, peer.folder))
     for name in first.keys() - written.keys():
         layer = re.fullmatch(r"vision_tower\.encoder\.layers\.(\d)\..*", name)
@@ -275,4 +275,4 @@ def test_what_is_not_here_is_refused(kind, changes, told, refuses):
     vision = VISION | {"model_type": "clip_vision_model"}
     said = {"vision_config": vision, "text_config": {"model_type": "llama"}, "image_token_index": 66, "projector_hidden_act": "gelu"}  # fmt: skip
     with refuses(told):
-        FAMILIES[kind].config(Settings(said | changes, "config.json"))
+        FAMILIES[kind].config(HFConfig(said | changes, "config.json"))

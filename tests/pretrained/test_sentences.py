@@ -78,7 +78,7 @@ def test_on_a_mesh_and_of_length_one(tmp_path, mesh_of):
 
 def test_its_parts_are_copied_with_it(tmp_path):
     write(tmp_path / "there")
-    import_export.copy_small_files(epath.Path(tmp_path / "there"), epath.Path(tmp_path / "here"))
+    import_export.copy_non_tensor_files(epath.Path(tmp_path / "there"), epath.Path(tmp_path / "here"))
     assert (tmp_path / "here" / "1_Pooling" / "config.json").exists()
 
 

@@ -17,7 +17,7 @@ from attnlab.generation import (
 )
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained import import_export, load
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import (
     Imported,
@@ -28,7 +28,7 @@ from tests.pretrained.peers import (
     random_weights,
     saved_gradients,
 )
-from tests.pretrained.test_vocabularies import opus
+from tests.pretrained.test_tokenizer_files import opus
 
 pytestmark = pytest.mark.parity
 
@@ -320,7 +320,7 @@ def test_a_folder_of_opus_translates(tmp_path):
 ])  # fmt: skip
 def test_rules_that_are_not_here_are_refused(rules, told, refuses):
     with refuses(told):
-        Settings({"eos_token_id": EOS} | rules, "config.json").rules()
+        HFConfig({"eos_token_id": EOS} | rules, "config.json").rules()
 
 
 def test_a_checkpoint_without_a_head_has_no_bias_of_logits(peer, tmp_path):

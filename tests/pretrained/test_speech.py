@@ -13,7 +13,7 @@ from attnlab.generation import Generator, PowerLengthPenalty, SamplingParams, be
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained import load
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 from tests.generation.models import assert_same, until_end
 from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
 
@@ -189,7 +189,7 @@ def test_beams(peer):
 
 def test_a_language_that_is_not_named_is_not_forced(peer):
     told = peer.theirs.config.to_dict() | {"forced_decoder_ids": [[1, None], [2, 9]]}
-    assert FAMILIES["whisper"].config(Settings(told, "config.json")).forced == ()
+    assert FAMILIES["whisper"].config(HFConfig(told, "config.json")).forced == ()
 
 
 def test_from_sound_to_text(tmp_path):

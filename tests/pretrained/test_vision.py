@@ -10,7 +10,7 @@ import pytest
 
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
@@ -160,4 +160,4 @@ def test_what_a_checkpoint_asks_for_and_is_not_here_is_refused(kind, changes, to
     names = {"vit": "ViTModel", "dinov2": "Dinov2Model"}
     said = SMALL | {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_channels": 3, "architectures": [names.get(kind)]}  # fmt: skip
     with refuses("config.json", told):
-        FAMILIES[kind].config(Settings(said | changes, "config.json"))
+        FAMILIES[kind].config(HFConfig(said | changes, "config.json"))

@@ -5,10 +5,10 @@ from attnlab.models import Dense, EncoderConfig
 from attnlab.pretrained.families.base import linear
 from attnlab.pretrained.families.bert import POOLER, encoder
 from attnlab.pretrained.families.encoders import classifier, family, head, layers, masked_lm, tables
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 
 
-def albert(s: Settings) -> EncoderConfig:
+def albert(s: HFConfig) -> EncoderConfig:
     """ALBERT (Lan et al. 2019, arXiv 1909.11942, section 3.1)."""
     s.require("tie_word_embeddings", True)
     masked = Dense(s.activation("hidden_act"), norm=True)

@@ -5,27 +5,27 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig, Sinusoidal
 from attnlab.pretrained.families.base import Family, linear, norm
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def bart(s: Settings) -> Seq2SeqConfig:
+def bart(s: HFConfig) -> Seq2SeqConfig:
     """BART: norms after branches, learned positions (Lewis et al. 2020, arXiv 1910.13461, section 2.1)."""
     return _config(s, placement="post", positions=_learned(s), embedding_norm=True)
 
 
-def mbart(s: Settings) -> Seq2SeqConfig:
+def mbart(s: HFConfig) -> Seq2SeqConfig:
     """mBART: norms before branches, and after each half (Liu et al. 2020, arXiv 2001.08210, section 2.2)."""
     return _config(s, placement="pre", positions=_learned(s), embedding_norm=True)
 
 
-def marian(s: Settings) -> Seq2SeqConfig:
+def marian(s: HFConfig) -> Seq2SeqConfig:
     """Marian's Transformer: that of 2017, sines and cosines apart (arXiv 1804.00344)."""
     shared = s.get("share_encoder_decoder_embeddings", True)
     return _config(s, shared=shared, placement="post", positions=Sinusoidal(halves=True))
 
 
-def pegasus(s: Settings) -> Seq2SeqConfig:
+def pegasus(s: HFConfig) -> Seq2SeqConfig:
     """Pegasus: norms before branches, and after each half (Zhang et al. 2020, arXiv 1912.08777)."""
     return _config(s, placement="pre", positions=Sinusoidal(halves=True))
 
@@ -46,7 +46,7 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
     }
     return halves | {
         "d_model": d.width,
-        "activation_function": THEIR_NAMES.get(d.feed_forward.activation),
+        "activation_function": HF_ACTIVATION_NAMES.get(d.feed_forward.activation),
         "max_position_embeddings": positions,
         "scale_embedding": d.scale_embedding,
         "share_encoder_decoder_embeddings": config.shared,
@@ -59,11 +59,11 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
     }
 
 
-def _learned(s: Settings) -> Learned:
+def _learned(s: HFConfig) -> Learned:
     return Learned(s["max_position_embeddings"] + 2, offset=2)
 
 
-def _config(s: Settings, shared: bool = True, **changes: Any) -> Seq2SeqConfig:
+def _config(s: HFConfig, shared: bool = True, **changes: Any) -> Seq2SeqConfig:
     s.require("tie_word_embeddings", True)
     for half in ("encoder", "decoder"):
         s.require(f"{half}_layerdrop", 0.0)
@@ -92,39 +92,43 @@ def _config(s: Settings, shared: bool = True, **changes: Any) -> Seq2SeqConfig:
     )
 
 
-def _tensors(config: Seq2SeqConfig | None = None) -> tuple[Tensor, ...]:
+def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
     """The names of a model; of one whose halves have tables apart, these are others."""
     shared = config is None or config.shared
     return (
-        Tensor("decoder/embedding/table", f"model.{'shared' if shared else 'decoder.embed_tokens'}.weight"),
-        Tensor("encoder/embedding/table", "model.encoder.embed_tokens.weight"),
-        Tensor("decoder/readout_bias/bias", "final_logits_bias", "1 v -> v"),
+        TensorMapping(
+            "decoder/embedding/table", f"model.{'shared' if shared else 'decoder.embed_tokens'}.weight"
+        ),
+        TensorMapping("encoder/embedding/table", "model.encoder.embed_tokens.weight"),
+        TensorMapping("decoder/readout_bias/bias", "final_logits_bias", "1 v -> v"),
         *half("encoder", "model.encoder"),
         *half("decoder", "model.decoder"),
     )
 
 
-def half(ours: str, theirs: str) -> list[Tensor]:
+def half(param: str, hf_name: str) -> list[TensorMapping]:
     """The rows of an encoder or a decoder but for its table of tokens."""
     rows = [
-        Tensor(f"{ours}/position_embedding/table", f"{theirs}.embed_positions.weight"),
-        *norm(f"{ours}/embedding_norm", f"{theirs}.layernorm_embedding"),
+        TensorMapping(f"{param}/position_embedding/table", f"{hf_name}.embed_positions.weight"),
+        *norm(f"{param}/embedding_norm", f"{hf_name}.layernorm_embedding"),
     ]
-    layer, there = f"{ours}/layers/{{layer}}", f"{theirs}.layers.{{layer}}"
+    layer, hf_layer = f"{param}/layers/{{layer}}", f"{hf_name}.layers.{{layer}}"
     for branch, attention in {"attention": "self_attn", "cross_attention": "encoder_attn"}.items():
-        rows += norm(f"{layer}/{branch}_norm", f"{there}.{attention}_layer_norm")
+        rows += norm(f"{layer}/{branch}_norm", f"{hf_layer}.{attention}_layer_norm")
         for name in ("query", "key", "value"):
             rows += linear(
-                f"{layer}/{branch}/{name}", f"{there}.{attention}.{name[0]}_proj", "(h d) e -> e h d"
+                f"{layer}/{branch}/{name}", f"{hf_layer}.{attention}.{name[0]}_proj", "(h d) e -> e h d"
             )
         rows.append(
-            Tensor(f"{layer}/{branch}/out/kernel", f"{there}.{attention}.out_proj.weight", "e (h d) -> h d e")
+            TensorMapping(
+                f"{layer}/{branch}/out/kernel", f"{hf_layer}.{attention}.out_proj.weight", "e (h d) -> h d e"
+            )
         )
-        rows.append(Tensor(f"{layer}/{branch}/out/bias", f"{there}.{attention}.out_proj.bias"))
-    rows += norm(f"{layer}/feed_forward_norm", f"{there}.final_layer_norm")
-    rows += linear(f"{layer}/feed_forward/up", f"{there}.fc1")
-    rows += linear(f"{layer}/feed_forward/down", f"{there}.fc2")
-    return [*rows, *norm(f"{ours}/norm", f"{theirs}.layer_norm")]
+        rows.append(TensorMapping(f"{layer}/{branch}/out/bias", f"{hf_layer}.{attention}.out_proj.bias"))
+    rows += norm(f"{layer}/feed_forward_norm", f"{hf_layer}.final_layer_norm")
+    rows += linear(f"{layer}/feed_forward/up", f"{hf_layer}.fc1")
+    rows += linear(f"{layer}/feed_forward/down", f"{hf_layer}.fc2")
+    return [*rows, *norm(f"{param}/norm", f"{hf_name}.layer_norm")]
 
 
 def _family(config, architecture: str, *ignored: str) -> Family:
@@ -137,9 +141,9 @@ def _family(config, architecture: str, *ignored: str) -> Family:
         architecture=architecture,
         fields=fields,
         ignored=(*copies, bare, *ignored),
-        made=Seq2SeqConfig,
+        config_class=Seq2SeqConfig,
         tensors_of=_tensors,
-        zeros=("final_logits_bias",),
+        optional_zero_tensors=("final_logits_bias",),
     )
 
 

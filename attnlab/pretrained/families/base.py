@@ -6,8 +6,8 @@ from typing import Any
 
 from attnlab.models import DecoderConfig, ModelConfig
 from attnlab.models.base import TransformerConfig
-from attnlab.pretrained.hf_config import Settings
-from attnlab.pretrained.table import PART, Tensor
+from attnlab.pretrained.hf_config import HFConfig
+from attnlab.pretrained.tensor_mapping import PART, TensorMapping
 
 
 @dataclass(frozen=True)
@@ -23,27 +23,27 @@ class Family:
       fields: of `config.json`, for a model that was made here and a context of so many tokens, where the
         family may be able to say what it is. Whether it is, is seen by reading them back.
       ignored: regular expressions of tensors that mean nothing: buffers, and copies of tied tables.
-      made: the kind of config that `fields` takes.
-      older: parts of names, and what older checkpoints have in their place.
+      config_class: the class of configs that `fields` accepts.
+      renamed_prefixes: parts of names, and what older checkpoints have in their place.
       tensors_of: the table of a model with this config, where names depend on it; it stands in for `tensors`.
-      zeros: regular expressions of tensors that are zero where a checkpoint has none.
-      kept: the fields of a checkpoint's `config.json`, given these, of a model that does without some of its
-        layers.
+      optional_zero_tensors: regular expressions of tensors that are zero where a checkpoint has none.
+      keep_on_export: for a model that leaves out some layers of its checkpoint, the exported `config.json`,
+        made of the model's config and the checkpoint's fields.
     """
 
-    config: Callable[[Settings], ModelConfig]
-    tensors: tuple[Tensor, ...]
+    config: Callable[[HFConfig], ModelConfig]
+    tensors: tuple[TensorMapping, ...]
     prefix: str
     architecture: str | Callable[[Any], str]
     fields: Callable[[Any, int], dict[str, Any]] | None = None
     ignored: tuple[str, ...] = ()
-    made: type[ModelConfig] = DecoderConfig
-    older: tuple[tuple[str, str], ...] = ()
-    tensors_of: Callable[[Any], tuple[Tensor, ...]] | None = None
-    zeros: tuple[str, ...] = ()
-    kept: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+    config_class: type[ModelConfig] = DecoderConfig
+    renamed_prefixes: tuple[tuple[str, str], ...] = ()
+    tensors_of: Callable[[Any], tuple[TensorMapping, ...]] | None = None
+    optional_zero_tensors: tuple[str, ...] = ()
+    keep_on_export: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
 
-    def of(self, config: ModelConfig) -> "Family":
+    def for_config(self, config: ModelConfig) -> "Family":
         """With the table of names of a model."""
         return self if self.tensors_of is None else replace(self, tensors=self.tensors_of(config))
 
@@ -52,23 +52,23 @@ class Family:
         return self.architecture if isinstance(self.architecture, str) else self.architecture(config)
 
 
-def within(family: Family, ours: str, theirs: str, bare: bool = False) -> tuple[Tensor, ...]:
+def nested_tensors(family: Family, param: str, hf_name: str, bare: bool = False) -> tuple[TensorMapping, ...]:
     """The table of a family's model that is a part of another.
 
     Args:
       family: of the part.
-      ours: the part's name.
-      theirs: the same there.
+      param: the part's name.
+      hf_name: the same there.
       bare: whether it is there without its head.
     """
     prefix = family.prefix if bare else ""
     return tuple(
-        replace(row, ours=f"{ours}/{row.ours}", theirs=f"{theirs}.{row.theirs.removeprefix(prefix)}")
+        replace(row, param=f"{param}/{row.param}", hf_name=f"{hf_name}.{row.hf_name.removeprefix(prefix)}")
         for row in family.tensors
     )
 
 
-def sizes(config: TransformerConfig) -> dict[str, int]:
+def size_fields(config: TransformerConfig) -> dict[str, int]:
     """The sizes of a stack of layers, as most `config.json` files say them."""
     return {
         "num_hidden_layers": config.depth,
@@ -78,27 +78,33 @@ def sizes(config: TransformerConfig) -> dict[str, int]:
     }
 
 
-def labels(count: int) -> dict[str, dict]:
+def label_fields(count: int) -> dict[str, dict]:
     """The names of so many classes, as transformers gives them."""
     names = [f"LABEL_{i}" for i in range(count)]
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
-def linear(ours: str, theirs: str, layout: str = "f e -> e f") -> tuple[Tensor, Tensor]:
+def linear(param: str, hf_name: str, layout: str = "f e -> e f") -> tuple[TensorMapping, TensorMapping]:
     """Weight and bias of a torch Linear, whose weight is (outputs, inputs)."""
     bias = layout.partition(" e ->")[0]
     axes = " ".join(axis for axis in bias.strip("()").split() if axis != PART)
     return (
-        Tensor(f"{ours}/kernel", f"{theirs}.weight", layout),
-        Tensor(f"{ours}/bias", f"{theirs}.bias", f"{bias} -> {axes}"),
+        TensorMapping(f"{param}/kernel", f"{hf_name}.weight", layout),
+        TensorMapping(f"{param}/bias", f"{hf_name}.bias", f"{bias} -> {axes}"),
     )
 
 
-def convolution(ours: str, theirs: str, layout: str = "e c h w -> h w c e") -> tuple[Tensor, Tensor]:
+def convolution(
+    param: str, hf_name: str, layout: str = "e c h w -> h w c e"
+) -> tuple[TensorMapping, TensorMapping]:
     """Weight and bias of a torch convolution."""
-    return Tensor(f"{ours}/kernel", f"{theirs}.weight", layout), Tensor(f"{ours}/bias", f"{theirs}.bias")
+    return TensorMapping(f"{param}/kernel", f"{hf_name}.weight", layout), TensorMapping(
+        f"{param}/bias", f"{hf_name}.bias"
+    )
 
 
-def norm(ours: str, theirs: str) -> tuple[Tensor, Tensor]:
+def norm(param: str, hf_name: str) -> tuple[TensorMapping, TensorMapping]:
     """Weight and bias of a torch LayerNorm, or the weight of a norm that has no other."""
-    return Tensor(f"{ours}/scale", f"{theirs}.weight"), Tensor(f"{ours}/bias", f"{theirs}.bias")
+    return TensorMapping(f"{param}/scale", f"{hf_name}.weight"), TensorMapping(
+        f"{param}/bias", f"{hf_name}.bias"
+    )

@@ -6,7 +6,7 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import Classifier, Dense, EncoderConfig, Learned
 from attnlab.models.heads import Head
-from attnlab.pretrained.families.base import labels, linear, sizes
+from attnlab.pretrained.families.base import label_fields, linear, size_fields
 from attnlab.pretrained.families.encoders import (
     classifier,
     family,
@@ -15,12 +15,12 @@ from attnlab.pretrained.families.encoders import (
     masked_lm,
     tables,
 )
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 
 POOLER = Dense("tanh")
 
 
-def encoder(s: Settings, head: Head, **changes: Any) -> EncoderConfig:
+def encoder(s: HFConfig, head: Head, **changes: Any) -> EncoderConfig:
     """What BERT and its kin have in common; `changes` are fields that one has otherwise."""
     s.require("position_embedding_type", "absolute")
     s.require("is_decoder", False)
@@ -45,12 +45,12 @@ def encoder(s: Settings, head: Head, **changes: Any) -> EncoderConfig:
     return EncoderConfig(**config | changes)
 
 
-def dropouts(s: Settings) -> tuple[float, float]:
+def dropouts(s: HFConfig) -> tuple[float, float]:
     """Of what the logits of documents, and of tokens, are read from."""
     return (s.get("classifier_dropout", s.get("hidden_dropout_prob", 0.0)),) * 2
 
 
-def bert(s: Settings) -> EncoderConfig:
+def bert(s: HFConfig) -> EncoderConfig:
     """BERT (Devlin et al. 2018, arXiv 1810.04805, section 3)."""
     s.require("tie_word_embeddings", True)
     masked = Dense(s.activation("hidden_act"), norm=True)
@@ -62,36 +62,36 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     positions = config.positions.length if isinstance(config.positions, Learned) else length
     count = config.head.labels if isinstance(config.head, Classifier) else 2
     return {
-        **sizes(config),
-        "hidden_act": THEIR_NAMES.get(config.feed_forward.activation),
+        **size_fields(config),
+        "hidden_act": HF_ACTIVATION_NAMES.get(config.feed_forward.activation),
         "layer_norm_eps": config.norm.epsilon,
         "max_position_embeddings": positions,
         "type_vocab_size": config.token_types,
         "vocab_size": config.vocab_size,
-        **labels(count),
+        **label_fields(count),
     }
 
 
-def roberta(classes: str) -> Callable[[Settings], EncoderConfig]:
+def roberta(classes: str) -> Callable[[HFConfig], EncoderConfig]:
     """The config function of RoBERTa or one of its kin, by what the names of its classes begin with."""
 
-    def config(s: Settings) -> EncoderConfig:
+    def config(s: HFConfig) -> EncoderConfig:
         """RoBERTa (Liu et al. 2019, arXiv 1907.11692, section 3); positions come after the padding's."""
         s.require("tie_word_embeddings", True)
         masked = Dense("gelu_exact", norm=True)
-        found = head(s, classes, pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(s))
+        model_head = head(s, classes, pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(s))
         offset = s.get("pad_token_id", 1) + 1
-        return encoder(s, found, positions=Learned(s["max_position_embeddings"], offset))
+        return encoder(s, model_head, positions=Learned(s["max_position_embeddings"], offset))
 
     return config
 
 
-def electra(s: Settings) -> EncoderConfig:
+def electra(s: HFConfig) -> EncoderConfig:
     """ELECTRA (Clark et al. 2020, arXiv 2003.10555, section 3.2): narrower tables, no pooler."""
     exact, masked = Dense("gelu_exact"), Dense("gelu_exact", norm=True)
-    found = head(s, "Electra", pooler=None, masked=masked, documents=exact, dropouts=dropouts(s))
+    model_head = head(s, "Electra", pooler=None, masked=masked, documents=exact, dropouts=dropouts(s))
     narrow = s["embedding_size"] if s["embedding_size"] != s["hidden_size"] else None
-    return encoder(s, found, embedding_width=narrow)
+    return encoder(s, model_head, embedding_width=narrow)
 
 
 NAMES = {

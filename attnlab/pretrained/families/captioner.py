@@ -4,15 +4,15 @@ from typing import Any
 
 from attnlab.models import CaptionerConfig, ViTConfig
 from attnlab.pretrained.families import gpt2, vit
-from attnlab.pretrained.families.base import Family, linear, within
-from attnlab.pretrained.hf_config import Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.families.base import Family, linear, nested_tensors
+from attnlab.pretrained.hf_config import HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 ENCODERS = {"vit": ("ViTModel", vit.vit), "deit": ("DeiTModel", vit.deit)}
 DECODER = gpt2.FAMILIES["gpt2"]
 
 
-def vision_encoder_decoder(s: Settings) -> CaptionerConfig:
+def vision_encoder_decoder(s: HFConfig) -> CaptionerConfig:
     """Any two models with cross-attention put between them (Rothe et al. 2019, arXiv 1907.12461)."""
     reads, writes = s.part("encoder"), s.part("decoder")
     reads.require("model_type", *ENCODERS)
@@ -52,13 +52,13 @@ def _kind(encoder: ViTConfig) -> str:
     return "vit" if encoder.class_tokens == 1 else "deit"
 
 
-def tensors(config: CaptionerConfig) -> tuple[Tensor, ...]:
+def tensors(config: CaptionerConfig) -> tuple[TensorMapping, ...]:
     """The tables of both halves, and the map between them."""
-    encoder = vit.FAMILIES[_kind(config.encoder)].of(config.encoder)
+    encoder = vit.FAMILIES[_kind(config.encoder)].for_config(config.encoder)
     return (
-        *within(encoder, "encoder", "encoder", bare=True),
+        *nested_tensors(encoder, "encoder", "encoder", bare=True),
         *linear("projection", "enc_to_dec_proj"),
-        *within(DECODER, "decoder", "decoder"),
+        *nested_tensors(DECODER, "decoder", "decoder"),
     )
 
 
@@ -70,7 +70,7 @@ FAMILIES = {
         architecture="VisionEncoderDecoderModel",
         fields=fields,
         ignored=DECODER.ignored,
-        made=CaptionerConfig,
+        config_class=CaptionerConfig,
         tensors_of=tensors,
     )
 }

@@ -7,10 +7,10 @@ from attnlab.layers.contrastive_loss import Sigmoid, Softmax
 from attnlab.models import ContrastiveConfig, Learned
 from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
 from attnlab.pretrained.families import vit
-from attnlab.pretrained.families.base import Family, linear, norm, sizes
+from attnlab.pretrained.families.base import Family, linear, norm, size_fields
 from attnlab.pretrained.families.vit import TOWER, clip_vision, layer, siglip_vision, tower
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 # What a part of a config means that says only where it differs, as those of SigLIP on the hub do.
 COMMON = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -26,7 +26,7 @@ SIGLIP_IMAGE = IMAGE | SIGLIP
 SIGLIP_TEXT = COMMON | SIGLIP | {"vocab_size": 32000, "max_position_embeddings": 64}
 
 
-def _text(s: Settings, kind: Kind, pooling: EndOfText | LastToken) -> TextTowerConfig:
+def _text(s: HFConfig, kind: Kind, pooling: EndOfText | LastToken) -> TextTowerConfig:
     return TextTowerConfig(
         depth=s["num_hidden_layers"],
         width=s["hidden_size"],
@@ -40,7 +40,7 @@ def _text(s: Settings, kind: Kind, pooling: EndOfText | LastToken) -> TextTowerC
     )
 
 
-def clip(s: Settings) -> ContrastiveConfig:
+def clip(s: HFConfig) -> ContrastiveConfig:
     """CLIP (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
     text = s.part("text_config", CLIP_TEXT)
     end = text["eos_token_id"]
@@ -53,7 +53,7 @@ def clip(s: Settings) -> ContrastiveConfig:
     )
 
 
-def siglip(s: Settings) -> ContrastiveConfig:
+def siglip(s: HFConfig) -> ContrastiveConfig:
     """SigLIP (Zhai et al. 2023, arXiv 2303.15343): all tokens of a text see each other, padding too."""
     image = siglip_vision(s.part("vision_config", SIGLIP_IMAGE))
     text = s.part("text_config", SIGLIP_TEXT)
@@ -76,8 +76,8 @@ def fields(config: ContrastiveConfig, length: int) -> dict[str, Any]:
     return {
         "vision_config": vit.fields(config.image, length),
         "text_config": {
-            **sizes(text),
-            "hidden_act": THEIR_NAMES.get(text.feed_forward.activation),
+            **size_fields(text),
+            "hidden_act": HF_ACTIVATION_NAMES.get(text.feed_forward.activation),
             "layer_norm_eps": text.norm.epsilon,
             "max_position_embeddings": positions,
             "vocab_size": text.vocab_size,
@@ -90,23 +90,23 @@ def fields(config: ContrastiveConfig, length: int) -> dict[str, Any]:
     }
 
 
-def _tensors(projection: str, logit: str) -> tuple[Tensor, ...]:
+def _tensors(projection: str, logit: str) -> tuple[TensorMapping, ...]:
     """The table, by what a text is projected by and the layout of the logits' factor and bias."""
     text = "text_model."
     return (
-        Tensor("text/embedding/table", f"{text}embeddings.token_embedding.weight"),
-        Tensor("text/position_embedding/table", f"{text}embeddings.position_embedding.weight"),
+        TensorMapping("text/embedding/table", f"{text}embeddings.token_embedding.weight"),
+        TensorMapping("text/position_embedding/table", f"{text}embeddings.position_embedding.weight"),
         *layer("text/layers/{layer}", text + "encoder.layers.{layer}", TOWER),
         *norm("text/norm", f"{text}final_layer_norm"),
         *tower("image/"),
         *linear("image_projection", "visual_projection"),
         *linear("text_projection", projection),
-        Tensor("logit_scale", "logit_scale", logit),
-        Tensor("logit_bias", "logit_bias", logit),
+        TensorMapping("logit_scale", "logit_scale", logit),
+        TensorMapping("logit_bias", "logit_bias", logit),
     )
 
 
-def _family(config: Any, tensors: tuple[Tensor, ...], architecture: str) -> Family:
+def _family(config: Any, tensors: tuple[TensorMapping, ...], architecture: str) -> Family:
     ignored = (r".*\.position_ids",)
     return Family(config, tensors, "text_model.", architecture, fields, ignored, ContrastiveConfig)
 

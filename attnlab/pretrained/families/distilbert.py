@@ -3,10 +3,10 @@
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import Dense, EncoderConfig, Learned
 from attnlab.pretrained.families.encoders import classifier, family, head, layers, masked_lm, tables
-from attnlab.pretrained.hf_config import Settings
+from attnlab.pretrained.hf_config import HFConfig
 
 
-def distilbert(s: Settings) -> EncoderConfig:
+def distilbert(s: HFConfig) -> EncoderConfig:
     """DistilBERT (Sanh et al. 2019, arXiv 1910.01108, section 3)."""
     activation, dropout = s.activation("activation"), s.get("dropout", 0.1)
     return EncoderConfig(

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from attnlab.models import Classifier, Dense, EncoderConfig, FirstToken, MaskedLM, MeanOfTokens, Pooled
 from attnlab.models.heads import Head
 from attnlab.pretrained.families.base import Family, linear, norm
-from attnlab.pretrained.hf_config import Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 # What the names of transformers' classes end with.
 MODEL, MASKED_LM = "Model", "ForMaskedLM"
@@ -14,7 +14,7 @@ DOCUMENTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 
 
 def head(
-    s: Settings,
+    s: HFConfig,
     classes: str,
     *,
     pooler: Dense | None,
@@ -61,66 +61,70 @@ def architecture(classes: str) -> Callable[[EncoderConfig], str]:
     return name
 
 
-def tables(theirs: str) -> tuple[Tensor, ...]:
+def tables(hf_name: str) -> tuple[TensorMapping, ...]:
     """The tables of tokens, positions and types, and their norm, under the names that BERT has."""
     return (
-        Tensor("embedding/table", f"{theirs}.word_embeddings.weight"),
-        Tensor("position_embedding/table", f"{theirs}.position_embeddings.weight"),
-        Tensor("type_embedding/table", f"{theirs}.token_type_embeddings.weight"),
-        *norm("embedding_norm", f"{theirs}.LayerNorm"),
+        TensorMapping("embedding/table", f"{hf_name}.word_embeddings.weight"),
+        TensorMapping("position_embedding/table", f"{hf_name}.position_embeddings.weight"),
+        TensorMapping("type_embedding/table", f"{hf_name}.token_type_embeddings.weight"),
+        *norm("embedding_norm", f"{hf_name}.LayerNorm"),
     )
 
 
-def layers(theirs: str, names: Mapping[str, str]) -> tuple[Tensor, ...]:
+def layers(hf_name: str, names: Mapping[str, str]) -> tuple[TensorMapping, ...]:
     """The rows of the layers.
 
     Args:
-      theirs: what the names of a layer begin with.
+      hf_name: what the names of a layer begin with.
       names: how they go on, by our own.
     """
-    ours = "layers/{layer}"
+    param = "layers/{layer}"
     rows = [
-        Tensor(f"{ours}/attention/out/kernel", f"{theirs}.{names['out']}.weight", "e (h d) -> h d e"),
-        Tensor(f"{ours}/attention/out/bias", f"{theirs}.{names['out']}.bias"),
+        TensorMapping(
+            f"{param}/attention/out/kernel", f"{hf_name}.{names['out']}.weight", "e (h d) -> h d e"
+        ),
+        TensorMapping(f"{param}/attention/out/bias", f"{hf_name}.{names['out']}.bias"),
     ]
     for name in ("query", "key", "value"):
-        rows += linear(f"{ours}/attention/{name}", f"{theirs}.{names[name]}", "(h d) e -> e h d")
+        rows += linear(f"{param}/attention/{name}", f"{hf_name}.{names[name]}", "(h d) e -> e h d")
     for name in ("up", "down"):
-        rows += linear(f"{ours}/feed_forward/{name}", f"{theirs}.{names[name]}")
+        rows += linear(f"{param}/feed_forward/{name}", f"{hf_name}.{names[name]}")
     for name in ("attention_norm", "feed_forward_norm"):
-        rows += norm(f"{ours}/{name}", f"{theirs}.{names[name]}")
+        rows += norm(f"{param}/{name}", f"{hf_name}.{names[name]}")
     return tuple(rows)
 
 
-def masked_lm(dense: str, dense_norm: str, bias: str, decoder: str = "") -> tuple[Tensor, ...]:
+def masked_lm(dense: str, dense_norm: str, bias: str, decoder: str = "") -> tuple[TensorMapping, ...]:
     """The rows of `MaskedLM`, by the names of its parts; `decoder` is that of a table that may be untied."""
     return (
         *linear("masked_lm/dense/map", dense),
         *norm("masked_lm/dense/norm", dense_norm),
-        Tensor("masked_lm/readout/table", f"{decoder}.weight"),
-        Tensor("masked_lm/readout_bias/bias", bias),
+        TensorMapping("masked_lm/readout/table", f"{decoder}.weight"),
+        TensorMapping("masked_lm/readout_bias/bias", bias),
     )
 
 
-def classifier(ours: str, readout: str, dense: str = "", dense_norm: str = "") -> tuple[Tensor, ...]:
+def classifier(param: str, readout: str, dense: str = "", dense_norm: str = "") -> tuple[TensorMapping, ...]:
     """The rows of a `Classifier`, by its own name and the names of its parts."""
     return (
-        *linear(f"{ours}/dense/map", dense),
-        *norm(f"{ours}/dense/norm", dense_norm),
-        Tensor(f"{ours}/readout/table", f"{readout}.weight"),
-        Tensor(f"{ours}/readout_bias/bias", f"{readout}.bias"),
+        *linear(f"{param}/dense/map", dense),
+        *norm(f"{param}/dense/norm", dense_norm),
+        TensorMapping(f"{param}/readout/table", f"{readout}.weight"),
+        TensorMapping(f"{param}/readout_bias/bias", f"{readout}.bias"),
     )
 
 
 def family(
-    config: Callable[[Settings], EncoderConfig],
+    config: Callable[[HFConfig], EncoderConfig],
     classes: str,
     prefix: str,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[TensorMapping, ...],
     ignored: tuple[str, ...] = (),
     fields: Callable[[EncoderConfig, int], dict] | None = None,
 ) -> Family:
     """A family of encoders; a pooler is ignored where the head does without."""
     ignored = (r".*\bposition_ids", r".*\bpooler\..*", *ignored)
-    older = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
-    return Family(config, tensors, prefix, architecture(classes), fields, ignored, EncoderConfig, older)
+    renamed_prefixes = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+    return Family(
+        config, tensors, prefix, architecture(classes), fields, ignored, EncoderConfig, renamed_prefixes
+    )

@@ -5,17 +5,17 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned
 from attnlab.pretrained.families.base import Family, norm
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def gpt2(s: Settings) -> DecoderConfig:
+def gpt2(s: HFConfig) -> DecoderConfig:
     """GPT-2 (Radford et al. 2019)."""
     s.require("add_cross_attention", False)
     return decoder(s)
 
 
-def decoder(s: Settings) -> DecoderConfig:
+def decoder(s: HFConfig) -> DecoderConfig:
     """GPT-2, or what it is in a model whose layers look at a memory besides."""
     s.require("scale_attn_by_inverse_layer_idx", False)
     s.require("scale_attn_weights", True)
@@ -41,50 +41,52 @@ def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
         "n_head": config.attention.heads,
         "n_inner": config.feed_forward.hidden(config.width),
         "n_positions": positions,
-        "activation_function": THEIR_NAMES.get(config.feed_forward.activation),
+        "activation_function": HF_ACTIVATION_NAMES.get(config.feed_forward.activation),
         "layer_norm_epsilon": config.norm.epsilon,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
     }
 
 
-def _tensors() -> tuple[Tensor, ...]:
-    ours, theirs = "layers/{layer}", "transformer.h.{layer}"
+def _tensors() -> tuple[TensorMapping, ...]:
+    param, hf_name = "layers/{layer}", "transformer.h.{layer}"
     attention = [
         row
         for name in ("query", "key", "value")
         for row in (
-            Tensor(
-                f"{ours}/attention/{name}/kernel", f"{theirs}.attn.c_attn.weight", "e (part h d) -> e h d"
+            TensorMapping(
+                f"{param}/attention/{name}/kernel", f"{hf_name}.attn.c_attn.weight", "e (part h d) -> e h d"
             ),
-            Tensor(f"{ours}/attention/{name}/bias", f"{theirs}.attn.c_attn.bias", "(part h d) -> h d"),
+            TensorMapping(
+                f"{param}/attention/{name}/bias", f"{hf_name}.attn.c_attn.bias", "(part h d) -> h d"
+            ),
         )
     ]
-    cross, looks = f"{ours}/cross_attention", f"{theirs}.crossattention"
+    cross, looks = f"{param}/cross_attention", f"{hf_name}.crossattention"
     for name in ("key", "value"):
         attention += [
-            Tensor(f"{cross}/{name}/kernel", f"{looks}.c_attn.weight", "e (part h d) -> e h d"),
-            Tensor(f"{cross}/{name}/bias", f"{looks}.c_attn.bias", "(part h d) -> h d"),
+            TensorMapping(f"{cross}/{name}/kernel", f"{looks}.c_attn.weight", "e (part h d) -> e h d"),
+            TensorMapping(f"{cross}/{name}/bias", f"{looks}.c_attn.bias", "(part h d) -> h d"),
         ]
     return (
-        Tensor("embedding/table", "transformer.wte.weight"),
-        Tensor("position_embedding/table", "transformer.wpe.weight"),
-        *norm(f"{ours}/attention_norm", f"{theirs}.ln_1"),
+        TensorMapping("embedding/table", "transformer.wte.weight"),
+        TensorMapping("position_embedding/table", "transformer.wpe.weight"),
+        *norm(f"{param}/attention_norm", f"{hf_name}.ln_1"),
         *attention,
-        Tensor(f"{ours}/attention/out/kernel", f"{theirs}.attn.c_proj.weight", "(h d) e -> h d e"),
-        Tensor(f"{ours}/attention/out/bias", f"{theirs}.attn.c_proj.bias"),
-        *norm(f"{cross}_norm", f"{theirs}.ln_cross_attn"),
-        Tensor(f"{cross}/query/kernel", f"{looks}.q_attn.weight", "e (h d) -> e h d"),
-        Tensor(f"{cross}/query/bias", f"{looks}.q_attn.bias", "(h d) -> h d"),
-        Tensor(f"{cross}/out/kernel", f"{looks}.c_proj.weight", "(h d) e -> h d e"),
-        Tensor(f"{cross}/out/bias", f"{looks}.c_proj.bias"),
-        *norm(f"{ours}/feed_forward_norm", f"{theirs}.ln_2"),
-        Tensor(f"{ours}/feed_forward/up/kernel", f"{theirs}.mlp.c_fc.weight"),
-        Tensor(f"{ours}/feed_forward/up/bias", f"{theirs}.mlp.c_fc.bias"),
-        Tensor(f"{ours}/feed_forward/down/kernel", f"{theirs}.mlp.c_proj.weight"),
-        Tensor(f"{ours}/feed_forward/down/bias", f"{theirs}.mlp.c_proj.bias"),
+        TensorMapping(f"{param}/attention/out/kernel", f"{hf_name}.attn.c_proj.weight", "(h d) e -> h d e"),
+        TensorMapping(f"{param}/attention/out/bias", f"{hf_name}.attn.c_proj.bias"),
+        *norm(f"{cross}_norm", f"{hf_name}.ln_cross_attn"),
+        TensorMapping(f"{cross}/query/kernel", f"{looks}.q_attn.weight", "e (h d) -> e h d"),
+        TensorMapping(f"{cross}/query/bias", f"{looks}.q_attn.bias", "(h d) -> h d"),
+        TensorMapping(f"{cross}/out/kernel", f"{looks}.c_proj.weight", "(h d) e -> h d e"),
+        TensorMapping(f"{cross}/out/bias", f"{looks}.c_proj.bias"),
+        *norm(f"{param}/feed_forward_norm", f"{hf_name}.ln_2"),
+        TensorMapping(f"{param}/feed_forward/up/kernel", f"{hf_name}.mlp.c_fc.weight"),
+        TensorMapping(f"{param}/feed_forward/up/bias", f"{hf_name}.mlp.c_fc.bias"),
+        TensorMapping(f"{param}/feed_forward/down/kernel", f"{hf_name}.mlp.c_proj.weight"),
+        TensorMapping(f"{param}/feed_forward/down/bias", f"{hf_name}.mlp.c_proj.bias"),
         *norm("norm", "transformer.ln_f"),
-        Tensor("readout/table", "lm_head.weight"),
+        TensorMapping("readout/table", "lm_head.weight"),
     )
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from attnlab.layers import Attention, Causal, GatedMLP, RMSNorm, Rotary, Sliding
 from attnlab.models import DecoderConfig
-from attnlab.pretrained.families.base import Family, linear, sizes
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.families.base import Family, linear, size_fields
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def llama(s: Settings) -> DecoderConfig:
+def llama(s: HFConfig) -> DecoderConfig:
     """Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2)."""
     heads = s["num_attention_heads"]
     return DecoderConfig(
@@ -40,11 +40,11 @@ def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
     windows = [kind.window for kind in config.kinds if isinstance(kind, Sliding)]
     theta = config.positions.theta if isinstance(config.positions, Rotary) else 10_000.0
     return {
-        **sizes(config),
+        **size_fields(config),
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "attention_bias": config.attention.bias is True,
-        "hidden_act": THEIR_NAMES.get(config.feed_forward.activation),
+        "hidden_act": HF_ACTIVATION_NAMES.get(config.feed_forward.activation),
         "mlp_bias": config.feed_forward.bias,
         "rms_norm_eps": config.norm.epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
@@ -57,25 +57,25 @@ def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
     }
 
 
-def mistral(s: Settings) -> DecoderConfig:
+def mistral(s: HFConfig) -> DecoderConfig:
     """Mistral: every layer slides, if any (arXiv 2310.06825, section 2)."""
     window = s.get("sliding_window")
     return replace(llama(s), pattern=(Causal() if window is None else Sliding(window),))
 
 
-def qwen2(s: Settings) -> DecoderConfig:
+def qwen2(s: HFConfig) -> DecoderConfig:
     """Qwen 2: biases of queries, keys and values (arXiv 2407.10671, section 2.2)."""
     config = _llama_of_kinds(s)
     return replace(config, attention=replace(config.attention, bias="qkv"))
 
 
-def qwen3(s: Settings) -> DecoderConfig:
+def qwen3(s: HFConfig) -> DecoderConfig:
     """Qwen 3: queries and keys are normalised (arXiv 2505.09388, section 2)."""
     config = _llama_of_kinds(s)
     return replace(config, attention=replace(config.attention, qk_norm=True))
 
 
-def _llama_of_kinds(s: Settings) -> DecoderConfig:
+def _llama_of_kinds(s: HFConfig) -> DecoderConfig:
     """Llama with layers of the kinds that `layer_types` names, or that slide from a certain layer on."""
     config = llama(s)
     first = s.get("max_window_layers", 28) if s.get("use_sliding_window", False) else config.depth
@@ -83,24 +83,24 @@ def _llama_of_kinds(s: Settings) -> DecoderConfig:
     return replace(config, pattern=s.pattern(*types))
 
 
-def olmo2(s: Settings) -> DecoderConfig:
+def olmo2(s: HFConfig) -> DecoderConfig:
     """OLMo 2: norms after each branch, and of all heads' queries and keys together (arXiv 2501.00656)."""
     config = llama(s)
     return replace(config, attention=replace(config.attention, qk_norm="whole"), placement="branch")
 
 
-def phi3(s: Settings) -> DecoderConfig:
+def phi3(s: HFConfig) -> DecoderConfig:
     """Phi-3: projections joined in one tensor (arXiv 2404.14219)."""
     return replace(mistral(s), dropout=s.get("resid_pdrop", 0.0))
 
 
-def gemma(s: Settings) -> DecoderConfig:
+def gemma(s: HFConfig) -> DecoderConfig:
     """Gemma: embeddings times sqrt(E), scales from one, GeGLU (arXiv 2403.08295, section 2)."""
     norm, tied = RMSNorm(s["rms_norm_eps"], from_one=True), s.get("tie_word_embeddings", True)
     return replace(llama(s), norm=norm, scale_embedding=True, tied=tied)
 
 
-def gemma2(s: Settings) -> DecoderConfig:
+def gemma2(s: HFConfig) -> DecoderConfig:
     """Gemma 2: norms before and after branches, capped scores and logits (arXiv 2408.00118, section 2)."""
     config = gemma(s)
     s.require("use_bidirectional_attention", None, False)
@@ -118,7 +118,7 @@ def gemma2(s: Settings) -> DecoderConfig:
     )
 
 
-def gemma3(s: Settings) -> DecoderConfig:
+def gemma3(s: HFConfig) -> DecoderConfig:
     """Gemma 3: five sliding layers, with positions of their own, to a full one (arXiv 2503.19786)."""
     config = gemma2(s)
     return replace(
@@ -142,46 +142,48 @@ APART = {
 }
 
 
-def _dense(projections) -> list[Tensor]:
-    ours, theirs = "layers/{layer}/feed_forward", "model.layers.{layer}"
-    rows = [*linear(f"{ours}/down", f"{theirs}.mlp.down_proj")]
+def _dense(projections) -> list[TensorMapping]:
+    param, hf_name = "layers/{layer}/feed_forward", "model.layers.{layer}"
+    rows = [*linear(f"{param}/down", f"{hf_name}.mlp.down_proj")]
     for name in ("gate", "up"):
         projection, layout = projections[name]
-        rows += linear(f"{ours}/{name}", f"{theirs}.{projection}", layout)
+        rows += linear(f"{param}/{name}", f"{hf_name}.{projection}", layout)
     return rows
 
 
 def llama_tensors(
-    norms: dict[str, str], qk_norm: str = "", projections=APART, feed_forward: Sequence[Tensor] = ()
-) -> tuple[Tensor, ...]:
+    norms: dict[str, str], qk_norm: str = "", projections=APART, feed_forward: Sequence[TensorMapping] = ()
+) -> tuple[TensorMapping, ...]:
     """The names of Llama and its kin.
 
     Args:
-      norms: ours, with the names that they have there.
+      norms: the parameters' names, with the names that they have there.
       qk_norm: layout of the norms of queries and keys.
       projections: name and layout of each.
       feed_forward: its rows; none given are those of a gated MLP.
     """
-    ours, theirs = "layers/{layer}", "model.layers.{layer}"
-    rows = [Tensor("embedding/table", "model.embed_tokens.weight")]
-    rows += [Tensor(f"{ours}/{a}/scale", f"{theirs}.{b}.weight") for a, b in norms.items()]
+    param, hf_name = "layers/{layer}", "model.layers.{layer}"
+    rows = [TensorMapping("embedding/table", "model.embed_tokens.weight")]
+    rows += [TensorMapping(f"{param}/{a}/scale", f"{hf_name}.{b}.weight") for a, b in norms.items()]
     for name in ("query", "key", "value"):
         projection, layout = projections[name]
-        rows += linear(f"{ours}/attention/{name}", f"{theirs}.{projection}", layout)
+        rows += linear(f"{param}/attention/{name}", f"{hf_name}.{projection}", layout)
     for name in ("query", "key"):
         rows.append(
-            Tensor(
-                f"{ours}/attention/{name}_norm/scale", f"{theirs}.self_attn.{name[0]}_norm.weight", qk_norm
+            TensorMapping(
+                f"{param}/attention/{name}_norm/scale", f"{hf_name}.self_attn.{name[0]}_norm.weight", qk_norm
             )
         )
     return (
         *rows,
-        Tensor(f"{ours}/attention/sinks", f"{theirs}.self_attn.sinks"),
-        Tensor(f"{ours}/attention/out/kernel", f"{theirs}.self_attn.o_proj.weight", "e (h d) -> h d e"),
-        Tensor(f"{ours}/attention/out/bias", f"{theirs}.self_attn.o_proj.bias"),
+        TensorMapping(f"{param}/attention/sinks", f"{hf_name}.self_attn.sinks"),
+        TensorMapping(
+            f"{param}/attention/out/kernel", f"{hf_name}.self_attn.o_proj.weight", "e (h d) -> h d e"
+        ),
+        TensorMapping(f"{param}/attention/out/bias", f"{hf_name}.self_attn.o_proj.bias"),
         *(feed_forward or _dense(projections)),
-        Tensor("norm/scale", "model.norm.weight"),
-        Tensor("readout/table", "lm_head.weight"),
+        TensorMapping("norm/scale", "model.norm.weight"),
+        TensorMapping("readout/table", "lm_head.weight"),
     )
 
 
@@ -193,7 +195,7 @@ BRANCH = {
 BOTH = BRANCH | {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_feedforward_layernorm"}
 
 
-def family(config, architecture: str, tensors: tuple[Tensor, ...] = llama_tensors(PRE)) -> Family:
+def family(config, architecture: str, tensors: tuple[TensorMapping, ...] = llama_tensors(PRE)) -> Family:
     """A family of Llama's kin, by its config function and its table."""
     ignored = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
     return Family(config, tensors, "model.", architecture, fields, ignored)

@@ -7,16 +7,16 @@ from attnlab.layers import Experts
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import linear
 from attnlab.pretrained.families.llama import PRE, family, llama, llama_tensors, mistral
-from attnlab.pretrained.hf_config import Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def mixtral(s: Settings) -> DecoderConfig:
+def mixtral(s: HFConfig) -> DecoderConfig:
     """Mixtral: Mistral with a mixture of experts in each layer (arXiv 2401.04088, section 2.1)."""
     return replace(mistral(s), feed_forward=_experts(s))
 
 
-def _experts(s: Settings, **changes: Any) -> Experts:
+def _experts(s: HFConfig, **changes: Any) -> Experts:
     """The experts of a config; they are balanced only where it asks for the router's loss."""
     s.require("router_jitter_noise", 0.0)
     experts = Experts(
@@ -29,7 +29,7 @@ def _experts(s: Settings, **changes: Any) -> Experts:
     return replace(experts, **changes)
 
 
-def gpt_oss(s: Settings) -> DecoderConfig:
+def gpt_oss(s: HFConfig) -> DecoderConfig:
     """gpt-oss: sinks, biases, layers that slide in turn, clamped experts (arXiv 2508.10925, section 2)."""
     s.require("swiglu_alpha", 1.702)
     s.require("swiglu_limit", 7.0)
@@ -42,27 +42,27 @@ def gpt_oss(s: Settings) -> DecoderConfig:
     )
 
 
-def _mixtral_experts() -> list[Tensor]:
-    ours, theirs = "layers/{layer}/feed_forward", "model.layers.{layer}.block_sparse_moe"
+def _mixtral_experts() -> list[TensorMapping]:
+    param, hf_name = "layers/{layer}/feed_forward", "model.layers.{layer}.block_sparse_moe"
     names = {"gate": "w1", "up": "w3", "down": "w2"}
     return [
-        Tensor(f"{ours}/router/kernel", f"{theirs}.gate.weight", "x e -> e x"),
+        TensorMapping(f"{param}/router/kernel", f"{hf_name}.gate.weight", "x e -> e x"),
         *(
-            Tensor(f"{ours}/{a}/kernel", f"{theirs}.experts.{{expert}}.{b}.weight", "o i -> i o")
+            TensorMapping(f"{param}/{a}/kernel", f"{hf_name}.experts.{{expert}}.{b}.weight", "o i -> i o")
             for a, b in names.items()
         ),
     ]
 
 
-def _gpt_oss_experts() -> list[Tensor]:
-    ours, theirs = "layers/{layer}/feed_forward", "model.layers.{layer}.mlp"
-    rows = [*linear(f"{ours}/router", f"{theirs}.router", "x e -> e x")]
+def _gpt_oss_experts() -> list[TensorMapping]:
+    param, hf_name = "layers/{layer}/feed_forward", "model.layers.{layer}.mlp"
+    rows = [*linear(f"{param}/router", f"{hf_name}.router", "x e -> e x")]
     for name in ("gate", "up"):
-        joined = f"{theirs}.experts.gate_up_proj"
-        rows.append(Tensor(f"{ours}/{name}/kernel", joined, "x e (f part) -> x e f"))
-        rows.append(Tensor(f"{ours}/{name}/bias", f"{joined}_bias", "x (f part) -> x f"))
-    rows.append(Tensor(f"{ours}/down/kernel", f"{theirs}.experts.down_proj"))
-    rows.append(Tensor(f"{ours}/down/bias", f"{theirs}.experts.down_proj_bias"))
+        joined = f"{hf_name}.experts.gate_up_proj"
+        rows.append(TensorMapping(f"{param}/{name}/kernel", joined, "x e (f part) -> x e f"))
+        rows.append(TensorMapping(f"{param}/{name}/bias", f"{joined}_bias", "x (f part) -> x f"))
+    rows.append(TensorMapping(f"{param}/down/kernel", f"{hf_name}.experts.down_proj"))
+    rows.append(TensorMapping(f"{param}/down/bias", f"{hf_name}.experts.down_proj_bias"))
     return rows
 
 

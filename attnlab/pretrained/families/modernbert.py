@@ -4,15 +4,15 @@ from typing import Any
 
 from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm, Rotary
 from attnlab.models import Classifier, Dense, EncoderConfig, FirstToken, MeanOfTokens
-from attnlab.pretrained.families.base import labels, linear, norm, sizes
+from attnlab.pretrained.families.base import label_fields, linear, norm, size_fields
 from attnlab.pretrained.families.encoders import classifier, family, head, masked_lm
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def modernbert(s: Settings) -> EncoderConfig:
+def modernbert(s: HFConfig) -> EncoderConfig:
     """ModernBERT (Warner et al. 2024, arXiv 2412.13663, section 2.1)."""
     for name in ("attention_dropout", "embedding_dropout", "mlp_dropout"):
         s.require(name, 0.0)
@@ -52,7 +52,7 @@ def modernbert(s: Settings) -> EncoderConfig:
     )
 
 
-def _rotary(s: Settings, layer_type: str, older: str, theta: float) -> Rotary:
+def _rotary(s: HFConfig, layer_type: str, older: str, theta: float) -> Rotary:
     """Positions of layers of a type, whose theta older configs name by itself."""
     return s.rotary(layer_type, s.get(older, theta))
 
@@ -66,9 +66,9 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     dense = config.head.dense or Dense()
     pooling = getattr(config.head, "pooling", None)
     return {
-        **sizes(config),
+        **size_fields(config),
         "attention_bias": config.attention.bias is True,
-        "hidden_activation": THEIR_NAMES.get(config.feed_forward.activation),
+        "hidden_activation": HF_ACTIVATION_NAMES.get(config.feed_forward.activation),
         "mlp_bias": config.feed_forward.bias,
         "norm_eps": config.norm.epsilon,
         "norm_bias": isinstance(config.norm, LayerNorm) and config.norm.bias,
@@ -79,27 +79,27 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
             for kind, p in turned.items()
         },
         "max_position_embeddings": length,
-        "classifier_activation": THEIR_NAMES.get(dense.activation),
+        "classifier_activation": HF_ACTIVATION_NAMES.get(dense.activation),
         "classifier_bias": dense.bias,
         "classifier_pooling": "mean" if isinstance(pooling, MeanOfTokens) else "cls",
         "decoder_bias": getattr(config.head, "bias", True),
         "tie_word_embeddings": getattr(config.head, "tied", True),
         "vocab_size": config.vocab_size,
         **dict.fromkeys(("cls_token_id", "sep_token_id")),
-        **labels(config.head.labels if isinstance(config.head, Classifier) else 2),
+        **label_fields(config.head.labels if isinstance(config.head, Classifier) else 2),
     }
 
 
 OURS, THEIRS = "layers/{layer}", "model.layers.{layer}"
 TENSORS = (
-    Tensor("embedding/table", "model.embeddings.tok_embeddings.weight"),
+    TensorMapping("embedding/table", "model.embeddings.tok_embeddings.weight"),
     *norm("embedding_norm", "model.embeddings.norm"),
     *norm(f"{OURS}/attention_norm", f"{THEIRS}.attn_norm"),
     *linear(f"{OURS}/attention/query", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
     *linear(f"{OURS}/attention/key", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
     *linear(f"{OURS}/attention/value", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
-    Tensor(f"{OURS}/attention/out/kernel", f"{THEIRS}.attn.Wo.weight", "e (h d) -> h d e"),
-    Tensor(f"{OURS}/attention/out/bias", f"{THEIRS}.attn.Wo.bias"),
+    TensorMapping(f"{OURS}/attention/out/kernel", f"{THEIRS}.attn.Wo.weight", "e (h d) -> h d e"),
+    TensorMapping(f"{OURS}/attention/out/bias", f"{THEIRS}.attn.Wo.bias"),
     *norm(f"{OURS}/feed_forward_norm", f"{THEIRS}.mlp_norm"),
     *linear(f"{OURS}/feed_forward/gate", f"{THEIRS}.mlp.Wi", "(part f) e -> e f"),
     *linear(f"{OURS}/feed_forward/up", f"{THEIRS}.mlp.Wi", "(part f) e -> e f"),

@@ -6,10 +6,10 @@ from typing import Any
 
 from attnlab.models import PrefixConfig, Projector
 from attnlab.pretrained.families import llama, vit
-from attnlab.pretrained.families.base import Family, linear, within
+from attnlab.pretrained.families.base import Family, linear, nested_tensors
 from attnlab.pretrained.families.contrastive import CLIP_IMAGE, SIGLIP_IMAGE
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 # What the parts' configs mean where they do not say, as old ones of LLaVA and PaliGemma do not.
 LLAMA = {
@@ -24,7 +24,7 @@ LLAMA = {
 GEMMA = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
 
 
-def llava(s: Settings) -> PrefixConfig:
+def llava(s: HFConfig) -> PrefixConfig:
     """LLaVA 1.5: a layer of CLIP's tower, two maps, and Llama (Liu et al. 2023, arXiv 2310.03744)."""
     image, text = s.part("vision_config", CLIP_IMAGE), s.part("text_config", LLAMA)
     image.require("model_type", "clip_vision_model")
@@ -42,13 +42,13 @@ def llava(s: Settings) -> PrefixConfig:
     )
 
 
-def kept(config: PrefixConfig, fields: dict[str, Any]) -> dict[str, Any]:
+def keep_on_export(config: PrefixConfig, fields: dict[str, Any]) -> dict[str, Any]:
     """LLaVA's `config.json` with as many layers of the tower as are read, which is the last of them."""
     tower = fields["vision_config"] | {"num_hidden_layers": config.encoder.depth}
     return fields | {"vision_config": tower, "vision_feature_layer": -1}
 
 
-def paligemma(s: Settings) -> PrefixConfig:
+def paligemma(s: HFConfig) -> PrefixConfig:
     """PaliGemma: SigLIP's tower, a map, and Gemma, whose prompt sees itself whole (arXiv 2407.07726)."""
     image = s.part("vision_config", SIGLIP_IMAGE)
     image.require("model_type", "siglip_vision_model")
@@ -78,7 +78,7 @@ def fields(config: PrefixConfig, length: int, vision: str, text: str) -> dict[st
         **({} if config.start is None else {"bos_token_id": config.start}),
         "image_token_index": writes.vocab_size if config.marker is None else config.marker,
         "vision_feature_layer": -1,
-        "projector_hidden_act": THEIR_NAMES.get(projector.activation or ""),
+        "projector_hidden_act": HF_ACTIVATION_NAMES.get(projector.activation or ""),
         "multimodal_projector_bias": projector.bias,
         "projection_dim": writes.width,
         "hidden_size": writes.width,
@@ -91,22 +91,26 @@ def _family(
     architecture: str,
     vision: str,
     decoder: str,
-    projector: tuple[Tensor, ...],
+    projector: tuple[TensorMapping, ...],
     *ignored: str,
-    kept=None,
+    keep_on_export=None,
 ) -> Family:
     text = llama.FAMILIES[decoder]
-    rows = vit.tower("encoder/", "vision_tower."), projector, within(text, "decoder", "language_model")
+    rows = (
+        vit.tower("encoder/", "vision_tower."),
+        projector,
+        nested_tensors(text, "decoder", "language_model"),
+    )
     return Family(
         config,
         tuple(row for part in rows for row in part),
         prefix="",
         architecture=architecture,
         ignored=(*ignored, r"language_model\.lm_head\.weight", r".*\.(rotary_emb\.inv_freq|position_ids)"),
-        made=PrefixConfig,
+        config_class=PrefixConfig,
         fields=partial(fields, vision=vision, text=decoder),
-        older=(("vision_tower.", "vision_tower.vision_model."),),
-        kept=kept,
+        renamed_prefixes=(("vision_tower.", "vision_tower.vision_model."),),
+        keep_on_export=keep_on_export,
     )
 
 
@@ -120,7 +124,7 @@ FAMILIES = {
         (*linear("projection", f"{LINEAR}_1"), *linear("projection_out", f"{LINEAR}_2")),
         # Layers of the tower after the one that is read.
         r"vision_tower\.(vision_model\.)?encoder\.layers\..*",
-        kept=kept,
+        keep_on_export=keep_on_export,
     ),
     "paligemma": _family(
         paligemma,

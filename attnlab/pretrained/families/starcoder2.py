@@ -3,11 +3,11 @@
 from attnlab.layers import MLP, Attention, Causal, LayerNorm, Sliding
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import Family, linear, norm
-from attnlab.pretrained.hf_config import Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def starcoder2(s: Settings) -> DecoderConfig:
+def starcoder2(s: HFConfig) -> DecoderConfig:
     """StarCoder 2 (Lozhkov et al. 2024, arXiv 2402.19173, section 6.2)."""
     window = s.get("sliding_window")
     return DecoderConfig(
@@ -31,18 +31,18 @@ def starcoder2(s: Settings) -> DecoderConfig:
 
 OURS, THEIRS = "layers/{layer}", "model.layers.{layer}"
 TENSORS = (
-    Tensor("embedding/table", "model.embed_tokens.weight"),
+    TensorMapping("embedding/table", "model.embed_tokens.weight"),
     *norm(f"{OURS}/attention_norm", f"{THEIRS}.input_layernorm"),
     *linear(f"{OURS}/attention/query", f"{THEIRS}.self_attn.q_proj", "(h d) e -> e h d"),
     *linear(f"{OURS}/attention/key", f"{THEIRS}.self_attn.k_proj", "(h d) e -> e h d"),
     *linear(f"{OURS}/attention/value", f"{THEIRS}.self_attn.v_proj", "(h d) e -> e h d"),
-    Tensor(f"{OURS}/attention/out/kernel", f"{THEIRS}.self_attn.o_proj.weight", "e (h d) -> h d e"),
-    Tensor(f"{OURS}/attention/out/bias", f"{THEIRS}.self_attn.o_proj.bias"),
+    TensorMapping(f"{OURS}/attention/out/kernel", f"{THEIRS}.self_attn.o_proj.weight", "e (h d) -> h d e"),
+    TensorMapping(f"{OURS}/attention/out/bias", f"{THEIRS}.self_attn.o_proj.bias"),
     *norm(f"{OURS}/feed_forward_norm", f"{THEIRS}.post_attention_layernorm"),
     *linear(f"{OURS}/feed_forward/up", f"{THEIRS}.mlp.c_fc"),
     *linear(f"{OURS}/feed_forward/down", f"{THEIRS}.mlp.c_proj"),
     *norm("norm", "model.norm"),
-    Tensor("readout/table", "lm_head.weight"),
+    TensorMapping("readout/table", "lm_head.weight"),
 )
 FAMILIES = {
     "starcoder2": Family(

@@ -5,11 +5,11 @@ from typing import Any
 from attnlab.layers import MLP, Attention, GatedMLP, RelativeBias, RMSNorm
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from attnlab.pretrained.families.base import Family
-from attnlab.pretrained.hf_config import ACTIVATIONS, THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import ACTIVATIONS, HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def t5(s: Settings) -> Seq2SeqConfig:
+def t5(s: HFConfig) -> Seq2SeqConfig:
     """T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1), and T5 1.1, whose logits have their own table.
 
     Only the former scales what they are read from. Transformers writes the latter as scaling nothing.
@@ -17,12 +17,12 @@ def t5(s: Settings) -> Seq2SeqConfig:
     return _t5(s, tied=s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True)))
 
 
-def mt5(s: Settings) -> Seq2SeqConfig:
+def mt5(s: HFConfig) -> Seq2SeqConfig:
     """mT5 (Xue et al. 2021, arXiv 2010.11934, section 3.2)."""
     return _t5(s, tied=False)
 
 
-def _t5(s: Settings, tied: bool) -> Seq2SeqConfig:
+def _t5(s: HFConfig, tied: bool) -> Seq2SeqConfig:
     half: dict[str, Any] = {
         "width": s["d_model"],
         "attention": Attention(
@@ -46,7 +46,7 @@ def _t5(s: Settings, tied: bool) -> Seq2SeqConfig:
     )
 
 
-def _feed_forward(s: Settings) -> MLP | GatedMLP:
+def _feed_forward(s: HFConfig) -> MLP | GatedMLP:
     kind = s["feed_forward_proj"]
     gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
     if kind == "gated-gelu":
@@ -70,7 +70,7 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
         "num_heads": d.attention.heads,
         "d_kv": d.head_dim,
         "d_ff": d.feed_forward.hidden(d.width),
-        "feed_forward_proj": f"{gate}{THEIR_NAMES.get(d.feed_forward.activation)}",
+        "feed_forward_proj": f"{gate}{HF_ACTIVATION_NAMES.get(d.feed_forward.activation)}",
         "layer_norm_epsilon": d.norm.epsilon,
         "relative_attention_num_buckets": buckets.buckets,
         "relative_attention_max_distance": buckets.max_distance,
@@ -80,36 +80,40 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
     }
 
 
-def _tensors(config: Seq2SeqConfig | None = None) -> tuple[Tensor, ...]:
+def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
     """The names of a model; of its feed-forward layers with a gate, they are others."""
     gated = config is not None and isinstance(config.decoder.feed_forward, GatedMLP)
     return (
-        Tensor("decoder/embedding/table", "shared.weight"),
+        TensorMapping("decoder/embedding/table", "shared.weight"),
         *_half("encoder", ("attention", "feed_forward"), gated),
         *_half("decoder", ("attention", "cross_attention", "feed_forward"), gated),
-        Tensor("decoder/readout/table", "lm_head.weight"),
+        TensorMapping("decoder/readout/table", "lm_head.weight"),
     )
 
 
-def _half(half: str, branches: tuple[str, ...], gated: bool) -> list[Tensor]:
+def _half(half: str, branches: tuple[str, ...], gated: bool) -> list[TensorMapping]:
     """The rows of one half; the branches of its layers are numbered there."""
     first = f"{half}.block.0.layer.0.SelfAttention"
-    rows = [Tensor(f"{half}/relative/table", f"{first}.relative_attention_bias.weight")]
+    rows = [TensorMapping(f"{half}/relative/table", f"{first}.relative_attention_bias.weight")]
     for number, branch in enumerate(branches):
-        ours, theirs = f"{half}/layers/{{layer}}/{branch}", f"{half}.block.{{layer}}.layer.{number}"
-        rows.append(Tensor(f"{ours}_norm/scale", f"{theirs}.layer_norm.weight"))
+        param, hf_name = f"{half}/layers/{{layer}}/{branch}", f"{half}.block.{{layer}}.layer.{number}"
+        rows.append(TensorMapping(f"{param}_norm/scale", f"{hf_name}.layer_norm.weight"))
         if branch == "feed_forward":
             names = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if gated else {"up": "wi", "down": "wo"}
             for name, tensor in names.items():
                 rows.append(
-                    Tensor(f"{ours}/{name}/kernel", f"{theirs}.DenseReluDense.{tensor}.weight", "f e -> e f")
+                    TensorMapping(
+                        f"{param}/{name}/kernel", f"{hf_name}.DenseReluDense.{tensor}.weight", "f e -> e f"
+                    )
                 )
             continue
-        theirs += ".SelfAttention" if branch == "attention" else ".EncDecAttention"
+        hf_name += ".SelfAttention" if branch == "attention" else ".EncDecAttention"
         for name in ("query", "key", "value"):
-            rows.append(Tensor(f"{ours}/{name}/kernel", f"{theirs}.{name[0]}.weight", "(h d) e -> e h d"))
-        rows.append(Tensor(f"{ours}/out/kernel", f"{theirs}.o.weight", "e (h d) -> h d e"))
-    return [*rows, Tensor(f"{half}/norm/scale", f"{half}.final_layer_norm.weight")]
+            rows.append(
+                TensorMapping(f"{param}/{name}/kernel", f"{hf_name}.{name[0]}.weight", "(h d) e -> e h d")
+            )
+        rows.append(TensorMapping(f"{param}/out/kernel", f"{hf_name}.o.weight", "e (h d) -> h d e"))
+    return [*rows, TensorMapping(f"{half}/norm/scale", f"{half}.final_layer_norm.weight")]
 
 
 def _family(config, architecture: str, *ignored: str) -> Family:
@@ -121,7 +125,7 @@ def _family(config, architecture: str, *ignored: str) -> Family:
         architecture=architecture,
         fields=fields,
         ignored=(*copies, *ignored),
-        made=Seq2SeqConfig,
+        config_class=Seq2SeqConfig,
         tensors_of=_tensors,
     )
 

@@ -6,14 +6,14 @@ from typing import Any
 from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Probe
 from attnlab.models import ViTConfig
-from attnlab.pretrained.families.base import Family, convolution, labels, linear, norm, sizes
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.families.base import Family, convolution, label_fields, linear, norm, size_fields
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 MODEL, CLASSIFIER, DISTILLED = "Model", "ForImageClassification", "ForImageClassificationWithTeacher"
 
 
-def _common(s: Settings, **changes: Any) -> ViTConfig:
+def _common(s: HFConfig, **changes: Any) -> ViTConfig:
     """What the configs of all of them say in the same words."""
     fields = {
         "depth": s["num_hidden_layers"],
@@ -35,11 +35,11 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _mlp(s: Settings) -> MLP:
+def _mlp(s: HFConfig) -> MLP:
     return MLP(s["intermediate_size"], s.activation("hidden_act"))
 
 
-def _classes(s: Settings, name: str, *kinds: str) -> int:
+def _classes(s: HFConfig, name: str, *kinds: str) -> int:
     """Classes of the head; 0 of a model without one, which must be one of these kinds."""
     s.require("architectures", *([f"{name}{kind}"] for kind in kinds))
     s.require("problem_type", None, "single_label_classification")
@@ -48,7 +48,7 @@ def _classes(s: Settings, name: str, *kinds: str) -> int:
     return len(s["id2label"]) if s.get("id2label") else s.get("num_labels", 2)
 
 
-def vit(s: Settings, name: str = "ViT", class_tokens: int = 1) -> ViTConfig:
+def vit(s: HFConfig, name: str = "ViT", class_tokens: int = 1) -> ViTConfig:
     """ViT (Dosovitskiy et al. 2020, arXiv 2010.11929, section 3.1); without a head it has a pooler."""
     classes = _classes(s, name, MODEL, CLASSIFIER, *([DISTILLED] if class_tokens == 2 else []))
     if not classes:
@@ -65,12 +65,12 @@ def vit(s: Settings, name: str = "ViT", class_tokens: int = 1) -> ViTConfig:
     )
 
 
-def deit(s: Settings) -> ViTConfig:
+def deit(s: HFConfig) -> ViTConfig:
     """DeiT: a ViT with a distillation token (Touvron et al. 2020, arXiv 2012.12877, section 4)."""
     return vit(s, "DeiT", class_tokens=2)
 
 
-def dinov2(s: Settings, name: str = "Dinov2") -> ViTConfig:
+def dinov2(s: HFConfig, name: str = "Dinov2") -> ViTConfig:
     """DINOv2 (Oquab et al. 2023, arXiv 2304.07193): layer scale, and SwiGLU in the largest."""
     s.require("hidden_dropout_prob", 0.0)
     s.require("drop_path_rate", 0.0)
@@ -89,18 +89,18 @@ def dinov2(s: Settings, name: str = "Dinov2") -> ViTConfig:
     )
 
 
-def dinov2_with_registers(s: Settings) -> ViTConfig:
+def dinov2_with_registers(s: HFConfig) -> ViTConfig:
     """DINOv2 with registers (Darcet et al. 2023, arXiv 2309.16588, section 2.2)."""
     return dinov2(s, "Dinov2WithRegisters")
 
 
-def siglip_vision(s: Settings) -> ViTConfig:
+def siglip_vision(s: HFConfig) -> ViTConfig:
     """SigLIP's tower: no class token, and a probe that pools (Zhai et al. 2023, arXiv 2303.15343)."""
     s.require("vision_use_head", True)
     return _common(s, feed_forward=_mlp(s), class_tokens=0, pooling=Probe())
 
 
-def clip_vision(s: Settings) -> ViTConfig:
+def clip_vision(s: HFConfig) -> ViTConfig:
     """CLIP's tower: a norm before the layers too (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
     return _common(s, feed_forward=_mlp(s), patch_bias=False, embedding_norm=True)
 
@@ -109,8 +109,8 @@ def fields(config: ViTConfig, length: int) -> dict[str, Any]:
     """What the `config.json` of all of them says in the same words, which is all that a tower's says."""
     del length
     return {
-        **sizes(config),
-        "hidden_act": THEIR_NAMES.get(config.feed_forward.activation),
+        **size_fields(config),
+        "hidden_act": HF_ACTIVATION_NAMES.get(config.feed_forward.activation),
         "layer_norm_eps": config.norm.epsilon,
         "image_size": _size(config.image[:2]),
         "patch_size": _size(config.patch),
@@ -125,7 +125,11 @@ def _size(pair: tuple[int, ...]) -> int | list[int]:
 
 def classifier_fields(config: ViTConfig, length: int) -> dict[str, Any]:
     """What that of ViT and DeiT says."""
-    return fields(config, length) | {"qkv_bias": config.attention.bias is True} | labels(config.classes or 0)
+    return (
+        fields(config, length)
+        | {"qkv_bias": config.attention.bias is True}
+        | label_fields(config.classes or 0)
+    )
 
 
 # Their names of a layer's parts -----------------------------------------------------------------------------
@@ -134,20 +138,22 @@ HEADS = "(h d) e -> e h d"
 QKV = ("query", "key", "value")
 
 
-def layer(ours: str, theirs: str, names: dict[str, str]) -> list[Tensor]:
-    """The rows of a stack's layers, by their names of the parts that are ours."""
+def layer(param: str, hf_name: str, names: dict[str, str]) -> list[TensorMapping]:
+    """The rows of a stack's layers, by their names of our parts."""
     rows = [
-        *norm(f"{ours}/attention_norm", f"{theirs}.{names['attention_norm']}"),
-        *norm(f"{ours}/feed_forward_norm", f"{theirs}.{names['feed_forward_norm']}"),
-        Tensor(f"{ours}/attention/out/kernel", f"{theirs}.{names['out']}.weight", "e (h d) -> h d e"),
-        Tensor(f"{ours}/attention/out/bias", f"{theirs}.{names['out']}.bias"),
+        *norm(f"{param}/attention_norm", f"{hf_name}.{names['attention_norm']}"),
+        *norm(f"{param}/feed_forward_norm", f"{hf_name}.{names['feed_forward_norm']}"),
+        TensorMapping(
+            f"{param}/attention/out/kernel", f"{hf_name}.{names['out']}.weight", "e (h d) -> h d e"
+        ),
+        TensorMapping(f"{param}/attention/out/bias", f"{hf_name}.{names['out']}.bias"),
     ]
     for name in QKV:
-        rows += linear(f"{ours}/attention/{name}", f"{theirs}.{names[name]}", HEADS)
+        rows += linear(f"{param}/attention/{name}", f"{hf_name}.{names[name]}", HEADS)
     for name in ("gate", "up", "down"):
         if name in names:
             gated = "(part f) e -> e f" if "gate" in names and name != "down" else "f e -> e f"
-            rows += linear(f"{ours}/feed_forward/{name}", f"{theirs}.{names[name]}", gated)
+            rows += linear(f"{param}/feed_forward/{name}", f"{hf_name}.{names[name]}", gated)
     return rows
 
 
@@ -171,32 +177,32 @@ TOWER = {
 }
 
 
-def _tensors(prefix: str, names: dict[str, str]) -> tuple[Tensor, ...]:
+def _tensors(prefix: str, names: dict[str, str]) -> tuple[TensorMapping, ...]:
     """The table of ViT, DeiT and DINOv2."""
-    ours, theirs, embeddings = "layers/{layer}", prefix + "encoder.layer.{layer}", f"{prefix}embeddings"
+    param, hf_name, embeddings = "layers/{layer}", prefix + "encoder.layer.{layer}", f"{prefix}embeddings"
     return (
-        Tensor("class_token/table", f"{embeddings}.cls_token", "1 n e -> n e"),
-        Tensor("distillation_token/table", f"{embeddings}.distillation_token", "1 n e -> n e"),
-        Tensor("mask_token/table", f"{embeddings}.mask_token"),
-        Tensor("registers/table", f"{embeddings}.register_tokens", "1 n e -> n e"),
-        Tensor("position_embedding/table", f"{embeddings}.position_embeddings", "1 n e -> n e"),
+        TensorMapping("class_token/table", f"{embeddings}.cls_token", "1 n e -> n e"),
+        TensorMapping("distillation_token/table", f"{embeddings}.distillation_token", "1 n e -> n e"),
+        TensorMapping("mask_token/table", f"{embeddings}.mask_token"),
+        TensorMapping("registers/table", f"{embeddings}.register_tokens", "1 n e -> n e"),
+        TensorMapping("position_embedding/table", f"{embeddings}.position_embeddings", "1 n e -> n e"),
         *convolution("patches", f"{embeddings}.patch_embeddings.projection"),
-        *layer(ours, theirs, names),
-        Tensor(f"{ours}/attention_layer_scale", f"{theirs}.layer_scale1.lambda1"),
-        Tensor(f"{ours}/feed_forward_layer_scale", f"{theirs}.layer_scale2.lambda1"),
+        *layer(param, hf_name, names),
+        TensorMapping(f"{param}/attention_layer_scale", f"{hf_name}.layer_scale1.lambda1"),
+        TensorMapping(f"{param}/feed_forward_layer_scale", f"{hf_name}.layer_scale2.lambda1"),
         *norm("norm", f"{prefix}layernorm"),
         *linear("pool/dense", f"{prefix}pooler.dense"),
     )
 
 
-def _classifier(name: str = "", classifier: str = "classifier") -> tuple[Tensor, Tensor]:
+def _classifier(name: str = "", classifier: str = "classifier") -> tuple[TensorMapping, TensorMapping]:
     return (
-        Tensor(f"{name}readout/table", f"{classifier}.weight"),
-        Tensor(f"{name}readout_bias/bias", f"{classifier}.bias"),
+        TensorMapping(f"{name}readout/table", f"{classifier}.weight"),
+        TensorMapping(f"{name}readout_bias/bias", f"{classifier}.bias"),
     )
 
 
-def deit_tensors(config: ViTConfig) -> tuple[Tensor, ...]:
+def deit_tensors(config: ViTConfig) -> tuple[TensorMapping, ...]:
     """DeiT's table: a head is named otherwise where there are two."""
     rows = _tensors("deit.", PLAIN)
     if not isinstance(config.pooling, Distilled):
@@ -205,37 +211,42 @@ def deit_tensors(config: ViTConfig) -> tuple[Tensor, ...]:
     return rows + _classifier("", "cls_classifier") + second
 
 
-def dino_tensors(prefix: str) -> Callable[[ViTConfig], tuple[Tensor, ...]]:
+def dino_tensors(prefix: str) -> Callable[[ViTConfig], tuple[TensorMapping, ...]]:
     """DINOv2's table: gated layers have names of their own."""
 
-    def tensors(config: ViTConfig) -> tuple[Tensor, ...]:
+    def tensors(config: ViTConfig) -> tuple[TensorMapping, ...]:
         gated = isinstance(config.feed_forward, GatedMLP)
         return _tensors(prefix, DINO_GATED if gated else DINO) + _classifier()
 
     return tensors
 
 
-def tower(ours: str = "", theirs: str = "vision_model.") -> tuple[Tensor, ...]:
+def tower(param: str = "", hf_name: str = "vision_model.") -> tuple[TensorMapping, ...]:
     """The table of CLIP's and SigLIP's towers."""
-    head, joined = f"{theirs}head", f"{theirs}head.attention.in_proj_"
+    head, joined = f"{hf_name}head", f"{hf_name}head.attention.in_proj_"
     return (
-        Tensor(f"{ours}class_token/table", f"{theirs}embeddings.class_embedding", "(n e) -> n e"),
-        Tensor(f"{ours}position_embedding/table", f"{theirs}embeddings.position_embedding.weight"),
-        *convolution(f"{ours}patches", f"{theirs}embeddings.patch_embedding"),
-        *norm(f"{ours}embedding_norm", f"{theirs}pre_layrnorm"),
-        *layer(ours + "layers/{layer}", theirs + "encoder.layers.{layer}", TOWER),
-        *norm(f"{ours}norm", f"{theirs}post_layernorm"),
-        Tensor(f"{ours}pool/probe/table", f"{head}.probe", "1 n e -> n e"),
+        TensorMapping(f"{param}class_token/table", f"{hf_name}embeddings.class_embedding", "(n e) -> n e"),
+        TensorMapping(f"{param}position_embedding/table", f"{hf_name}embeddings.position_embedding.weight"),
+        *convolution(f"{param}patches", f"{hf_name}embeddings.patch_embedding"),
+        *norm(f"{param}embedding_norm", f"{hf_name}pre_layrnorm"),
+        *layer(param + "layers/{layer}", hf_name + "encoder.layers.{layer}", TOWER),
+        *norm(f"{param}norm", f"{hf_name}post_layernorm"),
+        TensorMapping(f"{param}pool/probe/table", f"{head}.probe", "1 n e -> n e"),
         *(
-            Tensor(f"{ours}pool/attention/{name}/kernel", f"{joined}weight", "(part h d) e -> e h d")
+            TensorMapping(f"{param}pool/attention/{name}/kernel", f"{joined}weight", "(part h d) e -> e h d")
             for name in QKV
         ),
-        *(Tensor(f"{ours}pool/attention/{name}/bias", f"{joined}bias", "(part h d) -> h d") for name in QKV),
-        Tensor(f"{ours}pool/attention/out/kernel", f"{head}.attention.out_proj.weight", "e (h d) -> h d e"),
-        Tensor(f"{ours}pool/attention/out/bias", f"{head}.attention.out_proj.bias"),
-        *norm(f"{ours}pool/norm", f"{head}.layernorm"),
-        *linear(f"{ours}pool/feed_forward/up", f"{head}.mlp.fc1"),
-        *linear(f"{ours}pool/feed_forward/down", f"{head}.mlp.fc2"),
+        *(
+            TensorMapping(f"{param}pool/attention/{name}/bias", f"{joined}bias", "(part h d) -> h d")
+            for name in QKV
+        ),
+        TensorMapping(
+            f"{param}pool/attention/out/kernel", f"{head}.attention.out_proj.weight", "e (h d) -> h d e"
+        ),
+        TensorMapping(f"{param}pool/attention/out/bias", f"{head}.attention.out_proj.bias"),
+        *norm(f"{param}pool/norm", f"{head}.layernorm"),
+        *linear(f"{param}pool/feed_forward/up", f"{head}.mlp.fc1"),
+        *linear(f"{param}pool/feed_forward/down", f"{head}.mlp.fc2"),
     )
 
 

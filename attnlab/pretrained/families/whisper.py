@@ -6,11 +6,11 @@ from typing import Any
 from attnlab.layers import MLP, Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
 from attnlab.pretrained.families.base import Family, convolution, linear, norm
-from attnlab.pretrained.hf_config import THEIR_NAMES, Settings
-from attnlab.pretrained.table import Tensor
+from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
+from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def whisper(s: Settings) -> Seq2SeqConfig:
+def whisper(s: HFConfig) -> Seq2SeqConfig:
     """Whisper (Radford et al. 2022, arXiv 2212.04356, section 2.2)."""
     for name in ("encoder_layerdrop", "decoder_layerdrop", "activation_dropout"):
         s.require(name, 0.0)
@@ -21,7 +21,7 @@ def whisper(s: Settings) -> Seq2SeqConfig:
         "dropout": s.get("dropout", 0.0),
     }
     # A null is a language to be found out; what comes after it cannot be forced without.
-    told = [token for _, token in s.get("forced_decoder_ids") or ()]
+    forced = [token for _, token in s.get("forced_decoder_ids") or ()]
     return Seq2SeqConfig(
         SpeechEncoderConfig(
             depth=s["encoder_layers"],
@@ -41,7 +41,7 @@ def whisper(s: Settings) -> Seq2SeqConfig:
             **both,
         ),
         start=s["decoder_start_token_id"],
-        **s.rules() | {"forced": tuple(itertools.takewhile(lambda token: token is not None, told))},
+        **s.rules() | {"forced": tuple(itertools.takewhile(lambda token: token is not None, forced))},
     )
 
 
@@ -58,7 +58,7 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
         "decoder_attention_heads": writes.attention.heads,
         "encoder_ffn_dim": reads.feed_forward.hidden(reads.width),
         "decoder_ffn_dim": writes.feed_forward.hidden(writes.width),
-        "activation_function": THEIR_NAMES.get(writes.feed_forward.activation),
+        "activation_function": HF_ACTIVATION_NAMES.get(writes.feed_forward.activation),
         "num_mel_bins": reads.mels,
         "max_source_positions": reads.frames // 2,
         "max_target_positions": positions,
@@ -68,36 +68,36 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
     }
 
 
-def _attention(s: Settings, half: str) -> Attention:
+def _attention(s: HFConfig, half: str) -> Attention:
     return Attention(s[f"{half}_attention_heads"], bias="qvo", dropout=s.get("attention_dropout", 0.0))
 
 
-def _half(half: str, branches: dict[str, str]) -> list[Tensor]:
+def _half(half: str, branches: dict[str, str]) -> list[TensorMapping]:
     """The rows of one half, whose attention branches have these names there."""
-    ours, theirs = f"{half}/layers/{{layer}}", f"model.{half}.layers.{{layer}}"
-    rows: list[Tensor] = []
+    param, hf_name = f"{half}/layers/{{layer}}", f"model.{half}.layers.{{layer}}"
+    rows: list[TensorMapping] = []
     for branch, name in branches.items():
-        rows += norm(f"{ours}/{branch}_norm", f"{theirs}.{name}_layer_norm")
+        rows += norm(f"{param}/{branch}_norm", f"{hf_name}.{name}_layer_norm")
         for part in ("query", "key", "value"):
-            rows += linear(f"{ours}/{branch}/{part}", f"{theirs}.{name}.{part[0]}_proj", "(h d) e -> e h d")
-        out = f"{theirs}.{name}.out_proj"
-        rows.append(Tensor(f"{ours}/{branch}/out/kernel", f"{out}.weight", "e (h d) -> h d e"))
-        rows.append(Tensor(f"{ours}/{branch}/out/bias", f"{out}.bias"))
-    rows += norm(f"{ours}/feed_forward_norm", f"{theirs}.final_layer_norm")
+            rows += linear(f"{param}/{branch}/{part}", f"{hf_name}.{name}.{part[0]}_proj", "(h d) e -> e h d")
+        out = f"{hf_name}.{name}.out_proj"
+        rows.append(TensorMapping(f"{param}/{branch}/out/kernel", f"{out}.weight", "e (h d) -> h d e"))
+        rows.append(TensorMapping(f"{param}/{branch}/out/bias", f"{out}.bias"))
+    rows += norm(f"{param}/feed_forward_norm", f"{hf_name}.final_layer_norm")
     for part, name in (("up", "fc1"), ("down", "fc2")):
-        rows += linear(f"{ours}/feed_forward/{part}", f"{theirs}.{name}")
+        rows += linear(f"{param}/feed_forward/{part}", f"{hf_name}.{name}")
     return [*rows, *norm(f"{half}/norm", f"model.{half}.layer_norm")]
 
 
 TENSORS = (
     *convolution("encoder/convolution1", "model.encoder.conv1", "o i k -> k i o"),
     *convolution("encoder/convolution2", "model.encoder.conv2", "o i k -> k i o"),
-    Tensor("encoder/position_embedding", "model.encoder.embed_positions.weight"),
+    TensorMapping("encoder/position_embedding", "model.encoder.embed_positions.weight"),
     *_half("encoder", {"attention": "self_attn"}),
-    Tensor("decoder/embedding/table", "model.decoder.embed_tokens.weight"),
-    Tensor("decoder/position_embedding/table", "model.decoder.embed_positions.weight"),
+    TensorMapping("decoder/embedding/table", "model.decoder.embed_tokens.weight"),
+    TensorMapping("decoder/position_embedding/table", "model.decoder.embed_positions.weight"),
     *_half("decoder", {"attention": "self_attn", "cross_attention": "encoder_attn"}),
-    Tensor("decoder/readout/table", "proj_out.weight"),
+    TensorMapping("decoder/readout/table", "proj_out.weight"),
 )
 FAMILIES = {
     "whisper": Family(
@@ -107,6 +107,6 @@ FAMILIES = {
         architecture="WhisperForConditionalGeneration",
         fields=fields,
         ignored=(r"proj_out\.weight",),
-        made=Seq2SeqConfig,
+        config_class=Seq2SeqConfig,
     )
 }

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints without a `tokenizer.json`: made of the vocabularies that their folders have."""
+"""Tokenizers of checkpoints without a `tokenizer.json`: built from their vocabulary files."""
 
 import json
 import re
@@ -11,24 +11,24 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from attnlab.errors import InputError
 
-Settings = dict[str, Any]
+TokenizerConfig = dict[str, Any]
 
 
-class Made(NamedTuple):
+class TokenizerParts(NamedTuple):
     """What a `Tokenizer` is made of."""
 
     backend: tokenizers.Tokenizer
-    settings: Settings
-    cuts: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
+    settings: TokenizerConfig
+    source_target_tokenizers: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
 
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 # Whether a tokenizer of SentencePiece puts the tokens of begin and end around a text, by its class.
-ENDS = {"Llama": (True, False), "CodeLlama": (True, False), "Gemma": (True, False), "T5": (False, True)}
-BERTS = ("Bert", "DistilBert", "Electra")
+ADDED_ENDS = {"Llama": (True, False), "CodeLlama": (True, False), "Gemma": (True, False), "T5": (False, True)}
+BERT_CLASSES = ("Bert", "DistilBert", "Electra")
 
 
-def read(folder: epath.Path, settings: Settings, model_type: str) -> Made | None:
+def read(folder: epath.Path, settings: TokenizerConfig, model_type: str) -> TokenizerParts | None:
     """The tokenizer of a folder, and its settings with what its class takes for granted; None without files.
 
     Args:
@@ -45,31 +45,33 @@ def read(folder: epath.Path, settings: Settings, model_type: str) -> Made | None
         ("source.spm", "Marian", _marian),
         ("tokenizer.model", "Llama", _sentencepiece),
         ("spiece.model", "T5", _sentencepiece),
-        ("vocab.txt", "Bert", _word_pieces),
+        ("vocab.txt", "Bert", _word_piece),
         (
             "merges.txt",
             {"clip": "CLIP", "roberta": "Roberta", "bart": "Bart"}.get(model_type, "GPT2"),
-            _bytes,
+            _byte_level,
         ),
     ):
         if (folder / name).exists():
-            made = make(folder / name, kind or usual, settings)
-            found = made.settings | {k: v for k, v in settings.items() if v is not None}
-            _add_tokens(made.backend, folder, found)
-            return made._replace(settings=found)
+            parts = make(folder / name, kind or usual, settings)
+            merged = parts.settings | {k: v for k, v in settings.items() if v is not None}
+            _add_tokens(parts.backend, folder, merged)
+            return parts._replace(settings=merged)
     return None
 
 
-def _refuse(file: epath.Path, kind: str, known: Sequence[str]) -> InputError:
-    there = ", ".join(f"{k}Tokenizer" for k in known)
-    return InputError(f"{file}: of a {kind}Tokenizer only a tokenizer.json can be read; there are {there}")
+def _unsupported(file: epath.Path, kind: str, known: Sequence[str]) -> InputError:
+    supported = ", ".join(f"{k}Tokenizer" for k in known)
+    return InputError(
+        f"{file}: of a {kind}Tokenizer only a tokenizer.json can be read; there are {supported}"
+    )
 
 
 def _text(token: Any) -> str:
     return token["content"] if isinstance(token, Mapping) else str(token)
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Settings) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: TokenizerConfig) -> None:
     """Tokens beyond the vocabulary, where their numbers are told, and which tokens are special."""
     special = {_text(v) for k, v in settings.items() if k.endswith("_token") and isinstance(v, str | Mapping)}
     for name in ("additional_special_tokens", "extra_special_tokens"):
@@ -85,13 +87,13 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Set
     for number, token in sorted(numbered.items()):
         backend.add_tokens([AddedToken(token, normalized=False, special=token in special)])
         if backend.token_to_id(token) != number:
-            there = backend.token_to_id(token)
-            raise InputError(f"{folder}: the token {token} is to be number {number}, and would be {there}")
+            actual = backend.token_to_id(token)
+            raise InputError(f"{folder}: the token {token} is to be number {number}, and would be {actual}")
     inside = [token for token in sorted(special) if backend.token_to_id(token) is not None]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in inside])
 
 
-def _around(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
+def _set_template(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
     """Puts tokens around a text, and around each of two."""
     ends = [token for token in (first, last) if token]
     numbers = [(token, backend.token_to_id(token)) for token in dict.fromkeys(ends)]
@@ -103,13 +105,13 @@ def _around(backend: tokenizers.Tokenizer, first: str | None, last: str | None) 
 # SentencePiece ------------------------------------------------------------------------------------------
 
 
-def _sentencepiece(file: epath.Path, kind: str, settings: Settings) -> Made:
+def _sentencepiece(file: epath.Path, kind: str, settings: TokenizerConfig) -> TokenizerParts:
     """What the file's own model says, and where its class has other ways with spaces, these."""
-    if kind not in ENDS:
-        raise _refuse(file, kind, tuple(ENDS))
-    proto = _proto(file)
+    if kind not in ADDED_ENDS:
+        raise _unsupported(file, kind, tuple(ADDED_ENDS))
+    proto = _read_proto(file)
     pieces, spec = proto.pieces, proto.normalizer_spec
-    known: Settings = {
+    known: TokenizerConfig = {
         f"{name}_token": pieces[number].piece
         for name in ("bos", "eos", "unk", "pad")
         if 0 <= (number := getattr(proto.trainer_spec, f"{name}_id")) < len(pieces)
@@ -121,17 +123,17 @@ def _sentencepiece(file: epath.Path, kind: str, settings: Settings) -> Made:
     backend.add_tokens([AddedToken(piece, normalized=False, special=special) for piece, special in added])
     prefix = settings.get("add_prefix_space")
     prefix = spec.add_dummy_prefix if prefix is None else prefix
-    _spaces(backend, spec, prefix, settings.get("legacy", kind == "T5"))
+    _set_space_handling(backend, spec, prefix, settings.get("legacy", kind == "T5"))
     begin, end = (
         settings.get(f"add_{name}_token", usual)
-        for name, usual in zip(("bos", "eos"), ENDS[kind], strict=True)
+        for name, usual in zip(("bos", "eos"), ADDED_ENDS[kind], strict=True)
     )
     token = {**known, **{k: _text(v) for k, v in settings.items() if k in ("bos_token", "eos_token") and v}}
-    _around(backend, token["bos_token"] if begin else None, token["eos_token"] if end else None)
-    return Made(backend, known)
+    _set_template(backend, token["bos_token"] if begin else None, token["eos_token"] if end else None)
+    return TokenizerParts(backend, known)
 
 
-def _spaces(backend: tokenizers.Tokenizer, spec, prefix: bool, everywhere: bool) -> None:
+def _set_space_handling(backend: tokenizers.Tokenizer, spec, prefix: bool, everywhere: bool) -> None:
     """A normalizer and a decoder as a model says; a space before a text, or before every stretch of it."""
     # In the order of SentencePiece's own normalisation.
     steps: list[Any] = []
@@ -150,7 +152,7 @@ def _spaces(backend: tokenizers.Tokenizer, spec, prefix: bool, everywhere: bool)
     )
 
 
-def _proto(file: epath.Path):
+def _read_proto(file: epath.Path):
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
@@ -166,10 +168,10 @@ def _proto(file: epath.Path):
     return proto
 
 
-def _model(proto, more: Sequence[str], file: epath.Path) -> models.Model:
-    """The model of the pieces, with more tokens after them."""
+def _model(proto, added: Sequence[str], file: epath.Path) -> models.Model:
+    """The model of the pieces, with added tokens after them."""
     spec = proto.trainer_spec
-    scored = [(p.piece, p.score) for p in proto.pieces] + [(token, 0.0) for token in more]
+    scored = [(p.piece, p.score) for p in proto.pieces] + [(token, 0.0) for token in added]
     if spec.model_type == spec.UNIGRAM:
         return models.Unigram(scored, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
     if spec.model_type != spec.BPE:
@@ -185,17 +187,17 @@ def _model(proto, more: Sequence[str], file: epath.Path) -> models.Model:
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """All pairs of pieces that make a piece, the piece of the highest score first."""
-    found = []
+    ranked = []
     for number, (piece, score) in enumerate(scores.items()):
-        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        found += [(-score, number, pair) for pair in cuts if pair[0] in scores and pair[1] in scores]
-    return [pair for *_, pair in sorted(found)]
+        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        ranked += [(-score, number, pair) for pair in splits if pair[0] in scores and pair[1] in scores]
+    return [pair for *_, pair in sorted(ranked)]
 
 
-def _marian(file: epath.Path, kind: str, settings: Settings) -> Made:
+def _marian(file: epath.Path, kind: str, settings: TokenizerConfig) -> TokenizerParts:
     """Marian's: a model of pieces for each language, which `vocab.json` numbers together."""
     if kind != "Marian":
-        raise _refuse(file, kind, ("Marian",))
+        raise _unsupported(file, kind, ("Marian",))
     if settings.get("separate_vocabs"):
         raise InputError(f"{file.parent}: separate_vocabs=True is not supported: one vocab.json for both")
     known = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -204,29 +206,31 @@ def _marian(file: epath.Path, kind: str, settings: Settings) -> Made:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown))
     around = decoders.Replace(Regex(r"\A\s+|\s+\z"), "")
     backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), around])
-    return Made(backend, known, (_cut(file), _cut(file.parent / "target.spm")))
+    return TokenizerParts(
+        backend, known, (_piece_tokenizer(file), _piece_tokenizer(file.parent / "target.spm"))
+    )
 
 
-def _cut(file: epath.Path) -> tokenizers.Tokenizer:
+def _piece_tokenizer(file: epath.Path) -> tokenizers.Tokenizer:
     """What cuts a text into the pieces of a model; those that control it are none of a text's."""
-    proto = _proto(file)
+    proto = _read_proto(file)
     for number, piece in enumerate(proto.pieces):
         if piece.type == piece.CONTROL:
             piece.piece = f"\uffff{number}"  # which is no character
     backend = tokenizers.Tokenizer(_model(proto, (), file))
     own = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
     backend.add_tokens([AddedToken(piece, normalized=False) for piece in own])
-    _spaces(backend, proto.normalizer_spec, proto.normalizer_spec.add_dummy_prefix, True)
+    _set_space_handling(backend, proto.normalizer_spec, proto.normalizer_spec.add_dummy_prefix, True)
     return backend
 
 
 # Lists of words -----------------------------------------------------------------------------------------
 
 
-def _word_pieces(file: epath.Path, kind: str, settings: Settings) -> Made:
+def _word_piece(file: epath.Path, kind: str, settings: TokenizerConfig) -> TokenizerParts:
     """BERT's (arXiv 1810.04805, section 3): words cut greedily, between [CLS] and [SEP]."""
-    if kind not in BERTS:
-        raise _refuse(file, kind, BERTS)
+    if kind not in BERT_CLASSES:
+        raise _unsupported(file, kind, BERT_CLASSES)
     known = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
     token = {k: _text(settings.get(k) or v) for k, v in known.items()}
     vocabulary = {word: number for number, word in enumerate(file.read_text().splitlines())}
@@ -239,34 +243,34 @@ def _word_pieces(file: epath.Path, kind: str, settings: Settings) -> Made:
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
-    _around(backend, token["cls_token"], token["sep_token"])
-    return Made(backend, known)
+    _set_template(backend, token["cls_token"], token["sep_token"])
+    return TokenizerParts(backend, known)
 
 
-def _bytes(file: epath.Path, kind: str, settings: Settings) -> Made:
+def _byte_level(file: epath.Path, kind: str, settings: TokenizerConfig) -> TokenizerParts:
     """A byte-level BPE: `vocab.json`, and merges in the order in which they are made."""
-    makers: dict[str, Callable[..., Made]] = {
+    makers: dict[str, Callable[..., TokenizerParts]] = {
         "GPT2": _gpt2,
         "Roberta": _roberta,
         "Bart": _roberta,
         "CLIP": _clip,
     }
     if kind not in makers:
-        raise _refuse(file, kind, tuple(makers))
+        raise _unsupported(file, kind, tuple(makers))
     vocabulary = json.loads((file.parent / "vocab.json").read_text())
     lines = file.read_text().splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     return makers[kind](vocabulary, merges, settings)
 
 
-def _gpt2(vocabulary, merges, settings: Settings) -> Made:
+def _gpt2(vocabulary, merges, settings: TokenizerConfig) -> TokenizerParts:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
     backend.decoder = decoders.ByteLevel()
-    return Made(backend, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
+    return TokenizerParts(backend, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
 
 
-def _roberta(vocabulary, merges, settings: Settings) -> Made:
+def _roberta(vocabulary, merges, settings: TokenizerConfig) -> TokenizerParts:
     backend = _gpt2(vocabulary, merges, settings).backend
     known = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     known |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
@@ -276,10 +280,10 @@ def _roberta(vocabulary, merges, settings: Settings) -> Made:
     backend.post_processor = processors.RobertaProcessing(
         *ends, True, settings.get("add_prefix_space", False)
     )
-    return Made(backend, known)
+    return TokenizerParts(backend, known)
 
 
-def _clip(vocabulary, merges, settings: Settings) -> Made:
+def _clip(vocabulary, merges, settings: TokenizerConfig) -> TokenizerParts:
     """CLIP's: lower case, and the end of a word is part of its last token."""
     known = {"bos_token": "<|startoftext|>"}
     known |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
@@ -307,4 +311,4 @@ def _clip(vocabulary, merges, settings: Settings) -> Made:
     first, last = token["bos_token"], token["eos_token"]
     ends = (last, vocabulary[last]), (first, vocabulary[first])
     backend.post_processor = processors.RobertaProcessing(*ends, False, False)
-    return Made(backend, known)
+    return TokenizerParts(backend, known)

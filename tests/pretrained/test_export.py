@@ -169,7 +169,7 @@ def test_there_it_gives_the_same_and_comes_back(case, tmp_path):
     architecture, config = CASES[case]
     config, folder = config.sized(TOKENIZER.vocab_size), epath.Path(tmp_path) / "out"
     params = random_params(config)
-    import_export.write(folder, config, params, import_export.Made(TOKENIZER, LENGTH))
+    import_export.write_checkpoint(folder, config, params, import_export.FromScratch(TOKENIZER, LENGTH))
 
     rng = np.random.default_rng(1)
     tokens, written = rng.integers(6, TOKENIZER.vocab_size, (2, 3, 8))
