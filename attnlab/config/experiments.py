@@ -17,6 +17,7 @@ from etils import epath
 import attnlab
 from attnlab.config.types import check, did_you_mean, is_config
 from attnlab.errors import InputError
+from attnlab.paths import resolve_path
 
 FOLDER = "experiments"
 MODULE_PREFIX = "attnlab_experiment_"

@@ -17,6 +17,7 @@ from attnlab.config.saved import CONFIG
 from attnlab.config.text import split
 from attnlab.config.tree import Override
 from attnlab.errors import InputError
+from attnlab.paths import resolve_path
 
 Mode = Literal["train", "eval", "sample", "describe", "import", "export"]
 MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe", "import", "export")
