@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attnlab.data import Data, Example, Tokenizer, Words
-from attnlab.data.images import Pixels
+from attnlab.data.images import ImageProcessor
 from attnlab.inspect import pictures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ViTConfig
@@ -48,7 +48,7 @@ class Digits(Data):
     @property
     def preprocessor(self) -> dict[str, Any]:
         """See `Data.preprocessor`."""
-        return Pixels(False, (SIDE, SIDE), scale=1 / INK, mean=(0.0,), std=(1.0,)).settings()
+        return ImageProcessor(False, (SIDE, SIDE), scale=1 / INK, mean=(0.0,), std=(1.0,)).settings()
 
     def records(self, split: str) -> list[Digit]:
         """The last digits for validation, the others, moved too, to train on."""

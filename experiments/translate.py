@@ -54,8 +54,8 @@ class Numbers(Data):
 
     def encode(self, record: int, tokenizer: Tokenizer) -> Example:
         """German, of English."""
-        ids = [*tokenizer.begin, *tokenizer.encode(german(record)), tokenizer.eos_id]
-        targets, source = np.array(ids[1:]), np.array(tokenizer.source(num2words(record)))
+        ids = [*tokenizer.prefix_tokens, *tokenizer.encode(german(record)), tokenizer.eos_id]
+        targets, source = np.array(ids[1:]), np.array(tokenizer.encode_source(num2words(record)))
         return Example(
             np.array(ids[:-1]), targets, np.ones(len(targets)), tokenizer.token_bytes[targets], source
         )

@@ -201,7 +201,7 @@ def test_a_translator_is_trained_on_with_the_token_that_it_begins_with(tmp_path)
     assert batch.tokens[:, :2].tolist() == [[7, 9]] * len(batch.tokens)
     ends = batch.source_segments.sum(axis=1) - 1
     assert (batch.source[np.arange(len(ends)), ends] == tokenizer.eos_id).all()
-    assert session.tokenizer.source("the") == tokenizer.source("the")
+    assert session.tokenizer.encode_source("the") == tokenizer.encode_source("the")
 
 
 def test_a_model_that_no_family_has(place, tmp_path, capfd):

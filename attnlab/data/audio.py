@@ -69,14 +69,14 @@ class LogMel:
         Raises:
           InputError: settings of another feature extractor than Whisper's, or that are not done here.
         """
-        kind = preprocessor.kind(settings)
+        kind = preprocessor.processor_class(settings)
         if kind not in (None, "Whisper"):
             raise InputError(f"the sound features of {kind} are not supported, only those of Whisper")
         preprocessor.check_known(settings, {*_FIELDS, *_ONLY, *_DERIVED})
         for name, value in _ONLY.items():
             if settings.get(name) not in (None, value):
                 raise InputError(
-                    f"{preprocessor.FILE} has {name}={settings[name]}; only {value} is supported"
+                    f"{preprocessor.CONFIG_FILE} has {name}={settings[name]}; only {value} is supported"
                 )
         return cls(**{field: settings[name] for name, field in _FIELDS.items() if name in settings})
 

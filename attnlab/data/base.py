@@ -11,8 +11,8 @@ import numpy as np
 
 from attnlab.data import batch as batching
 from attnlab.data.batch import Batch, Example
-from attnlab.data.packing import POOL_CHUNKS, READING, Pack
-from attnlab.data.prefetch import Prefetch, Remembered
+from attnlab.data.packing import POOL_CHUNKS, READ_OPTIONS, Pack
+from attnlab.data.prefetch import EncodedExampleCache, Prefetch
 from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
 from attnlab.errors import InputError
 
@@ -54,7 +54,7 @@ class Data:
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
         """A record as an example; here, predict each next token and then the end."""
-        start = tokenizer.begin
+        start = tokenizer.prefix_tokens
         own = np.append(tokenizer.encode(self.text(record)), tokenizer.eos_id).astype(np.int32)
         stream = np.concatenate([start, own]).astype(np.int32)
         before = np.zeros(len(start) - 1)  # of which some may be no tokens of the tokenizer's
@@ -105,7 +105,7 @@ class Data:
         # No more than an epoch in the pool, lest a small set be drawn as if with replacement.
         pool = min(len(documents), POOL_CHUNKS)
         packed = self._in_rows(stream, seed=pick_seed + process_index, pool=pool)
-        batches = packed.batch(rows, batch_fn=partial(batching.stack, num_rows=rows))
+        batches = packed.batch(rows, batch_fn=partial(batching.stack_rows, num_rows=rows))
         if num_batches is not None:
             if num_batches < 1:
                 raise InputError(f"num_batches must be 1 or more, not {num_batches}")
@@ -133,7 +133,9 @@ class Data:
         # Every process packs the whole split and keeps its own rows: sharding the documents
         # instead would give processes different numbers of batches, and a collective would hang.
         packed = self._in_rows(self._documents(split, tokenizer), seed=None)
-        batches = packed.batch(size, drop_remainder=False, batch_fn=partial(batching.stack, num_rows=size))
+        batches = packed.batch(
+            size, drop_remainder=False, batch_fn=partial(batching.stack_rows, num_rows=size)
+        )
         if limit is not None:
             batches = grain.experimental.LimitIterDataset(batches, count=limit)
         own = slice(process_index * rows, (process_index + 1) * rows)
@@ -141,7 +143,7 @@ class Data:
 
     def element_spec(self, batch_size: int | None = None) -> batching.Spec:
         """Name, shape and dtype of each array of a global batch."""
-        return batching.spec(batch_size or self.batch_size, self.sequence_length, self.source_shape)
+        return batching.batch_spec(batch_size or self.batch_size, self.sequence_length, self.source_shape)
 
     def _training_texts(self) -> Iterator[str]:
         records = self.records("train")
@@ -154,9 +156,11 @@ class Data:
     ) -> grain.IterDataset[Batch]:
         length = self.sequence_length
         if self.packs:
-            return Pack(documents.map(partial(batching.chunks, length=length)), length, seed=seed, pool=pool)
-        row = partial(batching.whole_row, length=length, source_shape=self.source_shape)
-        return documents.map(row).to_iter_dataset(READING)
+            return Pack(
+                documents.map(partial(batching.split_example, length=length)), length, seed=seed, pool=pool
+            )
+        row = partial(batching.unpacked_row, length=length, source_shape=self.source_shape)
+        return documents.map(row).to_iter_dataset(READ_OPTIONS)
 
     def _documents(self, split: str, tokenizer: Tokenizer) -> grain.MapDataset[Example]:
         if split not in SPLITS:
@@ -164,7 +168,7 @@ class Data:
         records = self.records(split)
         if not len(records):
             raise InputError(f"the {split} split of {type(self).__name__} is empty")
-        encoded = Remembered(records, lambda record: self.encode(record, tokenizer))
+        encoded = EncodedExampleCache(records, lambda record: self.encode(record, tokenizer))
         return grain.MapDataset.source(encoded)
 
     def _rows(self, batch_size: int | None, process_index: int, process_count: int) -> int:

@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
-def spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None = None) -> Spec:
+def batch_spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None = None) -> Spec:
     """Shape and dtype of every array of a batch of `num_rows` rows of `length` tokens.
 
     Args:
@@ -70,7 +70,7 @@ def spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None = None
     """
     integer, number = np.dtype(np.int32), np.dtype(np.float32)
     tokens = (num_rows, length)
-    found: Spec = {
+    arrays: Spec = {
         "tokens": (tokens, integer),
         "targets": (tokens, integer),
         "weights": (tokens, number),
@@ -79,18 +79,18 @@ def spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None = None
         "num_bytes": ((num_rows,), number),
     }
     if source_shape is not None:
-        kind = integer if len(source_shape) == 1 else number
-        found["source"] = ((num_rows, *source_shape), kind)
-        found["source_segments"] = ((num_rows, source_shape[0]), integer)
-    return found
+        dtype = integer if len(source_shape) == 1 else number
+        arrays["source"] = ((num_rows, *source_shape), dtype)
+        arrays["source_segments"] = ((num_rows, source_shape[0]), integer)
+    return arrays
 
 
-def of_spec(spec: Spec, make: Callable[[tuple[int, ...], np.dtype], Any]) -> Batch:
+def batch_from_spec(spec: Spec, make: Callable[[tuple[int, ...], np.dtype], Any]) -> Batch:
     """A batch of what is made of each shape and dtype."""
     return Batch(**{name: make(*array) for name, array in spec.items()})
 
 
-def chunks(example: Example, length: int) -> list[Example]:
+def split_example(example: Example, length: int) -> list[Example]:
     """Cut an example into pieces of at most `length`, so that each target is in exactly one of them.
 
     An example that fits in a row stays whole. In next-token prediction the inputs run one
@@ -106,14 +106,14 @@ def _arrays(example: Example) -> list[np.ndarray]:
     named = {name: np.asarray(array) for name, array in example._asdict().items() if name != "source"}
     lengths = {len(array) for array in named.values()}
     if len(lengths) != 1 or 0 in lengths:
-        told = ", ".join(f"{name} {len(array)}" for name, array in named.items())
-        raise InputError(f"encode() must return arrays of one length, at least 1; it returned {told}")
+        lengths_text = ", ".join(f"{name} {len(array)}" for name, array in named.items())
+        raise InputError(f"encode() must return arrays of one length, at least 1; it returned {lengths_text}")
     return list(named.values())
 
 
 def pack_row(examples: Sequence[Example], length: int) -> Batch:
     """Lay examples one after the other into a row of `length` tokens, a segment each."""
-    row = of_spec(spec(1, length), lambda shape, dtype: np.zeros(shape[1:], dtype))
+    row = batch_from_spec(batch_spec(1, length), lambda shape, dtype: np.zeros(shape[1:], dtype))
     at = 0
     for segment, example in enumerate(examples, start=1):
         here = slice(at, at + len(example.tokens))
@@ -127,7 +127,7 @@ def pack_row(examples: Sequence[Example], length: int) -> Batch:
     return row
 
 
-def whole_row(example: Example, length: int, source_shape: tuple[int, ...] | None) -> Batch:
+def unpacked_row(example: Example, length: int, source_shape: tuple[int, ...] | None) -> Batch:
     """A row of `length` tokens of one example alone, with its source.
 
     Raises:
@@ -146,12 +146,12 @@ def whole_row(example: Example, length: int, source_shape: tuple[int, ...] | Non
         raise InputError(f"encode() returned a source of {source.shape}; there is room for {source_shape}")
     room = [(0, source_shape[0] - len(source))]
     padded = np.pad(source, room + [(0, 0)] * (source.ndim - 1))
-    kind = np.int32 if source.ndim == 1 else np.float32
-    there = np.pad(np.ones(len(source), np.int32), room)
-    return row._replace(source=padded.astype(kind), source_segments=there)
+    dtype = np.int32 if source.ndim == 1 else np.float32
+    source_segments = np.pad(np.ones(len(source), np.int32), room)
+    return row._replace(source=padded.astype(dtype), source_segments=source_segments)
 
 
-def stack(rows: Sequence[Batch], num_rows: int) -> Batch:
+def stack_rows(rows: Sequence[Batch], num_rows: int) -> Batch:
     """Stack rows to a batch of `num_rows`, the missing ones empty."""
     rows = [*rows, *[rows[0].map(np.zeros_like)] * (num_rows - len(rows))]
     fields: Any = zip(*rows, strict=True)

@@ -11,12 +11,12 @@ from PIL import Image
 from attnlab.data import preprocessor
 from attnlab.errors import InputError
 
-Picture: TypeAlias = Image.Image | UInt8[np.ndarray, "rows columns channels"]
+ImageLike: TypeAlias = Image.Image | UInt8[np.ndarray, "rows columns channels"]
 Triple: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Pixels:
+class ImageProcessor:
     """What is done to an image, in this order.
 
     Attributes:
@@ -47,24 +47,24 @@ class Pixels:
             raise ValueError("std must not be 0")
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> "Pixels":
+    def from_settings(cls, settings: Mapping[str, Any]) -> "ImageProcessor":
         """The numbers of a checkpoint, from what `preprocessor.read` gives.
 
         Raises:
           InputError: settings of another image processor than those here, or that are not done here.
         """
-        kind = preprocessor.kind(settings) or "ViT"  # whose first files did not say
-        if kind not in _KINDS:
-            raise InputError(f"the images of {kind} are not supported; those of {', '.join(_KINDS)} are")
-        preprocessor.check_known(settings, _KNOWN)
-        usual, s = _KINDS[kind], {name: value for name, value in settings.items() if value is not None}
+        name = preprocessor.processor_class(settings) or "ViT"  # whose first files did not say
+        if name not in _PROCESSORS:
+            raise InputError(f"the images of {name} are not supported; those of {', '.join(_PROCESSORS)} are")
+        preprocessor.check_known(settings, _KNOWN_SETTINGS)
+        usual, s = _PROCESSORS[name], {name: value for name, value in settings.items() if value is not None}
         does = {name: s.get(f"do_{name}", True) for name in ("resize", "rescale", "normalize")}
         size = _size(s["size"], usual.size) if "size" in s else usual.size
         cut = s.get("do_center_crop", usual.crop is not None)
         crop = _size(s["crop_size"], (1, 1)) if "crop_size" in s else usual.crop or (224, 224)
         if cut and not isinstance(crop, tuple):
             raise InputError(
-                f"{preprocessor.FILE}: crop_size={s['crop_size']} must have a height and a width"
+                f"{preprocessor.CONFIG_FILE}: crop_size={s['crop_size']} must have a height and a width"
             )
         return cls(
             rgb=s.get("do_convert_rgb", usual.rgb),
@@ -95,20 +95,20 @@ class Pixels:
             "image_std": list(self.std) if normal else None,
         }
 
-    def __call__(self, image: Picture) -> Float[np.ndarray, "rows columns channels"]:
+    def __call__(self, image: ImageLike) -> Float[np.ndarray, "rows columns channels"]:
         """The numbers of an image.
 
         Raises:
           InputError: no 8-bit image, or one with other channels than it is to be normalised by.
         """
-        picture = image if isinstance(image, Image.Image) else _picture(image)
+        picture = image if isinstance(image, Image.Image) else _to_pil(image)
         picture = picture.convert("RGB") if self.rgb else picture
         if self.size is not None:
-            rows, columns = _resized(picture, self.size)
+            rows, columns = _resized_shape(picture, self.size)
             picture = picture.resize((columns, rows), Image.Resampling[self.filter.upper()])
         pixels = np.atleast_3d(np.asarray(picture))
         if self.crop is not None:
-            pixels = _cut(pixels, self.crop)
+            pixels = _center_crop(pixels, self.crop)
         if not {1, pixels.shape[-1]} >= {len(self.mean), len(self.std)}:
             raise InputError(
                 f"an image of {pixels.shape[-1]} channels, to be normalised by {len(self.mean)} means and "
@@ -119,21 +119,21 @@ class Pixels:
 
 
 # What the processors do that files say nothing of.
-_SQUARE = Pixels()
-_CUT = Pixels(
+_SQUARE = ImageProcessor()
+_CLIP = ImageProcessor(
     size=224,
     crop=(224, 224),
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
 )
-_KINDS = {
+_PROCESSORS = {
     "ViT": replace(_SQUARE, rgb=False, filter="bilinear"),
     "DeiT": replace(_SQUARE, rgb=False, size=(256, 256), crop=(224, 224)),
     "Siglip": _SQUARE,
-    "CLIP": _CUT,
-    "Bit": _CUT,
+    "CLIP": _CLIP,
+    "Bit": _CLIP,
 }
-_KNOWN = {
+_KNOWN_SETTINGS = {
     *("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
     *("size", "resample", "crop_size", "rescale_factor", "image_mean", "image_std"),
 }
@@ -147,7 +147,7 @@ def _size(said: Any, usual: Any) -> tuple[int, int] | int:
         return said["height"], said["width"]
     if set(said) == {"shortest_edge"}:
         return said["shortest_edge"]
-    raise InputError(f"{preprocessor.FILE}: a size of {', '.join(said)} is not supported")
+    raise InputError(f"{preprocessor.CONFIG_FILE}: a size of {', '.join(said)} is not supported")
 
 
 def _sides(size: tuple[int, int] | None) -> dict[str, int] | None:
@@ -158,21 +158,21 @@ def _filter(number: int) -> Any:
     try:
         return Image.Resampling(number).name.lower()
     except ValueError:
-        raise InputError(f"{preprocessor.FILE}: resample={number} is not supported") from None
+        raise InputError(f"{preprocessor.CONFIG_FILE}: resample={number} is not supported") from None
 
 
 def _triple(numbers: float | list[float]) -> Triple:
     return tuple(map(float, numbers)) if isinstance(numbers, list | tuple) else (float(numbers),)
 
 
-def _picture(image: np.ndarray) -> Image.Image:
+def _to_pil(image: np.ndarray) -> Image.Image:
     if image.dtype != np.uint8 or image.ndim != 3:
-        found = f"{image.shape} of {image.dtype}"
-        raise InputError(f"an image must be (rows, columns, channels) of uint8, not {found}")
+        actual = f"{image.shape} of {image.dtype}"
+        raise InputError(f"an image must be (rows, columns, channels) of uint8, not {actual}")
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 
-def _resized(picture: Image.Image, size: tuple[int, int] | int) -> tuple[int, int]:
+def _resized_shape(picture: Image.Image, size: tuple[int, int] | int) -> tuple[int, int]:
     """Rows and columns of a picture that is resized."""
     if isinstance(size, tuple):
         return size
@@ -181,14 +181,14 @@ def _resized(picture: Image.Image, size: tuple[int, int] | int) -> tuple[int, in
     return int(size * rows / short), int(size * columns / short)
 
 
-def _cut(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+def _center_crop(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
     """The middle of an image, with zeros around it if that is larger; what is odd is more above and left."""
     for axis, wanted in enumerate(crop):
-        there = pixels.shape[axis]
-        if wanted <= there:
-            pixels = np.take(pixels, np.arange(wanted) + (there - wanted) // 2, axis)
+        actual = pixels.shape[axis]
+        if wanted <= actual:
+            pixels = np.take(pixels, np.arange(wanted) + (actual - wanted) // 2, axis)
         else:
-            before = -((there - wanted) // 2)
-            room = [(0, 0)] * axis + [(before, wanted - there - before)] + [(0, 0)] * (2 - axis)
+            before = -((actual - wanted) // 2)
+            room = [(0, 0)] * axis + [(before, wanted - actual - before)] + [(0, 0)] * (2 - axis)
             pixels = np.pad(pixels, room)
     return pixels

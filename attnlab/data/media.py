@@ -12,7 +12,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 
 from attnlab.data.audio import LogMel
-from attnlab.data.images import Pixels
+from attnlab.data.images import ImageProcessor
 from attnlab.errors import InputError
 
 
@@ -36,13 +36,13 @@ def read(
     if len(shape) == 2:
         return _sound(file, LogMel.from_settings(settings))
     try:
-        with file.open("rb") as stream, Image.open(stream) as found:
-            picture = found.convert("L" if shape[-1] == 1 else "RGB")
+        with file.open("rb") as stream, Image.open(stream) as image:
+            picture = image.convert("L" if shape[-1] == 1 else "RGB")
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image of a kind that can be read") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
-    return Pixels.from_settings(settings)(picture)
+    return ImageProcessor.from_settings(settings)(picture)
 
 
 def _sound(file: epath.Path, features: LogMel) -> Float[np.ndarray, "frames mels"]:

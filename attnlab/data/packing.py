@@ -25,7 +25,7 @@ POOL_CHUNKS = 1024
 POOL_TOKENS = 2**18
 
 # Enough to hide the latency of storage far away; on a local disk one thread does the work.
-READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
+READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
 
 
 class Pack(grain.IterDataset[Batch]):
@@ -43,7 +43,7 @@ class Pack(grain.IterDataset[Batch]):
         seed: int | None,
         pool: int = POOL_CHUNKS,
     ):
-        super().__init__(documents.to_iter_dataset(READING))
+        super().__init__(documents.to_iter_dataset(READ_OPTIONS))
         self._documents = documents
         self._length = length
         self._seed = seed
@@ -51,10 +51,10 @@ class Pack(grain.IterDataset[Batch]):
 
     def __iter__(self) -> grain.DatasetIterator[Batch]:
         """Start at the first row."""
-        return _Packing(iter(self._parent), self._documents, self._length, self._seed, self._pool_size)
+        return _PackIterator(iter(self._parent), self._documents, self._length, self._seed, self._pool_size)
 
 
-class _Packing(grain.DatasetIterator[Batch]):
+class _PackIterator(grain.DatasetIterator[Batch]):
     def __init__(
         self,
         reader: grain.DatasetIterator[list[Example]],

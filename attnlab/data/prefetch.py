@@ -11,30 +11,30 @@ import numpy as np
 from attnlab.data.batch import Batch, Example
 
 # Bytes of encoded documents to keep: small sets are encoded in the first epoch only.
-REMEMBERED_BYTES = 2**26
+CACHE_BYTES = 2**26
 
 
-class Remembered(Sequence[Example]):
-    """Records encoded when asked for, the first `REMEMBERED_BYTES` of them kept."""
+class EncodedExampleCache(Sequence[Example]):
+    """Records encoded when asked for, the first `CACHE_BYTES` of them kept."""
 
     def __init__(self, records: Sequence[Any], encode: Callable[[Any], Example]):
         self._records = records
         self._encode = encode
-        self._kept: dict[int, Example] = {}
-        self._room = REMEMBERED_BYTES
+        self._examples: dict[int, Example] = {}
+        self._free_bytes = CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index):
         # Threads may both encode a document; they get the same, and either may be kept.
-        if index in self._kept:
-            return self._kept[index]
+        if index in self._examples:
+            return self._examples[index]
         example = self._encode(self._records[index])
         size = sum(np.asarray(array).nbytes for array in example if array is not None)
-        if size <= self._room:
-            self._room -= size
-            self._kept[index] = example
+        if size <= self._free_bytes:
+            self._free_bytes -= size
+            self._examples[index] = example
         return example
 
 
@@ -47,10 +47,10 @@ class Prefetch(grain.IterDataset[Batch]):
 
     def __iter__(self) -> grain.DatasetIterator[Batch]:
         """Start at the first batch."""
-        return _Prefetching(iter(self._parent), self._size)
+        return _PrefetchIterator(iter(self._parent), self._size)
 
 
-class _Prefetching(grain.experimental.ThreadPrefetchDatasetIterator[Batch]):
+class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator[Batch]):
     def __init__(self, batches: grain.DatasetIterator[Batch], size: int):
         super().__init__(batches, size)
         self._ended = False
@@ -63,7 +63,7 @@ class _Prefetching(grain.experimental.ThreadPrefetchDatasetIterator[Batch]):
             super().close()
 
 
-_running: weakref.WeakSet[_Prefetching] = weakref.WeakSet()
+_running: weakref.WeakSet[_PrefetchIterator] = weakref.WeakSet()
 
 
 @atexit.register

@@ -17,7 +17,7 @@ FILES_TO_SPLIT_BY_FILE = 10
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """Bytes `start` to `stop` of a text file."""
 
     path: Path
@@ -31,21 +31,21 @@ class Span:
             return file.read(self.stop - self.start).decode()
 
 
-class Spans(Sequence[dict[str, str]]):
+class TextRecords(Sequence[dict[str, str]]):
     """Records read from their files when asked for."""
 
-    def __init__(self, spans: list[Span]):
-        self._spans = spans
+    def __init__(self, ranges: list[ByteRange]):
+        self._ranges = ranges
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._ranges)
 
     def __getitem__(self, index):
-        span = self._spans[index]
-        return {"text": span.read(), "file": str(span.path)}
+        byte_range = self._ranges[index]
+        return {"text": byte_range.read(), "file": str(byte_range.path)}
 
 
-def records(pattern: str, split: str) -> Spans:
+def records(pattern: str, split: str) -> TextRecords:
     """Documents of the files that match a glob.
 
     Of ten files or more a tenth is for validation, chosen by a hash of their names; of fewer, the
@@ -57,23 +57,27 @@ def records(pattern: str, split: str) -> Spans:
     if len(paths) >= FILES_TO_SPLIT_BY_FILE:
         held_out = _held_out(paths)
         chosen = [path for path in paths if (path in held_out) == (split == "validation")]
-        spans = [span for path in chosen for span in _spans(path, contents[path], 0, len(contents[path]))]
+        ranges = [
+            byte_range
+            for path in chosen
+            for byte_range in _documents(path, contents[path], 0, len(contents[path]))
+        ]
     else:
-        spans = []
+        ranges = []
         for path, content in contents.items():
             border = _line_end(content, len(content) - len(content) // VALIDATION_SHARE)
             ends = (0, border) if split == "train" else (border, len(content))
-            spans += _spans(path, content, *ends)
-    if not any(span.read().strip() for span in spans):
+            ranges += _documents(path, content, *ends)
+    if not any(byte_range.read().strip() for byte_range in ranges):
         raise InputError(f"text:{pattern} holds too little text to leave any for {split}")
-    return Spans(spans)
+    return TextRecords(ranges)
 
 
 def _matches(pattern: str) -> list[Path]:
-    found = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
-    paths = [path for path in found if not path.is_dir()]
-    if found and not paths:
-        raise InputError(f"text:{pattern} is a directory; name its files, as in text:{found[0] / '*.txt'}")
+    matches = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
+    paths = [path for path in matches if not path.is_dir()]
+    if matches and not paths:
+        raise InputError(f"text:{pattern} is a directory; name its files, as in text:{matches[0] / '*.txt'}")
     if not paths:
         raise InputError(f"text:{pattern} matches no file, looked for from {Path.cwd()}")
     return paths
@@ -99,13 +103,13 @@ def _held_out(paths: list[Path]) -> set[Path]:
     return set(ranked[: len(paths) // VALIDATION_SHARE])
 
 
-def _spans(path: Path, content: bytes, start: int, stop: int) -> list[Span]:
-    spans = []
+def _documents(path: Path, content: bytes, start: int, stop: int) -> list[ByteRange]:
+    ranges = []
     while start < stop:
         end = min(stop, _line_end(content, start + DOCUMENT_BYTES)) if stop - start > DOCUMENT_BYTES else stop
-        spans.append(Span(path, start, end))
+        ranges.append(ByteRange(path, start, end))
         start = end
-    return spans
+    return ranges
 
 
 def _line_end(content: bytes, near: int) -> int:

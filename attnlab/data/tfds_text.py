@@ -15,7 +15,7 @@ SPLITS = ("train", "validation")
 VALIDATION_SHARE = 20
 
 
-class Column(Sequence[dict[str, str]]):
+class TextColumn(Sequence[dict[str, str]]):
     """One text feature of a data source, from `start` to `stop`, as records."""
 
     def __init__(self, source: Sequence[Any], feature: str, start: int = 0, stop: int | None = None):
@@ -31,7 +31,7 @@ class Column(Sequence[dict[str, str]]):
         return {"text": value.decode() if isinstance(value, bytes) else str(value)}
 
 
-def records(name: str, split: str) -> Column:
+def records(name: str, split: str) -> TextColumn:
     """The records of a prepared set.
 
     Validation is its split of that name, else "test", else the last twentieth of "train".
@@ -47,9 +47,9 @@ def records(name: str, split: str) -> Column:
     held_out = next((s for s in ("validation", "test") if s in splits), None)
     source = _source(name, builder, held_out if split == "validation" and held_out else "train")
     if held_out:
-        return Column(source, feature)
+        return TextColumn(source, feature)
     border = len(source) - len(source) // VALIDATION_SHARE
-    return Column(source, feature, 0, border) if split == "train" else Column(source, feature, border)
+    return TextColumn(source, feature, 0, border) if split == "train" else TextColumn(source, feature, border)
 
 
 def _builder(name: str) -> tfds.core.DatasetBuilder:
@@ -74,10 +74,10 @@ def _source(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Sequenc
     try:
         return builder.as_data_source(split=split)
     except Exception as error:
-        there = (epath.Path(builder.data_dir) / "dataset_info.json").exists()
-        if there and not isinstance(error, NotImplementedError):
+        prepared = (epath.Path(builder.data_dir) / "dataset_info.json").exists()
+        if prepared and not isinstance(error, NotImplementedError):
             raise
-        wrong = "prepared in a format without random access" if there else "not prepared"
+        wrong = "prepared in a format without random access" if prepared else "not prepared"
         raise InputError(
             f"tfds:{name} is {wrong} in {builder.data_dir}; where there is a network, run: "
             f"""python -c "import tensorflow_datasets as t; """
@@ -90,8 +90,8 @@ def _text_feature(name: str, features: Any, wanted: str) -> str:
     if wanted in texts:
         return wanted
     if wanted or not texts:
-        there = f"its text features: {', '.join(texts)}" if texts else f"only {', '.join(features)}"
-        raise InputError(f"tfds:{name} has no text feature {wanted!r}; {there}".replace(" ''", ""))
+        choices = f"its text features: {', '.join(texts)}" if texts else f"only {', '.join(features)}"
+        raise InputError(f"tfds:{name} has no text feature {wanted!r}; {choices}".replace(" ''", ""))
     if "text" in texts or len(texts) == 1:
         return "text" if "text" in texts else texts[0]
     choices = ", ".join(f"tfds:{name}#{text}" for text in texts)

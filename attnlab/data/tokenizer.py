@@ -18,8 +18,8 @@ from attnlab.data.chat import render
 from attnlab.errors import InputError
 
 EOS = "<eos>"
-SETTINGS = "tokenizer_config.json"
-CUTS = ("source.tokenizer.json", "target.tokenizer.json")
+CONFIG_FILE = "tokenizer_config.json"
+SOURCE_TARGET_FILES = ("source.tokenizer.json", "target.tokenizer.json")
 
 # Characters of text that a BPE learns from: merges settle long before, and memory stays small.
 TRAINING_CHARACTERS = 2**25
@@ -43,30 +43,32 @@ class Tokenizer:
       backend: the library's tokenizer.
       settings: of a tokenizer that was made elsewhere, its `tokenizer_config.json`, kept beside the other
         file: which token ends a text, and how chats are written. None is one of this module's.
-      cuts: what cuts a source, and what cuts all other texts, into pieces that the backend only numbers, as
-        of a translator whose languages share a vocabulary alone (Marian). None is the backend itself.
+      source_target_tokenizers: one splits sources, the other all other texts, into pieces that `backend` maps
+        to ids, for a translator whose two languages share only the vocabulary (Marian). None: `backend`.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         settings: Mapping[str, Any] | None = None,
-        cuts: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None,
+        source_target_tokenizers: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None,
     ):
         # Bytewise, "<eos>" in a text is five characters like any other and never becomes the token.
         backend.encode_special_tokens = True
-        self._backend, self.settings, self._cuts = backend, settings, cuts
-        for cut in cuts or ():
-            cut.encode_special_tokens = True
+        self._backend, self.settings, self._source_target = backend, settings, source_target_tokenizers
+        for part in source_target_tokenizers or ():
+            part.encode_special_tokens = True
         # How whoever saved it made batches is no part of a text.
         backend.no_padding()
         backend.no_truncation()
         self._bytewise = isinstance(backend.decoder, decoders.ByteLevel)
         vocabulary = backend.get_vocab()
-        eos = EOS if settings is None else _content(settings.get("eos_token") or settings.get("sep_token"))
+        eos = EOS if settings is None else _token_text(settings.get("eos_token") or settings.get("sep_token"))
         if eos not in vocabulary:
-            made = "was not made by attnlab: it" if settings is None else "names no eos_token, or one that it"
-            raise InputError(f"this tokenizer {made} has no token {eos}")
+            problem = (
+                "was not made by attnlab: it" if settings is None else "names no eos_token, or one that it"
+            )
+            raise InputError(f"this tokenizer {problem} has no token {eos}")
         self.vocab_size = max(vocabulary.values()) + 1
         self._names = [""] * self.vocab_size
         for name, token in vocabulary.items():
@@ -77,30 +79,30 @@ class Tokenizer:
     def mask_id(self) -> int:
         """What stands for a token that is to be found: BERT's [MASK], or the end, which stands in no text."""
         mask = (self.settings or {}).get("mask_token")
-        return self.eos_id if mask is None else self._names.index(_content(mask))
+        return self.eos_id if mask is None else self._names.index(_token_text(mask))
 
-    def agrees(self, other: "Tokenizer") -> bool:
+    def same_vocabulary(self, other: "Tokenizer") -> bool:
         """Whether each number is the same token."""
         return self._backend.get_vocab() == other._backend.get_vocab()
 
-    def token(self, name: str) -> int:
+    def token_id(self, name: str) -> int:
         """The id of a token by its name, `<|de|>` say, special or not.
 
         Raises:
           InputError: no such token.
         """
-        found = self._backend.token_to_id(name)
-        if found is None:
+        token = self._backend.token_to_id(name)
+        if token is None:
             raise InputError(f"the tokenizer has no token {name!r}")
-        return found
+        return token
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 (n,), without any `eos_id`.
 
         Raises `InputError` naming the word if a `Words` tokenizer has not met it in training.
         """
-        if self._cuts is not None:
-            return np.asarray(self._numbered(self._cuts[1], text), np.int32)
+        if self._source_target is not None:
+            return np.asarray(self._piece_ids(self._source_target[1], text), np.int32)
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except Exception:
@@ -112,66 +114,66 @@ class Tokenizer:
             ) from None
         return np.asarray(ids, np.int32)
 
-    def _numbered(self, cut: tokenizers.Tokenizer, text: str) -> list[int]:
+    def _piece_ids(self, pieces_of: tokenizers.Tokenizer, text: str) -> list[int]:
         """Numbers of a text's pieces, and before them of the language that it begins with, as >>deu<<."""
         language = re.match("(>>.*?<<)?", text, re.DOTALL)[0]  # type: ignore[index]
-        pieces = [*filter(None, [language]), *cut.encode(text[len(language) :]).tokens]
+        pieces = [*filter(None, [language]), *pieces_of.encode(text[len(language) :]).tokens]
         number, unknown = self._backend.token_to_id, self._backend.model.unk_token
-        return [number(unknown) if (found := number(piece)) is None else found for piece in pieces]
+        return [number(unknown) if (token := number(piece)) is None else token for piece in pieces]
 
     @cached_property
-    def start(self) -> list[int]:
+    def bos_tokens(self) -> list[int]:
         """What a document begins with: the end of another, or what a tokenizer made elsewhere puts first."""
         if self.settings is None:
             return [self.eos_id]
-        found = self._backend.encode("a")
-        return found.ids[: (*found.special_tokens_mask, 0).index(0)]
+        encoded = self._backend.encode("a")
+        return encoded.ids[: (*encoded.special_tokens_mask, 0).index(0)]
 
     @cached_property
-    def begin(self) -> list[int]:
+    def prefix_tokens(self) -> list[int]:
         """What a text to learn begins with."""
-        return self.start or [self.eos_id]
+        return self.bos_tokens or [self.eos_id]
 
-    def beginning(self, *begin: int) -> "Tokenizer":
+    def with_prefix_tokens(self, *tokens: int) -> "Tokenizer":
         """The same for a model whose texts to learn begin otherwise."""
         other = copy.copy(self)
-        vars(other)["begin"] = list(begin)
+        vars(other)["prefix_tokens"] = list(tokens)
         return other
 
-    def prompt(self, text: str, marker: int | None = None) -> list[int]:
+    def encode_prompt(self, text: str, marker: int | None = None) -> list[int]:
         """Token ids of a text to go on from, after those that a document begins with.
 
         Args:
           text: of which no part is a special token,
           marker: but for this one, wherever it is written.
         """
-        reading = self if marker is None else _marked(self, marker)
-        return [*self.start, *reading.encode(text).tolist()] or [self.eos_id]
+        tokenizer = self if marker is None else _with_image_token(self, marker)
+        return [*self.bos_tokens, *tokenizer.encode(text).tolist()] or [self.eos_id]
 
-    def document(self, text: str, length: int | None = None) -> list[int]:
+    def encode_document(self, text: str, length: int | None = None) -> list[int]:
         """Token ids of a whole text, between those that a tokenizer made elsewhere puts around it.
 
         Args:
           text: the document.
           length: the most tokens that there may be: the text is cut, not what is around it.
         """
-        if self.settings is None or self._cuts is not None:
-            ids = self.encode(text)[: None if length is None else max(length - len(self.start) - 1, 0)]
-            return [*self.start, *ids.tolist(), self.eos_id]
+        if self.settings is None or self._source_target is not None:
+            ids = self.encode(text)[: None if length is None else max(length - len(self.bos_tokens) - 1, 0)]
+            return [*self.bos_tokens, *ids.tolist(), self.eos_id]
         encoded = self._backend.encode(text, add_special_tokens=False)
         if length is not None:
             encoded.truncate(max(length - self._backend.num_special_tokens_to_add(False), 0))
         return self._backend.post_process(encoded).ids
 
-    def source(self, text: str) -> list[int]:
+    def encode_source(self, text: str) -> list[int]:
         """Token ids of a text to be read whole: with its end, or what others' tokenizers put around."""
         if self.settings is None:
             return [*self.encode(text).tolist(), self.eos_id]
-        if self._cuts is not None:
-            return [*self._numbered(self._cuts[0], text), self.eos_id]
+        if self._source_target is not None:
+            return [*self._piece_ids(self._source_target[0], text), self.eos_id]
         return self._backend.encode(text).ids or [self.eos_id]
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a chat, up to where its answer begins.
 
         Args:
@@ -186,7 +188,9 @@ class Tokenizer:
         if not isinstance(template, str):
             raise InputError("this tokenizer has no chat template: give it plain text")
         tokens = {
-            k: _content(v) for k, v in (self.settings or {}).items() if k.endswith("_token") and v is not None
+            k: _token_text(v)
+            for k, v in (self.settings or {}).items()
+            if k.endswith("_token") and v is not None
         }
         text = render(template, messages=messages, add_generation_prompt=True, **tokens)
         parsing = tokenizers.Tokenizer.from_str(self._backend.to_str())  # of which special tokens are tokens
@@ -228,13 +232,13 @@ class Tokenizer:
             return name
         return bytes(BYTE_OF_CHARACTER[c] for c in name).decode("utf-8", errors="backslashreplace")
 
-    def for_others(self, around: str = f"{EOS} $A") -> "Tokenizer":
+    def with_hf_settings(self, template: str = f"{EOS} $A") -> "Tokenizer":
         """The same for those who read a tokenizer's settings, with what they are to put around a text A."""
         if self.settings is not None:
             return self
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.post_processor = processors.TemplateProcessing(
-            single=around, special_tokens=[(EOS, self.eos_id)]
+            single=template, special_tokens=[(EOS, self.eos_id)]
         )
         settings = dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS)
         return Tokenizer(backend, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -244,26 +248,28 @@ class Tokenizer:
         file = epath.Path(path)
         file.write_text(self._backend.to_str(pretty=True))
         if self.settings is not None:
-            (file.parent / SETTINGS).write_text(json.dumps(self.settings, indent=2))
-        for name, cut in zip(CUTS, self._cuts or (), strict=False):
-            (file.parent / name).write_text(cut.to_str(pretty=True))
+            (file.parent / CONFIG_FILE).write_text(json.dumps(self.settings, indent=2))
+        for name, part in zip(SOURCE_TARGET_FILES, self._source_target or (), strict=False):
+            (file.parent / name).write_text(part.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Read a tokenizer that `save` wrote, or a `tokenizer.json` with its settings beside it."""
         file = epath.Path(path)
-        settings = file.parent / SETTINGS
+        settings = file.parent / CONFIG_FILE
         try:
-            found = json.loads(settings.read_text()) if settings.exists() else None
-            source, target = (file.parent / name for name in CUTS)
-            cuts = (_read(source), _read(target)) if source.exists() else None
-            return cls(_read(file), found, cuts)
+            config = json.loads(settings.read_text()) if settings.exists() else None
+            source, target = (file.parent / name for name in SOURCE_TARGET_FILES)
+            source_target_tokenizers = (
+                (_read_backend(source), _read_backend(target)) if source.exists() else None
+            )
+            return cls(_read_backend(file), config, source_target_tokenizers)
         except FileNotFoundError:
             raise InputError(f"there is no tokenizer at {path}") from None
 
 
 @lru_cache(maxsize=1)  # a whole vocabulary is written and read, which is not for every prompt
-def _marked(tokenizer: Tokenizer, marker: int) -> Tokenizer:
+def _with_image_token(tokenizer: Tokenizer, marker: int) -> Tokenizer:
     """With one token less that is special, and so no part of a text."""
     backend = json.loads(tokenizer._backend.to_str())
     for token in backend["added_tokens"]:
@@ -271,11 +277,11 @@ def _marked(tokenizer: Tokenizer, marker: int) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(backend)), tokenizer.settings)
 
 
-def _read(file: epath.Path) -> tokenizers.Tokenizer:
+def _read_backend(file: epath.Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(file.read_text())
 
 
-def _content(token: Any) -> str:
+def _token_text(token: Any) -> str:
     """The text of a special token, which settings have as text or as an object around it."""
     return token["content"] if isinstance(token, Mapping) else str(token)
 
@@ -315,7 +321,7 @@ class BPE:
             initial_alphabet=BYTE_CHARACTERS,
             show_progress=False,
         )
-        backend.train_from_iterator(_up_to(TRAINING_CHARACTERS, texts), trainer)
+        backend.train_from_iterator(_limit_characters(TRAINING_CHARACTERS, texts), trainer)
         return Tokenizer(backend)
 
 
@@ -342,7 +348,7 @@ def _bytewise(model: Any) -> tokenizers.Tokenizer:
     return backend
 
 
-def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
+def _limit_characters(characters: int, texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         if characters <= 0:
             return

@@ -212,7 +212,7 @@ class Generator:
             draft = speculator.generator
             draft_state = draft._prefill(inputs, room)
             same_size = decode_state.logits.shape == draft_state.logits.shape
-            if not same_size or not self.tokenizer.agrees(draft.tokenizer):
+            if not same_size or not self.tokenizer.same_vocabulary(draft.tokenizer):
                 raise InputError("a draft must be a model of the same tokens as the one that checks it")
             drafter, draft_params = DraftSpeculator(draft.model, num_drafts), draft.params
             speculator_state = draft_state.cache
@@ -248,7 +248,7 @@ class Generator:
         self, forced_decoder_ids: Sequence[int | str] | None, max_new_tokens: int
     ) -> tuple[int, ...]:
         tokens = self.model.config.forced if forced_decoder_ids is None else forced_decoder_ids
-        ids = tuple(self.tokenizer.token(token) if isinstance(token, str) else token for token in tokens)
+        ids = tuple(self.tokenizer.token_id(token) if isinstance(token, str) else token for token in tokens)
         if ids and max_new_tokens <= len(ids):
             raise InputError(f"max_new_tokens must be over the {len(ids)} that are forced")
         return ids

@@ -26,7 +26,7 @@ def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int
     image, name = [config.marker] * config.patches, tokenizer.token_text(config.marker)
     if config.separator is not None:
         return [*image, *_text_ids(config, tokenizer, text.removeprefix(name) + config.separator)]
-    ids = tokenizer.prompt(text, config.marker)
+    ids = tokenizer.encode_prompt(text, config.marker)
     if (count := ids.count(config.marker)) != 1:
         raise InputError(f"a prompt has {name} once, where its image is to be: this one has it {count} times")
     at = ids.index(config.marker)
@@ -38,14 +38,14 @@ def training_prefix_ids(config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
     if isinstance(config, PrefixConfig) and config.marker is not None:
         image = [config.marker] * config.patches
         if config.separator is None:
-            return [*tokenizer.start, *image]
+            return [*tokenizer.bos_tokens, *image]
         return [*image, *_text_ids(config, tokenizer, config.separator)]
-    return tokenizer.begin if config.start is None else [config.start, *config.forced]
+    return tokenizer.prefix_tokens if config.start is None else [config.start, *config.forced]
 
 
 def _text_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     start = config.start
-    return tokenizer.prompt(text) if start is None else [start, *tokenizer.encode(text).tolist()]
+    return tokenizer.encode_prompt(text) if start is None else [start, *tokenizer.encode(text).tolist()]
 
 
 def source_arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[Any]) -> list[np.ndarray]:
@@ -65,7 +65,7 @@ def source_arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[A
     if len(shape) == 1:
         if not all(isinstance(source, str) for source in sources):
             raise InputError("the sources of this model are texts")
-        arrays = [np.asarray(tokenizer.source(source), np.int32) for source in sources]
+        arrays = [np.asarray(tokenizer.encode_source(source), np.int32) for source in sources]
         config.check_source(max(map(len, arrays)))
         return arrays
     arrays = [np.asarray(source, np.float32) for source in sources]

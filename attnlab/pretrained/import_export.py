@@ -15,8 +15,8 @@ from attnlab import sharding
 from attnlab.config import differences
 from attnlab.config.types import did_you_mean
 from attnlab.data import Tokenizer, preprocessor
-from attnlab.data.batch import of_spec, spec
-from attnlab.data.tokenizer import EOS, SETTINGS
+from attnlab.data.batch import batch_from_spec, batch_spec
+from attnlab.data.tokenizer import CONFIG_FILE, EOS
 from attnlab.errors import InputError
 from attnlab.models import (
     ContrastiveConfig,
@@ -129,7 +129,7 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
     file, template = folder / "tokenizer.json", folder / "chat_template.jinja"
     settings: dict[str, Any] = {}
     source_target_tokenizers = None
-    for name in ("special_tokens_map.json", SETTINGS):
+    for name in ("special_tokens_map.json", CONFIG_FILE):
         settings |= repository.read_json(folder / name) if (folder / name).exists() else {}
     if template.exists():
         settings["chat_template"] = template.read_text()
@@ -243,9 +243,11 @@ def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origi
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), origin.tokenizer.eos_id)
         fields = ends | hf_config_fields(config, origin.length) | _label_names(origin.tokenizer, config)
         temporary.mkdir(parents=True)
-        origin.tokenizer.for_others(_template(config)).save(temporary / "tokenizer.json")
+        origin.tokenizer.with_hf_settings(_template(config)).save(temporary / "tokenizer.json")
         if origin.preprocessor is not None:
-            write_atomically(temporary / preprocessor.FILE, json.dumps(origin.preprocessor, indent=2) + "\n")
+            write_atomically(
+                temporary / preprocessor.CONFIG_FILE, json.dumps(origin.preprocessor, indent=2) + "\n"
+            )
     else:
         _, imported = read_config(origin)
         if changed := _config_differences(imported, config):
@@ -271,7 +273,7 @@ def _with_start_token(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     prompts = isinstance(config, PrefixConfig) and config.separator is None  # which the tokenizer begins
     if not isinstance(config, Seq2SeqConfig) or prompts or config.start is not None:
         return config
-    return dataclasses.replace(config, start=tokenizer.start[-1])
+    return dataclasses.replace(config, start=tokenizer.bos_tokens[-1])
 
 
 def _label_names(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
@@ -313,7 +315,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
 
     rows = 1 if mesh is None else mesh.size
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        inputs = of_spec(spec(rows, 1, config.source_shape), sharding.zero_rows).inputs
+        inputs = batch_from_spec(batch_spec(rows, 1, config.source_shape), sharding.zero_rows).inputs
         model = config.build(1)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
     return jax.tree.map(laid_out, shapes)

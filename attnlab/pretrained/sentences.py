@@ -55,7 +55,7 @@ class SentenceEncoder:
 
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> Float[np.ndarray, "N E"]:
         """The vectors, float32, so many texts of like length at a time."""
-        documents = [self.tokenizer.document(text, self.length) for text in texts]
+        documents = [self.tokenizer.encode_document(text, self.length) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(documents[i]))
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         vectors = [self._vectors([documents[i] for i in batch]) for batch in batches]

@@ -115,7 +115,9 @@ def open_session(request: Request, experiment: Experiment) -> Session:
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
     _enable_compilation_cache(mesh)
     tokenizer = _saved_tokenizer(request) or _new_tokenizer(experiment)
-    return Session(experiment, mesh, tokenizer.beginning(*training_prefix_ids(experiment.model, tokenizer)))
+    return Session(
+        experiment, mesh, tokenizer.with_prefix_tokens(*training_prefix_ids(experiment.model, tokenizer))
+    )
 
 
 def _new_tokenizer(experiment: Experiment) -> Tokenizer:

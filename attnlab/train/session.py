@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab import sharding
 from attnlab.data import Batch, Tokenizer
-from attnlab.data.batch import of_spec
+from attnlab.data.batch import batch_from_spec
 from attnlab.errors import InputError
 from attnlab.train import optimizers
 from attnlab.train.experiment import Experiment
@@ -140,7 +140,7 @@ class Session:
         def array(shape, dtype):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch_sharding(len(shape)))
 
-        return of_spec(self.experiment.data.element_spec(), array)
+        return batch_from_spec(self.experiment.data.element_spec(), array)
 
     def _batch_sharding(self, ndim: int):
         return sharding.named(self.mesh, P(sharding.spec("batch")[0], *(None,) * (ndim - 1)))

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from attnlab import sharding
 from attnlab.data import Batch
-from attnlab.data.batch import of_spec
+from attnlab.data.batch import batch_from_spec
 from attnlab.sharding import out_sharding
 from attnlab.train.experiment import Experiment, SpikeSkip
 from attnlab.train.loss import token_sums
@@ -57,7 +57,7 @@ class State:
 
 def init_params(model: nn.Module, experiment: Experiment):
     """The model's parameters that a run of this seed starts from, laid out over the mesh."""
-    batch = of_spec(experiment.data.element_spec(), sharding.zero_rows)
+    batch = batch_from_spec(experiment.data.element_spec(), sharding.zero_rows)
     return model.init(_keys(experiment)[0], **batch.inputs)["params"]
 
 

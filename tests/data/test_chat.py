@@ -36,17 +36,17 @@ def foreign():
 
 
 def test_a_prompt_begins_as_its_tokenizer_has_it(foreign):
-    assert foreign.prompt("the cat") == [0, 8, 10]
+    assert foreign.encode_prompt("the cat") == [0, 8, 10]
     assert foreign.encode("the cat").tolist() == [8, 10]
     assert (foreign.eos_id, foreign.vocab_size) == (2, 11)  # numbers have gaps
-    assert (foreign.start, foreign.document("the cat")) == ([0], [0, 8, 10])
+    assert (foreign.bos_tokens, foreign.encode_document("the cat")) == ([0], [0, 8, 10])
     own = BPE(300).train(["the cat"])
     assert (
         own.mask_id == own.eos_id
         and Tokenizer(foreign._backend, {"eos_token": "[SEP]", "mask_token": "[CLS]"}).mask_id == 0
     )
-    assert own.document("the cat") == [*own.prompt("the cat"), own.eos_id]
-    assert own.prompt("the cat") == [own.eos_id, *own.encode("the cat")]
+    assert own.encode_document("the cat") == [*own.encode_prompt("the cat"), own.eos_id]
+    assert own.encode_prompt("the cat") == [own.eos_id, *own.encode("the cat")]
 
 
 def test_what_is_trained_on_begins_as_a_prompt_and_ends(foreign):
@@ -55,15 +55,18 @@ def test_what_is_trained_on_begins_as_a_prompt_and_ends(foreign):
     )
     foreign._backend.post_processor = end
     example = Text().encode({"text": "the cat"}, foreign)
-    assert foreign.prompt("the cat") == [*example.tokens] == [0, 4, 8, 10]
-    assert foreign.document("the cat") == [*example.tokens, 2]
+    assert foreign.encode_prompt("the cat") == [*example.tokens] == [0, 4, 8, 10]
+    assert foreign.encode_document("the cat") == [*example.tokens, 2]
     assert ([*example.targets], [*example.weights]) == ([4, 8, 10, 2], [0, 1, 1, 1])
-    other = Text().encode({"text": "the cat"}, foreign.beginning(99, 4))  # which need be none of its own
+    prefixed = foreign.with_prefix_tokens(99, 4)  # which need be none of its own
+    other = Text().encode({"text": "the cat"}, prefixed)
     assert ([*other.tokens], [*other.weights]) == ([99, 4, 8, 10], [0, 1, 1, 1])
     assert other.num_bytes.tolist() == example.num_bytes.tolist()
     foreign._backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    del foreign.start, foreign.begin
-    assert foreign.prompt("the cat") == [8, 10] and [*Text().encode({"text": "the cat"}, foreign).tokens] == [
+    del foreign.bos_tokens, foreign.prefix_tokens
+    assert foreign.encode_prompt("the cat") == [8, 10] and [
+        *Text().encode({"text": "the cat"}, foreign).tokens
+    ] == [
         2,
         8,
         10,
@@ -75,20 +78,20 @@ def test_a_chat_is_its_template_with_special_tokens_as_tokens(foreign):
         render(TEMPLATE, messages=ASKED, bos_token="^", eos_token="$", add_generation_prompt=True)
         == "^<user>the cat$\n<assistant>"
     )
-    assert foreign.chat(ASKED) == [0, 4, 8, 10, 2, 6]
+    assert foreign.encode_chat(ASKED) == [0, 4, 8, 10, 2, 6]
 
 
 def test_saved_and_loaded_it_is_the_same(foreign, tmp_path):
     foreign.save(tmp_path / "tokenizer.json")
     again = Tokenizer.load(tmp_path / "tokenizer.json")
     assert again.settings == foreign.settings
-    assert again.chat(ASKED) == foreign.chat(ASKED)
+    assert again.encode_chat(ASKED) == foreign.encode_chat(ASKED)
     assert again.token_bytes.tolist() == foreign.token_bytes.tolist()
 
 
 def test_what_cannot_be_chatted(foreign, refuses):
     with refuses("no chat template"):
-        BPE(300).train(["a"]).chat(ASKED)
+        BPE(300).train(["a"]).encode_chat(ASKED)
     with refuses("refuses this chat: only users"):
         render("{{ raise_exception('only users') }}")
     with refuses("cannot be used"):

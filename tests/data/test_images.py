@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from attnlab.data import preprocessor
-from attnlab.data.images import Pixels
+from attnlab.data.images import ImageProcessor
 
 RNG = np.random.default_rng(0)
 SIDES = [(37, 61), (80, 45), (20, 20), (33, 32)]
@@ -40,9 +40,9 @@ def test_it_is_what_transformers_makes_of_an_image(case, tmp_path):
     kind, settings = CASES[case]
     theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
     theirs.save_pretrained(tmp_path)
-    ours = Pixels.from_settings(preprocessor.read(tmp_path))
+    ours = ImageProcessor.from_settings(preprocessor.read(tmp_path))
     said = ours.settings()
-    assert Pixels.from_settings(said) == ours
+    assert ImageProcessor.from_settings(said) == ours
     again = getattr(transformers, f"{said['image_processor_type']}Pil")(**said)
     for sides in SIDES:
         image = smooth(*sides)
@@ -62,16 +62,16 @@ def test_a_file_that_says_little_means_the_same_there(kind):
     transformers = pytest.importorskip("transformers")
     whole = json.loads(getattr(transformers, f"{kind}ImageProcessorPil")().to_json_string())
     little = {"image_processor_type": f"{kind}ImageProcessor"}
-    assert Pixels.from_settings(little) == Pixels.from_settings(whole)
+    assert ImageProcessor.from_settings(little) == ImageProcessor.from_settings(whole)
 
 
 def test_older_files():
     """A number is a square for some and the shorter side for others; the kind was named otherwise, or not."""
-    vit = Pixels.from_settings(
+    vit = ImageProcessor.from_settings(
         {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 48}
     )
     assert vit.size == (48, 48) and vit.crop is None and vit.filter == "bilinear"
-    clip = Pixels.from_settings(
+    clip = ImageProcessor.from_settings(
         {"feature_extractor_type": "CLIPFeatureExtractor", "size": 48, "crop_size": 48}
     )
     assert clip.size == 48 and clip.crop == (48, 48) and clip.filter == "bicubic"
@@ -79,9 +79,11 @@ def test_older_files():
 
 def test_grey_images():
     grey = smooth(9, 12, 1)
-    pixels = Pixels(rgb=False, size=None, mean=(0.5,), std=(0.25,))
+    pixels = ImageProcessor(rgb=False, size=None, mean=(0.5,), std=(0.25,))
     np.testing.assert_allclose(pixels(grey), (grey / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(Pixels(size=None)(grey), Pixels(size=None)(np.repeat(grey, 3, axis=-1)))
+    np.testing.assert_array_equal(
+        ImageProcessor(size=None)(grey), ImageProcessor(size=None)(np.repeat(grey, 3, axis=-1))
+    )
 
 
 @pytest.mark.parametrize(("settings", "told"), [
@@ -93,15 +95,15 @@ def test_grey_images():
 ])  # fmt: skip
 def test_what_is_not_done_is_refused(refuses, settings, told):
     with refuses("preprocessor_config.json" if "Mask" not in told else "Mask", told):
-        Pixels.from_settings(settings)
+        ImageProcessor.from_settings(settings)
 
 
 def test_images_of_another_kind_are_refused(refuses):
     with refuses("(4, 5, 3) of float64"):
-        Pixels()(np.zeros((4, 5, 3)))
+        ImageProcessor()(np.zeros((4, 5, 3)))
     with refuses("1 channels", "3 means"):
-        Pixels(rgb=False)(smooth(4, 5, 1))
+        ImageProcessor(rgb=False)(smooth(4, 5, 1))
     with pytest.raises(ValueError, match="std"):
-        Pixels(std=(0.0,))
+        ImageProcessor(std=(0.0,))
     with pytest.raises(ValueError, match="size"):
-        Pixels(size=0)
+        ImageProcessor(size=0)

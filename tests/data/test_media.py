@@ -5,7 +5,7 @@ from scipy.io import wavfile
 
 from attnlab.data import media
 from attnlab.data.audio import LogMel
-from attnlab.data.images import Pixels
+from attnlab.data.images import ImageProcessor
 
 SQUARE = {
     "image_processor_type": "ViTImageProcessor",
@@ -27,7 +27,7 @@ def test_an_image_is_read_as_its_settings_say(tmp_path, mode, channels):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 11, 3), np.uint8)).convert(mode)
     picture.save(tmp_path / "x.png")
     found = media.read(tmp_path / "x.png", SQUARE, (8, 8, channels))
-    expected = Pixels.from_settings(SQUARE)(picture.convert({1: "L", 3: "RGB"}[channels]))
+    expected = ImageProcessor.from_settings(SQUARE)(picture.convert({1: "L", 3: "RGB"}[channels]))
     np.testing.assert_array_equal(found, expected)
     assert found.shape == (8, 8, channels)
 

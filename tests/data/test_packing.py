@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.data import Example
-from attnlab.data.batch import chunks, stack
+from attnlab.data.batch import split_example, stack_rows
 from attnlab.data.packing import Pack
 from attnlab.errors import InputError
 from tests.data.toys import assert_equal, segments
@@ -26,12 +26,12 @@ def example(length, number=0):
 
 def documents(lengths, row):
     examples = [example(length, number) for number, length in enumerate(lengths)]
-    return grain.MapDataset.source(examples).map(partial(chunks, length=row))
+    return grain.MapDataset.source(examples).map(partial(split_example, length=row))
 
 
 @given(length=st.integers(1, 100), row=st.integers(2, 30))
 def test_chunks_hold_each_target_once(length, row):
-    pieces = chunks(example(length), row)
+    pieces = split_example(example(length), row)
     np.testing.assert_array_equal(
         np.concatenate([piece.targets for piece in pieces]), example(length).targets
     )
@@ -47,7 +47,7 @@ def test_rows(lengths, row, seed, pool):
     rows = list(Pack(documents(lengths, row), row, seed=seed, pool=pool))
     seen = Counter()
     for one in rows:
-        batch = stack([one], 1)
+        batch = stack_rows([one], 1)
         used = int((one.segments > 0).sum())
         # Segments 1, 2, 3, ... follow one another without a gap, and padding comes last.
         assert set(np.diff(one.segments[:used])) <= {0, 1}
@@ -106,10 +106,10 @@ def test_equal_lengths_leave_the_pool_in_turn():
 )
 def test_examples_that_cannot_be(wrong):
     with pytest.raises(InputError, match="tokens"):
-        chunks(wrong, 8)
+        split_example(wrong, 8)
 
 
 def test_stack_fills_with_empty_rows():
-    batch = stack(list(Pack(documents([5], 8), 8, seed=None)), 3)
+    batch = stack_rows(list(Pack(documents([5], 8), 8, seed=None)), 3)
     assert batch.tokens.shape == (3, 8)
     assert not any(field[1:].any() for field in batch if field is not None)

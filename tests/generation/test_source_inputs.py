@@ -64,7 +64,7 @@ def forward(model, params, tokens, source, there):
 def logits(g, ids, source):
     """Of the full model, after each of these ids."""
     tokens, read, there = (np.zeros((1, n), np.int32) for n in (CONTEXT, 12, 12))
-    own = TOKENIZER.source(source)
+    own = TOKENIZER.encode_source(source)
     tokens[0, : len(ids)], read[0, : len(own)], there[0, : len(own)] = ids, own, 1
     with jax.set_mesh(g.mesh):
         arrays = map(jnp.asarray, (tokens, read, there))

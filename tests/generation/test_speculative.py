@@ -174,7 +174,7 @@ def test_refusals(refuses):
     words = BPE(257).train(["a"])
     other = generator(one.mesh, SMALLER)
     other.tokenizer = words
-    assert one.tokenizer.agrees(one.tokenizer) and not one.tokenizer.agrees(words)
+    assert one.tokenizer.same_vocabulary(one.tokenizer) and not one.tokenizer.same_vocabulary(words)
     with refuses("a draft must be a model of the same tokens"):
         one(["x"], speculator=DraftModel(other))
     with refuses("PromptLookup.ngram is 0"):

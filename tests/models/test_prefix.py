@@ -83,7 +83,7 @@ def test_captions_are_the_argmax_of_full_forwards():
     found = generate(["abc", "d"], sources=list(IMAGES[:2]), **options)
     run = jax.jit(model.apply)
     for row, text in enumerate(("abc", "d")):
-        ids = tokenizer.prompt(text)
+        ids = tokenizer.encode_prompt(text)
         told = [*ids, *found[row].tokens]
         padded = jnp.asarray([told + [0] * (8 - len(told))], jnp.int32)
         prompt = (jnp.arange(8) < len(ids)).astype(jnp.int32)[None]

@@ -70,7 +70,7 @@ def test_the_same_tokens(tmp_path, name):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for chat in CHATS:
         expected = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-        assert ours.chat(chat) == expected
+        assert ours.encode_chat(chat) == expected
     several = [{"name": "default", "template": TEMPLATES[name]}, {"name": "tool_use", "template": "x"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several}))
     assert import_export.read_tokenizer(epath.Path(tmp_path)).chat(chat) == expected

@@ -173,7 +173,7 @@ def test_a_hub_id_without_a_network(refuses, monkeypatch):
 def test_the_tokenizer_comes_along(made, copied):
     found = load(str(made[0])).tokenizer
     assert found.decode(found.encode("the cat")) == "the cat"
-    assert found.prompt("") == [found.eos_id]
+    assert found.encode_prompt("") == [found.eos_id]
     (copied / "tokenizer.json").unlink()
     assert load(str(copied)).tokenizer is None
 

@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 
 from attnlab import sharding
 from attnlab.data import preprocessor
-from attnlab.data.images import Pixels
+from attnlab.data.images import ImageProcessor
 from attnlab.generation import Generator, SamplingParams, prefill, source_inputs
 from attnlab.inspect.maps import in_order
 from attnlab.models import PrefixConfig
@@ -246,7 +246,7 @@ def test_texts_of_pictures(peer, kind, prompts, tmp_path):
         expected.append(theirs.decode(told, skip_special_tokens=True))
 
     mesh = sharding.make_mesh(sharding.parse_mesh("single", 1))
-    found, pixels = load(str(tmp_path), mesh), Pixels.from_settings(preprocessor.read(tmp_path))
+    found, pixels = load(str(tmp_path), mesh), ImageProcessor.from_settings(preprocessor.read(tmp_path))
     generator = Generator(found.model, found.params, found.tokenizer, context=64, mesh=mesh)
     read = list(map(pixels, pictures))
     found = generator(prompts, sources=read, sampling=SamplingParams(0.0), max_new_tokens=STEPS)
@@ -257,13 +257,13 @@ def test_where_an_image_is_to_be_is_said_once(tmp_path, refuses):
     processor("llava", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     tokenizer = import_export.read_tokenizer(epath.Path(tmp_path))
-    (marker,) = tokenizer.prompt("<image>", tokenizer.vocab_size - 1)[1:]
+    (marker,) = tokenizer.encode_prompt("<image>", tokenizer.vocab_size - 1)[1:]
     config = PrefixConfig(marker=marker)
     for text, count in (("What is this?", 0), ("<image> <image>", 2)):
         with refuses(f"a prompt has <image> once, where its image is to be: this one has it {count} times"):
             source_inputs.prompt_ids(config, tokenizer, text)
     assert 2 not in source_inputs.prompt_ids(config, tokenizer, "<image> </s>")  # which no text can say
-    assert marker not in tokenizer.prompt("<image>")
+    assert marker not in tokenizer.encode_prompt("<image>")
 
 
 @pytest.mark.parametrize(("kind", "changes", "told"), [

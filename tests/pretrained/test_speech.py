@@ -214,7 +214,7 @@ def test_from_sound_to_text(tmp_path):
     model.generation_config.update(**rules)
     there = saved(model, tmp_path)
     extractor.save_pretrained(tmp_path)
-    tokenizer.for_others().save(tmp_path / "tokenizer.json")
+    tokenizer.with_hf_settings().save(tmp_path / "tokenizer.json")
 
     sound = np.random.default_rng(0).normal(size=12_000).astype(np.float32) * 0.1
     theirs = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features

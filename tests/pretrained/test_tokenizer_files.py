@@ -54,7 +54,7 @@ T5 = {"vocab_size": 150, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
 
 def same(ours, theirs, texts=ODD):
     for text in texts:
-        assert ours.document(text) == theirs(text)["input_ids"], text
+        assert ours.encode_document(text) == theirs(text)["input_ids"], text
         assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
 
 
@@ -68,8 +68,8 @@ def test_llama(tmp_path, legacy):
     for text in ODD if legacy else [text for text in ODD if not text.startswith((" ", "\u2581"))]:
         assert ours.encode(text).tolist() == peer.encode(text), text
         assert ours.decode(peer.encode(text)) == text.replace("\u2581", " ")
-    assert ours.document("the") == ours.prompt("the") == [1, *peer.encode("the")]
-    assert (ours.eos_id, ours.start, ours.chat([])[0]) == (2, [1], 1)
+    assert ours.encode_document("the") == ours.encode_prompt("the") == [1, *peer.encode("the")]
+    assert (ours.eos_id, ours.bos_tokens, ours.encode_chat([])[0]) == (2, [1], 1)
     assert ours.token_bytes[peer.encode("é")].sum() == 3  # and a space before it
 
 
@@ -144,8 +144,8 @@ def test_marian(translators, words):
             continue  # of which there the text would be made, and here it has their letters
         for ours in both:
             source, target = theirs(text)["input_ids"], theirs(text_target=text)["input_ids"]
-            assert ours.source(text) == source, text
-            assert ours.document(text) == target and ours.encode(text).tolist() == target[:-1], text
+            assert ours.encode_source(text) == source, text
+            assert ours.encode_document(text) == target and ours.encode(text).tolist() == target[:-1], text
             for ids in (source, target):
                 assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
 
@@ -153,10 +153,14 @@ def test_marian(translators, words):
 @pytest.mark.parity
 def test_marian_by_hand(translators, tmp_path, refuses):
     ours, _, theirs = translators
-    assert ours.source(">>deu<< the cat")[0] == theirs.convert_tokens_to_ids(">>deu<<") and ours.start == []
-    assert ours.source("ß") != ours.source("日") and 1 in ours.source("日")  # the other language's is known
-    assert (ours.eos_id, ours.decode(ours.document(GERMAN))) == (0, GERMAN)
-    assert ours.token_bytes[ours.document("müde")].sum() == 6
+    assert (
+        ours.encode_source(">>deu<< the cat")[0] == theirs.convert_tokens_to_ids(">>deu<<")
+        and ours.bos_tokens == []
+    )
+    unknown = ours.encode_source("日")
+    assert ours.encode_source("ß") != unknown and 1 in unknown  # the other language's is known
+    assert (ours.eos_id, ours.decode(ours.encode_document(GERMAN))) == (0, GERMAN)
+    assert ours.token_bytes[ours.encode_document("müde")].sum() == 6
     path = opus(tmp_path)
     folder(path, "marian", {"separate_vocabs": True})
     with refuses("separate_vocabs=True is not supported"):
@@ -177,8 +181,8 @@ def test_word_pieces(tmp_path, settings):
     ours = import_export.read_tokenizer(path)
     theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
     same(ours, theirs, [text for text in ODD if "[" not in text])
-    assert ours.document("the cats") == [2, 5, 6, 10, 3] and ours.prompt("the cat") == [2, 5, 6]
-    assert ours.decode(ours.document("the cats")) == "the cats"
+    assert ours.encode_document("the cats") == [2, 5, 6, 10, 3] and ours.encode_prompt("the cat") == [2, 5, 6]
+    assert ours.decode(ours.encode_document("the cats")) == "the cats"
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Roberta", "CLIP"])
@@ -203,7 +207,7 @@ def test_bytes(tmp_path, name):
     ours = import_export.read_tokenizer(path)
     same(ours, getattr(transformers, f"{name}Tokenizer").from_pretrained(tmp_path))
     if name != "CLIP":
-        assert all(ours.decode(ours.document(text)) == text for text in ODD)
+        assert all(ours.decode(ours.encode_document(text)) == text for text in ODD)
 
 
 def test_tokens_beyond_the_vocabulary_and_what_is_refused(tmp_path, refuses, monkeypatch):

@@ -16,13 +16,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from attnlab.data.base import Data
 from attnlab.data.batch import Example
-from attnlab.data.images import Pixels
+from attnlab.data.images import ImageProcessor
 from attnlab.data.prepare import prepared
 from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
 
 SIZE, FONT_SIZE, BASELINE = 32, 22, 24  # pixels; all but a dozen characters fit
 LONGEST = 11  # words of a name
-PIXELS = Pixels(rgb=False, size=(SIZE, SIZE), mean=(0.0,), std=(1.0,))
+IMAGE_PROCESSOR = ImageProcessor(rgb=False, size=(SIZE, SIZE), mean=(0.0,), std=(1.0,))
 # Three families, each upright and slanted, light and bold. Bold and slanted letters without serifs are seen
 # apart in training, and together only in validation.
 STYLES = [
@@ -79,8 +79,8 @@ def _file(style: str) -> str:
 
 def characters(style: str) -> dict[str, str]:
     """The characters of a style and their names in small letters; control characters have none."""
-    found = map(chr, sorted(FT2Font(_file(style)).get_charmap()))
-    return {c: unicodedata.name(c).lower() for c in found if unicodedata.name(c, "")}
+    every = map(chr, sorted(FT2Font(_file(style)).get_charmap()))
+    return {c: unicodedata.name(c).lower() for c in every if unicodedata.name(c, "")}
 
 
 def held_out(names: Iterable[str]) -> set[str]:
@@ -122,7 +122,7 @@ class Glyphs(Data):
     @property
     def preprocessor(self) -> dict[str, Any]:
         """See `Data.preprocessor`."""
-        return PIXELS.settings()
+        return IMAGE_PROCESSOR.settings()
 
     def records(self, split: str) -> Sequence[Any]:
         """Records with "image", "name", "character" and "style" as bytes, prepared on first use."""
@@ -139,5 +139,5 @@ class Glyphs(Data):
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
         """The name, word by word, beside the picture."""
-        picture = PIXELS(Image.open(io.BytesIO(record["image"])))
+        picture = IMAGE_PROCESSOR(Image.open(io.BytesIO(record["image"])))
         return super().encode(record, tokenizer)._replace(source=picture)

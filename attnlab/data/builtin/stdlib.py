@@ -13,7 +13,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from attnlab.data.prepare import prepared
-from attnlab.data.tfds_text import Column
+from attnlab.data.tfds_text import TextColumn
 
 VALIDATION_PERCENT = 8
 # Some orders of hashing give validation to three giants (tkinter, idlelib, distutils). Under this one it
@@ -24,10 +24,10 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def records(name: str, split: str) -> Column:
+def records(name: str, split: str) -> TextColumn:
     """Records of "stdlib_docs" or "stdlib_code", prepared on first use."""
     builder = prepared({"stdlib_docs": StdlibDocs, "stdlib_code": StdlibCode}[name])
-    return Column(builder.as_data_source(split=split), "text")
+    return TextColumn(builder.as_data_source(split=split), "text")
 
 
 class _Stdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
