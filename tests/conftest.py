@@ -19,7 +19,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before anything imports them: the shapes in signatures are checked at every call. Not of masks, scores
 # and caches: JAX rebuilds a pytree with leaves that are no arrays, so its constructor must take them.
-_CHECKED = ("attend", "backends.blockwise", "backends.reference", "context_parallel", "positions")
+_CHECKED = (
+    "attend",
+    "backends.blockwise",
+    "backends.reference",
+    "context_parallel",
+    "normalizers",
+    "positions",
+)
 install_import_hook(
     [*(f"attnlab.attention.{name}" for name in _CHECKED), "attnlab.layers"], "beartype.beartype"
 )

@@ -1,9 +1,8 @@
 """The attention mechanism as pure functions on arrays."""
 
-from attnlab.attention.attend import attend
+from attnlab.attention.attend import attend, explain
 from attnlab.attention.backends.reference import reference
 from attnlab.attention.backends.registry import register
-from attnlab.attention.explain import explain
 from attnlab.attention.masks.base import Mask, mask_fn, per_head, shift_mask
 from attnlab.attention.masks.basic import causal, segments, tree, window
 from attnlab.attention.masks.grids import neighbourhood, sliding_tile, tile_order

@@ -1,4 +1,4 @@
-"""`attend`: one call for every attention in the project."""
+"""`attend`, one call for every attention in the project, and `explain`, which reports how it would run."""
 
 import dataclasses
 import math
@@ -12,19 +12,41 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from attnlab.attention.backends.blockwise import Blockwise, BlockwiseAutodiff, tile_of
 from attnlab.attention.backends.cudnn import Cudnn
-from attnlab.attention.backends.reference import softmax
-from attnlab.attention.backends.registry import BACKENDS, Backend, Request, Result, register
+from attnlab.attention.backends.decode import Decode
+from attnlab.attention.backends.reference import Reference
+from attnlab.attention.backends.registry import (
+    BACKENDS,
+    AttentionArgs,
+    AttentionResult,
+    Backend,
+    select_backend,
+)
 from attnlab.attention.backends.tokamax import Tokamax
 from attnlab.attention.backends.tpu import Flash, Splash
 from attnlab.attention.block_mask import is_traced
 from attnlab.attention.context_parallel import AllGather, AllToAll, Ring
-from attnlab.attention.masks.base import Mask, as_mask
+from attnlab.attention.masks.base import BlockGrid, Mask, as_mask
+from attnlab.attention.normalizers import softmax
 from attnlab.attention.scores import as_score
 from attnlab.errors import InputError
 
-for _backend in (Tokamax(), Cudnn(), Flash(), Splash(), AllGather(), AllToAll(), Ring()):
-    register(_backend)
+# The order in which "auto" tries backends. `register` puts others before these.
+AUTO_ORDER: tuple[Backend, ...] = (
+    Ring(),
+    AllToAll(),
+    AllGather(),
+    Splash(),
+    Flash(),
+    Cudnn(),
+    Tokamax(),
+    Decode(),
+    Blockwise(),
+    BlockwiseAutodiff(),
+    Reference(),
+)
+BACKENDS.extend(AUTO_ORDER)
 
 
 def attend(
@@ -73,7 +95,7 @@ def attend(
         raise InputError(f"attend: dropout_rate must be at least 0 and under 1, not {dropout_rate}")
     batch = query.shape[:-3]
     arrays = [x.reshape(-1, *x.shape[-3:]) if len(batch) != 1 else x for x in (query, key, value)]
-    request = Request(
+    args = AttentionArgs(
         query=arrays[0],
         key=arrays[1],
         value=arrays[2],
@@ -84,41 +106,17 @@ def attend(
         normalizer=normalizer,
         dropout_rate=0.0 if dropout_key is None else dropout_rate,
         dropout_key=dropout_key if dropout_rate else None,
-        wants_weights=return_weights,
-        wants_lse=return_lse,
+        return_weights=return_weights,
+        return_lse=return_lse,
         platform=_platform(),
     )
-    _check_values(request)
-    result = _per_device(backend, request)
+    _check_values(args)
+    result = _per_device(backend, args)
     out, lse, weights = (
         x if x is None or len(batch) == 1 else x.reshape(*batch, *x.shape[1:]) for x in result
     )
     extras = [lse] * return_lse + [weights] * return_weights
     return (out, *extras) if extras else out
-
-
-def choose(wanted: str | Backend, request: Request) -> Backend:
-    """The backend that is wanted, or with "auto" the first that does not refuse.
-
-    Raises:
-      InputError: no backend of this name, or a refusal.
-    """
-    known = {backend.name: backend for backend in BACKENDS}
-    if wanted == "auto":
-        refused = {}
-        for backend in BACKENDS:
-            reason = backend.refuse(request)
-            if reason is None:
-                return backend
-            refused[backend.name] = reason
-        told = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise InputError(f"attend: no backend can do this: {told}")
-    if isinstance(wanted, str) and wanted not in known:
-        raise InputError(f"attend: unknown backend {wanted!r}; there are auto, {', '.join(known)}")
-    backend = known[wanted] if isinstance(wanted, str) else wanted
-    if reason := backend.refuse(request):
-        raise InputError(f"attend: backend {backend.name!r} cannot do this: {reason}")
-    return backend
 
 
 def _check_shapes(query, key, value) -> None:
@@ -146,10 +144,10 @@ def _platform() -> str:
     return device if isinstance(device, str) else device.platform
 
 
-def _check_values(request: Request) -> None:
+def _check_values(args: AttentionArgs) -> None:
     """Checks that arrays within mask and score have the scores' lengths, or 1, where they say so."""
-    b, t, h, _ = request.query.shape
-    lengths = {"batch": b, "heads": h, "queries": t, "keys": request.key.shape[1]}
+    b, t, h, _ = args.query.shape
+    lengths = {"batch": b, "heads": h, "queries": t, "keys": args.key.shape[1]}
 
     def check(what, x, layout):
         for name, n in zip(layout, jnp.shape(x), strict=True):
@@ -160,22 +158,22 @@ def _check_values(request: Request) -> None:
                 )
         return x
 
-    for what, value in (("mask", request.mask), ("score", request.score)):
+    for what, value in (("mask", args.mask), ("score", args.score)):
         if value is not None:
             value.map_arrays(partial(check, what))
 
 
-def _per_device(wanted: str | Backend, request: Request) -> Result:
+def _per_device(wanted: str | Backend, args: AttentionArgs) -> AttentionResult:
     """Runs a backend on each device's own part, as the types of the arguments say."""
-    arrays = request.query, request.key, request.value
+    arrays = args.query, args.key, args.value
     layouts = [
         P(None, None, None, None) if jax.sharding.get_abstract_mesh().empty else _spec(x) for x in arrays
     ]
     mesh = jax.sharding.get_abstract_mesh()
-    is_part = any(map(any, layouts))
-    if not is_part and mesh.size <= 1:
-        return choose(wanted, request).run(request, (0, 0, 0, 0))
-    batch, sequence, heads = _check_layouts(layouts, request.key.shape[2])
+    is_sharded = any(map(any, layouts))
+    if not is_sharded and mesh.size <= 1:
+        return select_backend(wanted, args).run(args, (0, 0, 0, 0))
+    batch, sequence, heads = _check_layouts(layouts, args.key.shape[2])
     sizes = mesh.shape
 
     def part(x, spec):
@@ -186,8 +184,10 @@ def _per_device(wanted: str | Backend, request: Request) -> Result:
 
     query, key, value = (part(x, spec) for x, spec in zip(arrays, layouts, strict=True))
     devices = math.prod(sizes[a] for a in _axes(sequence))
-    request = dataclasses.replace(request, sequence=_axes(sequence), devices=devices, is_part=is_part)
-    backend = choose(wanted, dataclasses.replace(request, query=query, key=key, value=value))
+    args = dataclasses.replace(
+        args, sequence_axes=_axes(sequence), sequence_shards=devices, is_sharded=is_sharded
+    )
+    backend = select_backend(wanted, dataclasses.replace(args, query=query, key=key, value=value))
     axes = {"batch": batch, "heads": heads}
 
     def spec(x, layout) -> P:
@@ -195,21 +195,21 @@ def _per_device(wanted: str | Backend, request: Request) -> Result:
         return P(*(axes.get(name) if n > 1 else None for name, n in zip(layout, jnp.shape(x), strict=True)))
 
     # What is known now stays so: it does not become an argument, of which a backend would know nothing.
-    values = request.mask, request.score
+    values = args.mask, args.score
     specs = jax.tree.leaves([x if x is None else x.map_arrays(spec) for x in values], is_leaf=_is_spec)
     leaves, structure = jax.tree.flatten(values)
     moves = [any(spec) or not _is_known(x) for x, spec in zip(leaves, specs, strict=True)]
     specs = [spec for spec, moving in zip(specs, moves, strict=True) if moving]
     moving = [x for x, moving in zip(leaves, moves, strict=True) if moving]
     fixed = [np.asarray(x) for x, moving in zip(leaves, moves, strict=True) if not moving]
-    sinks = None if request.sinks is None else jax.sharding.reshard(request.sinks, P(heads))
+    sinks = None if args.sinks is None else jax.sharding.reshard(args.sinks, P(heads))
 
     def local(query, key, value, moving, sinks, dropout_key):
         sources = iter(fixed), iter(moving)
         mask, score = structure.unflatten(next(sources[moving]) for moving in moves)
         first = _first(batch, query.shape[0]), _first(heads, query.shape[2]), 0, 0
         mine = dataclasses.replace(
-            request,
+            args,
             query=query,
             key=key,
             value=value,
@@ -220,14 +220,14 @@ def _per_device(wanted: str | Backend, request: Request) -> Result:
         )
         return tuple(backend.run(mine, first))
 
-    weights = P(batch, heads, sequence, None) if request.wants_weights else None
+    weights = P(batch, heads, sequence, None) if args.return_weights else None
     result = jax.shard_map(
         local,
         in_specs=(*layouts, specs, P(heads), P()),
         out_specs=(P(batch, sequence, heads, None), P(batch, sequence, heads), weights),
         check_vma=False,
-    )(*arrays, list(map(jax.sharding.reshard, moving, specs)), sinks, request.dropout_key)
-    return Result(*result)
+    )(*arrays, list(map(jax.sharding.reshard, moving, specs)), sinks, args.dropout_key)
+    return AttentionResult(*result)
 
 
 def _is_spec(x) -> bool:
@@ -283,3 +283,107 @@ def _check_layouts(layouts, kv_heads: int):
             f"reshard first; {told}"
         )
     return query[0], query[1], query[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call of `attend` comes to.
+
+    Attributes:
+      backend: the one that runs.
+      rejected: why each other one does not, or that it is not needed.
+      tile: queries and keys of a tile.
+      tiles: how many tiles are empty, need the mask, and are full.
+      density: share of the pairs that the mask allows; None where it holds traced arrays.
+      flops: of the forward pass, for the allowed pairs; a multiply and an add are two.
+      memory: bytes of temporary memory of the compiled forward pass on a device.
+    """
+
+    backend: str
+    rejected: dict[str, str]
+    tile: tuple[int, int]
+    tiles: tuple[int, int, int] | None
+    density: float | None
+    flops: float
+    memory: int
+
+    def __str__(self) -> str:
+        lines = [f"backend   {self.backend}"]
+        lines += [f"          not {name}: {reason}" for name, reason in self.rejected.items()]
+        if self.tiles is None:
+            lines.append("mask      known only when run")
+        else:
+            empty, partial, full = self.tiles
+            lines.append(f"mask      {self.density:.2%} of the pairs")
+            told = f"{empty} empty, {partial} partial, {full} full"
+            lines.append(f"tiles     of {self.tile[0]} queries and {self.tile[1]} keys: {told}")
+        lines.append(f"FLOPs     {self.flops / 1e9:,.3f} G forward")
+        lines.append(f"memory    {self.memory / 2**20:,.1f} MiB of temporaries, forward")
+        return "\n".join(lines)
+
+
+def explain(
+    query, key, value, *, mask: Any = None, backend: str | Backend = "auto", **options
+) -> Explanation:
+    """What `attend` would do with these arguments; query, key and value may be shapes.
+
+    Raises:
+      InputError: what `attend` would raise.
+    """
+    recorder = _RecordingBackend(backend)
+
+    def run(q, k, v):
+        return attend(q, k, v, mask=mask, backend=recorder, **options)
+
+    compiled = jax.jit(run).lower(query, key, value).compile()
+    *batch, t, h, d = query.shape
+    s, rows = key.shape[-3], int(np.prod(batch))
+    tile, tiles, density = tile_of(t, s), None, None
+    whole = None if mask is None else as_mask(mask)
+    if whole is None or not is_traced(whole):
+        density = 1.0 if whole is None else whole.density(t, s, rows, h)
+        tiles = _count(whole, BlockGrid(t, s, *tile, rows, h))
+    pairs = rows * h * t * s * (1.0 if density is None else density)
+    return Explanation(
+        backend=recorder.chosen.name,
+        rejected=recorder.rejections(),
+        tile=tile,
+        tiles=tiles,
+        density=density,
+        flops=2.0 * pairs * (d + value.shape[-1]),
+        memory=compiled.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
+    )
+
+
+def _count(mask, grid: BlockGrid) -> tuple[int, int, int]:
+    """How many tiles are empty, partial and full."""
+    if mask is None:
+        return 0, 0, int(np.prod(grid.num_blocks))
+    some, every = (np.asarray(x) for x in mask.block_summary(grid))
+    return int((~some).sum()), int((some & ~every).sum()), int((some & every).sum())
+
+
+class _RecordingBackend:
+    """Stands between `attend` and the backend that it would choose."""
+
+    name = "recording"
+    chosen: Backend
+    args: AttentionArgs
+
+    def __init__(self, wanted: str | Backend):
+        self._wanted = wanted
+
+    def unsupported_reason(self, args):
+        """Keeps what is asked."""
+        self.args = args
+        self.chosen = select_backend(self._wanted, args)
+
+    def run(self, args, first):
+        """Runs the backend that was chosen."""
+        return self.chosen.run(args, first)
+
+    def rejections(self) -> dict[str, str]:
+        """Why each other backend was not chosen."""
+        others = (backend for backend in BACKENDS if backend.name != self.chosen.name)
+        unused = f"{self.chosen.name} comes first" if self._wanted == "auto" else "another was asked for"
+        return {backend.name: backend.unsupported_reason(self.args) or unused for backend in others}

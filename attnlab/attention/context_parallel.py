@@ -12,73 +12,80 @@ from jaxtyping import Array
 
 from attnlab.attention.backends import vjp as cotangents
 from attnlab.attention.backends.blockwise import blockwise, gradients
-from attnlab.attention.backends.registry import Request, Result, beyond_softmax, with_sinks
+from attnlab.attention.backends.registry import (
+    AttentionArgs,
+    AttentionResult,
+    apply_sinks,
+    softmax_only_reason,
+)
 
 
-class Context:
+class ContextParallelBackend:
     """What the three have in common."""
 
     name: str
 
-    def refuse(self, request: Request):
-        """See `Backend.refuse`."""
-        if not request.sequence:
+    def unsupported_reason(self, args: AttentionArgs):
+        """See `Backend.unsupported_reason`."""
+        if not args.sequence_axes:
             return "the length is whole on every device"
-        return beyond_softmax(request) or self.refuse_more(request)
+        return softmax_only_reason(args) or self.unsupported_layout_reason(args)
 
-    def refuse_more(self, request: Request) -> str | None:
+    def unsupported_layout_reason(self, args: AttentionArgs) -> str | None:
         """Why this way cannot do what is asked."""
-        del request
+        del args
         return None
 
-    def run(self, request: Request, first):
+    def run(self, args: AttentionArgs, first):
         """See `Backend.run`."""
-        out, lse = self.attend(request, first)
-        return Result(*(out, lse) if request.sinks is None else with_sinks(out, lse, request.sinks))
+        out, lse = self.attend(args, first)
+        return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
 
-    def attend(self, request: Request, first) -> tuple[Array, Array]:
+    def attend(self, args: AttentionArgs, first) -> tuple[Array, Array]:
         """Output and log-sum-exp of this device's queries."""
         raise NotImplementedError
 
 
-class AllGather(Context):
+class AllGather(ContextParallelBackend):
     """Every device gets all keys and values, for its own queries (arXiv 2407.21783, section 3.3.2)."""
 
     name = "all_gather"
 
-    def attend(self, r, first):
-        """See `Context.attend`."""
-        key, value = (jax.lax.all_gather(x, r.sequence, axis=1, tiled=True) for x in (r.key, r.value))
-        start = first[2] + jax.lax.axis_index(r.sequence) * r.query.shape[1]
-        mask, score = _cut((r.mask, r.score), queries=(start, r.query.shape[1]))
+    def attend(self, args, first):
+        """See `ContextParallelBackend.attend`."""
+        key, value = (
+            jax.lax.all_gather(x, args.sequence_axes, axis=1, tiled=True) for x in (args.key, args.value)
+        )
+        start = first[2] + jax.lax.axis_index(args.sequence_axes) * args.query.shape[1]
+        mask, score = _cut((args.mask, args.score), queries=(start, args.query.shape[1]))
         at = (*first[:2], start, first[3])
-        return blockwise(r.query, key, value, mask=mask, score=score, scale=r.scale, first=at)
+        return blockwise(args.query, key, value, mask=mask, score=score, scale=args.scale, first=at)
 
 
-class AllToAll(Context):
+class AllToAll(ContextParallelBackend):
     """Every device gets the whole length of some heads (DeepSpeed Ulysses, arXiv 2309.14509, section 3)."""
 
     name = "all_to_all"
 
-    def refuse_more(self, request):
-        """See `Context.refuse_more`."""
-        heads, count = request.key.shape[2], request.devices
+    def unsupported_layout_reason(self, args):
+        """See `ContextParallelBackend.unsupported_layout_reason`."""
+        heads, count = args.key.shape[2], args.sequence_shards
         if heads % count:
             return f"{heads} key heads a device do not divide over {count} devices"
         return None
 
-    def attend(self, r, first):
-        """See `Context.attend`."""
-        swap = partial(jax.lax.all_to_all, axis_name=r.sequence, tiled=True)
-        query, key, value = (swap(x, split_axis=2, concat_axis=1) for x in (r.query, r.key, r.value))
-        start = jax.lax.axis_index(r.sequence) * query.shape[2]
-        mask, score = _cut((r.mask, r.score), heads=(start, query.shape[2]))
+    def attend(self, args, first):
+        """See `ContextParallelBackend.attend`."""
+        swap = partial(jax.lax.all_to_all, axis_name=args.sequence_axes, tiled=True)
+        query, key, value = (swap(x, split_axis=2, concat_axis=1) for x in (args.query, args.key, args.value))
+        start = jax.lax.axis_index(args.sequence_axes) * query.shape[2]
+        mask, score = _cut((args.mask, args.score), heads=(start, query.shape[2]))
         at = (first[0], first[1] + start, *first[2:])
-        out, lse = blockwise(query, key, value, mask=mask, score=score, scale=r.scale, first=at)
+        out, lse = blockwise(query, key, value, mask=mask, score=score, scale=args.scale, first=at)
         return swap(out, split_axis=1, concat_axis=2), swap(lse, split_axis=1, concat_axis=2)
 
 
-class Ring(Context):
+class Ring(ContextParallelBackend):
     """Keys and values go round, each device adding what its queries find in them (arXiv 2310.01889).
 
     With a mask, device i of n first trades halves to hold parts i and 2n - 1 - i of 2n, so that a causal
@@ -87,24 +94,28 @@ class Ring(Context):
 
     name = "ring"
 
-    def refuse_more(self, request):
-        """See `Context.refuse_more`."""
-        lengths = request.query.shape[1], request.key.shape[1]
-        if any(n % 2 for n in lengths) and request.mask is not None:
+    def unsupported_layout_reason(self, args):
+        """See `ContextParallelBackend.unsupported_layout_reason`."""
+        lengths = args.query.shape[1], args.key.shape[1]
+        if any(n % 2 for n in lengths) and args.mask is not None:
             return f"it deals out halves of each device's length, and {lengths} are not even"
         return None
 
-    def attend(self, r, first):
-        """See `Context.attend`."""
-        query, key, value = r.query, r.key, r.value
-        deals = r.mask is not None
+    def attend(self, args, first):
+        """See `ContextParallelBackend.attend`."""
+        query, key, value = args.query, args.key, args.value
+        deals = args.mask is not None
         if deals:
-            query, key, value = (_deal(x, r.sequence) for x in (query, key, value))
-        static = r.sequence, deals, r.scale if isinstance(r.scale, float) else 1.0
-        if not isinstance(r.scale, float):
-            query = query * r.scale
-        out, lse = _ring(static, query, key, value, r.mask, r.score, first)
-        return (_deal(out, r.sequence, back=True), _deal(lse, r.sequence, back=True)) if deals else (out, lse)
+            query, key, value = (_deal(x, args.sequence_axes) for x in (query, key, value))
+        static = args.sequence_axes, deals, args.scale if isinstance(args.scale, float) else 1.0
+        if not isinstance(args.scale, float):
+            query = query * args.scale
+        out, lse = _ring(static, query, key, value, args.mask, args.score, first)
+        return (
+            (_deal(out, args.sequence_axes, back=True), _deal(lse, args.sequence_axes, back=True))
+            if deals
+            else (out, lse)
+        )
 
 
 def _cut(values, **ranges):

@@ -11,12 +11,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.backends.reference import softmax
 from attnlab.errors import InputError
 
 __all__ = ["entmax15", "off_by_one", "sigmoid", "softmax", "sparsemax", "top_k"]
 
 Weights = tuple[Float[Array, "*b S"], Float[Array, "*b"]]
+
+
+def softmax(scores: Float[Array, "*b S"]) -> Weights:
+    """Weights and log-sum-exp over the last axis; a row of -inf gives weights 0 and -inf, with gradient 0."""
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0, top)
+    exponentials = jnp.exp(scores - top)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return exponentials / total, lse[..., 0]
 
 
 def off_by_one(scores: Float[Array, "*b S"]) -> Weights:

@@ -146,7 +146,7 @@ def test_what_cannot_be_is_refused_in_one_line(refuses, unchecked):
         attend(query[:, :, :3], key, value)
     with refuses(
         "unknown backend 'fast'",
-        "auto, ring, all_to_all, all_gather, splash, flash, cudnn, tokamax, single, blockwise, blockwise_twice",
+        "auto, ring, all_to_all, all_gather, splash, flash, cudnn, tokamax, decode, blockwise, blockwise_autodiff",
     ):
         attend(query, key, value, backend="fast")
     with refuses("'blockwise' cannot do this", "weights", "return_weights"):

@@ -5,8 +5,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import attend, causal, explain, register, segments, window
+from attnlab.attention.attend import AUTO_ORDER
 from attnlab.attention.backends.blockwise import tile_of
-from attnlab.attention.backends.registry import BACKENDS, Reference, Result
+from attnlab.attention.backends.reference import Reference
+from attnlab.attention.backends.registry import BACKENDS, AttentionResult
 from tests.attention.inputs import qkv
 
 SHAPE = jax.ShapeDtypeStruct((2, 512, 4, 16), jnp.float32)
@@ -33,11 +35,11 @@ def test_memory_is_that_of_the_program_and_less_than_all_scores():
 def test_every_other_backend_says_why():
     told = explain(SHAPE, SHAPE, SHAPE, return_weights=True)
     assert told.backend == "reference"
-    assert "return_weights" in told.refused["blockwise"]
-    assert set(told.refused) == {backend.name for backend in BACKENDS} - {"reference"}
+    assert "return_weights" in told.rejected["blockwise"]
+    assert set(told.rejected) == {backend.name for backend in BACKENDS} - {"reference"}
     text = str(told)
     assert "backend   reference" in text and "not blockwise: it never holds the weights" in text
-    assert explain(SHAPE, SHAPE, SHAPE).refused["reference"] == "blockwise comes first"
+    assert explain(SHAPE, SHAPE, SHAPE).rejected["reference"] == "blockwise comes first"
 
 
 def test_a_mask_known_only_when_run():
@@ -60,7 +62,7 @@ def test_the_layout_decides_too():
     with jax.set_mesh(mesh):
         told = explain(shape, shape, shape, mask=causal())
     assert told.backend == "ring"
-    assert told.refused["blockwise"] == "the length is sharded over sequence"
+    assert told.rejected["blockwise"] == "the length is sharded over sequence"
 
 
 class Doubled(Reference):
@@ -68,11 +70,11 @@ class Doubled(Reference):
 
     name = "doubled"
 
-    def refuse(self, request):
+    def unsupported_reason(self, request):
         return "it has no masks" if request.mask is not None else None
 
     def run(self, request, first):
-        return Result(2 * super().run(request, first).out, jnp.zeros(request.query.shape[:3]))
+        return AttentionResult(2 * super().run(request, first).out, jnp.zeros(request.query.shape[:3]))
 
 
 def test_a_backend_of_a_third_party(unchecked):
@@ -81,9 +83,16 @@ def test_a_backend_of_a_third_party(unchecked):
     register(Doubled(), before="blockwise")
     try:
         assert jnp.allclose(attend(*arrays), 2 * plain, atol=1e-5)
-        assert explain(*arrays, mask=causal()).refused["doubled"] == "it has no masks"
+        assert explain(*arrays, mask=causal()).rejected["doubled"] == "it has no masks"
         with pytest.raises(ValueError, match="there is a backend named 'doubled'"):
             register(Doubled())
     finally:
         BACKENDS[:] = [backend for backend in BACKENDS if backend.name != "doubled"]
     assert jnp.allclose(attend(*arrays, backend=Doubled()), 2 * plain, atol=1e-5)  # and without
+
+
+def test_the_order_of_auto():
+    names = ["ring", "all_to_all", "all_gather", "splash", "flash", "cudnn", "tokamax"]
+    names += ["decode", "blockwise", "blockwise_autodiff", "reference"]
+    assert [backend.name for backend in AUTO_ORDER] == names
+    assert tuple(BACKENDS) == AUTO_ORDER

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.attention import mask_fn
-from attnlab.attention.backends.blockwise import blockwise, blockwise_twice
+from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff
 from attnlab.attention.backends.reference import reference
-from attnlab.attention.backends.registry import with_sinks
+from attnlab.attention.backends.registry import apply_sinks
 from attnlab.attention.scores import (
     Forgetting,
     alibi,
@@ -69,7 +69,7 @@ def whole(x, score, scale):
 
 def by_tiles(x, score, scale, function, tile):
     result = function(x.query, x.key, x.value, mask=x.mask, score=score, scale=scale, tile=tile)
-    return result if x.sinks is None else with_sinks(*result, x.sinks)
+    return result if x.sinks is None else apply_sinks(*result, x.sinks)
 
 
 def assert_agree(
@@ -124,7 +124,7 @@ def test_every_mask(name):
 @pytest.mark.parametrize("score", list(SCORES)[::3])
 def test_scores_differentiated_by_jax(score):
     n = list(SCORES).index(score)
-    assert_agree(score=score, function=blockwise_twice, **nth(n, list(CASES)[-n]) | {"tile": (8, 8)})
+    assert_agree(score=score, function=blockwise_autodiff, **nth(n, list(CASES)[-n]) | {"tile": (8, 8)})
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_every_score_in_bfloat16(score):
     st.sampled_from(list(SCORES)),
     st.booleans(),
     st.sampled_from(TILES),
-    st.sampled_from([blockwise, blockwise_twice]),
+    st.sampled_from([blockwise, blockwise_autodiff]),
 )
 def test_any_mask_and_shape(data, shape, score, sinks, tile, function):
     mask = data.draw(masks(shape["b"], shape["t"], shape["s"]))

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.backends import vjp as cotangents
-from attnlab.attention.backends.reference import NOTHING, only
+from attnlab.attention.backends.reference import NOTHING, stop_masked_gradient
+from attnlab.attention.backends.registry import (
+    AttentionResult,
+    apply_sinks,
+    sharded_length_reason,
+    softmax_only_reason,
+)
 from attnlab.attention.block_mask import Known, Plan, equal_part, plan
 from attnlab.attention.masks.base import BlockGrid, BlockOffset, Mask
 from attnlab.attention.pairwise import block_indices
@@ -89,7 +95,7 @@ def gradients(
     return call.ungrouped(d_query), d_key, d_value, cotangents.finish(score, d_score)
 
 
-def blockwise_twice(
+def blockwise_autodiff(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K Dv"],
@@ -208,7 +214,7 @@ class _Tiles:
         scores, pull_back = self._scaled(raw), lambda g: (self._scaled(g), None)
         if self.score is not None:
             changed, through = jax.vjp(
-                lambda x, score: score(only(allowed, x), at),
+                lambda x, score: score(stop_masked_gradient(allowed, x), at),
                 scores.reshape(flat),
                 self.slice_block(self.score, i, j),
             )
@@ -371,3 +377,28 @@ def _add(total: Array, part: Array, start, axis: int) -> Array:
 
 
 _attend.defvjp(_forward, _backward)
+
+
+class Blockwise:
+    """Any mask and score in memory linear in the length; see `blockwise`."""
+
+    name = "blockwise"
+    function = staticmethod(blockwise)
+
+    def unsupported_reason(self, args):
+        """See `Backend.unsupported_reason`."""
+        return softmax_only_reason(args) or sharded_length_reason(args)
+
+    def run(self, args, first):
+        """See `Backend.run`."""
+        out, lse = self.function(
+            args.query, args.key, args.value, mask=args.mask, score=args.score, scale=args.scale, first=first
+        )
+        return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
+
+
+class BlockwiseAutodiff(Blockwise):
+    """The same with forward-mode and second derivatives; see `blockwise_autodiff`."""
+
+    name = "blockwise_autodiff"
+    function = staticmethod(blockwise_autodiff)

@@ -12,7 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.attention.backends.registry import Request, Result, beyond_softmax, sharded_length
+from attnlab.attention.backends.registry import (
+    AttentionArgs,
+    AttentionResult,
+    sharded_length_reason,
+    softmax_only_reason,
+)
 from attnlab.attention.masks.base import AndMask, Mask
 from attnlab.attention.masks.basic import Causal, Window
 from attnlab.attention.masks.intervals import KeyLengths
@@ -23,31 +28,29 @@ class Cudnn:
 
     name = "cudnn"
 
-    def refuse(self, request):
-        """See `Backend.refuse`."""
-        r = request
-        if r.platform != "gpu":
-            return f"it is for GPUs, and this is for a {r.platform.upper()}"
-        if reason := sharded_length(r) or beyond_softmax(r):
+    def unsupported_reason(self, args):
+        """See `Backend.unsupported_reason`."""
+        if args.platform != "gpu":
+            return f"it is for GPUs, and this is for a {args.platform.upper()}"
+        if reason := sharded_length_reason(args) or softmax_only_reason(args):
             return reason
-        if r.wants_lse or r.sinks is not None:
+        if args.return_lse or args.sinks is not None:
             return "its log-sum-exp, which return_lse asks for and sinks need, is rounded and has no gradient"
-        if r.score is not None:
+        if args.score is not None:
             return "it changes no scores"
-        if not isinstance(r.scale, int | float):
+        if not isinstance(args.scale, int | float):
             return "its scale has to be a number"
-        return _refuse_shapes(r) or _refuse_mask(r)
+        return _refuse_shapes(args) or _refuse_mask(args)
 
-    def run(self, request, first):
+    def run(self, args, first):
         """See `Backend.run`."""
         del first  # its masks know distances and lengths alone
-        r = request
-        paddings, others = _split(r.mask)
+        paddings, others = _split(args.mask)
         left, right = _reach(others)
-        lengths, has_keys = _lengths(paddings, r)
+        lengths, has_keys = _lengths(paddings, args)
         out = jax.nn.dot_product_attention(
-            *(r.query, r.key, r.value),
-            scale=r.scale,
+            *(args.query, args.key, args.value),
+            scale=args.scale,
             is_causal=right is not None,
             local_window_size=None if left is None else (left, 0),
             **lengths,
@@ -55,14 +58,14 @@ class Cudnn:
         )
         if has_keys is not None:
             out = jnp.where(has_keys, out, 0)
-        return Result(out, jnp.full(out.shape[:3], jnp.nan))  # which nobody asked for
+        return AttentionResult(out, jnp.full(out.shape[:3], jnp.nan))  # which nobody asked for
 
 
-def _refuse_shapes(r: Request) -> str | None:
-    dtypes = {x.dtype.name for x in (r.query, r.key, r.value)}
+def _refuse_shapes(args: AttentionArgs) -> str | None:
+    dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
-    width, value_width = r.query.shape[-1], r.value.shape[-1]
+    width, value_width = args.query.shape[-1], args.value.shape[-1]
     if width != value_width or width % 8 or width > 128:
         return (
             f"it takes one head_dim, a multiple of 8 of at most 128, for query, key and value, not "
@@ -71,8 +74,8 @@ def _refuse_shapes(r: Request) -> str | None:
     return None
 
 
-def _refuse_mask(r: Request) -> str | None:
-    paddings, others = _split(r.mask)
+def _refuse_mask(args: AttentionArgs) -> str | None:
+    paddings, others = _split(args.mask)
     reach = _reach(others)
     if reach == (None, None):
         return None
@@ -80,7 +83,7 @@ def _refuse_mask(r: Request) -> str | None:
         return "of masks it has causal(), window(left, 0) and key_lengths() alone"
     if paddings and reach[0] is not None:
         return "it has no window beside key_lengths(), as all keys in it may be padding"
-    if r.query.shape[1] > r.key.shape[1]:
+    if args.query.shape[1] > args.key.shape[1]:
         return "its causal mask is for no more queries than keys"
     return None
 
@@ -116,11 +119,11 @@ def _reach(masks: list[Mask]) -> tuple[int | None, int | None] | None:
     return min(lefts, default=None), min(rights, default=None)
 
 
-def _lengths(paddings: list[KeyLengths], r: Request) -> tuple[dict[str, Array], Array | None]:
+def _lengths(paddings: list[KeyLengths], args: AttentionArgs) -> tuple[dict[str, Array], Array | None]:
     """What cuDNN is told of the lengths of each row, and which queries have a key, (B, T, 1, 1)."""
     if not paddings:
         return {}, None
-    rows, t, s = *r.query.shape[:2], r.key.shape[1]
+    rows, t, s = *args.query.shape[:2], args.key.shape[1]
 
     def least(numbers, most):
         for number in numbers:

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.backends.reference import softmax, weigh
+from attnlab.attention.backends.reference import attention_weights
+from attnlab.attention.backends.registry import AttentionResult, sharded_length_reason, softmax_only_reason
 from attnlab.attention.masks.base import BlockOffset, Mask
+from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import block_indices
 from attnlab.attention.scores import Score
 
 
-def single(
+def decode(
     query: Float[Array, "B 1 H D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K Dv"],
@@ -35,7 +37,7 @@ def single(
     products = jax.lax.optimization_barrier(products)
     scores = scale * jnp.moveaxis(products.reshape(h // k, b, -1, k), (0, 2), (2, 3))  # (B, K, G, S)
     scores = scores.reshape(b, h, 1, -1)
-    weights, lse = weigh(scores, block_indices(first, scores.shape), mask, score, sinks, softmax)
+    weights, lse = attention_weights(scores, block_indices(first, scores.shape), mask, score, sinks, softmax)
     weights = jnp.moveaxis(weights.reshape(b, k, h // k, -1), (2, 3), (0, 2))[..., None]  # (G, B, S, K, 1)
     out = jnp.stack([(_without_one_row(one) * values).sum(-3) for one in weights], axis=-2)
     return out.reshape(b, 1, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2)
@@ -44,3 +46,20 @@ def single(
 def _without_one_row(x: Array) -> Array:
     """The only row, if there is one: beside a dimension of 1, XLA's CPU backend sums 10 times as slowly."""
     return x.reshape(x.shape[1:]) if len(x) == 1 else x
+
+
+class Decode:
+    """Any mask and score of one query a row; see `decode`."""
+
+    name = "decode"
+
+    def unsupported_reason(self, args):
+        """See `Backend.unsupported_reason`."""
+        count = args.query.shape[1]
+        one = None if count == 1 else f"it takes one query a row, not {count}"
+        return one or softmax_only_reason(args) or sharded_length_reason(args)
+
+    def run(self, args, first):
+        """See `Backend.run`."""
+        what = {"mask": args.mask, "score": args.score, "scale": args.scale, "sinks": args.sinks}
+        return AttentionResult(*decode(args.query, args.key, args.value, **what, first=first))

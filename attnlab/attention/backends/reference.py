@@ -6,25 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.attention.backends.registry import AttentionResult, sharded_length_reason
 from attnlab.attention.masks.base import BlockOffset, Mask
+from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import PairIndices, block_indices
 from attnlab.attention.scores import Score
 
 # A changed score that is no more than this forbids its pair, whichever backend sees it, and however many
 # others its row has. Finite, for where backends keep a running maximum, inf - inf would be no number.
 NOTHING = -1e30
-
-
-def softmax(scores: Float[Array, "*b S"]) -> tuple[Float[Array, "*b S"], Float[Array, "*b"]]:
-    """Weights and log-sum-exp over the last axis; a row of -inf gives weights 0 and -inf, with gradient 0."""
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    top = jnp.where(jnp.isneginf(top), 0, top)
-    exponentials = jnp.exp(scores - top)
-    total = exponentials.sum(axis=-1, keepdims=True)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    return exponentials / total, lse[..., 0]
 
 
 def reference(
@@ -65,13 +55,15 @@ def reference(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
     scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
-    weights, lse = weigh(scores, block_indices(first, scores.shape), mask, score, sinks, normalizer)
+    weights, lse = attention_weights(
+        scores, block_indices(first, scores.shape), mask, score, sinks, normalizer
+    )
     dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
     out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
     return out.reshape(b, t, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
 
 
-def weigh(
+def attention_weights(
     scores: Float[Array, "B H T S"],
     at: PairIndices,
     mask: Mask | None,
@@ -82,7 +74,7 @@ def weigh(
     """Weights, and logarithmic normaliser, of the scaled scores of the pairs `at`; see `reference`."""
     allowed = None if mask is None else mask.evaluate(at)
     if score is not None:
-        scores = score(only(allowed, scores), at)
+        scores = score(stop_masked_gradient(allowed, scores), at)
         scores = jnp.where(scores <= NOTHING, -jnp.inf, scores)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
@@ -94,7 +86,7 @@ def weigh(
     return weights[..., :size], lse
 
 
-def only(allowed: Array | None, scores: Array) -> Array:
+def stop_masked_gradient(allowed: Array | None, scores: Array) -> Array:
     """The scores, with a gradient only where allowed: elsewhere that of a change may be no number."""
     return scores if allowed is None else jnp.where(allowed, scores, jax.lax.stop_gradient(scores))
 
@@ -104,3 +96,30 @@ def _dropout(weights: Array, rate: float, key: Array | None) -> Array:
         return weights
     keep = jax.random.bernoulli(key, 1.0 - rate, weights.shape)
     return jnp.where(keep, weights / (1.0 - rate), 0.0)
+
+
+class Reference:
+    """Everything, in memory quadratic in the length; see `reference`."""
+
+    name = "reference"
+
+    def unsupported_reason(self, args):
+        """See `Backend.unsupported_reason`."""
+        return sharded_length_reason(args)
+
+    def run(self, args, first):
+        """See `Backend.run`."""
+        result = AttentionResult(
+            *reference(
+                *(args.query, args.key, args.value),
+                mask=args.mask,
+                score=args.score,
+                scale=args.scale,
+                sinks=args.sinks,
+                normalizer=args.normalizer,
+                dropout_rate=args.dropout_rate,
+                dropout_key=args.dropout_key,
+                first=first,
+            )
+        )
+        return result if args.return_weights else result._replace(weights=None)

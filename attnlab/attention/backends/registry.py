@@ -1,4 +1,4 @@
-"""What is asked of attention, and the backends that may answer, in the order in which they are preferred."""
+"""The backend protocol, the arguments a backend gets, and the registry in order of preference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.backends.blockwise import blockwise, blockwise_twice
-from attnlab.attention.backends.decode import single
-from attnlab.attention.backends.reference import reference, softmax
 from attnlab.attention.masks.base import BlockOffset, Mask
+from attnlab.attention.normalizers import softmax
 from attnlab.attention.scores import Score
+from attnlab.errors import InputError
 
 
 @dataclass(frozen=True)
-class Request:
+class AttentionArgs:
     """What a call of `attend` asks for.
 
     Attributes:
@@ -30,12 +29,12 @@ class Request:
       normalizer: masked scores to weights.
       dropout_rate: share of weights dropped; 0 where none are.
       dropout_key: its random key.
-      wants_weights: whether the weights are to be returned.
-      wants_lse: whether the log-sum-exp is; where it is not, what a backend returns for it means nothing.
+      return_weights: whether the weights are to be returned.
+      return_lse: whether the log-sum-exp is; where it is not, what a backend returns for it means nothing.
       platform: "cpu", "tpu", "gpu".
-      sequence: the mesh axes that the length is sharded over.
-      devices: how many parts that makes.
-      is_part: whether other devices hold other rows, heads or parts of the length.
+      sequence_axes: the mesh axes that the length is sharded over.
+      sequence_shards: how many parts that makes.
+      is_sharded: whether other devices hold other rows, heads or parts of the length.
     """
 
     query: Array
@@ -48,15 +47,15 @@ class Request:
     normalizer: Callable = softmax
     dropout_rate: float = 0.0
     dropout_key: Array | None = None
-    wants_weights: bool = False
-    wants_lse: bool = False
+    return_weights: bool = False
+    return_lse: bool = False
     platform: str = "cpu"
-    sequence: tuple[str, ...] = ()
-    devices: int = 1
-    is_part: bool = False
+    sequence_axes: tuple[str, ...] = ()
+    sequence_shards: int = 1
+    is_sharded: bool = False
 
 
-class Result(NamedTuple):
+class AttentionResult(NamedTuple):
     """The output (B, T, H, Dv), the log-sum-exp (B, T, H), and the weights (B, H, T, S) if asked for."""
 
     out: Array
@@ -70,102 +69,31 @@ class Backend(Protocol):
 
     name: str
 
-    def refuse(self, request: Request) -> str | None:
+    def unsupported_reason(self, args: AttentionArgs) -> str | None:
         """Why it cannot do what is asked; None where it can."""
         ...
 
-    def run(self, request: Request, first: BlockOffset) -> Result:
+    def run(self, args: AttentionArgs, first: BlockOffset) -> AttentionResult:
         """The result for one device's part, whose batch row, head, query and key count from `first`."""
         ...
 
 
-def sharded_length(request: Request) -> str | None:
+def sharded_length_reason(args: AttentionArgs) -> str | None:
     """Why a backend that needs the whole length on a device cannot do what is asked."""
-    return f"the length is sharded over {', '.join(request.sequence)}" if request.sequence else None
+    return f"the length is sharded over {', '.join(args.sequence_axes)}" if args.sequence_axes else None
 
 
-def beyond_softmax(request: Request) -> str | None:
+def softmax_only_reason(args: AttentionArgs) -> str | None:
     """Why a backend that normalises by softmax, and never holds the weights, cannot do what is asked."""
-    if request.dropout_rate:
+    if args.dropout_rate:
         return "it never holds the weights, which dropout changes"
-    if request.wants_weights:
+    if args.return_weights:
         return "it never holds the weights, which return_weights asks for"
-    return None if request.normalizer is softmax else "it normalises by softmax alone"
+    return None if args.normalizer is softmax else "it normalises by softmax alone"
 
 
-class Blockwise:
-    """Any mask and score in memory linear in the length; see `blockwise`."""
-
-    name = "blockwise"
-    function = staticmethod(blockwise)
-
-    def refuse(self, request):
-        """See `Backend.refuse`."""
-        return beyond_softmax(request) or sharded_length(request)
-
-    def run(self, request, first):
-        """See `Backend.run`."""
-        r = request
-        out, lse = self.function(
-            r.query, r.key, r.value, mask=r.mask, score=r.score, scale=r.scale, first=first
-        )
-        return Result(*(out, lse) if r.sinks is None else with_sinks(out, lse, r.sinks))
-
-
-class BlockwiseTwice(Blockwise):
-    """The same with forward-mode and second derivatives; see `blockwise_twice`."""
-
-    name = "blockwise_twice"
-    function = staticmethod(blockwise_twice)
-
-
-class Single:
-    """Any mask and score of one query a row; see `single`."""
-
-    name = "single"
-
-    def refuse(self, request):
-        """See `Backend.refuse`."""
-        count = request.query.shape[1]
-        one = None if count == 1 else f"it takes one query a row, not {count}"
-        return one or beyond_softmax(request) or sharded_length(request)
-
-    def run(self, request, first):
-        """See `Backend.run`."""
-        r = request
-        what = {"mask": r.mask, "score": r.score, "scale": r.scale, "sinks": r.sinks}
-        return Result(*single(r.query, r.key, r.value, **what, first=first))
-
-
-class Reference:
-    """Everything, in memory quadratic in the length; see `reference`."""
-
-    name = "reference"
-
-    def refuse(self, request):
-        """See `Backend.refuse`."""
-        return sharded_length(request)
-
-    def run(self, request, first):
-        """See `Backend.run`."""
-        r = request
-        result = Result(
-            *reference(
-                *(r.query, r.key, r.value),
-                mask=r.mask,
-                score=r.score,
-                scale=r.scale,
-                sinks=r.sinks,
-                normalizer=r.normalizer,
-                dropout_rate=r.dropout_rate,
-                dropout_key=r.dropout_key,
-                first=first,
-            )
-        )
-        return result if r.wants_weights else result._replace(weights=None)
-
-
-BACKENDS: list[Backend] = [Single(), Blockwise(), BlockwiseTwice(), Reference()]
+# All backends in the order in which "auto" tries them; `attend.AUTO_ORDER` fills it.
+BACKENDS: list[Backend] = []
 
 
 def register(backend: Backend, before: str | None = None) -> None:
@@ -180,7 +108,31 @@ def register(backend: Backend, before: str | None = None) -> None:
     BACKENDS.insert(0 if before is None else names.index(before), backend)
 
 
-def with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+def select_backend(wanted: str | Backend, args: AttentionArgs) -> Backend:
+    """The backend that is wanted, or with "auto" the first that does not refuse.
+
+    Raises:
+      InputError: no backend of this name, or a refusal.
+    """
+    known = {backend.name: backend for backend in BACKENDS}
+    if wanted == "auto":
+        reasons = {}
+        for backend in BACKENDS:
+            reason = backend.unsupported_reason(args)
+            if reason is None:
+                return backend
+            reasons[backend.name] = reason
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise InputError(f"attend: no backend can do this: {listed}")
+    if isinstance(wanted, str) and wanted not in known:
+        raise InputError(f"attend: unknown backend {wanted!r}; there are auto, {', '.join(known)}")
+    backend = known[wanted] if isinstance(wanted, str) else wanted
+    if reason := backend.unsupported_reason(args):
+        raise InputError(f"attend: backend {backend.name!r} cannot do this: {reason}")
+    return backend
+
+
+def apply_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     """The result with one more score in every row, which takes its share of the weight and gives nothing.
 
     (gpt-oss, arXiv 2508.10925, section 2.2; Xiao et al. 2023, arXiv 2309.17453, equation 2 is a sink of 0.)

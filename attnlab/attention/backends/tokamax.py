@@ -9,7 +9,12 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention.backends.registry import Request, Result, beyond_softmax, sharded_length
+from attnlab.attention.backends.registry import (
+    AttentionArgs,
+    AttentionResult,
+    sharded_length_reason,
+    softmax_only_reason,
+)
 from attnlab.attention.masks.base import Mask
 from attnlab.attention.masks.basic import Causal
 from attnlab.attention.masks.dense import GIB, added, allowed, pairs_added, pairs_allowed, told
@@ -28,49 +33,49 @@ class Tokamax:
     def __init__(self, implementation: str = "triton", most: int = GIB):
         self.implementation, self.most = implementation, most
 
-    def refuse(self, request):
-        """See `Backend.refuse`."""
-        r = request
-        if r.platform != "gpu" and self.implementation != "xla":
-            return f"it is for GPUs, and this is for a {r.platform.upper()}"
+    def unsupported_reason(self, args):
+        """See `Backend.unsupported_reason`."""
+        if args.platform != "gpu" and self.implementation != "xla":
+            return f"it is for GPUs, and this is for a {args.platform.upper()}"
         if importlib.util.find_spec("tokamax") is None:
             return "tokamax is not installed"
-        if reason := sharded_length(r) or beyond_softmax(r):
+        if reason := sharded_length_reason(args) or softmax_only_reason(args):
             return reason
-        if r.wants_lse or r.sinks is not None:
+        if args.return_lse or args.sinks is not None:
             return "it has no log-sum-exp, which return_lse asks for and sinks need"
-        if r.score is not None and not r.score.adds:
+        if args.score is not None and not args.score.adds:
             return "of scores it takes those that only add, as bias and alibi do"
-        if not isinstance(r.scale, int | float):
+        if not isinstance(args.scale, int | float):
             return "its scale has to be a number"
-        dtypes = {x.dtype.name for x in (r.query, r.key, r.value)}
+        dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
         if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
             return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
-        if (size := _size(r)) > self.most:
+        if (size := _size(args)) > self.most:
             return f"its mask and bias would take {told(size)} as a whole"
         return None if self.implementation == "xla" else _refuse_device()
 
-    def run(self, request, first):
+    def run(self, args, first):
         """See `Backend.run`."""
         import tokamax  # only now, as it takes seconds
 
-        r = request
-        bias = None if r.score is None else added(r, first)
+        bias = None if args.score is None else added(args, first)
         pairs = has_keys = None
-        if not (r.mask is None or _is_causal(r.mask)):
-            pairs = allowed(r.mask, r, first)
+        if not (args.mask is None or _is_causal(args.mask)):
+            pairs = allowed(args.mask, args, first)
             has_keys = pairs.any(3, keepdims=True)
             # Without keys a row would get the mean of all values, so it gets some, and is left out after.
             pairs |= ~has_keys
         out = tokamax.dot_product_attention(
-            *(r.query, r.key, r.value, bias, pairs),
-            scale=r.scale,
-            is_causal=_is_causal(r.mask),
+            *(args.query, args.key, args.value, bias, pairs),
+            scale=args.scale,
+            is_causal=_is_causal(args.mask),
             implementation=self.implementation,
         )
         if has_keys is not None:
             out = jnp.where(jnp.swapaxes(has_keys, 1, 2), out, 0)
-        return Result(out.astype(r.value.dtype), jnp.full(out.shape[:3], jnp.nan))  # which nobody asked for
+        return AttentionResult(
+            out.astype(args.value.dtype), jnp.full(out.shape[:3], jnp.nan)
+        )  # which nobody asked for
 
 
 def _refuse_device() -> str | None:
@@ -86,10 +91,10 @@ def _refuse_device() -> str | None:
     return None
 
 
-def _size(r: Request) -> int:
+def _size(args: AttentionArgs) -> int:
     """Bytes of the mask and the bias."""
-    size = 0 if r.score is None else 4 * pairs_added(r)
-    return size if r.mask is None or _is_causal(r.mask) else size + pairs_allowed(r.mask, r)
+    size = 0 if args.score is None else 4 * pairs_added(args)
+    return size if args.mask is None or _is_causal(args.mask) else size + pairs_allowed(args.mask, args)
 
 
 def _is_causal(mask: Mask | None) -> bool:

@@ -11,7 +11,13 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.attention.backends.registry import Request, Result, beyond_softmax, sharded_length, with_sinks
+from attnlab.attention.backends.registry import (
+    AttentionArgs,
+    AttentionResult,
+    apply_sinks,
+    sharded_length_reason,
+    softmax_only_reason,
+)
 from attnlab.attention.block_mask import depends_on, equal_part, is_traced
 from attnlab.attention.masks.base import AndMask, Mask
 from attnlab.attention.masks.basic import Causal, Segments
@@ -35,17 +41,16 @@ class Splash:
     def __init__(self, tile: int | None = None, interpret: bool = False, most: int = GIB):
         self.tile, self.interpret, self.most = tile, interpret, most
 
-    def refuse(self, request):
-        """See `Backend.refuse`."""
-        r = request
-        if reason := _refuse(r, self.interpret):
+    def unsupported_reason(self, args):
+        """See `Backend.unsupported_reason`."""
+        if reason := _refuse(args, self.interpret):
             return reason
-        if r.score is not None and not _is_softcap(r.score):
+        if args.score is not None and not _is_softcap(args.score):
             return "it changes scores by softcap(number) alone"
-        _, mask = _split(r.mask)
-        if mask is None or _is_known(mask, r):
+        _, mask = _split(args.mask)
+        if mask is None or _is_known(mask, args):
             return None
-        size = 4 * pairs_allowed(mask, r)
+        size = 4 * pairs_allowed(mask, args)
         if size > self.most:
             return (
                 f"the mask, its segments aside, is known only when run or differs between rows of the batch, "
@@ -53,32 +58,31 @@ class Splash:
             )
         return None
 
-    def run(self, request, first):
+    def run(self, args, first):
         """See `Backend.run`."""
         from attnlab.attention.backends import splash  # only now, as it brings Pallas along
 
-        r = request
-        lengths = r.query.shape[1], r.key.shape[1]
-        wide = max(r.query.shape[-1], r.value.shape[-1]) > 128 or r.query.dtype == jnp.float32
-        tile = _tiles(r, self.tile or (512 if wide else 1024))
+        lengths = args.query.shape[1], args.key.shape[1]
+        wide = max(args.query.shape[-1], args.value.shape[-1]) > 128 or args.query.dtype == jnp.float32
+        tile = _tiles(args, self.tile or (512 if wide else 1024))
         whole = _whole(lengths, tile)
-        segments, mask = _split(r.mask)
-        options = {"softcap": r.score.cap if r.score else None, "interpret": self.interpret}
-        if mask is None or _is_known(mask, r):
-            kernel, pairs = splash.known(mask, r.query.shape[2], lengths, tile, **options), None
+        segments, mask = _split(args.mask)
+        options = {"softcap": args.score.cap if args.score else None, "interpret": self.interpret}
+        if mask is None or _is_known(mask, args):
+            kernel, pairs = splash.known(mask, args.query.shape[2], lengths, tile, **options), None
         else:
             kernel = splash.unknown(tile, **options)
-            pairs = _padded(allowed(mask, r, first), whole, False)
+            pairs = _padded(allowed(mask, args, first), whole, False)
             pairs = pairs if len(pairs) > 1 else pairs[0]  # one for all rows
         if kernel is None:
-            rows = r.query.shape[:3]
-            out, lse = jnp.zeros((*rows, r.value.shape[-1]), r.value.dtype), jnp.full(rows, -jnp.inf)
+            rows = args.query.shape[:3]
+            out, lse = jnp.zeros((*rows, args.value.shape[-1]), args.value.dtype), jnp.full(rows, -jnp.inf)
         else:
-            query, key, value = _laid_out(r, whole)
+            query, key, value = _laid_out(args, whole)
             ids = segments and splash.ids(segments.queries, segments.keys, len(query), whole)
             out, lse = splash.attention(kernel, query, key, value, ids, pairs)
             out, lse = (jnp.swapaxes(x, 1, 2)[:, : lengths[0]] for x in (out, lse))
-        return Result(*(out, lse) if r.sinks is None else with_sinks(out, lse, r.sinks))
+        return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
 
 
 class Flash:
@@ -95,53 +99,51 @@ class Flash:
     def __init__(self, tile: int | None = None, interpret: bool = False, most: int = GIB):
         self.tile, self.interpret, self.most = tile, interpret, most
 
-    def refuse(self, request):
-        """See `Backend.refuse`."""
-        r = request
-        if reason := _refuse(r, self.interpret):
+    def unsupported_reason(self, args):
+        """See `Backend.unsupported_reason`."""
+        if reason := _refuse(args, self.interpret):
             return reason
-        if r.score is not None and not r.score.adds:
+        if args.score is not None and not args.score.adds:
             return "of scores it takes those that only add, as bias and alibi do"
-        size = 4 * pairs_added(r)
+        size = 4 * pairs_added(args)
         if size > self.most:
             return f"its bias would take {told(size)} as a whole"
         return None
 
-    def run(self, request, first):
+    def run(self, args, first):
         """See `Backend.run`."""
         from attnlab.attention.backends import flash  # only now, as it brings Pallas along
 
-        r = request
-        (_, t, h, _), s = r.query.shape, r.key.shape[1]
-        tile = _tiles(r, self.tile or 512)
+        (_, t, h, _), s = args.query.shape, args.key.shape[1]
+        tile = _tiles(args, self.tile or 512)
         whole = _whole((t, s), tile)
-        query, key, value = _laid_out(r, whole)
+        query, key, value = _laid_out(args, whole)
         key, value = (jnp.repeat(x, h // x.shape[1], 1) for x in (key, value))
         width = max(query.shape[-1], value.shape[-1])
         width += -width % LANES if width > LANES else 0
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (query, key, value)
         )
-        bias = added(r, first)
-        if r.mask is not None:
-            bias = jnp.where(allowed(r.mask, r, first), bias, -jnp.inf)
+        bias = added(args, first)
+        if args.mask is not None:
+            bias = jnp.where(allowed(args.mask, args, first), bias, -jnp.inf)
         bias = _padded(bias, whole, -jnp.inf)
-        how = flash.How(tile, _is_causal(r.mask), self.interpret)
+        how = flash.How(tile, _is_causal(args.mask), self.interpret)
         out, lse = flash.attention(how, query, key, value, bias)
-        out, lse = (jnp.swapaxes(x, 1, 2)[:, :t] for x in (out[..., : r.value.shape[-1]], lse))
-        return Result(*(out, lse) if r.sinks is None else with_sinks(out, lse, r.sinks))
+        out, lse = (jnp.swapaxes(x, 1, 2)[:, :t] for x in (out[..., : args.value.shape[-1]], lse))
+        return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
 
 
-def _refuse(r: Request, interpret: bool) -> str | None:
+def _refuse(args: AttentionArgs, interpret: bool) -> str | None:
     """Why neither kernel can do what is asked."""
-    if r.platform != "tpu" and not interpret:
-        return f"it is for TPUs, and this is for a {r.platform.upper()}"
-    if reason := sharded_length(r) or beyond_softmax(r):
+    if args.platform != "tpu" and not interpret:
+        return f"it is for TPUs, and this is for a {args.platform.upper()}"
+    if reason := sharded_length_reason(args) or softmax_only_reason(args):
         return reason
-    dtypes = {x.dtype.name for x in (r.query, r.key, r.value)}
+    dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
         return f"it takes bfloat16 or float32, the same for all three, not {', '.join(sorted(dtypes))}"
-    if min(r.query.shape[1], r.key.shape[1]) < LANES and not interpret:
+    if min(args.query.shape[1], args.key.shape[1]) < LANES and not interpret:
         return f"its smallest tile is {LANES} queries by {LANES} keys"
     return None
 
@@ -162,12 +164,12 @@ def _split(mask: Mask | None) -> tuple[Segments | None, Mask | None]:
     return None, mask
 
 
-def _is_known(mask: Mask, r: Request) -> bool:
+def _is_known(mask: Mask, args: AttentionArgs) -> bool:
     """Whether the mask can be cut into tiles while the program is traced: one for all rows of the batch."""
     if is_traced(mask):
         return False
     rows, heads = depends_on(mask)
-    return not rows and not (heads and r.is_part)  # which heads a device has is known only when run
+    return not rows and not (heads and args.is_sharded)  # which heads a device has is known only when run
 
 
 def _is_causal(mask: Mask | None) -> bool:
@@ -177,9 +179,9 @@ def _is_causal(mask: Mask | None) -> bool:
     return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset <= 0
 
 
-def _tiles(r: Request, most: int) -> tuple[int, int]:
+def _tiles(args: AttentionArgs, most: int) -> tuple[int, int]:
     """Queries and keys of equal tiles that are at most so long, and whole registers."""
-    q, k = (-(-equal_part(x.shape[1], most) // LANES) * LANES for x in (r.query, r.key))
+    q, k = (-(-equal_part(x.shape[1], most) // LANES) * LANES for x in (args.query, args.key))
     return q, k
 
 
@@ -189,10 +191,10 @@ def _whole(lengths: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
     return t, s
 
 
-def _laid_out(r: Request, whole: tuple[int, int]) -> Iterator[Array]:
+def _laid_out(args: AttentionArgs, whole: tuple[int, int]) -> Iterator[Array]:
     """Scaled queries, keys and values, each (B, H, T, D)."""
-    query = (r.query * r.scale).astype(r.query.dtype)
-    for x, length in zip((query, r.key, r.value), (whole[0], whole[1], whole[1]), strict=True):
+    query = (args.query * args.scale).astype(args.query.dtype)
+    for x, length in zip((query, args.key, args.value), (whole[0], whole[1], whole[1]), strict=True):
         x = jnp.swapaxes(x, 1, 2)
         yield jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 

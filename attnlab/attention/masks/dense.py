@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attnlab.attention.backends.registry import Request
+from attnlab.attention.backends.registry import AttentionArgs
 from attnlab.attention.block_mask import depends_on
 from attnlab.attention.masks.base import BlockOffset, Mask
 from attnlab.attention.pairwise import block_indices
@@ -11,32 +11,32 @@ from attnlab.attention.pairwise import block_indices
 GIB = 2**30
 
 
-def allowed(mask: Mask, request: Request, first: BlockOffset) -> Bool[Array, "B H T S"]:
+def allowed(mask: Mask, args: AttentionArgs, first: BlockOffset) -> Bool[Array, "B H T S"]:
     """What a mask allows; dimensions of batch and heads that it does not depend on may be 1."""
-    b, t, h, _ = request.query.shape
-    s = request.key.shape[1]
+    b, t, h, _ = args.query.shape
+    s = args.key.shape[1]
     pairs = mask.evaluate(block_indices(first, (b, h, t, s)))
     return jnp.broadcast_to(pairs, (*pairs.shape[:2], t, s))
 
 
-def added(request: Request, first: BlockOffset) -> Float[Array, "B H T S"]:
+def added(args: AttentionArgs, first: BlockOffset) -> Float[Array, "B H T S"]:
     """What a score that only adds (`Score.adds`) adds; 0 where there is none."""
-    b, t, h, _ = request.query.shape
-    nothing = jnp.zeros((b, h, t, request.key.shape[1]))
-    return nothing if request.score is None else request.score(nothing, block_indices(first, nothing.shape))
+    b, t, h, _ = args.query.shape
+    nothing = jnp.zeros((b, h, t, args.key.shape[1]))
+    return nothing if args.score is None else args.score(nothing, block_indices(first, nothing.shape))
 
 
-def pairs_allowed(mask: Mask, request: Request) -> int:
+def pairs_allowed(mask: Mask, args: AttentionArgs) -> int:
     """How many pairs `allowed` has."""
     rows, heads = depends_on(mask)
-    b, t, h, _ = request.query.shape
-    return (b if rows else 1) * (h if heads else 1) * t * request.key.shape[1]
+    b, t, h, _ = args.query.shape
+    return (b if rows else 1) * (h if heads else 1) * t * args.key.shape[1]
 
 
-def pairs_added(request: Request) -> int:
+def pairs_added(args: AttentionArgs) -> int:
     """How many pairs `added` has."""
-    b, t, h, _ = request.query.shape
-    return b * h * t * request.key.shape[1]
+    b, t, h, _ = args.query.shape
+    return b * h * t * args.key.shape[1]
 
 
 def told(size: int) -> str:

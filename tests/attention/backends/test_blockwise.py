@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnlab.attention import bias, causal, mask_fn, reference, score_fn, segments, window
-from attnlab.attention.backends.blockwise import blockwise, blockwise_twice, tile_of
+from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff, tile_of
 from attnlab.attention.block_mask import plan
 from attnlab.attention.masks.base import BlockGrid, DenseMask
 from tests.attention.inputs import qkv, weighted_sum
@@ -90,7 +90,7 @@ def test_gradients_reach_what_functions_capture():
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", [reference, blockwise, blockwise_twice], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("attention", [reference, blockwise, blockwise_autodiff], ids=lambda f: f.__name__)
 def test_a_score_that_is_no_number_where_the_mask_forbids_spoils_no_gradient(attention):
     def loss(logarithm, query, key, value):
         score = score_fn(lambda s, b, h, q, k: s * logarithm(q - k + 1.0))
@@ -104,7 +104,7 @@ def test_a_score_that_is_no_number_where_the_mask_forbids_spoils_no_gradient(att
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", [reference, blockwise, blockwise_twice], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("attention", [reference, blockwise, blockwise_autodiff], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min])
 def test_a_bias_that_forbids_does_what_a_mask_does(attention, low):
     allowed = np.random.default_rng(0).random((1, 1, 29, 23)) < 0.5
@@ -149,7 +149,7 @@ def test_forward_mode_and_second_derivatives(name):
         twice = jax.jvp(jax.grad(loss, (0, 1, 2, 3)), arrays, (*tangents, jnp.float32(1)))
         return along(*arrays), twice, jax.grad(along, (0, 1, 2, 3))(*arrays)
 
-    got = jax.jit(lambda: derivatives(blockwise_twice, tile=(8, 8)))()
+    got = jax.jit(lambda: derivatives(blockwise_autodiff, tile=(8, 8)))()
     expected = jax.jit(lambda: derivatives(reference))()
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         size = max(1.0, np.abs(theirs).max())

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 
 from attnlab.attention import attend, causal, key_lengths, segments, softcap, window
 from attnlab.attention.backends.cudnn import Cudnn, _reach, _split
-from attnlab.attention.backends.registry import Request
+from attnlab.attention.backends.registry import AttentionArgs
 from tests.attention.inputs import allowed_pairs, masks, qkv
 from tests.programs import told_by
 
-REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
+REQUEST = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
 
 
 def of_shape(*shape, dtype=jnp.bfloat16):
@@ -26,11 +26,11 @@ def of_shape(*shape, dtype=jnp.bfloat16):
     "change, words",
     [
         ({"platform": "tpu"}, "for GPUs"),
-        ({"sequence": ("sequence",)}, "length is sharded over sequence"),
+        ({"sequence_axes": ("sequence",)}, "length is sharded over sequence"),
         ({"dropout_rate": 0.1}, "weights"),
-        ({"wants_weights": True}, "weights"),
+        ({"return_weights": True}, "weights"),
         ({"normalizer": jax.nn.relu}, "softmax alone"),
-        ({"wants_lse": True}, "no gradient"),
+        ({"return_lse": True}, "no gradient"),
         ({"sinks": of_shape(4)}, "no gradient"),
         ({"score": softcap(3.0)}, "no scores"),
         ({"scale": jnp.float32(1)}, "number"),
@@ -48,8 +48,8 @@ def of_shape(*shape, dtype=jnp.bfloat16):
     ],
 )
 def test_refuses_what_cudnn_cannot_do(change, words):
-    assert Cudnn().refuse(REQUEST) is None
-    assert words in Cudnn().refuse(dataclasses.replace(REQUEST, **change))
+    assert Cudnn().unsupported_reason(REQUEST) is None
+    assert words in Cudnn().unsupported_reason(dataclasses.replace(REQUEST, **change))
 
 
 @settings(max_examples=50, deadline=None)
@@ -94,8 +94,8 @@ def test_asks_for_what_the_reference_gives(mask, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     query, key, value = qkv(0, t=20, s=30, d=8, dv=8, dtype=jnp.float16)
-    request = Request(query, key, value, mask, scale=0.3, platform="gpu")
-    assert Cudnn().refuse(request) is None
+    request = AttentionArgs(query, key, value, mask, scale=0.3, platform="gpu")
+    assert Cudnn().unsupported_reason(request) is None
 
     def cudnn(*x):
         return Cudnn().run(dataclasses.replace(request, query=x[0], key=x[1], value=x[2]), (0, 0, 0, 0)).out

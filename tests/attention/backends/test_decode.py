@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab.attention import attend, bias, causal, explain, segments, softcap, window
-from attnlab.attention.backends.decode import single
+from attnlab.attention.backends.decode import decode
 from attnlab.attention.backends.reference import reference
 from tests.attention.inputs import qkv, weighted_sum
 from tests.attention.test_table import SCORES, assert_agree
@@ -25,7 +25,7 @@ def test_every_score(score):
         shape,
         sinks=n % 2 == 0,
         tile=None,
-        function=lambda *arrays, tile, **how: single(*arrays, **how),
+        function=lambda *arrays, tile, **how: decode(*arrays, **how),
     )
 
 
@@ -33,19 +33,19 @@ def test_every_score(score):
 def test_a_row_without_keys_gives_nothing(dtype, tolerance):
     arrays = qkv(0, b=2, t=1, s=8, h=4, k=2, dtype=jnp.dtype(dtype))
     mask = segments(jnp.array([[3], [0]]), jnp.array([[3] * 5 + [0] * 3, [0] * 8]))
-    got, wanted = single(*arrays, mask=mask), reference(*arrays, mask=mask)
+    got, wanted = decode(*arrays, mask=mask), reference(*arrays, mask=mask)
     assert (got[0][1] == 0).all() and (got[1][1] == -jnp.inf).all()
     for ours, theirs in zip(got, wanted, strict=False):
         assert ours.dtype == theirs.dtype
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
         np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=tolerance)
-    gradients = jax.grad(lambda *a: weighted_sum(*single(*a, mask=mask)), (0, 1, 2))(*arrays)
+    gradients = jax.grad(lambda *a: weighted_sum(*decode(*a, mask=mask)), (0, 1, 2))(*arrays)
     assert all(jnp.isfinite(g).all() for g in gradients)
 
 
 def test_it_is_chosen_for_one_query_alone():
     query, key, value = qkv(0, t=1, s=6)
-    assert "single" in str(explain(query, key, value, mask=causal(5))).splitlines()[0]
+    assert "decode" in str(explain(query, key, value, mask=causal(5))).splitlines()[0]
     more = jnp.concatenate([query, query], axis=1)
     told = str(explain(more, key, value, mask=causal(4)))
     assert "blockwise" in told.splitlines()[0] and "it takes one query a row, not 2" in told
@@ -58,7 +58,7 @@ def test_a_mesh_changes_no_number(mesh_of):
     @jax.jit
     def run(query, key, value, term):
         how = {"mask": window(4, None, 8), "score": [bias(term), softcap(3.0)]}
-        return attend(query, key, value, **how, backend="single", return_lse=True)
+        return attend(query, key, value, **how, backend="decode", return_lse=True)
 
     expected = run(*arrays, term)
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from attnlab.attention import alibi, attend, bias, causal, key_lengths, segments, softcap, window
-from attnlab.attention.backends.registry import Request
+from attnlab.attention.backends.registry import AttentionArgs
 from attnlab.attention.backends.tokamax import Tokamax
 from tests.attention.backends.test_cudnn import H100
 from tests.attention.inputs import qkv
 from tests.programs import told_by
 
-REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
+REQUEST = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
 INSTALLED = importlib.util.find_spec("tokamax") is not None
 needs_tokamax = pytest.mark.skipif(not INSTALLED, reason="needs tokamax")
 IDS = jnp.array([[0, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 3, 3, 3]])
@@ -24,9 +24,9 @@ IDS = jnp.array([[0, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 3, 3, 3]])
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"sequence": ("sequence",)}, "length is sharded over sequence"),
+        ({"sequence_axes": ("sequence",)}, "length is sharded over sequence"),
         ({"dropout_rate": 0.1}, "weights"),
-        ({"wants_lse": True}, "log-sum-exp"),
+        ({"return_lse": True}, "log-sum-exp"),
         ({"sinks": jnp.zeros(4)}, "log-sum-exp"),
         ({"score": softcap(3.0)}, "only add"),
         ({"scale": jnp.float32(1)}, "number"),
@@ -43,13 +43,13 @@ def test_refuses_what_tokamax_cannot_do(change, words, monkeypatch):
     if jax.default_backend() == "gpu" or not (INSTALLED or change):
         pytest.skip("needs tokamax, and no GPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert words in Tokamax().refuse(dataclasses.replace(REQUEST, **change))
+    assert words in Tokamax().unsupported_reason(dataclasses.replace(REQUEST, **change))
 
 
 def test_refuses_without_tokamax(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert Tokamax().refuse(REQUEST) == "tokamax is not installed"
-    assert "for GPUs" in Tokamax().refuse(dataclasses.replace(REQUEST, platform="tpu"))
+    assert Tokamax().unsupported_reason(REQUEST) == "tokamax is not installed"
+    assert "for GPUs" in Tokamax().unsupported_reason(dataclasses.replace(REQUEST, platform="tpu"))
 
 
 @needs_tokamax

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import alibi, attend, bias, causal, explain, mask_fn, segments, softcap, window
-from attnlab.attention.backends.registry import Request
+from attnlab.attention.backends.registry import AttentionArgs
 from attnlab.attention.backends.tpu import Flash, Splash
 from tests.attention import definitions
 from tests.attention.inputs import qkv, weighted_sum
@@ -126,16 +126,16 @@ def test_arrays_whole_on_every_device_of_a_mesh(mesh_of):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="tpu")
+REQUEST = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="tpu")
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
         ({"platform": "cpu"}, "for TPUs"),
-        ({"sequence": ("sequence",)}, "length is sharded over sequence"),
+        ({"sequence_axes": ("sequence",)}, "length is sharded over sequence"),
         ({"dropout_rate": 0.1}, "weights"),
-        ({"wants_weights": True}, "weights"),
+        ({"return_weights": True}, "weights"),
         ({"normalizer": jax.nn.relu}, "softmax alone"),
         ({"value": jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)}, "bfloat16, float32"),
         ({"query": jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.bfloat16)}, "128 queries"),
@@ -144,19 +144,19 @@ REQUEST = Request(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, p
     ],
 )
 def test_refuses_what_the_kernel_cannot_do(change, words):
-    assert Splash().refuse(REQUEST) is None
-    assert words in Splash().refuse(dataclasses.replace(REQUEST, **change))
+    assert Splash().unsupported_reason(REQUEST) is None
+    assert words in Splash().unsupported_reason(dataclasses.replace(REQUEST, **change))
 
 
 def test_refuses_what_would_take_too_much_memory():
     long = dataclasses.replace(REQUEST, **dict.fromkeys(("query", "key", "value"), long_shape()))
-    assert Splash().refuse(long) is None
+    assert Splash().unsupported_reason(long) is None
     by_row = dataclasses.replace(long, mask=mask_fn(lambda b, h, q, k: k < b))
-    assert "8.0 GiB" in Splash().refuse(by_row)
-    assert Splash(most=2**40).refuse(by_row) is None
-    assert "32.0 GiB" in Flash().refuse(long)
+    assert "8.0 GiB" in Splash().unsupported_reason(by_row)
+    assert Splash(most=2**40).unsupported_reason(by_row) is None
+    assert "32.0 GiB" in Flash().unsupported_reason(long)
     query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
-    assert "for TPUs" in explain(query, key, value).refused["splash"]
+    assert "for TPUs" in explain(query, key, value).rejected["splash"]
 
 
 def long_shape():
@@ -225,9 +225,11 @@ def test_flash_agrees_with_the_reference_and_so_do_gradients_of_the_bias(name):
 
 
 def test_flash_refuses_scores_that_do_more_than_add():
-    assert Flash().refuse(dataclasses.replace(REQUEST, score=alibi(4))) is None
-    assert Flash().refuse(dataclasses.replace(REQUEST, score=bias(jnp.ones((4, 256, 256))))) is None
-    assert "only add" in Flash().refuse(dataclasses.replace(REQUEST, score=softcap(3.0)))
+    assert Flash().unsupported_reason(dataclasses.replace(REQUEST, score=alibi(4))) is None
+    assert (
+        Flash().unsupported_reason(dataclasses.replace(REQUEST, score=bias(jnp.ones((4, 256, 256))))) is None
+    )
+    assert "only add" in Flash().unsupported_reason(dataclasses.replace(REQUEST, score=softcap(3.0)))
 
 
 def test_the_platform_is_the_one_traced_for():
