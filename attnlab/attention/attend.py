@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from attnlab.attention.backends.blockwise import Blockwise, BlockwiseAutodiff, tile_of
 from attnlab.attention.backends.cudnn import Cudnn
 from attnlab.attention.backends.decode import Decode
+from attnlab.attention.backends.flash import Flash
 from attnlab.attention.backends.reference import Reference
 from attnlab.attention.backends.registry import (
     BACKENDS,
@@ -23,8 +24,8 @@ from attnlab.attention.backends.registry import (
     Backend,
     select_backend,
 )
+from attnlab.attention.backends.splash import Splash
 from attnlab.attention.backends.tokamax import Tokamax
-from attnlab.attention.backends.tpu import Flash, Splash
 from attnlab.attention.block_mask import is_traced
 from attnlab.attention.context_parallel import AllGather, AllToAll, Ring
 from attnlab.attention.masks.base import BlockGrid, Mask, as_mask

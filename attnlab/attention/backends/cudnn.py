@@ -40,14 +40,14 @@ class Cudnn:
             return "it changes no scores"
         if not isinstance(args.scale, int | float):
             return "its scale has to be a number"
-        return _refuse_shapes(args) or _refuse_mask(args)
+        return _unsupported_shapes_reason(args) or _unsupported_mask_reason(args)
 
     def run(self, args, first):
         """See `Backend.run`."""
         del first  # its masks know distances and lengths alone
-        paddings, others = _split(args.mask)
-        left, right = _reach(others)
-        lengths, has_keys = _lengths(paddings, args)
+        paddings, others = _split_key_lengths(args.mask)
+        left, right = _window_bounds(others)
+        lengths, has_keys = _sequence_lengths(paddings, args)
         out = jax.nn.dot_product_attention(
             *(args.query, args.key, args.value),
             scale=args.scale,
@@ -58,10 +58,10 @@ class Cudnn:
         )
         if has_keys is not None:
             out = jnp.where(has_keys, out, 0)
-        return AttentionResult(out, jnp.full(out.shape[:3], jnp.nan))  # which nobody asked for
+        return AttentionResult(out, jnp.full(out.shape[:3], jnp.nan))  # an lse is unsupported
 
 
-def _refuse_shapes(args: AttentionArgs) -> str | None:
+def _unsupported_shapes_reason(args: AttentionArgs) -> str | None:
     dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
@@ -74,21 +74,21 @@ def _refuse_shapes(args: AttentionArgs) -> str | None:
     return None
 
 
-def _refuse_mask(args: AttentionArgs) -> str | None:
-    paddings, others = _split(args.mask)
-    reach = _reach(others)
-    if reach == (None, None):
+def _unsupported_mask_reason(args: AttentionArgs) -> str | None:
+    paddings, others = _split_key_lengths(args.mask)
+    bounds = _window_bounds(others)
+    if bounds == (None, None):
         return None
-    if reach is None or reach[1] != 0 or (reach[0] or 0) < 0:
+    if bounds is None or bounds[1] != 0 or (bounds[0] or 0) < 0:
         return "of masks it has causal(), window(left, 0) and key_lengths() alone"
-    if paddings and reach[0] is not None:
+    if paddings and bounds[0] is not None:
         return "it has no window beside key_lengths(), as all keys in it may be padding"
     if args.query.shape[1] > args.key.shape[1]:
         return "its causal mask is for no more queries than keys"
     return None
 
 
-def _split(mask: Mask | None) -> tuple[list[KeyLengths], list[Mask]]:
+def _split_key_lengths(mask: Mask | None) -> tuple[list[KeyLengths], list[Mask]]:
     """The masks of which a pair needs all, those that are padding apart from the others."""
     match mask:
         case None:
@@ -96,12 +96,12 @@ def _split(mask: Mask | None) -> tuple[list[KeyLengths], list[Mask]]:
         case KeyLengths():
             return [mask], []
         case AndMask():
-            one, other = _split(mask.left), _split(mask.right)
+            one, other = _split_key_lengths(mask.left), _split_key_lengths(mask.right)
             return one[0] + other[0], one[1] + other[1]
     return [], [mask]
 
 
-def _reach(masks: list[Mask]) -> tuple[int | None, int | None] | None:
+def _window_bounds(masks: list[Mask]) -> tuple[int | None, int | None] | None:
     """How far before and after a query its keys may lie, where that, being known, is all of the masks.
 
     None is no limit, as in `Window`.
@@ -119,23 +119,25 @@ def _reach(masks: list[Mask]) -> tuple[int | None, int | None] | None:
     return min(lefts, default=None), min(rights, default=None)
 
 
-def _lengths(paddings: list[KeyLengths], args: AttentionArgs) -> tuple[dict[str, Array], Array | None]:
+def _sequence_lengths(
+    paddings: list[KeyLengths], args: AttentionArgs
+) -> tuple[dict[str, Array], Array | None]:
     """What cuDNN is told of the lengths of each row, and which queries have a key, (B, T, 1, 1)."""
     if not paddings:
         return {}, None
     rows, t, s = *args.query.shape[:2], args.key.shape[1]
 
-    def least(numbers, most):
+    def minimum(numbers, limit):
         for number in numbers:
-            most = jnp.minimum(most, jnp.asarray(number, jnp.int32))
-        return jnp.broadcast_to(most, (rows,))
+            limit = jnp.minimum(limit, jnp.asarray(number, jnp.int32))
+        return jnp.broadcast_to(limit, (rows,))
 
-    queries = least([p.queries for p in paddings if p.queries is not None], t)
-    keys = least([p.keys for p in paddings], s)
+    queries = minimum([p.queries for p in paddings if p.queries is not None], t)
+    keys = minimum([p.keys for p in paddings], s)
     # In the kernel no row is without keys: what it would give there, or as a gradient, is not promised.
-    told = {
+    options = {
         "query_seq_lengths": jnp.maximum(queries, 1),
         "key_value_seq_lengths": jnp.maximum(keys, 1),
     }
     has_keys = (jnp.arange(t)[None] < queries[:, None]) & (keys[:, None] > 0)
-    return told, has_keys[:, :, None, None]
+    return options, has_keys[:, :, None, None]

@@ -1,7 +1,8 @@
-"""Flash attention with a bias, JAX's older kernel for TPUs, with what it lacks.
+"""Flash attention with a bias, JAX's older kernel for TPUs, as a backend.
 
-What it lacks (jax.experimental.pallas.ops.tpu.flash_attention) is done here: rows without keys, a
-log-sum-exp with a gradient. Importing this brings Pallas along.
+Added here to jax.experimental.pallas.ops.tpu.flash_attention: rows without keys, and a log-sum-exp with a
+gradient. The kernel takes the mask as a bias, which holds every pair; `max_bytes` limits that. Pallas is
+imported when the kernel is first used, since that takes half a second.
 """
 
 import contextlib
@@ -10,31 +11,88 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jaxtyping import Array, Float
 
 from attnlab.attention.backends import vjp as cotangents
 from attnlab.attention.backends.reference import NOTHING
+from attnlab.attention.backends.registry import AttentionResult, apply_sinks
+from attnlab.attention.backends.tpu_layout import (
+    LANES,
+    kernel_block_sizes,
+    pad_scores,
+    round_up,
+    to_bhtd,
+    tpu_unsupported_reason,
+)
+from attnlab.attention.masks.base import AndMask, Mask
+from attnlab.attention.masks.basic import Causal
+from attnlab.attention.masks.dense import GIB, added, allowed, pairs_added, told
 
 
-class How(NamedTuple):
-    """How the kernel runs.
+class Flash:
+    """Scores that add to the product what does not depend on it, with gradients; any mask, sinks.
 
     Attributes:
-      tile: queries and keys of one.
-      causal: whether the bias forbids every key after its query, so that such tiles need no visit.
+      max_block_size: the most queries and keys of a block; None is what fits a kernel's vector memory.
+      interpret: run the kernel as a plain JAX program, on any platform.
+      max_bytes: the most bytes of the bias that score and mask are made to.
+    """
+
+    name = "flash"
+
+    def __init__(self, max_block_size: int | None = None, interpret: bool = False, max_bytes: int = GIB):
+        self.max_block_size, self.interpret, self.max_bytes = max_block_size, interpret, max_bytes
+
+    def unsupported_reason(self, args):
+        """See `Backend.unsupported_reason`."""
+        if reason := tpu_unsupported_reason(args, self.interpret):
+            return reason
+        if args.score is not None and not args.score.adds:
+            return "of scores it takes those that only add, as bias and alibi do"
+        size = 4 * pairs_added(args)
+        if size > self.max_bytes:
+            return f"its bias would take {told(size)} as a whole"
+        return None
+
+    def run(self, args, first):
+        """See `Backend.run`."""
+        (_, t, h, _), s = args.query.shape, args.key.shape[1]
+        block_sizes = kernel_block_sizes(args, self.max_block_size or 512)
+        padded = round_up((t, s), block_sizes)
+        query, key, value = to_bhtd(args, padded)
+        key, value = (jnp.repeat(x, h // x.shape[1], 1) for x in (key, value))
+        width = max(query.shape[-1], value.shape[-1])
+        width += -width % LANES if width > LANES else 0
+        query, key, value = (
+            jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (query, key, value)
+        )
+        bias = added(args, first)
+        if args.mask is not None:
+            bias = jnp.where(allowed(args.mask, args, first), bias, -jnp.inf)
+        bias = pad_scores(bias, padded, -jnp.inf)
+        config = KernelConfig(block_sizes, _is_causal(args.mask), self.interpret)
+        out, lse = attention(config, query, key, value, bias)
+        out, lse = (jnp.swapaxes(x, 1, 2)[:, :t] for x in (out[..., : args.value.shape[-1]], lse))
+        return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
+
+
+class KernelConfig(NamedTuple):
+    """Static options of the kernel.
+
+    Attributes:
+      block_sizes: block_q and block_kv.
+      causal: whether the bias forbids every key after its query, so that such blocks are skipped.
       interpret: whether it runs as a plain JAX program, on any platform.
     """
 
-    tile: tuple[int, int]
+    block_sizes: tuple[int, int]
     causal: bool
     interpret: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(
-    how: How,
+    config: KernelConfig,
     query: Float[Array, "B H T D"],
     key: Float[Array, "B H S D"],
     value: Float[Array, "B H S D"],
@@ -43,21 +101,23 @@ def attention(
     """Output and log-sum-exp.
 
     Args:
-      how: see `How`.
-      query: (B, H, T, D), scaled; T whole tiles, D at most 128 or a multiple of it.
-      key: (B, H, S, D); S whole tiles.
+      config: see `KernelConfig`.
+      query: (B, H, T, D), scaled; T whole blocks, D at most 128 or a multiple of it.
+      key: (B, H, S, D); S whole blocks.
       value: (B, H, S, D).
       bias: added to the scores, (B, H, T, S); -inf forbids.
     """
-    return _forward(how, query, key, value, bias)[0]
+    return _forward(config, query, key, value, bias)[0]
 
 
-def _forward(how, query, key, value, bias):
-    q, k = how.tile
+def _forward(config, query, key, value, bias):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    q, k = config.block_sizes
     empty = (bias <= NOTHING).all(-1)
-    with _mode(how):
+    with _interpret_mode(config):
         out, total, top = flash._flash_attention_impl(
-            *(query, key, value, _finite(bias), None, True, how.causal, 1.0, 1, q, k, k, False)
+            *(query, key, value, _finite(bias), None, True, config.causal, 1.0, 1, q, k, k, False)
         )
     out = jnp.where(empty[..., None], 0, out)
     # The sum of a row without keys as 1 at a score of 0, beside which a forbidden one has weight 0.
@@ -66,18 +126,20 @@ def _forward(how, query, key, value, bias):
     return (out, lse), (query, key, value, bias, out, total, top)
 
 
-def _backward(how, residuals, given):
+def _backward(config, residuals, given):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
     query, key, value, bias, out, total, top = residuals
     d_out, d_lse = given
     # JAX's own rule gives no log-sum-exp, so its two backward kernels are called from here.
     delta = cotangents.delta(out, d_out, d_lse)
     arrays = query, key, value, _finite(bias), None, total, top, d_out, delta
-    q, k = how.tile
-    tile = {"block_q_major": q, "block_k_major": k, "block_k": k, "causal": how.causal}
-    more = {"sm_scale": 1.0, "mask_value": flash.DEFAULT_MASK_VALUE, "debug": False}
-    with _mode(how):
-        d_key, d_value = flash._flash_attention_bwd_dkv(*arrays, block_q=q, **tile, **more)
-        d_query, d_bias = flash._flash_attention_bwd_dq(*arrays, **tile, **more)
+    q, k = config.block_sizes
+    blocks = {"block_q_major": q, "block_k_major": k, "block_k": k, "causal": config.causal}
+    options = {"sm_scale": 1.0, "mask_value": flash.DEFAULT_MASK_VALUE, "debug": False}
+    with _interpret_mode(config):
+        d_key, d_value = flash._flash_attention_bwd_dkv(*arrays, block_q=q, **blocks, **options)
+        d_query, d_bias = flash._flash_attention_bwd_dq(*arrays, **blocks, **options)
     return d_query, d_key, d_value, d_bias
 
 
@@ -86,9 +148,22 @@ attention.defvjp(_forward, _backward)
 
 def _finite(bias: Array) -> Array:
     """The bias as the kernel takes it: infinities would meet and make NaN."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
     return jnp.maximum(bias, flash.DEFAULT_MASK_VALUE)
 
 
-def _mode(how: How):
+def _interpret_mode(config: KernelConfig):
+    from jax.experimental.pallas import tpu as pltpu
+
+    if not config.interpret:
+        return contextlib.nullcontext()
     # The kernel takes no such argument. `True` stands for the plain program, not the simulated device.
-    return pltpu.force_tpu_interpret_mode(True) if how.interpret else contextlib.nullcontext()  # type: ignore[arg-type]
+    return pltpu.force_tpu_interpret_mode(True)  # type: ignore[arg-type]
+
+
+def _is_causal(mask: Mask | None) -> bool:
+    """Whether a mask is known to allow no key after the query of its own number."""
+    if isinstance(mask, AndMask):
+        return _is_causal(mask.left) or _is_causal(mask.right)
+    return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset <= 0

@@ -25,13 +25,13 @@ class Tokamax:
 
     Attributes:
       implementation: what it computes with; "xla" is for any platform.
-      most: the most bytes of the mask, and of the bias that a score is made to.
+      max_bytes: the most bytes of the mask, and of the bias that a score is made to.
     """
 
     name = "tokamax"
 
-    def __init__(self, implementation: str = "triton", most: int = GIB):
-        self.implementation, self.most = implementation, most
+    def __init__(self, implementation: str = "triton", max_bytes: int = GIB):
+        self.implementation, self.max_bytes = implementation, max_bytes
 
     def unsupported_reason(self, args):
         """See `Backend.unsupported_reason`."""
@@ -50,35 +50,34 @@ class Tokamax:
         dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
         if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
             return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
-        if (size := _size(args)) > self.most:
+        if (size := _num_bytes(args)) > self.max_bytes:
             return f"its mask and bias would take {told(size)} as a whole"
-        return None if self.implementation == "xla" else _refuse_device()
+        return None if self.implementation == "xla" else _unsupported_device_reason()
 
     def run(self, args, first):
         """See `Backend.run`."""
-        import tokamax  # only now, as it takes seconds
+        import tokamax  # deferred: takes seconds
 
         bias = None if args.score is None else added(args, first)
-        pairs = has_keys = None
+        allowed_pairs = has_keys = None
         if not (args.mask is None or _is_causal(args.mask)):
-            pairs = allowed(args.mask, args, first)
-            has_keys = pairs.any(3, keepdims=True)
+            allowed_pairs = allowed(args.mask, args, first)
+            has_keys = allowed_pairs.any(3, keepdims=True)
             # Without keys a row would get the mean of all values, so it gets some, and is left out after.
-            pairs |= ~has_keys
+            allowed_pairs |= ~has_keys
         out = tokamax.dot_product_attention(
-            *(args.query, args.key, args.value, bias, pairs),
+            *(args.query, args.key, args.value, bias, allowed_pairs),
             scale=args.scale,
             is_causal=_is_causal(args.mask),
             implementation=self.implementation,
         )
         if has_keys is not None:
             out = jnp.where(jnp.swapaxes(has_keys, 1, 2), out, 0)
-        return AttentionResult(
-            out.astype(args.value.dtype), jnp.full(out.shape[:3], jnp.nan)
-        )  # which nobody asked for
+        lse = jnp.full(out.shape[:3], jnp.nan)  # calls that use it are unsupported
+        return AttentionResult(out.astype(args.value.dtype), lse)
 
 
-def _refuse_device() -> str | None:
+def _unsupported_device_reason() -> str | None:
     import tokamax
 
     device = jax.local_devices()[0]
@@ -91,7 +90,7 @@ def _refuse_device() -> str | None:
     return None
 
 
-def _size(args: AttentionArgs) -> int:
+def _num_bytes(args: AttentionArgs) -> int:
     """Bytes of the mask and the bias."""
     size = 0 if args.score is None else 4 * pairs_added(args)
     return size if args.mask is None or _is_causal(args.mask) else size + pairs_allowed(args.mask, args)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from attnlab.attention import attend, causal, key_lengths, segments, softcap, window
-from attnlab.attention.backends.cudnn import Cudnn, _reach, _split
+from attnlab.attention.backends.cudnn import Cudnn, _split_key_lengths, _window_bounds
 from attnlab.attention.backends.registry import AttentionArgs
 from tests.attention.inputs import allowed_pairs, masks, qkv
 from tests.programs import told_by
@@ -54,10 +54,10 @@ def test_refuses_what_cudnn_cannot_do(change, words):
 
 @settings(max_examples=50, deadline=None)
 @given(masks(1, 7, 9))
-def test_reach_is_all_of_a_mask(mask):
-    paddings, others = _split(mask)
+def test_window_bounds_is_all_of_a_mask(mask):
+    paddings, others = _split_key_lengths(mask)
     assert not paddings
-    reach = _reach(others)
+    reach = _window_bounds(others)
     if reach is None:
         assert any(name in repr(mask) for name in ("Not", "Or", "Segments"))
         return

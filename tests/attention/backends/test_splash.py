@@ -1,7 +1,6 @@
-"""The kernel as a plain JAX program against the reference, and compiled for TPUs that are not here."""
+"""Splash attention run as a plain JAX program against the reference, and the masks and sizes it accepts."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.attention import alibi, attend, bias, causal, explain, mask_fn, segments, softcap, window
+from attnlab.attention import attend, bias, causal, explain, mask_fn, segments, softcap, window
 from attnlab.attention.backends.registry import AttentionArgs
-from attnlab.attention.backends.tpu import Flash, Splash
+from attnlab.attention.backends.splash import Splash
 from tests.attention import definitions
 from tests.attention.inputs import qkv, weighted_sum
-from tests.programs import told_by
 
-KERNEL = Splash(tile=128, interpret=True)
+KERNEL = Splash(max_block_size=128, interpret=True)
 T, S = 200, 300  # two tiles of 128 and three, the last ones not full
 SHAPE = {"b": 2, "t": T, "s": S, "h": 4, "k": 2, "d": 16, "dv": 8}
 RNG = np.random.default_rng(0)
@@ -87,10 +85,10 @@ def test_the_tile_is_no_part_of_the_result():
     """Two tiles, one computed in halves, and three."""
     arrays = qkv(2, b=1, t=1000, s=1000, h=1, k=1, d=4, dv=4)
     results = [
-        jax.jit(lambda *x, tile=tile: attend(*x, mask=window(300, 0), backend=Splash(tile, interpret=True)))(
+        jax.jit(lambda *x, size=size: attend(*x, mask=window(300, 0), backend=Splash(size, interpret=True)))(
             *arrays
         )
-        for tile in (None, 2048, 384)
+        for size in (None, 2048, 384)
     ]
     expected = attend(*arrays, mask=window(300, 0), backend="reference")
     for result in results:
@@ -153,8 +151,7 @@ def test_refuses_what_would_take_too_much_memory():
     assert Splash().unsupported_reason(long) is None
     by_row = dataclasses.replace(long, mask=mask_fn(lambda b, h, q, k: k < b))
     assert "8.0 GiB" in Splash().unsupported_reason(by_row)
-    assert Splash(most=2**40).unsupported_reason(by_row) is None
-    assert "32.0 GiB" in Flash().unsupported_reason(long)
+    assert Splash(max_bytes=2**40).unsupported_reason(by_row) is None
     query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
     assert "for TPUs" in explain(query, key, value).rejected["splash"]
 
@@ -188,124 +185,3 @@ def test_the_table_of_masks(number, name):
     )
     sinks = jnp.asarray([0.5, -1.0, 3.0]) if number % 4 == 0 else None
     assert_agree(arrays, case.mask, softcap(2.0) if number % 3 == 0 else None, sinks)
-
-
-BIASED = Flash(tile=128, interpret=True)
-
-
-@pytest.mark.parametrize("name", ["bias", "alibi", "causal"])
-def test_flash_agrees_with_the_reference_and_so_do_gradients_of_the_bias(name):
-    sinks = jnp.asarray([0.5, -1.0, 3.0, 0.0])
-    mask = {
-        "bias": causal(-60) & segments(*DOCUMENTS),
-        "alibi": RNG.random((2, 1, T, S)) < 0.3,
-        "causal": causal(),
-    }[name]
-    array = (
-        jnp.linspace(0.1, 0.8, 4)
-        if name == "alibi"
-        else jnp.asarray(RNG.normal(size=(1, 4, T, S)), jnp.float32)
-    )
-    score = alibi if name == "alibi" else bias
-
-    def loss(array, query, key, value, sinks, backend):
-        out, lse = attend(
-            *(query, key, value),
-            mask=mask,
-            score=score(array),
-            sinks=sinks,
-            backend=backend,
-            return_lse=True,
-        )
-        return weighted_sum(out, lse), (out, lse)
-
-    run = jax.jit(jax.value_and_grad(loss, range(5), has_aux=True), static_argnums=5)
-    arrays = array, *qkv(4, **SHAPE), sinks
-    assert_equal(run(*arrays, BIASED), run(*arrays, "reference"))
-
-
-def test_flash_refuses_scores_that_do_more_than_add():
-    assert Flash().unsupported_reason(dataclasses.replace(REQUEST, score=alibi(4))) is None
-    assert (
-        Flash().unsupported_reason(dataclasses.replace(REQUEST, score=bias(jnp.ones((4, 256, 256))))) is None
-    )
-    assert "only add" in Flash().unsupported_reason(dataclasses.replace(REQUEST, score=softcap(3.0)))
-
-
-def test_the_platform_is_the_one_traced_for():
-    query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
-
-    def kernels(*arrays):
-        return "splash" in str(jax.make_jaxpr(attend)(*arrays))
-
-    assert not kernels(query, key, value)
-    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=tpu)):
-        assert kernels(query, key, value)
-    with jax.default_device("tpu"):
-        assert kernels(query, key, value)
-
-
-PROGRAM = """
-import json, re, sys
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from attnlab.attention import alibi, attend, causal, key_lengths, segments, softcap, window
-
-devices = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[:4]
-mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-ROWS, WHOLE = P("data", None, "tensor", None), P(None, None, None, None)
-
-
-def kernels(mask_of, dtype=jnp.bfloat16, width=128, value_width=128, length=3000, spec=ROWS, **options):
-    def shape(*sizes, spec=spec, dtype=dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
-
-    def loss(query, key, value, ids, sinks):
-        out, lse = attend(query, key, value, mask=mask_of(ids), sinks=sinks, return_lse=True, **options)
-        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
-
-    arrays = shape(4, length, 8, width), shape(4, length, 4, width), shape(4, length, 4, value_width)
-    ids = shape(4, length, spec=P(spec[0], None), dtype=jnp.int32)
-    sinks = shape(8, spec=P(spec[2]), dtype=jnp.float32)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2, 4))).lower(*arrays, ids, sinks).compile()
-    text = compiled.as_text()
-    calls = text.count('custom_call_target="tpu_custom_call"')
-    found = "splash_mha_(?:fwd|dq|dkv)|flash_attention|flash_mha_bwd_(?:dq|dkv)"
-    return calls, sorted(set(re.findall(found, text)))
-
-
-dense = np.random.default_rng(0).random((1000, 1000)) < 0.5
-print(json.dumps({
-    "segments": kernels(lambda ids: causal() & segments(ids)),
-    "window, float32, a wide head": kernels(lambda ids: causal() & window(500), jnp.float32, 256, 256),
-    "softcap, a narrow head": kernels(lambda ids: causal(), width=64, value_width=32, score=softcap(30.0)),
-    "dense, whole on every device": kernels(lambda ids: dense, length=1000, spec=WHOLE),
-    "short, odd": kernels(lambda ids: None, width=80, value_width=80, length=131),
-    "rows known only when run": kernels(lambda ids: causal() & key_lengths(ids[:, 0])),
-    "flash, biased": kernels(lambda ids: causal(), length=2000, score=alibi(8)),
-    "flash, float32, a wide head": kernels(
-        lambda ids: None, jnp.float32, 256, 192, length=1500, score=alibi(8)
-    ),
-    "a wide head": kernels(lambda ids: segments(ids), width=192, value_width=128, length=4096),
-}))
-"""
-
-
-@pytest.mark.preflight
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_compiles_for(topology):
-    """Forward and backward, with `backend="auto"`: the program names no platform, the mesh does."""
-    kernels = told_by(
-        PROGRAM, topology, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
-    )
-    for name, found in kernels.items():
-        splash = ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
-        flash = ["flash_attention", "flash_mha_bwd_dkv", "flash_mha_bwd_dq"]
-        assert found == [3, flash if name.startswith("flash") else splash], name

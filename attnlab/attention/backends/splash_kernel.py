@@ -1,0 +1,246 @@
+"""Splash attention, JAX's block-sparse flash attention for TPUs, with what it lacks.
+
+What it lacks (jax.experimental.pallas.ops.tpu.splash_attention) is done here: batch, rows without keys, a
+log-sum-exp with a gradient, dynamic masks inside of `jit`. Importing this module imports Pallas.
+"""
+
+from collections.abc import Hashable
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
+from jaxtyping import Array, Bool, Float, Int
+
+from attnlab.attention.backends import vjp as cotangents
+from attnlab.attention.backends.tpu_layout import Pair
+from attnlab.attention.block_mask import depends_on
+from attnlab.attention.masks.base import BlockGrid, Mask
+from attnlab.attention.pairwise import eval_at_trace_time, pair_indices
+
+Kernel = splash.SplashAttentionKernel
+_NO_BLOCKS = splash_mask_info.MaskInfo(None, None, None, None, None)
+
+
+def static_kernel(
+    mask: Mask | None, heads: int, lengths: Pair, block_sizes: Pair, **options
+) -> Kernel | None:
+    """The kernel of a mask that is known now; None where it allows nothing, which it would stumble over.
+
+    Args:
+      mask: the same in every row of the batch; None is all pairs of these lengths.
+      heads: of queries.
+      lengths: of queries and keys.
+      block_sizes: block_q and block_kv; the arrays that the kernel gets are whole blocks.
+      options: see `_options`.
+    """
+    differ = mask is not None and depends_on(mask)[1]
+
+    def make():
+        leaves, structure = jax.tree.flatten(mask)
+        arrays = [np.asarray(x) for x in leaves]
+        content = structure, tuple((x.shape, x.dtype.name, x.tobytes()) for x in arrays)
+        each = [
+            _HeadMask(mask, content, head if differ else 0, lengths, block_sizes) for head in range(heads)
+        ]
+        if all(head.is_empty() for head in dict.fromkeys(each)):
+            return None
+        return splash.make_splash_mha(
+            splash_masks.MultiHeadMask(each),
+            head_shards=1,
+            q_seq_shards=1,
+            **_options(block_sizes, **options),
+        )
+
+    return eval_at_trace_time(make)
+
+
+def dynamic_kernel(block_sizes: Pair, **options) -> Kernel:
+    """The kernel of masks that `attention` gets as arrays; the rest as in `static_kernel`."""
+    return Kernel(
+        _NO_BLOCKS, None, None, is_mqa=False, mask_function=None, **_options(block_sizes, **options)
+    )
+
+
+def segment_ids(
+    queries: Int[Array, "b T"], keys: Int[Array, "b S"], batch: int, lengths: Pair
+) -> splash.SegmentIds:
+    """Numbers that are equal where two segments are; those of padding, up to these lengths, equal none."""
+
+    def numbers(x, length, padding):
+        x = jnp.pad(jnp.where(x > 0, x, padding), ((0, 0), (0, length - x.shape[1])), constant_values=padding)
+        return jnp.broadcast_to(x, (batch, length)).astype(jnp.int32)
+
+    return splash.SegmentIds(numbers(queries, lengths[0], -1), numbers(keys, lengths[1], -2))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(
+    kernel: Kernel,
+    query: Float[Array, "B H T D"],
+    key: Float[Array, "B K S D"],
+    value: Float[Array, "B K S Dv"],
+    ids: splash.SegmentIds | None,
+    allowed: Bool[Array, "*B H T S"] | None,
+) -> tuple[Float[Array, "B H T Dv"], Float[Array, "B H T"]]:
+    """Output and log-sum-exp.
+
+    Args:
+      kernel: of `static_kernel`, or of `dynamic_kernel`.
+      query: (B, H, T, D), scaled; T whole blocks.
+      key: (B, K, S, D), H a multiple of K; S whole blocks.
+      value: (B, K, S, Dv).
+      ids: of `segment_ids`.
+      allowed: what an unknown mask allows, (H or 1, T, S), or (B, H or 1, T, S) where rows differ.
+    """
+    return _forward(kernel, query, key, value, ids, allowed)[0]
+
+
+def _forward(kernel, query, key, value, ids, allowed):
+    def one(query, key, value, ids, allowed):
+        return _with_mask_info(kernel, allowed)(query, key, value, ids)
+
+    out, (lse,) = jax.vmap(one, (0, 0, 0, 0, _batch_axis(allowed)))(query, key, value, ids, allowed)
+    # Of a row without keys the kernel makes the mean of the values of the blocks that it visits, or 0 / 0.
+    empty = lse < kernel.kwargs["mask_value"] / 2
+    out, lse = jnp.where(empty[..., None], 0, out), jnp.where(empty, -jnp.inf, lse)
+    return (out, lse), (query, key, value, ids, allowed, out, lse)
+
+
+def _backward(kernel, residuals, grads_out):
+    query, key, value, ids, allowed, out, lse = residuals
+    d_out, d_lse = grads_out
+    # JAX's own rule for the kernel leaves d_lse out, so its two backward kernels are called from here.
+    delta = cotangents.delta(out, d_out, d_lse)
+    lse = jnp.where(jnp.isneginf(lse), 0, lse)  # beside which a masked score has weight 0
+    sizes, options = kernel.kwargs["block_sizes"], kernel.kwargs
+    common = {
+        **{name: options[name] for name in ("is_mqa", "mask_value", "attn_logits_soft_cap")},
+        **{name: options[name] for name in ("mask_function", "interpret")},
+        **{name: getattr(sizes, name) for name in ("q_layout", "k_layout", "v_layout")},
+    }
+    to_queries = partial(
+        splash._splash_attention_bwd_dq, bq=sizes.block_q_dq, bkv=sizes.block_kv_dq, **common
+    )
+    to_keys = partial(
+        splash._splash_attention_bwd_dkv,
+        **{"bq": sizes.block_q_dkv, "bkv": sizes.block_kv_dkv, "bkv_compute": sizes.block_kv_dkv_compute},
+        use_fused_bwd_kernel=False,
+        **common,
+    )
+
+    def one(q, k, v, ids, allowed, norm, g, minus):
+        masked = _with_mask_info(kernel, allowed)
+        arrays = q, k, v, ids, None, norm, g, minus
+        _, d_key, d_value = to_keys(*arrays, mask_info=masked.dkv_mask_info)
+        return to_queries(*arrays, mask_info=masked.dq_mask_info), d_key, d_value
+
+    rows = jax.vmap(one, (0, 0, 0, 0, _batch_axis(allowed), 0, 0, 0))
+    gradients = rows(query, key, value, ids, allowed, lse, d_out, delta)
+    return *gradients, cotangents.nothing(ids), cotangents.nothing(allowed)
+
+
+attention.defvjp(_forward, _backward)
+
+
+def _options(block_sizes: Pair, softcap: float | None, interpret: bool) -> dict:
+    """How a kernel runs, whatever its mask."""
+    block_q, block_kv = block_sizes
+    # The kernel computes this many keys at a time of a block that is in vector memory.
+    compute = block_kv // 2 if block_kv > 512 and block_kv % 256 == 0 else block_kv
+    return {
+        "block_sizes": splash.BlockSizes(
+            *(block_q, block_kv, compute), *(block_q, block_kv, compute), block_q, block_kv
+        ),
+        "save_residuals": True,
+        "mask_value": splash.DEFAULT_MASK_VALUE,
+        "attn_logits_soft_cap": softcap,
+        "residual_checkpoint_name": None,
+        "interpret": interpret,
+    }
+
+
+def _batch_axis(allowed: Array | None) -> int | None:
+    """The dimension of `allowed` in which rows of the batch differ."""
+    return 0 if allowed is not None and allowed.ndim == 4 else None
+
+
+def _with_mask_info(kernel: Kernel, allowed: Bool[Array, "H T S"] | None) -> Kernel:
+    """The kernel with the blocks of a mask that it was made without."""
+    if allowed is None:
+        return kernel
+    sizes = kernel.kwargs["block_sizes"]
+    block_sizes = sizes.block_q, sizes.block_kv
+
+    def ready(mask_info):
+        blocks = mask_info.partial_mask_blocks
+        # The kernel asks whether they are known of a number that within `jit` is not; None is no.
+        return mask_info._replace(
+            partial_mask_blocks=blocks.reshape(-1, *blocks.shape[-2:]), is_dynamic_mask=None
+        )
+
+    to_queries = ready(splash_mask_info.process_dynamic_mask(allowed, block_sizes)[0])
+    to_keys = ready(splash_mask_info.process_dynamic_mask_dkv(allowed, block_sizes)[0])
+    return Kernel(to_queries, to_queries, to_keys, **kernel.kwargs)
+
+
+class _HeadMask(splash_masks.Mask):
+    """What one head of a mask allows, in whole blocks; keys beyond the last are allowed to none.
+
+    Of equal `content`, all else the same, they are equal: JAX prepares the blocks once for all layers.
+    """
+
+    def __init__(self, mask: Mask | None, content: Hashable, head: int, lengths: Pair, block_sizes: Pair):
+        self.mask, self.head, self.num_keys, self.block_sizes = mask, head, lengths[1], block_sizes
+        self._shape = tuple(-(-n // size) * size for n, size in zip(lengths, block_sizes, strict=True))
+        self._key = content, head, lengths, block_sizes
+
+    @property
+    def shape(self):
+        return self._shape
+
+    def __eq__(self, other):
+        return isinstance(other, _HeadMask) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+    @cached_property
+    def _padded_mask(self) -> Mask:
+        """The mask cut to this head, with keys and queries up to a whole block."""
+        assert self.mask is not None
+        return self.mask.slice_block(heads=(self.head, 1)).pad_to(queries=self._shape[0], keys=self._shape[1])
+
+    @cached_property
+    def _block_summary(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each block, whether it may allow some pair, and whether it allows every one."""
+        (block_q, block_kv), (queries, keys) = self.block_sizes, self._shape
+        grid = BlockGrid(queries, keys, block_q, block_kv, offset=(0, self.head, 0, 0))
+        some = every = np.ones(grid.num_blocks, bool)
+        if self.mask is not None:
+            some, every = (np.asarray(x)[0, 0] for x in self._padded_mask.block_summary(grid))
+        ends = block_kv + np.arange(0, keys, block_kv)
+        return some, every & (ends <= self.num_keys)[None, :]
+
+    def __getitem__(self, at):
+        """The pairs of a block, (queries, keys)."""
+        q, k = (np.arange(part.start, part.stop) for part in at)
+        i, j = q[0] // self.block_sizes[0], k[0] // self.block_sizes[1]
+        some, every = (x[i, j] for x in self._block_summary)
+        if not some or every:
+            return np.broadcast_to(every, (len(q), len(k)))
+        allowed = (k < self.num_keys)[None, :]
+        if self.mask is not None:
+            part = self._padded_mask.slice_block(queries=(q[0], len(q)), keys=(k[0], len(k)))
+            allowed = allowed & np.asarray(part.evaluate(pair_indices(1, np.array([self.head]), q, k)))[0, 0]
+        return np.broadcast_to(allowed, (len(q), len(k)))
+
+    def is_empty(self) -> bool:
+        """Whether no pair at all is allowed."""
+        block_q, block_kv = self.block_sizes
+        visits = zip(*np.nonzero(self._block_summary[0]), strict=True)
+        blocks = (self[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv] for i, j in visits)
+        return not any(block.any() for block in blocks)

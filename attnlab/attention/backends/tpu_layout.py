@@ -1,0 +1,52 @@
+"""Limits and input layout that the two TPU kernels, splash and flash attention, share."""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from attnlab.attention.backends.registry import AttentionArgs, sharded_length_reason, softmax_only_reason
+from attnlab.attention.block_mask import equal_part
+
+LANES = 128  # of a TPU's vector register: block sizes are multiples of it
+Pair = tuple[int, int]  # of queries and of keys
+
+
+def tpu_unsupported_reason(args: AttentionArgs, interpret: bool) -> str | None:
+    """Return why neither kernel can compute this, or None."""
+    if args.platform != "tpu" and not interpret:
+        return f"it is for TPUs, and this is for a {args.platform.upper()}"
+    if reason := sharded_length_reason(args) or softmax_only_reason(args):
+        return reason
+    dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
+        return f"it takes bfloat16 or float32, the same for all three, not {', '.join(sorted(dtypes))}"
+    if min(args.query.shape[1], args.key.shape[1]) < LANES and not interpret:
+        return f"its smallest block is {LANES} queries by {LANES} keys"
+    return None
+
+
+def kernel_block_sizes(args: AttentionArgs, max_block_size: int) -> Pair:
+    """Return block_q and block_kv: equal parts of the lengths, at most this long, rounded up to `LANES`."""
+    q, kv = (-(-equal_part(x.shape[1], max_block_size) // LANES) * LANES for x in (args.query, args.key))
+    return q, kv
+
+
+def round_up(lengths: Pair, block_sizes: Pair) -> Pair:
+    """Return the lengths rounded up to whole blocks."""
+    q, kv = (-(-length // size) * size for length, size in zip(lengths, block_sizes, strict=True))
+    return q, kv
+
+
+def to_bhtd(args: AttentionArgs, padded: Pair) -> Iterator[Array]:
+    """Return the scaled query, the key and the value as (B, H, T, D), padded to these lengths."""
+    query = (args.query * args.scale).astype(args.query.dtype)
+    for x, length in zip((query, args.key, args.value), (padded[0], padded[1], padded[1]), strict=True):
+        x = jnp.swapaxes(x, 1, 2)
+        yield jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+
+
+def pad_scores(x: Array, padded: Pair, fill_value) -> Array:
+    """Return an array (B, H, T, S), such as a mask or a bias, padded to these lengths."""
+    widths = [(0, length - n) for n, length in zip(x.shape[-2:], padded, strict=True)]
+    return jnp.pad(x, [(0, 0), (0, 0), *widths], constant_values=fill_value)
