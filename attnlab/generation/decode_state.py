@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
-from attnlab.attention.cache import Cache, take_rows
+from attnlab.attention.kv_cache import DecoderCache, gather_rows
 
 PREFILL_CHUNK = 1024  # tokens of a prompt per forward pass, over all rows
 
@@ -23,14 +23,14 @@ class DecodeState:
     Logits of tokens that the model never writes, or never first, are -inf: see `Seq2SeqConfig.never`.
     """
 
-    cache: Cache
+    cache: DecoderCache
     logits: Float[Array, "B V"]
     positions: Int[Array, " B"]
 
     def take(self, rows: Int[Array, "G N"]) -> "DecodeState":
-        """Return the state of other rows; see `Cache.take`."""
-        logits, positions = (take_rows(x, rows) for x in (self.logits, self.positions))
-        return DecodeState(self.cache.take(rows), logits, positions)
+        """Return the state of other rows; see `DecoderCache.gather_rows`."""
+        logits, positions = (gather_rows(x, rows) for x in (self.logits, self.positions))
+        return DecodeState(self.cache.gather_rows(rows), logits, positions)
 
     def decode(self, model, params, tokens: Int[Array, " B"]) -> "DecodeState":
         """Return the state after one more token of each row."""
@@ -39,7 +39,9 @@ class DecodeState:
         return DecodeState(cache, _last_logits(logits), self.positions + 1)
 
 
-def forward(model, params, tokens, segments, positions, cache: Cache, **source) -> tuple[Array, Cache]:
+def forward(
+    model, params, tokens, segments, positions, cache: DecoderCache, **source
+) -> tuple[Array, DecoderCache]:
     """Return the logits after each token (B, T, V) and the new cache; suppressed tokens have logit -inf.
 
     Args:
@@ -68,7 +70,7 @@ def prefill(
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     cache, prompt = model.init_cache(rows, slots), (tokens, segments, positions)
 
-    def read(cache: Cache, chunk, **source):
+    def read(cache: DecoderCache, chunk, **source):
         x, cache = model.apply({"params": params}, *chunk, cache, **source, method="hidden")
         return cache, x[:, -1:]
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from attnlab import sharding
-from attnlab.attention.cache import Cache
+from attnlab.attention.kv_cache import DecoderCache
 from attnlab.data import Tokenizer
 from attnlab.errors import InputError
 from attnlab.generation import source_inputs
@@ -220,7 +220,9 @@ class Generator:
             tokens, segments = self._padded(inputs, room)
             texts = np.pad(np.where(segments > 0, tokens, -1), ((0, 0), (0, room)), constant_values=-1)
             drafter, draft_params, speculator_state = speculator, None, self._put(texts)
-        if not isinstance(decode_state.cache, Cache) or not isinstance(speculator_state, Cache | jax.Array):
+        if not isinstance(decode_state.cache, DecoderCache) or not isinstance(
+            speculator_state, DecoderCache | jax.Array
+        ):
             raise InputError("a recurrent model cannot take back what it has read: it goes without guesses")
         options = {"sampling": sampling, "eos_id": self.tokenizer.eos_id}
         start = _start(decode_state, seed)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from attnlab import sharding
-from attnlab.attention.cache import Cache
+from attnlab.attention.kv_cache import DecoderCache
 from attnlab.errors import InputError
 from attnlab.generation.decode_state import DecodeState, forward
 from attnlab.generation.sampling import SamplingParams, filter_logits, sample
@@ -88,7 +88,7 @@ class DraftSpeculator:
     model: nn.Module
     num_speculative_tokens: int
 
-    def propose(self, params, cache: Cache, state: "SpeculativeState", sampling: SamplingParams):
+    def propose(self, params, cache: DecoderCache, state: "SpeculativeState", sampling: SamplingParams):
         """Return num_speculative_tokens + 1 draft tokens, their logits, and a cache of all but the last."""
 
         def one(carry: Any, _):
@@ -108,7 +108,7 @@ class DraftSpeculator:
         """See `accept_or_resample`."""
         return accept_or_resample(keys, draft_tokens, logits, draft_logits, sampling)
 
-    def advance(self, cache: Cache, tokens, state: "SpeculativeState", num_new):
+    def advance(self, cache: DecoderCache, tokens, state: "SpeculativeState", num_new):
         """Return the cache without the tokens that were rejected."""
         return cache.rewind(tokens.shape[1] - num_new)
 
@@ -165,7 +165,7 @@ class SpeculativeState:
       passes: forward passes of the model so far.
     """
 
-    cache: Cache
+    cache: DecoderCache
     last: Int[Array, " B"]
     positions: Int[Array, " B"]
     keys: Key[Array, " B"]

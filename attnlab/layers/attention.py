@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention import attend, causal, segments, shift_mask, softcap, t5_bias, window
-from attnlab.attention.cache import Cache, LayerCache
+from attnlab.attention.kv_cache import DecoderCache, KVCache
 from attnlab.attention.masks.base import Index, Mask
 from attnlab.attention.positions import Scaling, rotary
 from attnlab.attention.scores import Score
@@ -210,7 +210,7 @@ class Reading:
 
     segments: Int[Array, "B T"]
     positions: Int[Array, "B T"]
-    cache: Cache | None = None
+    cache: DecoderCache | None = None
     memory: Memory | None = None
     relative: Float[Array, "buckets H"] | None = None
     ahead: Int[Array, "B T"] | None = None
@@ -242,9 +242,9 @@ class AttentionLayer(nn.Module):
         self,
         x: Float[Array, "B T E"],
         reading: Reading,
-        layer_cache: LayerCache | None = None,
+        layer_cache: KVCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
         """The attended activations, and the layer's cache with the new keys and values in it."""
         query, key, value = (self._project(x, name, x.shape[-1]) for name in ("query", "key", "value"))
         if isinstance(self.positions, Rotary):
@@ -253,7 +253,7 @@ class AttentionLayer(nn.Module):
         mask, key_segments, cache = self.kind.mask(), reading.segments, reading.cache
         if cache is not None and layer_cache is not None:
             first, key_segments = cache.index - x.shape[1], cache.segments
-            mask = shift_mask(self.kind.mask(first), cache.first)
+            mask = shift_mask(self.kind.mask(first), cache.row_starts)
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
         score = None
@@ -314,9 +314,9 @@ class CrossAttentionLayer(AttentionLayer):
         self,
         x: Float[Array, "B T E"],
         reading: Reading,
-        layer_cache: LayerCache | None = None,
+        layer_cache: KVCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
         """The attended activations, and the layer's cache with the memory's keys and values in it.
 
         A memory that is given takes the place of what the cache has; where none is, the cache has it.
@@ -329,7 +329,7 @@ class CrossAttentionLayer(AttentionLayer):
             if layer_cache is not None:
                 assert memory.mask is None, "a cache keeps no mask of its memory"
                 kept = layer_cache.key.dtype
-                layer_cache = LayerCache(key.astype(kept), value.astype(kept))
+                layer_cache = KVCache(key.astype(kept), value.astype(kept))
         else:
             assert layer_cache is not None and reading.cache is not None, "there is nothing to attend to"
             key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
@@ -348,9 +348,9 @@ class AttentionBesideLayer(AttentionLayer):
         self,
         x: Float[Array, "B T E"],
         reading: Reading,
-        layer_cache: LayerCache | None = None,
+        layer_cache: KVCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
         """The attended activations; nothing of them is kept in a cache."""
         memory, embed = reading.memory, x.shape[-1]
         assert memory is not None, "there is nothing to attend to beside the tokens"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.cache import LayerCache
+from attnlab.attention.kv_cache import KVCache
 from attnlab.layers.attention import (
     Attention,
     AttentionBesideLayer,
@@ -60,7 +60,7 @@ class Beside:
 # How blocks look at a memory.
 Cross: TypeAlias = Branch | Gated | Beside
 # Of a block's own tokens, or of those and of a memory.
-BlockCache = LayerCache | tuple[LayerCache | None, LayerCache | None]
+BlockCache = KVCache | tuple[KVCache | None, KVCache | None]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Block(nn.Module):
         x = self._add(x, y, "feed_forward")
         return x, (own, of_memory) if isinstance(layer_cache, tuple) else own
 
-    def _look(self, x, reading: Reading, of_memory: LayerCache | None, gated: bool = False):
+    def _look(self, x, reading: Reading, of_memory: KVCache | None, gated: bool = False):
         """After a branch of attention to the memory; and the cache with its keys and values."""
         cross = self._attention(CrossAttentionLayer, "cross_attention", Bidirectional(), NoPositions())
         y, of_memory = cross(self._before(x, "cross_attention"), reading, of_memory, self.deterministic)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.cache import Cache, LayerCache, empty_layer
+from attnlab.attention.kv_cache import DecoderCache, KVCache
 from attnlab.layers.attention import Memory
 from attnlab.layers.blocks import Cross
 from attnlab.layers.linear import Bias, Embedding
@@ -45,12 +45,12 @@ class DecoderConfig(TextConfig):
         """
         return Decoder(self, self.sized(vocab_size).vocab_size or vocab_size, cross)
 
-    def empty_cache(self, batch: int, slots: int, cross: bool = False) -> Cache:
+    def empty_cache(self, batch: int, slots: int, cross: bool = False) -> DecoderCache:
         """A cache for `slots` tokens of each of `batch` rows; a memory is put in as it is first read."""
         periods, rest = divmod(self.depth, len(self.pattern))
 
-        def empty(length: int) -> LayerCache:
-            return empty_layer(batch, length, self.kv_heads, self.head_dim, self.dtypes.compute)
+        def empty(length: int) -> KVCache:
+            return KVCache.empty(batch, length, self.kv_heads, self.head_dim, self.dtypes.compute)
 
         one = (empty(slots), empty(0)) if cross else empty(slots)
         where = out_sharding(None, "batch", None, "kv_heads", None)
@@ -60,7 +60,7 @@ class DecoderConfig(TextConfig):
         where = out_sharding("batch", None)
         segment_ids = jnp.zeros((batch, slots), jnp.int32, out_sharding=where)
         context = jnp.zeros((batch, 0), jnp.int32, out_sharding=where) if cross else None
-        return Cache(layers, segment_ids, jnp.zeros((), jnp.int32), context)
+        return DecoderCache(layers, segment_ids, jnp.zeros((), jnp.int32), context)
 
 
 class Decoder(TextModel):
@@ -82,12 +82,12 @@ class Decoder(TextModel):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: Cache | None = None,
+        cache: DecoderCache | None = None,
         deterministic: bool = True,
         memory: Memory | None = None,
         embedded: Float[Array, "B T E"] | None = None,
         ahead: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+    ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
         """Activations before the logits, and the cache with these tokens in it; see `TextModel.read`."""
         special = {"embedded": embedded, "ahead": ahead}
         x, cache = self.read(tokens, segment_ids, positions, cache, deterministic, memory, **special)
@@ -97,7 +97,7 @@ class Decoder(TextModel):
 
     def __call__(
         self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True, memory=None
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache | None]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], DecoderCache | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, memory)
         out = self.logits_of(x)
@@ -124,6 +124,6 @@ class Decoder(TextModel):
         table = self.embedding() if c.tied else self.readout()
         return table, self.readout_bias() if c.readout_bias else None, c.logit_softcap, c.dtypes.logits
 
-    def init_cache(self, batch: int, slots: int) -> Cache:
+    def init_cache(self, batch: int, slots: int) -> DecoderCache:
         """See `DecoderConfig.empty_cache`."""
         return self.config.empty_cache(batch, slots, self.cross is not None)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.cache import Cache
+from attnlab.attention.kv_cache import DecoderCache
 from attnlab.layers.attention import Memory
 from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Linear
@@ -113,12 +113,12 @@ class PrefixModel(Seq2Seq):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: Cache | None = None,
+        cache: DecoderCache | None = None,
         deterministic: bool = True,
         source: Array | None = None,
         source_segments: Int[Array, "B S"] | None = None,
         prompt: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+    ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
         """The decoder's activations of the text before the logits, and its cache; see `Decoder.hidden`.
 
         Args:
@@ -174,6 +174,6 @@ class PrefixModel(Seq2Seq):
         )
         return x[:, n:], cache
 
-    def init_cache(self, batch: int, slots: int) -> Cache:
+    def init_cache(self, batch: int, slots: int) -> DecoderCache:
         """See `DecoderConfig.empty_cache`; with room for an image before the text, if that is where it is."""
         return self.config.decoder.empty_cache(batch, slots + self.config.before)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.cache import take_rows
+from attnlab.attention.kv_cache import gather_rows
 from attnlab.layers.attention import Memory
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Embedding, look_up
@@ -107,9 +107,9 @@ class States:
     layers: State
     memory: Memory | None = None
 
-    def take(self, rows: Int[Array, "G N"]) -> "States":
-        """With other rows; see `Cache.take`."""
-        return jax.tree.map(lambda x: take_rows(x, rows), self)
+    def gather_rows(self, rows: Int[Array, "G N"]) -> "States":
+        """With other rows; see `DecoderCache.gather_rows`."""
+        return jax.tree.map(lambda x: gather_rows(x, rows), self)
 
 
 class Recurrent(nn.Module):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.cache import Cache
+from attnlab.attention.kv_cache import DecoderCache
 from attnlab.layers.attention import Memory
 from attnlab.layers.blocks import Branch
 from attnlab.layers.readout import TokenStatistics
@@ -138,11 +138,11 @@ class Seq2Seq(nn.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: Cache | None = None,
+        cache: DecoderCache | None = None,
         deterministic: bool = True,
         source: Array | None = None,
         source_segments: Int[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+    ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
         """The decoder's activations before the logits, and its cache; see `Decoder.hidden` and `encode`.
 
         Without a source, the cache has what was made of it.
@@ -158,7 +158,7 @@ class Seq2Seq(nn.Module):
         cache=None,
         deterministic=True,
         **source,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache | None]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], DecoderCache | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
         out = self.logits_of(x)
@@ -175,6 +175,6 @@ class Seq2Seq(nn.Module):
         """Logits of what `hidden` gives."""
         return self.decoder.logits_of(x)
 
-    def init_cache(self, batch: int, slots: int) -> Cache:
+    def init_cache(self, batch: int, slots: int) -> DecoderCache:
         """See `DecoderConfig.empty_cache`."""
         return self.config.decoder.empty_cache(batch, slots, cross=True)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.cache import Cache
+from attnlab.attention.kv_cache import DecoderCache
 from attnlab.attention.positions import sinusoidal
 from attnlab.errors import InputError
 from attnlab.layers.attention import Memory, NoPositions, Reading, RelativeBias, Rotary
@@ -171,14 +171,14 @@ class TextModel(nn.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         positions: Int[Array, "B T"] | None,
-        cache: Cache | None = None,
+        cache: DecoderCache | None = None,
         deterministic: bool = True,
         memory: Memory | None = None,
         table: Float[Array, "V E"] | None = None,
         added: Float[Array, "B T W"] | None = None,
         embedded: Float[Array, "B T E"] | None = None,
         ahead: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+    ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
         """Activations after the last norm, and the cache with these tokens in it.
 
         Args:

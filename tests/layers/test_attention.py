@@ -64,7 +64,7 @@ def test_a_cache_keeps_the_memory(config):
         outs.append(out)
     np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, rtol=1e-4, atol=1e-4)
     # Rows that change places take their memory with them.
-    swapped = cache.take(jnp.array([[1, 0]]))
+    swapped = cache.gather_rows(jnp.array([[1, 0]]))
     np.testing.assert_array_equal(swapped.context, cache.context[::-1])
     assert not np.array_equal(swapped.layers[0][0][1].key, cache.layers[0][0][1].key)
 
