@@ -90,10 +90,10 @@ def compare(lengths: list[int], names: list[str], rounds: int) -> None:
 
 
 def skipping(rounds: int, length: int = 4096) -> None:
-    """What a mask saves, in time and in tiles visited."""
+    """What a mask saves, in time and in blocks visited."""
     from attnlab.attention import causal, segments, window
-    from attnlab.attention.backends.blockwise import tile_of
-    from attnlab.attention.block_mask import plan
+    from attnlab.attention.backends.blockwise import default_block_sizes
+    from attnlab.attention.block_mask import make_block_mask
     from attnlab.attention.masks.base import BlockGrid
 
     documents = segments(jnp.arange(length)[None] // (length // 8) + 1)
@@ -108,12 +108,11 @@ def skipping(rounds: int, length: int = 4096) -> None:
         steps = {name: attnlab(inputs, backward, mask) for name, mask in masks.items()}
         print(f"\nlength {length}, {'forward and backward' if backward else 'forward'}")
         print(table(alternate(steps, rounds, 1), length, "tokens"))
-    grid = BlockGrid(length, length, *tile_of(length, length))
+    grid = BlockGrid(length, length, *default_block_sizes(length, length))
     for name, mask in masks.items():
-        made, _ = plan(mask, grid)
-        print(
-            f"{name}: {made.visited.sum()} of {made.order.size} tiles visited, {made.unmasked.sum()} unmasked"
-        )
+        block_mask, _ = make_block_mask(mask, grid)
+        visited, full = block_mask.kv_num_blocks.sum(), block_mask.full_kv_num_blocks.sum()
+        print(f"{name}: {visited} of {block_mask.kv_indices.size} blocks visited, {full} full")
 
 
 def check() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from attnlab.attention.backends.blockwise import Blockwise, BlockwiseAutodiff, tile_of
+from attnlab.attention.backends.blockwise import Blockwise, BlockwiseAutodiff, default_block_sizes
 from attnlab.attention.backends.cudnn import Cudnn
 from attnlab.attention.backends.decode import Decode
 from attnlab.attention.backends.flash import Flash
@@ -26,7 +26,7 @@ from attnlab.attention.backends.registry import (
 )
 from attnlab.attention.backends.splash import Splash
 from attnlab.attention.backends.tokamax import Tokamax
-from attnlab.attention.block_mask import is_traced
+from attnlab.attention.block_mask import is_static
 from attnlab.attention.context_parallel import AllGather, AllToAll, Ring
 from attnlab.attention.masks.base import BlockGrid, Mask, as_mask
 from attnlab.attention.normalizers import softmax
@@ -199,15 +199,15 @@ def _per_device(wanted: str | Backend, args: AttentionArgs) -> AttentionResult:
     values = args.mask, args.score
     specs = jax.tree.leaves([x if x is None else x.map_arrays(spec) for x in values], is_leaf=_is_spec)
     leaves, structure = jax.tree.flatten(values)
-    moves = [any(spec) or not _is_known(x) for x, spec in zip(leaves, specs, strict=True)]
-    specs = [spec for spec, moving in zip(specs, moves, strict=True) if moving]
-    moving = [x for x, moving in zip(leaves, moves, strict=True) if moving]
-    fixed = [np.asarray(x) for x, moving in zip(leaves, moves, strict=True) if not moving]
+    is_moving = [any(spec) or not _is_replicated_constant(x) for x, spec in zip(leaves, specs, strict=True)]
+    specs = [spec for spec, moving in zip(specs, is_moving, strict=True) if moving]
+    moving = [x for x, moving in zip(leaves, is_moving, strict=True) if moving]
+    fixed = [np.asarray(x) for x, moving in zip(leaves, is_moving, strict=True) if not moving]
     sinks = None if args.sinks is None else jax.sharding.reshard(args.sinks, P(heads))
 
     def local(query, key, value, moving, sinks, dropout_key):
         sources = iter(fixed), iter(moving)
-        mask, score = structure.unflatten(next(sources[moving]) for moving in moves)
+        mask, score = structure.unflatten(next(sources[moving]) for moving in is_moving)
         first = _first(batch, query.shape[0]), _first(heads, query.shape[2]), 0, 0
         mine = dataclasses.replace(
             args,
@@ -235,9 +235,9 @@ def _is_spec(x) -> bool:
     return isinstance(x, P)
 
 
-def _is_known(x: Array | np.ndarray) -> bool:
+def _is_replicated_constant(x: Array | np.ndarray) -> bool:
     """Whether an array is known, as a whole and as numbers, while the program is traced."""
-    if is_traced(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+    if not is_static(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
         return False
     return not isinstance(x, jax.Array) or x.is_fully_replicated
 
@@ -273,15 +273,15 @@ def _spec(x) -> P:
 def _check_layouts(layouts, kv_heads: int):
     """The mesh axes of batch, length and heads, once each device has all it needs of its rows."""
     query, key, value = layouts
-    told = f"laid out are query {query}, key {key}, value {value}"
+    message = f"laid out are query {query}, key {key}, value {value}"
     if any(spec[3] for spec in layouts):
-        raise InputError(f"attend: head_dim must be whole on every device, reshard first; {told}")
+        raise InputError(f"attend: head_dim must be whole on every device, reshard first; {message}")
     # One key head serves every query head, wherever those lie.
     heads = (query[2],) if kv_heads > 1 else (query[2], None)
     if any(spec[:2] != query[:2] or spec[2] not in heads for spec in (key, value)):
         raise InputError(
             f"attend: batch, length and heads of key and value must be laid out as the query's, "
-            f"reshard first; {told}"
+            f"reshard first; {message}"
         )
     return query[0], query[1], query[2]
 
@@ -293,8 +293,8 @@ class Explanation:
     Attributes:
       backend: the one that runs.
       rejected: why each other one does not, or that it is not needed.
-      tile: queries and keys of a tile.
-      tiles: how many tiles are empty, need the mask, and are full.
+      block_sizes: block_q and block_kv.
+      blocks: how many blocks are empty, need the mask, and are full.
       density: share of the pairs that the mask allows; None where it holds traced arrays.
       flops: of the forward pass, for the allowed pairs; a multiply and an add are two.
       memory: bytes of temporary memory of the compiled forward pass on a device.
@@ -302,8 +302,8 @@ class Explanation:
 
     backend: str
     rejected: dict[str, str]
-    tile: tuple[int, int]
-    tiles: tuple[int, int, int] | None
+    block_sizes: tuple[int, int]
+    blocks: tuple[int, int, int] | None
     density: float | None
     flops: float
     memory: int
@@ -311,13 +311,13 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"backend   {self.backend}"]
         lines += [f"          not {name}: {reason}" for name, reason in self.rejected.items()]
-        if self.tiles is None:
+        if self.blocks is None:
             lines.append("mask      known only when run")
         else:
-            empty, partial, full = self.tiles
+            (q, kv), (empty, partly, full) = self.block_sizes, self.blocks
+            counts = f"{empty} empty, {partly} partial, {full} full"
             lines.append(f"mask      {self.density:.2%} of the pairs")
-            told = f"{empty} empty, {partial} partial, {full} full"
-            lines.append(f"tiles     of {self.tile[0]} queries and {self.tile[1]} keys: {told}")
+            lines.append(f"blocks    of {q} queries and {kv} keys: {counts}")
         lines.append(f"FLOPs     {self.flops / 1e9:,.3f} G forward")
         lines.append(f"memory    {self.memory / 2**20:,.1f} MiB of temporaries, forward")
         return "\n".join(lines)
@@ -339,25 +339,25 @@ def explain(
     compiled = jax.jit(run).lower(query, key, value).compile()
     *batch, t, h, d = query.shape
     s, rows = key.shape[-3], int(np.prod(batch))
-    tile, tiles, density = tile_of(t, s), None, None
+    block_sizes, blocks, density = default_block_sizes(t, s), None, None
     whole = None if mask is None else as_mask(mask)
-    if whole is None or not is_traced(whole):
+    if whole is None or is_static(whole):
         density = 1.0 if whole is None else whole.density(t, s, rows, h)
-        tiles = _count(whole, BlockGrid(t, s, *tile, rows, h))
+        blocks = _count_blocks(whole, BlockGrid(t, s, *block_sizes, rows, h))
     pairs = rows * h * t * s * (1.0 if density is None else density)
     return Explanation(
         backend=recorder.chosen.name,
         rejected=recorder.rejections(),
-        tile=tile,
-        tiles=tiles,
+        block_sizes=block_sizes,
+        blocks=blocks,
         density=density,
         flops=2.0 * pairs * (d + value.shape[-1]),
         memory=compiled.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
     )
 
 
-def _count(mask, grid: BlockGrid) -> tuple[int, int, int]:
-    """How many tiles are empty, partial and full."""
+def _count_blocks(mask, grid: BlockGrid) -> tuple[int, int, int]:
+    """How many blocks are empty, partial and full."""
     if mask is None:
         return 0, 0, int(np.prod(grid.num_blocks))
     some, every = (np.asarray(x) for x in mask.block_summary(grid))

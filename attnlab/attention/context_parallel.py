@@ -1,7 +1,7 @@
 """Attention over a sequence that is sharded over devices: three ways to bring queries and keys together.
 
 All run inside `shard_map`, each device holding its own part of the length, in order. Masks and scores are
-whole along the length on every device, and are cut to the parts that meet.
+whole along the length on every device, and are cut to the parts that ring.
 """
 
 from functools import partial
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.attention.backends import vjp as cotangents
-from attnlab.attention.backends.blockwise import blockwise, gradients
+from attnlab.attention.backends import vjp
+from attnlab.attention.backends.blockwise import blockwise, blockwise_gradients
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
@@ -38,10 +38,10 @@ class ContextParallelBackend:
 
     def run(self, args: AttentionArgs, first):
         """See `Backend.run`."""
-        out, lse = self.attend(args, first)
+        out, lse = self.attend_local(args, first)
         return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
 
-    def attend(self, args: AttentionArgs, first) -> tuple[Array, Array]:
+    def attend_local(self, args: AttentionArgs, first) -> tuple[Array, Array]:
         """Output and log-sum-exp of this device's queries."""
         raise NotImplementedError
 
@@ -51,13 +51,13 @@ class AllGather(ContextParallelBackend):
 
     name = "all_gather"
 
-    def attend(self, args, first):
-        """See `ContextParallelBackend.attend`."""
+    def attend_local(self, args, first):
+        """See `ContextParallelBackend.attend_local`."""
         key, value = (
             jax.lax.all_gather(x, args.sequence_axes, axis=1, tiled=True) for x in (args.key, args.value)
         )
         start = first[2] + jax.lax.axis_index(args.sequence_axes) * args.query.shape[1]
-        mask, score = _cut((args.mask, args.score), queries=(start, args.query.shape[1]))
+        mask, score = _slice_values((args.mask, args.score), queries=(start, args.query.shape[1]))
         at = (*first[:2], start, first[3])
         return blockwise(args.query, key, value, mask=mask, score=score, scale=args.scale, first=at)
 
@@ -74,12 +74,12 @@ class AllToAll(ContextParallelBackend):
             return f"{heads} key heads a device do not divide over {count} devices"
         return None
 
-    def attend(self, args, first):
-        """See `ContextParallelBackend.attend`."""
+    def attend_local(self, args, first):
+        """See `ContextParallelBackend.attend_local`."""
         swap = partial(jax.lax.all_to_all, axis_name=args.sequence_axes, tiled=True)
         query, key, value = (swap(x, split_axis=2, concat_axis=1) for x in (args.query, args.key, args.value))
         start = jax.lax.axis_index(args.sequence_axes) * query.shape[2]
-        mask, score = _cut((args.mask, args.score), heads=(start, query.shape[2]))
+        mask, score = _slice_values((args.mask, args.score), heads=(start, query.shape[2]))
         at = (first[0], first[1] + start, *first[2:])
         out, lse = blockwise(query, key, value, mask=mask, score=score, scale=args.scale, first=at)
         return swap(out, split_axis=1, concat_axis=2), swap(lse, split_axis=1, concat_axis=2)
@@ -98,31 +98,29 @@ class Ring(ContextParallelBackend):
         """See `ContextParallelBackend.unsupported_layout_reason`."""
         lengths = args.query.shape[1], args.key.shape[1]
         if any(n % 2 for n in lengths) and args.mask is not None:
-            return f"it deals out halves of each device's length, and {lengths} are not even"
+            return f"it exchanges halves of each device's length, and {lengths} are not even"
         return None
 
-    def attend(self, args, first):
-        """See `ContextParallelBackend.attend`."""
+    def attend_local(self, args, first):
+        """See `ContextParallelBackend.attend_local`."""
         query, key, value = args.query, args.key, args.value
-        deals = args.mask is not None
-        if deals:
-            query, key, value = (_deal(x, args.sequence_axes) for x in (query, key, value))
-        static = args.sequence_axes, deals, args.scale if isinstance(args.scale, float) else 1.0
+        zigzag = args.mask is not None
+        if zigzag:
+            query, key, value = (zigzag_permute(x, args.sequence_axes) for x in (query, key, value))
+        static = args.sequence_axes, zigzag, args.scale if isinstance(args.scale, float) else 1.0
         if not isinstance(args.scale, float):
             query = query * args.scale
         out, lse = _ring(static, query, key, value, args.mask, args.score, first)
-        return (
-            (_deal(out, args.sequence_axes, back=True), _deal(lse, args.sequence_axes, back=True))
-            if deals
-            else (out, lse)
-        )
+        if zigzag:
+            out, lse = (zigzag_permute(x, args.sequence_axes, inverse=True) for x in (out, lse))
+        return out, lse
 
 
-def _cut(values, **ranges):
+def _slice_values(values, **ranges):
     return [x if x is None else x.slice_block(**ranges) for x in values]
 
 
-def _deal(x: Array, axis, back: bool = False) -> Array:
+def zigzag_permute(x: Array, axis, inverse: bool = False) -> Array:
     """From parts 2i and 2i + 1 of 2n on device i to parts i and 2n - 1 - i, or back."""
     n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
 
@@ -132,37 +130,37 @@ def _deal(x: Array, axis, back: bool = False) -> Array:
     # Even parts all go to different devices, and so do odd ones.
     even, odd = ([(part // 2, holder(part)) for part in range(start, 2 * n, 2)] for start in (0, 1))
     first, second = jnp.split(x, 2, axis=1)
-    swapped = me % 2 == 1  # there the part that comes first in order is the odd one
-    if back:
-        first, second = jnp.where(swapped, second, first), jnp.where(swapped, first, second)
+    is_swapped = me % 2 == 1  # there the part that comes first in order is the odd one
+    if inverse:
+        first, second = jnp.where(is_swapped, second, first), jnp.where(is_swapped, first, second)
         even, odd = ([(b, a) for a, b in pairs] for pairs in (even, odd))
     first, second = jax.lax.ppermute(first, axis, even), jax.lax.ppermute(second, axis, odd)
-    if not back:
-        first, second = jnp.where(swapped, second, first), jnp.where(swapped, first, second)
+    if not inverse:
+        first, second = jnp.where(is_swapped, second, first), jnp.where(is_swapped, first, second)
     return jnp.concatenate([first, second], axis=1)
 
 
-class _Meetings:
+class _RingState:
     """The parts of queries and keys that meet on this device in each step of the ring."""
 
     def __init__(self, static, query, key, mask, score, first):
-        self.axis, self.deals, self.scale = static
+        self.axis, self.zigzag, self.scale = static
         self.n, self.me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
-        self.count = 2 if self.deals else 1
+        self.count = 2 if self.zigzag else 1
         self.sizes = query.shape[1] // self.count, key.shape[1] // self.count
         self.mask, self.score, self.first = mask, score, first
 
-    def part(self, owner, half: int):
+    def part_index(self, owner, half: int):
         """The number of a part, among all in their order."""
-        if not self.deals:
+        if not self.zigzag:
             return owner
         return owner if half == 0 else 2 * self.n - 1 - owner
 
-    def options(self, owner, i: int, j: int):
+    def blockwise_options(self, owner, i: int, j: int):
         """What `blockwise` has to know where half i of these queries meets half j of the owner's keys."""
-        q, k = self.part(self.me, i) * self.sizes[0], self.part(owner, j) * self.sizes[1]
+        q, k = self.part_index(self.me, i) * self.sizes[0], self.part_index(owner, j) * self.sizes[1]
         ranges = {"queries": (q, self.sizes[0]), "keys": (k, self.sizes[1])}
-        mask, score = _cut((self.mask, self.score), **ranges)
+        mask, score = _slice_values((self.mask, self.score), **ranges)
         b, h, q0, k0 = self.first
         return {"queries": q, "keys": k}, {
             "mask": mask,
@@ -175,16 +173,19 @@ class _Meetings:
         """Each half of several arrays."""
         return list(zip(*(jnp.split(x, self.count, axis=1) for x in arrays), strict=True))
 
-    def around(self, carry, step, moving):
-        """`step(carry, owner, moving)` for each device's keys, which move on in between, and come home."""
+    def ring_scan(self, carry, step, rotating):
+        """`step(carry, owner, rotating)` for each device's keys, which move on in between, and come home."""
 
-        def turn(state, i):
-            carry, moving = state
-            carry, moving = step(carry, (self.me - i) % self.n, moving)
-            onwards = [(d, (d + 1) % self.n) for d in range(self.n)]
-            return (carry, jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, onwards), moving)), None
+        def rotate(state, i):
+            carry, rotating = state
+            carry, rotating = step(carry, (self.me - i) % self.n, rotating)
+            next_device = [(d, (d + 1) % self.n) for d in range(self.n)]
+            return (
+                carry,
+                jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, next_device), rotating),
+            ), None
 
-        return jax.lax.scan(turn, (carry, moving), jnp.arange(self.n))[0]
+        return jax.lax.scan(rotate, (carry, rotating), jnp.arange(self.n))[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -193,62 +194,63 @@ def _ring(static, query, key, value, mask, score, first):
 
 
 def _ring_forward(static, query, key, value, mask, score, first):
-    meet = _Meetings(static, query, key, mask, score, first)
+    ring = _RingState(static, query, key, mask, score, first)
 
-    def step(carry, owner, moving):
+    def step(carry, owner, rotating):
         results = []
-        for i, ((q,), state) in enumerate(zip(meet.halves(query), carry, strict=True)):
-            for j, (k, v) in enumerate(meet.halves(*moving)):
-                _, options = meet.options(owner, i, j)
-                state = _merge(state, blockwise(q, k, v, **options))
+        for i, ((q,), state) in enumerate(zip(ring.halves(query), carry, strict=True)):
+            for j, (k, v) in enumerate(ring.halves(*rotating)):
+                _, options = ring.blockwise_options(owner, i, j)
+                state = _merge_softmax(state, blockwise(q, k, v, **options))
             results.append(state)
-        return results, moving
+        return results, rotating
 
-    rows = (*query.shape[:1], meet.sizes[0], query.shape[2])
+    rows = (*query.shape[:1], ring.sizes[0], query.shape[2])
     start = (jnp.zeros((*rows, value.shape[-1])), jnp.full(rows, -jnp.inf))
-    carry, _ = meet.around([start] * meet.count, step, (key, value))
+    carry, _ = ring.ring_scan([start] * ring.count, step, (key, value))
     out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*carry, strict=True))
     return (out.astype(value.dtype), lse), (query, key, value, mask, score, first, out, lse)
 
 
-def _merge(one, two):
+def _merge_softmax(one, two):
     """The softmax over two sets of keys, from that over each (arXiv 2307.08691, section 2.3)."""
     (out_1, lse_1), (out_2, lse_2) = one, two
     lse = jnp.logaddexp(lse_1, lse_2)
-    known = jnp.where(jnp.isneginf(lse), 0, lse)
-    shares = [jnp.exp(x - known)[..., None] for x in (lse_1, lse_2)]
-    return out_1 * shares[0] + out_2.astype(jnp.float32) * shares[1], lse
+    finite_lse = jnp.where(jnp.isneginf(lse), 0, lse)
+    weights = [jnp.exp(x - finite_lse)[..., None] for x in (lse_1, lse_2)]
+    return out_1 * weights[0] + out_2.astype(jnp.float32) * weights[1], lse
 
 
-def _ring_backward(static, residuals, given):
+def _ring_backward(static, residuals, d_outputs):
     query, key, value, mask, score, first, out, lse = residuals
-    d_out, d_lse = given
-    delta = cotangents.delta(out, d_out, d_lse)
-    meet = _Meetings(static, query, key, mask, score, first)
-    rows = meet.halves(query, d_out, lse, delta)
+    d_out, d_lse = d_outputs
+    delta = vjp.row_term(out, d_out, d_lse)
+    ring = _RingState(static, query, key, mask, score, first)
+    q_halves = ring.halves(query, d_out, lse, delta)
 
-    def step(carry, owner, moving):
+    def step(carry, owner, rotating):
         d_queries, d_score = carry
-        k_parts, d_parts = meet.halves(*moving[:2]), meet.halves(*moving[2:])
+        k_parts, d_parts = ring.halves(*rotating[:2]), ring.halves(*rotating[2:])
         d_queries, d_parts = list(d_queries), [list(x) for x in d_parts]
-        for i, (q, g, norm, minus) in enumerate(rows):
+        for i, (q, d_out_i, lse_i, delta_i) in enumerate(q_halves):
             for j, (k, v) in enumerate(k_parts):
-                starts, options = meet.options(owner, i, j)
-                d_q, d_k, d_v, d_cut = gradients(q, k, v, g, norm, minus, **options)
+                starts, options = ring.blockwise_options(owner, i, j)
+                d_q, d_k, d_v, d_score_block = blockwise_gradients(
+                    q, k, v, d_out_i, lse_i, delta_i, **options
+                )
                 d_queries[i] += d_q
                 d_parts[j][0] += d_k
                 d_parts[j][1] += d_v
-                d_score = cotangents.add(score, d_score, d_cut, **starts)
+                d_score = vjp.accumulate_block(score, d_score, d_score_block, **starts)
         d_key, d_value = (jnp.concatenate(x, axis=1) for x in zip(*d_parts, strict=True))
-        return (d_queries, d_score), (*moving[:2], d_key, d_value)
+        return (d_queries, d_score), (*rotating[:2], d_key, d_value)
 
-    zeros = [jnp.zeros(q.shape) for q, *_ in rows], cotangents.zeros(score)
-    moving = (key, value, jnp.zeros(key.shape), jnp.zeros(value.shape))
-    (d_queries, d_score), (*_, d_key, d_value) = meet.around(zeros, step, moving)
+    zeros = [jnp.zeros(q.shape) for q, *_ in q_halves], vjp.init(score)
+    rotating = (key, value, jnp.zeros(key.shape), jnp.zeros(value.shape))
+    (d_queries, d_score), (*_, d_key, d_value) = ring.ring_scan(zeros, step, rotating)
     d_query = jnp.concatenate(d_queries, axis=1)
-    found = [g.astype(x.dtype) for x, g in zip((query, key, value), (d_query, d_key, d_value), strict=True)]
-    nothing = cotangents.nothing
-    return (*found, nothing(mask), cotangents.finish(score, d_score), nothing(first))
+    grads = [g.astype(x.dtype) for x, g in zip((query, key, value), (d_query, d_key, d_value), strict=True)]
+    return (*grads, vjp.zero_cotangent(mask), vjp.finalize(score, d_score), vjp.zero_cotangent(first))
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import attend, bias, causal, mask_fn, score_fn, segments, softcap, window
-from attnlab.attention.block_mask import plan
+from attnlab.attention.block_mask import make_block_mask
 from attnlab.attention.masks.base import BlockGrid
 from tests.attention.inputs import qkv, weighted_sum
 
@@ -106,11 +106,11 @@ def test_the_zig_zag_deals_every_device_the_same_work():
             for i in mine
             for j in range(2 * n)
         ]
-        return sum(int(plan(causal(), grid)[0].visited.sum()) for grid in grids)
+        return sum(int(make_block_mask(causal(), grid)[0].kv_num_blocks.sum()) for grid in grids)
 
     work = [tiles_of(device) for device in range(n)]
     assert max(work) <= 1.01 * min(work)
-    whole = int(plan(causal(), BlockGrid(length, length, 16, 16))[0].visited.sum())
+    whole = int(make_block_mask(causal(), BlockGrid(length, length, 16, 16))[0].kv_num_blocks.sum())
     assert sum(work) == whole
 
 

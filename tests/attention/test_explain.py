@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import attend, causal, explain, register, segments, window
 from attnlab.attention.attend import AUTO_ORDER
-from attnlab.attention.backends.blockwise import tile_of
+from attnlab.attention.backends.blockwise import default_block_sizes
 from attnlab.attention.backends.reference import Reference
 from attnlab.attention.backends.registry import BACKENDS, AttentionResult
 from tests.attention.inputs import qkv
@@ -20,9 +20,9 @@ def test_counts_are_those_of_the_mask():
     assert told.backend == "blockwise"
     assert told.density == pytest.approx(pairs / 512**2)
     assert told.flops == pytest.approx(2 * 4 * pairs * 4 * 16)
-    tiles = 512 // tile_of(512, 512)[0]
-    assert told.tiles == (tiles * tiles - (2 * tiles - 1), 2 * tiles - 1, 0)
-    assert explain(SHAPE, SHAPE, SHAPE).tiles == (0, 0, tiles * tiles)
+    blocks = 512 // default_block_sizes(512, 512)[0]
+    assert told.blocks == (blocks * blocks - (2 * blocks - 1), 2 * blocks - 1, 0)
+    assert explain(SHAPE, SHAPE, SHAPE).blocks == (0, 0, blocks * blocks)
 
 
 def test_memory_is_that_of_the_program_and_less_than_all_scores():
@@ -51,7 +51,7 @@ def test_a_mask_known_only_when_run():
         return ids
 
     run(jnp.ones((2, 512), jnp.int32))
-    assert (told[0].density, told[0].tiles) == (None, None)
+    assert (told[0].density, told[0].blocks) == (None, None)
     assert "known only when run" in str(told[0])
 
 

@@ -160,7 +160,7 @@ def test_agrees_with_a_loop_and_its_derivatives(name):
 
     @jax.jit
     def both(arrays):
-        tiled = jax.value_and_grad(lambda x: loss(x, blockwise, tile=(2, 4)))(arrays)
+        tiled = jax.value_and_grad(lambda x: loss(x, blockwise, block_sizes=(2, 4)))(arrays)
         return tiled, jax.value_and_grad(lambda x: loss(x, reference))(arrays)
 
     exact = {n: x.astype(np.float64) for n, x in arrays.items()}

@@ -1,4 +1,4 @@
-"""Every mask and every score by tiles against the full score matrix: results, and gradients of all arrays."""
+"""Every mask and every score by blocks against the full score matrix: results, and gradients of all arrays."""
 
 from types import SimpleNamespace
 
@@ -59,7 +59,7 @@ SCORES = {
         lambda x: as_score([bias(x.bias), softcap(1.5), alibi(x.slopes, x.offset)]),
     ),
 }
-TILES = (4, 4), (16, 8)
+BLOCK_SIZES = (4, 4), (16, 8)
 
 
 def whole(x, score, scale):
@@ -67,15 +67,15 @@ def whole(x, score, scale):
     return out, lse
 
 
-def by_tiles(x, score, scale, function, tile):
-    result = function(x.query, x.key, x.value, mask=x.mask, score=score, scale=scale, tile=tile)
+def by_blocks(x, score, scale, function, block_sizes):
+    result = function(x.query, x.key, x.value, mask=x.mask, score=score, scale=scale, block_sizes=block_sizes)
     return result if x.sinks is None else apply_sinks(*result, x.sinks)
 
 
 def assert_agree(
-    mask, score, shape, sinks, tile, traced=True, function=blockwise, dtype=jnp.float32, tolerance=1e-5
+    mask, score, shape, sinks, block_sizes, traced=True, function=blockwise, dtype=jnp.float32, tolerance=1e-5
 ):
-    """Holds a function by tiles to the reference, their errors measured beside the greatest number, or 1."""
+    """Holds a function by blocks to the reference, their errors measured beside the greatest number, or 1."""
     letters, make = SCORES[score]
     letters = {"query": "bthd", "key": "bskd", "value": "bskv", **letters} | ({"sinks": "h"} if sinks else {})
     sizes = {**shape, "v": shape["dv"]}
@@ -92,7 +92,9 @@ def assert_agree(
         return jax.value_and_grad(loss, has_aux=True)(arrays)
 
     def both(arrays, mask=mask):
-        return run(by_tiles, arrays, mask, function=function, tile=tile), run(whole, arrays, mask)
+        return run(by_blocks, arrays, mask, function=function, block_sizes=block_sizes), run(
+            whole, arrays, mask
+        )
 
     ((_, got), gradients), ((_, expected), exact) = jax.jit(both)(arrays, *[mask] * traced)
     found = {"out": got[0], "lse": got[1], **gradients}
@@ -104,13 +106,13 @@ def assert_agree(
 
 
 def nth(n, name):
-    """A mask of `definitions`, known or traced, and the sizes of a call, its sinks and tiles, by turns."""
+    """A mask of `definitions`, known or traced, and the sizes of a call, its sinks and block sizes, by turns."""
     heads, kv_heads = ((H, H), (H, 1), (6, 2))[n % 3]
     if name in ("blocks", "per_head", "dense"):  # which have so many heads
         heads, kv_heads = H, (H, 1)[n % 2]
     mask, _, queries = CASES[name]()
     shape = {"b": B, "t": queries, "s": S, "h": heads, "k": kv_heads, "d": 4, "dv": 3}
-    more = {"sinks": n % 5 % 2 == 0, "tile": TILES[n % 7 % 2], "traced": n % 2 == 0}
+    more = {"sinks": n % 5 % 2 == 0, "block_sizes": BLOCK_SIZES[n % 7 % 2], "traced": n % 2 == 0}
     return {"mask": mask, "shape": shape, **more}
 
 
@@ -124,7 +126,9 @@ def test_every_mask(name):
 @pytest.mark.parametrize("score", list(SCORES)[::3])
 def test_scores_differentiated_by_jax(score):
     n = list(SCORES).index(score)
-    assert_agree(score=score, function=blockwise_autodiff, **nth(n, list(CASES)[-n]) | {"tile": (8, 8)})
+    assert_agree(
+        score=score, function=blockwise_autodiff, **nth(n, list(CASES)[-n]) | {"block_sizes": (8, 8)}
+    )
 
 
 @pytest.mark.slow
@@ -132,7 +136,7 @@ def test_scores_differentiated_by_jax(score):
 def test_every_score_in_bfloat16(score):
     # The reference rounds once, at the end; here weights and score gradients are rounded too (2^-8 each).
     n = list(SCORES).index(score)
-    how = nth(n, list(CASES)[2 * n]) | {"tile": (8, 8)}
+    how = nth(n, list(CASES)[2 * n]) | {"block_sizes": (8, 8)}
     assert_agree(score=score, dtype=jnp.bfloat16, tolerance=2**-7, **how)
 
 
@@ -143,12 +147,12 @@ def test_every_score_in_bfloat16(score):
     st.sampled_from(SHAPES),
     st.sampled_from(list(SCORES)),
     st.booleans(),
-    st.sampled_from(TILES),
+    st.sampled_from(BLOCK_SIZES),
     st.sampled_from([blockwise, blockwise_autodiff]),
 )
-def test_any_mask_and_shape(data, shape, score, sinks, tile, function):
+def test_any_mask_and_shape(data, shape, score, sinks, block_sizes, function):
     mask = data.draw(masks(shape["b"], shape["t"], shape["s"]))
     row = data.draw(st.none() | st.integers(0, shape["t"] - 1))
     if row is not None:
         mask &= mask_fn(lambda b, h, q, k: q != row)
-    assert_agree(mask, score, shape, sinks, tile, function=function)
+    assert_agree(mask, score, shape, sinks, block_sizes, function=function)

@@ -1,4 +1,4 @@
-"""Attention a tile at a time: memory linear in the length, empty tiles never visited, full ones not masked.
+"""Attention a block at a time: memory linear in the length, empty blocks skipped, full ones not masked.
 
 The forward pass keeps a running maximum and sum of each row (Milakov and Gimelshein 2018, arXiv
 1805.02867, algorithm 3); the backward pass recomputes the weights from the saved log-sum-exp
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.backends import vjp as cotangents
+from attnlab.attention.backends import vjp
 from attnlab.attention.backends.reference import NOTHING, stop_masked_gradient
 from attnlab.attention.backends.registry import (
     AttentionResult,
@@ -19,7 +19,7 @@ from attnlab.attention.backends.registry import (
     sharded_length_reason,
     softmax_only_reason,
 )
-from attnlab.attention.block_mask import Known, Plan, equal_part, plan
+from attnlab.attention.block_mask import BlockMask, StaticBlockInfo, even_block_size, make_block_mask
 from attnlab.attention.masks.base import BlockGrid, BlockOffset, Mask
 from attnlab.attention.pairwise import block_indices
 from attnlab.attention.scores import Score
@@ -34,7 +34,7 @@ def blockwise(
     score: Score | None = None,
     scale: float = 1.0,
     first: BlockOffset = (0, 0, 0, 0),
-    tile: tuple[int, int] | None = None,
+    block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """The output and log-sum-exp of `reference`, without ever holding a full score matrix.
 
@@ -46,17 +46,17 @@ def blockwise(
       score: change of the scaled scores.
       scale: factor of the scores.
       first: the first batch row, head, query and key, where these are part of a whole.
-      tile: how many queries and keys are met at a time.
+      block_sizes: block_q and block_kv; None is `default_block_sizes`.
     """
     if query.dtype == jnp.float32 or not isinstance(scale, float):
         query, scale = query * scale, 1.0  # a pass over the queries in place of one over the scores
-    call = _Call(query.shape, key.shape, mask, score, scale, first, tile)
-    arrays = call.grouped(query), call.by_heads(key), call.by_heads(value)
-    out, lse = _attend(call.static, *arrays, *call.values)
-    return call.ungrouped(out), call.ungrouped(lse)
+    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, first, block_sizes)
+    arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
+    out, lse = _blockwise(inputs.static, *arrays, *inputs.values)
+    return inputs.ungroup_heads(out), inputs.ungroup_heads(lse)
 
 
-def gradients(
+def blockwise_gradients(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K Dv"],
@@ -86,13 +86,13 @@ def gradients(
     Returns:
       The gradients of query, key and value, in float32, and of each array of the score.
     """
-    call = _Call(query.shape, key.shape, mask, score, scale, first)
-    rows = (call.grouped(x) for x in (d_out, lse, delta))
-    arrays = call.grouped(query), call.by_heads(key), call.by_heads(value)
-    d_query, d_key, d_value, d_score = _gradients(call.static, *arrays, *call.values, *rows)
+    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, first)
+    rows = (inputs.group_heads(x) for x in (d_out, lse, delta))
+    arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
+    d_query, d_key, d_value, d_score = _backward_blocks(inputs.static, *arrays, *inputs.values, *rows)
     s = key.shape[1]
     d_key, d_value = (jnp.swapaxes(x, 1, 2)[:, :s] for x in (d_key, d_value))
-    return call.ungrouped(d_query), d_key, d_value, cotangents.finish(score, d_score)
+    return inputs.ungroup_heads(d_query), d_key, d_value, vjp.finalize(score, d_score)
 
 
 def blockwise_autodiff(
@@ -104,84 +104,84 @@ def blockwise_autodiff(
     score: Score | None = None,
     scale: float = 1.0,
     first: BlockOffset = (0, 0, 0, 0),
-    tile: tuple[int, int] | None = None,
+    block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """`blockwise` differentiated by JAX itself: slower, but forward-mode and second derivatives exist.
 
     The arguments are those of `blockwise`.
     """
-    call = _Call(query.shape, key.shape, mask, score, scale, first, tile, written_out=False)
-    query, key, value = call.grouped(query), call.by_heads(key), call.by_heads(value)
-    tiles = _Tiles(call.static, *call.values)
-    order, unmasked, visited = (jnp.asarray(x) for x in tiles.plan)
+    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, first, block_sizes, unroll=False)
+    query, key, value = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
+    blocks = _Blocks(inputs.static, *inputs.values)
+    kv_indices, num_full, num_blocks = (jnp.asarray(x) for x in blocks.block_mask)
 
     def queries(_, i):
-        visit = _online(tiles, _slice(query, i, tiles.rows, 3), key, value, i)
+        visit = _online_softmax(blocks, _slice(query, i, blocks.block_q, 3), key, value, i)
 
         @jax.checkpoint
         def step(carry, n):
-            sort = jnp.where(n < unmasked[i], 1, jnp.where(n < visited[i], 2, 0))
-            ways = [
+            branch = jnp.where(n < num_full[i], 1, jnp.where(n < num_blocks[i], 2, 0))
+            branches = [
                 lambda c: c,
-                lambda c: visit(c, order[i, n], False),
-                lambda c: visit(c, order[i, n], True),
+                lambda c: visit(c, kv_indices[i, n], False),
+                lambda c: visit(c, kv_indices[i, n], True),
             ]
-            return jax.lax.switch(sort, ways, carry), None
+            return jax.lax.switch(branch, branches, carry), None
 
-        carry, _ = jax.lax.scan(step, _start(tiles, query, value), jnp.arange(order.shape[1]))
-        return None, _finish(carry, value.dtype)
+        carry, _ = jax.lax.scan(step, _init_state(blocks, query, value), jnp.arange(kv_indices.shape[1]))
+        return None, _finalize(carry, value.dtype)
 
-    _, (out, lse) = tiles.over_queries(queries, None)
-    return call.ungrouped(out), call.ungrouped(lse)
+    _, (out, lse) = blocks.map_q_blocks(queries, None)
+    return inputs.ungroup_heads(out), inputs.ungroup_heads(lse)
 
 
-class _Call:
+class _BlockedInputs:
     """The layout of one call: heads are a batch dimension, so that every product is a plain batched one."""
 
-    def __init__(self, query_shape, key_shape, mask, score, scale, first, tile=None, written_out=True):
+    def __init__(self, query_shape, key_shape, mask, score, scale, first, block_sizes=None, unroll=True):
         b, t, self.heads, _ = query_shape
         s, self.kv_heads = key_shape[1:3]
-        rows, columns = tile or tile_of(t, s)
-        grid = BlockGrid(t, s, rows, columns, b, self.heads, first)
-        made, known = plan(mask, grid)
-        if not written_out:
-            known = Known()
+        block_q, block_kv = block_sizes or default_block_sizes(t, s)
+        grid = BlockGrid(t, s, block_q, block_kv, b, self.heads, first)
+        block_mask, static_info = make_block_mask(mask, grid)
+        if not unroll:
+            static_info = StaticBlockInfo()
         self.num_queries, count, width = t, *grid.num_blocks
-        self.lengths = {"queries": count * rows, "keys": width * columns}
+        self.lengths = {"queries": count * block_q, "keys": width * block_kv}
         mask, score = (x if x is None else x.pad_to(**self.lengths) for x in (mask, score))
-        self.static = rows, columns, s, known, scale
-        self.values = mask, score, made, first
+        self.static = block_q, block_kv, s, static_info, scale
+        self.values = mask, score, block_mask, first
 
-    def grouped(self, x):
-        """(B, T, H, ...) as (B, K, G, T', ...), T' a whole number of tiles."""
+    def group_heads(self, x):
+        """(B, T, H, ...) as (B, K, G, T', ...), T' a whole number of blocks."""
         x = _pad(x, self.lengths["queries"])
         x = x.reshape(*x.shape[:2], self.kv_heads, self.heads // self.kv_heads, *x.shape[3:])
         return jnp.moveaxis(x, 1, 3)
 
-    def by_heads(self, x):
-        """(B, S, K, D) as (B, K, S', D), S' a whole number of tiles."""
+    def heads_first(self, x):
+        """(B, S, K, D) as (B, K, S', D), S' a whole number of blocks."""
         return jnp.swapaxes(_pad(x, self.lengths["keys"]), 1, 2)
 
-    def ungrouped(self, x):
+    def ungroup_heads(self, x):
         """(B, K, G, T', ...) as (B, T, H, ...)."""
         x = jnp.moveaxis(x, 3, 1)
         return x.reshape(*x.shape[:2], self.heads, *x.shape[4:])[:, : self.num_queries]
 
 
-def tile_of(num_queries: int, num_keys: int) -> tuple[int, int]:
-    """Queries and keys of a tile, as was fastest on CPUs, where the scores of a tile should stay in cache.
+def default_block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
+    """block_q and block_kv that were fastest on CPUs, where the scores of a block should stay in cache.
 
     Short sequences have small ones, of which a causal mask leaves out more.
     """
     if num_queries <= 1024 and num_keys <= 1024:
-        rows, columns = (equal_part(n, min(128, max(64, -(-n // 4)))) for n in (num_queries, num_keys))
-        return rows, columns
-    return equal_part(num_queries, 256), equal_part(num_keys, 512)
+        q, kv = (even_block_size(n, min(128, max(64, -(-n // 4)))) for n in (num_queries, num_keys))
+        return q, kv
+    return even_block_size(num_queries, 256), even_block_size(num_keys, 512)
 
 
 def _pad(x: Array, length: int) -> Array:
-    more = length - x.shape[1]
-    return jnp.pad(x, [(0, more if axis == 1 else 0) for axis in range(x.ndim)]) if more else x
+    padding = length - x.shape[1]
+    return jnp.pad(x, [(0, padding if axis == 1 else 0) for axis in range(x.ndim)]) if padding else x
 
 
 def _slice(x: Array, i, size: int, axis: int) -> Array:
@@ -189,34 +189,38 @@ def _slice(x: Array, i, size: int, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
 
-class _Tiles:
-    """The tiles of one call: their scores, and loops over those that the plan visits."""
+class _Blocks:
+    """The blocks of one call: their scores, and loops over those that the block mask lists."""
 
-    def __init__(self, static, mask: Mask | None, score: Score | None, made: Plan, first: BlockOffset):
-        self.rows, self.columns, self.num_keys, self.known, self.scale = static
-        self.mask, self.score, self.plan, self.first = mask, score, made, first
+    def __init__(
+        self, static, mask: Mask | None, score: Score | None, block_mask: BlockMask, first: BlockOffset
+    ):
+        self.block_q, self.block_kv, self.num_keys, self.static_info, self.scale = static
+        self.mask, self.score, self.block_mask, self.first = mask, score, block_mask, first
 
-    def _at(self, i, j, batch: int, heads: int):
+    def _pair_indices(self, i, j, batch: int, heads: int):
         b, h, q, k = self.first
-        first = b, h, q + i * self.rows, k + j * self.columns
-        return block_indices(first, (batch, heads, self.rows, self.columns))
+        first = b, h, q + i * self.block_q, k + j * self.block_kv
+        return block_indices(first, (batch, heads, self.block_q, self.block_kv))
 
-    def slice_block(self, value, i, j):
-        """A mask or score with its arrays cut to a tile."""
-        return value.slice_block(queries=(i * self.rows, self.rows), keys=(j * self.columns, self.columns))
+    def slice_values(self, value, i, j):
+        """A mask or score with its arrays cut to a block."""
+        return value.slice_block(
+            queries=(i * self.block_q, self.block_q), keys=(j * self.block_kv, self.block_kv)
+        )
 
     def scores(self, q, k, i, j, masked: bool):
-        """A tile's scores, (B, K, G, rows, columns), and the pull-back to its products and its `Score`."""
+        """Scores of a block, (B, K, G, block_q, block_kv), and the pull-back to its products and `Score`."""
         raw = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
         shape, flat = raw.shape, (raw.shape[0], raw.shape[1] * raw.shape[2], *raw.shape[3:])
-        at = self._at(i, j, *flat[:2])
+        at = self._pair_indices(i, j, *flat[:2])
         allowed = self._allowed(at, i, j, flat) if masked else None
         scores, pull_back = self._scaled(raw), lambda g: (self._scaled(g), None)
         if self.score is not None:
             changed, through = jax.vjp(
                 lambda x, score: score(stop_masked_gradient(allowed, x), at),
                 scores.reshape(flat),
-                self.slice_block(self.score, i, j),
+                self.slice_values(self.score, i, j),
             )
             scores = changed.reshape(shape)
 
@@ -230,33 +234,33 @@ class _Tiles:
         return scores, pull_back
 
     def _allowed(self, at, i, j, shape):
-        """The pairs of a tile that are allowed, (B or 1, H or 1, rows, columns)."""
-        local = j * self.columns + jnp.arange(self.columns)
+        """The pairs of a block that are allowed, (B or 1, H or 1, block_q, block_kv)."""
+        local = j * self.block_kv + jnp.arange(self.block_kv)
         allowed = (local < self.num_keys)[None, None, None, :]
         if self.mask is not None:
-            allowed = allowed & self.slice_block(self.mask, i, j).evaluate(at)
+            allowed = allowed & self.slice_values(self.mask, i, j).evaluate(at)
         return jnp.broadcast_to(allowed, (*allowed.shape[:2], *shape[2:]))
 
     def _scaled(self, x):
         return x if self.scale == 1 else self.scale * x
 
-    def over_keys(self, step, carry, i):
-        """`step(carry, j, masked)` for every tile of keys that queries `i` meet."""
-        if self.known.visits is not None:
-            for j, masked in self.known.visits[i]:
+    def loop_kv_blocks(self, step, carry, i):
+        """`step(carry, j, masked)` for every block of keys that queries `i` meet."""
+        if self.static_info.unrolled is not None:
+            for j, masked in self.static_info.unrolled[i]:
                 carry = step(carry, j, masked)
             return carry
-        order, unmasked, visited = (jnp.asarray(x)[i] for x in self.plan)
-        if self.known.unmasked:
-            carry = jax.lax.fori_loop(0, unmasked, lambda n, c: step(c, order[n], False), carry)
-        if self.known.masked:
-            carry = jax.lax.fori_loop(unmasked, visited, lambda n, c: step(c, order[n], True), carry)
+        kv_indices, num_full, num_blocks = (jnp.asarray(x)[i] for x in self.block_mask)
+        if self.static_info.has_full:
+            carry = jax.lax.fori_loop(0, num_full, lambda n, c: step(c, kv_indices[n], False), carry)
+        if self.static_info.has_partial:
+            carry = jax.lax.fori_loop(num_full, num_blocks, lambda n, c: step(c, kv_indices[n], True), carry)
         return carry
 
-    def over_queries(self, step, carry):
-        """`step(carry, i)` for every tile of queries; what it returns beside the carry joined along rows."""
-        count = len(self.plan.unmasked)
-        if self.known.visits is not None:
+    def map_q_blocks(self, step, carry):
+        """`step(carry, i)` for every block of queries; what it returns beside the carry joined along rows."""
+        count = len(self.block_mask.full_kv_num_blocks)
+        if self.static_info.unrolled is not None:
             results = []
             for i in range(count):
                 carry, result = step(carry, i)
@@ -266,117 +270,124 @@ class _Tiles:
 
         def join(x):
             x = jnp.moveaxis(x, 0, 3)
-            return x.reshape(*x.shape[:3], count * self.rows, *x.shape[5:])
+            return x.reshape(*x.shape[:3], count * self.block_q, *x.shape[5:])
 
         return carry, jax.tree.map(join, parts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, query, key, value, mask, score, made, first):
-    return _forward(static, query, key, value, mask, score, made, first)[0]
+def _blockwise(static, query, key, value, mask, score, block_mask, first):
+    return _forward(static, query, key, value, mask, score, block_mask, first)[0]
 
 
-def _forward(static, query, key, value, mask, score, made, first):
-    tiles = _Tiles(static, mask, score, made, first)
+def _forward(static, query, key, value, mask, score, block_mask, first):
+    blocks = _Blocks(static, mask, score, block_mask, first)
 
     def queries(_, i):
-        step = _online(tiles, _slice(query, i, tiles.rows, 3), key, value, i)
-        return None, _finish(tiles.over_keys(step, _start(tiles, query, value), i), value.dtype)
+        step = _online_softmax(blocks, _slice(query, i, blocks.block_q, 3), key, value, i)
+        return None, _finalize(blocks.loop_kv_blocks(step, _init_state(blocks, query, value), i), value.dtype)
 
-    _, (out, lse) = tiles.over_queries(queries, None)
-    return (out, lse), (query, key, value, mask, score, made, first, out, lse)
+    _, (out, lse) = blocks.map_q_blocks(queries, None)
+    return (out, lse), (query, key, value, mask, score, block_mask, first, out, lse)
 
 
-def _online(tiles: _Tiles, q, key, value, i):
-    """A step of the running maximum, sum and output of the queries of tile i."""
+def _online_softmax(blocks: _Blocks, q, key, value, i):
+    """A step of the running maximum, sum and output of the queries of block i."""
 
     def step(carry, j, masked):
-        top, total, out = carry
-        k, v = (_slice(x, j, tiles.columns, 2) for x in (key, value))
-        scores, _ = tiles.scores(q, k, i, j, masked)
+        row_max, row_sum, out = carry
+        k, v = (_slice(x, j, blocks.block_kv, 2) for x in (key, value))
+        scores, _ = blocks.scores(q, k, i, j, masked)
         # The result does not depend on the maximum, nor do its derivatives.
-        new_top = jax.lax.stop_gradient(jnp.maximum(top, scores.max(axis=-1)))
-        weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-        more = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return new_top, total * shrink + weights.sum(axis=-1), out * shrink[..., None] + more
+        new_max = jax.lax.stop_gradient(jnp.maximum(row_max, scores.max(axis=-1)))
+        weights, rescale = jnp.exp(scores - new_max[..., None]), jnp.exp(row_max - new_max)
+        update = jnp.einsum(
+            "bkgts,bksd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        return new_max, row_sum * rescale + weights.sum(axis=-1), out * rescale[..., None] + update
 
     return step
 
 
-def _start(tiles: _Tiles, query, value):
-    row = (*query.shape[:3], tiles.rows)
+def _init_state(blocks: _Blocks, query, value):
+    row = (*query.shape[:3], blocks.block_q)
     return jnp.full(row, NOTHING), jnp.zeros(row), jnp.zeros((*row, value.shape[-1]))
 
 
-def _finish(carry, dtype):
+def _finalize(carry, dtype):
     """The output and log-sum-exp of rows whose keys have all been met."""
-    top, total, out = carry
-    empty = top <= NOTHING
-    total = jnp.where(empty, 1, total)
-    out = jnp.where(empty[..., None], 0, out / total[..., None])
-    return out.astype(dtype), jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    row_max, row_sum, out = carry
+    empty = row_max <= NOTHING
+    row_sum = jnp.where(empty, 1, row_sum)
+    out = jnp.where(empty[..., None], 0, out / row_sum[..., None])
+    return out.astype(dtype), jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
 
 
-def _backward(static, residuals, given):
-    query, key, value, mask, score, made, first, out, lse = residuals
-    d_out, d_lse = given
-    delta = cotangents.delta(out, d_out, d_lse)
+def _backward(static, residuals, d_outputs):
+    query, key, value, mask, score, block_mask, first, out, lse = residuals
+    d_out, d_lse = d_outputs
+    delta = vjp.row_term(out, d_out, d_lse)
     arrays = query, key, value
-    *found, d_score = _gradients(static, *arrays, mask, score, made, first, d_out, lse, delta)
-    found = [g.astype(x.dtype) for x, g in zip(arrays, found, strict=True)]
-    nothing = cotangents.nothing
-    return (*found, nothing(mask), cotangents.finish(score, d_score), nothing(made), nothing(first))
+    *grads, d_score = _backward_blocks(static, *arrays, mask, score, block_mask, first, d_out, lse, delta)
+    grads = [g.astype(x.dtype) for x, g in zip(arrays, grads, strict=True)]
+    d_score = vjp.finalize(score, d_score)
+    d_mask, d_block_mask, d_first = (vjp.zero_cotangent(x) for x in (mask, block_mask, first))
+    return *grads, d_mask, d_score, d_block_mask, d_first
 
 
-def _gradients(static, query, key, value, mask, score, made, first, d_out, lse, delta):
-    tiles = _Tiles(static, mask, score, made, first)
+def _backward_blocks(static, query, key, value, mask, score, block_mask, first, d_out, lse, delta):
+    blocks = _Blocks(static, mask, score, block_mask, first)
     finite_lse = jnp.where(jnp.isneginf(lse), 0, lse)
     # Gradients of keys and values are summed with the width before the length, (B, K, D, S): products with
-    # a tile of scores on the right, as it is, are twice as fast on CPUs as those with its transpose.
-    by_width = [jnp.moveaxis(x, -1, 2) for x in (query, d_out)]
+    # a block of scores on the right, as it is, are twice as fast on CPUs as those with its transpose.
+    width_first = [jnp.moveaxis(x, -1, 2) for x in (query, d_out)]
 
     def queries(sums, i):
-        q, g, minus, norm = (_slice(x, i, tiles.rows, 3) for x in (query, d_out, delta, finite_lse))
-        q_by_width, g_by_width = (_slice(x, i, tiles.rows, 4) for x in by_width)
+        q, d_out_i, delta_i, lse_i = (
+            _slice(x, i, blocks.block_q, 3) for x in (query, d_out, delta, finite_lse)
+        )
+        q_width_first, d_out_width_first = (_slice(x, i, blocks.block_q, 4) for x in width_first)
 
         def step(carry, j, masked):
             d_q, (d_key, d_value, d_score) = carry
-            k, v = (_slice(x, j, tiles.columns, 2) for x in (key, value))
-            scores, pull_back = tiles.scores(q, k, i, j, masked)
-            weights = jnp.exp(scores - norm[..., None])
-            d_weights = jnp.einsum("bkgtd,bksd->bkgts", g, v, preferred_element_type=jnp.float32)
-            d_scores, d_score_tile = pull_back(weights * (d_weights - minus[..., None]))
+            k, v = (_slice(x, j, blocks.block_kv, 2) for x in (key, value))
+            scores, pull_back = blocks.scores(q, k, i, j, masked)
+            weights = jnp.exp(scores - lse_i[..., None])
+            d_weights = jnp.einsum("bkgtd,bksd->bkgts", d_out_i, v, preferred_element_type=jnp.float32)
+            d_scores, d_score_block = pull_back(weights * (d_weights - delta_i[..., None]))
             d_scores = d_scores.astype(q.dtype)
-            d_k = _to_keys(q_by_width, d_scores)
-            d_v = _to_keys(g_by_width, weights.astype(g.dtype))
+            d_k = _sum_over_queries(q_width_first, d_scores)
+            d_v = _sum_over_queries(d_out_width_first, weights.astype(d_out.dtype))
             d_q += jnp.einsum("bkgts,bksd->bkgtd", d_scores, k, preferred_element_type=jnp.float32)
             sums = (
-                _add(d_key, d_k, j * tiles.columns, 3),
-                _add(d_value, d_v, j * tiles.columns, 3),
-                cotangents.add(score, d_score, d_score_tile, queries=i * tiles.rows, keys=j * tiles.columns),
+                _add_at(d_key, d_k, j * blocks.block_kv, 3),
+                _add_at(d_value, d_v, j * blocks.block_kv, 3),
+                vjp.accumulate_block(
+                    score, d_score, d_score_block, queries=i * blocks.block_q, keys=j * blocks.block_kv
+                ),
             )
             return d_q, sums
 
-        d_q, sums = tiles.over_keys(step, (jnp.zeros(q.shape), sums), i)
+        d_q, sums = blocks.loop_kv_blocks(step, (jnp.zeros(q.shape), sums), i)
         return sums, d_q
 
     zeros = [jnp.zeros(jnp.swapaxes(x, 2, 3).shape) for x in (key, value)]
-    (d_key, d_value, d_score), d_query = tiles.over_queries(queries, (*zeros, cotangents.zeros(score)))
+    (d_key, d_value, d_score), d_query = blocks.map_q_blocks(queries, (*zeros, vjp.init(score)))
     return d_query, jnp.swapaxes(d_key, 2, 3), jnp.swapaxes(d_value, 2, 3), d_score
 
 
-def _to_keys(rows: Array, tile: Array) -> Array:
-    """What each key gets of rows (B, K, D, G, T) by a tile of scores, (B, K, D, S)."""
-    return jnp.einsum("bkdgt,bkgts->bkds", rows, tile, preferred_element_type=jnp.float32)
+def _sum_over_queries(rows: Array, block: Array) -> Array:
+    """What each key gets of rows (B, K, D, G, T) by a block of scores, (B, K, D, S)."""
+    return jnp.einsum("bkdgt,bkgts->bkds", rows, block, preferred_element_type=jnp.float32)
 
 
-def _add(total: Array, part: Array, start, axis: int) -> Array:
+def _add_at(total: Array, part: Array, start, axis: int) -> Array:
     """`total` with `part` added from `start` on."""
-    there = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
-    return jax.lax.dynamic_update_slice_in_dim(total, there + part, start, axis)
+    current = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, current + part, start, axis)
 
 
-_attend.defvjp(_forward, _backward)
+_blockwise.defvjp(_forward, _backward)
 
 
 class Blockwise:

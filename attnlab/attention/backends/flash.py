@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.backends import vjp as cotangents
+from attnlab.attention.backends import vjp
 from attnlab.attention.backends.reference import NOTHING
 from attnlab.attention.backends.registry import AttentionResult, apply_sinks
 from attnlab.attention.backends.tpu_layout import (
@@ -35,7 +35,7 @@ class Flash:
     Attributes:
       max_block_size: the most queries and keys of a block; None is what fits a kernel's vector memory.
       interpret: run the kernel as a plain JAX program, on any platform.
-      max_bytes: the most bytes of the bias that score and mask are made to.
+      max_bytes: the most bytes of the bias that score and mask are combined into.
     """
 
     name = "flash"
@@ -126,13 +126,13 @@ def _forward(config, query, key, value, bias):
     return (out, lse), (query, key, value, bias, out, total, top)
 
 
-def _backward(config, residuals, given):
+def _backward(config, residuals, d_outputs):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     query, key, value, bias, out, total, top = residuals
-    d_out, d_lse = given
+    d_out, d_lse = d_outputs
     # JAX's own rule gives no log-sum-exp, so its two backward kernels are called from here.
-    delta = cotangents.delta(out, d_out, d_lse)
+    delta = vjp.row_term(out, d_out, d_lse)
     arrays = query, key, value, _finite(bias), None, total, top, d_out, delta
     q, k = config.block_sizes
     blocks = {"block_q_major": q, "block_k_major": k, "block_k": k, "causal": config.causal}

@@ -15,7 +15,7 @@ from attnlab.attention.backends.tpu_layout import (
     to_bhtd,
     tpu_unsupported_reason,
 )
-from attnlab.attention.block_mask import depends_on, is_traced
+from attnlab.attention.block_mask import depends_on_batch_and_heads, is_static
 from attnlab.attention.masks.base import AndMask, Mask
 from attnlab.attention.masks.basic import Segments
 from attnlab.attention.masks.dense import GIB, allowed, pairs_allowed, told
@@ -99,7 +99,7 @@ def _split_segments(mask: Mask | None) -> tuple[Segments | None, Mask | None]:
 
 def _is_static_for_kernel(mask: Mask, args: AttentionArgs) -> bool:
     """Whether the mask can be cut into blocks while the program is traced: one for all rows of the batch."""
-    if is_traced(mask):
+    if not is_static(mask):
         return False
-    rows, heads = depends_on(mask)
+    rows, heads = depends_on_batch_and_heads(mask)
     return not rows and not (heads and args.is_sharded)  # which heads a device has is known only when run

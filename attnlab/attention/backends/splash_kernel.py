@@ -15,9 +15,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 from jaxtyping import Array, Bool, Float, Int
 
-from attnlab.attention.backends import vjp as cotangents
+from attnlab.attention.backends import vjp
 from attnlab.attention.backends.tpu_layout import Pair
-from attnlab.attention.block_mask import depends_on
+from attnlab.attention.block_mask import depends_on_batch_and_heads
 from attnlab.attention.masks.base import BlockGrid, Mask
 from attnlab.attention.pairwise import eval_at_trace_time, pair_indices
 
@@ -37,14 +37,15 @@ def static_kernel(
       block_sizes: block_q and block_kv; the arrays that the kernel gets are whole blocks.
       options: see `_options`.
     """
-    differ = mask is not None and depends_on(mask)[1]
+    differs_by_head = mask is not None and depends_on_batch_and_heads(mask)[1]
 
     def make():
         leaves, structure = jax.tree.flatten(mask)
         arrays = [np.asarray(x) for x in leaves]
         content = structure, tuple((x.shape, x.dtype.name, x.tobytes()) for x in arrays)
         each = [
-            _HeadMask(mask, content, head if differ else 0, lengths, block_sizes) for head in range(heads)
+            _HeadMask(mask, content, head if differs_by_head else 0, lengths, block_sizes)
+            for head in range(heads)
         ]
         if all(head.is_empty() for head in dict.fromkeys(each)):
             return None
@@ -110,11 +111,11 @@ def _forward(kernel, query, key, value, ids, allowed):
     return (out, lse), (query, key, value, ids, allowed, out, lse)
 
 
-def _backward(kernel, residuals, grads_out):
+def _backward(kernel, residuals, d_outputs):
     query, key, value, ids, allowed, out, lse = residuals
-    d_out, d_lse = grads_out
+    d_out, d_lse = d_outputs
     # JAX's own rule for the kernel leaves d_lse out, so its two backward kernels are called from here.
-    delta = cotangents.delta(out, d_out, d_lse)
+    delta = vjp.row_term(out, d_out, d_lse)
     lse = jnp.where(jnp.isneginf(lse), 0, lse)  # beside which a masked score has weight 0
     sizes, options = kernel.kwargs["block_sizes"], kernel.kwargs
     common = {
@@ -132,15 +133,15 @@ def _backward(kernel, residuals, grads_out):
         **common,
     )
 
-    def one(q, k, v, ids, allowed, norm, g, minus):
+    def one(q, k, v, ids, allowed, lse, d_out, delta):
         masked = _with_mask_info(kernel, allowed)
-        arrays = q, k, v, ids, None, norm, g, minus
+        arrays = q, k, v, ids, None, lse, d_out, delta
         _, d_key, d_value = to_keys(*arrays, mask_info=masked.dkv_mask_info)
         return to_queries(*arrays, mask_info=masked.dq_mask_info), d_key, d_value
 
     rows = jax.vmap(one, (0, 0, 0, 0, _batch_axis(allowed), 0, 0, 0))
     gradients = rows(query, key, value, ids, allowed, lse, d_out, delta)
-    return *gradients, cotangents.nothing(ids), cotangents.nothing(allowed)
+    return *gradients, vjp.zero_cotangent(ids), vjp.zero_cotangent(allowed)
 
 
 attention.defvjp(_forward, _backward)

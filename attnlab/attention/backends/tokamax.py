@@ -97,5 +97,5 @@ def _num_bytes(args: AttentionArgs) -> int:
 
 
 def _is_causal(mask: Mask | None) -> bool:
-    """Whether it is `causal()`, of which the kernel skips the tiles that are empty."""
+    """Whether it is `causal()`, of which the kernel skips the empty blocks."""
     return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset == 0

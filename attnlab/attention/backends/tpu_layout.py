@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from attnlab.attention.backends.registry import AttentionArgs, sharded_length_reason, softmax_only_reason
-from attnlab.attention.block_mask import equal_part
+from attnlab.attention.block_mask import even_block_size
 
 LANES = 128  # of a TPU's vector register: block sizes are multiples of it
 Pair = tuple[int, int]  # of queries and of keys
@@ -28,7 +28,7 @@ def tpu_unsupported_reason(args: AttentionArgs, interpret: bool) -> str | None:
 
 def kernel_block_sizes(args: AttentionArgs, max_block_size: int) -> Pair:
     """Return block_q and block_kv: equal parts of the lengths, at most this long, rounded up to `LANES`."""
-    q, kv = (-(-equal_part(x.shape[1], max_block_size) // LANES) * LANES for x in (args.query, args.key))
+    q, kv = (-(-even_block_size(x.shape[1], max_block_size) // LANES) * LANES for x in (args.query, args.key))
     return q, kv
 
 

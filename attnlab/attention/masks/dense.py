@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attnlab.attention.backends.registry import AttentionArgs
-from attnlab.attention.block_mask import depends_on
+from attnlab.attention.block_mask import depends_on_batch_and_heads
 from attnlab.attention.masks.base import BlockOffset, Mask
 from attnlab.attention.pairwise import block_indices
 
@@ -28,7 +28,7 @@ def added(args: AttentionArgs, first: BlockOffset) -> Float[Array, "B H T S"]:
 
 def pairs_allowed(mask: Mask, args: AttentionArgs) -> int:
     """How many pairs `allowed` has."""
-    rows, heads = depends_on(mask)
+    rows, heads = depends_on_batch_and_heads(mask)
     b, t, h, _ = args.query.shape
     return (b if rows else 1) * (h if heads else 1) * t * args.key.shape[1]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from attnlab.attention import bias, causal, mask_fn, reference, score_fn, segments, window
-from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff, tile_of
-from attnlab.attention.block_mask import plan
+from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff, default_block_sizes
+from attnlab.attention.block_mask import make_block_mask
 from attnlab.attention.masks.base import BlockGrid, DenseMask
 from tests.attention.inputs import qkv, weighted_sum
 
@@ -18,10 +18,10 @@ def loss_of(attention, scale=0.4, **options):
     return jax.value_and_grad(loss, (0, 1, 2, 4), has_aux=True)
 
 
-def assert_agree(query, key, value, mask, score=None, tolerance=1e-5, tile=None):
+def assert_agree(query, key, value, mask, score=None, tolerance=1e-5, block_sizes=None):
     @jax.jit
     def both(*args):
-        return [loss_of(blockwise, tile=tile)(*args), loss_of(reference)(*args)]
+        return [loss_of(blockwise, block_sizes=block_sizes)(*args), loss_of(reference)(*args)]
 
     ((_, (out, lse)), gradients), ((_, (out_r, lse_r)), gradients_r) = both(query, key, value, mask, score)
     assert out.dtype == value.dtype and lse.dtype == jnp.float32
@@ -50,10 +50,12 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("tile", [None, (32, 64), (8, 8)], ids=["its own tiles", "few tiles", "many tiles"])
+@pytest.mark.parametrize(
+    "block_sizes", [None, (32, 64), (8, 8)], ids=["default blocks", "few blocks", "many blocks"]
+)
 @pytest.mark.parametrize("name", LONG)
-def test_agrees_at_every_size_of_tile(name, tile):
-    assert_agree(*qkv(1, b=1, t=150, s=150, h=2, k=1, d=4, dv=5), LONG[name], tile=tile)
+def test_agrees_at_every_block_size(name, block_sizes):
+    assert_agree(*qkv(1, b=1, t=150, s=150, h=2, k=1, d=4, dv=5), LONG[name], block_sizes=block_sizes)
 
 
 @pytest.mark.parametrize("name", ["none", "window", "segments"])
@@ -63,13 +65,13 @@ def test_bfloat16_agrees_to_two_of_its_roundings(name):
     assert_agree(query, key, value, LONG[name], tolerance=2**-7)
 
 
-@pytest.mark.parametrize("tile", [(16, 8), (4, 4)], ids=["few tiles", "many tiles"])
+@pytest.mark.parametrize("block_sizes", [(16, 8), (4, 4)], ids=["few blocks", "many blocks"])
 @pytest.mark.parametrize(
     "shape", [(2, 4, 29, 23), (1, 4, 29, 23), (2, 1, 1, 23), (1, 1, 29, 1), (1, 1, 1, 1)], ids=str
 )
-def test_gradients_reach_a_bias_of_any_shape(shape, tile):
+def test_gradients_reach_a_bias_of_any_shape(shape, block_sizes):
     array = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    assert_agree(*qkv(2, t=29, s=23), causal(-3), bias(array), tile=tile)
+    assert_agree(*qkv(2, t=29, s=23), causal(-3), bias(array), block_sizes=block_sizes)
 
 
 def test_gradients_reach_what_functions_capture():
@@ -85,7 +87,7 @@ def test_gradients_reach_what_functions_capture():
         return jax.jit(jax.grad(loss, (0, 1)))(slopes, table)
 
     expected = gradients(reference)
-    for ours, theirs in zip(gradients(blockwise, tile=(8, 8)), expected, strict=True):
+    for ours, theirs in zip(gradients(blockwise, block_sizes=(8, 8)), expected, strict=True):
         assert np.abs(theirs).max() > 0.1
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -124,7 +126,7 @@ def test_under_vmap_with_a_mask_of_each():
     def run(attention, **options):
         return lambda q, k, v, ids: loss_of(attention, **options)(q, k, v, causal() & segments(ids), None)
 
-    got = jax.vmap(run(blockwise, tile=(4, 4)))(*stacked, ids)
+    got = jax.vmap(run(blockwise, block_sizes=(4, 4)))(*stacked, ids)
     expected = jax.vmap(run(reference))(*stacked, ids)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
@@ -149,7 +151,7 @@ def test_forward_mode_and_second_derivatives(name):
         twice = jax.jvp(jax.grad(loss, (0, 1, 2, 3)), arrays, (*tangents, jnp.float32(1)))
         return along(*arrays), twice, jax.grad(along, (0, 1, 2, 3))(*arrays)
 
-    got = jax.jit(lambda: derivatives(blockwise_autodiff, tile=(8, 8)))()
+    got = jax.jit(lambda: derivatives(blockwise_autodiff, block_sizes=(8, 8)))()
     expected = jax.jit(lambda: derivatives(reference))()
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         size = max(1.0, np.abs(theirs).max())
@@ -157,35 +159,36 @@ def test_forward_mode_and_second_derivatives(name):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_empty_tiles_are_never_read(traced):
+def test_empty_blocks_are_never_read(traced):
     query, key, value = qkv(2, t=16, s=16)
     poison = jnp.where(jnp.arange(16)[None, :, None, None] >= 12, jnp.nan, 1.0)
 
     @jax.jit
     def run(offset):
         mask = causal(offset if traced else 0)
-        return blockwise(query, key * poison, value * poison, mask=mask, tile=(4, 4))
+        return blockwise(query, key * poison, value * poison, mask=mask, block_sizes=(4, 4))
 
     out, lse = run(jnp.int32(0))
     assert jnp.isfinite(out[:, :12]).all() and jnp.isfinite(lse[:, :12]).all()
     assert jnp.isnan(out[:, 12:]).any()
 
 
-def test_only_tiles_on_the_border_are_masked():
-    made, known = plan(causal(), BlockGrid(64, 64, 8, 16))
-    np.testing.assert_array_equal(made.visited, [1, 1, 2, 2, 3, 3, 4, 4])
-    np.testing.assert_array_equal(made.visited - made.unmasked, 1)
-    assert (known.unmasked, known.masked) == (True, True)
-    assert plan(None, BlockGrid(64, 64, 8, 16))[1].masked is False
-    assert plan(None, BlockGrid(64, 60, 8, 16))[1].masked is True  # what fills up the last tile
+def test_only_blocks_on_the_border_are_masked():
+    block_mask, known = make_block_mask(causal(), BlockGrid(64, 64, 8, 16))
+    np.testing.assert_array_equal(block_mask.kv_num_blocks, [1, 1, 2, 2, 3, 3, 4, 4])
+    np.testing.assert_array_equal(block_mask.kv_num_blocks - block_mask.full_kv_num_blocks, 1)
+    assert (known.has_full, known.has_partial) == (True, True)
+    assert make_block_mask(None, BlockGrid(64, 64, 8, 16))[1].has_partial is False
+    padded = BlockGrid(64, 60, 8, 16)  # the last block of keys is not full
+    assert make_block_mask(None, padded)[1].has_partial is True
 
 
-def test_tiles_visited_at_4096_of_its_own_tiles():
-    """What masks save: causal at most 0.6 of all tiles, 8 documents 0.2, and a window as many for each query."""
+def test_blocks_visited_at_4096_with_default_blocks():
+    """What masks save: causal at most 0.6 of all blocks, 8 documents 0.2, and a window as many for each query."""
 
     def share(mask, length=4096):
-        made, _ = plan(mask, BlockGrid(length, length, *tile_of(length, length)))
-        return np.sum(made.visited) / made.order.size
+        block_mask, _ = make_block_mask(mask, BlockGrid(length, length, *default_block_sizes(length, length)))
+        return np.sum(block_mask.kv_num_blocks) / block_mask.kv_indices.size
 
     documents = segments(jnp.arange(4096)[None] // 512 + 1)
     near = causal() & window(511)
@@ -208,7 +211,7 @@ def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
             (causal(row) & causal(), (0, 0, 0, 0)),
             (DenseMask(np.ones((1, 4, 1, 1), bool)) | (lambda b, h, q, k: q >= k + h), (row, row, 0, 0)),
         ):
-            plans.append(plan(mask, grid._replace(offset=first))[1].visits)
+            plans.append(make_block_mask(mask, grid._replace(offset=first))[1].unrolled)
         return ids
 
     run(jnp.ones((2, 64), jnp.int32), 0)

@@ -24,8 +24,8 @@ def test_every_score(score):
         score,
         shape,
         sinks=n % 2 == 0,
-        tile=None,
-        function=lambda *arrays, tile, **how: decode(*arrays, **how),
+        block_sizes=None,
+        function=lambda *arrays, block_sizes, **how: decode(*arrays, **how),
     )
 
 

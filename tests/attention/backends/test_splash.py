@@ -15,7 +15,7 @@ from tests.attention import definitions
 from tests.attention.inputs import qkv, weighted_sum
 
 KERNEL = Splash(max_block_size=128, interpret=True)
-T, S = 200, 300  # two tiles of 128 and three, the last ones not full
+T, S = 200, 300  # two blocks of 128 and three, the last ones not full
 SHAPE = {"b": 2, "t": T, "s": S, "h": 4, "k": 2, "d": 16, "dv": 8}
 RNG = np.random.default_rng(0)
 # In any order, padding (0) here and there, and one that has queries but no keys.
@@ -25,7 +25,7 @@ MASKS = {
     "none": None,
     "window": causal(50) & window(70, None, 50),
     "rows without keys": causal(-60) & window(None, 9),
-    "tiles without keys": causal(-150),
+    "blocks without keys": causal(-150),
     "nothing at all": causal(-T),
     "segments": segments(*DOCUMENTS),
     "segments between others": causal(40) & segments(*DOCUMENTS) & mask_fn(lambda b, h, q, k: k != 3),
@@ -81,8 +81,8 @@ def test_bfloat16_agrees_to_two_of_its_roundings():
     assert_agree(arrays, causal(50), tolerance=2**-7)
 
 
-def test_the_tile_is_no_part_of_the_result():
-    """Two tiles, one computed in halves, and three."""
+def test_the_block_size_does_not_change_the_result():
+    """Two blocks, one computed in halves, and three."""
     arrays = qkv(2, b=1, t=1000, s=1000, h=1, k=1, d=4, dv=4)
     results = [
         jax.jit(lambda *x, size=size: attend(*x, mask=window(300, 0), backend=Splash(size, interpret=True)))(
@@ -166,7 +166,7 @@ def test_masks_known_only_when_run(rows, heads):
     arrays, sinks = qkv(3, **SHAPE), jnp.asarray([0.5, -1.0, 3.0, 0.0])
     allowed = RNG.random((rows, heads, T, S)) < 0.4
     allowed[..., 7, :] = False  # a row without keys
-    allowed[..., :128, 128:256] = False  # a tile without keys
+    allowed[..., :128, 128:256] = False  # a block without keys
 
     def gradients(allowed, backend):
         return gradients_of(backend, segments(*DOCUMENTS) & allowed)(*arrays, sinks)

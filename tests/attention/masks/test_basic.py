@@ -94,7 +94,7 @@ def counted(pairs, rows, columns, count):
 def test_attention_by_tiles_is_a_softmax_over_the_pairs(name):
     mask, _, queries = CASES[name]()
     query, key, value = qkv(0, b=B, t=queries, s=S, h=H, k=1, d=4, dv=2)
-    out, lse = jax.jit(functools.partial(blockwise, tile=(4, 4)))(query, key, value, mask=mask)
+    out, lse = jax.jit(functools.partial(blockwise, block_sizes=(4, 4)))(query, key, value, mask=mask)
     scores = np.einsum("bthd,bsd->bhts", *(np.asarray(x, np.float64) for x in (query, key[:, :, 0])))
     weights = np.exp(scores) * whole(name)
     total = weights.sum(-1, keepdims=True)
