@@ -19,7 +19,7 @@ import numpy as np
 
 from attnlab.data.builtin.glyphs import Glyphs
 from attnlab.errors import InputError
-from attnlab.inspect import pictures
+from attnlab.inspect import figures
 from attnlab.layers import Attention, LayerNorm
 from attnlab.layers.blocks import Branch, Gated
 from attnlab.layers.pooling import ClassToken
@@ -90,7 +90,7 @@ def _look(trained: TrainedModel) -> None:
         weights = trained.attention(batch, "decoder/layers", "cross_attention")[-1, row].mean(0)
         encoder = trained.experiment.model.encoder
         grid = weights[: len(words), encoder.prefix :].reshape(len(words), *encoder.grid)
-        figure = pictures.over_image(batch.source[row, ..., 0], words, grid, "Where each word looks")
+        figure = figures.image_overlay(batch.source[row, ..., 0], words, grid, "Where each word looks")
         trained.save_figure(figure, "looks")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from attnlab.data import Example, Tokenizer
 from attnlab.data.builtin.glyphs import Glyphs
-from attnlab.inspect import pictures
+from attnlab.inspect import figures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ContrastiveConfig, ViTConfig
 from attnlab.models.contrastive import EndOfText, TextTowerConfig
@@ -79,7 +79,7 @@ def report(trained: TrainedModel) -> dict[str, float]:
     looks = trained.attention(batches[0], "image/layers")[-1, 0, :, 0, 1:].reshape(-1, GRID, GRID)
     heads = [f"head {i + 1}" for i in range(len(looks))]  # of the class token
     trained.save_figure(
-        pictures.over_image(batches[0].source[0, ..., 0], heads, looks, "Where it looks"), "looks"
+        figures.image_overlay(batches[0].source[0, ..., 0], heads, looks, "Where it looks"), "looks"
     )
     trained.claim("names that rank their own character first", found["character_first"], ">=", 0.3)
     trained.claim("names with their own character in the top ten", found["character_in_ten"], ">=", 0.7)

@@ -17,7 +17,7 @@ import numpy as np
 
 from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.data.images import ImageProcessor
-from attnlab.inspect import pictures
+from attnlab.inspect import figures
 from attnlab.layers import Attention, Normal
 from attnlab.models import ViTConfig
 from attnlab.runner.trained_model import TrainedModel
@@ -102,7 +102,9 @@ def report(trained: TrainedModel) -> dict[str, float]:
     batch = trained.batches("validation", limit=1)[0]
     looks = trained.attention(batch)[-1, 0, :, 0, 1:].reshape(-1, SIDE // 2, SIDE // 2)  # of the class token
     heads = [f"head {i + 1}" for i in range(len(looks))]
-    trained.save_figure(pictures.over_image(batch.source[0, ..., 0], heads, looks, "Where it looks"), "looks")
+    trained.save_figure(
+        figures.image_overlay(batch.source[0, ..., 0], heads, looks, "Where it looks"), "looks"
+    )
     trained.claim("held-out digits right", accuracy, ">=", 0.95)
     trained.claim("held-out digits right by logistic regression", linear, "<", 0.93)
     return {"accuracy": accuracy, "accuracy_linear": linear}

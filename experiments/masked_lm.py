@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from attnlab.data import BPE, Example, Text, Tokenizer
-from attnlab.inspect import pictures
+from attnlab.inspect import figures
 from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm
 from attnlab.models import EncoderConfig
 from attnlab.runner.trained_model import TrainedModel
@@ -78,7 +78,7 @@ def report(trained: TrainedModel) -> dict[str, float]:
         words[i] = f"[{trained.tokenizer.token_text(guessed[i])}]"
     trained.log("filled in: " + "".join(words))
     maps = trained.attention_of_tokens(shown.tolist())
-    trained.save_figure(pictures.head_grid(maps, words, "Where each token looks"), "attention")
+    trained.save_figure(figures.head_grid(maps, words, "Where each token looks"), "attention")
     trained.claim("masked tokens predicted", found, ">", 0.18)
     trained.claim("masked tokens predicted, against 3 times the most frequent token", found, ">", 3 * common)
     return {"accuracy": float(found), "commonest": float(common)}

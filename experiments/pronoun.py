@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attnlab.data import Data, Example, Tokenizer, Words
-from attnlab.inspect import pictures
+from attnlab.inspect.query_attention import query_attention
 from attnlab.layers import Attention, Bidirectional
 from attnlab.models import DecoderConfig
 from attnlab.runner.trained_model import TrainedModel
@@ -114,7 +114,7 @@ def report(trained: TrainedModel) -> dict[str, float]:
         words = f"the cat sat on the mat because it was {predicate}".split()
         weights = trained.attention_of_tokens(trained.tokenizer.encode(" ".join(words)))
         twins.append((words, words.index("it"), weights[:, :, words.index("it")], words.index(antecedent)))
-    trained.save_figure(pictures.looks(twins, 'Where "it" looks'), "it")
+    trained.save_figure(query_attention(twins, 'What "it" attends to'), "it")
     trained.claim("pronouns resolved", accuracy, ">=", 0.99)
     trained.claim("sentences whose best head peaks on the antecedent", heads.max(), ">=", 0.95)
     return {"accuracy": float(accuracy), "best_head": float(heads.max())}

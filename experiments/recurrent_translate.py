@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnlab.data import Data, Example, Tokenizer, Words
-from attnlab.inspect import pictures
+from attnlab.inspect import figures
 from attnlab.layers import GRU, NoAttention
 from attnlab.models import RecurrentSeq2SeqConfig
 from attnlab.runner.trained_model import TrainedModel
@@ -101,4 +101,4 @@ def _picture(trained: TrainedModel) -> None:
     written, read = (
         [trained.tokenizer.token_text(i) for i in ids[row, :length]] for ids in (batch.targets, batch.source)
     )
-    trained.save_figure(pictures.head_grid(weights, written, "Where each word comes from", read), "alignment")
+    trained.save_figure(figures.head_grid(weights, written, "Where each word comes from", read), "alignment")

@@ -19,7 +19,7 @@ from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.data.audio import LogMel
 from attnlab.data.builtin.espeak import Voice, speak
 from attnlab.generation import SamplingParams
-from attnlab.inspect import pictures
+from attnlab.inspect import figures
 from attnlab.layers import Attention, LayerNorm
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
 from attnlab.runner.trained_model import TrainedModel
@@ -155,4 +155,4 @@ def _picture(trained: TrainedModel) -> None:
     weights = trained.attention(batch, "decoder/layers", "cross_attention")[:, row, :, :length]
     written = [trained.tokenizer.token_text(i) for i in batch.targets[row, :length]]
     times = [f"{i / 50:.2f} s" for i in range(weights.shape[-1])]
-    trained.save_figure(pictures.head_grid(weights, written, "Where each word is heard", times), "heard")
+    trained.save_figure(figures.head_grid(weights, written, "Where each word is heard", times), "heard")

@@ -17,7 +17,7 @@ from num2words import num2words
 
 from attnlab.data import BPE, Data, Example, Tokenizer
 from attnlab.generation import SamplingParams
-from attnlab.inspect import pictures
+from attnlab.inspect import figures
 from attnlab.layers import MLP, Attention, LayerNorm, Normal
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig, Sinusoidal
 from attnlab.runner.trained_model import TrainedModel
@@ -118,5 +118,5 @@ def _picture(trained: TrainedModel) -> None:
     )
     shown = maps[:, row, :, :written, :read]
     trained.save_figure(
-        pictures.head_grid(shown, targets, "Where each piece comes from", source), "cross_attention"
+        figures.head_grid(shown, targets, "Where each piece comes from", source), "cross_attention"
     )

@@ -43,8 +43,8 @@ def test_a_quick_run_goes_through_every_stage(lm):
         *("config.json", "experiment.py", "tokenizer.json", "metrics.jsonl", "tensorboard"),
         *("checkpoints", "report.json", "figures"),
     }
-    pictures = {p.name for p in (folder / "run" / "figures").iterdir()}
-    assert pictures == {"attention.png", "attention.svg", "curve.png", "curve.svg"}
+    figures = {p.name for p in (folder / "run" / "figures").iterdir()}
+    assert figures == {"attention.png", "attention.svg", "curve.png", "curve.svg"}
     report = json.loads((folder / "run" / "report.json").read_text())
     assert set(report) == {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz", "claims"}
     assert (

@@ -223,7 +223,7 @@ class Tokenizer:
         return len(name.replace("\u2581", " ").encode())  # as SentencePiece writes a space
 
     def token_text(self, token: int) -> str:
-        r"""How to show a token in a picture; part of a character as `\xe2`, the end as `<eos>`.
+        r"""How to show a token in a figure; part of a character as `\xe2`, the end as `<eos>`.
 
         A model may have more tokens than its tokenizer: these are shown by their number.
         """

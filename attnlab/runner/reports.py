@@ -4,7 +4,8 @@ import numpy as np
 
 from attnlab.data.baselines import compressed_bits_per_byte
 from attnlab.generation import SamplingParams, printable
-from attnlab.inspect import pictures
+from attnlab.inspect.curves import training_curve
+from attnlab.inspect.figures import head_grid
 from attnlab.models import TransformerConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train.metrics import read
@@ -17,15 +18,15 @@ def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 
     context is cut to half of it.
     """
     data = trained.experiment.data
-    figures = {"model": trained.metrics.get("bits_per_byte", float("nan"))}
-    figures |= compressed_bits_per_byte(data)
-    values = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    numbers = {"model": trained.metrics.get("bits_per_byte", float("nan"))}
+    numbers |= compressed_bits_per_byte(data)
+    values = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
     limit = trained.experiment.train.eval_batches
     trained.log(
         f"bits per byte of the validation text: {values}" + (f" (model: of {limit} batches)" if limit else "")
     )
 
-    _curve(trained, {name: figures[name] for name in ("bz2", "xz")})
+    _curve(trained, {name: numbers[name] for name in ("bz2", "xz")})
     start = trained.tokenizer.encode(prompt)[: data.sequence_length // 2]
     shown = [trained.tokenizer.eos_id, *start]
     if trained.experiment.model.causal:
@@ -37,10 +38,8 @@ def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 
     if isinstance(trained.experiment.model, TransformerConfig):
         weights = trained.attention_of_tokens(shown)
         words = [trained.tokenizer.token_text(i) for i in shown]
-        trained.save_figure(
-            pictures.head_grid(np.asarray(weights), words, "Where each token looks"), "attention"
-        )
-    return {f"bits_per_byte_{name}": value for name, value in figures.items()}
+        trained.save_figure(head_grid(np.asarray(weights), words, "What each token attends to"), "attention")
+    return {f"bits_per_byte_{name}": value for name, value in numbers.items()}
 
 
 def _curve(trained: TrainedModel, baselines: dict[str, float]) -> None:
@@ -54,5 +53,5 @@ def _curve(trained: TrainedModel, baselines: dict[str, float]) -> None:
 
     (steps, values), (eval_steps, eval_values) = points("train"), points("eval")
     if len(steps) > 1:
-        figure = pictures.training_curve(steps, values, eval_steps, eval_values, baselines, "bits per byte")
+        figure = training_curve(steps, values, eval_steps, eval_values, baselines, "bits per byte")
         trained.save_figure(figure, "curve")

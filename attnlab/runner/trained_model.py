@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from attnlab.data import Batch
 from attnlab.generation import Completion, Generator
-from attnlab.inspect import pictures
+from attnlab.inspect import figures
 from attnlab.inspect.maps import attention_maps
 from attnlab.runner.claims import Claim, Comparison
 from attnlab.train.experiment import Experiment
@@ -118,7 +118,7 @@ class TrainedModel:
 
     def save_figure(self, figure, name: str) -> None:
         """Saves a figure as PNG and SVG under the run's `figures`, and says where."""
-        paths = pictures.save(figure, self.workdir / FIGURES / name)
+        paths = figures.save(figure, self.workdir / FIGURES / name)
         self.log(f"figure: {', '.join(str(path) for path in paths)}")
 
 

@@ -5,9 +5,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import causal, reference, segments, window
+from attnlab.errors import InputError
 from attnlab.inspect.maps import attention_maps
 from attnlab.layers import Attention, Bidirectional, Causal, NoPositions, Sliding
-from attnlab.models import DecoderConfig, EncoderConfig
+from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 6)).astype(np.int32)
 IDS = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]], np.int32)
@@ -98,3 +99,31 @@ def test_a_mesh_changes_no_map(mesh_of):
         params = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P())), params)
         got = attention_maps(model, params, tokens=tokens, segment_ids=ids)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inputs", "message"),
+    [
+        ((), {"branch": "atention"}, "no branch 'atention' in stack 'layers'; .*stack 'layers': attention"),
+        ((), {"stack": "encoder/layers"}, "in stack 'encoder/layers'; the model has stack 'layers'"),
+        ((TOKENS,), {}, "takes its inputs by name: got ndarray as stack"),
+        ((), {"tokens": TOKENS.tolist()}, "tokens must be an array, got list"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, inputs, message):
+    model, params = start(depth=1)
+    inputs = inputs if arguments else {"tokens": TOKENS} | inputs
+    with pytest.raises(InputError, match=message):
+        attention_maps(model, params, *arguments, **inputs)
+
+
+def test_encoder_decoder_names_its_stacks():
+    half = {"depth": 1, "width": 16, "attention": Attention(heads=4)}
+    model = Seq2SeqConfig(EncoderConfig(**half), DecoderConfig(**half)).build(11)
+    inputs = {"tokens": TOKENS, "source": TOKENS}
+    params = jax.jit(model.init)(jax.random.key(0), **inputs)["params"]
+    expected = (
+        r"(?=.*stack 'encoder/layers': attention\b)(?=.*stack 'decoder/layers': attention, cross_attention)"
+    )
+    with pytest.raises(InputError, match=expected):
+        attention_maps(model, params, **inputs)

@@ -113,11 +113,11 @@ def test_draws_the_row_and_head_asked_for():
     assert as_mask(np.array([[True, False]])).draw(1, 2, row=3, head=1) == "x ."
 
 
-def test_every_kind_of_mask_is_in_the_picture():
+def test_every_kind_of_mask_is_in_the_figure():
     public = {name: getattr(attention, name) for name in attention.__all__}
     makers = {name for name, x in public.items() if getattr(x, "__annotations__", {}).get("return") is Mask}
     of_anything = {"mask_fn", "shift_mask", "per_head"}
-    tree = ast.parse((Path(__file__).parents[3] / "docs" / "pictures" / "masks.py").read_text())
+    tree = ast.parse((Path(__file__).parents[3] / "docs" / "figures" / "masks.py").read_text())
     drawn = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert "causal" in makers and of_anything < makers
     assert makers - of_anything <= drawn

@@ -1,11 +1,11 @@
-"""Draws docs/pictures/masks.png, a picture of every kind of mask: python docs/pictures/masks.py"""
+"""Draw docs/figures/masks.png, a figure of every kind of mask: python docs/figures/masks.py"""
 
 from pathlib import Path
 
 import numpy as np
 
 from attnlab import attention as a
-from attnlab.inspect.pictures import mask_grid
+from attnlab.inspect.figures import mask_grid
 
 N = 16
 DOCUMENTS = np.array([[1] * 5 + [2] * 8 + [3] * 3])
@@ -45,7 +45,7 @@ MASKS = {
 
 
 def main():
-    """Writes the picture beside this file."""
+    """Write the figure beside this file."""
     sizes = {
         "media(markers, 5)": (N, 15),
         "tree(parents, prefix=6)": (10, N),

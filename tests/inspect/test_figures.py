@@ -4,20 +4,14 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from attnlab.errors import InputError
-from attnlab.inspect.pictures import (
-    Look,
-    arcs,
-    head_grid,
-    legible,
-    looks,
-    mask_grid,
-    over_image,
-    save,
-    training_curve,
-)
+from attnlab.inspect.curves import STYLES, training_curve
+from attnlab.inspect.figures import PAGE_WIDTH, arcs, head_grid, image_overlay, mask_grid, save
+from attnlab.inspect.layout import legible
+from attnlab.inspect.query_attention import QueryAttention, query_attention
 
 SENTENCE = ["The", "animal", "didn't", "cross", "the", "street", "because", "it", "was", "too", "tired"]
 TWIN = [*SENTENCE[:-1], "wide"]
@@ -25,7 +19,7 @@ TWIN = [*SENTENCE[:-1], "wide"]
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    """A missing glyph or a bad layout warns; no picture may."""
+    """A missing glyph or a bad layout warns; no figure may."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -44,6 +38,16 @@ def svg(figure, tmp_path):
         image.verify()
     ElementTree.parse(vector)
     return vector.read_text()
+
+
+def texts(figure):
+    """Return every non-empty text of a figure, as its artists hold it."""
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def maps(figure):
+    """Return the axes that show an image, in the order in which they were drawn."""
+    return [axes for axes in figure.axes if axes.get_images()]
 
 
 @pytest.mark.parametrize(
@@ -70,19 +74,54 @@ def test_legible(token, drawn):
 
 
 def test_head_grid_names_heads_and_tokens(tmp_path):
-    source = svg(head_grid(attention(2, 3, 11, 11), SENTENCE, "Who attends to whom"), tmp_path)
-    assert all(
-        f"<!-- {word} -->" in source for word in [*SENTENCE, "layer 2 / head 3", "Who attends to whom"]
-    )
+    weights = attention(2, 3, 11, 11).astype(np.float32)
+    figure = head_grid(weights, SENTENCE, "Who attends to whom")
+    source = svg(figure, tmp_path)
+    named = ["layer 1", "layer 2", "head 1", "head 2", "head 3", "query", "key", "Who attends to whom"]
+    assert all(f"<!-- {word} -->" in source for word in [*SENTENCE, *named])
+    for axes, drawn in zip(maps(figure), weights.reshape(6, 11, 11), strict=True):
+        np.testing.assert_array_equal(axes.get_images()[0].get_array(), drawn)
+
+
+def test_head_grid_places_layers_in_rows_and_heads_in_columns():
+    boxes = [axes.get_position() for axes in maps(head_grid(attention(2, 3, 11, 11), SENTENCE))]
+    rows = np.array([box.y0 for box in boxes]).reshape(2, 3)
+    columns = np.array([box.x0 for box in boxes]).reshape(2, 3)
+    assert np.ptp(rows, axis=1).max() < 1e-9 and np.ptp(columns, axis=0).max() < 1e-9
+    assert (rows[0] - boxes[0].height > rows[1]).all()
+    assert (columns[:, 1:] > columns[:, :-1] + boxes[0].width).all()
+
+
+def test_head_grid_of_many_heads_fits_a_page_and_its_labels_do_not_overlap():
+    figure = head_grid(attention(4, 8, 24, 24), SENTENCE * 2 + ["a", "b"])
+    assert figure.get_size_inches()[0] <= PAGE_WIDTH
+    axes = maps(figure)[0]
+    shown = [tick for tick in axes.yaxis.get_major_ticks() if tick.label1.get_text()]
+    inches = axes.get_position().height * figure.get_size_inches()[1]
+    assert 1 < len(shown) < 24 and inches / len(shown) > 7 / 72
+    assert [tick.label1.get_text() for tick in shown] == (SENTENCE * 2 + ["a", "b"])[:: 24 // len(shown)]
+    wide = maps(head_grid(attention(1, 8, 24, 24), SENTENCE * 2 + ["a", "b"], max_width=40))[0]
+    assert [label.get_text() for label in wide.get_yticklabels()] == SENTENCE * 2 + ["a", "b"]
+
+
+def test_head_grid_over_time_has_an_axis_in_seconds():
+    weights, times = attention(1, 1, 2, 100), np.arange(100) / 50
+    figure = head_grid(weights, ["forty", "two"], key_tokens=times, key_name="time (s)")
+    assert "time (s)" in texts(figure) and "key" not in texts(figure)
+    (axes,) = maps(figure)
+    assert axes.get_xlim() == pytest.approx((-0.01, 1.99))
+    assert axes.get_images()[0].get_extent() == pytest.approx((-0.01, 1.99, 1.5, -0.5))
 
 
 def test_head_grid_of_cross_attention_names_both_sides(tmp_path):
-    source = svg(head_grid(attention(1, 2, 2, 3), ["ein", "Hund"], sources=["a", "small", "dog"]), tmp_path)
+    source = svg(
+        head_grid(attention(1, 2, 2, 3), ["ein", "Hund"], key_tokens=["a", "small", "dog"]), tmp_path
+    )
     assert all(f"<!-- {word} -->" in source for word in ["ein", "Hund", "a", "small", "dog"])
 
 
 def test_head_grid_of_words_over_a_long_source_names_the_words(tmp_path):
-    source = svg(head_grid(attention(1, 2, 2, 99), ["forty", "two"], sources=["frame"] * 99), tmp_path)
+    source = svg(head_grid(attention(1, 2, 2, 99), ["forty", "two"], key_tokens=["frame"] * 99), tmp_path)
     assert "<!-- forty -->" in source and "frame" not in source and "<!-- 50 -->" in source
 
 
@@ -91,7 +130,11 @@ def test_head_grid_of_one_token_one_head(tmp_path):
 
 
 def test_head_grid_of_nothing_attended(tmp_path):
-    svg(head_grid(np.zeros((1, 1, 2, 2)), ["a", "b"]), tmp_path)
+    figure = head_grid(np.zeros((1, 1, 2, 2)), ["a", "b"])
+    (image,) = maps(figure)[0].get_images()
+    assert image.get_clim() == (0, 1) and not image.get_array().any()
+    np.testing.assert_array_equal(image.to_rgba(image.get_array()), np.ones((2, 2, 4)))  # white
+    assert "<!-- a -->" in svg(figure, tmp_path)
 
 
 def test_head_grid_of_many_tokens_is_quick_and_numbers_them(tmp_path):
@@ -105,8 +148,14 @@ def test_head_grid_of_many_tokens_is_quick_and_numbers_them(tmp_path):
     "token", ["$x_1$", "日本", "\n", "\x07", "<&>", "--", "\u0301", "😀", "שלום", "\\frac"]
 )
 def test_odd_tokens_can_be_drawn(token, tmp_path):
-    svg(head_grid(attention(1, 1, 2, 2), [token, "x"], title=token), tmp_path)
-    svg(looks([(["a", token], 0, attention(1, 2, 2), 1)]), tmp_path)
+    grid = head_grid(attention(1, 1, 2, 2), [token, "x"], title=token)
+    svg(grid, tmp_path)
+    labels = [label.get_text() for label in maps(grid)[0].get_yticklabels()]
+    assert labels == [legible(token), "x"]
+    sentence = query_attention([(["a", token], 0, attention(1, 2, 2), 1)])
+    svg(sentence, tmp_path)
+    assert texts(sentence).count(legible(token)) == 1 + 2  # above the heads, and in each of them
+    assert not any(text.get_parse_math() for text in sentence.axes[0].texts)
 
 
 def test_mask_grid_draws_what_is_allowed_and_names_it(tmp_path):
@@ -134,7 +183,7 @@ def test_mask_grid_of_what_is_no_matrix(masks):
 def test_arcs_write_both_sides_of_every_head(tmp_path):
     source = svg(arcs(attention(3, 11, 11), SENTENCE, "Layer 2"), tmp_path)
     assert source.count("<!-- animal -->") == 3 * 2 and "<!-- head 3 -->" in source
-    source = svg(arcs(attention(1, 1, 2), ["ein"], sources=["a", "an"]), tmp_path)
+    source = svg(arcs(attention(1, 1, 2), ["ein"], key_tokens=["a", "an"]), tmp_path)
     assert all(f"<!-- {word} -->" in source for word in ["ein", "a", "an"])
 
 
@@ -143,23 +192,23 @@ def test_arcs_leave_out_what_is_not_attended():
     assert len(lines.get_segments()) == 4
 
 
-def test_looks_writes_every_word_in_every_head_and_the_answers_weight(tmp_path):
+def test_query_attention_writes_every_token_in_every_head_and_the_answers_weight(tmp_path):
     weights = attention(2, 3, 11)
-    pair = [Look(SENTENCE, 7, weights, 1), (TWIN, 7, attention(2, 3, 11), 5)]
-    source = svg(looks(pair, "Where “it” looks"), tmp_path)
+    pair = [QueryAttention(SENTENCE, 7, weights, 1), (TWIN, 7, attention(2, 3, 11), 5)]
+    source = svg(query_attention(pair, "What “it” attends to"), tmp_path)
     assert source.count("<!-- animal -->") == 2 * (2 * 3 + 1)  # each head, and the sentence above them
     assert source.count("<!-- tired -->") == source.count("<!-- wide -->") == 2 * 3 + 1
     assert f"<!-- {weights[1, 2, 1]:.2f} -->" in source
-    assert "<!-- layer 2 -->" in source and "it should find" in source
+    assert "<!-- layer 2 -->" in source and "it should attend to" in source
 
 
-def test_looks_without_an_answer(tmp_path):
-    assert "it should find" not in svg(looks([(["it"], 0, np.ones((1, 1, 1)))]), tmp_path)
+def test_query_attention_without_an_answer(tmp_path):
+    assert "it should attend to" not in svg(query_attention([(["it"], 0, np.ones((1, 1, 1)))]), tmp_path)
 
 
 def test_long_sentences_are_placed_below_each_other():
-    short = looks([(SENTENCE, 7, attention(1, 2, 11))] * 2).get_size_inches()
-    long = looks([(SENTENCE * 3, 7, attention(1, 2, 33))] * 2).get_size_inches()
+    short = query_attention([(SENTENCE, 7, attention(1, 2, 11))] * 2).get_size_inches()
+    long = query_attention([(SENTENCE * 3, 7, attention(1, 2, 33))] * 2).get_size_inches()
     assert long[1] > 1.5 * short[1]
 
 
@@ -189,14 +238,22 @@ def test_training_curve_is_not_stretched_by_its_beginning():
 
 @pytest.mark.parametrize("values", [[], [1.0], [np.nan, np.nan], [1.0, np.nan]])
 def test_training_curve_of_little(values, tmp_path):
-    svg(training_curve(range(len(values)), values, baselines={"xz": 2.0}), tmp_path)
+    figure = training_curve(range(len(values)), values, baselines={"xz": 2.0})
+    svg(figure, tmp_path)
+    last = [f"train {values[-1]:.2f}"] if values and np.isfinite(values[-1]) else []
+    assert [text.get_text() for text in figure.axes[0].texts] == [*last, "xz 2.00"]
+    colour = STYLES["train"]["color"]
+    drawn = [line.get_ydata() for line in figure.axes[0].lines if line.get_color() == colour]
+    drawn = [y for y in drawn if len(y) == len(values)]  # not the leader of the label
+    np.testing.assert_array_equal(drawn, [values] if values else [])
+    assert np.isfinite(figure.axes[0].get_ylim()).all()
 
 
 def test_files_are_the_same_every_time(tmp_path):
     def write(name):
         return [
             path.read_bytes()
-            for path in save(looks([(SENTENCE, 7, attention(1, 1, 11), 1)]), tmp_path / name)
+            for path in save(query_attention([(SENTENCE, 7, attention(1, 1, 11), 1)]), tmp_path / name)
         ]
 
     assert write("one") == write("two")
@@ -209,14 +266,18 @@ def test_files_are_the_same_every_time(tmp_path):
         (lambda: head_grid(attention(1, 3, 3), ["a"] * 3), r"\(1, 3, 3\) and \(3, 3\)"),
         (lambda: head_grid(attention(0, 1, 3, 3), ["a"] * 3), r"\(0, 1, 3, 3\)"),
         (lambda: arcs(attention(2, 3, 4), ["a"] * 3), r"\(H, T, S\).*\(2, 3, 4\) and \(3, 3\)"),
-        (lambda: looks([(SENTENCE, 7, attention(1, 2, 5))]), r"\(1, 2, 5\) and \(11,\)"),
-        (lambda: looks([(SENTENCE, 11, attention(1, 2, 11))]), "query 11"),
-        (lambda: looks([(SENTENCE, 7, attention(1, 2, 11), -1)]), "answer -1"),
+        (lambda: query_attention([(SENTENCE, 7, attention(1, 2, 5))]), r"\(1, 2, 5\) and \(11,\)"),
+        (lambda: query_attention([(SENTENCE, 11, attention(1, 2, 11))]), "query 11"),
+        (lambda: query_attention([(SENTENCE, 7, attention(1, 2, 11), -1)]), "answer -1"),
         (
-            lambda: looks([(["a"], 0, np.ones((1, 2, 1))), (["a"], 0, np.ones((2, 2, 1)))]),
+            lambda: query_attention([(["a"], 0, np.ones((1, 2, 1))), (["a"], 0, np.ones((2, 2, 1)))]),
             r"\(1, 2\).*\(2, 2\)",
         ),
-        (lambda: looks([]), "missing"),
+        (lambda: query_attention([]), "missing"),
+        (lambda: arcs(SENTENCE, attention(1, 11, 11)), r"weights \(H, T, S\) must be .*numbers, got list"),
+        (lambda: head_grid(SENTENCE, attention(1, 1, 11, 11)), r"weights \(L, H, T, S\) must be .*numbers"),
+        (lambda: image_overlay(np.eye(8), attention(1, 2, 2), ["a"]), "weights must be .*numbers"),
+        (lambda: query_attention([(SENTENCE, 7, SENTENCE)]), "weights must be .*numbers"),
         (lambda: training_curve([1, 2], [1.0]), r"train.*\(2,\) and \(1,\)"),
         (lambda: training_curve([1], [1.0], [1], [1.0, 2.0]), r"eval.*\(1,\) and \(2,\)"),
     ],
@@ -228,10 +289,11 @@ def test_disagreeing_shapes_are_named(draw, says):
 
 def test_over_an_image(tmp_path, refuses):
     weights = np.eye(4).reshape(4, 2, 2)
-    figure = over_image(np.eye(8), ["a", "b", "c", "d"], weights, "Looks")
+    figure = image_overlay(np.eye(8), ["a", "b", "c", "d"], weights, "Looks")
     shown = [axes.get_images() for axes in figure.axes if axes.get_images()]
     assert len(shown) == 4
     np.testing.assert_array_equal(shown[2][1].get_array(), weights[2])
     assert all(path.stat().st_size for path in save(figure, tmp_path / "looks"))
+    assert texts(figure).count("max 1") == 4 and "max of each map" in texts(figure)
     with refuses("(8, 8)", "(3, 2, 2) for 4 words"):
-        over_image(np.eye(8), ["a", "b", "c", "d"], weights[:3])
+        image_overlay(np.eye(8), ["a", "b", "c", "d"], weights[:3])
