@@ -3,21 +3,33 @@
 from attnlab.attention.attend import attend, explain
 from attnlab.attention.backends.reference import reference
 from attnlab.attention.backends.registry import register
-from attnlab.attention.masks.base import Mask, mask_fn, per_head, shift_mask
-from attnlab.attention.masks.basic import causal, segments, tree, window
-from attnlab.attention.masks.grids import neighbourhood, sliding_tile, tile_order
-from attnlab.attention.masks.intervals import (
+from attnlab.attention.masks import (
+    Mask,
+    bigbird,
     block_causal,
     block_diffusion,
+    blocks,
+    causal,
     chunked,
+    dilated,
+    global_tokens,
     islands,
     key_lengths,
+    mask_fn,
     media,
+    neighbourhood,
+    per_head,
     prefix,
+    segments,
     shared_prefix,
+    shift_mask,
     sinks_and_window,
+    sliding_tile,
+    strided,
+    tile_order,
+    tree,
+    window,
 )
-from attnlab.attention.masks.sparse import bigbird, blocks, dilated, global_tokens, strided
 from attnlab.attention.positions import (
     NTK,
     DynamicNTK,

@@ -1,6 +1,6 @@
 """How a score is changed between the scaled product and the softmax.
 
-Those that depend on distance take query i to sit at key index i + offset, as `Causal` does.
+Those that depend on distance take query i to sit at key index i + offset, as `CausalMask` does.
 """
 
 import math

@@ -56,12 +56,12 @@ def allowed_pairs(mask, b, t, s):
                 return allows(m.left, row, i, j) or allows(m.right, row, i, j)
             case "NotMask":
                 return not allows(m.mask, row, i, j)
-            case "Causal":
+            case "CausalMask":
                 return j <= i + m.offset
-            case "Window":
+            case "WindowMask":
                 at = i + m.offset
                 return (m.left is None or j >= at - m.left) and (m.right is None or j <= at + m.right)
-            case "Segments":
+            case "SegmentMask":
                 return m.keys[row, j] > 0 and m.queries[row, i] == m.keys[row, j]
         raise AssertionError(m)
 

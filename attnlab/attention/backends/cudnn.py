@@ -19,8 +19,8 @@ from attnlab.attention.backends.registry import (
     softmax_only_reason,
 )
 from attnlab.attention.masks.base import AndMask, Mask
-from attnlab.attention.masks.basic import Causal, Window
-from attnlab.attention.masks.intervals import KeyLengths
+from attnlab.attention.masks.basic import CausalMask, WindowMask
+from attnlab.attention.masks.intervals import KeyLengthMask
 
 
 class Cudnn:
@@ -88,12 +88,12 @@ def _unsupported_mask_reason(args: AttentionArgs) -> str | None:
     return None
 
 
-def _split_key_lengths(mask: Mask | None) -> tuple[list[KeyLengths], list[Mask]]:
+def _split_key_lengths(mask: Mask | None) -> tuple[list[KeyLengthMask], list[Mask]]:
     """The masks of which a pair needs all, those that are padding apart from the others."""
     match mask:
         case None:
             return [], []
-        case KeyLengths():
+        case KeyLengthMask():
             return [mask], []
         case AndMask():
             one, other = _split_key_lengths(mask.left), _split_key_lengths(mask.right)
@@ -104,14 +104,14 @@ def _split_key_lengths(mask: Mask | None) -> tuple[list[KeyLengths], list[Mask]]
 def _window_bounds(masks: list[Mask]) -> tuple[int | None, int | None] | None:
     """How far before and after a query its keys may lie, where that, being known, is all of the masks.
 
-    None is no limit, as in `Window`.
+    None is no limit, as in `WindowMask`.
     """
     lefts, rights = [], []
     for mask in masks:
         match mask:
-            case Causal(offset=int(offset)):
+            case CausalMask(offset=int(offset)):
                 rights.append(offset)
-            case Window(left=left, right=right, offset=int(offset)):
+            case WindowMask(left=left, right=right, offset=int(offset)):
                 lefts += [] if left is None else [left - offset]
                 rights += [] if right is None else [right + offset]
             case _:
@@ -120,7 +120,7 @@ def _window_bounds(masks: list[Mask]) -> tuple[int | None, int | None] | None:
 
 
 def _sequence_lengths(
-    paddings: list[KeyLengths], args: AttentionArgs
+    paddings: list[KeyLengthMask], args: AttentionArgs
 ) -> tuple[dict[str, Array], Array | None]:
     """What cuDNN is told of the lengths of each row, and which queries have a key, (B, T, 1, 1)."""
     if not paddings:

@@ -25,8 +25,8 @@ from attnlab.attention.backends.tpu_layout import (
     tpu_unsupported_reason,
 )
 from attnlab.attention.masks.base import AndMask, Mask
-from attnlab.attention.masks.basic import Causal
-from attnlab.attention.masks.dense import GIB, added, allowed, pairs_added, told
+from attnlab.attention.masks.basic import CausalMask
+from attnlab.attention.masks.dense import GIB, bias_size, format_bytes, materialize_bias, materialize_mask
 
 
 class Flash:
@@ -49,9 +49,9 @@ class Flash:
             return reason
         if args.score is not None and not args.score.adds:
             return "of scores it takes those that only add, as bias and alibi do"
-        size = 4 * pairs_added(args)
+        size = 4 * bias_size(args)
         if size > self.max_bytes:
-            return f"its bias would take {told(size)} as a whole"
+            return f"its bias would take {format_bytes(size)} as a whole"
         return None
 
     def run(self, args, first):
@@ -66,9 +66,9 @@ class Flash:
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (query, key, value)
         )
-        bias = added(args, first)
+        bias = materialize_bias(args, first)
         if args.mask is not None:
-            bias = jnp.where(allowed(args.mask, args, first), bias, -jnp.inf)
+            bias = jnp.where(materialize_mask(args.mask, args, first), bias, -jnp.inf)
         bias = pad_scores(bias, padded, -jnp.inf)
         config = KernelConfig(block_sizes, _is_causal(args.mask), self.interpret)
         out, lse = attention(config, query, key, value, bias)
@@ -166,4 +166,4 @@ def _is_causal(mask: Mask | None) -> bool:
     """Whether a mask is known to allow no key after the query of its own number."""
     if isinstance(mask, AndMask):
         return _is_causal(mask.left) or _is_causal(mask.right)
-    return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset <= 0
+    return isinstance(mask, CausalMask) and isinstance(mask.offset, int) and mask.offset <= 0

@@ -17,8 +17,8 @@ from attnlab.attention.backends.tpu_layout import (
 )
 from attnlab.attention.block_mask import depends_on_batch_and_heads, is_static
 from attnlab.attention.masks.base import AndMask, Mask
-from attnlab.attention.masks.basic import Segments
-from attnlab.attention.masks.dense import GIB, allowed, pairs_allowed, told
+from attnlab.attention.masks.basic import SegmentMask
+from attnlab.attention.masks.dense import GIB, format_bytes, mask_size, materialize_mask
 from attnlab.attention.scores import Softcap
 
 
@@ -45,11 +45,11 @@ class Splash:
         _, mask = _split_segments(args.mask)
         if mask is None or _is_static_for_kernel(mask, args):
             return None
-        size = 4 * pairs_allowed(mask, args)
+        size = 4 * mask_size(mask, args)
         if size > self.max_bytes:
             return (
                 f"the mask, its segments aside, is known only when run or differs between rows of the batch, "
-                f"and would take {told(size)} as a whole"
+                f"and would take {format_bytes(size)} as a whole"
             )
         return None
 
@@ -68,7 +68,7 @@ class Splash:
             kernel = splash_kernel.static_kernel(mask, args.query.shape[2], lengths, block_sizes, **options)
         else:
             kernel = splash_kernel.dynamic_kernel(block_sizes, **options)
-            allowed_pairs = pad_scores(allowed(mask, args, first), padded, False)
+            allowed_pairs = pad_scores(materialize_mask(mask, args, first), padded, False)
             allowed_pairs = allowed_pairs if len(allowed_pairs) > 1 else allowed_pairs[0]  # one for all rows
         if kernel is None:
             rows = args.query.shape[:3]
@@ -85,9 +85,9 @@ def _is_softcap(score) -> bool:
     return isinstance(score, Softcap) and isinstance(score.cap, int | float)
 
 
-def _split_segments(mask: Mask | None) -> tuple[Segments | None, Mask | None]:
+def _split_segments(mask: Mask | None) -> tuple[SegmentMask | None, Mask | None]:
     """The segments that are one side of an `AndMask` at the top of a mask, and the rest of it."""
-    if isinstance(mask, Segments):
+    if isinstance(mask, SegmentMask):
         return mask, None
     if isinstance(mask, AndMask):
         for one, other in ((mask.left, mask.right), (mask.right, mask.left)):

@@ -16,8 +16,14 @@ from attnlab.attention.backends.registry import (
     softmax_only_reason,
 )
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.basic import Causal
-from attnlab.attention.masks.dense import GIB, added, allowed, pairs_added, pairs_allowed, told
+from attnlab.attention.masks.basic import CausalMask
+from attnlab.attention.masks.dense import (
+    GIB,
+    bias_size,
+    mask_size,
+    materialize_bias,
+    materialize_mask,
+)
 
 
 class Tokamax:
@@ -58,10 +64,10 @@ class Tokamax:
         """See `Backend.run`."""
         import tokamax  # deferred: takes seconds
 
-        bias = None if args.score is None else added(args, first)
+        bias = None if args.score is None else materialize_bias(args, first)
         allowed_pairs = has_keys = None
         if not (args.mask is None or _is_causal(args.mask)):
-            allowed_pairs = allowed(args.mask, args, first)
+            allowed_pairs = materialize_mask(args.mask, args, first)
             has_keys = allowed_pairs.any(3, keepdims=True)
             # Without keys a row would get the mean of all values, so it gets some, and is left out after.
             allowed_pairs |= ~has_keys
@@ -92,10 +98,10 @@ def _unsupported_device_reason() -> str | None:
 
 def _num_bytes(args: AttentionArgs) -> int:
     """Bytes of the mask and the bias."""
-    size = 0 if args.score is None else 4 * pairs_added(args)
-    return size if args.mask is None or _is_causal(args.mask) else size + pairs_allowed(args.mask, args)
+    size = 0 if args.score is None else 4 * bias_size(args)
+    return size if args.mask is None or _is_causal(args.mask) else size + mask_size(args.mask, args)
 
 
 def _is_causal(mask: Mask | None) -> bool:
     """Whether it is `causal()`, of which the kernel skips the empty blocks."""
-    return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset == 0
+    return isinstance(mask, CausalMask) and isinstance(mask.offset, int) and mask.offset == 0

@@ -283,9 +283,10 @@ class MaskFn(Mask):
 
 
 def mask_fn(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
-    """The mask of `function(b, h, q, k)`: may query q attend to key k, in row b of the batch, in head h?
+    """Return the mask of `function(b, h, q, k)`, true where query q may attend to key k.
 
-    It is traced once with scalars. Arrays that it captures are whole on every device.
+    b is the row of the batch and h the query head. It is traced once with scalars. Arrays that it
+    captures are whole on every device.
 
     Raises:
       InputError: it does not return one scalar.
@@ -294,7 +295,9 @@ def mask_fn(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
 
 
 def per_head(masks: Sequence[Any]) -> Mask:
-    """See `PerHeadMask`; a mask for each query head, where one mask may stand for many heads.
+    """Return the mask that gives each query head a mask of its own.
+
+    Masks of one type that hold the same arrays are evaluated once.
 
     Raises:
       InputError: no masks.
@@ -309,7 +312,9 @@ def per_head(masks: Sequence[Any]) -> Mask:
 
 
 def shift_mask(mask: Any, offset: Index | Int[Array, " B"]) -> Mask:
-    """See `ShiftedMask`: where rows are padded on the left, the mask of each row without its padding.
+    """Return `mask` with queries and keys counted from key `offset` of each row, as for left padding.
+
+    Keys before the offset are forbidden.
 
     Raises:
       InputError: the mask has an array of queries or keys, which cannot be shifted.

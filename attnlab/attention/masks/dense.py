@@ -11,7 +11,7 @@ from attnlab.attention.pairwise import block_indices
 GIB = 2**30
 
 
-def allowed(mask: Mask, args: AttentionArgs, first: BlockOffset) -> Bool[Array, "B H T S"]:
+def materialize_mask(mask: Mask, args: AttentionArgs, first: BlockOffset) -> Bool[Array, "B H T S"]:
     """What a mask allows; dimensions of batch and heads that it does not depend on may be 1."""
     b, t, h, _ = args.query.shape
     s = args.key.shape[1]
@@ -19,26 +19,26 @@ def allowed(mask: Mask, args: AttentionArgs, first: BlockOffset) -> Bool[Array, 
     return jnp.broadcast_to(pairs, (*pairs.shape[:2], t, s))
 
 
-def added(args: AttentionArgs, first: BlockOffset) -> Float[Array, "B H T S"]:
+def materialize_bias(args: AttentionArgs, first: BlockOffset) -> Float[Array, "B H T S"]:
     """What a score that only adds (`Score.adds`) adds; 0 where there is none."""
     b, t, h, _ = args.query.shape
     nothing = jnp.zeros((b, h, t, args.key.shape[1]))
     return nothing if args.score is None else args.score(nothing, block_indices(first, nothing.shape))
 
 
-def pairs_allowed(mask: Mask, args: AttentionArgs) -> int:
-    """How many pairs `allowed` has."""
+def mask_size(mask: Mask, args: AttentionArgs) -> int:
+    """How many pairs `materialize_mask` has."""
     rows, heads = depends_on_batch_and_heads(mask)
     b, t, h, _ = args.query.shape
     return (b if rows else 1) * (h if heads else 1) * t * args.key.shape[1]
 
 
-def pairs_added(args: AttentionArgs) -> int:
-    """How many pairs `added` has."""
+def bias_size(args: AttentionArgs) -> int:
+    """How many pairs `materialize_bias` has."""
     b, t, h, _ = args.query.shape
     return b * h * t * args.key.shape[1]
 
 
-def told(size: int) -> str:
+def format_bytes(size: int) -> str:
     """So many bytes, as a refusal tells them."""
     return f"{size / GIB:.1f} GiB"

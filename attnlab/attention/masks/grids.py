@@ -19,24 +19,24 @@ class _Axis(NamedTuple):
     window: int
     step: int
 
-    def first(self, cell):
+    def window_start(self, cell):
         """The first that it sees, counted among those `step` apart: the window shifts inwards at an edge."""
-        there = (self.cells - cell % self.step + self.step - 1) // self.step
-        return jnp.clip(cell // self.step - self.window // 2, 0, there - self.window)
+        count = (self.cells - cell % self.step + self.step - 1) // self.step
+        return jnp.clip(cell // self.step - self.window // 2, 0, count - self.window)
 
-    def sees(self, cell, other):
+    def allows(self, cell, other):
         """Whether it sees another."""
-        nth = other // self.step - self.first(cell)
+        nth = other // self.step - self.window_start(cell)
         return (cell % self.step == other % self.step) & (nth >= 0) & (nth < self.window)
 
     def count(self, cell, end):
         """How many before `end` it sees."""
-        nth = (end - cell % self.step + self.step - 1) // self.step - self.first(cell)
+        nth = (end - cell % self.step + self.step - 1) // self.step - self.window_start(cell)
         return jnp.clip(nth, 0, self.window)
 
 
 @pytree
-class Neighbourhood(CountingMask):
+class NeighbourhoodMask(CountingMask):
     """The nearest cells of a grid, so many along each axis; tokens go through it row by row.
 
     At an edge the window shifts inwards, so that every query has as many keys (NATTEN, arXiv 2204.07143;
@@ -63,7 +63,7 @@ class Neighbourhood(CountingMask):
         """See `Mask.evaluate`."""
         allowed = True
         for axis, query, key in zip(self._axes(), self._cells(at.q), self._cells(at.kv), strict=True):
-            allowed &= axis.sees(query, key)
+            allowed &= axis.allows(query, key)
         return allowed
 
     def count_before(self, at):
@@ -71,7 +71,7 @@ class Neighbourhood(CountingMask):
         before, size = 0, 1
         cells = zip(self._axes(), self._cells(at.q), self._cells(at.kv), strict=True)
         for axis, query, key in reversed(list(cells)):
-            before = axis.count(query, key) * size + axis.sees(query, key) * before
+            before = axis.count(query, key) * size + axis.allows(query, key) * before
             size *= axis.window
         return before
 
@@ -88,7 +88,9 @@ class Neighbourhood(CountingMask):
 def neighbourhood(
     shape: int | tuple[int, ...], window: int | tuple[int, ...], dilation: int | tuple[int, ...] = 1
 ) -> Mask:
-    """See `Neighbourhood`; windows are odd, or whole axes: (1, W) of shape (H, W) is attention by rows.
+    """Return the mask that allows the nearest cells of a grid along each axis.
+
+    Windows are odd, or whole axes: (1, W) of shape (H, W) is attention by rows.
 
     Raises:
       InputError: a window that is even, or wider than its axis, or another number of axes.
@@ -99,18 +101,20 @@ def neighbourhood(
         raise InputError(
             f"neighbourhood: shape {shape}, window {window}, dilation {dilation} must have as many axes"
         )
-    for cells, seen, step in zip(shape, window, dilation, strict=True):
-        whole = seen == cells and step == 1
-        if step < 1 or not (whole or (seen > 0 and seen % 2 and seen * step <= cells)):
+    for cells, width, step in zip(shape, window, dilation, strict=True):
+        whole = width == cells and step == 1
+        if step < 1 or not (whole or (width > 0 and width % 2 and width * step <= cells)):
             raise InputError(
                 f"neighbourhood: a window must be odd and, times its dilation, fit its axis, or be the whole "
                 f"axis; got shape {shape}, window {window}, dilation {dilation}"
             )
-    return Neighbourhood(shape, window, dilation)
+    return NeighbourhoodMask(shape, window, dilation)
 
 
 def sliding_tile(shape: tuple[int, ...], tile: tuple[int, ...], window: tuple[int, ...]) -> Mask:
-    """The `Neighbourhood` of whole tiles of a grid; tokens come tile by tile, as `tile_order` puts them.
+    """Return the mask that allows the nearest whole tiles of a grid.
+
+    Tokens come tile by tile, in the order of `tile_order`.
 
     A query sees the nearest tiles, as many along each axis as `window` says, wholly, so that a block of
     scores is either full or empty (Sliding Tile Attention, arXiv 2502.04507, section 3.1).
@@ -129,7 +133,7 @@ def sliding_tile(shape: tuple[int, ...], tile: tuple[int, ...], window: tuple[in
 
 
 def tile_order(shape: tuple[int, ...], tile: tuple[int, ...]) -> Int[np.ndarray, " T"]:
-    """Indices of tokens that go row by row, in the order of `sliding_tile`: `x[:, tile_order(...)]`.
+    """Return the row-major indices of tokens in the order of `sliding_tile`: `x[:, tile_order(...)]`.
 
     Raises:
       InputError: tiles that do not fill the grid.

@@ -8,30 +8,30 @@ from attnlab.attention.masks.base import CountingMask, Index, Mask
 from attnlab.attention.pairwise import PairIndices, pytree
 from attnlab.errors import InputError
 
-FAR = 2**30  # further than any key
+UNBOUNDED = 2**30  # further than any key
 
 
-class Spans(CountingMask):
-    """Base class: implement `spans`; the position of query i among the keys is i + offset."""
+class IntervalMask(CountingMask):
+    """Base class: implement `kv_intervals`; the position of query i among the keys is i + offset."""
 
-    def spans(self, at: PairIndices) -> list[tuple[Index, Index]]:
+    def kv_intervals(self, at: PairIndices) -> list[tuple[Index, Index]]:
         """The first key of each run that a query may attend to, and the first beyond it; no two runs meet."""
         raise NotImplementedError
 
     def evaluate(self, at):
         """See `Mask.evaluate`."""
         allowed = False
-        for first, end in self.spans(at):
+        for first, end in self.kv_intervals(at):
             allowed |= (at.kv >= first) & (at.kv < end)
         return allowed
 
     def count_before(self, at):
         """See `CountingMask.count_before`."""
-        return sum(jnp.clip(at.kv, first, end) for first, end in self.spans(at))
+        return sum(jnp.clip(at.kv, first, end) for first, end in self.kv_intervals(at))
 
 
 @pytree
-class Prefix(Spans):
+class PrefixMask(IntervalMask):
     """Causal, but for the first keys, which every query sees (T5, arXiv 1910.10683, section 3.2.1).
 
     prefix(2):
@@ -52,13 +52,13 @@ class Prefix(Spans):
 
     dims = {"length": ("batch",)}
 
-    def spans(self, at):
-        """See `Spans.spans`."""
-        return [(0, jnp.maximum(rows_of(self.length), at.q + self.offset + 1))]
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
+        return [(0, jnp.maximum(broadcast_rows(self.length), at.q + self.offset + 1))]
 
 
 @pytree
-class KeyLengths(Spans):
+class KeyLengthMask(IntervalMask):
     """Only the first keys of each batch row: the others are padding.
 
     key_lengths(jnp.array([3])):
@@ -77,15 +77,15 @@ class KeyLengths(Spans):
 
     dims = {"keys": ("batch",), "queries": ("batch",)}
 
-    def spans(self, at):
-        """See `Spans.spans`."""
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
         if self.queries is None:
-            return [(0, rows_of(self.keys))]
-        return [(0, jnp.where(at.q < rows_of(self.queries), rows_of(self.keys), 0))]
+            return [(0, broadcast_rows(self.keys))]
+        return [(0, jnp.where(at.q < broadcast_rows(self.queries), broadcast_rows(self.keys), 0))]
 
 
 @pytree
-class Chunked(Spans):
+class ChunkedMask(IntervalMask):
     """Causal within chunks of so many tokens (Llama 4's local layers).
 
     chunked(2):
@@ -100,14 +100,14 @@ class Chunked(Spans):
     size: int
     offset: Index = 0
 
-    def spans(self, at):
-        """See `Spans.spans`."""
-        here = at.q + self.offset
-        return [(here // self.size * self.size, here + 1)]
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
+        position = at.q + self.offset
+        return [(position // self.size * self.size, position + 1)]
 
 
 @pytree
-class BlockCausal(Spans):
+class BlockCausalMask(IntervalMask):
     """Causal between blocks of so many tokens, and everything within one (arXiv 2503.09573, section 3.1).
 
     block_causal(2):
@@ -122,13 +122,13 @@ class BlockCausal(Spans):
     size: int
     offset: Index = 0
 
-    def spans(self, at):
-        """See `Spans.spans`."""
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
         return [(0, ((at.q + self.offset) // self.size + 1) * self.size)]
 
 
 @pytree
-class BlockDiffusion(Spans):
+class BlockDiffusionMask(IntervalMask):
     """Noised tokens, and after them the same ones clean, in blocks: those train a block diffusion model.
 
     A noised block sees itself and the clean blocks before it; clean ones are block-causal among each
@@ -148,8 +148,8 @@ class BlockDiffusion(Spans):
     length: int
     size: int
 
-    def spans(self, at):
-        """See `Spans.spans`."""
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
         clean = at.q >= self.length
         first = at.q % self.length // self.size * self.size
         end = jnp.minimum(first + self.size, self.length)
@@ -158,7 +158,7 @@ class BlockDiffusion(Spans):
 
 
 @pytree
-class SinksAndWindow(Spans):
+class SinksAndWindowMask(IntervalMask):
     """Causal: the first keys, and the `left` before the query (StreamingLLM, arXiv 2309.17453, section 3.2).
 
     sinks_and_window(sinks=1, left=1):
@@ -175,17 +175,17 @@ class SinksAndWindow(Spans):
     left: int
     offset: Index = 0
 
-    def spans(self, at):
-        """See `Spans.spans`."""
-        here = at.q + self.offset
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
+        position = at.q + self.offset
         return [
-            (0, jnp.minimum(self.sinks, here + 1)),
-            (jnp.maximum(here - self.left, self.sinks), here + 1),
+            (0, jnp.minimum(self.sinks, position + 1)),
+            (jnp.maximum(position - self.left, self.sinks), position + 1),
         ]
 
 
 @pytree
-class Islands(Spans):
+class IslandMask(IntervalMask):
     """Causal, but for islands whose tokens all see each other, such as the patches of an image.
 
     islands(jnp.array([[0, 1, 1, 0]])):
@@ -206,14 +206,14 @@ class Islands(Spans):
 
     dims = {"ends": ("batch", None)}
 
-    def spans(self, at):
-        """See `Spans.spans`."""
-        here = at.q + self.offset
-        return [(0, jnp.maximum(here + 1, _at(self.ends, here)))]
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
+        position = at.q + self.offset
+        return [(0, jnp.maximum(position + 1, _gather(self.ends, position)))]
 
 
 @pytree
-class SharedPrefix(Spans):
+class SharedPrefixMask(IntervalMask):
     """Many continuations of one prefix in a row: each sees the prefix and, causally, itself.
 
     shared_prefix(jnp.array([[0, 0, 1, 1, 2, 2]])):
@@ -238,15 +238,15 @@ class SharedPrefix(Spans):
 
     dims = {"prefix": ("batch",), "starts": ("batch", None)}
 
-    def spans(self, at):
-        """See `Spans.spans`."""
-        here = at.q + self.offset
-        start = _at(self.starts, here)
-        return [(0, jnp.where(start > 0, rows_of(self.prefix), 0)), (start, here + 1)]
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
+        position = at.q + self.offset
+        start = _gather(self.starts, position)
+        return [(0, jnp.where(start > 0, broadcast_rows(self.prefix), 0)), (start, position + 1)]
 
 
 @pytree
-class Media(Spans):
+class MediaMask(IntervalMask):
     """Each token of a text sees the last image that was marked before it, or at it, and no other.
 
     The keys are images of `tokens` keys each, one after the other (Flamingo, arXiv 2204.14198, section
@@ -268,39 +268,41 @@ class Media(Spans):
 
     dims = {"images": ("batch", "queries")}
 
-    def spans(self, at):
-        """See `Spans.spans`."""
+    def kv_intervals(self, at):
+        """See `IntervalMask.kv_intervals`."""
         end = jnp.asarray(self.images)[:, None, :, None] * self.tokens
         return [(jnp.maximum(end - self.tokens, 0), end)]
 
 
-def rows_of(x: Index):
+def broadcast_rows(x: Index):
     """One number of each batch row, (B,), as the scores are laid out."""
     return x if jnp.ndim(x) == 0 else jnp.reshape(x, (-1, 1, 1, 1))
 
 
-def _at(x: Array, index: Array):
+def _gather(x: Array, index: Array):
     """The values of each batch row, (B, S), at these (1 or B, 1, T, 1)."""
     return jnp.take_along_axis(jnp.asarray(x)[:, None, :, None], jnp.maximum(index, 0), axis=2, mode="clip")
 
 
-def runs(x: Array, size: int):
+def split_blocks(x: Array, size: int):
     """The last dimension as runs of so many; the last run is filled with the last value."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)], mode="edge")
     return x.reshape(*x.shape[:-1], -1, size)
 
 
-def reach(here, left: int | None, right: int | None):
-    """The first key of a window about `here`, and the first beyond it."""
-    return here - (FAR if left is None else left), here + (FAR if right is None else right + 1)
+def window_bounds(position, left: int | None, right: int | None):
+    """The first key of a window about `position`, and the first beyond it."""
+    before = UNBOUNDED if left is None else left
+    after = UNBOUNDED if right is None else right + 1
+    return position - before, position + after
 
 
-def per_row(x: Index) -> Index:
+def as_row_values(x: Index) -> Index:
     """A number that the compiler knows as it is, or an array with a dimension of batch."""
     return x if isinstance(x, int) else jnp.reshape(x, (-1,))
 
 
-def at_least(least: int, **sizes: int) -> None:
+def check_at_least(least: int, **sizes: int) -> None:
     """Raises InputError where a size is less."""
     for name, size in sizes.items():
         if size < least:
@@ -308,87 +310,95 @@ def at_least(least: int, **sizes: int) -> None:
 
 
 def prefix(length: Index | Int[Array, " B"], offset: Index = 0) -> Mask:
-    """See `Prefix`."""
-    return Prefix(per_row(length), offset)
+    """Return the mask that allows the first `length` keys to every query and is causal otherwise."""
+    return PrefixMask(as_row_values(length), offset)
 
 
 def key_lengths(keys: Index | Int[Array, " B"], queries: Index | Int[Array, " B"] | None = None) -> Mask:
-    """See `KeyLengths`."""
-    return KeyLengths(per_row(keys), None if queries is None else per_row(queries))
+    """Return the mask that allows the first keys of each batch row and forbids its padding."""
+    return KeyLengthMask(as_row_values(keys), None if queries is None else as_row_values(queries))
 
 
 def chunked(size: int, offset: Index = 0) -> Mask:
-    """See `Chunked`.
+    """Return the mask that is causal within chunks of `size` tokens.
 
     Raises:
       InputError: a size below 1.
     """
-    at_least(1, size=size)
-    return Chunked(size, offset)
+    check_at_least(1, size=size)
+    return ChunkedMask(size, offset)
 
 
 def block_causal(size: int, offset: Index = 0) -> Mask:
-    """See `BlockCausal`.
+    """Return the mask that allows a query's own block of `size` tokens and every earlier block.
 
     Raises:
       InputError: a size below 1.
     """
-    at_least(1, size=size)
-    return BlockCausal(size, offset)
+    check_at_least(1, size=size)
+    return BlockCausalMask(size, offset)
 
 
 def block_diffusion(length: int, size: int) -> Mask:
-    """See `BlockDiffusion`.
+    """Return the training mask of block diffusion: `length` noised tokens, then the same ones clean.
 
     Raises:
       InputError: a length or size below 1.
     """
-    at_least(1, length=length, size=size)
-    return BlockDiffusion(length, size)
+    check_at_least(1, length=length, size=size)
+    return BlockDiffusionMask(length, size)
 
 
 def sinks_and_window(sinks: int, left: int, offset: Index = 0) -> Mask:
-    """See `SinksAndWindow`.
+    """Return the causal mask that allows the first `sinks` keys and `left` keys before the query.
 
     Raises:
       InputError: a negative number.
     """
-    at_least(0, sinks=sinks, left=left)
-    return SinksAndWindow(sinks, left, offset)
+    check_at_least(0, sinks=sinks, left=left)
+    return SinksAndWindowMask(sinks, left, offset)
 
 
 def islands(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
-    """See `Islands`; an island is a run of one id, and 0 is in none."""
+    """Return the causal mask that also allows all pairs within each island.
+
+    An island is a run of one id; tokens of id 0 are in none.
+    """
     with jax.ensure_compile_time_eval():  # what is known now stays known
-        return Islands(_ends(jnp.asarray(ids)), offset)
+        return IslandMask(_run_ends(jnp.asarray(ids)), offset)
 
 
-def _ends(ids: Array) -> Array:
+def _run_ends(ids: Array) -> Array:
     """The first index beyond each token's run of one id, 0 for tokens of id 0."""
     last = jnp.concatenate([ids[:, 1:] != ids[:, :-1], jnp.ones_like(ids[:, :1], bool)], axis=1)
-    after = jnp.where(last, jnp.arange(1, ids.shape[1] + 1)[None, :], FAR)
+    after = jnp.where(last, jnp.arange(1, ids.shape[1] + 1)[None, :], UNBOUNDED)
     return jnp.where(ids == 0, 0, jax.lax.cummin(after, axis=1, reverse=True))
 
 
 def shared_prefix(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
-    """See `SharedPrefix`; of each token, 0 in the prefix and then the number of its continuation."""
+    """Return the mask that allows each continuation the common prefix and, causally, itself.
+
+    The ids are 0 in the prefix, then the number of each token's continuation.
+    """
     with jax.ensure_compile_time_eval():
         ids = jnp.asarray(ids)
-        return SharedPrefix((ids == 0).sum(1), _starts(ids), offset)
+        return SharedPrefixMask((ids == 0).sum(1), _run_starts(ids), offset)
 
 
-def _starts(ids: Array) -> Array:
+def _run_starts(ids: Array) -> Array:
     """The first index of each token's run of one id."""
     first = jnp.concatenate([jnp.zeros_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
     return jax.lax.cummax(jnp.where(first, jnp.arange(ids.shape[1])[None, :], 0), axis=1)
 
 
 def media(markers: Bool[Array, "B T"], tokens: int) -> Mask:
-    """See `Media`; True where the text has the marker of an image.
+    """Return the mask that allows each text token the `tokens` keys of the last image before it.
+
+    `markers` is True where the text has the marker of an image.
 
     Raises:
       InputError: images of no tokens.
     """
-    at_least(1, tokens=tokens)
+    check_at_least(1, tokens=tokens)
     with jax.ensure_compile_time_eval():
-        return Media(jnp.cumsum(jnp.asarray(markers), axis=1, dtype=jnp.int32), tokens)
+        return MediaMask(jnp.cumsum(jnp.asarray(markers), axis=1, dtype=jnp.int32), tokens)

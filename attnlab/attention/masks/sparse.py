@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from attnlab.attention.masks.base import BlockSummary, CountingMask, Index, Mask
-from attnlab.attention.masks.intervals import at_least, reach, runs
+from attnlab.attention.masks.intervals import check_at_least, split_blocks, window_bounds
 from attnlab.attention.pairwise import pytree
 
 
 @pytree
-class Dilated(CountingMask):
-    """Every `step`-th key of a `Window`, counted from the query (Longformer, arXiv 2004.05150, section 3.1).
+class DilatedMask(CountingMask):
+    """Every `step`-th key of a window, counted from the query (Longformer, arXiv 2004.05150, section 3.1).
 
     dilated(step=2, left=2, right=2):
 
@@ -32,18 +32,18 @@ class Dilated(CountingMask):
 
     def evaluate(self, at):
         """See `Mask.evaluate`."""
-        here = at.q + self.offset
-        first, end = reach(here, self.left, self.right)
-        return (at.kv >= first) & (at.kv < end) & ((at.kv - here) % self.step == 0)
+        position = at.q + self.offset
+        first, end = window_bounds(position, self.left, self.right)
+        return (at.kv >= first) & (at.kv < end) & ((at.kv - position) % self.step == 0)
 
     def count_before(self, at):
         """See `CountingMask.count_before`."""
-        here = at.q + self.offset
-        return (jnp.clip(at.kv, *reach(here, self.left, self.right)) - 1 - here) // self.step
+        position = at.q + self.offset
+        return (jnp.clip(at.kv, *window_bounds(position, self.left, self.right)) - 1 - position) // self.step
 
 
 @pytree
-class Strided(CountingMask):
+class StridedMask(CountingMask):
     """Causal: the last `stride` keys, and before those every `stride`-th (arXiv 1904.10509, section 4.3).
 
     strided(2):
@@ -67,13 +67,14 @@ class Strided(CountingMask):
 
     def count_before(self, at):
         """See `CountingMask.count_before`: those within the window, and the others."""
-        here = at.q + self.offset
-        first = here - self.stride
-        return jnp.clip(at.kv, first, here + 1) + (jnp.minimum(at.kv, first) - 1 - here) // self.stride
+        position = at.q + self.offset
+        first = position - self.stride
+        in_window = jnp.clip(at.kv, first, position + 1)
+        return in_window + (jnp.minimum(at.kv, first) - 1 - position) // self.stride
 
 
 @pytree
-class GlobalTokens(Mask):
+class GlobalTokenMask(Mask):
     """Some tokens see all and are seen by all (Longformer, arXiv 2004.05150, section 3.1).
 
     global_tokens((1,)):
@@ -101,8 +102,8 @@ class GlobalTokens(Mask):
         """See `Mask.block_summary`."""
         queries = grid.offset[2] + self.offset + jnp.arange(grid.num_queries)
         keys = grid.offset[3] + jnp.arange(grid.num_keys)
-        q = runs(self._has(queries[None])[:, None], grid.block_q)[..., None, :]
-        k = runs(self._has(keys[None])[:, None], grid.block_kv)[:, :, None]
+        q = split_blocks(self._has(queries[None])[:, None], grid.block_q)[..., None, :]
+        k = split_blocks(self._has(keys[None])[:, None], grid.block_kv)[:, :, None]
         return BlockSummary(q.any(-1) | k.any(-1), q.all(-1) | k.all(-1))
 
     def _has(self, index):
@@ -113,7 +114,7 @@ class GlobalTokens(Mask):
 
 
 @pytree
-class Blocks(Mask):
+class BlockSparseMask(Mask):
     """A boolean for every block of so many queries and as many keys, such as a router's choice.
 
     blocks(jnp.array([[True, False], [True, True]]), size=2):
@@ -144,59 +145,64 @@ class Blocks(Mask):
 
     def block_summary(self, grid):
         """See `Mask.block_summary`: from prefix sums over the allowed blocks."""
-        sums, met = jnp.asarray(self.allowed).astype(jnp.int32), []
+        sums, overlaps = jnp.asarray(self.allowed).astype(jnp.int32), []
         for axis, length, step in ((2, grid.num_queries, grid.block_q), (3, grid.num_keys, grid.block_kv)):
             start = np.arange(0, length, step)
             first = (grid.offset[axis] + start) // self.size
             end = (grid.offset[axis] + np.minimum(start + step, length) - 1) // self.size + 1
             sums = jnp.pad(jnp.cumsum(sums, axis), [(int(i == axis), 0) for i in range(4)])
             sums = jnp.take(sums, end, axis, mode="clip") - jnp.take(sums, first, axis, mode="clip")
-            met.append(end - first)
-        area = met[0][:, None] * met[1][None, :]
+            overlaps.append(end - first)
+        area = overlaps[0][:, None] * overlaps[1][None, :]
         return BlockSummary(sums > 0, sums == area[None, None])
 
 
 def dilated(step: int, left: int | None = None, right: int | None = None, offset: Index = 0) -> Mask:
-    """See `Dilated`.
+    """Return the window mask that allows only every `step`-th key, counted from the query.
 
     Raises:
       InputError: a step below 1.
     """
-    at_least(1, step=step)
-    return Dilated(step, left, right, offset)
+    check_at_least(1, step=step)
+    return DilatedMask(step, left, right, offset)
 
 
 def strided(stride: int, offset: Index = 0) -> Mask:
-    """See `Strided`.
+    """Return the causal mask that allows the last `stride` keys and every `stride`-th key before those.
 
     Raises:
       InputError: a stride below 1.
     """
-    at_least(1, stride=stride)
-    return Strided(stride, offset)
+    check_at_least(1, stride=stride)
+    return StridedMask(stride, offset)
 
 
 def global_tokens(positions: tuple[int, ...] | Int[Array, "*B N"], offset: Index = 0) -> Mask:
-    """See `GlobalTokens`; the same positions for every row, (N,), or others for each, (B, N)."""
+    """Return the mask that allows all pairs in which the query or the key is a global token.
+
+    Positions of shape (N,) hold for every row; (B, N) gives each row its own.
+    """
     array: Any = positions if isinstance(positions, jax.Array) else np.asarray(positions, np.int32)
-    return GlobalTokens(array.reshape(-1, array.shape[-1]), offset)
+    return GlobalTokenMask(array.reshape(-1, array.shape[-1]), offset)
 
 
 def blocks(allowed: Bool[Array | np.ndarray, "*b Q S"], size: int) -> Mask:
-    """See `Blocks`; an array of fewer dimensions serves all heads and rows.
+    """Return the mask that allows the chosen blocks of `size` queries by `size` keys.
+
+    An array of fewer than four dimensions holds for all heads and rows.
 
     Raises:
       InputError: a size below 1.
     """
-    at_least(1, size=size)
+    check_at_least(1, size=size)
     array: Any = allowed if isinstance(allowed, jax.Array) else np.asarray(allowed)
-    return Blocks(array.reshape(*(1,) * (4 - array.ndim), *array.shape), size)
+    return BlockSparseMask(array.reshape(*(1,) * (4 - array.ndim), *array.shape), size)
 
 
 def bigbird(
     length: int, size: int = 64, *, neighbours: int = 1, globals: int = 1, random: int = 3, seed: int = 0
 ) -> Mask:
-    """`Blocks` that see their neighbours, the first blocks, and some at random (arXiv 2007.14062, section 2).
+    """Return BigBird's mask of neighbouring, global and random blocks (arXiv 2007.14062, section 2).
 
     Args:
       length: queries, and keys.
@@ -209,8 +215,8 @@ def bigbird(
     Raises:
       InputError: a length or size below 1, or a negative number.
     """
-    at_least(1, length=length, size=size)
-    at_least(0, neighbours=neighbours, globals=globals, random=random)
+    check_at_least(1, length=length, size=size)
+    check_at_least(0, neighbours=neighbours, globals=globals, random=random)
     block = np.arange(-(-length // size))
     query, key = block[:, None], block[None, :]
     allowed = (abs(query - key) <= neighbours) | (query < globals) | (key < globals)

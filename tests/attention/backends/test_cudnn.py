@@ -59,7 +59,7 @@ def test_window_bounds_is_all_of_a_mask(mask):
     assert not paddings
     reach = _window_bounds(others)
     if reach is None:
-        assert any(name in repr(mask) for name in ("Not", "Or", "Segments"))
+        assert any(name in repr(mask) for name in ("NotMask", "OrMask", "SegmentMask"))
         return
     left, right = reach
     distance = np.arange(9)[None] - np.arange(7)[:, None]

@@ -8,10 +8,7 @@ import pytest
 
 from attnlab import attention
 from attnlab.attention.backends.blockwise import blockwise
-from attnlab.attention.masks import basic as patterns
-from attnlab.attention.masks import grids
-from attnlab.attention.masks import intervals as spans
-from attnlab.attention.masks import sparse as scattered
+from attnlab.attention.masks import basic, grids, intervals, sparse
 from attnlab.attention.masks.base import BlockGrid
 from attnlab.attention.pairwise import pair_indices
 from tests.attention.definitions import CASES, B, H, S, whole
@@ -106,7 +103,7 @@ def test_attention_by_tiles_is_a_softmax_over_the_pairs(name):
 
 CLASSES = [
     kind
-    for module in (patterns, spans, scattered, grids)
+    for module in (basic, intervals, sparse, grids)
     for kind in vars(module).values()
     if getattr(kind, "__module__", "") == module.__name__ and "query 0" in (kind.__doc__ or "")
 ]
@@ -124,11 +121,11 @@ def test_is_drawn_as_its_docstring_shows(kind):
 def test_every_class_of_masks_is_drawn():
     masks = {
         kind
-        for module in (patterns, spans, scattered, grids)
+        for module in (basic, intervals, sparse, grids)
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, attention.Mask) and kind.__module__ == module.__name__
     }
-    assert masks - set(CLASSES) == {spans.Spans}
+    assert masks - set(CLASSES) == {intervals.IntervalMask}
 
 
 def test_an_offset_may_be_traced():
