@@ -33,7 +33,7 @@ from attnlab.attention.masks import (
 from attnlab.attention.positions import (
     NTK,
     DynamicNTK,
-    Linear,
+    LinearScaling,
     Llama3,
     LongRoPE,
     YaRN,
@@ -64,7 +64,7 @@ from attnlab.attention.scores import (
 __all__ = [
     "NTK",
     "DynamicNTK",
-    "Linear",
+    "LinearScaling",
     "Llama3",
     "LongRoPE",
     "Mask",

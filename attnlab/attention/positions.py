@@ -8,6 +8,7 @@ frequencies are stretched for lengths beyond those trained on is a `Scaling`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Linear(Scaling):
+class LinearScaling(Scaling):
     """Positions divided by the factor (position interpolation, arXiv 2306.15595, section 2.3)."""
 
     factor: float
@@ -117,7 +118,7 @@ class YaRN(Scaling):
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, width - 1)
         slowed = np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0, 1)
-        return _slow(frequencies(width, theta), self.factor, jnp.asarray(slowed, jnp.float32))
+        return _interpolate(frequencies(width, theta), self.factor, jnp.asarray(slowed, jnp.float32))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Llama3(Scaling):
         """See `Scaling.__call__`."""
         plain = frequencies(width, theta)
         turns = self.original / (2 * math.pi) * plain
-        return _slow(plain, self.factor, jnp.clip((self.fast - turns) / (self.fast - self.slow), 0, 1))
+        return _interpolate(plain, self.factor, jnp.clip((self.fast - turns) / (self.fast - self.slow), 0, 1))
 
 
 def _ntk(width: int, theta: float, factor: float | Array) -> Array:
@@ -185,7 +186,7 @@ def _ntk(width: int, theta: float, factor: float | Array) -> Array:
     return frequencies(width, theta) * factor**-exponents
 
 
-def _slow(plain: Array, factor: float, slowed: Array) -> Array:
+def _interpolate(plain: Array, factor: float, slowed: Array) -> Array:
     """Frequencies divided by the factor where slowed is 1, as they were where it is 0, and between."""
     return plain / factor * slowed + plain * (1 - slowed)
 
@@ -277,7 +278,7 @@ def axial(
     if width % (2 * axes):
         raise InputError(f"axial: {axes} axes take a head_dim that {2 * axes} divides; it is {width}")
     speeds = frequencies(width // axes, theta)
-    return rotate(x, _angles_of_axes(positions, [speeds] * axes), interleaved=interleaved)
+    return rotate(x, _axis_angles(positions, [speeds] * axes), interleaved=interleaved)
 
 
 def multimodal(
@@ -306,7 +307,7 @@ def multimodal(
     if len(sections) != positions.shape[-1]:
         raise InputError(f"multimodal: {len(sections)} sections for {positions.shape[-1]} axes of positions")
     speeds = jnp.split(frequencies(2 * sum(sections), theta), np.cumsum(sections)[:-1])
-    return rotate(x, _angles_of_axes(positions, speeds), interleaved=interleaved)
+    return rotate(x, _axis_angles(positions, speeds), interleaved=interleaved)
 
 
 def xpos(
@@ -349,21 +350,29 @@ def sinusoidal(positions: Int[Array, "B T"], width: int, halves: bool = False) -
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, -1)[..., :width]
 
 
+def lookup_rows(
+    table: Float[Array, "V E"], ids: Int[Array, "B T"], out_sharding: Any = None
+) -> Float[Array, "B T E"]:
+    """Return the table's row of each id; ids must be in range."""
+    return table.at[ids].get(mode="promise_in_bounds", out_sharding=out_sharding)
+
+
 def learned(positions: Int[Array, "B T"], table: Float[Array, "P E"]) -> Float[Array, "B T E"]:
-    """The table's row of each position (Gehring et al. 2017, arXiv 1705.03122, section 3.1).
+    """Return the table's row of each position (Gehring et al. 2017, arXiv 1705.03122, section 3.1).
 
     Raises:
       InputError: a position outside the table. Where positions are traced it gives NaN instead.
     """
     in_mesh = not jax.sharding.get_abstract_mesh().empty
-    where = P(*jax.typeof(positions).sharding.spec, None) if in_mesh else None
+    out_sharding = P(*jax.typeof(positions).sharding.spec, None) if in_mesh else None
     outside = (positions < 0) | (positions >= len(table))
     if not isinstance(positions, jax.core.Tracer) and outside.any():
         raise InputError(
             f"learned positions: the table has rows 0 to {len(table) - 1}; "
             f"asked for {positions.min()} to {positions.max()}"
         )
-    return jnp.where(outside[..., None], jnp.nan, table.at[positions].get(out_sharding=where))
+    rows = lookup_rows(table, jnp.clip(positions, 0, len(table) - 1), out_sharding)
+    return jnp.where(outside[..., None], jnp.nan, rows)
 
 
 def _angles(positions: Array, speeds: Array) -> Array:
@@ -371,7 +380,7 @@ def _angles(positions: Array, speeds: Array) -> Array:
     return positions[..., None].astype(jnp.float32) * speeds[None, None, :]
 
 
-def _angles_of_axes(positions: Array, speeds: Sequence[Array]) -> Array:
+def _axis_angles(positions: Array, speeds: Sequence[Array]) -> Array:
     """The angles along each axis, one after the other."""
     along = jnp.moveaxis(positions, -1, 0)
     return jnp.concatenate([_angles(p, s) for p, s in zip(along, speeds, strict=True)], axis=-1)

@@ -21,10 +21,10 @@ class Score(PairwiseFn):
     """Base class: a change of the scaled scores that keeps their shape. The arrays in it get gradients.
 
     Attributes:
-      adds: whether it adds to the scores what does not depend on them.
+      is_additive: whether it adds to the scores what does not depend on them.
     """
 
-    adds: ClassVar[bool] = False
+    is_additive: ClassVar[bool] = False
 
     def __call__(self, scores: Float[Array, "B H T S"], at: PairIndices) -> Float[Array, "B H T S"]:
         """The changed scores of these pairs; the score's own arrays are cut to them, by their `dims`."""
@@ -32,7 +32,7 @@ class Score(PairwiseFn):
 
 
 @pytree
-class Softcap(Score):
+class SoftcapScore(Score):
     """cap * tanh(score / cap): scores stay within (-cap, cap) (Gemma 2, arXiv 2408.00118, section 2)."""
 
     cap: float
@@ -43,12 +43,12 @@ class Softcap(Score):
 
 
 @pytree
-class Bias(Score):
+class BiasScore(Score):
     """score + bias, an array of four dimensions of which any may be 1; the gradient reaches it."""
 
     bias: Float[Array, "B H T S"]
 
-    adds = True
+    is_additive = True
     dims = {"bias": ("batch", "heads", "queries", "keys")}
 
     def __call__(self, scores, at):
@@ -57,7 +57,7 @@ class Bias(Score):
 
 
 @pytree
-class Alibi(Score):
+class AlibiScore(Score):
     """score - slope * |key - query|, a slope for each head (ALiBi, arXiv 2108.12409, section 3).
 
     With a causal mask this is the paper's; without one, both directions count alike.
@@ -66,17 +66,17 @@ class Alibi(Score):
     slopes: Float[Array, " H"]
     offset: Index = 0
 
-    adds = True
+    is_additive = True
     dims = {"slopes": ("heads",)}
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
-        distance = jnp.abs(_distance(at, self.offset)).astype(scores.dtype)
+        distance = jnp.abs(_relative_position(at, self.offset)).astype(scores.dtype)
         return scores - self.slopes[None, :, None, None] * distance
 
 
 @pytree
-class RelativeBias(Score):
+class RelativeBiasScore(Score):
     """score + table[clip(key - query, -m, m) + m], a column for each head.
 
     Attributes:
@@ -87,33 +87,33 @@ class RelativeBias(Score):
     table: Float[Array, "distances H"]
     offset: Index = 0
 
-    adds = True
+    is_additive = True
     dims = {"table": (None, "heads")}
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
-        index = _clipped(at, self.offset, self.table.shape[0])
+        index = _distance_index(at, self.offset, self.table.shape[0])
         return scores + jnp.take(self.table.T, index[0, 0], axis=1)[None]
 
 
 @pytree
-class Shaw(Score):
+class ShawScore(Score):
     """score + by_distance[clip(key - query, -m, m) + m], the query's own (arXiv 1803.02155, equation 5)."""
 
     by_distance: Float[Array, "B H T distances"]
     offset: Index = 0
 
-    adds = True
+    is_additive = True
     dims = {"by_distance": ("batch", "heads", "queries", None)}
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
-        index = _clipped(at, self.offset, self.by_distance.shape[-1])
+        index = _distance_index(at, self.offset, self.by_distance.shape[-1])
         return scores + jnp.take_along_axis(self.by_distance, index, axis=-1)
 
 
 @pytree
-class Temperature(Score):
+class TemperatureScore(Score):
     """score * factor of the query, an array of which any dimension may be 1; the gradient reaches it."""
 
     factor: Float[Array, "B H T 1"]
@@ -126,7 +126,7 @@ class Temperature(Score):
 
 
 @pytree
-class Forgetting(Score):
+class ForgettingScore(Score):
     """score + queries - keys, running sums of the log forget gates (FoX, arXiv 2503.02130).
 
     A key has thus faded by every gate after it, up to the query's. It is meant for causal masks: what lies
@@ -136,7 +136,7 @@ class Forgetting(Score):
     queries: Float[Array, "B H T 1"]
     keys: Float[Array, "B H 1 S"]
 
-    adds = True
+    is_additive = True
     dims = {
         "queries": ("batch", "heads", "queries", None),
         "keys": ("batch", "heads", None, "keys"),
@@ -148,15 +148,15 @@ class Forgetting(Score):
 
 
 @pytree
-class Chain(Score):
+class ChainScore(Score):
     """Changes one after the other, the first first."""
 
     parts: list[Score]
 
     @property
-    def adds(self):
+    def is_additive(self):
         """Whether each of them only adds."""
-        return all(part.adds for part in self.parts)
+        return all(part.is_additive for part in self.parts)
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
@@ -191,17 +191,22 @@ def score_fn(function: Callable[[Array, Array, Array, Array, Array], Array]) -> 
 
 
 def softcap(cap: float) -> Score:
-    """See `Softcap`."""
-    return Softcap(cap)
+    """Return the score cap * tanh(score / cap), which stays within (-cap, cap)."""
+    return SoftcapScore(cap)
 
 
 def bias(array: Float[Array, "..."]) -> Score:
-    """See `Bias`; an array of fewer dimensions broadcasts from the right."""
-    return Bias(jnp.reshape(array, (*(1,) * (4 - array.ndim), *array.shape)))
+    """Return the score that adds an array, whose gradient is computed.
+
+    An array of fewer than four dimensions broadcasts from the right.
+    """
+    return BiasScore(jnp.reshape(array, (*(1,) * (4 - array.ndim), *array.shape)))
 
 
 def alibi(slopes: int | Float[Array, " H"], offset: Index = 0) -> Score:
-    """See `Alibi`; a number of heads stands for the paper's slopes, which do not learn.
+    """Return ALiBi's score, which subtracts slope * |key - query| with a slope for each head.
+
+    A number of heads stands for the paper's slopes, which do not learn.
 
     They are 2^(-8/n), 2^(-16/n), ... for a power of two n. Other numbers of heads take, after those of the
     power of two below, every second one of the power above.
@@ -210,21 +215,21 @@ def alibi(slopes: int | Float[Array, " H"], offset: Index = 0) -> Score:
       InputError: no heads.
     """
     if not isinstance(slopes, int):
-        return Alibi(slopes, offset)
+        return AlibiScore(slopes, offset)
     if slopes < 1:
         raise InputError(f"alibi takes a number of heads from 1 on, or their slopes, not {slopes}")
     below = 1 << (slopes.bit_length() - 1)
     exponents = np.concatenate([np.arange(1, below + 1) / below, np.arange(1, 2 * below, 2) / (2 * below)])
-    return Alibi(jnp.asarray(2.0 ** (-8 * exponents[:slopes]), jnp.float32), offset)
+    return AlibiScore(jnp.asarray(2.0 ** (-8 * exponents[:slopes]), jnp.float32), offset)
 
 
 def relative_bias(table: Float[Array, "distances H"], offset: Index = 0) -> Score:
-    """See `RelativeBias`.
+    """Return the score that adds a learned bias for each clipped distance and head.
 
     Raises:
       InputError: an even number of distances.
     """
-    return RelativeBias(_odd(table, "relative_bias"), offset)
+    return RelativeBiasScore(_check_odd(table, "relative_bias"), offset)
 
 
 def t5_bias(
@@ -234,7 +239,7 @@ def t5_bias(
     max_distance: int = 128,
     offset: Index = 0,
 ) -> Score:
-    """A `RelativeBias` whose distances share values in buckets (T5, arXiv 1910.10683, section 2.1).
+    """Return T5's relative bias, whose distances share values in buckets (arXiv 1910.10683, section 2.1).
 
     Half of the buckets are for a distance each, half grow logarithmically up to max_distance, the last is
     for all beyond. If bidirectional, the first half of the table is for keys up to the query and the second
@@ -256,7 +261,7 @@ def t5_bias(
     far = np.minimum(exact + (growth * (count - exact)).astype(int), count - 1)
     before = np.where(distance < exact, distance, far)
     after = before[1:] + count if bidirectional else np.zeros(max_distance, int)
-    return RelativeBias(table[np.concatenate([before[::-1], after])], offset)
+    return RelativeBiasScore(table[np.concatenate([before[::-1], after])], offset)
 
 
 def shaw(
@@ -280,9 +285,9 @@ def shaw(
       InputError: an even number of distances.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    table = _odd(table, "shaw")
+    table = _check_odd(table, "shaw")
     products = jnp.einsum("bthd,md->bhtm", query, table, preferred_element_type=jnp.float32)
-    return Shaw(scale * products, offset)
+    return ShawScore(scale * products, offset)
 
 
 def cope(
@@ -296,8 +301,8 @@ def cope(
     """score + query . table[position], a key's position being the sum of gates from it on to the query.
 
     The gates are sigmoid(scale * query . key) where the mask allows, and 0 elsewhere. Between two positions
-    of the table it is interpolated, beyond the last that is taken (CoPE, arXiv 2405.18719). As
-    it takes a row's later keys to know a position, this is a `Bias` made beforehand: memory grows with T * S.
+    of the table it is interpolated, beyond the last that is taken (CoPE, arXiv 2405.18719). As it takes
+    a row's later keys to know a position, this is a `BiasScore` made beforehand: memory grows with T * S.
 
     Args:
       query: (B, T, H, D), that `attend` gets.
@@ -318,12 +323,12 @@ def cope(
     by_position = jnp.einsum("bthd,pd->bhtp", query, table, preferred_element_type=jnp.float32)
     lower = jnp.take_along_axis(by_position, low, axis=-1)
     upper = jnp.take_along_axis(by_position, jnp.minimum(low + 1, table.shape[0] - 1), axis=-1)
-    return Bias(lower + (position - low) * (upper - lower))
+    return BiasScore(lower + (position - low) * (upper - lower))
 
 
 def temperature(factor: Float[Array, "B H T 1"]) -> Score:
-    """See `Temperature`."""
-    return Temperature(factor)
+    """Return the score that multiplies by a factor of each query."""
+    return TemperatureScore(factor)
 
 
 def step_temperature(positions: Int[Array, "B T"], floor: int = 8192, coefficient: float = 0.1) -> Score:
@@ -332,7 +337,7 @@ def step_temperature(positions: Int[Array, "B T"], floor: int = 8192, coefficien
     (Llama 4, for its layers without rotary positions.)
     """
     steps = (positions + 1) // floor
-    return Temperature((1 + coefficient * jnp.log1p(steps.astype(jnp.float32)))[:, None, :, None])
+    return TemperatureScore((1 + coefficient * jnp.log1p(steps.astype(jnp.float32)))[:, None, :, None])
 
 
 def log_temperature(positions: Int[Array, "B T"], scale: float | Float[Array, " H"]) -> Score:
@@ -343,37 +348,40 @@ def log_temperature(positions: Int[Array, "B T"], scale: float | Float[Array, " 
     attention all queries see as many keys: its factor belongs in `attend`'s `scale`.
     """
     scale = jnp.reshape(jnp.asarray(scale, jnp.float32), (1, -1, 1, 1))
-    return Temperature(scale * jnp.log(positions.astype(jnp.float32) + 1)[:, None, :, None])
+    return TemperatureScore(scale * jnp.log(positions.astype(jnp.float32) + 1)[:, None, :, None])
 
 
 def forgetting(log_gates: Float[Array, "B T H"]) -> Score:
-    """See `Forgetting`; of as many queries as keys, with gates log_sigmoid(projection of each token)."""
+    """Return the score of forgetting attention, which adds the log forget gates between key and query.
+
+    There are as many queries as keys; the gates are log_sigmoid(projection of each token).
+    """
     sums = jnp.cumsum(jnp.moveaxis(log_gates.astype(jnp.float32), 2, 1), axis=-1)
-    return Forgetting(sums[:, :, :, None], sums[:, :, None, :])
+    return ForgettingScore(sums[:, :, :, None], sums[:, :, None, :])
 
 
-def _distance(at: PairIndices, offset: Index) -> Int[Array, "1 1 T S"]:
+def _relative_position(at: PairIndices, offset: Index) -> Int[Array, "1 1 T S"]:
     """Key index minus query index."""
     return at.kv - at.q - offset
 
 
-def _clipped(at: PairIndices, offset: Index, distances: int) -> Int[Array, "1 1 T S"]:
+def _distance_index(at: PairIndices, offset: Index, distances: int) -> Int[Array, "1 1 T S"]:
     """Which of so many distances each pair has, the one in the middle being 0."""
     most = distances // 2
-    return jnp.clip(_distance(at, offset), -most, most) + most
+    return jnp.clip(_relative_position(at, offset), -most, most) + most
 
 
-def _odd(table: Array, what: str) -> Array:
+def _check_odd(table: Array, what: str) -> Array:
     if table.shape[0] % 2:
         return table
     raise InputError(f"{what} takes a table of 2m + 1 distances, from -m to m; {len(table)} is even")
 
 
 def as_score(value: Score | Callable | Sequence[Any] | None) -> Score | None:
-    """A score: itself, of a function, or of several that are applied in order."""
+    """Return a score as it is, or make one of a function or of several that are applied in order."""
     if value is None or isinstance(value, Score):
         return value
     if callable(value):
         return score_fn(value)
     parts = [as_score(part) for part in value]
-    return Chain([part for part in parts if part is not None])
+    return ChainScore([part for part in parts if part is not None])

@@ -1,6 +1,6 @@
 """Softmax attention varied before, between and after its parts: each function is an equation around `attend`.
 
-`how` stands for what else `attend` takes: mask, scale, sinks, backend and so on.
+`options` stands for what else `attend` takes: mask, scale, sinks, backend and so on.
 """
 
 import math
@@ -19,7 +19,7 @@ from attnlab.errors import InputError
 
 
 @pytree
-class Mix(Score):
+class HeadMixScore(Score):
     """Scores of head g = sum_h scores of head h * matrix[h, g], before any are masked."""
 
     matrix: Float[Array, "H H"]
@@ -37,7 +37,7 @@ def talking_heads(
     after: Float[Array, "H H"],
     *,
     score: Any = None,
-    **how,
+    **options,
 ) -> Float[Array, "B T H Dv"]:
     """O_g = sum_h after[h, g] softmax_h(sum_i before[i, h] s_i) V_g: heads mixed on both sides of the softmax
     (Shazeer et al. 2020, arXiv 2003.02436).
@@ -54,7 +54,7 @@ def talking_heads(
         raise InputError("talking_heads: heads must be whole on every device, reshard first")
     (*batch, s, k, d), h = value.shape, query.shape[-2]
     every = jnp.repeat(value.reshape(*batch, s, k * d)[..., None, :], k, axis=-2)
-    out = attend(query, key, every, score=[Mix(before), score], **how)
+    out = attend(query, key, every, score=[HeadMixScore(before), score], **options)
     out = out.reshape(*out.shape[:-1], k, d)
     mixed = jnp.einsum("...thkd,hkg->...tkgd", out, after.reshape(h, k, h // k).astype(out.dtype))
     return mixed.reshape(*out.shape[:-2], d)
@@ -84,7 +84,7 @@ def differential(
     keys: Float[Array, "2 *B S K D"],
     value: Float[Array, "*B S K Dv"],
     factor: Float[Array, ""] | float,
-    **how,
+    **options,
 ) -> Float[Array, "*B T H Dv"]:
     """(softmax(Q1 K1^T) - factor * softmax(Q2 K2^T)) V: what two attentions share is noise (Ye et al. 2024,
     arXiv 2410.05258, equation 1).
@@ -92,7 +92,7 @@ def differential(
     `factor` is the paper's lambda, see `differential_factor`.
     The paper goes on with (1 - lambda_init) * RMSNorm of each head, see `rms_norm`.
     """
-    signal, noise = (attend(query, key, value, **how) for query, key in zip(queries, keys, strict=True))
+    signal, noise = (attend(query, key, value, **options) for query, key in zip(queries, keys, strict=True))
     return signal - jnp.asarray(factor, signal.dtype) * noise
 
 
@@ -118,7 +118,7 @@ def latent(
     up_value: Float[Array, "R H Dv"],
     *,
     scale: float | None = None,
-    **how,
+    **options,
 ) -> Float[Array, "*B T H Dv"]:
     """Multi-head latent attention with the up-projections absorbed: `latent_expanded` computed as one key
     head of width R + Dr that all query heads share (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
@@ -132,7 +132,7 @@ def latent(
     keys = jnp.concatenate([cache, rotated_key], axis=-1)[..., None, :]
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1] + rotated_query.shape[-1])
-    out = attend(queries, keys, cache[..., None, :], scale=scale, **how)
+    out = attend(queries, keys, cache[..., None, :], scale=scale, **options)
     return jnp.einsum("...thr,rhd->...thd", out, up_value)
 
 
@@ -143,7 +143,7 @@ def latent_expanded(
     rotated_key: Float[Array, "*B S Dr"],
     up_key: Float[Array, "R H Dc"],
     up_value: Float[Array, "R H Dv"],
-    **how,
+    **options,
 ) -> Float[Array, "*B T H Dv"]:
     """Multi-head latent attention with keys [U_h c; k_r] and values U'_h c written out, which costs less
     where queries are as many as keys (DeepSeek-V2, arXiv 2405.04434, equations 10 to 19).
@@ -155,12 +155,12 @@ def latent_expanded(
       rotated_key: the one key of each token that has its position, shared by all heads.
       up_key: U, from latent vectors to keys.
       up_value: U', from latent vectors to values.
-      how: what else `attend` takes; the scale is 1 / sqrt(Dc + Dr) unless given.
+      options: what else `attend` takes; the scale is 1 / sqrt(Dc + Dr) unless given.
     """
     keys, values = (jnp.einsum("...sr,rhd->...shd", cache, up) for up in (up_key, up_value))
     shared = jnp.broadcast_to(rotated_key[..., None, :], (*keys.shape[:-1], rotated_key.shape[-1]))
     queries = jnp.concatenate([query, rotated_query], axis=-1)
-    return attend(queries, jnp.concatenate([keys, shared], axis=-1), values, **how)
+    return attend(queries, jnp.concatenate([keys, shared], axis=-1), values, **options)
 
 
 def selective(
@@ -171,7 +171,7 @@ def selective(
     mask: Any = None,
     score: Any = None,
     scale: float | None = None,
-    **how,
+    **options,
 ) -> Float[Array, "B T H Dv"]:
     """softmax(Q K^T - F) V with F[i, j] = sum over l < i of max(0, s[l, j]), s the first head's scores: a
     token may take earlier ones out of sight of later ones (Leviathan et al. 2024, arXiv 2410.02703).
@@ -192,16 +192,23 @@ def selective(
     chosen = (mask.evaluate(at) & (at.kv > 0) & (at.kv != at.q))[:, 0]
     taken = jnp.where(chosen, jax.nn.relu(scores), 0)
     before = jnp.cumsum(jnp.pad(taken[:, :-1], ((0, 0), (1, 0), (0, 0))), axis=1)
-    return attend(query, key, value, mask=mask, score=[score, bias(-before[:, None])], scale=scale, **how)
+    return attend(query, key, value, mask=mask, score=[score, bias(-before[:, None])], scale=scale, **options)
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, " D"], epsilon: float = 1e-6
-) -> Float[Array, "*B D"]:
-    """scale * x / sqrt(mean(x^2) + epsilon), in float32 at least (arXiv 1910.07467, equation 4)."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
-    return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+    x: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    epsilon: float = 1e-6,
+    axes: tuple[int, ...] = (-1,),
+) -> Float[Array, "..."]:
+    """Return scale * x / sqrt(mean(x^2) + epsilon), computed in float32 at least.
+
+    (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.) The mean is over `axes`; a scale of fewer
+    dimensions than x broadcasts from the right.
+    """
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + epsilon)
+    return (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(x.dtype)
 
 
 def qk_norm(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.attention import attend, segments
+from attnlab.attention.normalizers import softmax
 from attnlab.layers.attention import Memory
 from attnlab.layers.blocks import REMAT_POLICIES
 from attnlab.layers.dropout import Dropout
@@ -105,7 +106,8 @@ class AdditiveLayer(nn.Module):
         def step(state: State, token):
             x, there = token
             scores = jnp.tanh((state[0] @ asking)[:, None] + keys) @ score
-            looks = softmax(scores, memory.segments > 0)
+            scores = jnp.where(memory.segments > 0, scores.astype(jnp.float32), -jnp.inf)
+            looks, _ = softmax(scores)
             context = jnp.einsum("bs,bse->be", looks.astype(x.dtype), memory.values)
             state = where(there, c.cell(x + context @ answer, state, weights), state)
             return state, (state[0], context, looks)
@@ -115,14 +117,6 @@ class AdditiveLayer(nn.Module):
         state, (outputs, contexts, looks) = read(step, state, (gates_of_x, there))
         self.sow("intermediates", "attention_weights", looks[:, None])
         return outputs, contexts, state
-
-
-def softmax(scores: Float[Array, "B S"], there: Bool[Array, "B S"]) -> Float[Array, "B S"]:
-    """exp(scores) over its sum, float32, of the places that are there; 0 everywhere if none is."""
-    scores = jnp.where(there, scores.astype(jnp.float32), -jnp.inf)
-    greatest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    exponentials = jnp.exp(scores - jax.lax.stop_gradient(greatest))
-    return exponentials / jnp.maximum(exponentials.sum(axis=-1, keepdims=True), 1e-30)
 
 
 class AlignedStack(nn.Module):

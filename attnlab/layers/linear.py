@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnlab.attention.positions import lookup_rows
 from attnlab.layers.parameters import Dtypes, parameter
 from attnlab.sharding import out_sharding
 
@@ -99,8 +100,8 @@ class Bias(nn.Module):
 
 
 def look_up(table: Float[Array, "V E"], ids: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-    """Rows of a table; ids must be in range."""
-    return table.at[ids].get(mode="promise_in_bounds", out_sharding=out_sharding("batch", "sequence", None))
+    """Return the table's row of each id, laid out as activations; ids must be in range."""
+    return lookup_rows(table, ids, out_sharding("batch", "sequence", None))
 
 
 def fan_in(inputs: tuple[int, ...]) -> int:

@@ -153,7 +153,7 @@ class HFConfig(Mapping):
         if kind == "default":
             return None
         if kind == "linear":
-            return positions.Linear(factor)
+            return positions.LinearScaling(factor)
         if kind == "dynamic":
             return positions.DynamicNTK(factor, original or length)
         if kind == "llama3":

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from attnlab.attention.positions import (
     NTK,
     DynamicNTK,
-    Linear,
+    LinearScaling,
     Llama3,
     LongRoPE,
     YaRN,
@@ -160,7 +160,7 @@ def speeds(scaling, width=64, theta=10_000.0, length=1):
 
 def test_linear_scaling_divides_positions():
     positions = jnp.array([[0, 8, 400], [4, 12, 64]])
-    got = rotary(X, positions, scaling=Linear(4.0))
+    got = rotary(X, positions, scaling=LinearScaling(4.0))
     np.testing.assert_allclose(got, rotary(X, positions // 4), rtol=1e-5, atol=1e-5)
 
 
@@ -221,7 +221,7 @@ def test_longrope_has_factors_for_short_and_long():
         (YaRN(0.5, 100), 1),
         (YaRN(16.0, 100, temperature=0.7), 0.7),
         (LongRoPE((1.0, 1.0), (2.0, 2.0), 100, 4.0), math.sqrt(1 + math.log(4) / math.log(100))),
-        (Linear(16.0), 1),
+        (LinearScaling(16.0), 1),
     ],
 )
 def test_the_attention_factor_is_of_what_is_turned(scaling, factor):
@@ -298,7 +298,7 @@ def test_parity_with_llama():
 
 
 SCALED = {
-    "linear": (Linear(4.0), {"rope_type": "linear", "factor": 4.0}, 1),
+    "linear": (LinearScaling(4.0), {"rope_type": "linear", "factor": 4.0}, 1),
     "dynamic": (DynamicNTK(3.0, 64), {"rope_type": "dynamic", "factor": 3.0}, 200),
     "dynamic, short": (DynamicNTK(3.0, 64), {"rope_type": "dynamic", "factor": 3.0}, 20),
     "yarn": (YaRN(8.0, 64), {"rope_type": "yarn", "factor": 8.0}, 1),

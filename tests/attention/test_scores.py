@@ -11,7 +11,7 @@ from attnlab.attention import attend, causal, reference
 from attnlab.attention.backends.blockwise import blockwise
 from attnlab.attention.pairwise import pair_indices
 from attnlab.attention.scores import (
-    Forgetting,
+    ForgettingScore,
     alibi,
     as_score,
     bias,
@@ -112,7 +112,7 @@ CASES = {
     ),
     "forgetting": (
         {"queries": draw(B, H, T, 1), "keys": draw(B, H, 1, S)},
-        lambda x: Forgetting(x.queries, x.keys),
+        lambda x: ForgettingScore(x.queries, x.keys),
         lambda x, s, b, h, i, j: s + x.queries[b, h, i, 0] - x.keys[b, h, 0, j],
     ),
     "cope": (
@@ -251,7 +251,7 @@ def test_devices_get_their_own_rows_and_heads(mesh_of):
         x = SimpleNamespace(**arrays)
         score = [
             *(bias(x.bias), alibi(x.slopes, OFFSET), relative_bias(x.table, OFFSET)),
-            *(shaw(x.query, x.shaw, offset=OFFSET), Forgetting(x.queries, x.keys)),
+            *(shaw(x.query, x.shaw, offset=OFFSET), ForgettingScore(x.queries, x.keys)),
             log_temperature(jnp.asarray(POSITIONS), x.scale),
             cope(x.query, x.key, x.cope, causal(OFFSET)),
         ]

@@ -14,7 +14,7 @@ from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff
 from attnlab.attention.backends.reference import reference
 from attnlab.attention.backends.registry import apply_sinks
 from attnlab.attention.scores import (
-    Forgetting,
+    ForgettingScore,
     alibi,
     as_score,
     bias,
@@ -49,7 +49,7 @@ SCORES = {
     "t5 bias": ({"table": "8h"}, lambda x: t5_bias(x.table, max_distance=9, offset=x.offset)),
     "shaw": ({"table": "7d"}, lambda x: shaw(x.query, x.table, offset=x.offset)),
     "cope": ({"table": "5d"}, lambda x: cope(x.query, x.key, x.table, x.mask)),
-    "forgetting": ({"queries": "bht1", "keys": "bh1s"}, lambda x: Forgetting(x.queries, x.keys)),
+    "forgetting": ({"queries": "bht1", "keys": "bh1s"}, lambda x: ForgettingScore(x.queries, x.keys)),
     "temperature": ({"factor": "b1t1"}, lambda x: temperature(x.factor)),
     "step temperature": ({}, lambda x: step_temperature(positions(x), floor=3)),
     "log temperature": ({"scale": "h"}, lambda x: log_temperature(positions(x), x.scale)),

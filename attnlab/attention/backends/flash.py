@@ -47,7 +47,7 @@ class Flash:
         """See `Backend.unsupported_reason`."""
         if reason := tpu_unsupported_reason(args, self.interpret):
             return reason
-        if args.score is not None and not args.score.adds:
+        if args.score is not None and not args.score.is_additive:
             return "of scores it takes those that only add, as bias and alibi do"
         size = 4 * bias_size(args)
         if size > self.max_bytes:

@@ -19,7 +19,7 @@ from attnlab.attention.block_mask import depends_on_batch_and_heads, is_static
 from attnlab.attention.masks.base import AndMask, Mask
 from attnlab.attention.masks.basic import SegmentMask
 from attnlab.attention.masks.dense import GIB, format_bytes, mask_size, materialize_mask
-from attnlab.attention.scores import Softcap
+from attnlab.attention.scores import SoftcapScore
 
 
 class Splash:
@@ -82,7 +82,7 @@ class Splash:
 
 
 def _is_softcap(score) -> bool:
-    return isinstance(score, Softcap) and isinstance(score.cap, int | float)
+    return isinstance(score, SoftcapScore) and isinstance(score.cap, int | float)
 
 
 def _split_segments(mask: Mask | None) -> tuple[SegmentMask | None, Mask | None]:

@@ -20,6 +20,7 @@ from attnlab.attention.masks.basic import CausalMask
 from attnlab.attention.masks.dense import (
     GIB,
     bias_size,
+    format_bytes,
     mask_size,
     materialize_bias,
     materialize_mask,
@@ -49,7 +50,7 @@ class Tokamax:
             return reason
         if args.return_lse or args.sinks is not None:
             return "it has no log-sum-exp, which return_lse asks for and sinks need"
-        if args.score is not None and not args.score.adds:
+        if args.score is not None and not args.score.is_additive:
             return "of scores it takes those that only add, as bias and alibi do"
         if not isinstance(args.scale, int | float):
             return "its scale has to be a number"
@@ -57,7 +58,7 @@ class Tokamax:
         if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
             return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
         if (size := _num_bytes(args)) > self.max_bytes:
-            return f"its mask and bias would take {told(size)} as a whole"
+            return f"its mask and bias would take {format_bytes(size)} as a whole"
         return None if self.implementation == "xla" else _unsupported_device_reason()
 
     def run(self, args, first):

@@ -20,7 +20,7 @@ def materialize_mask(mask: Mask, args: AttentionArgs, first: BlockOffset) -> Boo
 
 
 def materialize_bias(args: AttentionArgs, first: BlockOffset) -> Float[Array, "B H T S"]:
-    """What a score that only adds (`Score.adds`) adds; 0 where there is none."""
+    """What a score that only adds (`Score.is_additive`) adds; 0 where there is none."""
     b, t, h, _ = args.query.shape
     nothing = jnp.zeros((b, h, t, args.key.shape[1]))
     return nothing if args.score is None else args.score(nothing, block_indices(first, nothing.shape))
