@@ -56,7 +56,7 @@ def attnlab_step(shape: Shape) -> Peer:
 
     from attnlab import sharding
     from attnlab.data import Batch, Bytes, Text
-    from attnlab.layers import MLP, Attention, LayerNorm
+    from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
     from attnlab.models import DecoderConfig, Learned
     from attnlab.train import AdamW, Constant, Experiment, Rule, Train
     from attnlab.train.session import Session
@@ -65,9 +65,9 @@ def attnlab_step(shape: Shape) -> Peer:
         model=DecoderConfig(
             depth=shape.layers,
             width=shape.width,
-            attention=Attention(heads=shape.heads, bias=True),
-            feed_forward=MLP(activation="gelu", bias=True),
-            norm=LayerNorm(epsilon=LAYER_NORM_EPSILON),
+            attention=AttentionConfig(heads=shape.heads, bias=True),
+            feed_forward=MLPConfig(activation="gelu", bias=True),
+            norm=LayerNormConfig(epsilon=LAYER_NORM_EPSILON),
             positions=Learned(shape.length),
             scan=SCAN,
         ),

@@ -20,10 +20,10 @@ import numpy as np
 from attnlab.data.builtin.glyphs import Glyphs
 from attnlab.errors import InputError
 from attnlab.inspect import figures
-from attnlab.layers import Attention, LayerNorm
-from attnlab.layers.blocks import Branch, Gated
+from attnlab.layers import AttentionConfig, LayerNormConfig
+from attnlab.layers.blocks import CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.layers.pooling import ClassToken
-from attnlab.layers.resampler import Resampler
+from attnlab.layers.resampler import ResamplerConfig
 from attnlab.models import CaptionerConfig, DecoderConfig, Learned, PrefixConfig, ViTConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
@@ -33,13 +33,15 @@ SHOWN = "latin capital letter u with horn"
 
 def get_config(kind: str = "branches") -> Experiment:
     """Four layers read 16 patches of 8 by 8 pixels, two write; `kind` is how they see those."""
-    sizes = {"width": 96, "attention": Attention(heads=4, bias=True), "norm": LayerNorm()}
+    sizes = {"width": 96, "attention": AttentionConfig(heads=4, bias=True), "norm": LayerNormConfig()}
     pooling = ClassToken(dense=True)  # which no one reads, but a ViT in a checkpoint has
     encoder = ViTConfig(depth=4, image=(32, 32, 1), patch=(8, 8), pooling=pooling, classes=0, **sizes)
     decoder = DecoderConfig(depth=2, positions=Learned(32), **sizes)
     models = {
         "branches": CaptionerConfig(encoder, decoder),
-        "gates": CaptionerConfig(encoder, decoder, resampler=Resampler(8, 1), cross=Gated()),
+        "gates": CaptionerConfig(
+            encoder, decoder, resampler=ResamplerConfig(8, 1), cross=GatedCrossAttentionConfig()
+        ),
         "prefix": PrefixConfig(encoder, decoder, ahead=True),
     }
     if kind not in models:
@@ -73,7 +75,9 @@ def report(trained: TrainedModel) -> dict[str, float]:
         f"words of unseen characters' names: {right['words']:.1%} right, {right['words_unseen']:.1%} by the "
         f"word before alone; whole names: {right['names']:.1%}"
     )
-    if isinstance(getattr(trained.experiment.model, "cross", None), Branch):  # else nothing is of one place
+    if isinstance(
+        getattr(trained.experiment.model, "cross", None), CrossAttentionConfig
+    ):  # else nothing is of one place
         _look(trained)
     trained.claim("words right, given those before", right["words"], ">=", 0.7)
     trained.claim("words right from the previous word alone", right["words_unseen"], "<", 0.5)

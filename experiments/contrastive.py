@@ -18,7 +18,7 @@ import numpy as np
 from attnlab.data import Example, Tokenizer
 from attnlab.data.builtin.glyphs import Glyphs
 from attnlab.inspect import figures
-from attnlab.layers import Attention, Normal
+from attnlab.layers import AttentionConfig, Normal
 from attnlab.models import ContrastiveConfig, ViTConfig
 from attnlab.models.contrastive import EndOfText, TextTowerConfig
 from attnlab.runner.trained_model import TrainedModel
@@ -41,7 +41,7 @@ class NamedGlyphs(Glyphs):
 
 def get_config() -> Experiment:
     """Three layers read 64 patches of 4 by 4 pixels, two the words of a name."""
-    sizes = {"width": 96, "attention": Attention(heads=4, bias=True), "init": Normal(std=0.1)}
+    sizes = {"width": 96, "attention": AttentionConfig(heads=4, bias=True), "init": Normal(std=0.1)}
     return Experiment(
         model=ContrastiveConfig(
             image=ViTConfig(

@@ -18,7 +18,7 @@ import numpy as np
 from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.data.images import ImageProcessor
 from attnlab.inspect import figures
-from attnlab.layers import Attention, Normal
+from attnlab.layers import AttentionConfig, Normal
 from attnlab.models import ViTConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Loss, Muon, Train, WarmupStableDecay
@@ -83,7 +83,7 @@ def get_config() -> Experiment:
         model=ViTConfig(
             depth=4,
             width=64,
-            attention=Attention(heads=4, bias=True),
+            attention=AttentionConfig(heads=4, bias=True),
             image=(SIDE, SIDE, 1),
             patch=(2, 2),
             init=Normal(std=0.1),

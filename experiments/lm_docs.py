@@ -7,7 +7,7 @@ Command: python run.py
 """
 
 from attnlab.data import BPE, Text
-from attnlab.layers import Attention, GatedMLP
+from attnlab.layers import AttentionConfig, GatedMLPConfig
 from attnlab.models import DecoderConfig
 from attnlab.runner import reports
 from attnlab.runner.trained_model import TrainedModel
@@ -18,7 +18,7 @@ def get_config() -> Experiment:
     """The default experiment."""
     return Experiment(
         model=DecoderConfig(
-            depth=4, width=192, attention=Attention(heads=8, kv_heads=4), feed_forward=GatedMLP()
+            depth=4, width=192, attention=AttentionConfig(heads=8, kv_heads=4), feed_forward=GatedMLPConfig()
         ),
         data=Text(name="stdlib_docs", tokenizer=BPE(vocab_size=4096), sequence_length=256, batch_size=8),
         optimizer=Muon(learning_rate=5e-3, schedule=WarmupStableDecay(warmup=20, decay=0.4)),

@@ -19,7 +19,7 @@ import numpy as np
 
 from attnlab.data import BPE, Example, Text, Tokenizer
 from attnlab.inspect import figures
-from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm
+from attnlab.layers import AttentionConfig, Bidirectional, GatedMLPConfig, LayerNormConfig
 from attnlab.models import EncoderConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
@@ -50,9 +50,9 @@ def get_config() -> Experiment:
         model=EncoderConfig(
             depth=4,
             width=128,
-            attention=Attention(heads=4),
-            feed_forward=GatedMLP(activation="gelu"),
-            norm=LayerNorm(bias=False),
+            attention=AttentionConfig(heads=4),
+            feed_forward=GatedMLPConfig(activation="gelu"),
+            norm=LayerNormConfig(bias=False),
             pattern=(Bidirectional(left=16, right=16), Bidirectional()),
             embedding_norm=True,
             bare_first=True,

@@ -18,7 +18,7 @@ import numpy as np
 
 from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.inspect.query_attention import query_attention
-from attnlab.layers import Attention, Bidirectional
+from attnlab.layers import AttentionConfig, Bidirectional
 from attnlab.models import DecoderConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Experiment, Train
@@ -87,7 +87,7 @@ def get_config() -> Experiment:
     """Two layers of one head: the first looks two words ahead, the second everywhere."""
     ahead_then_all = (Bidirectional(left=0, right=2), Bidirectional())
     return Experiment(
-        model=DecoderConfig(depth=2, width=64, attention=Attention(heads=1), pattern=ahead_then_all),
+        model=DecoderConfig(depth=2, width=64, attention=AttentionConfig(heads=1), pattern=ahead_then_all),
         data=Pronouns(sequence_length=64, batch_size=32),
         optimizer=AdamW(learning_rate=3e-3),
         train=Train(steps=400, eval_every=200, checkpoint_every=400, log_every=20),

@@ -7,7 +7,7 @@ Command: python run.py --config=recurrent_lm
 """
 
 from attnlab.data import BPE, Text
-from attnlab.layers import LSTM
+from attnlab.layers import LSTMConfig
 from attnlab.models import RecurrentConfig
 from attnlab.runner import reports
 from attnlab.runner.trained_model import TrainedModel
@@ -17,7 +17,7 @@ from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 def get_config() -> Experiment:
     """Two layers; the text, the tokenizer and the batches of lm_docs."""
     return Experiment(
-        model=RecurrentConfig(depth=2, width=256, cell=LSTM()),
+        model=RecurrentConfig(depth=2, width=256, cell=LSTMConfig()),
         data=Text(name="stdlib_docs", tokenizer=BPE(vocab_size=4096), sequence_length=64, batch_size=32),
         optimizer=Muon(learning_rate=5e-3, schedule=WarmupStableDecay(warmup=20, decay=0.4)),
         train=Train(steps=280, eval_every=140, checkpoint_every=140),

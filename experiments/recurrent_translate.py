@@ -15,7 +15,7 @@ import numpy as np
 
 from attnlab.data import Data, Example, Tokenizer, Words
 from attnlab.inspect import figures
-from attnlab.layers import GRU, NoAttention
+from attnlab.layers import GRUConfig, NoAttention
 from attnlab.models import RecurrentSeq2SeqConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Experiment, Train
@@ -62,7 +62,7 @@ class Sentences(Data):
 def get_config() -> Experiment:
     """One layer each; the encoder reads both ways."""
     return Experiment(
-        model=RecurrentSeq2SeqConfig(depth=1, width=128, cell=GRU()),
+        model=RecurrentSeq2SeqConfig(depth=1, width=128, cell=GRUConfig()),
         data=Sentences(batch_size=64),
         optimizer=AdamW(learning_rate=4e-3, weight_decay=0.0),
         train=Train(steps=1200, eval_every=600, checkpoint_every=1200, log_every=50),

@@ -20,7 +20,7 @@ from attnlab.data.audio import LogMel
 from attnlab.data.builtin.espeak import Voice, speak
 from attnlab.generation import SamplingParams
 from attnlab.inspect import figures
-from attnlab.layers import Attention, LayerNorm
+from attnlab.layers import AttentionConfig, LayerNormConfig
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Experiment, Train
@@ -106,7 +106,12 @@ def features(record: Utterance) -> np.ndarray:
 
 def get_config() -> Experiment:
     """An encoder and a decoder of two layers."""
-    half = {"depth": 2, "width": 128, "attention": Attention(heads=4, bias="qvo"), "norm": LayerNorm()}
+    half = {
+        "depth": 2,
+        "width": 128,
+        "attention": AttentionConfig(heads=4, bias="qvo"),
+        "norm": LayerNormConfig(),
+    }
     return Experiment(
         model=Seq2SeqConfig(
             SpeechEncoderConfig(mels=FEATURES.mels, frames=FEATURES.frames, **half),

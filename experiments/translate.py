@@ -18,7 +18,7 @@ from num2words import num2words
 from attnlab.data import BPE, Data, Example, Tokenizer
 from attnlab.generation import SamplingParams
 from attnlab.inspect import figures
-from attnlab.layers import MLP, Attention, LayerNorm, Normal
+from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig, Normal
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig, Sinusoidal
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import AdamW, Experiment, InverseSquareRoot, Loss, Train
@@ -71,9 +71,9 @@ def get_config() -> Experiment:
     half: dict[str, Any] = {
         "depth": 2,
         "width": 128,
-        "attention": Attention(heads=4, bias=True),
-        "feed_forward": MLP(512, "relu"),
-        "norm": LayerNorm(),
+        "attention": AttentionConfig(heads=4, bias=True),
+        "feed_forward": MLPConfig(512, "relu"),
+        "norm": LayerNormConfig(),
         "placement": "post",
         "positions": Sinusoidal(halves=True),
         "scale_embedding": True,

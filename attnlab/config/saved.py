@@ -1,7 +1,8 @@
 """A config as JSON, and a run's folder as all that is needed to start the run again.
 
 A dataclass is an object with its class under "$type", `module:Name` (`experiment:Name` for one that the
-experiment file defines); a tuple is a list; an enum and a float that JSON has no number for are objects too.
+experiment file defines), without a trailing `Config`; a tuple is a list; an enum and a float that JSON has
+no number for are objects too.
 """
 
 import dataclasses
@@ -9,8 +10,9 @@ import enum
 import importlib
 import json
 import math
+import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -18,7 +20,7 @@ from etils import epath
 import attnlab
 from attnlab.config.experiments import MODULE_PREFIX, Loaded, import_source
 from attnlab.config.text import construct_or_raise
-from attnlab.config.types import check, default_of, fields_of, is_config, no_field
+from attnlab.config.types import check, default_of, fields_of, is_config, no_field, short_name
 from attnlab.errors import InputError
 from attnlab.paths import write_atomically
 
@@ -45,7 +47,25 @@ def to_dict(config: Any, path: str = "config") -> Any:
 
 def _tag(cls: type) -> str:
     module = "experiment" if cls.__module__.startswith(MODULE_PREFIX) else cls.__module__
-    return f"{module}:{cls.__qualname__}"
+    *outer, _ = cls.__qualname__.split(".")
+    name, namesake = short_name(cls), [*outer, short_name(cls)]
+    if name != cls.__name__ and _is_config_class(_attribute(sys.modules.get(cls.__module__), namesake)):
+        name = cls.__name__  # the short name is that of another config
+    return f"{module}:{'.'.join([*outer, name])}"
+
+
+def _attribute(module: Any, names: Sequence[str]) -> Any:
+    """The object that `names` lead to from `module`, or None."""
+    for name in names:
+        module = getattr(module, name, None)
+    return module
+
+
+def _is_config_class(value: Any) -> bool:
+    """Whether `value` is a dataclass other than a Flax module; Flax itself is not imported here."""
+    if not isinstance(value, type) or not dataclasses.is_dataclass(value):
+        return False
+    return not any(base.__module__.startswith("flax.") for base in value.__mro__)
 
 
 def from_dict(data: Any, experiment: types.ModuleType | None = None, path: str = "config") -> Any:
@@ -68,10 +88,10 @@ def from_dict(data: Any, experiment: types.ModuleType | None = None, path: str =
     given = {name: value for name, value in data.items() if name != "$type"}
     for name in given:
         if name not in fields_of(cls):
-            raise no_field(f"{path} ({cls.__name__})", cls, name)
+            raise no_field(f"{path} ({short_name(cls)})", cls, name)
     for field in dataclasses.fields(cls):
         if field.init and field.name not in given and default_of(field) is dataclasses.MISSING:
-            raise InputError(f"{path} ({cls.__name__}) lacks the field {field.name!r}")
+            raise InputError(f"{path} ({short_name(cls)}) lacks the field {field.name!r}")
     values = {name: from_dict(value, experiment, f"{path}.{name}") for name, value in given.items()}
     try:
         return construct_or_raise(cls, values)
@@ -93,11 +113,15 @@ def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
     if module_name == "experiment" and experiment is None:
         raise InputError(f"{path} is of type {tag}, but the experiment's source is not beside the config")
     try:
-        found: Any = experiment if module_name == "experiment" else importlib.import_module(module_name)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+        module: Any = experiment if module_name == "experiment" else importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
         raise InputError(f"{path} is of type {tag}, which this version of attnlab does not have") from error
+    names = name.split(".")
+    found = _attribute(module, names)
+    if not _is_config_class(found):
+        found = _attribute(module, [*names[:-1], f"{names[-1]}Config"]) or found
+    if found is None:
+        raise InputError(f"{path} is of type {tag}, which this version of attnlab does not have")
     if not isinstance(found, type):
         raise InputError(f"{path}: {tag} is not a type")
     return found

@@ -27,6 +27,7 @@ from attnlab.config.types import (
     is_tuple,
     members,
     no_field,
+    short_name,
 )
 from attnlab.errors import InputError
 
@@ -43,8 +44,9 @@ def parse(text: str, annotation: Any, current: Any = None) -> Any:
     text = text.strip()
     constructor = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", text, re.DOTALL)
     named = choices(annotation)
-    if constructor and constructor[1] in named and len(split(text)) == 1:
-        return construct(named[constructor[1]], constructor[2] or "", current)
+    name = short_name(constructor[1]) if constructor else ""
+    if constructor and name in named and len(split(text)) == 1:
+        return construct(named[name], constructor[2] or "", current)
     # The narrow readings first: `str` takes any text, and a one-element tuple nearly any.
     for member in sorted(members(annotation), key=_breadth):
         if member is int and float in members(annotation) and not re.fullmatch(r"[+-]?[\d_]+", text):
@@ -60,7 +62,7 @@ def parse(text: str, annotation: Any, current: Any = None) -> Any:
 
 def construct(cls: type, text: str, current: Any = None) -> Any:
     """An instance of the dataclass `cls` from `256, field=value`; see `parse` for `current`."""
-    known = fields_of(cls)
+    known, called = fields_of(cls), short_name(cls)
     values = {
         name: getattr(current, name)
         for name, annotation in known.items()
@@ -71,24 +73,24 @@ def construct(cls: type, text: str, current: Any = None) -> Any:
     arguments = split(text)
     if len(arguments) > len(known):
         listing = f"{len(known)} arguments: {', '.join(known)}" if known else "no arguments"
-        raise InputError(f"{cls.__name__} takes {listing}")
+        raise InputError(f"{called} takes {listing}")
     for position, argument in enumerate(arguments):
         keyword = re.fullmatch(r"\s*(\w+)\s*=(.*)", argument, re.DOTALL)
         if not keyword and position >= len(positional):
-            raise InputError(f"{cls.__name__} takes its fields by name: {', '.join(known)}")
+            raise InputError(f"{called} takes its fields by name: {', '.join(known)}")
         name, value = keyword.groups() if keyword else (positional[position], argument)
         if name not in known:
-            raise no_field(cls.__name__, cls, name)
+            raise no_field(called, cls, name)
         if name in given:
-            raise InputError(f"{cls.__name__} has {name!r} given twice")
+            raise InputError(f"{called} has {name!r} given twice")
         given.add(name)
         try:
             values[name] = parse(value, known[name], getattr(current, name, None))
         except InputError as error:
-            raise InputError(f"{cls.__name__}.{name}={value.strip()}: {error}") from error
+            raise InputError(f"{called}.{name}={value.strip()}: {error}") from error
     required = [f.name for f in dataclasses.fields(cls) if f.init and default_of(f) is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
-        raise InputError(f"{cls.__name__} needs {', '.join(missing)}, as in {cls.__name__}({missing[0]}=...)")
+        raise InputError(f"{called} needs {', '.join(missing)}, as in {called}({missing[0]}=...)")
     return construct_or_raise(cls, values)
 
 
@@ -205,9 +207,9 @@ def split(text: str) -> list[str]:
 
 
 def render(value: Any) -> str:
-    """The text that `parse` reads as `value`; a class renders as its name."""
+    """The text that `parse` reads as `value`; a class renders as its short name."""
     if isinstance(value, type):
-        return value.__name__
+        return short_name(value)
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, str):
@@ -220,7 +222,7 @@ def render(value: Any) -> str:
             for field in dataclasses.fields(value)
             if field.init and getattr(value, field.name) != default_of(field)
         ]
-        return f"{type(value).__name__}({','.join(set_fields)})"
+        return f"{short_name(type(value))}({','.join(set_fields)})"
     return repr(value)
 
 

@@ -31,6 +31,12 @@ def fields_of(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def short_name(cls: type | str) -> str:
+    """Return the name of a class in text, which has no trailing `Config`: "GatedMLP" for `GatedMLPConfig`."""
+    name = cls if isinstance(cls, str) else cls.__name__
+    return name.removesuffix("Config") or name
+
+
 def default_of(field: dataclasses.Field) -> Any:
     """The default of a field, or `dataclasses.MISSING`."""
     return field.default_factory() if callable(field.default_factory) else field.default
@@ -53,7 +59,10 @@ def is_enum(member: Any) -> bool:
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """The dataclasses a field may hold, by name: those it names and the subclasses of them."""
+    """The dataclasses a field may hold, by short name: those it names and the subclasses of them.
+
+    Raises InputError where two of them differ only in a trailing `Config`.
+    """
     found: dict[str, type] = {}
     pending = list(members(annotation))
     while pending:
@@ -62,7 +71,10 @@ def choices(annotation: Any) -> dict[str, type]:
         if not isinstance(cls, type) or cls in (*SCALARS, tuple, object) or is_enum(cls):
             continue
         if dataclasses.is_dataclass(cls) and not inspect.isabstract(cls):
-            found[cls.__name__] = cls
+            other = found.setdefault(short_name(cls), cls)
+            if other.__name__ != cls.__name__:
+                raise InputError(f"{other.__name__} and {cls.__name__} are both called {short_name(cls)}")
+            found[short_name(cls)] = cls
         pending += type.__subclasses__(cls)
     return found
 

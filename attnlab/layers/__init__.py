@@ -1,44 +1,85 @@
-"""Flax modules that declare parameters and call functions of `attnlab.attention`."""
+"""Flax modules that declare parameters and call functions of `attnlab.attention`, and their configs.
 
-from attnlab.layers.alignment import Additive, Dot, General, NoAttention
+A module `X` that a user configures takes an `XConfig`, which the command line calls `X`.
+"""
+
+from attnlab.layers.alignment import (
+    AdditiveAttention,
+    AdditiveConfig,
+    DotConfig,
+    GeneralConfig,
+    MultiplicativeAttention,
+    NoAttention,
+)
 from attnlab.layers.attention import (
     Attention,
+    AttentionConfig,
     Bidirectional,
     Causal,
+    CrossAttention,
     Kind,
     NoPositions,
+    PerceiverAttention,
     RelativeBias,
     Rotary,
     Sliding,
 )
-from attnlab.layers.experts import Experts
-from attnlab.layers.feed_forward import MLP, GatedMLP
+from attnlab.layers.blocks import (
+    Block,
+    BlockConfig,
+    CrossAttentionConfig,
+    GatedCrossAttentionConfig,
+    PerceiverAttentionConfig,
+)
+from attnlab.layers.experts import Experts, ExpertsConfig
+from attnlab.layers.feed_forward import MLP, GatedMLP, GatedMLPConfig, MLPConfig
 from attnlab.layers.initialization import MuP, Normal
-from attnlab.layers.norms import LayerNorm, RMSNorm
+from attnlab.layers.linear import Embedding, Linear
+from attnlab.layers.norms import LayerNorm, LayerNormConfig, RMSNorm, RMSNormConfig
 from attnlab.layers.parameters import Dtypes
-from attnlab.layers.recurrent import GRU, LSTM
+from attnlab.layers.recurrent import GRUConfig, LSTMConfig
+from attnlab.layers.resampler import Resampler, ResamplerConfig
 
 __all__ = [
-    "GRU",
-    "LSTM",
     "MLP",
-    "Additive",
+    "AdditiveAttention",
+    "AdditiveConfig",
     "Attention",
+    "AttentionConfig",
     "Bidirectional",
+    "Block",
+    "BlockConfig",
     "Causal",
-    "Dot",
+    "CrossAttention",
+    "CrossAttentionConfig",
+    "DotConfig",
     "Dtypes",
+    "Embedding",
     "Experts",
+    "ExpertsConfig",
+    "GRUConfig",
+    "GatedCrossAttentionConfig",
     "GatedMLP",
-    "General",
+    "GatedMLPConfig",
+    "GeneralConfig",
     "Kind",
+    "LSTMConfig",
     "LayerNorm",
+    "LayerNormConfig",
+    "Linear",
+    "MLPConfig",
     "MuP",
+    "MultiplicativeAttention",
     "NoAttention",
     "NoPositions",
     "Normal",
+    "PerceiverAttention",
+    "PerceiverAttentionConfig",
     "RMSNorm",
+    "RMSNormConfig",
     "RelativeBias",
+    "Resampler",
+    "ResamplerConfig",
     "Rotary",
     "Sliding",
 ]

@@ -26,7 +26,7 @@ class NoAttention:
 
 
 @dataclass(frozen=True)
-class Additive:
+class AdditiveConfig:
     """v . tanh(W s + U h) of the state s before a token and each place h of the memory; what is attended to
     is read with the token (Bahdanau et al. 2015, arXiv 1409.0473, equations 5 and 6, and section A.1.2).
 
@@ -41,14 +41,14 @@ class Additive:
 
 
 @dataclass(frozen=True)
-class General:
+class GeneralConfig:
     """s . W h of the state s after a token and each place h of the memory (Luong et al. 2015,
     arXiv 1508.04025, equation 8).
     """
 
 
 @dataclass(frozen=True)
-class Dot:
+class DotConfig:
     """s . h of the state s after a token and each place h of the memory (Luong et al. 2015, equation 8)."""
 
 
@@ -82,11 +82,11 @@ class MultiplicativeAttention(nn.Module):
         return found[:, :, 0]
 
 
-class AdditiveLayer(nn.Module):
+class AdditiveAttention(nn.Module):
     """A recurrent layer that before each token asks the memory by its state, and reads the answer too."""
 
     config: RecurrentLayers
-    attention: Additive
+    attention: AdditiveConfig
     remat: Literal["none", "full", "dots"]
 
     @nn.compact
@@ -128,7 +128,7 @@ class AlignedStack(nn.Module):
 
     config: RecurrentLayers
     depth: int
-    attention: NoAttention | Additive | General | Dot
+    attention: NoAttention | AdditiveConfig | GeneralConfig | DotConfig
     scan: bool
     remat: Literal["none", "full", "dots"]
 
@@ -142,19 +142,19 @@ class AlignedStack(nn.Module):
         deterministic: bool,
     ) -> tuple[Float[Array, "B T E"], State]:
         """Activations before the logits, and the last states of all layers, (B, L, E) each."""
-        c, additive = self.config, isinstance(self.attention, Additive)
+        c, additive = self.config, isinstance(self.attention, AdditiveConfig)
         there, plain = (segment_ids > 0)[..., None], self.depth - additive
         found = tuple(s[:, :plain] for s in states)
         if plain:
             stack = RecurrentStack(c, plain, False, self.scan, self.remat, name="layers")
             x, found = stack(x, there, jnp.zeros_like(there), found, deterministic)
-        if isinstance(self.attention, Additive):
+        if isinstance(self.attention, AdditiveConfig):
             x = Dropout(c.dropout)(x, deterministic=deterministic)
-            layer = AdditiveLayer(c, self.attention, self.remat, name="attention")
+            layer = AdditiveAttention(c, self.attention, self.remat, name="attention")
             x, context, last = layer(x, there, tuple(s[:, -1] for s in states), memory)
             found = tuple(jnp.concatenate([a, b[:, None]], axis=1) for a, b in zip(found, last, strict=True))
-        elif isinstance(self.attention, General | Dot):
-            general = isinstance(self.attention, General)
+        elif isinstance(self.attention, GeneralConfig | DotConfig):
+            general = isinstance(self.attention, GeneralConfig)
             context = MultiplicativeAttention(c, general, name="attention")(x, segment_ids, memory)
         else:
             return x, found

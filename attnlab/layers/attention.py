@@ -15,7 +15,7 @@ from attnlab.attention.masks.base import Index, Mask
 from attnlab.attention.positions import Scaling, rotary
 from attnlab.attention.scores import Score
 from attnlab.layers.linear import Linear
-from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.parameters import Dtypes, parameter
 
 
@@ -132,7 +132,7 @@ class Bidirectional(Kind):
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionConfig:
     """How every attention layer of a model is made.
 
     Attributes:
@@ -216,7 +216,7 @@ class Reading:
     ahead: Int[Array, "B T"] | None = None
 
 
-class AttentionLayer(nn.Module):
+class Attention(nn.Module):
     """Attention of a layer of one kind; keys and values come from the same tokens or a cache of them.
 
     Attributes:
@@ -228,10 +228,10 @@ class AttentionLayer(nn.Module):
       std: deviation of the initial query, key and value weights; `out_std` that of the output's.
     """
 
-    config: Attention
+    config: AttentionConfig
     kind: Kind
     positions: Rotary | RelativeBias | NoPositions
-    norm: RMSNorm | LayerNorm
+    norm: RMSNormConfig | LayerNormConfig
     scale: float | None
     std: float
     out_std: float
@@ -277,7 +277,7 @@ class AttentionLayer(nn.Module):
         if not config.qk_norm or name == "value":
             return y
         over = axes if config.qk_norm == "whole" else ("norm",)
-        return Norm(self.norm, self.dtypes, over, name=f"{name}_norm")(y)
+        return self.norm.build(self.dtypes, over, name=f"{name}_norm")(y)
 
     def _attend(
         self, query, key, value, mask: Mask, score: Score | None, embed: int, deterministic: bool
@@ -306,7 +306,7 @@ class AttentionLayer(nn.Module):
         return Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")(out)
 
 
-class CrossAttentionLayer(AttentionLayer):
+class CrossAttention(Attention):
     """Attention to a memory: to all of it, in no order (Vaswani et al. 2017, section 3.2.3)."""
 
     @nn.compact
@@ -340,7 +340,7 @@ class CrossAttentionLayer(AttentionLayer):
         return self._attend(query, key, value, mask, None, embed, deterministic), layer_cache
 
 
-class AttentionBesideLayer(AttentionLayer):
+class PerceiverAttention(Attention):
     """Attention to a memory of the model's width, normalised, and beside it to the tokens; in no order."""
 
     @nn.compact
@@ -354,7 +354,7 @@ class AttentionBesideLayer(AttentionLayer):
         """The attended activations; nothing of them is kept in a cache."""
         memory, embed = reading.memory, x.shape[-1]
         assert memory is not None, "there is nothing to attend to beside the tokens"
-        both = jnp.concatenate([Norm(self.norm, self.dtypes, name="memory_norm")(memory.values), x], axis=1)
+        both = jnp.concatenate([self.norm.build(self.dtypes, name="memory_norm")(memory.values), x], axis=1)
         query = self._project(x, "query", embed)
         key, value = (self._project(both, name, embed) for name in ("key", "value"))
         key_segments = jnp.concatenate([memory.segments, reading.segments], axis=1)

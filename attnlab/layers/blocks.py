@@ -11,21 +11,21 @@ from jaxtyping import Array, Float
 from attnlab.attention.kv_cache import KVCache
 from attnlab.layers.attention import (
     Attention,
-    AttentionBesideLayer,
-    AttentionLayer,
+    AttentionConfig,
     Bidirectional,
-    CrossAttentionLayer,
+    CrossAttention,
     Kind,
     NoPositions,
+    PerceiverAttention,
     Reading,
     RelativeBias,
     Rotary,
 )
 from attnlab.layers.dropout import Dropout
-from attnlab.layers.experts import Experts, ExpertsLayer
-from attnlab.layers.feed_forward import MLP, FeedForward, GatedMLP
+from attnlab.layers.experts import Experts, ExpertsConfig
+from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.initialization import Normal
-from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.parameters import Dtypes, parameter
 
 REMAT_POLICIES = {
@@ -38,12 +38,12 @@ Placement = Literal["pre", "post", "both", "branch"]
 
 
 @dataclass(frozen=True)
-class Branch:
+class CrossAttentionConfig:
     """A branch of attention to the memory between the other two (Vaswani et al. 2017, section 3.1)."""
 
 
 @dataclass(frozen=True)
-class Gated:
+class GatedCrossAttentionConfig:
     """Before the other two branches, one of attention to the memory and a feed-forward one of its own, each
     times the tanh of a learned number from 0, so that at first nothing changes (Flamingo, arXiv 2204.14198,
     section 3.1.2).
@@ -51,14 +51,14 @@ class Gated:
 
 
 @dataclass(frozen=True)
-class Beside:
+class PerceiverAttentionConfig:
     """Attention sees the memory, normalised, beside the tokens: learned latents resample it (the Perceiver
     resampler of Flamingo, arXiv 2204.14198, section 3.1.1).
     """
 
 
 # How blocks look at a memory.
-Cross: TypeAlias = Branch | Gated | Beside
+Cross: TypeAlias = CrossAttentionConfig | GatedCrossAttentionConfig | PerceiverAttentionConfig
 # Of a block's own tokens, or of those and of a memory.
 BlockCache = KVCache | tuple[KVCache | None, KVCache | None]
 
@@ -76,9 +76,9 @@ class BlockConfig:
 
     width: int
     depth: int
-    attention: Attention
-    feed_forward: MLP | GatedMLP | Experts
-    norm: RMSNorm | LayerNorm
+    attention: AttentionConfig
+    feed_forward: MLPConfig | GatedMLPConfig | ExpertsConfig
+    norm: RMSNormConfig | LayerNormConfig
     placement: Placement
     layer_scale: float | None
     positions: Rotary | RelativeBias | NoPositions
@@ -107,16 +107,16 @@ class Block(nn.Module):
         self.sow("intermediates", "hidden", x)
         own, of_memory = layer_cache if isinstance(layer_cache, tuple) else (layer_cache, None)
         looks = self.config.cross if self.kind.looks else None
-        if isinstance(looks, Gated):
+        if isinstance(looks, GatedCrossAttentionConfig):
             x, of_memory = self._look(x, reading, of_memory, gated=True)
             y = self._feed_forward(self._before(x, "cross_feed_forward"), reading, "cross_feed_forward")
             x = self._add(x, y, "cross_feed_forward", gated=True)
         turned = self.kind.positions or self.config.positions
-        layer = AttentionBesideLayer if isinstance(looks, Beside) else AttentionLayer
+        layer = PerceiverAttention if isinstance(looks, PerceiverAttentionConfig) else Attention
         attention = self._attention(layer, "attention", self.kind, turned)
         y, own = attention(self._before(x, "attention"), reading, own, self.deterministic)
         x = self._add(x, y, "attention")
-        if isinstance(looks, Branch):
+        if isinstance(looks, CrossAttentionConfig):
             x, of_memory = self._look(x, reading, of_memory)
         y = self._feed_forward(self._before(x, "feed_forward"), reading, "feed_forward")
         x = self._add(x, y, "feed_forward")
@@ -124,20 +124,20 @@ class Block(nn.Module):
 
     def _look(self, x, reading: Reading, of_memory: KVCache | None, gated: bool = False):
         """After a branch of attention to the memory; and the cache with its keys and values."""
-        cross = self._attention(CrossAttentionLayer, "cross_attention", Bidirectional(), NoPositions())
+        cross = self._attention(CrossAttention, "cross_attention", Bidirectional(), NoPositions())
         y, of_memory = cross(self._before(x, "cross_attention"), reading, of_memory, self.deterministic)
         return self._add(x, y, "cross_attention", gated), of_memory
 
-    def _attention(self, layer: type[AttentionLayer], name: str, kind: Kind, positions) -> AttentionLayer:
+    def _attention(self, layer: type[Attention], name: str, kind: Kind, positions) -> Attention:
         c = self.config
         scale = c.init.attention_scale(c.attention.head_dim or c.width // c.attention.heads)
         return layer(c.attention, kind, positions, c.norm, scale, *self._std, c.dtypes, name=name)
 
     def _feed_forward(self, x: Float[Array, "B T E"], reading: Reading, name: str) -> Float[Array, "B T E"]:
         c = self.config
-        if isinstance(c.feed_forward, Experts):
-            return ExpertsLayer(c.feed_forward, *self._std, c.dtypes, name=name)(x, reading.segments > 0)
-        return FeedForward(c.feed_forward, *self._std, c.dtypes, name=name)(x)
+        if isinstance(c.feed_forward, ExpertsConfig):
+            return Experts(c.feed_forward, *self._std, c.dtypes, name=name)(x, reading.segments > 0)
+        return c.feed_forward.build(*self._std, c.dtypes, name=name)(x)
 
     @property
     def _std(self) -> tuple[float, float]:
@@ -167,7 +167,7 @@ class Block(nn.Module):
         return self._norm(x, branch) if c.placement == "post" else x
 
     def _norm(self, x: Float[Array, "B T E"], name: str) -> Float[Array, "B T E"]:
-        return Norm(self.config.norm, self.config.dtypes, name=f"{name}_norm")(x)
+        return self.config.norm.build(self.config.dtypes, name=f"{name}_norm")(x)
 
 
 class Period(nn.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLP
+from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig
 from attnlab.layers.linear import Linear
 from attnlab.layers.parameters import Dtypes, parameter
 from attnlab.sharding import spec
@@ -19,7 +19,7 @@ Maps = tuple[Array, Array | None]
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertsConfig:
     """The weighted sum of the `top_k` gated MLPs of the highest logits (arXiv 2401.04088, section 2.1).
 
     No token is dropped: experts have no capacity. A mesh's tensor axis cuts the experts, not their width.
@@ -27,7 +27,7 @@ class Experts:
     Attributes:
       experts: how many there are, X.
       top_k: how many each token goes through.
-      width: inner width F of each; None is as of `GatedMLP`.
+      width: inner width F of each; None is as of `GatedMLPConfig`.
       activation: of the gate; "clamped_swiglu" is gpt-oss's, see `clamped_swiglu`.
       bias: whether the router and the experts have biases.
       renormalize: whether the weights are a softmax over the chosen logits only (Mixtral, gpt-oss), or shares
@@ -56,7 +56,7 @@ class Experts:
 
     def hidden(self, embed: int) -> int:
         """The inner width F of an expert."""
-        return GatedMLP(self.width).hidden(embed)
+        return GatedMLPConfig(self.width).hidden(embed)
 
 
 def clamped_swiglu(
@@ -172,10 +172,10 @@ class ExpertMaps(nn.Module):
         return kernels, parameter(self, "bias", (shape[0], shape[2]), ("experts", "norm"), self.dtypes)
 
 
-class ExpertsLayer(nn.Module):
+class Experts(nn.Module):
     """Applies the mixture that `config` describes; its balance loss goes to the collection "losses"."""
 
-    config: Experts
+    config: ExpertsConfig
     std: float
     out_std: float
     dtypes: Dtypes

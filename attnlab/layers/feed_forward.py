@@ -42,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclass(frozen=True)
-class MLP:
+class MLPConfig:
     """activation(x W1) W2 (Vaswani et al. 2017, equation 2); `width` None is four model widths."""
 
     width: int | None = None
@@ -53,12 +53,16 @@ class MLP:
         """The inner width F."""
         return self.width or 4 * embed
 
+    def build(self, std: float, out_std: float, dtypes: Dtypes, name: str | None = None) -> "MLP":
+        """Return the module of this config; see `MLP`."""
+        return MLP(self, std, out_std, dtypes, name=name)
+
 
 @dataclass(frozen=True)
-class GatedMLP:
+class GatedMLPConfig:
     """(activation(x Wg) * x W1) W2: SwiGLU by "silu", GeGLU by "gelu" (arXiv 2002.05202, equation 6).
 
-    `width` None is 8/3 model widths, rounded up to a multiple of 8: as many weights as an `MLP`.
+    `width` None is 8/3 model widths, rounded up to a multiple of 8: as many weights as an `MLPConfig`.
     """
 
     width: int | None = None
@@ -69,28 +73,60 @@ class GatedMLP:
         """The inner width F."""
         return self.width or -(-8 * embed // 24) * 8
 
+    def build(self, std: float, out_std: float, dtypes: Dtypes, name: str | None = None) -> "GatedMLP":
+        """Return the module of this config; see `GatedMLP`."""
+        return GatedMLP(self, std, out_std, dtypes, name=name)
 
-class FeedForward(nn.Module):
-    """Applies the feed-forward layer that `config` describes."""
 
-    config: MLP | GatedMLP
+class MLP(nn.Module):
+    """A feed-forward layer of two linear maps; see `MLPConfig`.
+
+    Attributes:
+      config: width, activation and bias.
+      std: deviation of the initial weights of the first map; `out_std` of the last.
+      dtypes: of the parameters and the computation.
+    """
+
+    config: MLPConfig
     std: float
     out_std: float
     dtypes: Dtypes
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """The transformed activations."""
-        config, embed = self.config, x.shape[-1]
-        hidden = config.hidden(embed)
-        activation = ACTIVATIONS[config.activation]
+        """Return the transformed activations."""
+        activation = ACTIVATIONS[self.config.activation]
+        return _down(self, activation(_up(self, "up", x)), x.shape[-1])
 
-        def up(name: str) -> Array:
-            return Linear(
-                (embed,), (hidden,), ("embed", "mlp"), self.std, config.bias, self.dtypes, name=name
-            )(x)
 
-        y = activation(up("gate")) * up("up") if isinstance(config, GatedMLP) else activation(up("up"))
-        return Linear(
-            (hidden,), (embed,), ("mlp", "embed"), self.out_std, config.bias, self.dtypes, name="down"
-        )(y)
+class GatedMLP(nn.Module):
+    """A feed-forward layer with a multiplicative gate; see `GatedMLPConfig`.
+
+    Attributes:
+      config: width, activation and bias.
+      std: deviation of the initial weights of the first maps; `out_std` of the last.
+      dtypes: of the parameters and the computation.
+    """
+
+    config: GatedMLPConfig
+    std: float
+    out_std: float
+    dtypes: Dtypes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Return the transformed activations."""
+        activation = ACTIVATIONS[self.config.activation]
+        return _down(self, activation(_up(self, "gate", x)) * _up(self, "up", x), x.shape[-1])
+
+
+def _up(module: MLP | GatedMLP, name: str, x: Float[Array, "B T E"]) -> Float[Array, "B T F"]:
+    c, embed = module.config, x.shape[-1]
+    sizes = (embed,), (c.hidden(embed),)
+    return Linear(*sizes, ("embed", "mlp"), module.std, c.bias, module.dtypes, name=name)(x)
+
+
+def _down(module: MLP | GatedMLP, y: Float[Array, "B T F"], embed: int) -> Float[Array, "B T E"]:
+    sizes = (y.shape[-1],), (embed,)
+    bias, dtypes = module.config.bias, module.dtypes
+    return Linear(*sizes, ("mlp", "embed"), module.out_std, bias, dtypes, name="down")(y)

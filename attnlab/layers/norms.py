@@ -11,47 +11,89 @@ from attnlab.layers.parameters import Dtypes, parameter
 
 
 @dataclass(frozen=True)
-class RMSNorm:
+class RMSNormConfig:
     """x / rms(x) * scale (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
 
-    `from_one` keeps scale - 1 as the parameter, which weight decay then pulls to a scale of 1 (Gemma).
+    With `zero_centered_scale` the parameter is scale - 1, so that weight decay pulls the scale to 1 (Gemma).
     """
 
     epsilon: float = 1e-6
-    from_one: bool = False
+    zero_centered_scale: bool = False
+
+    def build(self, dtypes: Dtypes, axes: tuple[str, ...] = ("norm",), name: str | None = None) -> "RMSNorm":
+        """Return the module of this config; see `RMSNorm`."""
+        return RMSNorm(self, dtypes, axes, name=name)
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNormConfig:
     """(x - mean) / std * scale + bias (Ba et al. 2016, arXiv 1607.06450, equation 4)."""
 
     epsilon: float = 1e-5
     bias: bool = True
 
+    def build(
+        self, dtypes: Dtypes, axes: tuple[str, ...] = ("norm",), name: str | None = None
+    ) -> "LayerNorm":
+        """Return the module of this config; see `LayerNorm`."""
+        return LayerNorm(self, dtypes, axes, name=name)
 
-class Norm(nn.Module):
-    """Applies the norm that `config` describes to the last dimension, or to as many as `axes` names."""
 
-    config: RMSNorm | LayerNorm
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension, or over as many as `axes` names.
+
+    Attributes:
+      config: epsilon, and how the scale is stored.
+      dtypes: of the parameters.
+      axes: logical names of the normalised dimensions.
+    """
+
+    config: RMSNormConfig
     dtypes: Dtypes
     axes: tuple[str, ...] = ("norm",)
 
     @nn.compact
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
-        """The normalised activations, in the input's dtype."""
-        config, over = self.config, tuple(range(-len(self.axes), 0))
-        from_one = isinstance(config, RMSNorm) and config.from_one
-        scale = 1.0 + self._vector("scale", x, 0.0) if from_one else self._vector("scale", x, 1.0)
-        y = x.astype(jnp.float32)
-        if isinstance(config, LayerNorm):
-            y = y - y.mean(axis=over, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=over, keepdims=True) + config.epsilon)
-        y = y * scale
-        if isinstance(config, LayerNorm) and config.bias:
-            y = y + self._vector("bias", x, 0.0)
+        """Return the normalised activations, in the input's dtype."""
+        if self.config.zero_centered_scale:
+            scale = 1.0 + _vector(self, "scale", x, 0.0)
+        else:
+            scale = _vector(self, "scale", x, 1.0)
+        y = _divide_by_rms(x.astype(jnp.float32), len(self.axes), self.config.epsilon)
+        return (y * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension, or over as many as `axes` names.
+
+    Attributes:
+      config: epsilon, and whether there is a bias.
+      dtypes: of the parameters.
+      axes: logical names of the normalised dimensions.
+    """
+
+    config: LayerNormConfig
+    dtypes: Dtypes
+    axes: tuple[str, ...] = ("norm",)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+        """Return the normalised activations, in the input's dtype."""
+        scale, y = _vector(self, "scale", x, 1.0), x.astype(jnp.float32)
+        y = y - y.mean(axis=tuple(range(-len(self.axes), 0)), keepdims=True)
+        y = _divide_by_rms(y, len(self.axes), self.config.epsilon) * scale
+        if self.config.bias:
+            y = y + _vector(self, "bias", x, 0.0)
         return y.astype(x.dtype)
 
-    def _vector(self, name: str, x: Array, mean: float) -> Array:
-        n = len(self.axes)
-        vector = parameter(self, name, x.shape[-n:], self.axes, self.dtypes, mean=mean)
-        return jnp.expand_dims(vector, tuple(range(x.ndim - n))).astype(jnp.float32)
+
+def _divide_by_rms(y: Float[Array, "... E"], num_axes: int, epsilon: float) -> Float[Array, "... E"]:
+    over = tuple(range(-num_axes, 0))
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=over, keepdims=True) + epsilon)
+
+
+def _vector(module: RMSNorm | LayerNorm, name: str, x: Array, mean: float) -> Array:
+    """Declare a float32 parameter over the normalised dimensions of `x`, broadcastable to `x`."""
+    n = len(module.axes)
+    vector = parameter(module, name, x.shape[-n:], module.axes, module.dtypes, mean=mean)
+    return jnp.expand_dims(vector, tuple(range(x.ndim - n))).astype(jnp.float32)

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.layers.attention import (
-    Attention,
+    AttentionConfig,
     Bidirectional,
-    CrossAttentionLayer,
+    CrossAttention,
     Memory,
     NoPositions,
     Reading,
 )
-from attnlab.layers.feed_forward import MLP, FeedForward, GatedMLP
+from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Embedding, Linear
-from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.parameters import Dtypes
 from attnlab.sharding import constrain
 
@@ -73,9 +73,9 @@ class Pool(nn.Module):
 
     config: Pooling
     prefix: int
-    attention: Attention
-    feed_forward: MLP | GatedMLP
-    norm: RMSNorm | LayerNorm
+    attention: AttentionConfig
+    feed_forward: MLPConfig | GatedMLPConfig
+    norm: RMSNormConfig | LayerNormConfig
     std: float
     dtypes: Dtypes
 
@@ -108,7 +108,7 @@ class Pool(nn.Module):
         query = constrain(jnp.broadcast_to(probe[None], (b, 1, e)), "batch", "sequence", None)
         zero = jnp.zeros_like(tokens.segments[:, :1])
         reading = Reading(segments=zero + 1, positions=zero, memory=tokens)
-        attention = CrossAttentionLayer(
+        attention = CrossAttention(
             self.attention,
             Bidirectional(),
             NoPositions(),
@@ -120,5 +120,5 @@ class Pool(nn.Module):
             name="attention",
         )
         y, _ = attention(query, reading)
-        z = Norm(self.norm, self.dtypes, name="norm")(y)
-        return y + FeedForward(self.feed_forward, self.std, self.std, self.dtypes, name="feed_forward")(z)
+        z = self.norm.build(self.dtypes, name="norm")(y)
+        return y + self.feed_forward.build(self.std, self.std, self.dtypes, name="feed_forward")(z)

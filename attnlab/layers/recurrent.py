@@ -19,7 +19,7 @@ State = tuple[Array, ...]
 
 
 @dataclass(frozen=True)
-class LSTM:
+class LSTMConfig:
     """c' = sigma(f + forget_bias) c + sigma(i) tanh(g) and h' = sigma(o) tanh(c'), where i, f, g, o are
     W x + U h + b (Hochreiter and Schmidhuber 1997; forget gates: Gers et al. 2000, equations 3 to 9).
 
@@ -39,7 +39,7 @@ class LSTM:
 
 
 @dataclass(frozen=True)
-class GRU:
+class GRUConfig:
     """h' = (1 - z) tanh(W x + b + r (U h + u)) + z h, where r and z are sigma(W x + U h + b) (Cho et al.
     2014, arXiv 1406.1078, equations 5 to 8).
 
@@ -65,14 +65,14 @@ class RecurrentLayers:
     """What all layers of a stack share; a model's config makes one of itself.
 
     Attributes:
-      cell: `LSTM` or `GRU`.
+      cell: `LSTMConfig` or `GRUConfig`.
       width: E, of what is read and given out.
       dropout: share of what a layer reads that is dropped in training; never of the state (Zaremba et al.
         2014, arXiv 1409.2329, section 3.1).
       std: deviation of the initial weights.
     """
 
-    cell: LSTM | GRU
+    cell: LSTMConfig | GRUConfig
     width: int
     dropout: float
     std: float
@@ -87,17 +87,17 @@ class RecurrentLayers:
 class StateWeights(nn.Module):
     """What a state is multiplied with, whole on each device: a step that waits for others is a slow one."""
 
-    cell: LSTM | GRU
+    cell: LSTMConfig | GRUConfig
     width: int
     std: float
     dtypes: Dtypes
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
-        """The kernel (E, gates E); of a `GRU` also the bias (E,) of the new state."""
+        """The kernel (E, gates E); of a `GRUConfig` also the bias (E,) of the new state."""
         shape = (self.width, self.cell.gates * self.width)
         found = {"kernel": parameter(self, "kernel", shape, ("embed", "state"), self.dtypes, std=self.std)}
-        if isinstance(self.cell, GRU):
+        if isinstance(self.cell, GRUConfig):
             found["bias"] = parameter(self, "bias", (self.width,), ("state",), self.dtypes)
         return found
 

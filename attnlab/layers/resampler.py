@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from attnlab.layers.attention import Bidirectional, Memory, NoPositions, Reading
-from attnlab.layers.blocks import Beside, BlockConfig, Stack
+from attnlab.layers.blocks import BlockConfig, PerceiverAttentionConfig, Stack
 from attnlab.layers.linear import Embedding
-from attnlab.layers.norms import Norm
 from attnlab.sharding import constrain
 
 
 @dataclass(frozen=True)
-class Resampler:
+class ResamplerConfig:
     """A Perceiver resampler, as wide as what it reads.
 
     Attributes:
@@ -31,7 +30,7 @@ class Resampler:
             raise ValueError("latents and depth must be at least 1")
 
 
-class ResamplerLayer(nn.Module):
+class Resampler(nn.Module):
     """Applies the resampler that `config` describes.
 
     Attributes:
@@ -41,7 +40,7 @@ class ResamplerLayer(nn.Module):
       remat: see there.
     """
 
-    config: Resampler
+    config: ResamplerConfig
     block: BlockConfig
     scan: bool
     remat: Literal["none", "full", "dots"]
@@ -53,10 +52,10 @@ class ResamplerLayer(nn.Module):
         table = Embedding(c.latents, block.width, ("sequence", "embed"), block.init.std, block.dtypes)
         x = jnp.broadcast_to(table()[None], (rows, c.latents, block.width))
         x = constrain(x, "batch", "sequence", None)
-        block = replace(block, depth=c.depth, positions=NoPositions(), cross=Beside())
+        block = replace(block, depth=c.depth, positions=NoPositions(), cross=PerceiverAttentionConfig())
         segments: Int[Array, "B R"] = constrain(jnp.ones(x.shape[:2], jnp.int32), "batch", "sequence")
         stack = Stack(block, (Bidirectional(),), self.scan, self.remat, name="layers")
         x, _ = stack(x, None, Reading(segments, jnp.zeros_like(segments), memory=memory), deterministic)
         if block.placement != "post":  # else the last block has ended with one
-            x = Norm(block.norm, block.dtypes, name="norm")(x)
+            x = block.norm.build(block.dtypes, name="norm")(x)
         return Memory(x, segments)

@@ -5,8 +5,15 @@ from attnlab.models.captioner import Captioner, CaptionerConfig
 from attnlab.models.contrastive import Contrastive, ContrastiveConfig
 from attnlab.models.decoder import Decoder, DecoderConfig
 from attnlab.models.encoder import Encoder, EncoderConfig
-from attnlab.models.heads import Classifier, Dense, FirstToken, MaskedLM, MeanOfTokens, Pooled
-from attnlab.models.prefix import PrefixConfig, PrefixModel, Projector
+from attnlab.models.heads import (
+    ClassifierConfig,
+    DenseConfig,
+    FirstToken,
+    MaskedLMConfig,
+    MeanOfTokens,
+    PooledConfig,
+)
+from attnlab.models.prefix import PrefixConfig, PrefixModel, ProjectorConfig
 from attnlab.models.recurrent import Recurrent, RecurrentConfig
 from attnlab.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -17,23 +24,23 @@ from attnlab.models.vit import ViT, ViTConfig
 __all__ = [
     "Captioner",
     "CaptionerConfig",
-    "Classifier",
+    "ClassifierConfig",
     "Contrastive",
     "ContrastiveConfig",
     "Decoder",
     "DecoderConfig",
-    "Dense",
+    "DenseConfig",
     "Encoder",
     "EncoderConfig",
     "FirstToken",
     "Learned",
-    "MaskedLM",
+    "MaskedLMConfig",
     "MeanOfTokens",
     "ModelConfig",
-    "Pooled",
+    "PooledConfig",
     "PrefixConfig",
     "PrefixModel",
-    "Projector",
+    "ProjectorConfig",
     "Recurrent",
     "RecurrentConfig",
     "RecurrentSeq2Seq",

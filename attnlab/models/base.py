@@ -7,12 +7,12 @@ from typing import Literal, Self
 
 import flax.linen as nn
 
-from attnlab.layers.attention import Attention, Causal, Kind, NoPositions, RelativeBias, Rotary
+from attnlab.layers.attention import AttentionConfig, Causal, Kind, NoPositions, RelativeBias, Rotary
 from attnlab.layers.blocks import BlockConfig, Cross, Placement, Stack
-from attnlab.layers.experts import Experts
-from attnlab.layers.feed_forward import MLP, GatedMLP
+from attnlab.layers.experts import ExpertsConfig
+from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.initialization import MuP, Normal
-from attnlab.layers.norms import LayerNorm, RMSNorm
+from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.parameters import Dtypes
 
 
@@ -198,8 +198,8 @@ class TransformerConfig(ModelConfig):
       depth: number of layers L.
       width: model width E.
       attention: heads and options of every attention layer.
-      feed_forward: `MLP`, `GatedMLP` or `Experts`.
-      norm: `RMSNorm` or `LayerNorm`.
+      feed_forward: `MLPConfig`, `GatedMLPConfig` or `ExpertsConfig`.
+      norm: `RMSNormConfig` or `LayerNormConfig`.
       placement: where norms stand; see `BlockConfig`.
       layer_scale: where a learned factor of what each branch adds starts; None is none.
       pattern: kinds of attention, repeated over the layers: five `Sliding` then one `Causal`, say.
@@ -212,9 +212,9 @@ class TransformerConfig(ModelConfig):
 
     depth: int = 6
     width: int = 256
-    attention: Attention = field(default_factory=Attention)
-    feed_forward: MLP | GatedMLP | Experts = field(default_factory=MLP)
-    norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    feed_forward: MLPConfig | GatedMLPConfig | ExpertsConfig = field(default_factory=MLPConfig)
+    norm: RMSNormConfig | LayerNormConfig = field(default_factory=RMSNormConfig)
     placement: Placement = "pre"
     layer_scale: float | None = None
     pattern: tuple[Kind, ...] = (Causal(),)
@@ -320,7 +320,7 @@ class TransformerConfig(ModelConfig):
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """See `ModelConfig.sharded_dimensions`."""
         feed_forward = {"model.feed_forward.width": ("mlp", self.feed_forward.hidden(self.width))}
-        if isinstance(self.feed_forward, Experts):
+        if isinstance(self.feed_forward, ExpertsConfig):
             feed_forward = {"model.feed_forward.experts": ("experts", self.feed_forward.experts)}
         return {
             "model.width": ("embed", self.width),
@@ -355,14 +355,14 @@ class TransformerConfig(ModelConfig):
     def feed_forward_weights(self) -> int:
         """Weights of a feed-forward layer that a token is multiplied with."""
         layer, matrix = self.feed_forward, self.width * self.feed_forward.hidden(self.width)
-        if isinstance(layer, Experts):
+        if isinstance(layer, ExpertsConfig):
             return layer.experts * self.width + 3 * layer.top_k * matrix
-        return (3 if isinstance(layer, GatedMLP) else 2) * matrix
+        return (3 if isinstance(layer, GatedMLPConfig) else 2) * matrix
 
     def idle_parameters(self) -> int:
         """See `ModelConfig.idle_parameters`."""
         layer, hidden = self.feed_forward, self.feed_forward.hidden(self.width)
-        if not isinstance(layer, Experts):
+        if not isinstance(layer, ExpertsConfig):
             return 0
         biases = 2 * hidden + self.width if layer.bias else 0
         return self.depth * (layer.experts - layer.top_k) * (3 * self.width * hidden + biases)

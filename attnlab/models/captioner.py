@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from jaxtyping import Array, Int
 
 from attnlab.layers.attention import Memory, NoPositions
-from attnlab.layers.blocks import Branch, Gated
+from attnlab.layers.blocks import CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.layers.linear import Linear
-from attnlab.layers.resampler import Resampler, ResamplerLayer
+from attnlab.layers.resampler import Resampler, ResamplerConfig
 from attnlab.models.base import TokenFlops
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from attnlab.models.vit import ViTConfig
@@ -20,18 +20,21 @@ class CaptionerConfig(Seq2SeqConfig):
     Attributes:
       resampler: makes a few latents of an image's patches before the text looks; None is no such thing.
       projection: whether a linear map makes what is looked at as wide as the decoder.
-      cross: how the decoder's layers look, those whose kind does: `Branch` or `Gated`.
+      cross: how the decoder's layers attend to the image: `CrossAttentionConfig` or
+        `GatedCrossAttentionConfig`.
     """
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
-    resampler: Resampler | None = None
+    resampler: ResamplerConfig | None = None
     projection: bool = False
-    cross: Branch | Gated = field(default_factory=Branch)
+    cross: CrossAttentionConfig | GatedCrossAttentionConfig = field(default_factory=CrossAttentionConfig)
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.cross, Gated) and self.decoder.placement == "post":
-            raise ValueError("cross=Gated needs a decoder.placement whose residual stream has no norm in it")
+        if isinstance(self.cross, GatedCrossAttentionConfig) and self.decoder.placement == "post":
+            raise ValueError(
+                "cross=GatedCrossAttention needs a decoder.placement whose residual stream has no norm in it"
+            )
 
     def build(self, vocab_size: int) -> "Captioner":
         """See `ModelConfig.build`."""
@@ -52,10 +55,14 @@ class CaptionerConfig(Seq2SeqConfig):
             image += self._resampling(self.resampler, patches)
         if self.projection:
             image += TokenFlops(2.0 * slots * width * d.width, 0.0)
-        own = 2.0 * d.feed_forward_weights() * d.looks if isinstance(self.cross, Gated) else 0.0
+        own = (
+            2.0 * d.feed_forward_weights() * d.looks
+            if isinstance(self.cross, GatedCrossAttentionConfig)
+            else 0.0
+        )
         return super().token_flops(vocab_size, length) + image * (1 / length) + TokenFlops(own, 0.0)
 
-    def _resampling(self, resampler: Resampler, patches: int) -> TokenFlops:
+    def _resampling(self, resampler: ResamplerConfig, patches: int) -> TokenFlops:
         """Operations for the latents of an image."""
         e, latents = self.encoder, resampler.latents
         seen = patches + latents
@@ -77,7 +84,7 @@ class Captioner(Seq2Seq):
         self.decoder = c.decoder.build(self.vocab_size, c.cross)
         if c.resampler is not None:
             block = encoder.block(NoPositions())
-            self.resampler = ResamplerLayer(c.resampler, block, encoder.scan, encoder.remat)
+            self.resampler = Resampler(c.resampler, block, encoder.scan, encoder.remat)
         if c.projection:
             sizes = (encoder.width,), (c.decoder.width,)
             std = c.decoder.init.hidden_std(encoder.width)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from attnlab.layers.attention import NoPositions, RelativeBias, Rotary
 from attnlab.layers.contrastive_loss import Pairs, Sigmoid, Softmax
 from attnlab.layers.linear import Linear
-from attnlab.layers.norms import LayerNorm, RMSNorm
+from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.parameters import parameter
 from attnlab.layers.pooling import pooled_width
 from attnlab.layers.readout import TokenStatistics
@@ -55,7 +55,7 @@ class TextTowerConfig(TextConfig):
     positions: Rotary | Learned | Sinusoidal | RelativeBias | NoPositions = field(
         default_factory=lambda: Learned(77)
     )
-    norm: RMSNorm | LayerNorm = field(default_factory=LayerNorm)
+    norm: RMSNormConfig | LayerNormConfig = field(default_factory=LayerNormConfig)
 
     def build(self, vocab_size: int) -> "TextTower":
         """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
@@ -84,7 +84,7 @@ class TextTower(TextModel):
 
 
 @dataclass(frozen=True)
-class Projection:
+class ProjectionConfig:
     """A linear map to the space of both towers."""
 
     bias: bool = False
@@ -106,8 +106,8 @@ class ContrastiveConfig(ModelConfig):
     image: ViTConfig = field(default_factory=lambda: ViTConfig(classes=0))
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     width: int = 512
-    image_projection: Projection | None = field(default_factory=Projection)
-    text_projection: Projection | None = field(default_factory=Projection)
+    image_projection: ProjectionConfig | None = field(default_factory=ProjectionConfig)
+    text_projection: ProjectionConfig | None = field(default_factory=ProjectionConfig)
     objective: Softmax | Sigmoid = field(default_factory=Softmax)
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ from attnlab.layers.blocks import Cross, Stack
 from attnlab.layers.linear import Linear, look_up
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
 from attnlab.models.base import SourceConfig, TokenFlops
-from attnlab.models.heads import Classifier, Head, HeadLayer, MaskedLM, Pooled
+from attnlab.models.heads import ClassifierConfig, Head, HeadConfig, MaskedLMConfig, PooledConfig
 from attnlab.models.text import TextConfig, TextModel
 
 
@@ -21,7 +21,7 @@ class EncoderConfig(TextConfig, SourceConfig):
     """An encoder: BERT, ALBERT, ModernBERT and what lies between.
 
     Attributes:
-      head: `MaskedLM`, `Classifier` or `Pooled`.
+      head: `MaskedLMConfig`, `ClassifierConfig` or `PooledConfig`.
       token_types: learned vectors of types of tokens, as of the first and the second of two sentences.
       embedding_width: width of the tables, from which a map leads to the model's (ALBERT, arXiv 1909.11942,
         section 3.1); None is the model's.
@@ -32,7 +32,7 @@ class EncoderConfig(TextConfig, SourceConfig):
     """
 
     pattern: tuple[Kind, ...] = (Bidirectional(),)
-    head: Head = field(default_factory=MaskedLM)
+    head: HeadConfig = field(default_factory=MaskedLMConfig)
     token_types: int = 0
     embedding_width: int | None = None
     groups: int | None = None
@@ -48,7 +48,7 @@ class EncoderConfig(TextConfig, SourceConfig):
             )
         if self.bare_first and (self.groups or self.placement not in ("pre", "both")):
             raise ValueError("bare_first needs a placement of pre or both, and layers that share nothing")
-        if self.embedding_width and isinstance(self.head, MaskedLM) and self.head.dense is None:
+        if self.embedding_width and isinstance(self.head, MaskedLMConfig) and self.head.dense is None:
             raise ValueError("with embedding_width, head.dense must map back to it")
 
     @property
@@ -59,17 +59,17 @@ class EncoderConfig(TextConfig, SourceConfig):
     @property
     def head_width(self) -> int:
         """Width of what the logits are read from."""
-        return self.table_width if isinstance(self.head, MaskedLM) else self.width
+        return self.table_width if isinstance(self.head, MaskedLMConfig) else self.width
 
     @property
     def drops(self) -> bool:
         """See `ModelConfig.drops`."""
-        return super().drops or (isinstance(self.head, Classifier) and self.head.dropout > 0)
+        return super().drops or (isinstance(self.head, ClassifierConfig) and self.head.dropout > 0)
 
     def written_out(self) -> Self:
         """See `ModelConfig.written_out`."""
         config = super(EncoderConfig, replace(self, groups=None)).written_out()
-        head = replace(self.head, dropout=0.0) if isinstance(self.head, Classifier) else self.head
+        head = replace(self.head, dropout=0.0) if isinstance(self.head, ClassifierConfig) else self.head
         period = self.pattern if self.groups else config.pattern
         return replace(config, head=head, pattern=period, groups=self.groups)
 
@@ -127,7 +127,7 @@ class Encoder(TextModel):
             self.projection = Linear(inputs, (c.width,), ("norm", "embed"), std, True, c.dtypes)
         outputs = c.head.outputs(self.vocab_size)
         # By its own name, so that one table of names can tell the heads of a family's checkpoints apart.
-        self.head = HeadLayer(c.head, outputs, c.head_width, c.norm, c.init, c.dtypes, name=c.head.name)
+        self.head = Head(c.head, outputs, c.head_width, c.norm, c.init, c.dtypes, name=c.head.name)
 
     def embed(self, tokens, positions, deterministic, table=None, added=None) -> Float[Array, "B T E"]:
         """What the layers start from; see `TextModel.embed`."""
@@ -167,7 +167,7 @@ class Encoder(TextModel):
     ) -> Float[Array, "B T outputs"]:
         """Logits of each token, or its document's vector; see the heads. Arguments as of `hidden`."""
         x = self._features(tokens, segment_ids, positions, deterministic, token_types)
-        return x if isinstance(self.config.head, Pooled) else logits(x, *self._readout())
+        return x if isinstance(self.config.head, PooledConfig) else logits(x, *self._readout())
 
     def statistics(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, token_types=None
@@ -177,7 +177,7 @@ class Encoder(TextModel):
         Raises:
           InputError: a head without logits.
         """
-        if isinstance(self.config.head, Pooled):
+        if isinstance(self.config.head, PooledConfig):
             raise InputError("model.head=Pooled has no logits to train by: use MaskedLM or Classifier")
         x = self._features(tokens, segment_ids, positions, deterministic, token_types)
         return token_statistics(x, targets, *self._readout())

@@ -11,13 +11,13 @@ from attnlab.layers.dropout import Dropout
 from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.initialization import Normal
 from attnlab.layers.linear import Bias, Embedding, Linear
-from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.parameters import Dtypes
 from attnlab.sharding import out_sharding
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseConfig:
     """A map in front of a head's own: activation(x W + b), then the model's norm if asked."""
 
     activation: Literal["tanh", "gelu", "gelu_exact", "relu", "silu"] = "tanh"
@@ -54,7 +54,7 @@ def pool(
 
 
 @dataclass(frozen=True)
-class MaskedLM:
+class MaskedLMConfig:
     """What each token was before it was masked: logits over the vocabulary (BERT, section 3.1).
 
     Attributes:
@@ -63,7 +63,7 @@ class MaskedLM:
       bias: add a learned number to each.
     """
 
-    dense: Dense | None = field(default_factory=lambda: Dense("gelu_exact", norm=True))
+    dense: DenseConfig | None = field(default_factory=lambda: DenseConfig("gelu_exact", norm=True))
     tied: bool = True
     bias: bool = True
     name: ClassVar[str] = "masked_lm"
@@ -74,7 +74,7 @@ class MaskedLM:
 
 
 @dataclass(frozen=True)
-class Classifier:
+class ClassifierConfig:
     """Logits of labels: of each document, the same at all of its tokens, or of each token.
 
     Attributes:
@@ -86,7 +86,7 @@ class Classifier:
 
     labels: int = 2
     pooling: FirstToken | MeanOfTokens | None = field(default_factory=FirstToken)
-    dense: Dense | None = field(default_factory=Dense)
+    dense: DenseConfig | None = field(default_factory=DenseConfig)
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -107,7 +107,7 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class Pooled:
+class PooledConfig:
     """A vector of each document, the same at all of its tokens, and no logits: not to be trained by targets.
 
     Attributes:
@@ -116,7 +116,7 @@ class Pooled:
     """
 
     pooling: FirstToken | MeanOfTokens = field(default_factory=FirstToken)
-    dense: Dense | None = field(default_factory=Dense)
+    dense: DenseConfig | None = field(default_factory=DenseConfig)
     name: ClassVar[str] = "pooled"
 
     def outputs(self, vocab_size: int) -> int:
@@ -125,15 +125,15 @@ class Pooled:
         return 0
 
 
-Head = MaskedLM | Classifier | Pooled
+HeadConfig = MaskedLMConfig | ClassifierConfig | PooledConfig
 
 
-class DenseLayer(nn.Module):
+class Dense(nn.Module):
     """Applies the map that `config` describes, to a width W."""
 
-    config: Dense
+    config: DenseConfig
     width: int
-    norm: RMSNorm | LayerNorm
+    norm: RMSNormConfig | LayerNormConfig
     std: float
     dtypes: Dtypes
 
@@ -143,10 +143,10 @@ class DenseLayer(nn.Module):
         c, inputs = self.config, (x.shape[-1],)
         y = Linear(inputs, (self.width,), ("embed", "norm"), self.std, c.bias, self.dtypes, name="map")(x)
         y = ACTIVATIONS[c.activation](y)
-        return Norm(self.norm, self.dtypes, name="norm")(y) if c.norm else y
+        return self.norm.build(self.dtypes, name="norm")(y) if c.norm else y
 
 
-class HeadLayer(nn.Module):
+class Head(nn.Module):
     """A head's own parameters.
 
     Attributes:
@@ -158,43 +158,45 @@ class HeadLayer(nn.Module):
       dtypes: of the model.
     """
 
-    config: Head
+    config: HeadConfig
     outputs: int
     width: int
-    norm: RMSNorm | LayerNorm
+    norm: RMSNormConfig | LayerNormConfig
     initial: Normal
     dtypes: Dtypes
 
     def setup(self):
         """Declares the map, and the table and bias of logits."""
-        c, labels = self.config, isinstance(self.config, Classifier)
+        c, labels = self.config, isinstance(self.config, ClassifierConfig)
         if c.dense:
             std = self.initial.hidden_std(self.width)
-            self.dense = DenseLayer(c.dense, self.width, self.norm, std, self.dtypes)
-        if labels or (isinstance(c, MaskedLM) and not c.tied):
+            self.dense = Dense(c.dense, self.width, self.norm, std, self.dtypes)
+        if labels or (isinstance(c, MaskedLMConfig) and not c.tied):
             self.readout = Embedding(
                 self.outputs, self.width, ("vocab", "embed"), self.initial.std, self.dtypes
             )
-        if labels or (isinstance(c, MaskedLM) and c.bias):
+        if labels or (isinstance(c, MaskedLMConfig) and c.bias):
             self.readout_bias = Bias(self.outputs, self.dtypes)
-        self.drop = Dropout(c.dropout if isinstance(c, Classifier) else 0.0)
+        self.drop = Dropout(c.dropout if isinstance(c, ClassifierConfig) else 0.0)
 
     def __call__(
         self, x: Float[Array, "B T E"], segments: Int[Array, "B T"], deterministic: bool
     ) -> Float[Array, "B T W"]:
         """What the logits are read from; of a document, at all of its tokens."""
         c = self.config
-        if not isinstance(c, MaskedLM) and c.pooling:
+        if not isinstance(c, MaskedLMConfig) and c.pooling:
             x = pool(x, segments, c.pooling)
         if c.dense:
             x = self.dense(x)
         x = self.drop(x, deterministic=deterministic)
-        return x if isinstance(c, Pooled) else x * self.initial.readout_scale(self.width)
+        return x if isinstance(c, PooledConfig) else x * self.initial.readout_scale(self.width)
 
     def table(self, embedding: Float[Array, "V W"]) -> Float[Array, "outputs W"]:
         """What the logits are products with, given the table of tokens."""
-        return embedding if isinstance(self.config, MaskedLM) and self.config.tied else self.readout()
+        return embedding if isinstance(self.config, MaskedLMConfig) and self.config.tied else self.readout()
 
     def bias(self) -> Float[Array, " outputs"] | None:
         """What is added to the logits."""
-        return None if isinstance(self.config, MaskedLM) and not self.config.bias else self.readout_bias()
+        return (
+            None if isinstance(self.config, MaskedLMConfig) and not self.config.bias else self.readout_bias()
+        )

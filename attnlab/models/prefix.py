@@ -18,7 +18,7 @@ from attnlab.sharding import constrain
 
 
 @dataclass(frozen=True)
-class Projector:
+class ProjectorConfig:
     """What makes patches as wide as the decoder: x W, or activation(x W1) W2 (arXiv 2310.03744)."""
 
     activation: Literal["gelu", "gelu_exact", "relu", "silu"] | None = None
@@ -39,7 +39,7 @@ class PrefixConfig(Seq2SeqConfig):
     """
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
-    projector: Projector = field(default_factory=Projector)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     normed: bool = True
     marker: int | None = None
     separator: str | None = None

@@ -14,7 +14,7 @@ from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Embedding, look_up
 from attnlab.layers.parameters import Dtypes
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
-from attnlab.layers.recurrent import GRU, LSTM, RecurrentLayers, RecurrentStack, State
+from attnlab.layers.recurrent import GRUConfig, LSTMConfig, RecurrentLayers, RecurrentStack, State
 from attnlab.models.base import ModelConfig, TokenFlops
 from attnlab.models.text import with_vocabulary
 from attnlab.sharding import constrain
@@ -27,7 +27,7 @@ class RecurrentConfig(ModelConfig):
     Attributes:
       depth: number of layers L.
       width: of embeddings and states E.
-      cell: `LSTM` or `GRU`.
+      cell: `LSTMConfig` or `GRUConfig`.
       vocab_size: tokens in the tables; None is as many as the tokenizer has.
       tied: whether the logits read from the embedding table.
       dropout: share of what each layer and the logits read that is dropped in training.
@@ -39,7 +39,7 @@ class RecurrentConfig(ModelConfig):
 
     depth: int = 2
     width: int = 256
-    cell: LSTM | GRU = field(default_factory=LSTM)
+    cell: LSTMConfig | GRUConfig = field(default_factory=LSTMConfig)
     vocab_size: int | None = None
     tied: bool = True
     dropout: float = 0.0

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.alignment import Additive, AlignedStack, Dot, General, NoAttention
+from attnlab.layers.alignment import AdditiveConfig, AlignedStack, DotConfig, GeneralConfig, NoAttention
 from attnlab.layers.attention import Memory
 from attnlab.layers.recurrent import RecurrentStack
 from attnlab.models.base import TokenFlops
@@ -21,11 +21,13 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
     gave out.
 
     Attributes:
-      attention: `NoAttention`, `Additive`, `General` or `Dot`.
+      attention: `NoAttention`, `AdditiveConfig`, `GeneralConfig` or `DotConfig`.
       both_ways: whether the encoder reads the source forwards and backwards, with half the width each.
     """
 
-    attention: NoAttention | Additive | General | Dot = field(default_factory=Additive)
+    attention: NoAttention | AdditiveConfig | GeneralConfig | DotConfig = field(
+        default_factory=AdditiveConfig
+    )
     both_ways: bool = True
 
     def __post_init__(self):
@@ -52,11 +54,11 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
         e, gates, attention = self.width, self.cell.gates, self.attention
         encoder = self.depth * gates * e * e * (1.5 if self.both_ways else 2)
         weights, pairs = 0, 0
-        if isinstance(attention, Additive):
+        if isinstance(attention, AdditiveConfig):
             inner = attention.width or e
             weights, pairs = e * (2 * inner + gates * e), inner + e
-        elif isinstance(attention, General | Dot):
-            weights, pairs = isinstance(attention, General) * e * e, 2 * e
+        elif isinstance(attention, GeneralConfig | DotConfig):
+            weights, pairs = isinstance(attention, GeneralConfig) * e * e, 2 * e
         if not isinstance(attention, NoAttention):
             weights += 2 * e * e
         ours = TokenFlops(2.0 * (encoder + weights), 2.0 * pairs * length)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import DecoderCache
 from attnlab.layers.attention import Memory
-from attnlab.layers.blocks import Branch
+from attnlab.layers.blocks import CrossAttentionConfig
 from attnlab.layers.readout import TokenStatistics
 from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops
 from attnlab.models.decoder import DecoderConfig
@@ -112,7 +112,7 @@ class Seq2Seq(nn.Module):
     def setup(self):
         """Declares both halves."""
         self.encoder = self.config.encoder.build(self.vocab_size)
-        self.decoder = self.config.decoder.build(self.vocab_size, Branch())
+        self.decoder = self.config.decoder.build(self.vocab_size, CrossAttentionConfig())
 
     def encode(
         self,

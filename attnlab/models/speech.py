@@ -13,7 +13,7 @@ from attnlab.layers.attention import Bidirectional, Kind, Memory, NoPositions, R
 from attnlab.layers.convolution import Convolution1d
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.feed_forward import ACTIVATIONS
-from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.parameters import parameter
 from attnlab.models.base import SourceConfig, TokenFlops, TransformerConfig
 from attnlab.sharding import constrain
@@ -30,7 +30,7 @@ class SpeechEncoderConfig(TransformerConfig, SourceConfig):
 
     mels: int = 80
     frames: int = 3000
-    norm: RMSNorm | LayerNorm = field(default_factory=LayerNorm)
+    norm: RMSNormConfig | LayerNormConfig = field(default_factory=LayerNormConfig)
     pattern: tuple[Kind, ...] = (Bidirectional(),)
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class SpeechEncoder(nn.Module):
         )
         self.convolution2 = Convolution1d(c.width, c.width, 3, ("mlp", "embed"), std, True, c.dtypes, 2, 1)
         self.layers = c.stack(NoPositions())
-        self.norm = Norm(c.norm, c.dtypes)
+        self.norm = c.norm.build(c.dtypes)
         self.drop = Dropout(c.dropout)
         # A constant, which checkpoints have among their tensors.
         shape, start = (c.frames // 2, c.width), sinusoids(c.frames // 2, c.width)

@@ -14,7 +14,6 @@ from attnlab.layers.attention import Memory, NoPositions, Reading, RelativeBias,
 from attnlab.layers.blocks import Cross
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Embedding, look_up
-from attnlab.layers.norms import Norm
 from attnlab.models.base import TransformerConfig
 from attnlab.sharding import constrain
 
@@ -132,10 +131,10 @@ class TextModel(nn.Module):
                 c.positions.buckets, c.attention.heads, ("window", "heads"), c.init.std, c.dtypes
             )
         if c.embedding_norm:
-            self.embedding_norm = Norm(c.norm, c.dtypes)
+            self.embedding_norm = c.norm.build(c.dtypes)
         of_layers = isinstance(c.positions, Rotary | RelativeBias)
         self.layers = c.stack(c.positions if of_layers else NoPositions(), self.cross)
-        self.norm = Norm(c.norm, c.dtypes)
+        self.norm = c.norm.build(c.dtypes)
         self.drop = Dropout(c.dropout)
 
     def _table(self, size: int, axis: str) -> Embedding:

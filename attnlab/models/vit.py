@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from attnlab.errors import InputError
 from attnlab.layers.attention import Bidirectional, Kind, Memory, NoPositions, Reading
 from attnlab.layers.dropout import Dropout
-from attnlab.layers.experts import Experts
+from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.linear import Bias, Embedding
-from attnlab.layers.norms import LayerNorm, Norm, RMSNorm
+from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.patches import Patches, resize_positions
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Pool, Pooling, pooled_width
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
@@ -49,7 +49,7 @@ class ViTConfig(TransformerConfig, SourceConfig):
     antialias: bool = False
     pooling: Pooling = field(default_factory=ClassToken)
     classes: int | None = None
-    norm: RMSNorm | LayerNorm = field(default_factory=LayerNorm)
+    norm: RMSNormConfig | LayerNormConfig = field(default_factory=LayerNormConfig)
     pattern: tuple[Kind, ...] = (Bidirectional(),)
 
     def __post_init__(self):
@@ -61,7 +61,7 @@ class ViTConfig(TransformerConfig, SourceConfig):
         wanted = {ClassToken: 1, ClassAndMean: 1, Distilled: 2}.get(type(self.pooling), 0)
         if self.class_tokens < wanted:
             raise ValueError(f"pooling {type(self.pooling).__name__} needs class_tokens of at least {wanted}")
-        if isinstance(self.feed_forward, Experts):
+        if isinstance(self.feed_forward, ExpertsConfig):
             raise ValueError("feed_forward of a ViT must be MLP or GatedMLP")
 
     @property
@@ -147,9 +147,9 @@ class ViT(nn.Module):
         if c.mask_token:
             self.mask_token = table(1)
         if c.embedding_norm:
-            self.embedding_norm = Norm(c.norm, c.dtypes)
+            self.embedding_norm = c.norm.build(c.dtypes)
         self.layers = c.stack(NoPositions())
-        self.norm = Norm(c.norm, c.dtypes)
+        self.norm = c.norm.build(c.dtypes)
         self.drop = Dropout(c.dropout)
         self.pool = Pool(c.pooling, c.prefix, c.attention, c.feed_forward, c.norm, std, c.dtypes)
         if self.classes:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from attnlab import sharding
 from attnlab.config import differences
-from attnlab.config.types import did_you_mean
+from attnlab.config.types import did_you_mean, short_name
 from attnlab.data import Tokenizer, preprocessor
 from attnlab.data.batch import batch_from_spec, batch_spec
 from attnlab.data.tokenizer import CONFIG_FILE, EOS
@@ -217,7 +217,7 @@ def _config_differences(before: ModelConfig, after: ModelConfig) -> list[str]:
 
 
 def _class_name(config: ModelConfig) -> str:
-    return type(config).__name__
+    return short_name(type(config))
 
 
 def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from attnlab import sharding
+from attnlab.config.types import short_name
 from attnlab.data import Batch, Tokenizer
 from attnlab.data.batch import batch_from_spec
 from attnlab.errors import InputError
@@ -51,7 +52,7 @@ class Session:
         sharding.check_divides(dict(self.mesh.shape), dimensions)
         reads, given = _kind(e.model.source_shape), _kind(e.data.source_shape)
         if reads != given:
-            model, data = type(e.model).__name__, type(e.data).__name__
+            model, data = short_name(type(e.model)), short_name(type(e.data))
             raise InputError(f"the {model} reads {reads} beside tokens, and {data} gives {given}: change one")
 
     @cached_property

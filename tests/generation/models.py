@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.generation import PowerLengthPenalty, beam_search, prefill
-from attnlab.layers import Attention, Causal, Sliding
+from attnlab.layers import AttentionConfig, Causal, Sliding
 from attnlab.models import DecoderConfig
 
 # Three layers of a pattern of two: one period is scanned over, and a tail comes after it.
 WINDOWED = DecoderConfig(
-    depth=3, width=16, attention=Attention(heads=4, kv_heads=2), pattern=(Sliding(4), Causal()), tied=False
+    depth=3,
+    width=16,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    pattern=(Sliding(4), Causal()),
+    tied=False,
 )
 EOS = 0
 

@@ -6,13 +6,15 @@ import pytest
 
 from attnlab import sharding
 from attnlab.generation import decode_state
-from attnlab.layers import Attention, RelativeBias
+from attnlab.layers import AttentionConfig, RelativeBias
 from attnlab.models import DecoderConfig, RecurrentConfig
 from tests.generation.test_generate import CONFIG, generator
 
 MODELS = {
     "windows": CONFIG,
-    "distances": DecoderConfig(depth=2, width=16, attention=Attention(heads=4), positions=RelativeBias()),
+    "distances": DecoderConfig(
+        depth=2, width=16, attention=AttentionConfig(heads=4), positions=RelativeBias()
+    ),
     "recurrent": RecurrentConfig(depth=2, width=16),
 }
 

@@ -11,14 +11,18 @@ from attnlab.attention import causal, chunked, key_lengths
 from attnlab.data import Bytes
 from attnlab.generation import Generator, SamplingParams
 from attnlab.generation import generate as module
-from attnlab.layers import Attention, Bidirectional, Causal, Kind, Sliding
+from attnlab.layers import AttentionConfig, Bidirectional, Causal, Kind, Sliding
 from attnlab.models import DecoderConfig, Learned
 
 TOKENIZER = Bytes().train([])
 GREEDY = SamplingParams(temperature=0.0)
 CONTEXT = 40
 CONFIG = DecoderConfig(
-    depth=2, width=16, attention=Attention(heads=4, kv_heads=2), pattern=(Sliding(5), Causal()), tied=False
+    depth=2,
+    width=16,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    pattern=(Sliding(5), Causal()),
+    tied=False,
 )
 
 
@@ -134,7 +138,7 @@ def test_ends_with_the_context_and_says_so(one, refuses):
 
 def test_learned_positions_last_to_the_end_of_the_context(mesh_of):
     config = DecoderConfig(
-        depth=1, width=16, attention=Attention(heads=2), positions=Learned(CONTEXT), tied=False
+        depth=1, width=16, attention=AttentionConfig(heads=2), positions=Learned(CONTEXT), tied=False
     )
     g = generator(mesh_of("single"), config)
     (row,) = g(["a" * 20], max_new_tokens=CONTEXT, sampling=GREEDY)
@@ -143,7 +147,7 @@ def test_learned_positions_last_to_the_end_of_the_context(mesh_of):
 
 
 def test_models_that_look_ahead_are_refused(one, refuses):
-    config = DecoderConfig(depth=1, width=16, attention=Attention(heads=2), pattern=(Bidirectional(),))
+    config = DecoderConfig(depth=1, width=16, attention=AttentionConfig(heads=2), pattern=(Bidirectional(),))
     with refuses("Bidirectional"):
         Generator(config.build(9), {}, TOKENIZER, 8, one.mesh)
     for stop in ("abc", ["a", ""]):

@@ -18,16 +18,16 @@ from attnlab.generation import (
     PromptLookup,
     SamplingParams,
 )
-from attnlab.layers import Attention, LayerNorm, RelativeBias
+from attnlab.layers import AttentionConfig, LayerNormConfig, RelativeBias
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig
 from attnlab.sharding import make_mesh, out_sharding, parse_mesh
 
 TOKENIZER = Bytes().train([])
 GREEDY = SamplingParams(temperature=0.0)
 CONTEXT = 24
-HALF = {"depth": 2, "width": 16, "attention": Attention(heads=4)}
+HALF = {"depth": 2, "width": 16, "attention": AttentionConfig(heads=4)}
 CONFIG = Seq2SeqConfig(
-    EncoderConfig(**HALF, norm=LayerNorm(), positions=Learned(12)),
+    EncoderConfig(**HALF, norm=LayerNormConfig(), positions=Learned(12)),
     DecoderConfig(**HALF, positions=RelativeBias(8, 16), tied=False),
     start=7,
 )

@@ -19,7 +19,7 @@ from attnlab.generation import (
     row_keys,
 )
 from attnlab.generation.speculative import DraftSpeculator, accept_or_resample, init_speculation, speculate
-from attnlab.layers import Attention
+from attnlab.layers import AttentionConfig
 from attnlab.models import DecoderConfig, RecurrentConfig
 from attnlab.sharding import make_mesh, parse_mesh
 from tests.generation.models import WINDOWED, next_log_probs, start
@@ -28,7 +28,7 @@ from tests.generation.test_generate import GREEDY, generator
 PROMPTS = ["abcabcab", "hello, hel", "x"]
 SAMPLING = SamplingParams(0.8, top_k=20, top_p=0.9)
 LIKELIEST = SamplingParams(0.0, top_k=20, top_p=0.9)  # by the same programs
-SMALLER = DecoderConfig(depth=1, width=16, attention=Attention(heads=2), tied=False)
+SMALLER = DecoderConfig(depth=1, width=16, attention=AttentionConfig(heads=2), tied=False)
 MESH = "data:2,fsdp:2,tensor:2"
 
 

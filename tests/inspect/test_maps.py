@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from attnlab.attention import causal, reference, segments, window
 from attnlab.errors import InputError
 from attnlab.inspect.maps import attention_maps
-from attnlab.layers import Attention, Bidirectional, Causal, NoPositions, Sliding
+from attnlab.layers import AttentionConfig, Bidirectional, Causal, NoPositions, Sliding
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 6)).astype(np.int32)
@@ -17,7 +17,7 @@ KINDS = (Sliding(2), Causal())
 
 def start(**options):
     config = DecoderConfig(
-        width=16, attention=Attention(heads=4, kv_heads=2), positions=NoPositions(), **options
+        width=16, attention=AttentionConfig(heads=4, kv_heads=2), positions=NoPositions(), **options
     )
     model = config.build(11)
     params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
@@ -47,7 +47,7 @@ def test_the_first_layer_by_hand():
 
 def test_a_single_row_on_a_mesh_where_some_layers_are_scanned_over(mesh_of):
     """A scan lays it out in its own way."""
-    config = EncoderConfig(depth=3, width=16, attention=Attention(heads=4), bare_first=True)
+    config = EncoderConfig(depth=3, width=16, attention=AttentionConfig(heads=4), bare_first=True)
     model, tokens = config.build(11), jnp.asarray(TOKENS[:1])
     with jax.set_mesh(mesh_of("single")):
         params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
@@ -118,7 +118,7 @@ def test_wrong_arguments_are_named(arguments, inputs, message):
 
 
 def test_encoder_decoder_names_its_stacks():
-    half = {"depth": 1, "width": 16, "attention": Attention(heads=4)}
+    half = {"depth": 1, "width": 16, "attention": AttentionConfig(heads=4)}
     model = Seq2SeqConfig(EncoderConfig(**half), DecoderConfig(**half)).build(11)
     inputs = {"tokens": TOKENS, "source": TOKENS}
     params = jax.jit(model.init)(jax.random.key(0), **inputs)["params"]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from attnlab import sharding
-from attnlab.layers import Attention, RelativeBias, Sliding
+from attnlab.layers import AttentionConfig, RelativeBias, Sliding
 from attnlab.layers.attention import Memory
-from attnlab.layers.blocks import Branch
+from attnlab.layers.blocks import CrossAttentionConfig
 from attnlab.models import DecoderConfig
 
 CONFIG = DecoderConfig(
-    depth=3, width=16, attention=Attention(heads=4, kv_heads=2), positions=RelativeBias(8, 12)
+    depth=3, width=16, attention=AttentionConfig(heads=4, kv_heads=2), positions=RelativeBias(8, 12)
 )
 SLIDING = dataclasses.replace(CONFIG, pattern=(Sliding(4), Sliding(9)))
 RNG = np.random.default_rng(0)
@@ -24,7 +24,7 @@ MEMORY = Memory(jnp.asarray(RNG.normal(size=(2, 5, 12)), jnp.float32), jnp.array
 
 def decoder(config=CONFIG):
     """A decoder that reads MEMORY, with weights so large that attention is far from even."""
-    model = config.build(30, cross=Branch())
+    model = config.build(30, cross=CrossAttentionConfig())
     params = model.init(jax.random.key(0), TOKENS, memory=MEMORY)["params"]
     return model, jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)
 

@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.layers import Attention, Dtypes, Experts
-from attnlab.layers.experts import ExpertsLayer, balance_loss, clamped_swiglu, route
+from attnlab.layers import AttentionConfig, Dtypes, ExpertsConfig
+from attnlab.layers.experts import Experts, balance_loss, clamped_swiglu, route
 from attnlab.models import DecoderConfig
 from attnlab.sharding import constrain
 from attnlab.train import AdamW, Constant
 from tests.train.small import experiment, random_batch, session
 
 CASES = {
-    "two of four": Experts(4, 2, width=6),
-    "shares of all": Experts(4, 2, width=6, renormalize=False),
-    "one": Experts(4, 1, width=6, renormalize=False),
-    "all": Experts(4, 4, width=6),
-    "biases, clamped": Experts(4, 3, width=6, bias=True, activation="clamped_swiglu"),
+    "two of four": ExpertsConfig(4, 2, width=6),
+    "shares of all": ExpertsConfig(4, 2, width=6, renormalize=False),
+    "one": ExpertsConfig(4, 1, width=6, renormalize=False),
+    "all": ExpertsConfig(4, 4, width=6),
+    "biases, clamped": ExpertsConfig(4, 3, width=6, bias=True, activation="clamped_swiglu"),
 }
 EMBED, MESH = 8, "data:2,fsdp:2,tensor:2"
 
 
 def started(config, seed=0):
     """The layer, its parameters large enough to reach every clamp, and activations (B, T, E)."""
-    layer, rng = ExpertsLayer(config, 0.5, 0.5, Dtypes()), np.random.default_rng(seed)
+    layer, rng = Experts(config, 0.5, 0.5, Dtypes()), np.random.default_rng(seed)
     x = jnp.asarray(3 * rng.normal(size=(4, 6, EMBED)), jnp.float32)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x, jnp.ones((4, 6), bool))["params"]
     return layer, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes), x
@@ -149,8 +149,8 @@ def test_balance_is_least_where_all_get_the_same():
 
 def trained(balance):
     """Losses and unbalance of 20 steps on a mesh, with scan and remat, from routers that prefer one expert."""
-    experts = Experts(4, 2, width=16, bias=True, balance=balance)
-    model = {"feed_forward": experts, "remat": "full", "attention": Attention(4, 2)}
+    experts = ExpertsConfig(4, 2, width=16, bias=True, balance=balance)
+    model = {"feed_forward": experts, "remat": "full", "attention": AttentionConfig(4, 2)}
     made = session(
         experiment(model=model, optimizer=AdamW(learning_rate=0.02, schedule=Constant(), weight_decay=0.0)),
         MESH,
@@ -176,7 +176,7 @@ def test_it_trains_on_a_mesh_and_balances():
 
 
 def test_the_balance_loss_counts_as_much_in_microbatches():
-    model = {"feed_forward": Experts(4, 2, width=16, balance=0.1)}
+    model = {"feed_forward": ExpertsConfig(4, 2, width=16, balance=0.1)}
     found = []
     for count in (1, 2):
         made = session(experiment(model=model, microbatches=count))
@@ -198,19 +198,21 @@ def test_the_balance_loss_counts_as_much_in_microbatches():
 )
 def test_configs_that_are_refused(fields, said):
     with pytest.raises(ValueError, match=said):
-        Experts(**fields)
+        ExpertsConfig(**fields)
 
 
 def test_a_mesh_that_cannot_cut_the_experts(refuses):
-    model = {"feed_forward": Experts(3, 2, width=16)}
+    model = {"feed_forward": ExpertsConfig(3, 2, width=16)}
     with refuses("model.feed_forward.experts=3 cannot be cut into 2 pieces"):
         session(experiment(model=model), "tensor:2")
 
 
 def test_flops_and_active_parameters_count_chosen_experts_only():
 
-    few = DecoderConfig(depth=2, width=16, attention=Attention(4), feed_forward=Experts(8, 2, width=16))
-    many = dataclasses.replace(few, feed_forward=Experts(16, 2, width=16))
+    few = DecoderConfig(
+        depth=2, width=16, attention=AttentionConfig(4), feed_forward=ExpertsConfig(8, 2, width=16)
+    )
+    many = dataclasses.replace(few, feed_forward=ExpertsConfig(16, 2, width=16))
     router = 2.0 * 2 * 8 * 16
     assert many.token_flops(99, 8).weights - few.token_flops(99, 8).weights == router
     assert many.idle_parameters() - few.idle_parameters() == 2 * 8 * 3 * 16 * 16

@@ -3,11 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers import LayerNorm, RMSNorm
+from attnlab.layers import LayerNormConfig, RMSNormConfig
 from attnlab.layers.dropout import Dropout
-from attnlab.layers.feed_forward import ACTIVATIONS, MLP, FeedForward, GatedMLP, gelu
+from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig, MLPConfig, gelu
 from attnlab.layers.linear import Embedding, Linear, look_up
-from attnlab.layers.norms import Norm
 from attnlab.layers.parameters import Dtypes
 
 RNG = np.random.default_rng(0)
@@ -66,33 +65,33 @@ def test_initial_deviation_is_what_was_asked():
 
 def test_feed_forward_by_hand():
     x = normal(1, 3, 4)
-    module = FeedForward(MLP(activation="relu"), 0.5, 0.5, F32)
+    module = MLPConfig(activation="relu").build(0.5, 0.5, F32)
     p = module.init(jax.random.key(0), x)["params"]
     assert p["up"]["kernel"].shape == (4, 16)
     expected = jax.nn.relu(x @ p["up"]["kernel"]) @ p["down"]["kernel"]
     np.testing.assert_allclose(module.apply({"params": p}, x), expected, rtol=1e-5, atol=1e-6)
-    module = FeedForward(GatedMLP(), 0.5, 0.5, F32)
+    module = GatedMLPConfig().build(0.5, 0.5, F32)
     p = module.init(jax.random.key(0), x)["params"]
-    assert p["up"]["kernel"].shape == (4, 16) and GatedMLP().hidden(48) == 128
+    assert p["up"]["kernel"].shape == (4, 16) and GatedMLPConfig().hidden(48) == 128
     expected = (jax.nn.silu(x @ p["gate"]["kernel"]) * (x @ p["up"]["kernel"])) @ p["down"]["kernel"]
     np.testing.assert_allclose(module.apply({"params": p}, x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [RMSNorm(), LayerNorm(), LayerNorm(bias=False)])
+@pytest.mark.parametrize("config", [RMSNormConfig(), LayerNormConfig(), LayerNormConfig(bias=False)])
 def test_norms_of_any_scale(config):
     x = 1e3 * normal(2, 3, 8) + 50
-    module = Norm(config, F32)
+    module = config.build(F32)
     params = module.init(jax.random.key(0), x)
     y = module.apply(params, x)
     np.testing.assert_allclose(jnp.mean(y * y, -1), 1, rtol=1e-4)
-    if isinstance(config, LayerNorm):
+    if isinstance(config, LayerNormConfig):
         np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
-    assert ("bias" in params["params"]) == (config == LayerNorm())
+    assert ("bias" in params["params"]) == (config == LayerNormConfig())
 
 
 def test_bfloat16_is_normalised_in_float32():
     x = normal(1, 1, 64, dtype=jnp.bfloat16)
-    module = Norm(RMSNorm(), Dtypes(compute="bfloat16"))
+    module = RMSNormConfig().build(Dtypes(compute="bfloat16"))
     y = module.apply(module.init(jax.random.key(0), x), x)
     exact = x.astype(jnp.float32)
     exact = exact / jnp.sqrt(jnp.mean(exact**2) + 1e-6)
@@ -105,10 +104,10 @@ def test_norms_agree_with_torch():
     torch = pytest.importorskip("torch")
     x, scale, bias = normal(2, 3, 8), normal(8), normal(8)
     theirs = [torch.tensor(np.asarray(a)) for a in (x, scale, bias)]
-    got = Norm(LayerNorm(), F32).apply({"params": {"scale": scale, "bias": bias}}, x)
+    got = LayerNormConfig().build(F32).apply({"params": {"scale": scale, "bias": bias}}, x)
     expected = torch.nn.functional.layer_norm(theirs[0], (8,), theirs[1], theirs[2], eps=1e-5)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
-    got = Norm(RMSNorm(), F32).apply({"params": {"scale": scale}}, x)
+    got = RMSNormConfig().build(F32).apply({"params": {"scale": scale}}, x)
     expected = torch.nn.functional.rms_norm(theirs[0], (8,), theirs[1], eps=1e-6)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers import MLP, Attention, LayerNorm
+from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
 from attnlab.layers.attention import Memory
 from attnlab.layers.parameters import Dtypes
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Mean, Pool, Probe, pooled_width
@@ -21,7 +21,9 @@ EXPECTED = {
 
 
 def pool(kind, x, segments=SEGMENTS):
-    module = Pool(kind, PREFIX, Attention(2, bias=True), MLP(12), LayerNorm(), 0.5, Dtypes())
+    module = Pool(
+        kind, PREFIX, AttentionConfig(2, bias=True), MLPConfig(12), LayerNormConfig(), 0.5, Dtypes()
+    )
     tokens = Memory(jnp.asarray(x), jnp.asarray(segments))
     return module.init_with_output(jax.random.key(0), tokens)
 

@@ -9,19 +9,19 @@ import pytest
 
 from attnlab import sharding
 from attnlab.attention import media
-from attnlab.layers import MLP, Attention, Causal, Dtypes, LayerNorm, NoPositions, Normal
+from attnlab.layers import AttentionConfig, Causal, Dtypes, LayerNormConfig, MLPConfig, NoPositions, Normal
 from attnlab.layers.attention import Memory
-from attnlab.layers.blocks import BlockConfig, Branch, Gated
-from attnlab.layers.resampler import Resampler, ResamplerLayer
+from attnlab.layers.blocks import BlockConfig, CrossAttentionConfig, GatedCrossAttentionConfig
+from attnlab.layers.resampler import Resampler, ResamplerConfig
 from attnlab.models import DecoderConfig
 
 RNG = np.random.default_rng(0)
 BLOCK = BlockConfig(
     width=8,
     depth=1,
-    attention=Attention(heads=2, bias=True),
-    feed_forward=MLP(12, "relu"),
-    norm=LayerNorm(),
+    attention=AttentionConfig(heads=2, bias=True),
+    feed_forward=MLPConfig(12, "relu"),
+    norm=LayerNormConfig(),
     placement="pre",
     layer_scale=None,
     positions=NoPositions(),
@@ -32,7 +32,11 @@ BLOCK = BlockConfig(
 )
 MEMORY = Memory(jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32), jnp.array([[1] * 5, [1, 1, 1, 0, 0]]))
 TEXT = DecoderConfig(
-    depth=2, width=8, attention=Attention(heads=2), pattern=(Causal(looks=False), Causal()), init=Normal(0.3)
+    depth=2,
+    width=8,
+    attention=AttentionConfig(heads=2),
+    pattern=(Causal(looks=False), Causal()),
+    init=Normal(0.3),
 )
 TOKENS = jnp.asarray(RNG.integers(1, 30, (2, 7)), jnp.int32)
 
@@ -44,7 +48,7 @@ def drawn(module, *args, **options):
 
 
 def test_resampler_by_hand():
-    module = ResamplerLayer(Resampler(latents=3, depth=2), BLOCK, scan=True, remat="none")
+    module = Resampler(ResamplerConfig(latents=3, depth=2), BLOCK, scan=True, remat="none")
     params = drawn(module, MEMORY)
     got = jax.jit(module.apply)({"params": params}, MEMORY)
     assert got.values.shape == (2, 3, 8) and (got.segments == 1).all()
@@ -80,7 +84,7 @@ def test_resampler_by_hand():
 
 def test_gates_start_shut_and_learn():
     plain = TEXT.build(30)
-    gated = TEXT.build(30, cross=Gated())
+    gated = TEXT.build(30, cross=GatedCrossAttentionConfig())
     params = jax.jit(gated.init)(jax.random.key(0), TOKENS, memory=MEMORY)["params"]
     without = jax.eval_shape(plain.init, jax.random.key(0), TOKENS)["params"]
 
@@ -113,7 +117,7 @@ def test_gates_start_shut_and_learn():
 
 
 def test_text_looks_at_the_last_image_before_it():
-    model = TEXT.build(30, cross=Branch())
+    model = TEXT.build(30, cross=CrossAttentionConfig())
     images = Memory(MEMORY.values[:, :4], jnp.ones((2, 4), jnp.int32))
     markers = jnp.array([[0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1]], bool)
 
@@ -134,8 +138,8 @@ def test_text_looks_at_the_last_image_before_it():
 
 
 def test_a_mesh_changes_no_number(mesh_of):
-    resampler = ResamplerLayer(Resampler(latents=4, depth=2), BLOCK, scan=True, remat="full")
-    text = TEXT.build(30, cross=Gated())
+    resampler = Resampler(ResamplerConfig(latents=4, depth=2), BLOCK, scan=True, remat="full")
+    text = TEXT.build(30, cross=GatedCrossAttentionConfig())
     params = drawn(resampler, MEMORY), drawn(text, TOKENS, memory=MEMORY)
 
     def run(params, memory, tokens):
@@ -163,5 +167,5 @@ def test_a_mesh_changes_no_number(mesh_of):
 
 def test_sizes_that_cannot_be():
     with pytest.raises(ValueError, match="at least 1"):
-        Resampler(latents=0)
+        ResamplerConfig(latents=0)
     assert dataclasses.replace(TEXT, pattern=(Causal(),)).kinds[0].looks

@@ -8,20 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers import MLP, Attention, Causal
-from attnlab.layers.blocks import Gated
-from attnlab.layers.resampler import Resampler
+from attnlab.layers import AttentionConfig, Causal, MLPConfig
+from attnlab.layers.blocks import GatedCrossAttentionConfig
+from attnlab.layers.resampler import ResamplerConfig
 from attnlab.models import CaptionerConfig, DecoderConfig, ViTConfig
 
 VOCAB = 29
-ENCODER = ViTConfig(depth=2, width=12, attention=Attention(2), feed_forward=MLP(20), image=(8, 12, 1), patch=(4, 4))  # fmt: skip
-DECODER = DecoderConfig(depth=2, width=16, attention=Attention(4, kv_heads=2), feed_forward=MLP(24))
+ENCODER = ViTConfig(depth=2, width=12, attention=AttentionConfig(2), feed_forward=MLPConfig(20), image=(8, 12, 1), patch=(4, 4))  # fmt: skip
+DECODER = DecoderConfig(
+    depth=2, width=16, attention=AttentionConfig(4, kv_heads=2), feed_forward=MLPConfig(24)
+)
 FLAMINGO = CaptionerConfig(
     ENCODER,
     replace(DECODER, pattern=(Causal(looks=False), Causal())),
-    resampler=Resampler(latents=4, depth=2),
+    resampler=ResamplerConfig(latents=4, depth=2),
     projection=True,
-    cross=Gated(),
+    cross=GatedCrossAttentionConfig(),
 )
 RNG = np.random.default_rng(0)
 TOKENS = jnp.asarray(RNG.integers(1, VOCAB, (4, 7)), jnp.int32)
@@ -109,5 +111,5 @@ def test_operations_are_those_of_the_matrices():
 
 
 def test_gates_need_a_stream_without_norms():
-    with pytest.raises(ValueError, match="cross=Gated needs"):
+    with pytest.raises(ValueError, match="cross=GatedCrossAttention needs"):
         replace(FLAMINGO, decoder=replace(DECODER, placement="post"))

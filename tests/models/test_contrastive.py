@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import attention_maps
-from attnlab.layers import MLP, Attention, Bidirectional, MuP
+from attnlab.layers import AttentionConfig, Bidirectional, MLPConfig, MuP
 from attnlab.layers.contrastive_loss import Sigmoid, Softmax
 from attnlab.layers.pooling import Mean, Probe
 from attnlab.models import ContrastiveConfig, ViTConfig
-from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
+from attnlab.models.contrastive import EndOfText, LastToken, ProjectionConfig, TextTowerConfig
 
-SHARED = {"depth": 2, "width": 16, "attention": Attention(4, bias=True), "feed_forward": MLP(24)}
+SHARED = {"depth": 2, "width": 16, "attention": AttentionConfig(4, bias=True), "feed_forward": MLPConfig(24)}
 CLIP = ContrastiveConfig(
     image=ViTConfig(**SHARED, image=(8, 8, 1), patch=(4, 4), classes=0, class_tokens=0, pooling=Mean()),
     text=TextTowerConfig(**(SHARED | {"width": 8})),
@@ -26,7 +26,7 @@ SIGLIP = replace(
     text=replace(CLIP.text, pattern=(Bidirectional(),)),
     width=16,
     image_projection=None,
-    text_projection=Projection(bias=True),
+    text_projection=ProjectionConfig(bias=True),
     objective=Sigmoid(bias=-1.0),
 )
 KINDS = {"softmax": CLIP, "sigmoid": SIGLIP}

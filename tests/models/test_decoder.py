@@ -8,16 +8,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from attnlab.layers import (
-    Attention,
+    AttentionConfig,
     Bidirectional,
     Causal,
     Dtypes,
-    GatedMLP,
-    LayerNorm,
+    GatedMLPConfig,
+    LayerNormConfig,
     MuP,
     NoPositions,
     Normal,
-    RMSNorm,
+    RMSNormConfig,
     Rotary,
     Sliding,
 )
@@ -28,18 +28,18 @@ VOCAB = 13
 SMALL = DecoderConfig(
     depth=3,
     width=16,
-    attention=Attention(heads=4, kv_heads=2, qk_norm=True),
-    feed_forward=GatedMLP(width=24),
+    attention=AttentionConfig(heads=4, kv_heads=2, qk_norm=True),
+    feed_forward=GatedMLPConfig(width=24),
     pattern=(Sliding(3), Causal()),
 )
 GPT2 = DecoderConfig(
     depth=2,
     width=16,
-    attention=Attention(heads=2, bias=True),
-    norm=LayerNorm(),
+    attention=AttentionConfig(heads=2, bias=True),
+    norm=LayerNormConfig(),
     positions=Learned(32),
 )
-MQA = replace(SMALL, depth=1, attention=Attention(heads=4, kv_heads=1, softcap=5.0), logit_softcap=4.0)
+MQA = replace(SMALL, depth=1, attention=AttentionConfig(heads=4, kv_heads=1, softcap=5.0), logit_softcap=4.0)
 
 
 def tokens_of(b=2, t=9, seed=0):
@@ -144,7 +144,7 @@ def test_scan_and_remat_change_no_number():
 
 
 def test_dropout_is_drawn_by_its_key():
-    config = replace(SMALL, dropout=0.2, attention=Attention(heads=4, dropout=0.2))
+    config = replace(SMALL, dropout=0.2, attention=AttentionConfig(heads=4, dropout=0.2))
     _, params = start(config, scale=0.1)
     run = jax.jit(lambda key: loss(config, params, key))
     first, again, other = (run(jax.random.key(i)) for i in (0, 0, 1))
@@ -202,7 +202,7 @@ def test_tied_models_have_one_table():
 @pytest.mark.parametrize("vocab", [64, 257])
 def test_parameters_are_stored_as_the_table_says(mesh_of, text, vocab):
     config = replace(
-        SMALL, tied=False, positions=Learned(8), attention=Attention(heads=4, kv_heads=2, bias=True)
+        SMALL, tied=False, positions=Learned(8), attention=AttentionConfig(heads=4, kv_heads=2, bias=True)
     )
     with jax.set_mesh(mesh_of(text)):
         tokens = jnp.zeros((8, 4), jnp.int32, out_sharding=out_sharding("batch", None))
@@ -259,7 +259,7 @@ def test_mup_keeps_activations_steady_as_width_grows():
     """The coordinate check of arXiv 2203.03466, appendix D.1: sizes after a step of Adam, by width."""
 
     def sizes(init, width):
-        config = DecoderConfig(depth=1, width=width, attention=Attention(heads=width // 16), init=init)
+        config = DecoderConfig(depth=1, width=width, attention=AttentionConfig(heads=width // 16), init=init)
         model, tokens = config.build(VOCAB), tokens_of(4, 8)
         params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
 
@@ -302,7 +302,7 @@ def test_configs_that_cannot_be_say_why(refuses):
         with pytest.raises(ValueError, match=words):
             replace(SMALL, **change)
     with pytest.raises(ValueError, match="one of 1, 2, 4"):
-        Attention(heads=4, kv_heads=3)
+        AttentionConfig(heads=4, kv_heads=3)
     with refuses("length 33", "positions.length=32"):
         GPT2.check_length(33)
     GPT2.check_length(32)
@@ -409,8 +409,8 @@ def test_parity_with_llama():
     ours = replace(
         SMALL,
         depth=2,
-        attention=Attention(heads=4, kv_heads=2),
-        norm=RMSNorm(),
+        attention=AttentionConfig(heads=4, kv_heads=2),
+        norm=RMSNormConfig(),
         pattern=(Causal(),),
         tied=False,
     )

@@ -7,38 +7,48 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.layers import MLP, Attention, Bidirectional, GatedMLP, LayerNorm, Rotary
-from attnlab.models import Classifier, Dense, EncoderConfig, Learned, MaskedLM, MeanOfTokens, Pooled
+from attnlab.layers import AttentionConfig, Bidirectional, GatedMLPConfig, LayerNormConfig, MLPConfig, Rotary
+from attnlab.models import (
+    ClassifierConfig,
+    DenseConfig,
+    EncoderConfig,
+    Learned,
+    MaskedLMConfig,
+    MeanOfTokens,
+    PooledConfig,
+)
 from tests.models.test_decoder import VOCAB, forward, start, tokens_of
 
 BERT = EncoderConfig(
     depth=2,
     width=16,
-    attention=Attention(heads=2, bias=True),
-    feed_forward=MLP(24),
-    norm=LayerNorm(),
+    attention=AttentionConfig(heads=2, bias=True),
+    feed_forward=MLPConfig(24),
+    norm=LayerNormConfig(),
     placement="post",
     positions=Learned(16, offset=2),
     embedding_norm=True,
     token_types=2,
 )
-ALBERT = replace(BERT, depth=4, groups=2, embedding_width=8, head=Classifier(3))
+ALBERT = replace(BERT, depth=4, groups=2, embedding_width=8, head=ClassifierConfig(3))
 MODERN = EncoderConfig(
     depth=4,  # the first by itself, a period of two, and one more
     width=16,
-    attention=Attention(heads=2),
-    feed_forward=GatedMLP(24),
-    norm=LayerNorm(bias=False),
+    attention=AttentionConfig(heads=2),
+    feed_forward=GatedMLPConfig(24),
+    norm=LayerNormConfig(bias=False),
     pattern=(Bidirectional(), Bidirectional(1, 1, positions=Rotary(50.0))),
     embedding_norm=True,
     bare_first=True,
-    head=Classifier(3, MeanOfTokens(), Dense("gelu", norm=True)),
+    head=ClassifierConfig(3, MeanOfTokens(), DenseConfig("gelu", norm=True)),
 )
 CONFIGS = {"bert": BERT, "albert": ALBERT, "modernbert": MODERN}
 
 
 @pytest.mark.parametrize(
-    "head", [MaskedLM(tied=False), Classifier(3), Pooled(MeanOfTokens(), None)], ids=lambda h: h.name
+    "head",
+    [MaskedLMConfig(tied=False), ClassifierConfig(3), PooledConfig(MeanOfTokens(), None)],
+    ids=lambda h: h.name,
 )
 def test_every_token_depends_on_all_of_its_text(head):
     config = replace(BERT, head=head, depth=1)
@@ -129,13 +139,13 @@ def test_types_of_tokens_are_told_apart():
 
 
 def test_a_head_without_logits_is_not_trained(refuses):
-    model, params = start(replace(BERT, head=Pooled()))
+    model, params = start(replace(BERT, head=PooledConfig()))
     with refuses("model.head=Pooled has no logits"):
         model.apply({"params": params}, tokens_of(), tokens_of(), method="statistics")
 
 
 def test_operations_are_those_of_the_matrices():
-    config = replace(ALBERT, head=MaskedLM())
+    config = replace(ALBERT, head=MaskedLMConfig())
     layers = config.layer_flops(32)
     head = config.token_flops(100, 32) + replace(layers, weights=-layers.weights, attention=-layers.attention)
     assert head.weights == 2 * (8 * 16 + 16 * 8 + 8 * 100)
@@ -147,12 +157,12 @@ def test_configs_that_cannot_be_say_why(refuses):
         (ALBERT, {"depth": 5}, "groups=2"),
         (ALBERT, {"bare_first": True}, "bare_first"),
         (BERT, {"bare_first": True}, "bare_first"),
-        (ALBERT, {"head": MaskedLM(None)}, "head.dense"),
+        (ALBERT, {"head": MaskedLMConfig(None)}, "head.dense"),
     ]:
         with pytest.raises(ValueError, match=words):
             replace(config, **change)
     with pytest.raises(ValueError, match="labels"):
-        Classifier(0)
+        ClassifierConfig(0)
     with pytest.raises(ValueError, match="offset"):
         Learned(2, offset=2)
     with refuses("length 15", "positions.length=16", "offset=2"):

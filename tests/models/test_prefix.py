@@ -10,11 +10,11 @@ import pytest
 
 from attnlab.data import Bytes
 from attnlab.generation import Generator, SamplingParams
-from attnlab.models import Learned, PrefixConfig, Projector
+from attnlab.models import Learned, PrefixConfig, ProjectorConfig
 from attnlab.sharding import make_mesh, parse_mesh
 from tests.models.test_captioner import DECODER, ENCODER, IMAGES, TOKENS, check_cache, check_mesh, draw, start
 
-CONFIG = PrefixConfig(ENCODER, DECODER, projector=Projector("gelu"))
+CONFIG = PrefixConfig(ENCODER, DECODER, projector=ProjectorConfig("gelu"))
 PATCHES = 6
 
 

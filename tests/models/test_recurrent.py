@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.models.recurrent import GRU, LSTM, RecurrentConfig
+from attnlab.models.recurrent import GRUConfig, LSTMConfig, RecurrentConfig
 from tests.generation.models import padded, search
 from tests.generation.test_generate import GREEDY, by_full_forwards, generator
 
 VOCAB = 13
-SMALL = RecurrentConfig(depth=2, width=8, cell=LSTM(forget_bias=0.5))
-CONFIGS = {"lstm": SMALL, "gru": replace(SMALL, depth=3, cell=GRU(), tied=False)}
+SMALL = RecurrentConfig(depth=2, width=8, cell=LSTMConfig(forget_bias=0.5))
+CONFIGS = {"lstm": SMALL, "gru": replace(SMALL, depth=3, cell=GRUConfig(), tied=False)}
 
 
 def tokens_of(b=2, t=7, seed=0):
@@ -46,7 +46,7 @@ def by_hand(cell, params, x):
         for token in x:
             gates = np.split(token @ w["input"]["kernel"] + w["input"]["bias"], cell.gates)
             recurrent = np.split(h @ w["state"]["kernel"], cell.gates)
-            if isinstance(cell, LSTM):
+            if isinstance(cell, LSTMConfig):
                 i, f, g, o = (a + b for a, b in zip(gates, recurrent, strict=True))
                 c = sigmoid(f + cell.forget_bias) * c + sigmoid(i) * np.tanh(g)
                 h = sigmoid(o) * np.tanh(c)
@@ -85,7 +85,7 @@ def test_values_and_gradients_are_those_of_torch(name):
                 "bias_ih": layers["input"]["bias"][i],
                 "bias_hh": np.zeros(8 * config.cell.gates),
             }
-            if isinstance(config.cell, LSTM):
+            if isinstance(config.cell, LSTMConfig):
                 ours["bias_hh"][8:16] = config.cell.forget_bias
             else:
                 ours["bias_hh"][16:] = layers["state"]["bias"][i]
@@ -146,7 +146,7 @@ def test_read_in_parts_it_is_the_whole(name):
 
 
 def test_generation_is_the_argmax_of_full_forwards(mesh_of):
-    config, prompts = RecurrentConfig(depth=1, width=48, cell=GRU(), tied=False), ["abcdefgh", "de"]
+    config, prompts = RecurrentConfig(depth=1, width=48, cell=GRUConfig(), tied=False), ["abcdefgh", "de"]
     g, on_mesh = generator(mesh_of("single"), config), generator(mesh_of("data:2,fsdp:2,tensor:2"), config)
     rows = g(prompts, max_new_tokens=8, sampling=GREEDY)
     for prompt, row in zip(prompts, rows, strict=True):

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import attention_maps
-from attnlab.layers import GRU, LSTM
-from attnlab.layers.alignment import Additive, Dot, General, NoAttention
+from attnlab.layers import GRUConfig, LSTMConfig
+from attnlab.layers.alignment import AdditiveConfig, DotConfig, GeneralConfig, NoAttention
 from attnlab.models import RecurrentSeq2SeqConfig
 from tests.models.test_recurrent import VOCAB, products, sigmoid, tokens_of
 
-SMALL = RecurrentSeq2SeqConfig(depth=2, width=8, cell=GRU())
+SMALL = RecurrentSeq2SeqConfig(depth=2, width=8, cell=GRUConfig())
 CONFIGS = {
-    "none": replace(SMALL, attention=NoAttention(), both_ways=False, cell=LSTM(), tied=False),
-    "additive": replace(SMALL, attention=Additive(6)),
-    "one additive layer": replace(SMALL, depth=1, cell=LSTM(), attention=Additive()),
-    "general": replace(SMALL, attention=General()),
-    "dot": replace(SMALL, attention=Dot(), cell=LSTM(0.0)),
+    "none": replace(SMALL, attention=NoAttention(), both_ways=False, cell=LSTMConfig(), tied=False),
+    "additive": replace(SMALL, attention=AdditiveConfig(6)),
+    "one additive layer": replace(SMALL, depth=1, cell=LSTMConfig(), attention=AdditiveConfig()),
+    "general": replace(SMALL, attention=GeneralConfig()),
+    "dot": replace(SMALL, attention=DotConfig(), cell=LSTMConfig(0.0)),
 }
 SOURCE = tokens_of(2, 6, seed=5)
 THERE = jnp.array([[1] * 6, [1] * 4 + [0] * 2])
@@ -40,7 +40,7 @@ def advance(cell, w, gates, state):
     """One token by the equations, where W x + b is given."""
     h, *rest = state
     x, u = np.split(gates, cell.gates), np.split(h @ w["state"]["kernel"], cell.gates)
-    if isinstance(cell, LSTM):
+    if isinstance(cell, LSTMConfig):
         i, f, g, o = (a + b for a, b in zip(x, u, strict=True))
         c = sigmoid(f + cell.forget_bias) * rest[0] + sigmoid(i) * np.tanh(g)
         return sigmoid(o) * np.tanh(c), c
@@ -81,25 +81,25 @@ def by_hand(config, params, source, tokens):
     table, decoder, attention = params["embedding"]["table"], params["decoder"], config.attention
     memory, states = encoded(config, params["encoder"]["periods"], table[source])
     x, looks = table[tokens], []
-    for i in range(config.depth - isinstance(attention, Additive)):
+    for i in range(config.depth - isinstance(attention, AdditiveConfig)):
         w = jax.tree.map(lambda p, i=i: p[i], decoder["layers"]["periods"]["forward"])
         x, _ = read(config.cell, w, x, states[i])
     outputs, state = [], states[-1]
     for token in x:
         w = decoder.get("attention", {})
-        if isinstance(attention, Additive):
+        if isinstance(attention, AdditiveConfig):
             keys = memory @ w["key"]["kernel"]
             scores = np.tanh(state[0] @ w["query_kernel"] + keys) @ w["score"]
         elif isinstance(attention, NoAttention):
             outputs.append(token)
             continue
         else:
-            asked = token @ w["query"]["kernel"] if isinstance(attention, General) else token
+            asked = token @ w["query"]["kernel"] if isinstance(attention, GeneralConfig) else token
             scores = memory @ asked
         weights = np.exp(scores - scores.max())
         looks.append(weights / weights.sum())
         context = looks[-1] @ memory
-        if isinstance(attention, Additive):
+        if isinstance(attention, AdditiveConfig):
             gates = token @ w["input"]["kernel"] + w["input"]["bias"] + context @ w["context_kernel"]
             state = advance(config.cell, w, gates, state)
             token = state[0]
@@ -154,7 +154,7 @@ def test_operations_are_those_of_the_program(name):
     program = jax.make_jaxpr(partial(model.apply, {"params": params}))(TOKENS, source=tokens_of(2, 5))
     counted = config.token_flops(VOCAB, 5)
     # The program of `attend` has its products twice, for tiles that a mask cuts and for those it does not.
-    times = 2 if isinstance(config.attention, General | Dot) else 1
+    times = 2 if isinstance(config.attention, GeneralConfig | DotConfig) else 1
     assert (counted.weights + times * counted.attention) * TOKENS.size == products(program.jaxpr)
 
 
@@ -190,7 +190,7 @@ def test_a_mesh_scan_and_remat_change_no_number(mesh_of, name):
 @pytest.mark.parity
 def test_an_encoder_both_ways_is_that_of_torch():
     torch = pytest.importorskip("torch")
-    config = replace(CONFIGS["additive"], cell=LSTM(0.0))
+    config = replace(CONFIGS["additive"], cell=LSTMConfig(0.0))
     model, params = start(config)
     theirs = torch.nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True)
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_what_cannot_be_says_why(refuses):
     with pytest.raises(ValueError, match="an even width, not 9"):
         replace(SMALL, width=9)
     with pytest.raises(ValueError, match="at least 1"):
-        Additive(0)
+        AdditiveConfig(0)
     model, params = start(SMALL)
     with refuses("needs a source"):
         model.apply({"params": params}, TOKENS)

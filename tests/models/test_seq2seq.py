@@ -9,17 +9,30 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.layers import MLP, Attention, Bidirectional, Causal, LayerNorm, RelativeBias, Sliding
+from attnlab.layers import (
+    AttentionConfig,
+    Bidirectional,
+    Causal,
+    LayerNormConfig,
+    MLPConfig,
+    RelativeBias,
+    Sliding,
+)
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig, Sinusoidal
 
 VOCAB = 29
-HALF = {"depth": 2, "width": 16, "attention": Attention(heads=4), "feed_forward": MLP(24, "relu")}
-POST = HALF | {"placement": "post", "norm": LayerNorm(), "positions": Sinusoidal(), "scale_embedding": True}
+HALF = {"depth": 2, "width": 16, "attention": AttentionConfig(heads=4), "feed_forward": MLPConfig(24, "relu")}
+POST = HALF | {
+    "placement": "post",
+    "norm": LayerNormConfig(),
+    "positions": Sinusoidal(),
+    "scale_embedding": True,
+}
 PAPER = Seq2SeqConfig(EncoderConfig(**POST), DecoderConfig(**POST), shared=True)
 # Halves of different depths, widths and patterns; one head of keys and values; tables apart.
 ODD = Seq2SeqConfig(
-    EncoderConfig(**HALF | {"depth": 3, "width": 12, "attention": Attention(3), "pattern": (Bidirectional(1, 1), Bidirectional()), "positions": RelativeBias(8, 16)}),
-    DecoderConfig(**HALF | {"depth": 3, "attention": Attention(4, kv_heads=2, qk_norm=True), "pattern": (Sliding(3), Causal()), "positions": RelativeBias(8, 16), "tied": False}),
+    EncoderConfig(**HALF | {"depth": 3, "width": 12, "attention": AttentionConfig(3), "pattern": (Bidirectional(1, 1), Bidirectional()), "positions": RelativeBias(8, 16)}),
+    DecoderConfig(**HALF | {"depth": 3, "attention": AttentionConfig(4, kv_heads=2, qk_norm=True), "pattern": (Sliding(3), Causal()), "positions": RelativeBias(8, 16), "tied": False}),
 )  # fmt: skip
 CONFIGS = {"paper": PAPER, "odd": ODD}
 

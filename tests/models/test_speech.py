@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers import Attention
+from attnlab.layers import AttentionConfig
 from attnlab.models import DecoderConfig, Seq2SeqConfig, SpeechEncoderConfig
 from attnlab.models.speech import sinusoids
 from attnlab.train import Experiment
 from tests.data.toys import Sounds
 
-ENCODER = SpeechEncoderConfig(depth=2, width=16, attention=Attention(heads=4, bias="qvo"), mels=4, frames=12)
-CONFIG = Seq2SeqConfig(ENCODER, DecoderConfig(depth=1, width=16, attention=Attention(heads=2)))
+ENCODER = SpeechEncoderConfig(
+    depth=2, width=16, attention=AttentionConfig(heads=4, bias="qvo"), mels=4, frames=12
+)
+CONFIG = Seq2SeqConfig(ENCODER, DecoderConfig(depth=1, width=16, attention=AttentionConfig(heads=2)))
 SOUND = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 4)), jnp.float32)
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 5)), jnp.int32)
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import attention_maps
-from attnlab.layers import MLP, Attention, GatedMLP
+from attnlab.layers import AttentionConfig, GatedMLPConfig, MLPConfig
 from attnlab.layers.pooling import ClassAndMean, Distilled, Probe
 from attnlab.models import ViTConfig
 
-SMALL = ViTConfig(depth=2, width=16, attention=Attention(4), feed_forward=MLP(24), image=(8, 12, 3), patch=(4, 2), classes=5)  # fmt: skip
+SMALL = ViTConfig(depth=2, width=16, attention=AttentionConfig(4), feed_forward=MLPConfig(24), image=(8, 12, 3), patch=(4, 2), classes=5)  # fmt: skip
 ODD = replace(
     SMALL,
     class_tokens=2,
@@ -20,8 +20,8 @@ ODD = replace(
     mask_token=True,
     embedding_norm=True,
     layer_scale=0.5,
-    feed_forward=GatedMLP(24, bias=True),
-    attention=Attention(4, kv_heads=2, bias=True),
+    feed_forward=GatedMLPConfig(24, bias=True),
+    attention=AttentionConfig(4, kv_heads=2, bias=True),
     patch_bias=False,
 )
 KINDS = {

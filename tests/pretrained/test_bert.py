@@ -9,18 +9,18 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from attnlab.models import Classifier, Dense, FirstToken, MaskedLM, Pooled
+from attnlab.models import ClassifierConfig, DenseConfig, FirstToken, MaskedLMConfig, PooledConfig
 from attnlab.pretrained import import_export, load
 from tests.models.test_encoder import ALBERT
 from tests.models.test_encoder import BERT as CONFIG
 from tests.pretrained.test_sentences import BERT
 
-TANH = Dense("tanh")
+TANH = DenseConfig("tanh")
 HEADS = {
-    "BertModel": Pooled(FirstToken(), TANH),
-    "BertForMaskedLM": MaskedLM(Dense("gelu", norm=True)),
-    "BertForSequenceClassification": Classifier(5, FirstToken(), TANH),
-    "BertForTokenClassification": Classifier(3, None, None),
+    "BertModel": PooledConfig(FirstToken(), TANH),
+    "BertForMaskedLM": MaskedLMConfig(DenseConfig("gelu", norm=True)),
+    "BertForSequenceClassification": ClassifierConfig(5, FirstToken(), TANH),
+    "BertForTokenClassification": ClassifierConfig(3, None, None),
 }
 
 
@@ -32,7 +32,7 @@ def test_what_was_made_here_is_described(name):
 
 
 def test_what_no_bert_is(refuses):
-    for config in (CONFIG, ALBERT, replace(CONFIG, head=MaskedLM(None))):
+    for config in (CONFIG, ALBERT, replace(CONFIG, head=MaskedLMConfig(None))):
         with refuses("no config.json can say what this model is"):
             import_export.hf_config_fields(replace(config, vocab_size=13), 14)
 

@@ -10,23 +10,30 @@ from etils import epath
 
 from attnlab import config as configs
 from attnlab.data import Words
-from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm, RelativeBias, RMSNorm
+from attnlab.layers import (
+    AttentionConfig,
+    GatedMLPConfig,
+    LayerNormConfig,
+    MLPConfig,
+    RelativeBias,
+    RMSNormConfig,
+)
 from attnlab.layers.contrastive_loss import Sigmoid
 from attnlab.layers.pooling import Distilled, Probe
 from attnlab.models import (
-    Classifier,
+    ClassifierConfig,
     ContrastiveConfig,
     DecoderConfig,
     EncoderConfig,
     Learned,
     MeanOfTokens,
     PrefixConfig,
-    Projector,
+    ProjectorConfig,
     Seq2SeqConfig,
     ViTConfig,
 )
-from attnlab.models.contrastive import LastToken, Projection, TextTowerConfig
-from attnlab.models.heads import Dense
+from attnlab.models.contrastive import LastToken, ProjectionConfig, TextTowerConfig
+from attnlab.models.heads import DenseConfig
 from attnlab.pretrained import import_export, load
 from tests.pretrained.peers import close
 from tests.programs import ROOT
@@ -44,9 +51,14 @@ def experiment(name):
     return configs.load(str(ROOT / "experiments" / f"{name}.py")).config.model
 
 
-SIZES = {"depth": 2, "width": 16, "attention": Attention(2, bias=True)}
-T5 = {"depth": 2, "width": 16, "attention": Attention(2, head_dim=6, scale=1.0), "positions": RelativeBias(8, 20)}  # fmt: skip
-BART = SIZES | {"norm": LayerNorm(), "placement": "post", "positions": Learned(20, 2), "embedding_norm": True}
+SIZES = {"depth": 2, "width": 16, "attention": AttentionConfig(2, bias=True)}
+T5 = {"depth": 2, "width": 16, "attention": AttentionConfig(2, head_dim=6, scale=1.0), "positions": RelativeBias(8, 20)}  # fmt: skip
+BART = SIZES | {
+    "norm": LayerNormConfig(),
+    "placement": "post",
+    "positions": Learned(20, 2),
+    "embedding_norm": True,
+}
 IMAGE = {"image": (8, 8, 3), "patch": (4, 4)}
 CASES = {
     "digits": ("ViTForImageClassification", experiment("digits")),
@@ -57,7 +69,7 @@ CASES = {
     "speech": ("WhisperForConditionalGeneration", experiment("speech")),
     "deit": (
         "DeiTForImageClassificationWithTeacher",
-        ViTConfig(**SIZES | {"attention": Attention(2, bias="o")}, image=(8, 12, 1), patch=(4, 2), class_tokens=2, pooling=Distilled()),
+        ViTConfig(**SIZES | {"attention": AttentionConfig(2, bias="o")}, image=(8, 12, 1), patch=(4, 2), class_tokens=2, pooling=Distilled()),
     ),
     "siglip_vision_model": ("SiglipVisionModel", ViTConfig(**SIZES, **IMAGE, class_tokens=0, pooling=Probe(), classes=0)),
     "siglip": (
@@ -67,27 +79,27 @@ CASES = {
             text=TextTowerConfig(**SIZES, positions=Learned(LENGTH), pattern=EncoderConfig().pattern, pooling=LastToken()),
             width=16,
             image_projection=None,
-            text_projection=Projection(bias=True),
+            text_projection=ProjectionConfig(bias=True),
             objective=Sigmoid(),
         ),
     ),
     "modernbert, documents": (
         "ModernBertForSequenceClassification",
-        replace(experiment("masked_lm"), head=Classifier(3, MeanOfTokens(), Dense("gelu_exact", norm=True))),
+        replace(experiment("masked_lm"), head=ClassifierConfig(3, MeanOfTokens(), DenseConfig("gelu_exact", norm=True))),
     ),
     "t5": (
         "T5ForConditionalGeneration",
         Seq2SeqConfig(
-            EncoderConfig(feed_forward=MLP(24, "relu", bias=False), **T5),
-            DecoderConfig(feed_forward=MLP(24, "relu", bias=False), scale_readout=True, **T5),
+            EncoderConfig(feed_forward=MLPConfig(24, "relu", bias=False), **T5),
+            DecoderConfig(feed_forward=MLPConfig(24, "relu", bias=False), scale_readout=True, **T5),
             shared=True,
         ),
     ),
     "t5 1.1": (
         "T5ForConditionalGeneration",
         Seq2SeqConfig(
-            EncoderConfig(feed_forward=GatedMLP(24, "gelu"), **T5),
-            DecoderConfig(feed_forward=GatedMLP(24, "gelu"), tied=False, **T5 | {"depth": 3}),
+            EncoderConfig(feed_forward=GatedMLPConfig(24, "gelu"), **T5),
+            DecoderConfig(feed_forward=GatedMLPConfig(24, "gelu"), tied=False, **T5 | {"depth": 3}),
             shared=True,
         ),
     ),
@@ -97,14 +109,14 @@ CASES = {
     ),
     "llava": ("LlavaForConditionalGeneration", PrefixConfig(
         encoder=ViTConfig(**SIZES, **IMAGE, classes=0, patch_bias=False, embedding_norm=True),
-        decoder=DecoderConfig(depth=2, width=16, attention=Attention(4, kv_heads=2), feed_forward=GatedMLP(24)),
-        projector=Projector("gelu_exact"),
+        decoder=DecoderConfig(depth=2, width=16, attention=AttentionConfig(4, kv_heads=2), feed_forward=GatedMLPConfig(24)),
+        projector=ProjectorConfig("gelu_exact"),
         normed=False,
         marker=5,
     )),
     "paligemma": ("PaliGemmaForConditionalGeneration", PrefixConfig(
         encoder=ViTConfig(**SIZES, **IMAGE, class_tokens=0, pooling=Probe(), classes=0),
-        decoder=DecoderConfig(depth=2, width=16, attention=Attention(4, kv_heads=1), feed_forward=GatedMLP(24, "gelu"), norm=RMSNorm(from_one=True), scale_embedding=True),
+        decoder=DecoderConfig(depth=2, width=16, attention=AttentionConfig(4, kv_heads=1), feed_forward=GatedMLPConfig(24, "gelu"), norm=RMSNormConfig(zero_centered_scale=True), scale_embedding=True),
         marker=5,
         separator="\n",
         ahead=True,
@@ -132,7 +144,7 @@ def random_params(config, seed=0):
 def ours(model, config, tokens, written, source):
     """What the model makes of texts, of images or sounds, or of both."""
     if isinstance(config, EncoderConfig):
-        return model(tokens)[:, 0] if isinstance(config.head, Classifier) else model(tokens)
+        return model(tokens)[:, 0] if isinstance(config.head, ClassifierConfig) else model(tokens)
     if isinstance(config, ViTConfig):
         return model(None, source=source)[:, 0]
     if isinstance(config, ContrastiveConfig):

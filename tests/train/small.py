@@ -7,7 +7,7 @@ import numpy as np
 
 from attnlab import sharding
 from attnlab.data import Batch, Bytes, Text
-from attnlab.layers import MLP, Attention
+from attnlab.layers import AttentionConfig, MLPConfig
 from attnlab.models import DecoderConfig
 from attnlab.train import AdamW, Experiment, Loss, Train
 from attnlab.train.session import Session
@@ -22,8 +22,8 @@ def experiment(
     config = DecoderConfig(
         depth=2,
         width=16,
-        attention=Attention(heads=4, kv_heads=2),
-        feed_forward=MLP(width=32),
+        attention=AttentionConfig(heads=4, kv_heads=2),
+        feed_forward=MLPConfig(width=32),
         dropout=dropout,
     )
     return Experiment(

@@ -12,9 +12,9 @@ import pytest
 from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
 from attnlab.data.builtin import glyphs
-from attnlab.layers import Attention
+from attnlab.layers import AttentionConfig
 from attnlab.layers.contrastive_loss import Sigmoid
-from attnlab.layers.resampler import Resampler
+from attnlab.layers.resampler import ResamplerConfig
 from attnlab.models import (
     CaptionerConfig,
     ContrastiveConfig,
@@ -80,7 +80,7 @@ CHANGES = {
     "model.feed_forward.bias": ("true", "step"),
     "model.norm": ("LayerNorm", "step"),
     "model.norm.epsilon": ("0.01", "step"),
-    "model.norm.from_one": ("true", "step"),
+    "model.norm.zero_centered_scale": ("true", "step"),
     "model.placement": ("post", "step"),
     "model.layer_scale": ("0.1", "step"),
     "model.positions": ("NoPositions", "step"),
@@ -244,7 +244,7 @@ READERS = {
     "images": (
         Experiment(
             model=ViTConfig(
-                depth=2, width=16, attention=Attention(4), image=(8, 8, 3), patch=(4, 4), registers=1
+                depth=2, width=16, attention=AttentionConfig(4), image=(8, 8, 3), patch=(4, 4), registers=1
             ),
             data=Images(batch_size=8),
         ),
@@ -273,7 +273,7 @@ READERS["images and texts"] = (
     Experiment(
         model=ContrastiveConfig(
             image=dataclasses.replace(READERS["images"][0].model, classes=0),
-            text=TextTowerConfig(depth=2, width=16, attention=Attention(4)),
+            text=TextTowerConfig(depth=2, width=16, attention=AttentionConfig(4)),
             width=16,
             objective=Sigmoid(),
         ),
@@ -302,8 +302,8 @@ READERS["images and texts, other parts"] = (
 READERS["sounds"] = (
     Experiment(
         model=Seq2SeqConfig(
-            SpeechEncoderConfig(depth=1, width=16, attention=Attention(4), mels=4, frames=8),
-            DecoderConfig(depth=1, width=16, attention=Attention(4)),
+            SpeechEncoderConfig(depth=1, width=16, attention=AttentionConfig(4), mels=4, frames=8),
+            DecoderConfig(depth=1, width=16, attention=AttentionConfig(4)),
         ),
         data=Sounds(batch_size=8),
     ),
@@ -315,11 +315,11 @@ READERS["sounds"] = (
 )
 SEEN = {
     "encoder": dataclasses.replace(READERS["images"][0].model, classes=0),
-    "decoder": DecoderConfig(depth=2, width=16, attention=Attention(4)),
+    "decoder": DecoderConfig(depth=2, width=16, attention=AttentionConfig(4)),
 }
 READERS["images, captioned"] = (
     Experiment(
-        model=CaptionerConfig(**SEEN, resampler=Resampler(4, 1)),
+        model=CaptionerConfig(**SEEN, resampler=ResamplerConfig(4, 1)),
         data=Images(batch_size=8, sequence_length=3, image=(8, 8, 3)),
     ),
     {
@@ -327,7 +327,7 @@ READERS["images, captioned"] = (
         "model.resampler.latents": "5",
         "model.resampler.depth": "2",
         "model.projection": "true",
-        "model.cross": "Gated",
+        "model.cross": "GatedCrossAttention",
     },
 )
 READERS["images before a text"] = (

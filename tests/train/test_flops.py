@@ -5,21 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers import MLP, Attention, Bidirectional, Causal, GatedMLP, Sliding
+from attnlab.layers import AttentionConfig, Bidirectional, Causal, GatedMLPConfig, MLPConfig, Sliding
 from attnlab.models import DecoderConfig
 from attnlab.train.flops import PEAK, peak_flops
 
 LENGTH, VOCAB, ROWS = 64, 96, 2
 
 
-@pytest.mark.parametrize("feed_forward", [MLP(width=96), GatedMLP(width=64)], ids=["MLP", "GatedMLP"])
+@pytest.mark.parametrize(
+    "feed_forward", [MLPConfig(width=96), GatedMLPConfig(width=64)], ids=["MLP", "GatedMLP"]
+)
 @pytest.mark.parametrize("kv_heads", [None, 2], ids=["all heads", "grouped"])
 def test_the_count_is_that_of_the_program(feed_forward, kv_heads):
     """Wide enough that matrix products are nearly all of it; bidirectional, so that every pair counts."""
     config = DecoderConfig(
         depth=2,
         width=128,
-        attention=Attention(heads=4, kv_heads=kv_heads),
+        attention=AttentionConfig(heads=4, kv_heads=kv_heads),
         feed_forward=feed_forward,
         pattern=(Bidirectional(),),
         scan=False,
@@ -42,7 +44,7 @@ def brute_force(kind, length):
 
 @pytest.mark.parametrize("kind", [Causal(), Sliding(window=1), Sliding(window=5), Sliding(window=99), Bidirectional(), Bidirectional(left=3, right=3)], ids=repr)  # fmt: skip
 def test_attention_counts_the_pairs_that_its_mask_allows(kind):
-    config = DecoderConfig(depth=3, width=32, attention=Attention(heads=2), pattern=(kind,))
+    config = DecoderConfig(depth=3, width=32, attention=AttentionConfig(heads=2), pattern=(kind,))
     expected = 3 * 4 * 32 * brute_force(kind, 20) / 20
     assert config.token_flops(VOCAB, 20).attention == pytest.approx(expected)
 

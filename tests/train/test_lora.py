@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from attnlab.layers import Experts
+from attnlab.layers import ExpertsConfig
 from attnlab.layers.experts import ExpertMaps
 from attnlab.layers.linear import Linear
 from attnlab.models import ContrastiveConfig, DecoderConfig, RecurrentSeq2SeqConfig, Seq2SeqConfig
@@ -80,7 +80,7 @@ def test_the_sum_is_that_of_the_paper():
 
 
 MODELS = [
-    DecoderConfig(feed_forward=Experts()),
+    DecoderConfig(feed_forward=ExpertsConfig()),
     Seq2SeqConfig(),
     RecurrentSeq2SeqConfig(),
     ContrastiveConfig(),
@@ -110,7 +110,7 @@ def test_matrices_are_cut_where_their_maps_cut_them(config):
             assert axes == (0, 3)
 
 
-@pytest.mark.parametrize("feed_forward", [None, Experts(experts=4, width=8)], ids=["mlp", "experts"])
+@pytest.mark.parametrize("feed_forward", [None, ExpertsConfig(experts=4, width=8)], ids=["mlp", "experts"])
 def test_on_a_mesh_it_trains_the_same(feed_forward):
     model = {} if feed_forward is None else {"feed_forward": feed_forward}
     one, many = (session(tuned(model=model), mesh) for mesh in ("single", "data:2,fsdp:2,tensor:2"))

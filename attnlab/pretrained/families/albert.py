@@ -1,7 +1,7 @@
 """ALBERT: BERT with layers that share their parameters, and narrower tables."""
 
 from attnlab.layers import Bidirectional
-from attnlab.models import Dense, EncoderConfig
+from attnlab.models import DenseConfig, EncoderConfig
 from attnlab.pretrained.families.base import linear
 from attnlab.pretrained.families.bert import POOLER, encoder
 from attnlab.pretrained.families.encoders import classifier, family, head, layers, masked_lm, tables
@@ -11,7 +11,7 @@ from attnlab.pretrained.hf_config import HFConfig
 def albert(s: HFConfig) -> EncoderConfig:
     """ALBERT (Lan et al. 2019, arXiv 1909.11942, section 3.1)."""
     s.require("tie_word_embeddings", True)
-    masked = Dense(s.activation("hidden_act"), norm=True)
+    masked = DenseConfig(s.activation("hidden_act"), norm=True)
     dropouts = (s.get("classifier_dropout_prob", 0.1),) * 2
     inner = s.get("inner_group_num", 1)
     return encoder(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from attnlab.layers import MLP, Attention, LayerNorm
+from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig, Sinusoidal
 from attnlab.pretrained.families.base import Family, linear, norm
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
@@ -72,11 +72,11 @@ def _config(s: HFConfig, shared: bool = True, **changes: Any) -> Seq2SeqConfig:
         return changes | {
             "depth": s[f"{half}_layers"],
             "width": s["d_model"],
-            "attention": Attention(
+            "attention": AttentionConfig(
                 s[f"{half}_attention_heads"], bias=True, dropout=s.get("attention_dropout", 0.0)
             ),
-            "feed_forward": MLP(s[f"{half}_ffn_dim"], s.activation("activation_function")),
-            "norm": LayerNorm(),
+            "feed_forward": MLPConfig(s[f"{half}_ffn_dim"], s.activation("activation_function")),
+            "norm": LayerNormConfig(),
             "scale_embedding": s.get("scale_embedding", False),
             "vocab_size": s["vocab_size"],
             "dropout": s.get("dropout", 0.0),

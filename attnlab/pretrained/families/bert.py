@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from attnlab.layers import MLP, Attention, LayerNorm
-from attnlab.models import Classifier, Dense, EncoderConfig, Learned
-from attnlab.models.heads import Head
+from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
+from attnlab.models import ClassifierConfig, DenseConfig, EncoderConfig, Learned
+from attnlab.models.heads import HeadConfig
 from attnlab.pretrained.families.base import label_fields, linear, size_fields
 from attnlab.pretrained.families.encoders import (
     classifier,
@@ -17,10 +17,10 @@ from attnlab.pretrained.families.encoders import (
 )
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 
-POOLER = Dense("tanh")
+POOLER = DenseConfig("tanh")
 
 
-def encoder(s: HFConfig, head: Head, **changes: Any) -> EncoderConfig:
+def encoder(s: HFConfig, head: HeadConfig, **changes: Any) -> EncoderConfig:
     """What BERT and its kin have in common; `changes` are fields that one has otherwise."""
     s.require("position_embedding_type", "absolute")
     s.require("is_decoder", False)
@@ -29,11 +29,11 @@ def encoder(s: HFConfig, head: Head, **changes: Any) -> EncoderConfig:
     config: dict[str, Any] = {
         "depth": s["num_hidden_layers"],
         "width": s["hidden_size"],
-        "attention": Attention(
+        "attention": AttentionConfig(
             s["num_attention_heads"], bias=True, dropout=s.get("attention_probs_dropout_prob", 0.0)
         ),
-        "feed_forward": MLP(s["intermediate_size"], s.activation("hidden_act")),
-        "norm": LayerNorm(s.get("layer_norm_eps", 1e-12)),
+        "feed_forward": MLPConfig(s["intermediate_size"], s.activation("hidden_act")),
+        "norm": LayerNormConfig(s.get("layer_norm_eps", 1e-12)),
         "placement": "post",
         "positions": Learned(s["max_position_embeddings"]),
         "vocab_size": s["vocab_size"],
@@ -53,14 +53,14 @@ def dropouts(s: HFConfig) -> tuple[float, float]:
 def bert(s: HFConfig) -> EncoderConfig:
     """BERT (Devlin et al. 2018, arXiv 1810.04805, section 3)."""
     s.require("tie_word_embeddings", True)
-    masked = Dense(s.activation("hidden_act"), norm=True)
+    masked = DenseConfig(s.activation("hidden_act"), norm=True)
     return encoder(s, head(s, "Bert", pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(s)))
 
 
 def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     """What BERT's `config.json` says of an encoder."""
     positions = config.positions.length if isinstance(config.positions, Learned) else length
-    count = config.head.labels if isinstance(config.head, Classifier) else 2
+    count = config.head.labels if isinstance(config.head, ClassifierConfig) else 2
     return {
         **size_fields(config),
         "hidden_act": HF_ACTIVATION_NAMES.get(config.feed_forward.activation),
@@ -78,7 +78,7 @@ def roberta(classes: str) -> Callable[[HFConfig], EncoderConfig]:
     def config(s: HFConfig) -> EncoderConfig:
         """RoBERTa (Liu et al. 2019, arXiv 1907.11692, section 3); positions come after the padding's."""
         s.require("tie_word_embeddings", True)
-        masked = Dense("gelu_exact", norm=True)
+        masked = DenseConfig("gelu_exact", norm=True)
         model_head = head(s, classes, pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(s))
         offset = s.get("pad_token_id", 1) + 1
         return encoder(s, model_head, positions=Learned(s["max_position_embeddings"], offset))
@@ -88,7 +88,7 @@ def roberta(classes: str) -> Callable[[HFConfig], EncoderConfig]:
 
 def electra(s: HFConfig) -> EncoderConfig:
     """ELECTRA (Clark et al. 2020, arXiv 2003.10555, section 3.2): narrower tables, no pooler."""
-    exact, masked = Dense("gelu_exact"), Dense("gelu_exact", norm=True)
+    exact, masked = DenseConfig("gelu_exact"), DenseConfig("gelu_exact", norm=True)
     model_head = head(s, "Electra", pooler=None, masked=masked, documents=exact, dropouts=dropouts(s))
     narrow = s["embedding_size"] if s["embedding_size"] != s["hidden_size"] else None
     return encoder(s, model_head, embedding_width=narrow)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from attnlab.layers import MLP, Attention, Bidirectional, Causal, Kind, LayerNorm
+from attnlab.layers import AttentionConfig, Bidirectional, Causal, Kind, LayerNormConfig, MLPConfig
 from attnlab.layers.contrastive_loss import Sigmoid, Softmax
 from attnlab.models import ContrastiveConfig, Learned
-from attnlab.models.contrastive import EndOfText, LastToken, Projection, TextTowerConfig
+from attnlab.models.contrastive import EndOfText, LastToken, ProjectionConfig, TextTowerConfig
 from attnlab.pretrained.families import vit
 from attnlab.pretrained.families.base import Family, linear, norm, size_fields
 from attnlab.pretrained.families.vit import TOWER, clip_vision, layer, siglip_vision, tower
@@ -30,9 +30,11 @@ def _text(s: HFConfig, kind: Kind, pooling: EndOfText | LastToken) -> TextTowerC
     return TextTowerConfig(
         depth=s["num_hidden_layers"],
         width=s["hidden_size"],
-        attention=Attention(s["num_attention_heads"], bias=True, dropout=s.get("attention_dropout", 0.0)),
-        feed_forward=MLP(s["intermediate_size"], s.activation("hidden_act")),
-        norm=LayerNorm(s["layer_norm_eps"]),
+        attention=AttentionConfig(
+            s["num_attention_heads"], bias=True, dropout=s.get("attention_dropout", 0.0)
+        ),
+        feed_forward=MLPConfig(s["intermediate_size"], s.activation("hidden_act")),
+        norm=LayerNormConfig(s["layer_norm_eps"]),
         positions=Learned(s["max_position_embeddings"]),
         pattern=(kind,),
         vocab_size=s["vocab_size"],
@@ -63,7 +65,7 @@ def siglip(s: HFConfig) -> ContrastiveConfig:
         text=_text(text, Bidirectional(), LastToken()),
         width=image.width,
         image_projection=None,
-        text_projection=Projection(bias=True),
+        text_projection=ProjectionConfig(bias=True),
         objective=Sigmoid(),
     )
 

@@ -1,7 +1,7 @@
 """DistilBERT: BERT without types of tokens and without a pooler."""
 
-from attnlab.layers import MLP, Attention, LayerNorm
-from attnlab.models import Dense, EncoderConfig, Learned
+from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
+from attnlab.models import DenseConfig, EncoderConfig, Learned
 from attnlab.pretrained.families.encoders import classifier, family, head, layers, masked_lm, tables
 from attnlab.pretrained.hf_config import HFConfig
 
@@ -12,9 +12,9 @@ def distilbert(s: HFConfig) -> EncoderConfig:
     return EncoderConfig(
         depth=s["n_layers"],
         width=s["dim"],
-        attention=Attention(s["n_heads"], bias=True, dropout=s.get("attention_dropout", 0.1)),
-        feed_forward=MLP(s["hidden_dim"], activation),
-        norm=LayerNorm(1e-12),
+        attention=AttentionConfig(s["n_heads"], bias=True, dropout=s.get("attention_dropout", 0.1)),
+        feed_forward=MLPConfig(s["hidden_dim"], activation),
+        norm=LayerNormConfig(1e-12),
         placement="post",
         positions=Learned(s["max_position_embeddings"]),
         vocab_size=s["vocab_size"],
@@ -23,8 +23,8 @@ def distilbert(s: HFConfig) -> EncoderConfig:
             s,
             "DistilBert",
             pooler=None,
-            masked=Dense(activation, norm=True),
-            documents=Dense("relu"),
+            masked=DenseConfig(activation, norm=True),
+            documents=DenseConfig("relu"),
             dropouts=(s.get("seq_classif_dropout", 0.2), dropout),
         ),
         dropout=dropout,

@@ -2,8 +2,16 @@
 
 from collections.abc import Callable, Mapping
 
-from attnlab.models import Classifier, Dense, EncoderConfig, FirstToken, MaskedLM, MeanOfTokens, Pooled
-from attnlab.models.heads import Head
+from attnlab.models import (
+    ClassifierConfig,
+    DenseConfig,
+    EncoderConfig,
+    FirstToken,
+    MaskedLMConfig,
+    MeanOfTokens,
+    PooledConfig,
+)
+from attnlab.models.heads import HeadConfig
 from attnlab.pretrained.families.base import Family, linear, norm
 from attnlab.pretrained.hf_config import HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
@@ -17,14 +25,14 @@ def head(
     s: HFConfig,
     classes: str,
     *,
-    pooler: Dense | None,
-    masked: Dense,
-    documents: Dense | None,
-    tokens: Dense | None = None,
+    pooler: DenseConfig | None,
+    masked: DenseConfig,
+    documents: DenseConfig | None,
+    tokens: DenseConfig | None = None,
     pooling: FirstToken | MeanOfTokens = FirstToken(),  # noqa: B008 - frozen
     dropouts: tuple[float, float] = (0.0, 0.0),
     bias: bool = True,
-) -> Head:
+) -> HeadConfig:
     """The head that a checkpoint's `architectures` names.
 
     Args:
@@ -40,11 +48,11 @@ def head(
     """
     s.require("problem_type", None, "single_label_classification")
     labels = len(s["id2label"]) if s.get("id2label") else s.get("num_labels", 2)
-    heads: dict[str, Head] = {
-        f"{classes}{MODEL}": Pooled(FirstToken(), pooler),
-        f"{classes}{MASKED_LM}": MaskedLM(masked, s.get("tie_word_embeddings", True), bias),
-        f"{classes}{DOCUMENTS}": Classifier(labels, pooling, documents, dropouts[0]),
-        f"{classes}{TOKENS}": Classifier(labels, None, tokens, dropouts[1]),
+    heads: dict[str, HeadConfig] = {
+        f"{classes}{MODEL}": PooledConfig(FirstToken(), pooler),
+        f"{classes}{MASKED_LM}": MaskedLMConfig(masked, s.get("tie_word_embeddings", True), bias),
+        f"{classes}{DOCUMENTS}": ClassifierConfig(labels, pooling, documents, dropouts[0]),
+        f"{classes}{TOKENS}": ClassifierConfig(labels, None, tokens, dropouts[1]),
     }
     s.require("architectures", *([name] for name in heads))
     return heads[s["architectures"][0]]
@@ -54,9 +62,9 @@ def architecture(classes: str) -> Callable[[EncoderConfig], str]:
     """The class of transformers for a model of a family whose classes' names begin so."""
 
     def name(config: EncoderConfig) -> str:
-        if isinstance(config.head, Classifier):
+        if isinstance(config.head, ClassifierConfig):
             return classes + (DOCUMENTS if config.head.pooling else TOKENS)
-        return classes + (MASKED_LM if isinstance(config.head, MaskedLM) else MODEL)
+        return classes + (MASKED_LM if isinstance(config.head, MaskedLMConfig) else MODEL)
 
     return name
 
@@ -95,7 +103,7 @@ def layers(hf_name: str, names: Mapping[str, str]) -> tuple[TensorMapping, ...]:
 
 
 def masked_lm(dense: str, dense_norm: str, bias: str, decoder: str = "") -> tuple[TensorMapping, ...]:
-    """The rows of `MaskedLM`, by the names of its parts; `decoder` is that of a table that may be untied."""
+    """The rows of `MaskedLMConfig`, by the names of its parts; `decoder` is a table that may be untied."""
     return (
         *linear("masked_lm/dense/map", dense),
         *norm("masked_lm/dense/norm", dense_norm),
@@ -105,7 +113,7 @@ def masked_lm(dense: str, dense_norm: str, bias: str, decoder: str = "") -> tupl
 
 
 def classifier(param: str, readout: str, dense: str = "", dense_norm: str = "") -> tuple[TensorMapping, ...]:
-    """The rows of a `Classifier`, by its own name and the names of its parts."""
+    """The rows of a `ClassifierConfig`, by its own name and the names of its parts."""
     return (
         *linear(f"{param}/dense/map", dense),
         *norm(f"{param}/dense/norm", dense_norm),

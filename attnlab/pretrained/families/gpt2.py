@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from attnlab.layers import MLP, Attention, LayerNorm
+from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
 from attnlab.models import DecoderConfig, Learned
 from attnlab.pretrained.families.base import Family, norm
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
@@ -22,9 +22,9 @@ def decoder(s: HFConfig) -> DecoderConfig:
     return DecoderConfig(
         depth=s["n_layer"],
         width=s["n_embd"],
-        attention=Attention(heads=s["n_head"], bias=True, dropout=s.get("attn_pdrop", 0.0)),
-        feed_forward=MLP(s.get("n_inner"), s.activation("activation_function")),
-        norm=LayerNorm(s["layer_norm_epsilon"]),
+        attention=AttentionConfig(heads=s["n_head"], bias=True, dropout=s.get("attn_pdrop", 0.0)),
+        feed_forward=MLPConfig(s.get("n_inner"), s.activation("activation_function")),
+        norm=LayerNormConfig(s["layer_norm_epsilon"]),
         positions=Learned(s["n_positions"]),
         vocab_size=s["vocab_size"],
         tied=s.get("tie_word_embeddings", True),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from attnlab.layers import Attention, Causal, GatedMLP, RMSNorm, Rotary, Sliding
+from attnlab.layers import AttentionConfig, Causal, GatedMLPConfig, RMSNormConfig, Rotary, Sliding
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import Family, linear, size_fields
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
@@ -17,17 +17,17 @@ def llama(s: HFConfig) -> DecoderConfig:
     return DecoderConfig(
         depth=s["num_hidden_layers"],
         width=s["hidden_size"],
-        attention=Attention(
+        attention=AttentionConfig(
             heads,
             kv_heads=s.get("num_key_value_heads", heads),
             head_dim=s.get("head_dim", s["hidden_size"] // heads),
             bias=s.get("attention_bias", False),
             dropout=s.get("attention_dropout", 0.0),
         ),
-        feed_forward=GatedMLP(
+        feed_forward=GatedMLPConfig(
             s["intermediate_size"], s.activation("hidden_act", "hidden_activation"), s.get("mlp_bias", False)
         ),
-        norm=RMSNorm(s["rms_norm_eps"]),
+        norm=RMSNormConfig(s["rms_norm_eps"]),
         positions=s.rotary(),
         vocab_size=s["vocab_size"],
         tied=s.get("tie_word_embeddings", False),
@@ -96,7 +96,10 @@ def phi3(s: HFConfig) -> DecoderConfig:
 
 def gemma(s: HFConfig) -> DecoderConfig:
     """Gemma: embeddings times sqrt(E), scales from one, GeGLU (arXiv 2403.08295, section 2)."""
-    norm, tied = RMSNorm(s["rms_norm_eps"], from_one=True), s.get("tie_word_embeddings", True)
+    norm, tied = (
+        RMSNormConfig(s["rms_norm_eps"], zero_centered_scale=True),
+        s.get("tie_word_embeddings", True),
+    )
     return replace(llama(s), norm=norm, scale_embedding=True, tied=tied)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from attnlab.layers import Experts
+from attnlab.layers import ExpertsConfig
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import linear
 from attnlab.pretrained.families.llama import PRE, family, llama, llama_tensors, mistral
@@ -16,10 +16,10 @@ def mixtral(s: HFConfig) -> DecoderConfig:
     return replace(mistral(s), feed_forward=_experts(s))
 
 
-def _experts(s: HFConfig, **changes: Any) -> Experts:
+def _experts(s: HFConfig, **changes: Any) -> ExpertsConfig:
     """The experts of a config; they are balanced only where it asks for the router's loss."""
     s.require("router_jitter_noise", 0.0)
-    experts = Experts(
+    experts = ExpertsConfig(
         s["num_local_experts"],
         s["num_experts_per_tok"],
         s["intermediate_size"],

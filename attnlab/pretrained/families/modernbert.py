@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from attnlab.layers import Attention, Bidirectional, GatedMLP, LayerNorm, Rotary
-from attnlab.models import Classifier, Dense, EncoderConfig, FirstToken, MeanOfTokens
+from attnlab.layers import AttentionConfig, Bidirectional, GatedMLPConfig, LayerNormConfig, Rotary
+from attnlab.models import ClassifierConfig, DenseConfig, EncoderConfig, FirstToken, MeanOfTokens
 from attnlab.pretrained.families.base import label_fields, linear, norm, size_fields
 from attnlab.pretrained.families.encoders import classifier, family, head, masked_lm
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
@@ -24,15 +24,15 @@ def modernbert(s: HFConfig) -> EncoderConfig:
         FULL: Bidirectional(),
         SLIDING: Bidirectional(half, half, positions=_rotary(s, SLIDING, "local_rope_theta", 10_000.0)),
     }
-    dense = Dense(s.activation("classifier_activation"), s.get("classifier_bias", False), norm=True)
+    dense = DenseConfig(s.activation("classifier_activation"), s.get("classifier_bias", False), norm=True)
     return EncoderConfig(
         depth=depth,
         width=s["hidden_size"],
-        attention=Attention(s["num_attention_heads"], bias=s.get("attention_bias", False)),
-        feed_forward=GatedMLP(
+        attention=AttentionConfig(s["num_attention_heads"], bias=s.get("attention_bias", False)),
+        feed_forward=GatedMLPConfig(
             s["intermediate_size"], s.activation("hidden_activation"), s.get("mlp_bias", False)
         ),
-        norm=LayerNorm(s.get("norm_eps", 1e-5), s.get("norm_bias", False)),
+        norm=LayerNormConfig(s.get("norm_eps", 1e-5), s.get("norm_bias", False)),
         positions=_rotary(s, FULL, "global_rope_theta", 160_000.0),
         pattern=s.kinds(kinds, *(SLIDING if i % every else FULL for i in range(depth))),
         vocab_size=s["vocab_size"],
@@ -63,7 +63,7 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     types = [SLIDING if kind == narrow else FULL for kind in config.kinds]
     whole = config.positions
     turned = {FULL: whole, SLIDING: (narrow and narrow.positions) or whole}
-    dense = config.head.dense or Dense()
+    dense = config.head.dense or DenseConfig()
     pooling = getattr(config.head, "pooling", None)
     return {
         **size_fields(config),
@@ -71,7 +71,7 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
         "hidden_activation": HF_ACTIVATION_NAMES.get(config.feed_forward.activation),
         "mlp_bias": config.feed_forward.bias,
         "norm_eps": config.norm.epsilon,
-        "norm_bias": isinstance(config.norm, LayerNorm) and config.norm.bias,
+        "norm_bias": isinstance(config.norm, LayerNormConfig) and config.norm.bias,
         "layer_types": types,
         "local_attention": 2 * (narrow.left or 0) if narrow else 128,
         "rope_parameters": {
@@ -86,7 +86,7 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
         "tie_word_embeddings": getattr(config.head, "tied", True),
         "vocab_size": config.vocab_size,
         **dict.fromkeys(("cls_token_id", "sep_token_id")),
-        **label_fields(config.head.labels if isinstance(config.head, Classifier) else 2),
+        **label_fields(config.head.labels if isinstance(config.head, ClassifierConfig) else 2),
     }
 
 

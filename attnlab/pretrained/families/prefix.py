@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from attnlab.models import PrefixConfig, Projector
+from attnlab.models import PrefixConfig, ProjectorConfig
 from attnlab.pretrained.families import llama, vit
 from attnlab.pretrained.families.base import Family, linear, nested_tensors
 from attnlab.pretrained.families.contrastive import CLIP_IMAGE, SIGLIP_IMAGE
@@ -35,7 +35,9 @@ def llava(s: HFConfig) -> PrefixConfig:
     return PrefixConfig(
         encoder=replace(encoder, depth=layer if layer > 0 else encoder.depth + 1 + layer),
         decoder=llama.llama(text),
-        projector=Projector(s.activation("projector_hidden_act"), s.get("multimodal_projector_bias", True)),
+        projector=ProjectorConfig(
+            s.activation("projector_hidden_act"), s.get("multimodal_projector_bias", True)
+        ),
         normed=False,
         marker=s["image_token_index"],
         **s.rules(),

@@ -1,6 +1,6 @@
 """StarCoder 2: a decoder with layer norms, biases and an MLP without a gate."""
 
-from attnlab.layers import MLP, Attention, Causal, LayerNorm, Sliding
+from attnlab.layers import AttentionConfig, Causal, LayerNormConfig, MLPConfig, Sliding
 from attnlab.models import DecoderConfig
 from attnlab.pretrained.families.base import Family, linear, norm
 from attnlab.pretrained.hf_config import HFConfig
@@ -13,14 +13,14 @@ def starcoder2(s: HFConfig) -> DecoderConfig:
     return DecoderConfig(
         depth=s["num_hidden_layers"],
         width=s["hidden_size"],
-        attention=Attention(
+        attention=AttentionConfig(
             s["num_attention_heads"],
             kv_heads=s["num_key_value_heads"],
             bias=s["use_bias"],
             dropout=s.get("attention_dropout", 0.0),
         ),
-        feed_forward=MLP(s["intermediate_size"], s.activation("hidden_act"), s["use_bias"]),
-        norm=LayerNorm(s["norm_epsilon"]),
+        feed_forward=MLPConfig(s["intermediate_size"], s.activation("hidden_act"), s["use_bias"]),
+        norm=LayerNormConfig(s["norm_epsilon"]),
         positions=s.rotary(),
         pattern=(Causal() if window is None else Sliding(window),),
         vocab_size=s["vocab_size"],

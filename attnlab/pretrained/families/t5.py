@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from attnlab.layers import MLP, Attention, GatedMLP, RelativeBias, RMSNorm
+from attnlab.layers import AttentionConfig, GatedMLPConfig, MLPConfig, RelativeBias, RMSNormConfig
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from attnlab.pretrained.families.base import Family
 from attnlab.pretrained.hf_config import ACTIVATIONS, HF_ACTIVATION_NAMES, HFConfig
@@ -25,11 +25,11 @@ def mt5(s: HFConfig) -> Seq2SeqConfig:
 def _t5(s: HFConfig, tied: bool) -> Seq2SeqConfig:
     half: dict[str, Any] = {
         "width": s["d_model"],
-        "attention": Attention(
+        "attention": AttentionConfig(
             s["num_heads"], head_dim=s["d_kv"], scale=1.0, dropout=s.get("dropout_rate", 0.0)
         ),
         "feed_forward": _feed_forward(s),
-        "norm": RMSNorm(s["layer_norm_epsilon"]),
+        "norm": RMSNormConfig(s["layer_norm_epsilon"]),
         "positions": RelativeBias(
             s["relative_attention_num_buckets"], s.get("relative_attention_max_distance", 128)
         ),
@@ -46,14 +46,14 @@ def _t5(s: HFConfig, tied: bool) -> Seq2SeqConfig:
     )
 
 
-def _feed_forward(s: HFConfig) -> MLP | GatedMLP:
+def _feed_forward(s: HFConfig) -> MLPConfig | GatedMLPConfig:
     kind = s["feed_forward_proj"]
     gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
     if kind == "gated-gelu":
         name = "gelu_new"  # which is what it has always meant
     s.require("feed_forward_proj", *(f"{gate}{known}" for gate in ("", "gated-") for known in ACTIVATIONS))
     activation: Any = ACTIVATIONS[name]
-    return (GatedMLP if gated else MLP)(s["d_ff"], activation, bias=False)
+    return (GatedMLPConfig if gated else MLPConfig)(s["d_ff"], activation, bias=False)
 
 
 def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
     reads = config.encoder if isinstance(config.encoder, EncoderConfig) else EncoderConfig()
     d = config.decoder
     buckets = d.positions if isinstance(d.positions, RelativeBias) else RelativeBias()
-    gate = "gated-" if isinstance(d.feed_forward, GatedMLP) else ""
+    gate = "gated-" if isinstance(d.feed_forward, GatedMLPConfig) else ""
     return {
         "num_layers": reads.depth,
         "num_decoder_layers": d.depth,
@@ -82,7 +82,7 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
 
 def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
     """The names of a model; of its feed-forward layers with a gate, they are others."""
-    gated = config is not None and isinstance(config.decoder.feed_forward, GatedMLP)
+    gated = config is not None and isinstance(config.decoder.feed_forward, GatedMLPConfig)
     return (
         TensorMapping("decoder/embedding/table", "shared.weight"),
         *_half("encoder", ("attention", "feed_forward"), gated),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from attnlab.layers import MLP, Attention, GatedMLP, LayerNorm
+from attnlab.layers import AttentionConfig, GatedMLPConfig, LayerNormConfig, MLPConfig
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Probe
 from attnlab.models import ViTConfig
 from attnlab.pretrained.families.base import Family, convolution, label_fields, linear, norm, size_fields
@@ -18,12 +18,12 @@ def _common(s: HFConfig, **changes: Any) -> ViTConfig:
     fields = {
         "depth": s["num_hidden_layers"],
         "width": s["hidden_size"],
-        "attention": Attention(
+        "attention": AttentionConfig(
             s["num_attention_heads"],
             bias=True if s.get("qkv_bias", True) else "o",
             dropout=s.get("attention_probs_dropout_prob", s.get("attention_dropout", 0.0)),
         ),
-        "norm": LayerNorm(s["layer_norm_eps"]),
+        "norm": LayerNormConfig(s["layer_norm_eps"]),
         "image": (*_pair(s["image_size"]), s["num_channels"]),
         "patch": _pair(s["patch_size"]),
         "classes": 0,
@@ -35,8 +35,8 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _mlp(s: HFConfig) -> MLP:
-    return MLP(s["intermediate_size"], s.activation("hidden_act"))
+def _mlp(s: HFConfig) -> MLPConfig:
+    return MLPConfig(s["intermediate_size"], s.activation("hidden_act"))
 
 
 def _classes(s: HFConfig, name: str, *kinds: str) -> int:
@@ -76,10 +76,10 @@ def dinov2(s: HFConfig, name: str = "Dinov2") -> ViTConfig:
     s.require("drop_path_rate", 0.0)
     classes = _classes(s, name, MODEL, CLASSIFIER)
     hidden = int(s["hidden_size"] * s["mlp_ratio"])
-    gated = GatedMLP((int(hidden * 2 / 3) + 7) // 8 * 8, bias=True)
+    gated = GatedMLPConfig((int(hidden * 2 / 3) + 7) // 8 * 8, bias=True)
     return _common(
         s,
-        feed_forward=gated if s.get("use_swiglu_ffn") else MLP(hidden, s.activation("hidden_act")),
+        feed_forward=gated if s.get("use_swiglu_ffn") else MLPConfig(hidden, s.activation("hidden_act")),
         layer_scale=s.get("layerscale_value", 1.0),
         registers=s.get("num_register_tokens", 0),
         mask_token=s.get("use_mask_token", True),
@@ -215,7 +215,7 @@ def dino_tensors(prefix: str) -> Callable[[ViTConfig], tuple[TensorMapping, ...]
     """DINOv2's table: gated layers have names of their own."""
 
     def tensors(config: ViTConfig) -> tuple[TensorMapping, ...]:
-        gated = isinstance(config.feed_forward, GatedMLP)
+        gated = isinstance(config.feed_forward, GatedMLPConfig)
         return _tensors(prefix, DINO_GATED if gated else DINO) + _classifier()
 
     return tensors

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from attnlab.layers import MLP, Attention, LayerNorm
+from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
 from attnlab.models import DecoderConfig, Learned, Seq2SeqConfig, SpeechEncoderConfig
 from attnlab.pretrained.families.base import Family, convolution, linear, norm
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
@@ -17,7 +17,7 @@ def whisper(s: HFConfig) -> Seq2SeqConfig:
     s.require("apply_spec_augment", False)
     both: dict[str, Any] = {
         "width": s["d_model"],
-        "norm": LayerNorm(),
+        "norm": LayerNormConfig(),
         "dropout": s.get("dropout", 0.0),
     }
     # A null is a language to be found out; what comes after it cannot be forced without.
@@ -26,7 +26,7 @@ def whisper(s: HFConfig) -> Seq2SeqConfig:
         SpeechEncoderConfig(
             depth=s["encoder_layers"],
             attention=_attention(s, "encoder"),
-            feed_forward=MLP(s["encoder_ffn_dim"], s.activation("activation_function")),
+            feed_forward=MLPConfig(s["encoder_ffn_dim"], s.activation("activation_function")),
             mels=s["num_mel_bins"],
             frames=2 * s["max_source_positions"],
             **both,
@@ -34,7 +34,7 @@ def whisper(s: HFConfig) -> Seq2SeqConfig:
         DecoderConfig(
             depth=s["decoder_layers"],
             attention=_attention(s, "decoder"),
-            feed_forward=MLP(s["decoder_ffn_dim"], s.activation("activation_function")),
+            feed_forward=MLPConfig(s["decoder_ffn_dim"], s.activation("activation_function")),
             positions=Learned(s["max_target_positions"]),
             vocab_size=s["vocab_size"],
             tied=s.get("tie_word_embeddings", True),
@@ -68,8 +68,8 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
     }
 
 
-def _attention(s: HFConfig, half: str) -> Attention:
-    return Attention(s[f"{half}_attention_heads"], bias="qvo", dropout=s.get("attention_dropout", 0.0))
+def _attention(s: HFConfig, half: str) -> AttentionConfig:
+    return AttentionConfig(s[f"{half}_attention_heads"], bias="qvo", dropout=s.get("attention_dropout", 0.0))
 
 
 def _half(half: str, branches: dict[str, str]) -> list[TensorMapping]:
