@@ -1,7 +1,7 @@
 """What a document becomes: an example, its chunks, a packed row, a batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,13 @@ class Batch(NamedTuple):
         return Batch(*mapped)
 
 
+def source_kind(source_shape: tuple[int, ...] | None) -> Literal["text", "audio", "image"] | None:
+    """Return the kind of a source by its shape: tokens (S,), frames (S, mels) or an image (H, W, C)."""
+    if source_shape is None:
+        return None
+    return {1: "text", 2: "audio"}.get(len(source_shape), "image")  # type: ignore[return-value]
+
+
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
@@ -79,7 +86,7 @@ def batch_spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None 
         "num_bytes": ((num_rows,), number),
     }
     if source_shape is not None:
-        dtype = integer if len(source_shape) == 1 else number
+        dtype = integer if source_kind(source_shape) == "text" else number
         arrays["source"] = ((num_rows, *source_shape), dtype)
         arrays["source_segments"] = ((num_rows, source_shape[0]), integer)
     return arrays

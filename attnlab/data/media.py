@@ -12,6 +12,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 
 from attnlab.data.audio import LogMel
+from attnlab.data.batch import source_kind
 from attnlab.data.images import ImageProcessor
 from attnlab.errors import InputError
 
@@ -25,7 +26,7 @@ def read(
       path: an image of any format that Pillow reads, made grey or coloured as the model's are; or a WAV file,
         whose channels are averaged.
       settings: of a `preprocessor_config.json`.
-      shape: `ModelConfig.source_shape`; three sizes are of an image, two of a sound.
+      shape: `ModelConfig.source_shape`, of an image or of audio.
 
     Raises:
       InputError: no such file, one of another kind, or a sound longer than the model hears at once.
@@ -33,7 +34,7 @@ def read(
     file = epath.Path(path)
     if not file.exists():
         raise InputError(f"there is no file {path}")
-    if len(shape) == 2:
+    if source_kind(shape) == "audio":
         return _sound(file, LogMel.from_settings(settings))
     try:
         with file.open("rb") as stream, Image.open(stream) as image:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from attnlab.data import Tokenizer
+from attnlab.data.batch import source_kind
 from attnlab.errors import InputError
 from attnlab.models import ModelConfig, PrefixConfig
 
@@ -62,7 +63,7 @@ def source_arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[A
     shape = config.source_shape
     if shape is None:
         raise InputError("the model reads nothing beside a prompt: it takes no sources")
-    if len(shape) == 1:
+    if source_kind(shape) == "text":
         if not all(isinstance(source, str) for source in sources):
             raise InputError("the sources of this model are texts")
         arrays = [np.asarray(tokenizer.encode_source(source), np.int32) for source in sources]
@@ -83,7 +84,7 @@ def pad_sources(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> dict[st
       shape: `ModelConfig.source_shape`.
     """
     longest = max(map(len, arrays))
-    length = shape[0] if len(shape) > 1 else 1 << (longest - 1).bit_length()
+    length = shape[0] if source_kind(shape) != "text" else 1 << (longest - 1).bit_length()
     padded = np.zeros((len(arrays), length, *shape[1:]), arrays[0].dtype)
     segments = np.zeros((len(arrays), length), np.int32)
     for i, array in enumerate(arrays):

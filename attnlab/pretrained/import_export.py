@@ -15,7 +15,7 @@ from attnlab import sharding
 from attnlab.config import differences
 from attnlab.config.types import did_you_mean, short_name
 from attnlab.data import Tokenizer, preprocessor
-from attnlab.data.batch import batch_from_spec, batch_spec
+from attnlab.data.batch import batch_from_spec, batch_spec, source_kind
 from attnlab.data.tokenizer import CONFIG_FILE, EOS
 from attnlab.errors import InputError
 from attnlab.models import (
@@ -289,7 +289,7 @@ def _template(config: ModelConfig) -> str:
     if isinstance(config, EncoderConfig):
         return "$A"
     pooling = config.text.pooling if isinstance(config, ContrastiveConfig) else None
-    ended = isinstance(pooling, EndOfText) or len(config.source_shape or ()) == 1
+    ended = isinstance(pooling, EndOfText) or source_kind(config.source_shape) == "text"
     return f"$A {EOS}" if ended else f"{EOS} $A"
 
 

@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from attnlab import config, sharding
 from attnlab.data import Tokenizer
+from attnlab.data.batch import source_kind
 from attnlab.errors import InputError
 from attnlab.generation.source_inputs import training_prefix_ids
 from attnlab.models import ViTConfig
@@ -263,8 +264,9 @@ def run_export(request: Request) -> dict[str, float]:
     origin: import_export.Origin = request.folder / PRETRAINED
     if not (request.folder / PRETRAINED).exists():
         data = request.config.data
-        text = data.source_shape or ()
-        length = max((data.sequence_length, *text) if len(text) == 1 else (data.sequence_length,))
+        length = data.sequence_length
+        if data.source_shape is not None and source_kind(data.source_shape) == "text":
+            length = max(length, *data.source_shape)
         origin = import_export.FromScratch(session.tokenizer, length, data.preprocessor)
     model = request.config.model.sized(session.tokenizer.vocab_size)
     import_export.write_checkpoint(request.output_dir, model, params, origin)

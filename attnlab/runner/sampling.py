@@ -9,6 +9,7 @@ from etils import epath
 
 from attnlab import config, pretrained
 from attnlab.data import preprocessor
+from attnlab.data.batch import source_kind
 from attnlab.errors import InputError
 from attnlab.generation import (
     BeamSearchOptions,
@@ -59,7 +60,7 @@ def _generator_inputs(request: Request, trained: TrainedModel) -> GeneratorInput
     """What a `Generator` is to go on from: prompts, and what the model reads beside them."""
     options, shape = request.sampling, request.config.model.source_shape
     prompts = options.prompts or ("",)
-    if shape is None or len(shape) == 1:
+    if shape is None or source_kind(shape) == "text":
         if options.sources:
             raise InputError(
                 "--source is of models that read an image or a sound; this one reads texts: --prompt"

@@ -11,6 +11,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from attnlab.data import Batch
+from attnlab.data.batch import source_kind
 from attnlab.generation import Completion, Generator
 from attnlab.inspect import figures
 from attnlab.inspect.maps import attention_maps
@@ -82,8 +83,8 @@ class TrainedModel:
 
     def as_generator_inputs(self, texts: Sequence[str]) -> dict[str, Any]:
         """Texts as what a `Generator` takes: the sources of a model that reads texts, else prompts."""
-        shape = self.experiment.model.source_shape
-        return {"prompts": None, "sources": texts} if shape and len(shape) == 1 else {"prompts": texts}
+        reads_text = source_kind(self.experiment.model.source_shape) == "text"
+        return {"prompts": None, "sources": texts} if reads_text else {"prompts": texts}
 
     def generate(self, texts: Sequence[str], **options) -> list[Completion]:
         """Completions of texts, as of `as_generator_inputs`; options as of `Generator`."""

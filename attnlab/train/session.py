@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from attnlab import sharding
 from attnlab.config.types import short_name
 from attnlab.data import Batch, Tokenizer
-from attnlab.data.batch import batch_from_spec
+from attnlab.data.batch import batch_from_spec, source_kind
 from attnlab.errors import InputError
 from attnlab.train import optimizers
 from attnlab.train.experiment import Experiment
@@ -50,7 +50,7 @@ class Session:
             "data.batch_size": ("batch", e.data.batch_size // e.train.microbatches),
         }
         sharding.check_divides(dict(self.mesh.shape), dimensions)
-        reads, given = _kind(e.model.source_shape), _kind(e.data.source_shape)
+        reads, given = _source_words(e.model.source_shape), _source_words(e.data.source_shape)
         if reads != given:
             model, data = short_name(type(e.model)), short_name(type(e.data))
             raise InputError(f"the {model} reads {reads} beside tokens, and {data} gives {given}: change one")
@@ -182,6 +182,6 @@ class Session:
         return metrics
 
 
-def _kind(source_shape: tuple[int, ...] | None) -> str:
-    """What a source of this shape is, in words."""
-    return {0: "nothing", 1: "texts", 2: "sounds"}.get(len(source_shape or ()), "images")
+def _source_words(source_shape: tuple[int, ...] | None) -> str:
+    words = {None: "nothing", "text": "texts", "audio": "sounds", "image": "images"}
+    return words[source_kind(source_shape)]

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from attnlab.pretrained import import_export
 from attnlab.train import LoRA
 from attnlab.train.lora import add_adapters, merge
-from tests.pretrained.peers import batch, close
+from tests.pretrained.hf_models import batch, close
 from tests.pretrained.test_decoders import decoder
 
 pytestmark = pytest.mark.parity
@@ -30,15 +30,15 @@ def test_written_it_computes_what_adapters_beside_the_matrices_do(tmp_path):
             if path[-1] == "b":
                 params[path] = 0.3 * jax.random.normal(jax.random.key(i), x.shape)
         merged = merge(config, unflatten_dict(params))
-    ids, _ = batch(peer.theirs.config.vocab_size, (9, 9))
+    ids, _ = batch(peer.hf_model.config.vocab_size, (9, 9))
     with jax.set_mesh(peer.mesh):
         ours = np.asarray(jax.jit(peer.model.apply)({"params": merged}, ids))
 
     written = epath.Path(tmp_path) / "adapted"
-    import_export.write_checkpoint(written, peer.found[1], merged, epath.Path(peer.folder))
+    import_export.write_checkpoint(written, peer.config, merged, epath.Path(peer.folder))
     loaded = AutoModelForCausalLM.from_pretrained(written)
 
-    for layer in range(peer.theirs.config.num_hidden_layers):
+    for layer in range(peer.hf_model.config.num_hidden_layers):
         for name, theirs in THEIRS.items():
             at = ("lora", "layers", "periods", "block0", "attention", name, "kernel")
             a, b = (torch.tensor(np.asarray(params[*at, end][layer])) for end in "ab")
@@ -47,8 +47,8 @@ def test_written_it_computes_what_adapters_beside_the_matrices_do(tmp_path):
             def add(_, given, out, a=a, b=b):
                 return out + 3.0 * given[0] @ a @ b
 
-            peer.theirs.get_submodule(f"model.layers.{layer}.{theirs}").register_forward_hook(add)
+            peer.hf_model.get_submodule(f"model.layers.{layer}.{theirs}").register_forward_hook(add)
     with torch.no_grad():
-        adapted, alone = (m(torch.tensor(ids)).logits.numpy() for m in (peer.theirs, loaded))
+        adapted, alone = (m(torch.tensor(ids)).logits.numpy() for m in (peer.hf_model, loaded))
     close(ours, adapted)
     close(alone, adapted)

@@ -12,7 +12,14 @@ from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
 from tests.generation.models import assert_same, until_end
-from tests.pretrained.peers import assert_written_again, batch, close, places, saved, saved_gradients
+from tests.pretrained.hf_models import (
+    assert_written_again,
+    batch,
+    close,
+    positions_of,
+    saved,
+    saved_gradients,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -50,7 +57,7 @@ def peer(tmp_path_factory):
 def inputs(peer):
     """Tokens (B, T), which of them are there, and images (B, height, width, channels)."""
     rng = np.random.default_rng(2)
-    return *batch(67), rng.normal(size=(2, *peer.found[1].source_shape)).astype(np.float32)
+    return *batch(67), rng.normal(size=(2, *peer.config.source_shape)).astype(np.float32)
 
 
 def for_torch(ids, there, pixels):
@@ -73,12 +80,12 @@ def test_logits_hidden_states_and_maps(peer, case):
     peer = peer(case)
     ids, there, pixels = inputs(peer)
     with torch.no_grad():
-        expected = peer.theirs(
+        expected = peer.hf_model(
             **for_torch(ids, there, pixels), output_hidden_states=True, output_attentions=True
         )
     with jax.set_mesh(peer.mesh):
         run = jax.jit(partial(peer.model.apply, method=outputs, mutable=["intermediates"]))
-        found, captured = run({"params": peer.params}, ids, there, places(there), pixels)
+        found, captured = run({"params": peer.params}, ids, there, positions_of(there), pixels)
     hidden, logits = map(np.asarray, found)
     real, captured = there.astype(bool), captured["intermediates"]
     close(logits[real], expected.logits[real])
@@ -107,22 +114,22 @@ def test_loss_and_gradients(peer, case, tmp_path):
     ids, there, pixels = inputs(peer)
     targets, weights = np.roll(ids, -1, axis=1), np.roll(there, -1, axis=1)
     weights[:, -1] = 0
-    peer.theirs.zero_grad()
+    peer.hf_model.zero_grad()
     labels = torch.tensor(np.where(weights, targets, -100))
-    loss = peer.theirs(**for_torch(ids, there, pixels), labels=labels).loss
+    loss = peer.hf_model(**for_torch(ids, there, pixels), labels=labels).loss
     loss.backward()
-    for p in peer.theirs.parameters():  # of what pools, which no one reads
+    for p in peer.hf_model.parameters():  # of what pools, which no one reads
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
     def ours(params):
-        given = map(jnp.asarray, (ids, targets, there, places(there)))
+        given = map(jnp.asarray, (ids, targets, there, positions_of(there)))
         s = peer.model.apply({"params": params}, *given, source=jnp.asarray(pixels), method="statistics")
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 
     with jax.set_mesh(peer.mesh):
         value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
     close(value, loss.detach(), 1e-5)
-    wanted, found = saved_gradients(peer.theirs, tmp_path), peer.named(grads)
+    wanted, found = saved_gradients(peer.hf_model, tmp_path), peer.named(grads)
     assert found.keys() == wanted.keys()
     for name, grad in found.items():
         # A bias of the keys alone has no gradient, but for rounding.
@@ -140,11 +147,11 @@ def test_greedy_and_beams(peer, case):
     torch = pytest.importorskip("torch")
     peer = peer(case)
     _, _, pixels = inputs(peer)
-    start = peer.found[1].start
+    start = peer.config.start
     assert start == 1
 
     def generate(**options):
-        return peer.theirs.generate(
+        return peer.hf_model.generate(
             torch.tensor(pixels.transpose(0, 3, 1, 2)),
             decoder_start_token_id=start,
             do_sample=False,
@@ -172,7 +179,7 @@ def test_greedy_and_beams(peer, case):
             slots=STEPS,
             steps=STEPS,
         )
-    peer.theirs.generation_config.eos_token_id = None
+    peer.hf_model.generation_config.eos_token_id = None
     assert np.transpose(got).tolist() == generate()[:, 1:].tolist()
     expected = generate(
         num_beams=3,

@@ -9,7 +9,7 @@ import pytest
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
-from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
+from tests.pretrained.hf_models import assert_written_again, close, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -75,7 +75,7 @@ def theirs(peer, case, **options):
     ids, there, images = batch(case)
     mask = {"attention_mask": torch.tensor(there)} if CASES[case][2] else {}
     pixels = torch.tensor(images.transpose(0, 3, 1, 2))
-    return peer.theirs(
+    return peer.hf_model(
         torch.tensor(ids), pixels, interpolate_pos_encoding=True, return_loss=True, **mask, **options
     )
 
@@ -121,7 +121,7 @@ def test_logits_hidden_states_and_maps(peer, case):
 def test_loss_and_gradients(peer, case, tmp_path):
     pytest.importorskip("torch")
     peer = peer(case)
-    peer.theirs.zero_grad()
+    peer.hf_model.zero_grad()
     loss = theirs(peer, case).loss
     loss.backward()
 
@@ -132,7 +132,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
     with jax.set_mesh(peer.mesh):
         value, grads = jax.jit(jax.value_and_grad(ours))(peer.params, inputs(case))
     close(value, loss.detach(), 1e-5)
-    wanted = saved_gradients(peer.theirs, tmp_path)
+    wanted = saved_gradients(peer.hf_model, tmp_path)
     found = peer.named(grads)
     assert found.keys() == wanted.keys()
     for name, grad in found.items():

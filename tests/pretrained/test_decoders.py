@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import in_order
-from tests.pretrained.peers import assert_written_again, batch, close, places, program, saved, saved_gradients
+from tests.pretrained.hf_models import (
+    assert_written_again,
+    batch,
+    close,
+    positions_of,
+    program,
+    saved,
+    saved_gradients,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -94,8 +102,8 @@ def peer(tmp_path_factory):
 def theirs(peer, ids, there, **options):
     torch = pytest.importorskip("torch")
     with torch.no_grad():
-        ids, mask, positions = map(torch.tensor, (ids, there, places(there)))
-        return peer.theirs(ids, attention_mask=mask, position_ids=positions, **options)
+        ids, mask, positions = map(torch.tensor, (ids, there, positions_of(there)))
+        return peer.hf_model(ids, attention_mask=mask, position_ids=positions, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,8 +133,8 @@ def test_loss_and_gradients(peer, case, tmp_path):
     peer = peer(case)
     ids, there = batch(67)
     labels = torch.tensor(np.where(there, ids, -100))
-    peer.theirs.zero_grad()
-    loss = peer.theirs(torch.tensor(ids), attention_mask=torch.tensor(there), labels=labels).loss
+    peer.hf_model.zero_grad()
+    loss = peer.hf_model(torch.tensor(ids), attention_mask=torch.tensor(there), labels=labels).loss
     loss.backward()
 
     targets, weights = np.roll(ids, -1, axis=1), np.roll(there, -1, axis=1)
@@ -141,7 +149,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
     with jax.set_mesh(peer.mesh):
         value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
     close(value, loss.detach().numpy(), 1e-5)
-    wanted = saved_gradients(peer.theirs, tmp_path)
+    wanted = saved_gradients(peer.hf_model, tmp_path)
     found = peer.named(grads)
     assert found.keys() == wanted.keys()
     for name, grad in found.items():

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import in_order
-from tests.pretrained.peers import (
+from tests.pretrained.hf_models import (
     Imported,
     assert_written_again,
     batch,
     close,
-    places,
+    positions_of,
     random_weights,
     saved_gradients,
 )
@@ -118,18 +118,18 @@ def inputs(case, left=False):
     """Tokens, which are there, positions, and types (or none) of a batch of unequal rows."""
     ids, there = batch(67, left=left)
     types = np.random.default_rng(5).integers(0, CASES[case][2].get("type_vocab_size", 1), ids.shape)
-    return ids, there, places(there), types if "type_vocab_size" in CASES[case][2] else None
+    return ids, there, positions_of(there), types if "type_vocab_size" in CASES[case][2] else None
 
 
 def theirs(peer, ids, there, positions, types, **options):
     """What transformers computes; RoBERTa's kin is told positions as it counts them."""
     torch = pytest.importorskip("torch")
-    config = peer.theirs.config
+    config = peer.hf_model.config
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions = positions + config.pad_token_id + 1
     named = {"token_type_ids": torch.tensor(types)} if types is not None else {}
     ids, mask, positions = map(torch.tensor, (ids, there, positions))
-    return peer.theirs(ids, attention_mask=mask, position_ids=positions, **named, **options)
+    return peer.hf_model(ids, attention_mask=mask, position_ids=positions, **named, **options)
 
 
 def ours(peer, *arrays):
@@ -164,7 +164,7 @@ def test_logits_hidden_states_and_maps(peer, case, left):
         if not left:  # transformers pools the first token, though it be padding
             close(got[first(given[1])], pooled.numpy())
     elif head == DOCUMENTS:
-        if not left or peer.theirs.config.to_dict().get("classifier_pooling") == "mean":
+        if not left or peer.hf_model.config.to_dict().get("classifier_pooling") == "mean":
             close(got[first(given[1])], expected.logits.numpy())
             assert (got[real] == np.repeat(got[first(given[1])], given[1].sum(1), axis=0)).all()
     else:
@@ -186,7 +186,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
     else:
         weights[:, ::3] = 0
         labels = torch.tensor(np.where(weights, targets, -100))
-    peer.theirs.zero_grad()
+    peer.hf_model.zero_grad()
     loss = theirs(peer, *given, labels=labels).loss
     loss.backward()
 
@@ -199,7 +199,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
     with jax.set_mesh(peer.mesh):
         value, grads = jax.jit(jax.value_and_grad(objective))(peer.params)
     close(value, loss.detach().numpy(), 1e-5)
-    wanted, found = saved_gradients(peer.theirs, tmp_path), peer.named(grads)
+    wanted, found = saved_gradients(peer.hf_model, tmp_path), peer.named(grads)
     assert found.keys() == wanted.keys()
     for name, grad in found.items():
         # A bias of the keys alone has no gradient, but for rounding.

@@ -35,7 +35,7 @@ from attnlab.models import (
 from attnlab.models.contrastive import LastToken, ProjectionConfig, TextTowerConfig
 from attnlab.models.heads import DenseConfig
 from attnlab.pretrained import import_export, load
-from tests.pretrained.peers import close
+from tests.pretrained.hf_models import close
 from tests.programs import ROOT
 
 pytestmark = pytest.mark.parity

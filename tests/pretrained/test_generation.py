@@ -20,7 +20,7 @@ def generate(peer, **options):
     import torch
 
     tokens, segments = padded(PROMPTS)
-    found = peer.theirs.generate(
+    found = peer.hf_model.generate(
         torch.tensor(tokens, dtype=torch.long),
         attention_mask=torch.tensor(segments),
         do_sample=False,
@@ -38,7 +38,7 @@ def test_greedy(case, tmp_path):
     assert case in CASES
     peer = decoder(case, tmp_path)
     # No token ends a text, so that all are 32 long.
-    peer.theirs.generation_config.eos_token_id = None
+    peer.hf_model.generation_config.eos_token_id = None
     expected, _ = generate(peer)
     tokens, segments = padded(PROMPTS)
     got = []

@@ -22,7 +22,7 @@ from attnlab.models import PrefixConfig
 from attnlab.pretrained import import_export, load
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
-from tests.pretrained.peers import close, places, saved, saved_gradients
+from tests.pretrained.hf_models import close, positions_of, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -61,16 +61,16 @@ def peer(tmp_path_factory):
 
 def inputs(peer, left):
     """Tokens (B, T) with an image among them, which are there, which are the prompt's; and images."""
-    rng, marker = np.random.default_rng(1), peer.found[1].marker
-    lengths, before = (13, 10), (0, 0) if peer.found[1].ahead else (3, 2)
+    rng, marker = np.random.default_rng(1), peer.config.marker
+    lengths, before = (13, 10), (0, 0) if peer.config.ahead else (3, 2)
     ids, there = np.zeros((2, 13), np.int64), np.zeros((2, 13), np.int32)
     for row, (length, first) in enumerate(zip(lengths, before, strict=True)):
         here = slice(13 - length, 13) if left else slice(0, length)
         text = rng.integers(3, 66, length)
         text[first : first + PATCHES] = marker
         ids[row, here], there[row, here] = text, 1
-    prompt = there * (places(there) < 8)
-    pixels = rng.normal(size=(2, *peer.found[1].source_shape)).astype(np.float32)
+    prompt = there * (positions_of(there) < 8)
+    pixels = rng.normal(size=(2, *peer.config.source_shape)).astype(np.float32)
     return ids, there, prompt, pixels
 
 
@@ -81,7 +81,7 @@ def for_torch(peer, ids, there, prompt, pixels):
         "attention_mask": torch.tensor(there),
         "pixel_values": torch.tensor(pixels.transpose(0, 3, 1, 2)),
     }
-    return given | ({"token_type_ids": torch.tensor(1 - prompt)} if peer.found[1].ahead else {})
+    return given | ({"token_type_ids": torch.tensor(1 - prompt)} if peer.config.ahead else {})
 
 
 def outputs(model, ids, there, positions, pixels, prompt):
@@ -96,15 +96,15 @@ def test_logits_hidden_states_and_maps(peer, case, left):
     peer = peer(case)
     ids, there, prompt, pixels = inputs(peer, left)
     with torch.no_grad():
-        expected = peer.theirs(
+        expected = peer.hf_model(
             **for_torch(peer, ids, there, prompt, pixels),
-            position_ids=torch.tensor(places(there)),
+            position_ids=torch.tensor(positions_of(there)),
             output_hidden_states=True,
             output_attentions=True,
         )
     with jax.set_mesh(peer.mesh):
         run = jax.jit(partial(peer.model.apply, method=outputs, mutable=["intermediates"]))
-        given = jax.tree.map(jnp.asarray, (ids, there, places(there), pixels, prompt))
+        given = jax.tree.map(jnp.asarray, (ids, there, positions_of(there), pixels, prompt))
         found, captured = run({"params": peer.params}, *given)
     hidden, logits = map(np.asarray, found)
     real, layers = there.astype(bool), captured["intermediates"]["decoder"]["layers"]
@@ -124,16 +124,16 @@ def test_loss_and_gradients(peer, case, tmp_path):
     ids, there, prompt, pixels = inputs(peer, left=False)
     answers = there * (1 - prompt)
     labels = torch.tensor(np.where(answers, ids, -100))
-    peer.theirs.zero_grad()
-    loss = peer.theirs(**for_torch(peer, ids, there, prompt, pixels), labels=labels).loss
+    peer.hf_model.zero_grad()
+    loss = peer.hf_model(**for_torch(peer, ids, there, prompt, pixels), labels=labels).loss
     loss.backward()
-    for p in peer.theirs.parameters():
+    for p in peer.hf_model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     targets, weights = np.roll(ids, -1, axis=1), np.roll(answers, -1, axis=1)
     weights[:, -1] = 0
 
     def ours(params):
-        given = map(jnp.asarray, (ids, np.where(weights, targets, 0), there, places(there)))
+        given = map(jnp.asarray, (ids, np.where(weights, targets, 0), there, positions_of(there)))
         images = {"source": jnp.asarray(pixels), "prompt": jnp.asarray(prompt)}
         s = peer.model.apply({"params": params}, *given, **images, method="statistics")
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
@@ -141,7 +141,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
     with jax.set_mesh(peer.mesh):
         value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
     close(value, loss.detach(), 1e-5)
-    wanted, found = saved_gradients(peer.theirs, tmp_path), peer.named(grads)
+    wanted, found = saved_gradients(peer.hf_model, tmp_path), peer.named(grads)
     unread = {name for name in wanted.keys() - found.keys() if not wanted[name].any()}
     assert found.keys() | unread == wanted.keys()
     for name, grad in found.items():
@@ -155,7 +155,7 @@ def test_written_again_it_is_the_same(peer, case, tmp_path):
     """But for the layers of a tower after the one that is read: with as many as there are, it is whole."""
     torch = pytest.importorskip("torch")
     peer, folder = peer(case), epath.Path(tmp_path) / "out"
-    family, config = peer.found
+    family, config = peer.family, peer.config
     import_export.write_checkpoint(folder, config, peer.params, epath.Path(peer.folder))
     written, first = (load_file(f / "model.safetensors") for f in (folder, peer.folder))
     for name in first.keys() - written.keys():
@@ -164,12 +164,12 @@ def test_written_again_it_is_the_same(peer, case, tmp_path):
     for name in written:
         np.testing.assert_array_equal(written[name], first[name], err_msg=name)
     assert import_export.read_config(folder) == (family, config)
-    again, report = type(peer.theirs).from_pretrained(folder, output_loading_info=True)
+    again, report = type(peer.hf_model).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     ids, there, prompt, pixels = inputs(peer, left=False)
     with torch.no_grad():
         given = for_torch(peer, ids, there, prompt, pixels)
-        close(again(**given).logits, peer.theirs(**given).logits)
+        close(again(**given).logits, peer.hf_model(**given).logits)
 
 
 def test_names_of_older_checkpoints(peer, tmp_path):
@@ -177,7 +177,7 @@ def test_names_of_older_checkpoints(peer, tmp_path):
     tensors = load_file(peer.folder / "model.safetensors")
     older = {n.replace("vision_tower.", "vision_tower.vision_model."): x for n, x in tensors.items()}
     save_file(older, tmp_path / "model.safetensors")
-    params = import_export.read_params(epath.Path(tmp_path), peer.found[0], peer.abstract)
+    params = import_export.read_params(epath.Path(tmp_path), peer.family, peer.abstract)
     jax.tree.map(np.testing.assert_array_equal, params, peer.params)
 
 
@@ -186,10 +186,10 @@ def test_greedy(peer, case):
     torch = pytest.importorskip("torch")
     peer = peer(case)
     ids, there, _, pixels = inputs(peer, left=True)
-    peer.theirs.generation_config.eos_token_id = None
+    peer.hf_model.generation_config.eos_token_id = None
     with torch.no_grad():
         given = for_torch(peer, ids, there, np.ones_like(there), pixels)
-        expected = peer.theirs.generate(**given, do_sample=False, max_new_tokens=STEPS, pad_token_id=0)
+        expected = peer.hf_model.generate(**given, do_sample=False, max_new_tokens=STEPS, pad_token_id=0)
     with jax.set_mesh(peer.mesh):
         tokens, segments = jnp.asarray(ids, jnp.int32), jnp.asarray(there)
         slots = tokens.shape[1] + STEPS
@@ -234,7 +234,7 @@ def test_texts_of_pictures(peer, kind, prompts, tmp_path):
     torch = pytest.importorskip("torch")
     theirs = processor(kind, tmp_path)
     size, marker = len(theirs.tokenizer), theirs.image_token_id
-    model = peer(kind, vocab_size=size, image_token_index=marker, folder=tmp_path).theirs
+    model = peer(kind, vocab_size=size, image_token_index=marker, folder=tmp_path).hf_model
     pictures = [np.random.default_rng(n).integers(0, 256, (9, 12, 3), np.uint8) for n in range(3)]
     expected = []
     for prompt, picture in zip(prompts, pictures, strict=True):

@@ -19,12 +19,11 @@ from attnlab.inspect.maps import in_order
 from attnlab.pretrained import import_export, load
 from attnlab.pretrained.hf_config import HFConfig
 from tests.generation.models import assert_same, until_end
-from tests.pretrained.peers import (
+from tests.pretrained.hf_models import (
     Imported,
     assert_written_again,
     batch,
     close,
-    places,
     random_weights,
     saved_gradients,
 )
@@ -97,7 +96,7 @@ def arrays(targets=VOCAB):
     """A source, the tokens written of it, and where both are; rows of unequal lengths."""
     source, there = batch(VOCAB, (9, 6))
     tokens, written = batch(min(targets, 57), (7, 10), seed=2)
-    return {"tokens": tokens, "segment_ids": written, "positions": places(written), "source": source, "source_segments": there}  # fmt: skip
+    return {"tokens": tokens, "segment_ids": written, "positions": positions_of(written), "source": source, "source_segments": there}  # fmt: skip
 
 
 def theirs(peer, **options):
@@ -105,7 +104,7 @@ def theirs(peer, **options):
     import torch
 
     given = {name: torch.tensor(array) for name, array in arrays().items()}
-    return peer.theirs(
+    return peer.hf_model(
         given["source"],
         attention_mask=given["source_segments"],
         decoder_input_ids=given["tokens"],
@@ -143,7 +142,7 @@ def test_it_computes_the_same(peer, case, tmp_path):
     given = arrays()
     logits, memory, captured, value, grads = everything(peer)
     labels = np.where(given["segment_ids"], np.roll(given["tokens"], -1, axis=1), -100)
-    peer.theirs.zero_grad()
+    peer.hf_model.zero_grad()
     expected = theirs(peer, labels=torch.tensor(labels), output_hidden_states=True, output_attentions=True)
     expected.loss.backward()
     expected = {name: value for name, value in expected.items() if name != "cache"}
@@ -166,7 +165,7 @@ def test_it_computes_the_same(peer, case, tmp_path):
             close(ours[rows], weights.detach().numpy()[rows])
 
     close(value, expected["loss"].detach().numpy(), 1e-5)
-    found, wanted = peer.named(grads), saved_gradients(peer.theirs, tmp_path)
+    found, wanted = peer.named(grads), saved_gradients(peer.hf_model, tmp_path)
     assert found.keys() == {name for name in wanted if "embed_positions" not in name or name in found}
     for name in found.keys() - {"final_logits_bias"}:  # which is no parameter there
         # A bias of keys changes no weight: its gradient is rounding alone.
@@ -185,7 +184,7 @@ def generate(peer, **options):
 
     given = arrays()
     source, there = (torch.tensor(given[name]) for name in ("source", "source_segments"))
-    found = peer.theirs.generate(
+    found = peer.hf_model.generate(
         source,
         attention_mask=there,
         do_sample=False,
@@ -199,7 +198,7 @@ def generate(peer, **options):
 
 def prefix(peer, forced=()):
     """All that is read before the first token."""
-    given, config = arrays(), peer.found[1]
+    given, config = arrays(), peer.config
     tokens = np.tile(np.array([config.start, *forced], np.int32), (2, 1))
     source = {name: given[name] for name in ("source", "source_segments")}
     return prefill(peer.model, STEPS + 1, peer.params, tokens, np.ones_like(tokens), **source)
@@ -208,9 +207,9 @@ def prefix(peer, forced=()):
 @pytest.mark.parametrize("case", ("mt5", *SEARCHED, "mbart", "pegasus"))
 def test_greedy(peer, case):
     peer = peer(case)
-    peer.theirs.generation_config.eos_token_id = None  # so that all texts are of 32 tokens
+    peer.hf_model.generation_config.eos_token_id = None  # so that all texts are of 32 tokens
     expected, _ = generate(peer)
-    peer.theirs.generation_config.eos_token_id = EOS
+    peer.hf_model.generation_config.eos_token_id = EOS
     got = []
     with jax.set_mesh(peer.mesh):
         read = jax.jit(lambda prefix, params, new: prefix.read(peer.model, params, new))
@@ -253,16 +252,16 @@ def test_rules_of_what_is_written(peer, case, own, tmp_path):
         "forced_bos_token_id": own[0] if own else None,
         "forced_eos_token_id": EOS,
     }
-    before = peer.theirs.generation_config
-    peer.theirs.generation_config = type(before)(**before.to_dict() | rules)
+    before = peer.hf_model.generation_config
+    peer.hf_model.generation_config = type(before)(**before.to_dict() | rules)
     try:
-        peer.theirs.save_pretrained(tmp_path)
+        peer.hf_model.save_pretrained(tmp_path)
         expected, _ = generate(peer)
         several, found = generate(peer, num_beams=3, num_return_sequences=3, early_stopping=False, renormalize_logits=True)  # fmt: skip
     finally:
-        peer.theirs.generation_config = before
-    peer = Imported(peer.theirs, tmp_path)
-    assert peer.found[1].forced == own
+        peer.hf_model.generation_config = before
+    peer = Imported(peer.hf_model, tmp_path)
+    assert peer.config.forced == own
     with jax.set_mesh(peer.mesh):
         for count, wanted, scores in ((1, expected, None), (3, several, found.sequences_scores.tolist())):
             options = {
@@ -326,7 +325,7 @@ def test_rules_that_are_not_here_are_refused(rules, told, refuses):
 def test_a_checkpoint_without_a_head_has_no_bias_of_logits(peer, tmp_path):
     """As BART's own are: the bias is zeros."""
     peer = peer("bart")
-    peer.theirs.model.save_pretrained(tmp_path)
+    peer.hf_model.model.save_pretrained(tmp_path)
     family, config = import_export.read_config(tmp_path)
     params = import_export.read_params(tmp_path, family, import_export.abstract_params(config))
     assert not np.asarray(params["decoder"]["readout_bias"]["bias"]).any()
@@ -336,13 +335,13 @@ def test_a_checkpoint_without_a_head_has_no_bias_of_logits(peer, tmp_path):
 
 def test_what_texts_begin_with_is_read_and_what_is_not_there_refused(peer, tmp_path, refuses):
     peer = peer("bart")
-    peer.theirs.generation_config.forced_bos_token_id = 5
-    peer.theirs.save_pretrained(tmp_path)
-    peer.theirs.generation_config.forced_bos_token_id = None
+    peer.hf_model.generation_config.forced_bos_token_id = 5
+    peer.hf_model.save_pretrained(tmp_path)
+    peer.hf_model.generation_config.forced_bos_token_id = None
     config = import_export.read_config(tmp_path)[1]
     assert (config.start, config.forced) == (START, (5,))
-    peer.theirs.config.tie_word_embeddings = False
-    peer.theirs.config.save_pretrained(tmp_path)
-    peer.theirs.config.tie_word_embeddings = True
+    peer.hf_model.config.tie_word_embeddings = False
+    peer.hf_model.config.save_pretrained(tmp_path)
+    peer.hf_model.config.tie_word_embeddings = True
     with refuses("tie_word_embeddings=False"):
         import_export.read_config(tmp_path)

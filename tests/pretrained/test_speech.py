@@ -15,7 +15,7 @@ from attnlab.pretrained import load
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
 from tests.generation.models import assert_same, until_end
-from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
+from tests.pretrained.hf_models import assert_written_again, close, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -59,7 +59,7 @@ def peer(request, tmp_path_factory):
 def sounds(peer):
     """Features (B, frames, mels), as many frames as the checkpoint is for, and the same for torch."""
     torch = pytest.importorskip("torch")
-    features = np.random.default_rng(1).normal(size=(2, *peer.found[1].source_shape)).astype(np.float32)
+    features = np.random.default_rng(1).normal(size=(2, *peer.config.source_shape)).astype(np.float32)
     return jnp.asarray(features), torch.tensor(features.transpose(0, 2, 1))
 
 
@@ -69,7 +69,7 @@ def test_logits_hidden_states_and_maps(peer):
     tokens = np.random.default_rng(2).integers(4, 67, (2, 9))
     with torch.no_grad():
         options = {"output_hidden_states": True, "output_attentions": True}
-        expected = peer.theirs(theirs, decoder_input_ids=torch.tensor(tokens), **options)
+        expected = peer.hf_model(theirs, decoder_input_ids=torch.tensor(tokens), **options)
     with jax.set_mesh(peer.mesh):
         run = jax.jit(partial(peer.model.apply, mutable=["intermediates"]))
         logits, captured = run({"params": peer.params}, jnp.asarray(tokens), source=features)
@@ -92,10 +92,10 @@ def test_logits_hidden_states_and_maps(peer):
 def test_loss_and_gradients(peer, tmp_path):
     torch = pytest.importorskip("torch")
     features, theirs = sounds(peer)
-    peer.theirs.zero_grad()
-    loss = peer.theirs(theirs, labels=torch.tensor(LABELS)).loss
+    peer.hf_model.zero_grad()
+    loss = peer.hf_model(theirs, labels=torch.tensor(LABELS)).loss
     loss.backward()
-    frozen = peer.theirs.model.encoder.embed_positions.weight
+    frozen = peer.hf_model.model.encoder.embed_positions.weight
     assert frozen.grad is None
     frozen.grad = torch.zeros_like(frozen)
     targets, weights = np.maximum(LABELS, 0), LABELS >= 0
@@ -110,7 +110,7 @@ def test_loss_and_gradients(peer, tmp_path):
     with jax.set_mesh(peer.mesh):
         value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
     close(value, loss.detach().numpy(), 1e-5)
-    wanted, found = saved_gradients(peer.theirs, tmp_path), peer.named(grads)
+    wanted, found = saved_gradients(peer.hf_model, tmp_path), peer.named(grads)
     assert found.keys() == wanted.keys()
     for name, grad in found.items():
         most = np.abs(wanted[name]).max()
@@ -128,7 +128,7 @@ def generate(peer, features, begin, **options):
 
     config = GenerationConfig(max_new_tokens=STEPS, pad_token_id=EOS, decoder_start_token_id=START, **options)
     return GenerationMixin.generate(
-        peer.theirs,
+        peer.hf_model,
         features,
         decoder_input_ids=torch.tensor(begin),
         generation_config=config,
@@ -188,7 +188,7 @@ def test_beams(peer):
 
 
 def test_a_language_that_is_not_named_is_not_forced(peer):
-    told = peer.theirs.config.to_dict() | {"forced_decoder_ids": [[1, None], [2, 9]]}
+    told = peer.hf_model.config.to_dict() | {"forced_decoder_ids": [[1, None], [2, 9]]}
     assert FAMILIES["whisper"].config(HFConfig(told, "config.json")).forced == ()
 
 

@@ -11,7 +11,7 @@ import pytest
 from attnlab.inspect.maps import in_order
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
-from tests.pretrained.peers import assert_written_again, close, saved, saved_gradients
+from tests.pretrained.hf_models import assert_written_again, close, saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -61,7 +61,7 @@ def peer(tmp_path_factory):
 def images(peer, case, rows=3):
     """Noise (B, height, width, channels), and which patches are hidden, where the model can hide them."""
     rng = np.random.default_rng(1)
-    pixels = rng.normal(size=(rows, *CASES[case][2], peer.theirs.config.num_channels)).astype(np.float32)
+    pixels = rng.normal(size=(rows, *CASES[case][2], peer.hf_model.config.num_channels)).astype(np.float32)
     masked = None
     if "hidden patches" in case:
         masked = rng.random((rows, np.prod([side // 4 for side in CASES[case][2]]))) < 0.3
@@ -70,11 +70,11 @@ def images(peer, case, rows=3):
 
 def theirs(peer, case, pixels, masked, **options):
     torch = pytest.importorskip("torch")
-    if "Dinov2" not in type(peer.theirs).__name__:
+    if "Dinov2" not in type(peer.hf_model).__name__:
         options["interpolate_pos_encoding"] = "other sizes" in case or "deit" in case
     if masked is not None:
         options["bool_masked_pos"] = torch.tensor(masked)
-    return peer.theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), **options)
+    return peer.hf_model(torch.tensor(pixels.transpose(0, 3, 1, 2)), **options)
 
 
 def outputs(model, pixels, masked):
@@ -116,10 +116,10 @@ def test_loss_and_gradients(peer, case, tmp_path):
     (pixels, masked), targets = images(peer, case), np.array([0, 3, 1])
     expected = theirs(peer, case, pixels, masked)
     wanted_output = expected.logits if "logits" in expected else expected.pooler_output
-    peer.theirs.zero_grad()
+    peer.hf_model.zero_grad()
     loss = torch.nn.functional.cross_entropy(wanted_output, torch.tensor(targets))
     loss.backward()
-    for p in peer.theirs.parameters():
+    for p in peer.hf_model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
 
     def ours(params, pixels, masked, targets):
@@ -133,10 +133,10 @@ def test_loss_and_gradients(peer, case, tmp_path):
     with jax.set_mesh(peer.mesh):
         value, grads = jax.jit(jax.value_and_grad(ours))(peer.params, pixels, masked, targets)
     close(value, loss.detach(), 1e-5)
-    wanted = saved_gradients(peer.theirs, tmp_path)
+    wanted = saved_gradients(peer.hf_model, tmp_path)
     found = peer.named(grads)
     for name, grad in found.items():
-        expected = wanted[name if name in wanted else name.removeprefix(peer.found[0].prefix)]
+        expected = wanted[name if name in wanted else name.removeprefix(peer.family.prefix)]
         # A bias of the keys alone has no gradient, but for rounding.
         bound = 1e-6 if name.endswith(("key.bias", "k_proj.bias")) else 1e-3 * np.abs(expected).max()
         np.testing.assert_allclose(grad, expected, rtol=1e-3, atol=bound, err_msg=name)
@@ -147,7 +147,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
 def test_written_again_it_is_the_same(peer, case, tmp_path):
     peer = peer(case)
     assert_written_again(peer, tmp_path)
-    assert peer.found[0].architecture_of(peer.found[1]) == type(peer.theirs).__name__
+    assert peer.family.architecture_of(peer.config) == type(peer.hf_model).__name__
 
 
 @pytest.mark.parametrize(("kind", "changes", "told"), [

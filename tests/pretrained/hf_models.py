@@ -32,7 +32,7 @@ def random_weights(model):
 class Imported:
     """A saved model of transformers, and the same read here."""
 
-    theirs: object
+    hf_model: object
     folder: Path
 
     @cached_property
@@ -40,26 +40,32 @@ class Imported:
         return sharding.make_mesh(sharding.parse_mesh("single", 1))
 
     @cached_property
-    def found(self):
+    def _family_and_config(self):
         return import_export.read_config(self.folder)
+
+    @property
+    def family(self):
+        return self._family_and_config[0]
+
+    @property
+    def config(self):
+        return self._family_and_config[1]
 
     @cached_property
     def model(self):
-        return self.found[1].build(1)
+        return self.config.build(1)
 
     @cached_property
     def abstract(self):
-        return import_export.abstract_params(self.found[1], self.mesh)
+        return import_export.abstract_params(self.config, self.mesh)
 
     @cached_property
     def params(self):
-        return import_export.read_params(self.folder, self.found[0], self.abstract)
+        return import_export.read_params(self.folder, self.family, self.abstract)
 
     def named(self, tree):
         """Our parameters, or gradients of them, under their names and in their layouts."""
-        return dict(
-            tensors.to_tensors(tensor_mapping.tensor_slices(self.found[0].tensors, self.params), tree)
-        )
+        return dict(tensors.to_tensors(tensor_mapping.tensor_slices(self.family.tensors, self.params), tree))
 
 
 def saved(model, folder):
@@ -70,10 +76,10 @@ def saved(model, folder):
 
 def assert_written_again(peer, folder):
     """Holds that what is written again loads in transformers with the same bits."""
-    import_export.write_params(folder, peer.found[0], peer.params)
-    peer.theirs.config.save_pretrained(folder)
-    again = type(peer.theirs).from_pretrained(folder)
-    for name, tensor in peer.theirs.state_dict().items():
+    import_export.write_params(folder, peer.family, peer.params)
+    peer.hf_model.config.save_pretrained(folder)
+    again = type(peer.hf_model).from_pretrained(folder)
+    for name, tensor in peer.hf_model.state_dict().items():
         np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
 
 
@@ -98,7 +104,7 @@ def saved_gradients(model, folder):
     return load_file(folder / "model.safetensors")
 
 
-def places(there):
+def positions_of(there):
     """The position of each token among those of its row."""
     return np.maximum(np.cumsum(there, axis=1) - 1, 0)
 
@@ -113,7 +119,7 @@ def program(peer, **options):
 
     def apply(ids, there):
         with jax.set_mesh(peer.mesh):
-            found = run({"params": peer.params}, *map(jnp.asarray, (ids, there, places(there))))
+            found = run({"params": peer.params}, *map(jnp.asarray, (ids, there, positions_of(there))))
         return jax.tree.map(np.asarray, found)
 
     return apply
