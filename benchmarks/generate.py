@@ -55,7 +55,7 @@ def attnlab(folder: Path) -> Generate:
     from attnlab.pretrained import load
 
     mesh = sharding.make_mesh(sharding.parse_mesh("single", 1))
-    found = load(str(folder), mesh, unstacked=True)
+    found = load(str(folder), mesh, unrolled=True)
     generator = Generator(found.model, found.params, found.tokenizer, PROMPT + NEW, mesh)
 
     def generate(batch: int) -> list[list[int]]:

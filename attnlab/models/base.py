@@ -143,13 +143,13 @@ class ModelConfig(ABC):
         config = self._with_parts(lambda part: part.with_dtypes(dtypes))
         return replace(config, dtypes=dtypes) if hasattr(config, "dtypes") else config  # type: ignore
 
-    def unstacked(self) -> Self:
+    def unrolled(self) -> Self:
         """The same model with the parameters of each layer by themselves, not in one array for all layers.
 
         It takes longer to compile. A step that reads each parameter once, as of text that is generated, is
         faster on a CPU, where XLA would copy a layer's out of the stack.
         """
-        return self._with_parts(lambda part: part.unstacked())
+        return self._with_parts(lambda part: part.unrolled())
 
     def written_out(self) -> Self:
         """The same model, defaults written out, and what only training depends on as it is by default.
@@ -297,8 +297,8 @@ class TransformerConfig(ModelConfig):
             dtypes=self.dtypes,
         )
 
-    def unstacked(self) -> Self:
-        """See `ModelConfig.unstacked`: a pattern longer than the model has no whole period to stack."""
+    def unrolled(self) -> Self:
+        """See `ModelConfig.unrolled`: a pattern longer than the model has no whole period to stack."""
         return replace(self, pattern=(*self.kinds, self.kinds[0]))
 
     def written_out(self) -> Self:

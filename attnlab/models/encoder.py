@@ -73,9 +73,9 @@ class EncoderConfig(TextConfig, SourceConfig):
         period = self.pattern if self.groups else config.pattern
         return replace(config, head=head, pattern=period, groups=self.groups)
 
-    def unstacked(self) -> Self:
-        """See `ModelConfig.unstacked`; layers that share parameters stay together."""
-        return self if self.groups else super().unstacked()
+    def unrolled(self) -> Self:
+        """See `ModelConfig.unrolled`; layers that share parameters stay together."""
+        return self if self.groups else super().unrolled()
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """See `ModelConfig.sharded_dimensions`."""

@@ -39,7 +39,7 @@ def load(
     name: str,
     mesh: Mesh | None = None,
     dtypes: Dtypes = Dtypes(),  # noqa: B008 - frozen
-    unstacked: bool = False,
+    unrolled: bool = False,
 ) -> Pretrained:
     """A checkpoint's model, read tensor by tensor straight to where it is to lie.
 
@@ -47,8 +47,8 @@ def load(
       name: a folder, or an id of the Hugging Face hub.
       mesh: where to put the parameters, to be used under `jax.set_mesh`; None is one device, and no mesh.
       dtypes: number formats of parameters, computation and logits.
-      unstacked: keep each layer's parameters by themselves, to generate faster on a CPU; see
-        `ModelConfig.unstacked`.
+      unrolled: keep each layer's parameters by themselves, to generate faster on a CPU; see
+        `ModelConfig.unrolled`.
 
     Raises:
       InputError: no such checkpoint, a model or a setting that there is nothing here for, no safetensors, or
@@ -57,7 +57,7 @@ def load(
     folder = resolve(name)
     family, config = import_export.read_config(folder)
     config = config.with_dtypes(dtypes)
-    config = config.unstacked() if unstacked else config
+    config = config.unrolled() if unrolled else config
     params = import_export.read_params(folder, family, import_export.abstract_params(config, mesh))
     return Pretrained(config.build(1), params, import_export.read_tokenizer(folder))
 

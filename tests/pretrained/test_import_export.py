@@ -180,8 +180,8 @@ def test_the_tokenizer_comes_along(made, copied):
 
 def test_each_layer_by_itself_it_is_the_same_model(made):
     folder, _ = made
-    stacked, apart = load(str(folder)), load(str(folder), unstacked=True)
-    assert len(apart.params["layers"]["tail"]) == apart.config.depth == 2
+    stacked, unrolled = load(str(folder)), load(str(folder), unrolled=True)
+    assert len(unrolled.params["layers"]["tail"]) == unrolled.config.depth == 2
     tokens = jnp.arange(7)[None] + 3
-    wanted, got = (found.model.apply({"params": found.params}, tokens) for found in (stacked, apart))
+    wanted, got = (found.model.apply({"params": found.params}, tokens) for found in (stacked, unrolled))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
