@@ -18,6 +18,7 @@ from attnlab.config.text import split
 from attnlab.config.tree import Override
 from attnlab.errors import InputError
 from attnlab.paths import resolve_path
+from attnlab.runner.opening import opening_line
 
 Mode = Literal["train", "eval", "sample", "describe", "import", "export"]
 MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe", "import", "export")
@@ -111,6 +112,7 @@ class Request:
         trackers: the services that metrics go to besides the workdir.
         sampling: how to sample.
         swept: within a sweep, the swept fields and their values as text.
+        opening: the line that the command line prints before the run starts; empty for modes that print text.
     """
 
     mode: Mode
@@ -133,6 +135,7 @@ class Request:
     trackers: tuple[str, ...] = ()
     sampling: SamplingFlags = SamplingFlags()
     swept: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    opening: str = ""
 
     @property
     def folder(self) -> epath.Path:
@@ -283,7 +286,14 @@ def _make_request(
     field_sources = configs.sources(config, loaded.config, [path for path, _ in overrides], loaded.sources)
     mesh = mesh or (run.mesh if run else None) or "single"
     return Request(
-        mode=mode, loaded=loaded, config=config, sources=field_sources, workdir=workdir, mesh=mesh, **options
+        mode=mode,
+        loaded=loaded,
+        config=config,
+        sources=field_sources,
+        workdir=workdir,
+        mesh=mesh,
+        opening=opening_line(mode, loaded, workdir, resumes=run is not None, default=spec is None),
+        **options,
     )
 
 

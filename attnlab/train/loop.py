@@ -119,6 +119,8 @@ def train(
                 checkpoints.save(step, state, batches.get_state(), evaluated if due else None)
                 saved = step
 
+    if step < last:
+        say("compiling the training step")
     with stop_on_signal() as signalled, Tracer(limits.profile, profile_dir, say) as tracer:
         while step < last:
             tracer.before(step + 1)

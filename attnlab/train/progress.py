@@ -15,8 +15,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Step, loss, tokens/s (the metrics "loss" and "tokens_per_second") and the time that is left.
 
-    On a terminal the training split moves a bar, and other splits are lines above it. Elsewhere training is a
-    line every ten seconds, at the first write and at the last step.
+    On a terminal the training split moves a bar, which shows "compiling" until the first write, and other
+    splits are lines above it. Elsewhere training is a line every ten seconds, at the first write and at the
+    last step.
     """
 
     def __init__(self, steps: int | None = None, start: int = 0, console: Console | None = None):
@@ -91,7 +92,7 @@ def _bar(console: Console, steps: int | None, start: int) -> Bar:
         console=console,
         refresh_per_second=4,
     )
-    bar.add_task("train", total=steps, completed=start, numbers="", left="-:--:--")
+    bar.add_task("train", total=steps, completed=start, numbers="compiling", left="-:--:--")
     bar.start()
     return bar
 

@@ -135,8 +135,9 @@ def test_goes_on_from_a_state(made):
 def test_a_run_at_its_end_has_nothing_to_do(made):
     done, _ = train(made)
     batches = Batches()
-    outcome, record = train(made, start=done.state, batches=batches)
-    assert (outcome.reason, outcome.step, batches.taken) == ("done", 12, 0)
+    said = []
+    outcome, record = train(made, start=done.state, batches=batches, say=said.append)
+    assert (outcome.reason, outcome.step, batches.taken, said) == ("done", 12, 0, [])
     assert record.of("train") == []
     assert set(outcome.metrics) == {"loss", "accuracy", "bits_per_byte"}
 
@@ -181,8 +182,14 @@ def test_sigterm_saves_without_evaluating(made):
 def test_a_trace_is_written_also_where_the_run_ends_within_it(made, tmp_path, steps, stop, told):
     said = []
     train(made, Limits(profile=steps, max_steps=stop), say=said.append, profile_dir=str(tmp_path))
-    assert said == [f"a trace of steps {told} is in {tmp_path}"]
+    assert said == ["compiling the training step", f"a trace of steps {told} is in {tmp_path}"]
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_compiling_is_announced_before_the_first_step(made):
+    batches, said = Batches(), []
+    train(made, Limits(max_steps=2), batches=batches, say=lambda text: said.append((text, batches.taken)))
+    assert said == [("compiling the training step", 0)]
 
 
 def test_the_wait_for_input_is_a_share_of_the_time():

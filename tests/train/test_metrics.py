@@ -188,6 +188,8 @@ def test_lines_without_a_planned_end_or_known_metrics(clock):
 def test_the_bar_shows_the_same(clock):
     out, console = shown(True)
     bar = progress.Progress(100, start=40, console=console)
+    bar._bar.refresh()
+    assert "40/100" in out.getvalue() and "compiling" in out.getvalue()
     bar.write(50, "train", {"loss": 2.0, "tokens_per_second": 1e6})
     clock.time += 20
     bar.write(60, "train", {"loss": 1.5, "tokens_per_second": 2e6})

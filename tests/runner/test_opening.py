@@ -1,0 +1,52 @@
+"""The first line of a run."""
+
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from attnlab.config import Loaded
+from attnlab.runner.opening import opening_line
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Loaded(None, None, epath.Path(tmp_path) / "experiments" / "toy.py", name="toy")
+
+
+def line(toy, workdir, mode="train", resumes=False, default=True):
+    return opening_line(
+        mode, toy, workdir and epath.Path(workdir).absolute(), resumes=resumes, default=default
+    )
+
+
+def test_a_new_run_names_its_experiment_and_the_file(toy):
+    assert line(toy, "runs/a", default=False) == "new run of toy (experiments/toy.py) in runs/a"
+    assert line(toy, None, default=False) == "new run of toy (experiments/toy.py)"
+    assert line(toy, None) == (
+        "new run of toy (experiments/toy.py), the default experiment; --config=NAME runs another"
+    )
+
+
+def test_a_file_from_elsewhere_has_its_whole_path(toy, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert f"({tmp_path}/experiments/toy.py)" in line(toy, None)
+
+
+def test_runs_that_exist(toy):
+    assert line(toy, "runs/a", resumes=True) == "resuming toy in runs/a"
+    assert line(toy, "runs/a", "eval", resumes=True) == "evaluating toy in runs/a"
+    assert line(toy, "runs/a", "sample", resumes=True) == line(toy, None, "describe") == ""
+
+
+def test_a_mistyped_workdir_is_reported_with_the_nearest_run(toy, tmp_path):
+    starts = ": starting a new run of toy (experiments/toy.py), the default experiment, there"
+    assert line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}"
+    (tmp_path / "runs" / "pronoun").mkdir(parents=True)
+    assert line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}"  # the neighbour holds no run
+    Path("runs/pronoun/config.json").write_text("{}")
+    assert line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}; did you mean 'pronoun'?"
+    Path("runs/prnoun").mkdir()
+    assert line(toy, "runs/prnoun") == f"runs/prnoun holds no run{starts}; did you mean 'pronoun'?"
