@@ -79,7 +79,7 @@ def attend(
       normalizer: masked scores to weights, over the last axis; only "reference" has others than softmax.
       dropout_rate: share of weights dropped, where `dropout_key` is given.
       dropout_key: random key of the dropout.
-      backend: the name of one, one itself, or "auto": the first that does not refuse; see `explain`.
+      backend: a name, a backend, or "auto": the first in `AUTO_ORDER` that supports the call; see `explain`.
       return_lse: also return the float32 log-sum-exp, (B, T, H).
       return_weights: also return the weights before dropout, (B, H, T, S), float32.
 
@@ -112,7 +112,7 @@ def attend(
         platform=_platform(),
     )
     _check_values(args)
-    result = _per_device(backend, args)
+    result = _run_sharded(backend, args)
     out, lse, weights = (
         x if x is None or len(batch) == 1 else x.reshape(*batch, *x.shape[1:]) for x in result
     )
@@ -150,21 +150,21 @@ def _check_values(args: AttentionArgs) -> None:
     b, t, h, _ = args.query.shape
     lengths = {"batch": b, "heads": h, "queries": t, "keys": args.key.shape[1]}
 
-    def check(what, x, layout):
-        for name, n in zip(layout, jnp.shape(x), strict=True):
+    def check(kind, x, dims):
+        for name, n in zip(dims, jnp.shape(x), strict=True):
             if name in lengths and n not in (1, lengths[name]):
                 raise InputError(
-                    f"attend: an array {jnp.shape(x)} of ({', '.join(map(str, layout))}) in the {what} "
+                    f"attend: an array {jnp.shape(x)} of ({', '.join(map(str, dims))}) in the {kind} "
                     f"has {n} {name}, where the scores have {lengths[name]}"
                 )
         return x
 
-    for what, value in (("mask", args.mask), ("score", args.score)):
+    for kind, value in (("mask", args.mask), ("score", args.score)):
         if value is not None:
-            value.map_arrays(partial(check, what))
+            value.map_arrays(partial(check, kind))
 
 
-def _per_device(wanted: str | Backend, args: AttentionArgs) -> AttentionResult:
+def _run_sharded(name_or_backend: str | Backend, args: AttentionArgs) -> AttentionResult:
     """Runs a backend on each device's own part, as the types of the arguments say."""
     arrays = args.query, args.key, args.value
     layouts = [
@@ -173,43 +173,43 @@ def _per_device(wanted: str | Backend, args: AttentionArgs) -> AttentionResult:
     mesh = jax.sharding.get_abstract_mesh()
     is_sharded = any(map(any, layouts))
     if not is_sharded and mesh.size <= 1:
-        return select_backend(wanted, args).run(args, (0, 0, 0, 0))
+        return select_backend(name_or_backend, args).run(args, (0, 0, 0, 0))
     batch, sequence, heads = _check_layouts(layouts, args.key.shape[2])
     sizes = mesh.shape
 
-    def part(x, spec):
+    def local_shape(x, spec):
         lengths = (
             n // math.prod(sizes[a] for a in _axes(axes)) for n, axes in zip(x.shape, spec, strict=True)
         )
         return jax.ShapeDtypeStruct(tuple(lengths), x.dtype)
 
-    query, key, value = (part(x, spec) for x, spec in zip(arrays, layouts, strict=True))
-    devices = math.prod(sizes[a] for a in _axes(sequence))
+    query, key, value = (local_shape(x, spec) for x, spec in zip(arrays, layouts, strict=True))
+    sequence_shards = math.prod(sizes[a] for a in _axes(sequence))
     args = dataclasses.replace(
-        args, sequence_axes=_axes(sequence), sequence_shards=devices, is_sharded=is_sharded
+        args, sequence_axes=_axes(sequence), sequence_shards=sequence_shards, is_sharded=is_sharded
     )
-    backend = select_backend(wanted, dataclasses.replace(args, query=query, key=key, value=value))
+    backend = select_backend(name_or_backend, dataclasses.replace(args, query=query, key=key, value=value))
     axes = {"batch": batch, "heads": heads}
 
-    def spec(x, layout) -> P:
+    def spec(x, dims) -> P:
         # Cut as the scores are, but for what serves all rows or heads; whole along the length.
-        return P(*(axes.get(name) if n > 1 else None for name, n in zip(layout, jnp.shape(x), strict=True)))
+        return P(*(axes.get(name) if n > 1 else None for name, n in zip(dims, jnp.shape(x), strict=True)))
 
     # What is known now stays so: it does not become an argument, of which a backend would know nothing.
     values = args.mask, args.score
     specs = jax.tree.leaves([x if x is None else x.map_arrays(spec) for x in values], is_leaf=_is_spec)
     leaves, structure = jax.tree.flatten(values)
-    is_moving = [any(spec) or not _is_replicated_constant(x) for x, spec in zip(leaves, specs, strict=True)]
-    specs = [spec for spec, moving in zip(specs, is_moving, strict=True) if moving]
-    moving = [x for x, moving in zip(leaves, is_moving, strict=True) if moving]
-    fixed = [np.asarray(x) for x, moving in zip(leaves, is_moving, strict=True) if not moving]
+    is_argument = [any(spec) or not _is_replicated_constant(x) for x, spec in zip(leaves, specs, strict=True)]
+    specs = [spec for spec, keep in zip(specs, is_argument, strict=True) if keep]
+    arguments = [x for x, keep in zip(leaves, is_argument, strict=True) if keep]
+    constants = [np.asarray(x) for x, keep in zip(leaves, is_argument, strict=True) if not keep]
     sinks = None if args.sinks is None else jax.sharding.reshard(args.sinks, P(heads))
 
-    def local(query, key, value, moving, sinks, dropout_key):
-        sources = iter(fixed), iter(moving)
-        mask, score = structure.unflatten(next(sources[moving]) for moving in is_moving)
-        first = _first(batch, query.shape[0]), _first(heads, query.shape[2]), 0, 0
-        mine = dataclasses.replace(
+    def local(query, key, value, arguments, sinks, dropout_key):
+        sources = iter(constants), iter(arguments)
+        mask, score = structure.unflatten(next(sources[is_arg]) for is_arg in is_argument)
+        offset = _shard_start(batch, query.shape[0]), _shard_start(heads, query.shape[2]), 0, 0
+        local_args = dataclasses.replace(
             args,
             query=query,
             key=key,
@@ -219,7 +219,7 @@ def _per_device(wanted: str | Backend, args: AttentionArgs) -> AttentionResult:
             sinks=sinks,
             dropout_key=_local_key(dropout_key, (batch, heads)),
         )
-        return tuple(backend.run(mine, first))
+        return tuple(backend.run(local_args, offset))
 
     weights = P(batch, heads, sequence, None) if args.return_weights else None
     result = jax.shard_map(
@@ -227,7 +227,7 @@ def _per_device(wanted: str | Backend, args: AttentionArgs) -> AttentionResult:
         in_specs=(*layouts, specs, P(heads), P()),
         out_specs=(P(batch, sequence, heads, None), P(batch, sequence, heads), weights),
         check_vma=False,
-    )(*arrays, list(map(jax.sharding.reshard, moving, specs)), sinks, args.dropout_key)
+    )(*arrays, list(map(jax.sharding.reshard, arguments, specs)), sinks, args.dropout_key)
     return AttentionResult(*result)
 
 
@@ -247,7 +247,7 @@ def _axes(entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def _first(axes, length: int):
+def _shard_start(axes, length: int):
     """Where this device's part begins in a dimension that is laid out over mesh axes."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return jax.lax.axis_index(axes) * length if math.prod(sizes[a] for a in _axes(axes)) > 1 else 0
@@ -360,8 +360,9 @@ def _count_blocks(mask, grid: BlockGrid) -> tuple[int, int, int]:
     """How many blocks are empty, partial and full."""
     if mask is None:
         return 0, 0, int(np.prod(grid.num_blocks))
-    some, every = (np.asarray(x) for x in mask.block_summary(grid))
-    return int((~some).sum()), int((some & ~every).sum()), int((some & every).sum())
+    any_allowed, all_allowed = (np.asarray(x) for x in mask.block_summary(grid))
+    partly = any_allowed & ~all_allowed
+    return int((~any_allowed).sum()), int(partly.sum()), int((any_allowed & all_allowed).sum())
 
 
 class _RecordingBackend:
@@ -371,17 +372,17 @@ class _RecordingBackend:
     chosen: Backend
     args: AttentionArgs
 
-    def __init__(self, wanted: str | Backend):
-        self._wanted = wanted
+    def __init__(self, name_or_backend: str | Backend):
+        self._wanted = name_or_backend
 
     def unsupported_reason(self, args):
         """Keeps what is asked."""
         self.args = args
         self.chosen = select_backend(self._wanted, args)
 
-    def run(self, args, first):
+    def run(self, args, offset):
         """Runs the backend that was chosen."""
-        return self.chosen.run(args, first)
+        return self.chosen.run(args, offset)
 
     def rejections(self) -> dict[str, str]:
         """Why each other backend was not chosen."""

@@ -69,14 +69,15 @@ def make_block_mask(mask: Mask | None, grid: BlockGrid) -> tuple[BlockMask, Stat
     """
     part, whole = static_part(mask, grid)
     if whole or (part is not None and is_static(grid.offset[2:])):
-        some, every = eval_at_trace_time(
+        any_allowed, all_allowed = eval_at_trace_time(
             lambda: _summarize(part, grid._replace(offset=(0, 0, *grid.offset[2:])))
         )
-        every = every & whole
-        unrolled = _unrolled_kv_blocks(some, every, grid)
+        all_allowed = all_allowed & whole
+        unrolled = _unrolled_kv_blocks(any_allowed, all_allowed, grid)
         if whole or unrolled is not None:
-            info = StaticBlockInfo(bool(every.any()), bool((some & ~every).any()), unrolled)
-            return _sort_blocks(np, some, every), info
+            has_partial = bool((any_allowed & ~all_allowed).any())
+            info = StaticBlockInfo(bool(all_allowed.any()), has_partial, unrolled)
+            return _sort_blocks(np, any_allowed, all_allowed), info
     return _sort_blocks(jnp, *_summarize(mask, grid)), StaticBlockInfo()
 
 
@@ -105,28 +106,31 @@ def depends_on_batch_and_heads(mask: Mask) -> tuple[bool, bool]:
     return evaluated.shape[0] > 1, evaluated.shape[1] > 1
 
 
-def _unrolled_kv_blocks(some, every, grid: BlockGrid):
-    scores = some.sum() * grid.block_q * grid.block_kv * grid.batch * grid.heads
-    if some.sum() > FEW_BLOCKS or scores > FEW_SCORES:
+def _unrolled_kv_blocks(any_allowed, all_allowed, grid: BlockGrid):
+    scores = any_allowed.sum() * grid.block_q * grid.block_kv * grid.batch * grid.heads
+    if any_allowed.sum() > FEW_BLOCKS or scores > FEW_SCORES:
         return None
-    return tuple(tuple((int(j), not every[i, j]) for j in np.flatnonzero(some[i])) for i in range(len(some)))
+    return tuple(
+        tuple((int(j), not all_allowed[i, j]) for j in np.flatnonzero(any_allowed[i]))
+        for i in range(len(any_allowed))
+    )
 
 
 def _summarize(mask: Mask | None, grid: BlockGrid):
     """Of each block: whether some row of the batch or head needs it, and whether none needs a mask for it."""
     count, width = grid.num_blocks
-    some: Any = np.ones((count, width), bool)
-    every: Any = some
+    any_allowed: Any = np.ones((count, width), bool)
+    all_allowed: Any = any_allowed
     if mask is not None:
-        some, every = mask.block_summary(grid)
-        some, every = some.any((0, 1)), every.all((0, 1))
+        any_allowed, all_allowed = mask.block_summary(grid)
+        any_allowed, all_allowed = any_allowed.any((0, 1)), all_allowed.all((0, 1))
     if grid.num_keys % grid.block_kv:  # what fills up the last block is not to be attended to
-        every = every & (np.arange(width) < width - 1)[None]
-    return some, every & some
+        all_allowed = all_allowed & (np.arange(width) < width - 1)[None]
+    return any_allowed, all_allowed & any_allowed
 
 
-def _sort_blocks(np_, some, every) -> BlockMask:
+def _sort_blocks(np_, any_allowed, all_allowed) -> BlockMask:
     # Sorting by 0, 1, 2 keeps the order of the keys within each sort.
-    rank = np_.where(every, 0, np_.where(some, 1, 2))
+    rank = np_.where(all_allowed, 0, np_.where(any_allowed, 1, 2))
     kv_indices = np_.argsort(rank, axis=1, **({"kind": "stable"} if np_ is np else {"stable": True}))
-    return BlockMask(kv_indices.astype(np_.int32), every.sum(1), some.sum(1))
+    return BlockMask(kv_indices.astype(np_.int32), all_allowed.sum(1), any_allowed.sum(1))

@@ -36,12 +36,12 @@ class ContextParallelBackend:
         del args
         return None
 
-    def run(self, args: AttentionArgs, first):
+    def run(self, args: AttentionArgs, offset):
         """See `Backend.run`."""
-        out, lse = self.attend_local(args, first)
+        out, lse = self.attend_local(args, offset)
         return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
 
-    def attend_local(self, args: AttentionArgs, first) -> tuple[Array, Array]:
+    def attend_local(self, args: AttentionArgs, offset) -> tuple[Array, Array]:
         """Output and log-sum-exp of this device's queries."""
         raise NotImplementedError
 
@@ -51,15 +51,15 @@ class AllGather(ContextParallelBackend):
 
     name = "all_gather"
 
-    def attend_local(self, args, first):
+    def attend_local(self, args, offset):
         """See `ContextParallelBackend.attend_local`."""
         key, value = (
             jax.lax.all_gather(x, args.sequence_axes, axis=1, tiled=True) for x in (args.key, args.value)
         )
-        start = first[2] + jax.lax.axis_index(args.sequence_axes) * args.query.shape[1]
+        start = offset[2] + jax.lax.axis_index(args.sequence_axes) * args.query.shape[1]
         mask, score = _slice_values((args.mask, args.score), queries=(start, args.query.shape[1]))
-        at = (*first[:2], start, first[3])
-        return blockwise(args.query, key, value, mask=mask, score=score, scale=args.scale, first=at)
+        at = (*offset[:2], start, offset[3])
+        return blockwise(args.query, key, value, mask=mask, score=score, scale=args.scale, offset=at)
 
 
 class AllToAll(ContextParallelBackend):
@@ -74,14 +74,14 @@ class AllToAll(ContextParallelBackend):
             return f"{heads} key heads a device do not divide over {count} devices"
         return None
 
-    def attend_local(self, args, first):
+    def attend_local(self, args, offset):
         """See `ContextParallelBackend.attend_local`."""
         swap = partial(jax.lax.all_to_all, axis_name=args.sequence_axes, tiled=True)
         query, key, value = (swap(x, split_axis=2, concat_axis=1) for x in (args.query, args.key, args.value))
         start = jax.lax.axis_index(args.sequence_axes) * query.shape[2]
         mask, score = _slice_values((args.mask, args.score), heads=(start, query.shape[2]))
-        at = (first[0], first[1] + start, *first[2:])
-        out, lse = blockwise(query, key, value, mask=mask, score=score, scale=args.scale, first=at)
+        at = (offset[0], offset[1] + start, *offset[2:])
+        out, lse = blockwise(query, key, value, mask=mask, score=score, scale=args.scale, offset=at)
         return swap(out, split_axis=1, concat_axis=2), swap(lse, split_axis=1, concat_axis=2)
 
 
@@ -101,7 +101,7 @@ class Ring(ContextParallelBackend):
             return f"it exchanges halves of each device's length, and {lengths} are not even"
         return None
 
-    def attend_local(self, args, first):
+    def attend_local(self, args, offset):
         """See `ContextParallelBackend.attend_local`."""
         query, key, value = args.query, args.key, args.value
         zigzag = args.mask is not None
@@ -110,7 +110,7 @@ class Ring(ContextParallelBackend):
         static = args.sequence_axes, zigzag, args.scale if isinstance(args.scale, float) else 1.0
         if not isinstance(args.scale, float):
             query = query * args.scale
-        out, lse = _ring(static, query, key, value, args.mask, args.score, first)
+        out, lse = _ring(static, query, key, value, args.mask, args.score, offset)
         if zigzag:
             out, lse = (zigzag_permute(x, args.sequence_axes, inverse=True) for x in (out, lse))
         return out, lse
@@ -143,12 +143,12 @@ def zigzag_permute(x: Array, axis, inverse: bool = False) -> Array:
 class _RingState:
     """The parts of queries and keys that meet on this device in each step of the ring."""
 
-    def __init__(self, static, query, key, mask, score, first):
+    def __init__(self, static, query, key, mask, score, offset):
         self.axis, self.zigzag, self.scale = static
         self.n, self.me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
         self.count = 2 if self.zigzag else 1
         self.sizes = query.shape[1] // self.count, key.shape[1] // self.count
-        self.mask, self.score, self.first = mask, score, first
+        self.mask, self.score, self.offset = mask, score, offset
 
     def part_index(self, owner, half: int):
         """The number of a part, among all in their order."""
@@ -161,12 +161,12 @@ class _RingState:
         q, k = self.part_index(self.me, i) * self.sizes[0], self.part_index(owner, j) * self.sizes[1]
         ranges = {"queries": (q, self.sizes[0]), "keys": (k, self.sizes[1])}
         mask, score = _slice_values((self.mask, self.score), **ranges)
-        b, h, q0, k0 = self.first
+        b, h, q0, k0 = self.offset
         return {"queries": q, "keys": k}, {
             "mask": mask,
             "score": score,
             "scale": self.scale,
-            "first": (b, h, q0 + q, k0 + k),
+            "offset": (b, h, q0 + q, k0 + k),
         }
 
     def halves(self, *arrays):
@@ -189,12 +189,12 @@ class _RingState:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(static, query, key, value, mask, score, first):
-    return _ring_forward(static, query, key, value, mask, score, first)[0]
+def _ring(static, query, key, value, mask, score, offset):
+    return _ring_forward(static, query, key, value, mask, score, offset)[0]
 
 
-def _ring_forward(static, query, key, value, mask, score, first):
-    ring = _RingState(static, query, key, mask, score, first)
+def _ring_forward(static, query, key, value, mask, score, offset):
+    ring = _RingState(static, query, key, mask, score, offset)
 
     def step(carry, owner, rotating):
         results = []
@@ -209,7 +209,7 @@ def _ring_forward(static, query, key, value, mask, score, first):
     start = (jnp.zeros((*rows, value.shape[-1])), jnp.full(rows, -jnp.inf))
     carry, _ = ring.ring_scan([start] * ring.count, step, (key, value))
     out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*carry, strict=True))
-    return (out.astype(value.dtype), lse), (query, key, value, mask, score, first, out, lse)
+    return (out.astype(value.dtype), lse), (query, key, value, mask, score, offset, out, lse)
 
 
 def _merge_softmax(one, two):
@@ -222,10 +222,10 @@ def _merge_softmax(one, two):
 
 
 def _ring_backward(static, residuals, d_outputs):
-    query, key, value, mask, score, first, out, lse = residuals
+    query, key, value, mask, score, offset, out, lse = residuals
     d_out, d_lse = d_outputs
     delta = vjp.row_term(out, d_out, d_lse)
-    ring = _RingState(static, query, key, mask, score, first)
+    ring = _RingState(static, query, key, mask, score, offset)
     q_halves = ring.halves(query, d_out, lse, delta)
 
     def step(carry, owner, rotating):
@@ -250,7 +250,7 @@ def _ring_backward(static, residuals, d_outputs):
     (d_queries, d_score), (*_, d_key, d_value) = ring.ring_scan(zeros, step, rotating)
     d_query = jnp.concatenate(d_queries, axis=1)
     grads = [g.astype(x.dtype) for x, g in zip((query, key, value), (d_query, d_key, d_value), strict=True)]
-    return (*grads, vjp.zero_cotangent(mask), vjp.finalize(score, d_score), vjp.zero_cotangent(first))
+    return (*grads, vjp.zero_cotangent(mask), vjp.finalize(score, d_score), vjp.zero_cotangent(offset))
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.backends import vjp
-from attnlab.attention.backends.reference import NOTHING, stop_masked_gradient
+from attnlab.attention.backends.reference import MASK_VALUE, stop_masked_gradient
 from attnlab.attention.backends.registry import (
     AttentionResult,
     apply_sinks,
@@ -33,7 +33,7 @@ def blockwise(
     mask: Mask | None = None,
     score: Score | None = None,
     scale: float = 1.0,
-    first: BlockOffset = (0, 0, 0, 0),
+    offset: BlockOffset = (0, 0, 0, 0),
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """The output and log-sum-exp of `reference`, without ever holding a full score matrix.
@@ -45,12 +45,12 @@ def blockwise(
       mask: which pairs may attend; None is all.
       score: change of the scaled scores.
       scale: factor of the scores.
-      first: the first batch row, head, query and key, where these are part of a whole.
+      offset: the first batch row, head, query and key, where these are part of a whole.
       block_sizes: block_q and block_kv; None is `default_block_sizes`.
     """
     if query.dtype == jnp.float32 or not isinstance(scale, float):
         query, scale = query * scale, 1.0  # a pass over the queries in place of one over the scores
-    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, first, block_sizes)
+    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, offset, block_sizes)
     arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
     out, lse = _blockwise(inputs.static, *arrays, *inputs.values)
     return inputs.ungroup_heads(out), inputs.ungroup_heads(lse)
@@ -67,7 +67,7 @@ def blockwise_gradients(
     mask: Mask | None = None,
     score: Score | None = None,
     scale: float = 1.0,
-    first: BlockOffset = (0, 0, 0, 0),
+    offset: BlockOffset = (0, 0, 0, 0),
 ):
     """What these keys and values add to the gradient of a softmax that other keys may have a part in.
 
@@ -81,12 +81,12 @@ def blockwise_gradients(
       mask: as in `blockwise`.
       score: as in `blockwise`.
       scale: as in `blockwise`.
-      first: as in `blockwise`.
+      offset: as in `blockwise`.
 
     Returns:
       The gradients of query, key and value, in float32, and of each array of the score.
     """
-    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, first)
+    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, offset)
     rows = (inputs.group_heads(x) for x in (d_out, lse, delta))
     arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
     d_query, d_key, d_value, d_score = _backward_blocks(inputs.static, *arrays, *inputs.values, *rows)
@@ -103,14 +103,14 @@ def blockwise_autodiff(
     mask: Mask | None = None,
     score: Score | None = None,
     scale: float = 1.0,
-    first: BlockOffset = (0, 0, 0, 0),
+    offset: BlockOffset = (0, 0, 0, 0),
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """`blockwise` differentiated by JAX itself: slower, but forward-mode and second derivatives exist.
 
     The arguments are those of `blockwise`.
     """
-    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, first, block_sizes, unroll=False)
+    inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, offset, block_sizes, unroll=False)
     query, key, value = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
     blocks = _Blocks(inputs.static, *inputs.values)
     kv_indices, num_full, num_blocks = (jnp.asarray(x) for x in blocks.block_mask)
@@ -138,11 +138,11 @@ def blockwise_autodiff(
 class _BlockedInputs:
     """The layout of one call: heads are a batch dimension, so that every product is a plain batched one."""
 
-    def __init__(self, query_shape, key_shape, mask, score, scale, first, block_sizes=None, unroll=True):
+    def __init__(self, query_shape, key_shape, mask, score, scale, offset, block_sizes=None, unroll=True):
         b, t, self.heads, _ = query_shape
         s, self.kv_heads = key_shape[1:3]
         block_q, block_kv = block_sizes or default_block_sizes(t, s)
-        grid = BlockGrid(t, s, block_q, block_kv, b, self.heads, first)
+        grid = BlockGrid(t, s, block_q, block_kv, b, self.heads, offset)
         block_mask, static_info = make_block_mask(mask, grid)
         if not unroll:
             static_info = StaticBlockInfo()
@@ -150,7 +150,7 @@ class _BlockedInputs:
         self.lengths = {"queries": count * block_q, "keys": width * block_kv}
         mask, score = (x if x is None else x.pad_to(**self.lengths) for x in (mask, score))
         self.static = block_q, block_kv, s, static_info, scale
-        self.values = mask, score, block_mask, first
+        self.values = mask, score, block_mask, offset
 
     def group_heads(self, x):
         """(B, T, H, ...) as (B, K, G, T', ...), T' a whole number of blocks."""
@@ -193,15 +193,15 @@ class _Blocks:
     """The blocks of one call: their scores, and loops over those that the block mask lists."""
 
     def __init__(
-        self, static, mask: Mask | None, score: Score | None, block_mask: BlockMask, first: BlockOffset
+        self, static, mask: Mask | None, score: Score | None, block_mask: BlockMask, offset: BlockOffset
     ):
         self.block_q, self.block_kv, self.num_keys, self.static_info, self.scale = static
-        self.mask, self.score, self.block_mask, self.first = mask, score, block_mask, first
+        self.mask, self.score, self.block_mask, self.offset = mask, score, block_mask, offset
 
     def _pair_indices(self, i, j, batch: int, heads: int):
-        b, h, q, k = self.first
-        first = b, h, q + i * self.block_q, k + j * self.block_kv
-        return block_indices(first, (batch, heads, self.block_q, self.block_kv))
+        b, h, q, k = self.offset
+        offset = b, h, q + i * self.block_q, k + j * self.block_kv
+        return block_indices(offset, (batch, heads, self.block_q, self.block_kv))
 
     def slice_values(self, value, i, j):
         """A mask or score with its arrays cut to a block."""
@@ -230,7 +230,7 @@ class _Blocks:
 
         if allowed is not None:
             grouped = (1, 1) if allowed.shape[1] == 1 else shape[1:3]
-            scores = jnp.where(allowed.reshape(-1, *grouped, *shape[3:]), scores, NOTHING)
+            scores = jnp.where(allowed.reshape(-1, *grouped, *shape[3:]), scores, MASK_VALUE)
         return scores, pull_back
 
     def _allowed(self, at, i, j, shape):
@@ -276,19 +276,19 @@ class _Blocks:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(static, query, key, value, mask, score, block_mask, first):
-    return _forward(static, query, key, value, mask, score, block_mask, first)[0]
+def _blockwise(static, query, key, value, mask, score, block_mask, offset):
+    return _forward(static, query, key, value, mask, score, block_mask, offset)[0]
 
 
-def _forward(static, query, key, value, mask, score, block_mask, first):
-    blocks = _Blocks(static, mask, score, block_mask, first)
+def _forward(static, query, key, value, mask, score, block_mask, offset):
+    blocks = _Blocks(static, mask, score, block_mask, offset)
 
     def queries(_, i):
         step = _online_softmax(blocks, _slice(query, i, blocks.block_q, 3), key, value, i)
         return None, _finalize(blocks.loop_kv_blocks(step, _init_state(blocks, query, value), i), value.dtype)
 
     _, (out, lse) = blocks.map_q_blocks(queries, None)
-    return (out, lse), (query, key, value, mask, score, block_mask, first, out, lse)
+    return (out, lse), (query, key, value, mask, score, block_mask, offset, out, lse)
 
 
 def _online_softmax(blocks: _Blocks, q, key, value, i):
@@ -311,32 +311,32 @@ def _online_softmax(blocks: _Blocks, q, key, value, i):
 
 def _init_state(blocks: _Blocks, query, value):
     row = (*query.shape[:3], blocks.block_q)
-    return jnp.full(row, NOTHING), jnp.zeros(row), jnp.zeros((*row, value.shape[-1]))
+    return jnp.full(row, MASK_VALUE), jnp.zeros(row), jnp.zeros((*row, value.shape[-1]))
 
 
 def _finalize(carry, dtype):
     """The output and log-sum-exp of rows whose keys have all been met."""
     row_max, row_sum, out = carry
-    empty = row_max <= NOTHING
+    empty = row_max <= MASK_VALUE
     row_sum = jnp.where(empty, 1, row_sum)
     out = jnp.where(empty[..., None], 0, out / row_sum[..., None])
     return out.astype(dtype), jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
 
 
 def _backward(static, residuals, d_outputs):
-    query, key, value, mask, score, block_mask, first, out, lse = residuals
+    query, key, value, mask, score, block_mask, offset, out, lse = residuals
     d_out, d_lse = d_outputs
     delta = vjp.row_term(out, d_out, d_lse)
     arrays = query, key, value
-    *grads, d_score = _backward_blocks(static, *arrays, mask, score, block_mask, first, d_out, lse, delta)
+    *grads, d_score = _backward_blocks(static, *arrays, mask, score, block_mask, offset, d_out, lse, delta)
     grads = [g.astype(x.dtype) for x, g in zip(arrays, grads, strict=True)]
     d_score = vjp.finalize(score, d_score)
-    d_mask, d_block_mask, d_first = (vjp.zero_cotangent(x) for x in (mask, block_mask, first))
-    return *grads, d_mask, d_score, d_block_mask, d_first
+    d_mask, d_block_mask, d_offset = (vjp.zero_cotangent(x) for x in (mask, block_mask, offset))
+    return *grads, d_mask, d_score, d_block_mask, d_offset
 
 
-def _backward_blocks(static, query, key, value, mask, score, block_mask, first, d_out, lse, delta):
-    blocks = _Blocks(static, mask, score, block_mask, first)
+def _backward_blocks(static, query, key, value, mask, score, block_mask, offset, d_out, lse, delta):
+    blocks = _Blocks(static, mask, score, block_mask, offset)
     finite_lse = jnp.where(jnp.isneginf(lse), 0, lse)
     # Gradients of keys and values are summed with the width before the length, (B, K, D, S): products with
     # a block of scores on the right, as it is, are twice as fast on CPUs as those with its transpose.
@@ -400,10 +400,16 @@ class Blockwise:
         """See `Backend.unsupported_reason`."""
         return softmax_only_reason(args) or sharded_length_reason(args)
 
-    def run(self, args, first):
+    def run(self, args, offset):
         """See `Backend.run`."""
         out, lse = self.function(
-            args.query, args.key, args.value, mask=args.mask, score=args.score, scale=args.scale, first=first
+            args.query,
+            args.key,
+            args.value,
+            mask=args.mask,
+            score=args.score,
+            scale=args.scale,
+            offset=offset,
         )
         return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
 

@@ -42,9 +42,9 @@ class Cudnn:
             return "its scale has to be a number"
         return _unsupported_shapes_reason(args) or _unsupported_mask_reason(args)
 
-    def run(self, args, first):
+    def run(self, args, offset):
         """See `Backend.run`."""
-        del first  # its masks know distances and lengths alone
+        del offset  # its masks know distances and lengths alone
         paddings, others = _split_key_lengths(args.mask)
         left, right = _window_bounds(others)
         lengths, has_keys = _sequence_lengths(paddings, args)

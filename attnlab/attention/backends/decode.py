@@ -21,7 +21,7 @@ def decode(
     score: Score | None = None,
     scale: float = 1.0,
     sinks: Float[Array, " H"] | None = None,
-    first: BlockOffset = (0, 0, 0, 0),
+    offset: BlockOffset = (0, 0, 0, 0),
 ) -> tuple[Float[Array, "B 1 H Dv"], Float[Array, "B 1 H"]]:
     """`reference` by sums over elements: each key and value is read once, where it lies.
 
@@ -30,20 +30,20 @@ def decode(
     b, _, h, d = query.shape
     k = key.shape[2]
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    keys, values = (_without_one_row(x.astype(dtype)) for x in (key, value))  # ([B], S, K, D)
+    keys, values = (_squeeze_single_row(x.astype(dtype)) for x in (key, value))  # ([B], S, K, D)
     grouped = jnp.moveaxis(query.reshape(b, 1, k, h // k, d).astype(dtype), 3, 0)  # (G, B, 1, K, D)
-    products = jnp.stack([(_without_one_row(one) * keys).sum(-1) for one in grouped])  # (G, [B], S, K)
+    products = jnp.stack([(_squeeze_single_row(one) * keys).sum(-1) for one in grouped])  # (G, [B], S, K)
     # Done by now: XLA would otherwise do them again for every number of the output.
     products = jax.lax.optimization_barrier(products)
     scores = scale * jnp.moveaxis(products.reshape(h // k, b, -1, k), (0, 2), (2, 3))  # (B, K, G, S)
     scores = scores.reshape(b, h, 1, -1)
-    weights, lse = attention_weights(scores, block_indices(first, scores.shape), mask, score, sinks, softmax)
+    weights, lse = attention_weights(scores, block_indices(offset, scores.shape), mask, score, sinks, softmax)
     weights = jnp.moveaxis(weights.reshape(b, k, h // k, -1), (2, 3), (0, 2))[..., None]  # (G, B, S, K, 1)
-    out = jnp.stack([(_without_one_row(one) * values).sum(-3) for one in weights], axis=-2)
+    out = jnp.stack([(_squeeze_single_row(one) * values).sum(-3) for one in weights], axis=-2)
     return out.reshape(b, 1, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2)
 
 
-def _without_one_row(x: Array) -> Array:
+def _squeeze_single_row(x: Array) -> Array:
     """The only row, if there is one: beside a dimension of 1, XLA's CPU backend sums 10 times as slowly."""
     return x.reshape(x.shape[1:]) if len(x) == 1 else x
 
@@ -56,10 +56,10 @@ class Decode:
     def unsupported_reason(self, args):
         """See `Backend.unsupported_reason`."""
         count = args.query.shape[1]
-        one = None if count == 1 else f"it takes one query a row, not {count}"
-        return one or softmax_only_reason(args) or sharded_length_reason(args)
+        count_reason = None if count == 1 else f"it takes one query a row, not {count}"
+        return count_reason or softmax_only_reason(args) or sharded_length_reason(args)
 
-    def run(self, args, first):
+    def run(self, args, offset):
         """See `Backend.run`."""
-        what = {"mask": args.mask, "score": args.score, "scale": args.scale, "sinks": args.sinks}
-        return AttentionResult(*decode(args.query, args.key, args.value, **what, first=first))
+        options = {"mask": args.mask, "score": args.score, "scale": args.scale, "sinks": args.sinks}
+        return AttentionResult(*decode(args.query, args.key, args.value, **options, offset=offset))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.backends import vjp
-from attnlab.attention.backends.reference import NOTHING
+from attnlab.attention.backends.reference import MASK_VALUE
 from attnlab.attention.backends.registry import AttentionResult, apply_sinks
 from attnlab.attention.backends.tpu_layout import (
     LANES,
@@ -54,7 +54,7 @@ class Flash:
             return f"its bias would take {format_bytes(size)} as a whole"
         return None
 
-    def run(self, args, first):
+    def run(self, args, offset):
         """See `Backend.run`."""
         (_, t, h, _), s = args.query.shape, args.key.shape[1]
         block_sizes = kernel_block_sizes(args, self.max_block_size or 512)
@@ -66,9 +66,9 @@ class Flash:
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (query, key, value)
         )
-        bias = materialize_bias(args, first)
+        bias = materialize_bias(args, offset)
         if args.mask is not None:
-            bias = jnp.where(materialize_mask(args.mask, args, first), bias, -jnp.inf)
+            bias = jnp.where(materialize_mask(args.mask, args, offset), bias, -jnp.inf)
         bias = pad_scores(bias, padded, -jnp.inf)
         config = KernelConfig(block_sizes, _is_causal(args.mask), self.interpret)
         out, lse = attention(config, query, key, value, bias)
@@ -114,7 +114,7 @@ def _forward(config, query, key, value, bias):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     q, k = config.block_sizes
-    empty = (bias <= NOTHING).all(-1)
+    empty = (bias <= MASK_VALUE).all(-1)
     with _interpret_mode(config):
         out, total, top = flash._flash_attention_impl(
             *(query, key, value, _finite(bias), None, True, config.causal, 1.0, 1, q, k, k, False)

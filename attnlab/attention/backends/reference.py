@@ -14,7 +14,7 @@ from attnlab.attention.scores import Score
 
 # A changed score that is no more than this forbids its pair, whichever backend sees it, and however many
 # others its row has. Finite, for where backends keep a running maximum, inf - inf would be no number.
-NOTHING = -1e30
+MASK_VALUE = -1e30
 
 
 def reference(
@@ -29,7 +29,7 @@ def reference(
     normalizer: Callable = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    first: BlockOffset = (0, 0, 0, 0),
+    offset: BlockOffset = (0, 0, 0, 0),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"], Float[Array, "B H T S"]]:
     """softmax(score(scale * Q K^T)) V with every pair written out (Vaswani et al. 2017, equation 1).
 
@@ -44,7 +44,7 @@ def reference(
       normalizer: masked scores -> weights and their logarithmic normaliser, over the last axis.
       dropout_rate: share of weights dropped, where `dropout_key` is given.
       dropout_key: random key of the dropout.
-      first: the first batch row, head, query and key, where these are part of a whole.
+      offset: the first batch row, head, query and key, where these are part of a whole.
 
     Returns:
       The output in the value's dtype, the log-sum-exp of the scores, and the weights. A query with
@@ -56,7 +56,7 @@ def reference(
     grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
     scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
     weights, lse = attention_weights(
-        scores, block_indices(first, scores.shape), mask, score, sinks, normalizer
+        scores, block_indices(offset, scores.shape), mask, score, sinks, normalizer
     )
     dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
     out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
@@ -75,7 +75,7 @@ def attention_weights(
     allowed = None if mask is None else mask.evaluate(at)
     if score is not None:
         scores = score(stop_masked_gradient(allowed, scores), at)
-        scores = jnp.where(scores <= NOTHING, -jnp.inf, scores)
+        scores = jnp.where(scores <= MASK_VALUE, -jnp.inf, scores)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     size = scores.shape[-1]
@@ -107,7 +107,7 @@ class Reference:
         """See `Backend.unsupported_reason`."""
         return sharded_length_reason(args)
 
-    def run(self, args, first):
+    def run(self, args, offset):
         """See `Backend.run`."""
         result = AttentionResult(
             *reference(
@@ -119,7 +119,7 @@ class Reference:
                 normalizer=args.normalizer,
                 dropout_rate=args.dropout_rate,
                 dropout_key=args.dropout_key,
-                first=first,
+                offset=offset,
             )
         )
         return result if args.return_weights else result._replace(weights=None)

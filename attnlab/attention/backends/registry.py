@@ -73,8 +73,8 @@ class Backend(Protocol):
         """Why it cannot do what is asked; None where it can."""
         ...
 
-    def run(self, args: AttentionArgs, first: BlockOffset) -> AttentionResult:
-        """The result for one device's part, whose batch row, head, query and key count from `first`."""
+    def run(self, args: AttentionArgs, offset: BlockOffset) -> AttentionResult:
+        """The result for one device's part, whose batch row, head, query and key count from `offset`."""
         ...
 
 
@@ -102,20 +102,20 @@ def register(backend: Backend, before: str | None = None) -> None:
     Raises:
       ValueError: there is one of this name.
     """
-    names = [known.name for known in BACKENDS]
+    names = [existing.name for existing in BACKENDS]
     if backend.name in (*names, "auto"):
         raise ValueError(f"there is a backend named {backend.name!r}")
     BACKENDS.insert(0 if before is None else names.index(before), backend)
 
 
-def select_backend(wanted: str | Backend, args: AttentionArgs) -> Backend:
-    """The backend that is wanted, or with "auto" the first that does not refuse.
+def select_backend(name_or_backend: str | Backend, args: AttentionArgs) -> Backend:
+    """Return the named backend, or for "auto" the first that supports these arguments.
 
     Raises:
-      InputError: no backend of this name, or a refusal.
+      InputError: no backend has this name, or it does not support the arguments.
     """
-    known = {backend.name: backend for backend in BACKENDS}
-    if wanted == "auto":
+    by_name = {backend.name: backend for backend in BACKENDS}
+    if name_or_backend == "auto":
         reasons = {}
         for backend in BACKENDS:
             reason = backend.unsupported_reason(args)
@@ -124,9 +124,9 @@ def select_backend(wanted: str | Backend, args: AttentionArgs) -> Backend:
             reasons[backend.name] = reason
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise InputError(f"attend: no backend can do this: {listed}")
-    if isinstance(wanted, str) and wanted not in known:
-        raise InputError(f"attend: unknown backend {wanted!r}; there are auto, {', '.join(known)}")
-    backend = known[wanted] if isinstance(wanted, str) else wanted
+    if isinstance(name_or_backend, str) and name_or_backend not in by_name:
+        raise InputError(f"attend: unknown backend {name_or_backend!r}; there are auto, {', '.join(by_name)}")
+    backend = by_name[name_or_backend] if isinstance(name_or_backend, str) else name_or_backend
     if reason := backend.unsupported_reason(args):
         raise InputError(f"attend: backend {backend.name!r} cannot do this: {reason}")
     return backend
@@ -139,6 +139,6 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     """
     sink = sinks.astype(lse.dtype)[None, None, :]
     # A row without keys has lse -inf, beside which the difference must not become inf - inf.
-    known = jnp.where(jnp.isneginf(lse), sink - 1e4, lse)
-    share = jax.nn.sigmoid(known - sink)
-    return out * share[..., None].astype(out.dtype), jnp.logaddexp(known, sink)
+    finite_lse = jnp.where(jnp.isneginf(lse), sink - 1e4, lse)
+    share = jax.nn.sigmoid(finite_lse - sink)
+    return out * share[..., None].astype(out.dtype), jnp.logaddexp(finite_lse, sink)

@@ -53,7 +53,7 @@ class Splash:
             )
         return None
 
-    def run(self, args, first):
+    def run(self, args, offset):
         """See `Backend.run`."""
         from attnlab.attention.backends import splash_kernel  # deferred: imports Pallas
 
@@ -68,7 +68,7 @@ class Splash:
             kernel = splash_kernel.static_kernel(mask, args.query.shape[2], lengths, block_sizes, **options)
         else:
             kernel = splash_kernel.dynamic_kernel(block_sizes, **options)
-            allowed_pairs = pad_scores(materialize_mask(mask, args, first), padded, False)
+            allowed_pairs = pad_scores(materialize_mask(mask, args, offset), padded, False)
             allowed_pairs = allowed_pairs if len(allowed_pairs) > 1 else allowed_pairs[0]  # one for all rows
         if kernel is None:
             rows = args.query.shape[:3]

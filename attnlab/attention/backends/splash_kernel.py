@@ -220,19 +220,19 @@ class _HeadMask(splash_masks.Mask):
         """Of each block, whether it may allow some pair, and whether it allows every one."""
         (block_q, block_kv), (queries, keys) = self.block_sizes, self._shape
         grid = BlockGrid(queries, keys, block_q, block_kv, offset=(0, self.head, 0, 0))
-        some = every = np.ones(grid.num_blocks, bool)
+        any_allowed = all_allowed = np.ones(grid.num_blocks, bool)
         if self.mask is not None:
-            some, every = (np.asarray(x)[0, 0] for x in self._padded_mask.block_summary(grid))
+            any_allowed, all_allowed = (np.asarray(x)[0, 0] for x in self._padded_mask.block_summary(grid))
         ends = block_kv + np.arange(0, keys, block_kv)
-        return some, every & (ends <= self.num_keys)[None, :]
+        return any_allowed, all_allowed & (ends <= self.num_keys)[None, :]
 
     def __getitem__(self, at):
         """The pairs of a block, (queries, keys)."""
         q, k = (np.arange(part.start, part.stop) for part in at)
         i, j = q[0] // self.block_sizes[0], k[0] // self.block_sizes[1]
-        some, every = (x[i, j] for x in self._block_summary)
-        if not some or every:
-            return np.broadcast_to(every, (len(q), len(k)))
+        any_allowed, all_allowed = (x[i, j] for x in self._block_summary)
+        if not any_allowed or all_allowed:
+            return np.broadcast_to(all_allowed, (len(q), len(k)))
         allowed = (k < self.num_keys)[None, :]
         if self.mask is not None:
             part = self._padded_mask.slice_block(queries=(q[0], len(q)), keys=(k[0], len(k)))

@@ -61,14 +61,14 @@ class Tokamax:
             return f"its mask and bias would take {format_bytes(size)} as a whole"
         return None if self.implementation == "xla" else _unsupported_device_reason()
 
-    def run(self, args, first):
+    def run(self, args, offset):
         """See `Backend.run`."""
         import tokamax  # deferred: takes seconds
 
-        bias = None if args.score is None else materialize_bias(args, first)
+        bias = None if args.score is None else materialize_bias(args, offset)
         allowed_pairs = has_keys = None
         if not (args.mask is None or _is_causal(args.mask)):
-            allowed_pairs = materialize_mask(args.mask, args, first)
+            allowed_pairs = materialize_mask(args.mask, args, offset)
             has_keys = allowed_pairs.any(3, keepdims=True)
             # Without keys a row would get the mean of all values, so it gets some, and is left out after.
             allowed_pairs |= ~has_keys

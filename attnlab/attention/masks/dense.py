@@ -11,19 +11,19 @@ from attnlab.attention.pairwise import block_indices
 GIB = 2**30
 
 
-def materialize_mask(mask: Mask, args: AttentionArgs, first: BlockOffset) -> Bool[Array, "B H T S"]:
+def materialize_mask(mask: Mask, args: AttentionArgs, offset: BlockOffset) -> Bool[Array, "B H T S"]:
     """What a mask allows; dimensions of batch and heads that it does not depend on may be 1."""
     b, t, h, _ = args.query.shape
     s = args.key.shape[1]
-    pairs = mask.evaluate(block_indices(first, (b, h, t, s)))
+    pairs = mask.evaluate(block_indices(offset, (b, h, t, s)))
     return jnp.broadcast_to(pairs, (*pairs.shape[:2], t, s))
 
 
-def materialize_bias(args: AttentionArgs, first: BlockOffset) -> Float[Array, "B H T S"]:
+def materialize_bias(args: AttentionArgs, offset: BlockOffset) -> Float[Array, "B H T S"]:
     """What a score that only adds (`Score.is_additive`) adds; 0 where there is none."""
     b, t, h, _ = args.query.shape
     nothing = jnp.zeros((b, h, t, args.key.shape[1]))
-    return nothing if args.score is None else args.score(nothing, block_indices(first, nothing.shape))
+    return nothing if args.score is None else args.score(nothing, block_indices(offset, nothing.shape))
 
 
 def mask_size(mask: Mask, args: AttentionArgs) -> int:
