@@ -96,8 +96,10 @@ class PairwiseFn:
         """With the named dimensions of its arrays made that long, by repeating their ends."""
 
         def change(x, dims):
-            more = [lengths.get(name, n) - n if n > 1 else 0 for name, n in zip(dims, x.shape, strict=True)]
-            return jnp.pad(x, [(0, n) for n in more], mode="edge") if any(more) else x
+            padding = [
+                lengths.get(name, n) - n if n > 1 else 0 for name, n in zip(dims, x.shape, strict=True)
+            ]
+            return jnp.pad(x, [(0, n) for n in padding], mode="edge") if any(padding) else x
 
         return self.map_arrays(change)
 
@@ -128,9 +130,9 @@ class TracedFn:
         if len(closed.out_avals) != 1 or closed.out_avals[0].shape:
             shapes = ", ".join(map(str, closed.out_avals))
             raise InputError(f"{what} gets the indices of one pair and returns one scalar, not {shapes}")
-        read = {v for equation in closed.jaxpr.eqns for v in equation.invars if isinstance(v, core.Var)}
-        read |= {v for v in closed.jaxpr.outvars if isinstance(v, core.Var)}
-        return TracedFn(closed.jaxpr, tuple(v in read for v in closed.jaxpr.invars)), list(closed.consts)
+        used = {v for equation in closed.jaxpr.eqns for v in equation.invars if isinstance(v, core.Var)}
+        used |= {v for v in closed.jaxpr.outvars if isinstance(v, core.Var)}
+        return TracedFn(closed.jaxpr, tuple(v in used for v in closed.jaxpr.invars)), list(closed.consts)
 
     def __call__(self, captured: Sequence[Array], *arguments: Array) -> Array:
         """Its value at every pair; the arguments have four dimensions that broadcast, as the result has."""

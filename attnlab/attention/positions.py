@@ -89,7 +89,7 @@ class YaRN(Scaling):
       original: length trained on, tokens.
       fast: turns over the original length from which on a pair stays as it is.
       slow: turns up to which it is slowed fully.
-      whole: the ramp between starts and ends at whole pairs.
+      truncate: the ramp between starts and ends at whole pairs.
       temperature: the attention factor; None is 0.1 log(factor) + 1 (section 3.4).
     """
 
@@ -97,7 +97,7 @@ class YaRN(Scaling):
     original: int
     fast: float = 32.0
     slow: float = 1.0
-    whole: bool = True
+    truncate: bool = True
     temperature: float | None = None
 
     @property
@@ -114,7 +114,7 @@ class YaRN(Scaling):
 
         # The ramp between them is linear in the pair, as in the authors' code, and not in its turns.
         first, last = pair(self.fast), pair(self.slow)
-        if self.whole:
+        if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, width - 1)
         slowed = np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0, 1)
@@ -216,14 +216,14 @@ def rotate(
     if width > x.shape[-1]:
         raise InputError(f"{width // 2} pairs to turn need a head_dim of {width}; it is {x.shape[-1]}")
     cos, sin = ((factor * f(angles))[:, :, None, :] for f in (jnp.cos, jnp.sin))
-    turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
+    rotated, rest = x[..., :width].astype(jnp.float32), x[..., width:]
     if interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]
+        a, b = rotated[..., ::2], rotated[..., 1::2]
     else:
-        a, b = jnp.split(turned, 2, axis=-1)
+        a, b = jnp.split(rotated, 2, axis=-1)
     a, b = a * cos - b * sin, b * cos + a * sin
-    turned = jnp.stack([a, b], -1).reshape(turned.shape) if interleaved else jnp.concatenate([a, b], -1)
-    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+    rotated = jnp.stack([a, b], -1).reshape(rotated.shape) if interleaved else jnp.concatenate([a, b], -1)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
 
 
 def rotary(

@@ -367,8 +367,8 @@ def _relative_position(at: PairIndices, offset: Index) -> Int[Array, "1 1 T S"]:
 
 def _distance_index(at: PairIndices, offset: Index, distances: int) -> Int[Array, "1 1 T S"]:
     """Which of so many distances each pair has, the one in the middle being 0."""
-    most = distances // 2
-    return jnp.clip(_relative_position(at, offset), -most, most) + most
+    max_distance = distances // 2
+    return jnp.clip(_relative_position(at, offset), -max_distance, max_distance) + max_distance
 
 
 def _check_odd(table: Array, what: str) -> Array:

@@ -53,8 +53,8 @@ def talking_heads(
     ):
         raise InputError("talking_heads: heads must be whole on every device, reshard first")
     (*batch, s, k, d), h = value.shape, query.shape[-2]
-    every = jnp.repeat(value.reshape(*batch, s, k * d)[..., None, :], k, axis=-2)
-    out = attend(query, key, every, score=[HeadMixScore(before), score], **options)
+    all_values = jnp.repeat(value.reshape(*batch, s, k * d)[..., None, :], k, axis=-2)
+    out = attend(query, key, all_values, score=[HeadMixScore(before), score], **options)
     out = out.reshape(*out.shape[:-1], k, d)
     mixed = jnp.einsum("...thkd,hkg->...tkgd", out, after.reshape(h, k, h // k).astype(out.dtype))
     return mixed.reshape(*out.shape[:-2], d)
@@ -62,14 +62,14 @@ def talking_heads(
 
 def value_residual(
     value: Float[Array, "*B S K Dv"],
-    first: Float[Array, "*B S K Dv"],
+    first_value: Float[Array, "*B S K Dv"],
     weights: Float[Array, " 2"],
 ) -> Float[Array, "*B S K Dv"]:
     """weights[0] * the first layer's values + weights[1] * this layer's, for `attend` to read in place of
     these (Zhou et al. 2024, arXiv 2410.17897).
     """
     old, new = weights.astype(value.dtype)
-    return old * first + new * value
+    return old * first_value + new * value
 
 
 def gated(out: Float[Array, "*B T H Dv"], gate: Float[Array, "*B T H #Dv"]) -> Float[Array, "*B T H Dv"]:

@@ -177,6 +177,6 @@ class HFConfig(Mapping):
             original,
             fast=rope.get("beta_fast") or 32.0,
             slow=rope.get("beta_slow") or 1.0,
-            whole=rope.get("truncate", True),
+            truncate=rope.get("truncate", True),
             temperature=rope.get("attention_factor"),
         )

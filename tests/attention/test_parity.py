@@ -450,7 +450,7 @@ def test_gpt_oss(kind):
         **EAGER,
     )
     layer = oss.GptOssAttention(config, layer_idx=0)
-    rope = {"theta": 150_000.0, "scaling": YaRN(32.0, 4096, whole=False)}
+    rope = {"theta": 150_000.0, "scaling": YaRN(32.0, 4096, truncate=False)}
     near = window(19) if kind == "sliding_attention" else window()
 
     def ours(x, backend):

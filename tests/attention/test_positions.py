@@ -178,14 +178,14 @@ def test_dynamic_scaling_begins_beyond_the_original_length():
     np.testing.assert_allclose(speeds(scaling, length=250), speeds(NTK(1 + 2 * 1.5)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_yarn_slows_pairs_that_turn_rarely(whole):
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_slows_pairs_that_turn_rarely(truncate):
     turns = 4096 / (2 * np.pi) * np.asarray(frequencies(64), np.float64)
-    slowed = np.asarray(frequencies(64), np.float64) / speeds(YaRN(16.0, 4096, whole=whole))
+    slowed = np.asarray(frequencies(64), np.float64) / speeds(YaRN(16.0, 4096, truncate=truncate))
     often, rarely = np.flatnonzero(turns > 32), np.flatnonzero(turns < 1)
     assert often.size and rarely.size
     # Whole ends of the ramp lie outside of it by less than a pair.
-    often, rarely = (often[:-1], rarely[1:]) if whole else (often, rarely)
+    often, rarely = (often[:-1], rarely[1:]) if truncate else (often, rarely)
     np.testing.assert_allclose(slowed[often], 1, rtol=1e-5)
     np.testing.assert_allclose(slowed[rarely], 16, rtol=1e-5)
     # Between, speeds fall from all to a sixteenth by equal steps.
@@ -303,7 +303,7 @@ SCALED = {
     "dynamic, short": (DynamicNTK(3.0, 64), {"rope_type": "dynamic", "factor": 3.0}, 20),
     "yarn": (YaRN(8.0, 64), {"rope_type": "yarn", "factor": 8.0}, 1),
     "yarn, its ends given": (
-        YaRN(8.0, 64, fast=7.0, slow=2.0, whole=False, temperature=1.5),
+        YaRN(8.0, 64, fast=7.0, slow=2.0, truncate=False, temperature=1.5),
         {
             "rope_type": "yarn",
             "factor": 8.0,

@@ -68,8 +68,8 @@ class Mask(PairwiseFn):
         """How many of each `block_kv` keys a query may attend to; here by looking at every pair."""
         allowed = self.evaluate(at)
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:3], at.kv.shape[-1]))
-        more = -at.kv.shape[-1] % block_kv
-        allowed = jnp.pad(allowed, [(0, 0)] * 3 + [(0, more)])
+        padding = -at.kv.shape[-1] % block_kv
+        allowed = jnp.pad(allowed, [(0, 0)] * 3 + [(0, padding)])
         return allowed.reshape(*allowed.shape[:3], -1, block_kv).sum(-1)
 
     def block_summary(self, grid: BlockGrid) -> BlockSummary:
@@ -77,14 +77,14 @@ class Mask(PairwiseFn):
         starts = np.arange(grid.num_blocks[1]) * grid.block_kv
         sizes = np.minimum(grid.block_kv, grid.num_keys - starts)[None, None, None]
 
-        def summary(seen, there):
-            return (there & (seen > 0)).any(2), (~there | (seen == sizes)).all(2)
+        def summarize(counts, is_query):
+            return (is_query & (counts > 0)).any(2), (~is_query | (counts == sizes)).all(2)
 
-        any_allowed, all_allowed = self._map_query_blocks(grid, summary)
+        any_allowed, all_allowed = self._map_query_blocks(grid, summarize)
         return BlockSummary(jnp.moveaxis(any_allowed, 0, 2), jnp.moveaxis(all_allowed, 0, 2))
 
-    def _map_query_blocks(self, grid: BlockGrid, summary: Callable[[Array, Array], Any]) -> Any:
-        """Of each strip of queries, along a new first axis: `summary(counts, which queries there are)`."""
+    def _map_query_blocks(self, grid: BlockGrid, summarize: Callable[[Array, Array], Any]) -> Any:
+        """Of each strip of queries, along a new first axis: `summarize(counts, is_query)`."""
         count, _ = grid.num_blocks
         padded = self.pad_to(queries=count * grid.block_q)
 
@@ -93,8 +93,8 @@ class Mask(PairwiseFn):
             shape = grid.batch, grid.heads, grid.block_q, grid.num_keys
             at = block_indices((b, h, q + i * grid.block_q, k), shape)
             part = padded.slice_block(queries=(i * grid.block_q, grid.block_q))
-            seen = part.count_per_block(at, grid.block_kv)
-            return summary(seen, (at.q - q < grid.num_queries))
+            counts = part.count_per_block(at, grid.block_kv)
+            return summarize(counts, at.q - q < grid.num_queries)
 
         return jax.lax.map(strip, jnp.arange(count))
 
@@ -109,14 +109,19 @@ class Mask(PairwiseFn):
         """The exact share of allowed pairs, counted a strip of queries at a time."""
         rows = max(1, min(num_queries, 2**22 // (num_keys * batch * heads)))
         grid = BlockGrid(num_queries, num_keys, rows, num_keys, batch, heads)
-        seen = np.asarray(self._map_query_blocks(grid, lambda seen, there: jnp.where(there, seen, 0).sum(2)))
-        return seen.sum(dtype=np.int64).item() / (num_queries * num_keys * seen.shape[1] * seen.shape[2])
+
+        def count(counts, is_query):
+            return jnp.where(is_query, counts, 0).sum(2)
+
+        counts = np.asarray(self._map_query_blocks(grid, count))
+        num_pairs = num_queries * num_keys * counts.shape[1] * counts.shape[2]
+        return counts.sum(dtype=np.int64).item() / num_pairs
 
     def draw(self, num_queries: int, num_keys: int, row: int = 0, head: int = 0) -> str:
         """The mask as text, a line a query: `x` where it may attend, `.` where not."""
-        whole = np.asarray(self.materialize(num_queries, num_keys, row + 1, head + 1))
-        lines = whole[min(row, len(whole) - 1), min(head, whole.shape[1] - 1)]
-        return "\n".join(" ".join("x" if allowed else "." for allowed in line) for line in lines)
+        allowed = np.asarray(self.materialize(num_queries, num_keys, row + 1, head + 1))
+        lines = allowed[min(row, len(allowed) - 1), min(head, allowed.shape[1] - 1)]
+        return "\n".join(" ".join("x" if pair else "." for pair in line) for line in lines)
 
     def __and__(self, other: "Mask") -> "Mask":
         return AndMask(self, as_mask(other))
@@ -190,8 +195,8 @@ class NotMask(Mask):
 
     def block_summary(self, grid):
         """See `Mask.block_summary`."""
-        known = self.mask.block_summary(grid)
-        return BlockSummary(~known.all_allowed, ~known.any_allowed)
+        summary = self.mask.block_summary(grid)
+        return BlockSummary(~summary.all_allowed, ~summary.any_allowed)
 
 
 @pytree
@@ -208,15 +213,15 @@ class PerHeadMask(Mask):
 
     def evaluate(self, at):
         """See `Mask.evaluate`."""
-        return self._any(at.h, [mask.evaluate(at) for mask in self.masks])
+        return self._select(at.h, [mask.evaluate(at) for mask in self.masks])
 
     def block_summary(self, grid):
         """See `Mask.block_summary`."""
         heads = jnp.reshape(grid.offset[1] + jnp.arange(grid.heads), (1, -1, 1, 1))
-        known = [mask.block_summary(grid) for mask in self.masks]
-        return BlockSummary(*(self._any(heads, parts) for parts in zip(*known, strict=True)))
+        summaries = [mask.block_summary(grid) for mask in self.masks]
+        return BlockSummary(*(self._select(heads, parts) for parts in zip(*summaries, strict=True)))
 
-    def _any(self, heads, parts):
+    def _select(self, heads, parts):
         """Of each head what its own mask says."""
         index = jnp.asarray(self.mask_of_head)[heads]
         return functools.reduce(operator.or_, ((index == i) & part for i, part in enumerate(parts)))
@@ -304,11 +309,11 @@ def per_head(masks: Sequence[Any]) -> Mask:
     """
     if not masks:
         raise InputError("per_head needs a mask for each query head, and there is none")
-    made = [as_mask(mask) for mask in masks]
+    masks = [as_mask(mask) for mask in masks]
     # Masks of one type that hold the same arrays are one.
-    names = [(jax.tree.structure(mask), *map(id, jax.tree.leaves(mask))) for mask in made]
-    different = dict(zip(names, made, strict=True))
-    return PerHeadMask(list(different.values()), tuple(list(different).index(name) for name in names))
+    keys = [(jax.tree.structure(mask), *map(id, jax.tree.leaves(mask))) for mask in masks]
+    distinct = dict(zip(keys, masks, strict=True))
+    return PerHeadMask(list(distinct.values()), tuple(list(distinct).index(key) for key in keys))
 
 
 def shift_mask(mask: Any, offset: Index | Int[Array, " B"]) -> Mask:
@@ -328,7 +333,7 @@ def shift_mask(mask: Any, offset: Index | Int[Array, " B"]) -> Mask:
 
     offset = offset if isinstance(offset, int) else jnp.reshape(offset, (-1,))
 
-    def shift(mask):  # each part by itself, for some know their tiles without looking at every pair
+    def shift(mask):  # each part by itself, for some know their blocks without evaluating every pair
         match mask:
             case AndMask() | OrMask():
                 return type(mask)(shift(mask.left), shift(mask.right))

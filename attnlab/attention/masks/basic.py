@@ -143,7 +143,7 @@ class SegmentMask(Mask):
 
 
 def _distance_bounds(grid: BlockGrid):
-    """The least and greatest key index minus query index of each tile, (1, 1, query tiles, key tiles)."""
+    """The least and greatest key index minus query index of each block, (1, 1, query blocks, key blocks)."""
     q, k = np.arange(0, grid.num_queries, grid.block_q), np.arange(0, grid.num_keys, grid.block_kv)
     q_last = np.minimum(q + grid.block_q, grid.num_queries) - 1
     k_last = np.minimum(k + grid.block_kv, grid.num_keys) - 1
@@ -183,9 +183,9 @@ def tree(parents: tuple[int, ...] | Int[Array, "*B N"], prefix: Index | Int[Arra
       InputError: a parent that does not come before its node.
     """
     if not isinstance(parents, jax.core.Tracer):
-        known = np.asarray(parents)
-        if (known >= np.arange(known.shape[-1])).any() or (known < -1).any():
-            raise InputError(f"tree: a node's parent must be an earlier node, or -1; got {known.tolist()}")
+        array = np.asarray(parents)
+        if (array >= np.arange(array.shape[-1])).any() or (array < -1).any():
+            raise InputError(f"tree: a node's parent must be an earlier node, or -1; got {array.tolist()}")
     with jax.ensure_compile_time_eval():
         parents = jnp.asarray(parents)
         return TreeMask(_ancestors(parents.reshape(-1, parents.shape[-1])), as_row_values(prefix))

@@ -102,8 +102,8 @@ def neighbourhood(
             f"neighbourhood: shape {shape}, window {window}, dilation {dilation} must have as many axes"
         )
     for cells, width, step in zip(shape, window, dilation, strict=True):
-        whole = width == cells and step == 1
-        if step < 1 or not (whole or (width > 0 and width % 2 and width * step <= cells)):
+        is_whole_axis = width == cells and step == 1
+        if step < 1 or not (is_whole_axis or (width > 0 and width % 2 and width * step <= cells)):
             raise InputError(
                 f"neighbourhood: a window must be odd and, times its dilation, fit its axis, or be the whole "
                 f"axis; got shape {shape}, window {window}, dilation {dilation}"

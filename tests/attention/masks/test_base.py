@@ -39,12 +39,15 @@ def test_combined_masks_allow_what_logic_says(drawn):
 
 @settings(max_examples=15, deadline=None)
 @given(combined(), st.sampled_from(((4, 5), (5, 3))))
-def test_tiles_of_combined_masks_leave_out_no_pair_and_allow_none_too_many(drawn, tile):
+def test_block_summary_of_combined_masks_is_a_bound_on_every_pair(drawn, block_sizes):
     mask, allowed = drawn
-    any_allowed, all_allowed = jax.jit(lambda mask: mask.block_summary(BlockGrid(S, S, *tile, B, H)))(mask)
-    rows, columns = (np.arange(S) // size for size in tile)
+    any_allowed, all_allowed = jax.jit(lambda mask: mask.block_summary(BlockGrid(S, S, *block_sizes, B, H)))(
+        mask
+    )
+    q_block, kv_block = (np.arange(S) // size for size in block_sizes)
     visited, unmasked = (
-        np.broadcast_to(x, (B, H, *x.shape[2:]))[:, :, rows][..., columns] for x in (any_allowed, all_allowed)
+        np.broadcast_to(x, (B, H, *x.shape[2:]))[:, :, q_block][..., kv_block]
+        for x in (any_allowed, all_allowed)
     )
     assert not (allowed & ~visited).any()
     assert not (unmasked & ~allowed).any()

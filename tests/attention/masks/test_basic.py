@@ -19,11 +19,11 @@ every_kind = pytest.mark.parametrize("name", CASES)
 
 def device_part(mask, batch=0, head=0, query=0, key=0, *, queries):
     """A mask as a device has it whose part begins there, and that beginning."""
-    first = batch, head, query, key
+    offset = batch, head, query, key
     part = mask.slice_block(
         batch=(batch, B - batch), heads=(head, H - head), queries=(query, queries - query)
     )
-    return part.slice_block(keys=(key, S - key)), first
+    return part.slice_block(keys=(key, S - key)), offset
 
 
 @every_kind
@@ -49,46 +49,46 @@ def test_parts_are_parts_of_the_whole_when_traced(name):
     np.testing.assert_array_equal(np.broadcast_to(got, expected.shape), expected)
 
 
-GRIDS = {(0, 0, 0, 0): (4, 5), (0, 1, 0, 3): (5, 3), (1, 1, 2, 5): (3, 4)}  # first pair, and sizes of tiles
+GRIDS = {(0, 0, 0, 0): (4, 5), (0, 1, 0, 3): (5, 3), (1, 1, 2, 5): (3, 4)}  # offset, and block sizes
 
 
 @every_kind
-def test_tiles_are_what_counting_pairs_gives(name):
+def test_block_summary_is_what_counting_pairs_gives(name):
     mask, _, queries = CASES[name]()
-    wholes = [whole(name)[tuple(slice(n, None) for n in first)] for first in GRIDS]
+    wholes = [whole(name)[tuple(slice(n, None) for n in offset)] for offset in GRIDS]
     grids = [
-        BlockGrid(*x.shape[2:], *tile, *x.shape[:2], first)
-        for x, (first, tile) in zip(wholes, GRIDS.items(), strict=True)
+        BlockGrid(*x.shape[2:], *block_sizes, *x.shape[:2], offset)
+        for x, (offset, block_sizes) in zip(wholes, GRIDS.items(), strict=True)
     ]
-    parts = [device_part(mask, *first, queries=queries)[0] for first in GRIDS]
-    known = jax.jit(
+    parts = [device_part(mask, *offset, queries=queries)[0] for offset in GRIDS]
+    summaries = jax.jit(
         lambda parts: [part.block_summary(grid) for part, grid in zip(parts, grids, strict=True)]
     )(parts)
-    for tiles, grid, allowed in zip(known, grids, wholes, strict=True):
-        for ours, count in zip(tiles, (np.any, np.all), strict=True):
+    for summary, grid, allowed in zip(summaries, grids, wholes, strict=True):
+        for ours, count in zip(summary, (np.any, np.all), strict=True):
             expected = counted(allowed, grid.block_q, grid.block_kv, count)
             np.testing.assert_array_equal(np.broadcast_to(ours, expected.shape), expected)
 
 
-def counted(pairs, rows, columns, count):
-    """`count`, any or all, of the pairs of each tile."""
+def counted(pairs, block_q, block_kv, count):
+    """`count`, any or all, of the pairs of each block."""
     return np.stack(
         [
             np.stack(
                 [
-                    count(pairs[:, :, q : q + rows, k : k + columns], axis=(2, 3))
-                    for k in range(0, pairs.shape[3], columns)
+                    count(pairs[:, :, q : q + block_q, k : k + block_kv], axis=(2, 3))
+                    for k in range(0, pairs.shape[3], block_kv)
                 ],
                 axis=-1,
             )
-            for q in range(0, pairs.shape[2], rows)
+            for q in range(0, pairs.shape[2], block_q)
         ],
         axis=-2,
     )
 
 
 @every_kind
-def test_attention_by_tiles_is_a_softmax_over_the_pairs(name):
+def test_attention_by_blocks_is_a_softmax_over_the_pairs(name):
     mask, _, queries = CASES[name]()
     query, key, value = qkv(0, b=B, t=queries, s=S, h=H, k=1, d=4, dv=2)
     out, lse = jax.jit(functools.partial(blockwise, block_sizes=(4, 4)))(query, key, value, mask=mask)
