@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.attention.variants import rms_norm
 from attnlab.layers.parameters import Dtypes, parameter
 
 
@@ -59,8 +59,8 @@ class RMSNorm(nn.Module):
             scale = 1.0 + _vector(self, "scale", x, 0.0)
         else:
             scale = _vector(self, "scale", x, 1.0)
-        y = _divide_by_rms(x.astype(jnp.float32), len(self.axes), self.config.epsilon)
-        return (y * scale).astype(x.dtype)
+        axes = tuple(range(-len(self.axes), 0))
+        return rms_norm(x.astype(jnp.float32), scale, self.config.epsilon, axes).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -80,16 +80,11 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
         """Return the normalised activations, in the input's dtype."""
         scale, y = _vector(self, "scale", x, 1.0), x.astype(jnp.float32)
-        y = y - y.mean(axis=tuple(range(-len(self.axes), 0)), keepdims=True)
-        y = _divide_by_rms(y, len(self.axes), self.config.epsilon) * scale
+        axes = tuple(range(-len(self.axes), 0))
+        y = rms_norm(y - y.mean(axis=axes, keepdims=True), scale, self.config.epsilon, axes)
         if self.config.bias:
             y = y + _vector(self, "bias", x, 0.0)
         return y.astype(x.dtype)
-
-
-def _divide_by_rms(y: Float[Array, "... E"], num_axes: int, epsilon: float) -> Float[Array, "... E"]:
-    over = tuple(range(-num_axes, 0))
-    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=over, keepdims=True) + epsilon)
 
 
 def _vector(module: RMSNorm | LayerNorm, name: str, x: Array, mean: float) -> Array:
