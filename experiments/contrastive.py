@@ -1,13 +1,15 @@
-"""Characters and their names, each made a vector: near if they belong together, as in CLIP.
+"""Contrastive image-text training (CLIP): embed glyphs and their Unicode names in one space.
 
-The characters of the validation split were never shown, in any style, nor was their style, bold and slanted
-at once; nor were their names read, but their words were, in others. Each name is to find its character among
-all of the split's, and each character its name.
+The characters of the validation split never occur in training, neither their images nor their
+names, and neither does its style, bold italic; the words of their names do. Each name retrieves its
+character among all of the split, and each character its name.
 
-Claim: of the unseen names at least 30% find their own character first, and at least 70% among the first ten,
-  where chance is under 0.5% and under 5%; and characters find their names as often.
-Source: CLIP (Radford et al., arXiv 2103.00020, section 2.3).
-Command: python run.py --config=experiments/contrastive.py
+Claim: at least 30% of the unseen names rank their own character first and at least 70% rank it in
+  the top ten, where chance is under 0.5% and under 5%; the same holds for characters and names.
+Source: CLIP (Radford et al. 2021, arXiv 2103.00020, section 2.3).
+Command: python run.py --config=contrastive
+Time: 1.8 minutes on 2 CPU cores.
+Result: names to characters 43.1% and 85.3%, characters to names 37.1% and 85.6% (one seed).
 """
 
 from dataclasses import dataclass
@@ -24,23 +26,23 @@ from attnlab.models.contrastive import EndOfText, TextTowerConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
-GRID = 8  # patches to a side
-END = 0  # the number of the token that ends a name
+GRID = 8  # patches along each side of the image
+END = 0  # the id of the token that ends a name
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedGlyphs(Glyphs):
-    """Pairs of a picture and a name: a row counts once, at its first token."""
+    """Pairs of an image and a name; a pair has weight 1, at its first token."""
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
-        """The name up to its end, and the picture; no token is predicted."""
+        """Return the name with its end token, and the image; no token is predicted."""
         example = super().encode(record, tokenizer)
-        once = np.arange(len(example.tokens)) == 0
-        return example._replace(tokens=example.targets, weights=once * 1.0, num_bytes=once * 0)
+        is_first = np.arange(len(example.tokens)) == 0
+        return example._replace(tokens=example.targets, weights=is_first * 1.0, num_bytes=is_first * 0)
 
 
 def get_config() -> Experiment:
-    """Three layers read 64 patches of 4 by 4 pixels, two the words of a name."""
+    """Return three layers over 64 patches of 4x4 pixels and two layers over the words of a name."""
     sizes = {"width": 96, "attention": AttentionConfig(heads=4, bias=True), "init": Normal(std=0.1)}
     return Experiment(
         model=ContrastiveConfig(
@@ -63,28 +65,28 @@ def get_config() -> Experiment:
 
 
 def report(trained: TrainedModel) -> dict[str, float]:
-    """How often a name finds its character and the other way round, and where a picture is looked at."""
+    """Report the retrieval accuracy in both directions, and a figure of the image's attention."""
     batches = trained.batches("validation")
-    there = [batch.segments.any(axis=1) for batch in batches]
-    both = zip(*(trained.apply(batch, "hidden") for batch in batches), strict=True)
-    images, texts = (np.concatenate([x[t] for x, t in zip(v, there, strict=True)]) for v in both)
-    found, count = {}, len(images)
-    for name, likeness in (("character", texts @ images.T), ("name", images @ texts.T)):
-        before = (likeness > np.diag(likeness)[:, None]).sum(axis=1)  # how many are nearer than its own
-        found |= {f"{name}_first": float((before < 1).mean()), f"{name}_in_ten": float((before < 10).mean())}
+    valid = [batch.segments.any(axis=1) for batch in batches]
+    embeddings = zip(*(trained.apply(batch, "hidden") for batch in batches), strict=True)
+    images, texts = (np.concatenate([x[v] for x, v in zip(e, valid, strict=True)]) for e in embeddings)
+    accuracy, count = {}, len(images)
+    for name, similarity in (("character", texts @ images.T), ("name", images @ texts.T)):
+        rank = (similarity > np.diag(similarity)[:, None]).sum(axis=1)  # 0: its own is the nearest
+        accuracy |= {f"{name}_first": float((rank < 1).mean()), f"{name}_in_ten": float((rank < 10).mean())}
         trained.log(
-            f"its own {name} first: {found[f'{name}_first']:.1%} of {count}, by chance {1 / count:.1%}; "
-            f"among ten: {found[f'{name}_in_ten']:.1%}, by chance {10 / count:.1%}"
+            f"its own {name} of {count} ranked first: {accuracy[f'{name}_first']:.1%} "
+            f"(chance {1 / count:.1%}), in the top ten: {accuracy[f'{name}_in_ten']:.1%} "
+            f"(chance {10 / count:.1%})"
         )
-    looks = trained.attention(batches[0], "image/layers")[-1, 0, :, 0, 1:].reshape(-1, GRID, GRID)
-    heads = [f"head {i + 1}" for i in range(len(looks))]  # of the class token
-    trained.save_figure(
-        figures.image_overlay(batches[0].source[0, ..., 0], heads, looks, "Where it looks"), "looks"
-    )
-    trained.claim("names that rank their own character first", found["character_first"], ">=", 0.3)
-    trained.claim("names with their own character in the top ten", found["character_in_ten"], ">=", 0.7)
-    trained.claim("characters that rank their own name first", found["name_first"], ">=", 0.3)
-    trained.claim("characters with their own name in the top ten", found["name_in_ten"], ">=", 0.7)
+    class_token = trained.attention(batches[0], "image/layers")[-1, 0, :, 0, 1:].reshape(-1, GRID, GRID)
+    heads, image = [f"head {i + 1}" for i in range(len(class_token))], batches[0].source[0, ..., 0]
+    figure = figures.image_overlay(image, heads, class_token, "What the class token attends to")
+    trained.save_figure(figure, "attention")
+    trained.claim("names that rank their own character first", accuracy["character_first"], ">=", 0.3)
+    trained.claim("names with their own character in the top ten", accuracy["character_in_ten"], ">=", 0.7)
+    trained.claim("characters that rank their own name first", accuracy["name_first"], ">=", 0.3)
+    trained.claim("characters with their own name in the top ten", accuracy["name_in_ten"], ">=", 0.7)
     trained.claim("first by chance", 1 / count, "<", 0.005)
     trained.claim("in the top ten by chance", 10 / count, "<", 0.05)
-    return found
+    return accuracy

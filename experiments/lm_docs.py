@@ -1,9 +1,11 @@
-"""A small language model of the Python standard library's documentation.
+"""Language model of the Python standard library's documentation; the default experiment.
 
-Claim: a decoder trained for a few minutes on a laptop predicts documentation of modules it never saw
-  better than bzip2 and xz can squeeze it, and in fewer than 2.35 bits per byte.
-Source: the decoder is that of Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2) made small.
+Claim: a decoder trained for a few minutes on a laptop predicts documentation of modules outside the
+  training split in fewer than 2.35 bits per byte, and in fewer than bz2 and xz need.
+Source: the decoder of Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2), made small.
 Command: python run.py
+Time: 1.5 minutes on 2 CPU cores.
+Result: 2.07 bits per byte; bz2 2.16, xz 2.16.
 """
 
 from attnlab.data import BPE, Text
@@ -15,7 +17,7 @@ from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
 
 def get_config() -> Experiment:
-    """The default experiment."""
+    """Return the default experiment: four layers, trained with Muon."""
     return Experiment(
         model=DecoderConfig(
             depth=4, width=192, attention=AttentionConfig(heads=8, kv_heads=4), feed_forward=GatedMLPConfig()

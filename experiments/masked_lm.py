@@ -1,14 +1,16 @@
-"""Tokens that are masked, found from what stands on both sides: BERT's task on the Python documentation.
+"""Masked language modelling: an encoder restores hidden tokens of the Python documentation.
 
-Of a text's tokens 15% are to be found again: 8 in 10 of these are masked, by the token that ends texts and so
-stands in none, 1 in 10 is another token, 1 in 10 is left as it is. Which ones, the text alone decides: they
-are the same in each epoch.
+Of a text's tokens 15% are to be restored: 80% of these are replaced by the mask token (the one that
+ends texts, which never occurs inside them), 10% by a random token, 10% stay. A hash of the text
+seeds the choice, so it is the same in every epoch.
 
-Claim: of such tokens in documentation of modules that it never saw, a small encoder trained for 300 steps
-  finds more than 18%, and more than three times as many as the commonest token would be right in.
-Source: BERT (Devlin et al. 2018, arXiv 1810.04805, section 3.1, task 1); its layers are those of ModernBERT
-  (Warner et al. 2024, arXiv 2412.13663, section 2.1) made small.
+Claim: after 300 steps, a small encoder restores more than 18% of these tokens in documentation of
+  modules outside the training split, and more than 3 times as many as the most frequent token does.
+Source: BERT (Devlin et al. 2018, arXiv 1810.04805, section 3.1, task 1), with the layers of
+  ModernBERT (Warner et al. 2024, arXiv 2412.13663, section 2.1), made small.
 Command: python run.py --config=masked_lm
+Time: 52 seconds on 2 CPU cores.
+Result: 22.4%; the most frequent token 4.5% (one seed).
 """
 
 import zlib
@@ -24,28 +26,28 @@ from attnlab.models import EncoderConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
-CHOSEN, MASKED, REPLACED = 0.15, 0.8, 0.1  # of all tokens, and of those that are chosen
+CHOSEN, MASKED, REPLACED = 0.15, 0.8, 0.1  # fractions of all tokens, of the chosen, of the chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedText(Text):
-    """Text some of whose tokens are to be found again."""
+    """Text with masked tokens as the only targets."""
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
-        """The tokens as they are shown, with weight on those that are chosen."""
+        """Return the corrupted tokens; the chosen tokens alone have weight."""
         text = self.text(record)
         tokens = tokenizer.encode(text)
         rng = np.random.default_rng(zlib.crc32(text.encode()))
-        chosen, fate = rng.random((2, len(tokens)))
+        chosen, action = rng.random((2, len(tokens)))
         chosen = chosen < CHOSEN
-        others = rng.integers(tokenizer.vocab_size, size=len(tokens))
-        shown = np.where(chosen & (fate < MASKED), tokenizer.mask_id, tokens)
-        shown = np.where(chosen & (fate >= 1 - REPLACED), others, shown)
-        return Example(shown, tokens, chosen.astype(np.float32), tokenizer.token_bytes[tokens])
+        random = rng.integers(tokenizer.vocab_size, size=len(tokens))
+        corrupted = np.where(chosen & (action < MASKED), tokenizer.mask_id, tokens)
+        corrupted = np.where(chosen & (action >= 1 - REPLACED), random, corrupted)
+        return Example(corrupted, tokens, chosen.astype(np.float32), tokenizer.token_bytes[tokens])
 
 
 def get_config() -> Experiment:
-    """Four layers, half of which look no further than 16 tokens to either side."""
+    """Return four layers; every other one attends to at most 16 tokens on either side."""
     return Experiment(
         model=EncoderConfig(
             depth=4,
@@ -64,21 +66,23 @@ def get_config() -> Experiment:
 
 
 def report(trained: TrainedModel) -> dict[str, float]:
-    """How many tokens are found, how many the commonest would be, and a sentence with its map."""
+    """Report the accuracy, that of the most frequent token, and a sentence with its attention."""
     targets = [batch.targets[batch.weights > 0] for batch in trained.batches("validation")]
-    common = np.bincount(np.concatenate(targets)).max() / sum(map(len, targets))
-    found = trained.metrics["accuracy"]
-    trained.log(f"found: {found:.1%} of the masked tokens; by the commonest token, {common:.1%}")
+    most_frequent = np.bincount(np.concatenate(targets)).max() / sum(map(len, targets))
+    accuracy = trained.metrics["accuracy"]
+    trained.log(f"masked tokens restored: {accuracy:.1%}; by the most frequent token: {most_frequent:.1%}")
     tokens = trained.tokenizer.encode("Return a list of the names in the file, or None if it is empty.")
-    shown = tokens.copy()
-    shown[3::6] = trained.tokenizer.mask_id
-    guessed = trained.predict(trained.batch_from_tokens(shown))[0, : len(shown)]
-    words = [trained.tokenizer.token_text(i) for i in shown]
+    masked = tokens.copy()
+    masked[3::6] = trained.tokenizer.mask_id
+    predicted = trained.predict(trained.batch_from_tokens(masked))[0, : len(masked)]
+    words = [trained.tokenizer.token_text(i) for i in masked]
     for i in range(3, len(tokens), 6):
-        words[i] = f"[{trained.tokenizer.token_text(guessed[i])}]"
-    trained.log("filled in: " + "".join(words))
-    maps = trained.attention_of_tokens(shown.tolist())
-    trained.save_figure(figures.head_grid(maps, words, "Where each token looks"), "attention")
-    trained.claim("masked tokens predicted", found, ">", 0.18)
-    trained.claim("masked tokens predicted, against 3 times the most frequent token", found, ">", 3 * common)
-    return {"accuracy": float(found), "commonest": float(common)}
+        words[i] = f"[{trained.tokenizer.token_text(predicted[i])}]"
+    trained.log("masked tokens restored in brackets: " + "".join(words))
+    maps = trained.attention_of_tokens(masked.tolist())
+    trained.save_figure(figures.head_grid(maps, words, "What each token attends to"), "attention")
+    trained.claim("masked tokens restored", accuracy, ">", 0.18)
+    trained.claim(
+        "masked tokens restored, against 3 times the most frequent token", accuracy, ">", 3 * most_frequent
+    )
+    return {"accuracy": float(accuracy), "most_frequent": float(most_frequent)}

@@ -1,11 +1,13 @@
-"""Speech to text: numbers that a synthesiser says, written in words by a small Whisper.
+"""Speech recognition: a small Whisper writes the numbers that a synthesiser speaks.
 
-Eight voices of espeak-ng say the numbers from 0 to 999, at speeds and pitches of their own each time. A fifth
-of the numbers is never heard in training; their words are, in other numbers.
+Eight voices of espeak-ng speak the numbers from 0 to 999, each time at a random speed and pitch. A
+fifth of the numbers never occur in training; their words do, in other numbers.
 
-Claim: of the words of numbers never heard, at least 95% are written right (1 - word error rate).
+Claim: at least 95% of the words of unheard numbers are right (1 - word error rate).
 Source: Whisper (Radford et al. 2022, arXiv 2212.04356, section 2.2), made small.
 Command: python run.py --config=speech (needs the extra `speech`)
+Time: 2.9 minutes on 2 CPU cores.
+Result: 99.4% (two seeds).
 """
 
 from dataclasses import dataclass
@@ -32,23 +34,24 @@ ONES = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 VOICES = "en en+m3 en+m7 en+f1 en+f3 en-us en-us+f2 en-us+m4".split()
 FEATURES = LogMel(mels=40, chunk_seconds=2)
+FRAMES_PER_SECOND = 50  # of the encoder's output
 COUNT = {"train": 4000, "validation": 400}
 
 
 def words(number: int) -> str:
-    """A number below 1000 in words, 342 as three hundred forty two."""
+    """Return a number below 1000 in words: 342 is "three hundred forty two"."""
     hundreds, rest = divmod(number, 100)
-    found = [ONES[hundreds], "hundred"] if hundreds else []
+    result = [ONES[hundreds], "hundred"] if hundreds else []
     if rest >= 20:
-        found.append(TENS[rest // 10 - 2])
+        result.append(TENS[rest // 10 - 2])
         rest %= 10
-    if rest or not found:
-        found.append(ONES[rest])
-    return " ".join(found)
+    if rest or not result:
+        result.append(ONES[rest])
+    return " ".join(result)
 
 
 class Utterance(NamedTuple):
-    """A number, and how it is said."""
+    """A number in words, and the voice that speaks it."""
 
     text: str
     voice: Voice
@@ -56,23 +59,23 @@ class Utterance(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers(Data):
-    """Spoken numbers and their words."""
+    """Spoken numbers, with their words as targets."""
 
     tokenizer: Words = Words()  # noqa: RUF009 - frozen, so safe to share
     sequence_length: int = 8
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        """Two seconds."""
+        """Return the shape of the features of two seconds."""
         return FEATURES.frames, FEATURES.mels
 
     @property
     def preprocessor(self) -> dict[str, Any]:
-        """See `Data.preprocessor`."""
+        """Return the settings of the audio features; see `Data.preprocessor`."""
         return FEATURES.settings()
 
     def records(self, split: str) -> list[Utterance]:
-        """Random numbers, said in random ways."""
+        """Return random numbers of the split, in random voices."""
         rng = np.random.default_rng(split == "train")
         held_out = np.random.default_rng(0).permutation(1000) < 200
         numbers = np.flatnonzero(held_out == (split == "validation"))
@@ -85,11 +88,11 @@ class Numbers(Data):
         ]
 
     def text(self, record: Utterance) -> str:
-        """The words alone."""
+        """Return the number in words."""
         return record.text
 
     def encode(self, record: Utterance, tokenizer: Tokenizer) -> Example:
-        """The words, beside the sound."""
+        """Return the words, with the sound's features as their source."""
         return super().encode(record, tokenizer)._replace(source=features(record))
 
 
@@ -99,13 +102,13 @@ def _features():
 
 
 def features(record: Utterance) -> np.ndarray:
-    """What a model hears, (frames, mels)."""
+    """Return the log-mel features of an utterance (frames, mels)."""
     sound = speak(*record)[: FEATURES.samples]
     return np.asarray(_features()(np.pad(sound, (0, FEATURES.samples - len(sound)))[None])[0])
 
 
 def get_config() -> Experiment:
-    """An encoder and a decoder of two layers."""
+    """Return an encoder and a decoder of two layers each."""
     half = {
         "depth": 2,
         "width": 128,
@@ -124,40 +127,43 @@ def get_config() -> Experiment:
 
 
 def report(trained: TrainedModel) -> dict[str, float]:
-    """How many words, and numbers, are written right; and where each word of one was heard."""
+    """Report the words and the numbers that are right, and a figure of when each word is heard."""
     records = trained.experiment.data.records("validation")
     sounds = [features(record) for record in records]
-    heard = trained.generator()(sources=sounds, sampling=SamplingParams(0.0), max_new_tokens=7)
-    pairs = [(record.text.split(), row.text.split()) for record, row in zip(records, heard, strict=True)]
-    faults = sum(distance(said, written) for said, written in pairs)
-    found = {
-        "words": 1 - faults / sum(len(said) for said, _ in pairs),
-        "numbers": float(np.mean([said == written for said, written in pairs])),
+    outputs = trained.generator()(sources=sounds, sampling=SamplingParams(0.0), max_new_tokens=7)
+    pairs = [
+        (record.text.split(), output.text.split()) for record, output in zip(records, outputs, strict=True)
+    ]
+    errors = sum(edit_distance(spoken, written) for spoken, written in pairs)
+    accuracy = {
+        "words": 1 - errors / sum(len(spoken) for spoken, _ in pairs),
+        "numbers": float(np.mean([spoken == written for spoken, written in pairs])),
     }
     trained.log(
-        f"of numbers never heard {found['words']:.1%} of words are right, {found['numbers']:.1%} whole"
+        f"accuracy on unheard numbers: words {accuracy['words']:.1%}, whole numbers {accuracy['numbers']:.1%}"
     )
-    trained.claim("words of unheard numbers right", found["words"], ">=", 0.95)
-    _picture(trained)
-    return found
+    trained.claim("words of unheard numbers right", accuracy["words"], ">=", 0.95)
+    _save_attention(trained)
+    return accuracy
 
 
-def distance(one: list[str], other: list[str]) -> int:
-    """Words to add, drop or change that make one text the other (Levenshtein 1966)."""
+def edit_distance(words: list[str], other: list[str]) -> int:
+    """Return the Levenshtein distance of two texts: insertions, deletions, substitutions."""
     row = list(range(len(other) + 1))
-    for i, word in enumerate(one):
-        before, row = row, [i + 1]
-        for j, found in enumerate(other):
-            row.append(min(before[j] + (word != found), before[j + 1] + 1, row[j] + 1))
+    for i, word in enumerate(words):
+        previous, row = row, [i + 1]
+        for j, other_word in enumerate(other):
+            row.append(min(previous[j] + (word != other_word), previous[j + 1] + 1, row[j] + 1))
     return row[-1]
 
 
-def _picture(trained: TrainedModel) -> None:
-    """Where the decoder looks in the sound of one number as it writes each word."""
+def _save_attention(trained: TrainedModel) -> None:
+    """Save the decoder's attention over the sound of one number, for each word that it writes."""
     batch = trained.batches("validation", limit=1)[0]
     row = int(batch.weights.sum(axis=1).argmax())
     length = int(batch.weights[row].sum())
     weights = trained.attention(batch, "decoder/layers", "cross_attention")[:, row, :, :length]
     written = [trained.tokenizer.token_text(i) for i in batch.targets[row, :length]]
-    times = [f"{i / 50:.2f} s" for i in range(weights.shape[-1])]
-    trained.save_figure(figures.head_grid(weights, written, "Where each word is heard", times), "heard")
+    seconds = np.arange(weights.shape[-1]) / FRAMES_PER_SECOND
+    title, axis = "When each word is heard", "time in the sound (s)"
+    trained.save_figure(figures.head_grid(weights, written, title, seconds, axis), "attention")

@@ -196,7 +196,7 @@ def arcs(
     key_tokens: Sequence[str] | None = None,
     max_width: float = PAGE_WIDTH,
 ) -> Figure:
-    """Draw each head of one layer as two columns of tokens, with a line from every query to its keys.
+    """Draw each head of a layer as two columns of tokens, with a line from each query to its keys.
 
     weights (H, T, S); `tokens` names the T queries on the left, `key_tokens` the S keys on the
     right, by default the same tokens. A line is as dark as its weight; weights below 0.02 have none

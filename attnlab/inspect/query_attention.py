@@ -89,7 +89,7 @@ def _checked(sentence: QueryAttention) -> QueryAttention:
 
 
 def _token_edges(sentence: QueryAttention) -> np.ndarray:
-    """Return the left edge of each token's cell and the right edge of the last, in inches (S + 1,)."""
+    """Return the cells' left edges and the last right edge, in inches (S + 1,)."""
     return np.cumsum([0.0, *(max(0.22, text_width(legible(token), 8) + 0.1) for token in sentence.tokens)])
 
 

@@ -31,7 +31,7 @@ def attention(*shape):
 
 
 def svg(figure, tmp_path):
-    """The SVG's source, after checking that both files are valid; it holds each text as a comment."""
+    """Return the SVG's source, which holds each text as a comment; both files are valid."""
     png, vector = save(figure, tmp_path / "deep" / "er" / "figure.v1")
     assert (png.name, vector.name) == ("figure.v1.png", "figure.v1.svg")
     with Image.open(png) as image:

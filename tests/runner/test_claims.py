@@ -9,7 +9,7 @@ from attnlab.runner.claims import Claim
 from tests.programs import ROOT
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
-# Its threshold is the loss of the checkpoint that the run starts from: measured, so not in the docstring.
+# Its threshold is measured, the loss of the checkpoint that it starts from.
 WITHOUT_THRESHOLD = {"finetune"}
 
 
@@ -51,7 +51,7 @@ def thresholds(tree: ast.Module) -> list[str]:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiment_checks_the_claim_of_its_docstring(path):
-    """Each experiment states a claim, checks one, and its thresholds are numbers of the docstring."""
+    """The docstring states a claim, and its numbers include every threshold checked."""
     tree = ast.parse(path.read_text())
     page = ast.get_docstring(tree) or ""
     stated = re.search(r"^Claim: (.*?)(?=^\w+: )", page, re.DOTALL | re.MULTILINE)
