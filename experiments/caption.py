@@ -26,7 +26,7 @@ from attnlab.layers import AttentionConfig, LayerNormConfig
 from attnlab.layers.blocks import CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.layers.pooling import ClassToken
 from attnlab.layers.resampler import ResamplerConfig
-from attnlab.models import CaptionerConfig, DecoderConfig, Learned, PrefixConfig, ViTConfig
+from attnlab.models import CaptionerConfig, DecoderConfig, Learned, VisionLanguageConfig, ViTConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 
@@ -47,7 +47,7 @@ def get_config(kind: str = "branches") -> Experiment:
         "gates": CaptionerConfig(
             encoder, decoder, resampler=ResamplerConfig(8, 1), cross=GatedCrossAttentionConfig()
         ),
-        "prefix": PrefixConfig(encoder, decoder, ahead=True),
+        "prefix": VisionLanguageConfig(encoder, decoder, bidirectional_prompt=True),
     }
     if kind not in models:
         raise InputError(f"caption.py:{kind} is unknown; it is one of {', '.join(models)}")
@@ -99,7 +99,7 @@ def _save_attention(trained: TrainedModel) -> None:
         row, words = names.index(SHOWN), SHOWN.split()
         weights = trained.attention(batch, "decoder/layers", "cross_attention")[-1, row].mean(0)
         encoder = trained.experiment.model.encoder
-        grid = weights[: len(words), encoder.prefix :].reshape(len(words), *encoder.grid)
+        grid = weights[: len(words), encoder.num_prefix_tokens :].reshape(len(words), *encoder.grid)
         figure = figures.image_overlay(batch.source[row, ..., 0], words, grid, "What each word attends to")
         trained.save_figure(figure, "attention")
 

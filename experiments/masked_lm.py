@@ -57,7 +57,7 @@ def get_config() -> Experiment:
             norm=LayerNormConfig(bias=False),
             pattern=(Bidirectional(left=16, right=16), Bidirectional()),
             embedding_norm=True,
-            bare_first=True,
+            skip_first_attention_norm=True,
         ),
         data=MaskedText(tokenizer=BPE(vocab_size=512), sequence_length=128, batch_size=16),
         optimizer=Muon(learning_rate=5e-3, schedule=WarmupStableDecay(warmup=20, decay=0.4)),

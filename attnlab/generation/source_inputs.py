@@ -8,7 +8,7 @@ import numpy as np
 from attnlab.data import Tokenizer
 from attnlab.data.batch import source_kind
 from attnlab.errors import InputError
-from attnlab.models import ModelConfig, PrefixConfig
+from attnlab.models import ModelConfig, VisionLanguageConfig
 
 
 def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -22,7 +22,7 @@ def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int
     Raises:
       InputError: a text without the marker, or with several.
     """
-    if not isinstance(config, PrefixConfig) or config.marker is None:
+    if not isinstance(config, VisionLanguageConfig) or config.marker is None:
         return _text_ids(config, tokenizer, text)
     image, name = [config.marker] * config.patches, tokenizer.token_text(config.marker)
     if config.separator is not None:
@@ -36,7 +36,7 @@ def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int
 
 def training_prefix_ids(config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
     """What a text to learn begins with: as one that is written of an image, or any other source, alone."""
-    if isinstance(config, PrefixConfig) and config.marker is not None:
+    if isinstance(config, VisionLanguageConfig) and config.marker is not None:
         image = [config.marker] * config.patches
         if config.separator is None:
             return [*tokenizer.bos_tokens, *image]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.attention import attend, segments
 from attnlab.attention.normalizers import softmax
-from attnlab.layers.attention import Memory
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import REMAT_POLICIES
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Linear
@@ -60,7 +60,7 @@ class MultiplicativeAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T E"], segment_ids: Int[Array, "B T"], memory: Memory
+        self, x: Float[Array, "B T E"], segment_ids: Int[Array, "B T"], memory: EncoderOutput
     ) -> Float[Array, "B T E"]:
         """What each token looks at."""
         c, query, captures = self.config, x, self.is_mutable_collection("intermediates")
@@ -70,8 +70,8 @@ class MultiplicativeAttention(nn.Module):
             )
         found = attend(
             query[:, :, None],
-            memory.values[:, :, None],
-            memory.values[:, :, None],
+            memory.hidden[:, :, None],
+            memory.hidden[:, :, None],
             mask=segments(segment_ids, memory.segments),
             scale=1.0,
             return_weights=captures,
@@ -91,13 +91,13 @@ class AdditiveAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T E"], there: Bool[Array, "B T 1"], state: State, memory: Memory
+        self, x: Float[Array, "B T E"], there: Bool[Array, "B T 1"], state: State, memory: EncoderOutput
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], State]:
         """The state's first array after each token, what the token looked at, and the last state."""
         c, width = self.config, self.attention.width or self.config.width
         gates, axes = c.cell.gates * c.width, ("embed", "state")
         gates_of_x = Linear((c.width,), (gates,), axes, c.std, True, c.dtypes, name="input")(x)
-        keys = Linear((c.width,), (width,), axes, c.std, False, c.dtypes, name="key")(memory.values)
+        keys = Linear((c.width,), (width,), axes, c.std, False, c.dtypes, name="key")(memory.hidden)
         asking = parameter(self, "query_kernel", (c.width, width), axes, c.dtypes, std=c.std)
         score = parameter(self, "score", (width,), ("state",), c.dtypes, std=width**-0.5)
         answer = parameter(self, "context_kernel", (c.width, gates), axes, c.dtypes, std=c.std)
@@ -108,7 +108,7 @@ class AdditiveAttention(nn.Module):
             scores = jnp.tanh((state[0] @ asking)[:, None] + keys) @ score
             scores = jnp.where(memory.segments > 0, scores.astype(jnp.float32), -jnp.inf)
             looks, _ = softmax(scores)
-            context = jnp.einsum("bs,bse->be", looks.astype(x.dtype), memory.values)
+            context = jnp.einsum("bs,bse->be", looks.astype(x.dtype), memory.hidden)
             state = where(there, c.cell(x + context @ answer, state, weights), state)
             return state, (state[0], context, looks)
 
@@ -138,7 +138,7 @@ class AlignedStack(nn.Module):
         x: Float[Array, "B T E"],
         segment_ids: Int[Array, "B T"],
         states: State,
-        memory: Memory,
+        memory: EncoderOutput,
         deterministic: bool,
     ) -> tuple[Float[Array, "B T E"], State]:
         """Activations before the logits, and the last states of all layers, (B, L, E) each."""

@@ -61,9 +61,9 @@ class RelativeBias:
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
             raise ValueError("buckets must be at least 4, and max_distance over half of them")
 
-    def __call__(self, table: Float[Array, "buckets H"], kind: "Kind", first: Index) -> Score:
+    def __call__(self, table: Float[Array, "buckets H"], spec: "LayerSpec", first: Index) -> Score:
         """The score of a layer of this kind whose first query is at the key index `first`."""
-        return t5_bias(table, bidirectional=not kind.causal, max_distance=self.max_distance, offset=first)
+        return t5_bias(table, bidirectional=not spec.causal, max_distance=self.max_distance, offset=first)
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class NoPositions:
 
 
 @dataclass(frozen=True)
-class Kind(ABC):
+class LayerSpec(ABC):
     """Which tokens may attend to which in a layer. To try a new mask, derive one, in an experiment's file.
 
     Attributes:
       positions: how queries and keys are turned; None is the model's own way.
-      looks: whether the layer also looks at a memory, in a model whose layers do.
+      cross_attends: whether the layer also looks at a memory, in a model whose layers do.
       causal: whether no token sees a later one, so that text can be generated.
     """
 
     positions: Rotary | NoPositions | None = field(default=None, kw_only=True)
-    looks: bool = field(default=True, kw_only=True)
+    cross_attends: bool = field(default=True, kw_only=True)
     causal: ClassVar[bool] = True
 
     @abstractmethod
@@ -91,16 +91,16 @@ class Kind(ABC):
 
 
 @dataclass(frozen=True)
-class Causal(Kind):
+class Causal(LayerSpec):
     """Every token sees all earlier ones."""
 
     def mask(self, first=0):
-        """See `Kind.mask`."""
+        """See `LayerSpec.mask`."""
         return causal(first)
 
 
 @dataclass(frozen=True)
-class Sliding(Kind):
+class Sliding(LayerSpec):
     """Every token sees the last `window` tokens, itself included (Mistral, arXiv 2310.06825, section 2)."""
 
     window: int = 256
@@ -110,12 +110,12 @@ class Sliding(Kind):
             raise ValueError("window must be at least 1")
 
     def mask(self, first=0):
-        """See `Kind.mask`."""
+        """See `LayerSpec.mask`."""
         return window(self.window - 1, 0, first)
 
 
 @dataclass(frozen=True)
-class Bidirectional(Kind):
+class Bidirectional(LayerSpec):
     """Every token sees the whole document, or so many tokens before (`left`) and after it (`right`)."""
 
     left: int | None = None
@@ -127,7 +127,7 @@ class Bidirectional(Kind):
             raise ValueError("left and right must be at least 0, or none")
 
     def mask(self, first=0):
-        """See `Kind.mask`."""
+        """See `LayerSpec.mask`."""
         return window(self.left, self.right, first)
 
 
@@ -180,23 +180,23 @@ class AttentionConfig:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Memory:
+class EncoderOutput:
     """What cross-attention looks at: an encoder's output, say.
 
     Attributes:
-      values: its activations; their width need not be the model's.
+      hidden: its activations; their width need not be the model's.
       segments: which document each belongs to, 0 for padding: queries see those of their own.
       mask: which of those each query sees, such as `media`; None is all.
     """
 
-    values: Float[Array, "B S M"]
+    hidden: Float[Array, "B S M"]
     segments: Int[Array, "B S"]
     mask: Mask | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Reading:
+class SequenceInputs:
     """What all layers of a stack are given alike, beside the activations.
 
     Attributes:
@@ -204,24 +204,25 @@ class Reading:
       positions: place of each token in its document.
       cache: of what was read before these tokens, without the layers' own parts; None if nothing was.
       memory: what cross-attention looks at; None where layers have none, or where their caches hold it.
-      relative: the table of `RelativeBias`.
-      ahead: tokens of one number over 0 see each other, whatever their layers' kinds; None is none.
+      relative_bias_table: the table of `RelativeBias`.
+      bidirectional_ids: tokens with the same id over 0 attend to each other in both directions in every layer
+        (prefix LM); None disables this.
     """
 
     segments: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     cache: DecoderCache | None = None
-    memory: Memory | None = None
-    relative: Float[Array, "buckets H"] | None = None
-    ahead: Int[Array, "B T"] | None = None
+    memory: EncoderOutput | None = None
+    relative_bias_table: Float[Array, "buckets H"] | None = None
+    bidirectional_ids: Int[Array, "B T"] | None = None
 
 
 class Attention(nn.Module):
-    """Attention of a layer of one kind; keys and values come from the same tokens or a cache of them.
+    """Attention of one layer; keys and values come from the same tokens or a cache of them.
 
     Attributes:
       config: heads and options.
-      kind: which tokens may attend to which.
+      spec: which tokens may attend to which.
       positions: how queries and keys are turned.
       norm: of queries and keys, where the config asks for it.
       scale: factor of the scores where the config has none; None is 1 / sqrt(D).
@@ -229,7 +230,7 @@ class Attention(nn.Module):
     """
 
     config: AttentionConfig
-    kind: Kind
+    spec: LayerSpec
     positions: Rotary | RelativeBias | NoPositions
     norm: RMSNormConfig | LayerNormConfig
     scale: float | None
@@ -241,28 +242,30 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        reading: Reading,
+        inputs: SequenceInputs,
         layer_cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], KVCache | None]:
         """The attended activations, and the layer's cache with the new keys and values in it."""
         query, key, value = (self._project(x, name, x.shape[-1]) for name in ("query", "key", "value"))
         if isinstance(self.positions, Rotary):
-            query, key = (self.positions(y, reading.positions) for y in (query, key))
+            query, key = (self.positions(y, inputs.positions) for y in (query, key))
         first: Index = 0
-        mask, key_segments, cache = self.kind.mask(), reading.segments, reading.cache
+        mask, key_segments, cache = self.spec.mask(), inputs.segments, inputs.cache
         if cache is not None and layer_cache is not None:
             first, key_segments = cache.index - x.shape[1], cache.segments
-            mask = shift_mask(self.kind.mask(first), cache.row_starts)
+            mask = shift_mask(self.spec.mask(first), cache.row_starts)
             layer_cache = layer_cache.write(first, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
         score = None
-        if isinstance(self.positions, RelativeBias) and reading.relative is not None:
-            score = self.positions(reading.relative, self.kind, first)
-        if reading.ahead is not None:
-            keys = jnp.pad(reading.ahead, [(0, 0), (0, key.shape[1] - x.shape[1])])  # slots yet to be filled
-            mask = mask | segments(reading.ahead, keys)
-        mask = mask & segments(reading.segments, key_segments)
+        if isinstance(self.positions, RelativeBias) and inputs.relative_bias_table is not None:
+            score = self.positions(inputs.relative_bias_table, self.spec, first)
+        if inputs.bidirectional_ids is not None:
+            keys = jnp.pad(
+                inputs.bidirectional_ids, [(0, 0), (0, key.shape[1] - x.shape[1])]
+            )  # slots yet to be filled
+            mask = mask | segments(inputs.bidirectional_ids, keys)
+        mask = mask & segments(inputs.segments, key_segments)
         return self._attend(query, key, value, mask, score, x.shape[-1], deterministic), layer_cache
 
     def _project(self, x: Float[Array, "B T inputs"], name: str, embed: int) -> Float[Array, "B T H D"]:
@@ -313,7 +316,7 @@ class CrossAttention(Attention):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        reading: Reading,
+        inputs: SequenceInputs,
         layer_cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], KVCache | None]:
@@ -321,20 +324,20 @@ class CrossAttention(Attention):
 
         A memory that is given takes the place of what the cache has; where none is, the cache has it.
         """
-        memory, embed = reading.memory, x.shape[-1]
+        memory, embed = inputs.memory, x.shape[-1]
         query = self._project(x, "query", embed)
         if memory is not None:
-            key, value = (self._project(memory.values, name, embed) for name in ("key", "value"))
+            key, value = (self._project(memory.hidden, name, embed) for name in ("key", "value"))
             key_segments = memory.segments
             if layer_cache is not None:
                 assert memory.mask is None, "a cache keeps no mask of its memory"
                 kept = layer_cache.key.dtype
                 layer_cache = KVCache(key.astype(kept), value.astype(kept))
         else:
-            assert layer_cache is not None and reading.cache is not None, "there is nothing to attend to"
+            assert layer_cache is not None and inputs.cache is not None, "there is nothing to attend to"
             key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
-            key_segments = reading.cache.context
-        mask = self.kind.mask() & segments(reading.segments, key_segments)
+            key_segments = inputs.cache.context
+        mask = self.spec.mask() & segments(inputs.segments, key_segments)
         if memory is not None and memory.mask is not None:
             mask = mask & memory.mask
         return self._attend(query, key, value, mask, None, embed, deterministic), layer_cache
@@ -347,16 +350,16 @@ class PerceiverAttention(Attention):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        reading: Reading,
+        inputs: SequenceInputs,
         layer_cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], KVCache | None]:
         """The attended activations; nothing of them is kept in a cache."""
-        memory, embed = reading.memory, x.shape[-1]
+        memory, embed = inputs.memory, x.shape[-1]
         assert memory is not None, "there is nothing to attend to beside the tokens"
-        both = jnp.concatenate([self.norm.build(self.dtypes, name="memory_norm")(memory.values), x], axis=1)
+        both = jnp.concatenate([self.norm.build(self.dtypes, name="memory_norm")(memory.hidden), x], axis=1)
         query = self._project(x, "query", embed)
         key, value = (self._project(both, name, embed) for name in ("key", "value"))
-        key_segments = jnp.concatenate([memory.segments, reading.segments], axis=1)
-        mask = segments(reading.segments, key_segments)
+        key_segments = jnp.concatenate([memory.segments, inputs.segments], axis=1)
+        mask = segments(inputs.segments, key_segments)
         return self._attend(query, key, value, mask, None, embed, deterministic), layer_cache

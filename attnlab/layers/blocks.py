@@ -14,12 +14,12 @@ from attnlab.layers.attention import (
     AttentionConfig,
     Bidirectional,
     CrossAttention,
-    Kind,
+    LayerSpec,
     NoPositions,
     PerceiverAttention,
-    Reading,
     RelativeBias,
     Rotary,
+    SequenceInputs,
 )
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.experts import Experts, ExpertsConfig
@@ -59,7 +59,7 @@ class PerceiverAttentionConfig:
 
 # How blocks look at a memory.
 Cross: TypeAlias = CrossAttentionConfig | GatedCrossAttentionConfig | PerceiverAttentionConfig
-# Of a block's own tokens, or of those and of a memory.
+# Of a block's own tokens, or of those and of an encoder's output.
 BlockCache = KVCache | tuple[KVCache | None, KVCache | None]
 
 
@@ -71,7 +71,7 @@ class BlockConfig:
     norm(x + f(x)) "post" (Vaswani et al. 2017, section 3.1), x + norm(f(norm(x))) "both" (Gemma 2), and
     x + norm(f(x)) "branch" (OLMo 2, arXiv 2501.00656, section 3.2). `layer_scale` is where a learned factor
     of each number that a branch adds starts, if there is one (CaiT, arXiv 2103.17239, section 2). `cross` is
-    how blocks look at a memory, if their kind does; None is not at all.
+    how blocks look at a memory, if their spec does; None is not at all.
     """
 
     width: int
@@ -91,52 +91,54 @@ class BlockConfig:
 class Block(nn.Module):
     """A residual block: a branch of attention and a feed-forward one, and those that look at a memory.
 
-    With `bare`, no norm stands before attention.
+    With `skip_attention_norm`, no norm stands before attention.
     """
 
     config: BlockConfig
-    kind: Kind
+    spec: LayerSpec
     deterministic: bool
-    bare: bool = False
+    skip_attention_norm: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T E"], reading: Reading, layer_cache: BlockCache | None
+        self, x: Float[Array, "B T E"], inputs: SequenceInputs, layer_cache: BlockCache | None
     ) -> tuple[Float[Array, "B T E"], BlockCache | None]:
         """The activations after the block, and its cache."""
         self.sow("intermediates", "hidden", x)
-        own, of_memory = layer_cache if isinstance(layer_cache, tuple) else (layer_cache, None)
-        looks = self.config.cross if self.kind.looks else None
-        if isinstance(looks, GatedCrossAttentionConfig):
-            x, of_memory = self._look(x, reading, of_memory, gated=True)
-            y = self._feed_forward(self._before(x, "cross_feed_forward"), reading, "cross_feed_forward")
-            x = self._add(x, y, "cross_feed_forward", gated=True)
-        turned = self.kind.positions or self.config.positions
-        layer = PerceiverAttention if isinstance(looks, PerceiverAttentionConfig) else Attention
-        attention = self._attention(layer, "attention", self.kind, turned)
-        y, own = attention(self._before(x, "attention"), reading, own, self.deterministic)
-        x = self._add(x, y, "attention")
-        if isinstance(looks, CrossAttentionConfig):
-            x, of_memory = self._look(x, reading, of_memory)
-        y = self._feed_forward(self._before(x, "feed_forward"), reading, "feed_forward")
-        x = self._add(x, y, "feed_forward")
-        return x, (own, of_memory) if isinstance(layer_cache, tuple) else own
+        self_cache, cross_cache = layer_cache if isinstance(layer_cache, tuple) else (layer_cache, None)
+        cross = self.config.cross if self.spec.cross_attends else None
+        if isinstance(cross, GatedCrossAttentionConfig):
+            x, cross_cache = self._cross_attend(x, inputs, cross_cache, gated=True)
+            y = self._feed_forward(self._pre_norm(x, "cross_feed_forward"), inputs, "cross_feed_forward")
+            x = self._residual(x, y, "cross_feed_forward", gated=True)
+        positions = self.spec.positions or self.config.positions
+        layer = PerceiverAttention if isinstance(cross, PerceiverAttentionConfig) else Attention
+        attention = self._attention(layer, "attention", self.spec, positions)
+        y, self_cache = attention(self._pre_norm(x, "attention"), inputs, self_cache, self.deterministic)
+        x = self._residual(x, y, "attention")
+        if isinstance(cross, CrossAttentionConfig):
+            x, cross_cache = self._cross_attend(x, inputs, cross_cache)
+        y = self._feed_forward(self._pre_norm(x, "feed_forward"), inputs, "feed_forward")
+        x = self._residual(x, y, "feed_forward")
+        return x, (self_cache, cross_cache) if isinstance(layer_cache, tuple) else self_cache
 
-    def _look(self, x, reading: Reading, of_memory: KVCache | None, gated: bool = False):
+    def _cross_attend(self, x, inputs: SequenceInputs, cross_cache: KVCache | None, gated: bool = False):
         """After a branch of attention to the memory; and the cache with its keys and values."""
-        cross = self._attention(CrossAttention, "cross_attention", Bidirectional(), NoPositions())
-        y, of_memory = cross(self._before(x, "cross_attention"), reading, of_memory, self.deterministic)
-        return self._add(x, y, "cross_attention", gated), of_memory
+        layer = self._attention(CrossAttention, "cross_attention", Bidirectional(), NoPositions())
+        y, cross_cache = layer(self._pre_norm(x, "cross_attention"), inputs, cross_cache, self.deterministic)
+        return self._residual(x, y, "cross_attention", gated), cross_cache
 
-    def _attention(self, layer: type[Attention], name: str, kind: Kind, positions) -> Attention:
+    def _attention(self, layer: type[Attention], name: str, spec: LayerSpec, positions) -> Attention:
         c = self.config
         scale = c.init.attention_scale(c.attention.head_dim or c.width // c.attention.heads)
-        return layer(c.attention, kind, positions, c.norm, scale, *self._std, c.dtypes, name=name)
+        return layer(c.attention, spec, positions, c.norm, scale, *self._std, c.dtypes, name=name)
 
-    def _feed_forward(self, x: Float[Array, "B T E"], reading: Reading, name: str) -> Float[Array, "B T E"]:
+    def _feed_forward(
+        self, x: Float[Array, "B T E"], inputs: SequenceInputs, name: str
+    ) -> Float[Array, "B T E"]:
         c = self.config
         if isinstance(c.feed_forward, ExpertsConfig):
-            return Experts(c.feed_forward, *self._std, c.dtypes, name=name)(x, reading.segments > 0)
+            return Experts(c.feed_forward, *self._std, c.dtypes, name=name)(x, inputs.segments > 0)
         return c.feed_forward.build(*self._std, c.dtypes, name=name)(x)
 
     @property
@@ -145,12 +147,12 @@ class Block(nn.Module):
         std = self.config.init.hidden_std(self.config.width)
         return std, std / (2 * self.config.depth) ** 0.5
 
-    def _before(self, x: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
+    def _pre_norm(self, x: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
         """What a branch reads of the residual stream."""
-        bare = self.bare and branch == "attention"
-        return self._norm(x, branch) if self.config.placement in ("pre", "both") and not bare else x
+        skip = self.skip_attention_norm and branch == "attention"
+        return self._norm(x, branch) if self.config.placement in ("pre", "both") and not skip else x
 
-    def _add(
+    def _residual(
         self, x: Float[Array, "B T E"], y: Float[Array, "B T E"], branch: str, gated: bool = False
     ) -> Float[Array, "B T E"]:
         """The residual stream with a branch's result in it."""
@@ -170,40 +172,40 @@ class Block(nn.Module):
         return self.config.norm.build(self.config.dtypes, name=f"{name}_norm")(x)
 
 
-class Period(nn.Module):
-    """One block for each kind of a pattern, in order; see `Block`."""
+class PatternBlock(nn.Module):
+    """One block for each spec of a pattern, in order; see `Block`."""
 
     config: BlockConfig
-    kinds: tuple[Kind, ...]
+    specs: tuple[LayerSpec, ...]
     deterministic: bool
-    bare: bool = False
+    skip_attention_norm: bool = False
 
     @nn.compact
-    def __call__(self, x, layer_caches, reading: Reading):
+    def __call__(self, x, layer_caches, inputs: SequenceInputs):
         """The activations after these blocks, and their caches."""
         new_caches = []
-        for i, kind in enumerate(self.kinds):
-            block = Block(self.config, kind, self.deterministic, self.bare, name=f"block{i}")
-            x, new_cache = block(x, reading, layer_caches and layer_caches[i])
+        for i, spec in enumerate(self.specs):
+            block = Block(self.config, spec, self.deterministic, self.skip_attention_norm, name=f"block{i}")
+            x, new_cache = block(x, inputs, layer_caches and layer_caches[i])
             new_caches.append(new_cache)
         return x, tuple(new_caches) if layer_caches is not None else None
 
 
-class Shared(nn.Module):
+class SharedLayers(nn.Module):
     """A period applied `times` over with one set of parameters (ALBERT, arXiv 1909.11942, section 3.1)."""
 
     body: type[nn.Module]
     times: int
     scan: bool
     config: BlockConfig
-    kinds: tuple[Kind, ...]
+    specs: tuple[LayerSpec, ...]
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, layer_caches, reading: Reading):
+    def __call__(self, x, layer_caches, inputs: SequenceInputs):
         """The activations after the last of them, and their caches."""
         loop = _loop(self.body, self.times, self.scan, shared=True)
-        return loop(self.config, self.kinds, self.deterministic, name="shared")(x, layer_caches, reading)
+        return loop(self.config, self.specs, self.deterministic, name="shared")(x, layer_caches, inputs)
 
 
 def _loop(body: type[nn.Module], length: int, scan: bool, shared: bool = False):
@@ -220,52 +222,54 @@ def _loop(body: type[nn.Module], length: int, scan: bool, shared: bool = False):
     )
 
 
-class Stack(nn.Module):
-    """`depth` blocks whose kinds repeat `pattern`: whole periods are scanned over, the rest come after them.
+class LayerStack(nn.Module):
+    """`depth` blocks whose specs repeat `pattern`: whole periods are scanned over, the rest come after them.
 
     Parameters lie the same way whether the scan is a loop or unrolled, so one checkpoint fits both.
 
     Attributes:
-      groups: sets of parameters, each for as many periods in turn; the layers must be whole periods then, and
-        have no caches. None is a set for each period.
-      bare_first: whether the first block has no norm before attention. It then stands by itself, without a
-        cache, and the periods begin with the second.
+      num_param_groups: sets of parameters, each for as many periods in turn; the layers must be whole periods
+        then, and have no caches. None is a set for each period.
+      skip_first_attention_norm: whether the first block has no norm before attention. It then stands by
+        itself, without a cache, and the periods begin with the second.
     """
 
     config: BlockConfig
-    pattern: tuple[Kind, ...]
+    pattern: tuple[LayerSpec, ...]
     scan: bool
     remat: Literal["none", "full", "dots"]
-    groups: int | None = None
-    bare_first: bool = False
+    num_param_groups: int | None = None
+    skip_first_attention_norm: bool = False
 
     @nn.compact
-    def __call__(self, x, layer_caches, reading: Reading, deterministic: bool):
+    def __call__(self, x, layer_caches, inputs: SequenceInputs, deterministic: bool):
         """The activations after all blocks, and their caches as `caches` lays them out."""
-        config, kinds, depth = self.config, self.pattern, self.config.depth
-        scanned, tail = layer_caches if layer_caches is not None else (None, None)
-        if self.bare_first:
-            first = self._period(looped=False)(config, kinds[:1], deterministic, bare=True, name="first")
-            x, _ = first(x, None, reading)
-            kinds, depth = (*kinds[1:], kinds[0]), depth - 1
-        periods, rest = divmod(depth, len(kinds))
-        if self.groups:
-            options = (self._period(self.scan), periods // self.groups, self.scan)
-            stack = _loop(Shared, self.groups, self.scan)(
-                *options, config, kinds, deterministic, name="periods"
+        config, specs, depth = self.config, self.pattern, self.config.depth
+        scanned, remainder = layer_caches if layer_caches is not None else (None, None)
+        if self.skip_first_attention_norm:
+            first = self._pattern_block(looped=False)(
+                config, specs[:1], deterministic, skip_attention_norm=True, name="first"
             )
-            x, scanned = stack(x, scanned, reading)
+            x, _ = first(x, None, inputs)
+            specs, depth = (*specs[1:], specs[0]), depth - 1
+        periods, rest = divmod(depth, len(specs))
+        if self.num_param_groups:
+            options = (self._pattern_block(self.scan), periods // self.num_param_groups, self.scan)
+            stack = _loop(SharedLayers, self.num_param_groups, self.scan)(
+                *options, config, specs, deterministic, name="periods"
+            )
+            x, scanned = stack(x, scanned, inputs)
         elif periods:
-            loop = _loop(self._period(self.scan), periods, self.scan)
-            x, scanned = loop(config, kinds, deterministic, name="periods")(x, scanned, reading)
+            loop = _loop(self._pattern_block(self.scan), periods, self.scan)
+            x, scanned = loop(config, specs, deterministic, name="periods")(x, scanned, inputs)
         if rest:
-            last = self._period(looped=False)(config, kinds[:rest], deterministic, name="tail")
-            x, tail = last(x, tail, reading)
-        return x, (scanned, tail) if layer_caches is not None else None
+            last = self._pattern_block(looped=False)(config, specs[:rest], deterministic, name="tail")
+            x, remainder = last(x, remainder, inputs)
+        return x, (scanned, remainder) if layer_caches is not None else None
 
-    def _period(self, looped: bool) -> type[nn.Module]:
+    def _pattern_block(self, looped: bool) -> type[nn.Module]:
         """A period, recomputed in the backward pass if asked."""
         if self.remat == "none":
-            return Period
+            return PatternBlock
         # Inside a loop XLA cannot merge the recomputation with what it recomputes; elsewhere it would.
-        return nn.remat(Period, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)
+        return nn.remat(PatternBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)

@@ -83,36 +83,36 @@ def resize_positions(
     table: Float[Array, "positions E"],
     grid_from: tuple[int, int],
     grid_to: tuple[int, int],
-    prefix: int = 0,
+    num_prefix_tokens: int = 0,
     antialias: bool = False,
 ) -> Float[Array, "resized E"]:
     """A learned table of positions on one grid of patches, interpolated to another (ViT, section 3.2).
 
     Args:
-      table: a row for each of `prefix` tokens, then for each patch.
+      table: a row for each of `num_prefix_tokens` tokens, then for each patch.
       grid_from: rows and columns of patches the table is for.
       grid_to: rows and columns wanted.
-      prefix: tokens before the patches (class, registers), whose rows stay as they are.
+      num_prefix_tokens: tokens before the patches (class, registers), whose rows stay as they are.
       antialias: a smoother cubic that is widened to average over what a smaller grid leaves out,
         as DINOv2 with registers was trained with.
 
     Raises:
       InputError: the table has another number of rows.
     """
-    if table.shape[0] != prefix + math.prod(grid_from):
+    if table.shape[0] != num_prefix_tokens + math.prod(grid_from):
         raise InputError(
-            f"a table of {table.shape[0]} positions is not for {_times(grid_from)} patches and {prefix} "
-            f"token{'s' * (prefix != 1)} before them"
+            f"a table of {table.shape[0]} positions is not for {_times(grid_from)} patches and "
+            f"{num_prefix_tokens} token{'s' * (num_prefix_tokens != 1)} before them"
         )
     if grid_from == grid_to:
         return table
     rows, columns = (_cubic(*sizes, antialias) for sizes in zip(grid_from, grid_to, strict=True))
-    grid = table[prefix:].reshape(*grid_from, -1).astype(jnp.float32)
+    grid = table[num_prefix_tokens:].reshape(*grid_from, -1).astype(jnp.float32)
     # Sums of four terms by weights known to float32: a TPU would round them all to bfloat16.
     grid = jnp.einsum("xw,hwe->hxe", columns, grid, precision=jax.lax.Precision.HIGHEST)
     grid = jnp.einsum("yh,hxe->yxe", rows, grid, precision=jax.lax.Precision.HIGHEST)
     resized = grid.reshape(math.prod(grid_to), -1).astype(table.dtype)
-    return jnp.concatenate([table[:prefix], resized])
+    return jnp.concatenate([table[:num_prefix_tokens], resized])
 
 
 def _cubic(old: int, new: int, antialias: bool) -> Float[np.ndarray, "new old"]:

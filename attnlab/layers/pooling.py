@@ -11,9 +11,9 @@ from attnlab.layers.attention import (
     AttentionConfig,
     Bidirectional,
     CrossAttention,
-    Memory,
+    EncoderOutput,
     NoPositions,
-    Reading,
+    SequenceInputs,
 )
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Embedding, Linear
@@ -31,12 +31,12 @@ class ClassToken:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of the tokens after the prefix."""
+    """The mean of the tokens after the prefix tokens."""
 
 
 @dataclass(frozen=True)
 class ClassAndMean:
-    """The first token, and beside it the mean of those after the prefix (DINOv2, arXiv 2304.07193)."""
+    """The first token, and beside it the mean of those after the prefix tokens (DINOv2, arXiv 2304.07193)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Pool(nn.Module):
 
     Attributes:
       config: its kind.
-      prefix: tokens before those that a mean is over.
+      num_prefix_tokens: tokens before those that a mean is over.
       attention: heads of a `Probe`; the three after it are of its feed-forward half.
       feed_forward: see there.
       norm: see there.
@@ -72,7 +72,7 @@ class Pool(nn.Module):
     """
 
     config: Pooling
-    prefix: int
+    num_prefix_tokens: int
     attention: AttentionConfig
     feed_forward: MLPConfig | GatedMLPConfig
     norm: RMSNormConfig | LayerNormConfig
@@ -80,9 +80,9 @@ class Pool(nn.Module):
     dtypes: Dtypes
 
     @nn.compact
-    def __call__(self, tokens: Memory) -> Float[Array, "B 1 pooled"]:
+    def __call__(self, tokens: EncoderOutput) -> Float[Array, "B 1 pooled"]:
         """A vector for each row of its tokens, those of segment 0 left out."""
-        x, config = tokens.values, self.config
+        x, config = tokens.hidden, self.config
         if isinstance(config, Probe):
             return self._probe(tokens)
         if isinstance(config, Mean):
@@ -97,17 +97,17 @@ class Pool(nn.Module):
         dense = Linear((e,), (e,), ("embed", "norm"), self.std, True, self.dtypes, name="dense")
         return jnp.tanh(dense(x[:, :1]))
 
-    def _mean(self, tokens: Memory) -> Float[Array, "B 1 E"]:
-        x = tokens.values[:, self.prefix :]
-        there = (tokens.segments[:, self.prefix :, None] > 0).astype(x.dtype)
+    def _mean(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
+        x = tokens.hidden[:, self.num_prefix_tokens :]
+        there = (tokens.segments[:, self.num_prefix_tokens :, None] > 0).astype(x.dtype)
         return jnp.sum(x * there, axis=1, keepdims=True) / jnp.maximum(there.sum(axis=1, keepdims=True), 1)
 
-    def _probe(self, tokens: Memory) -> Float[Array, "B 1 E"]:
-        b, _, e = tokens.values.shape
+    def _probe(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
+        b, _, e = tokens.hidden.shape
         probe = Embedding(1, e, ("sequence", "embed"), self.std, self.dtypes, name="probe")()
         query = constrain(jnp.broadcast_to(probe[None], (b, 1, e)), "batch", "sequence", None)
         zero = jnp.zeros_like(tokens.segments[:, :1])
-        reading = Reading(segments=zero + 1, positions=zero, memory=tokens)
+        inputs = SequenceInputs(segments=zero + 1, positions=zero, memory=tokens)
         attention = CrossAttention(
             self.attention,
             Bidirectional(),
@@ -119,6 +119,6 @@ class Pool(nn.Module):
             self.dtypes,
             name="attention",
         )
-        y, _ = attention(query, reading)
+        y, _ = attention(query, inputs)
         z = self.norm.build(self.dtypes, name="norm")(y)
         return y + self.feed_forward.build(self.std, self.std, self.dtypes, name="feed_forward")(z)

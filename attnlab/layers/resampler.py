@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from attnlab.layers.attention import Bidirectional, Memory, NoPositions, Reading
-from attnlab.layers.blocks import BlockConfig, PerceiverAttentionConfig, Stack
+from attnlab.layers.attention import Bidirectional, EncoderOutput, NoPositions, SequenceInputs
+from attnlab.layers.blocks import BlockConfig, LayerStack, PerceiverAttentionConfig
 from attnlab.layers.linear import Embedding
 from attnlab.sharding import constrain
 
@@ -36,7 +36,7 @@ class Resampler(nn.Module):
     Attributes:
       config: its size.
       block: what its blocks have in common with those of the model that made the memory.
-      scan: see `Stack`.
+      scan: see `LayerStack`.
       remat: see there.
     """
 
@@ -46,16 +46,18 @@ class Resampler(nn.Module):
     remat: Literal["none", "full", "dots"]
 
     @nn.compact
-    def __call__(self, memory: Memory, deterministic: bool = True) -> Memory:
+    def __call__(self, memory: EncoderOutput, deterministic: bool = True) -> EncoderOutput:
         """A memory of one document, the latents after their last look at those of its document 1."""
-        c, block, rows = self.config, self.block, memory.values.shape[0]
+        c, block, rows = self.config, self.block, memory.hidden.shape[0]
         table = Embedding(c.latents, block.width, ("sequence", "embed"), block.init.std, block.dtypes)
         x = jnp.broadcast_to(table()[None], (rows, c.latents, block.width))
         x = constrain(x, "batch", "sequence", None)
         block = replace(block, depth=c.depth, positions=NoPositions(), cross=PerceiverAttentionConfig())
         segments: Int[Array, "B R"] = constrain(jnp.ones(x.shape[:2], jnp.int32), "batch", "sequence")
-        stack = Stack(block, (Bidirectional(),), self.scan, self.remat, name="layers")
-        x, _ = stack(x, None, Reading(segments, jnp.zeros_like(segments), memory=memory), deterministic)
+        stack = LayerStack(block, (Bidirectional(),), self.scan, self.remat, name="layers")
+        x, _ = stack(
+            x, None, SequenceInputs(segments, jnp.zeros_like(segments), memory=memory), deterministic
+        )
         if block.placement != "post":  # else the last block has ended with one
             x = block.norm.build(block.dtypes, name="norm")(x)
-        return Memory(x, segments)
+        return EncoderOutput(x, segments)

@@ -13,12 +13,12 @@ from attnlab.models.heads import (
     MeanOfTokens,
     PooledConfig,
 )
-from attnlab.models.prefix import PrefixConfig, PrefixModel, ProjectorConfig
 from attnlab.models.recurrent import Recurrent, RecurrentConfig
 from attnlab.models.recurrent_seq2seq import RecurrentSeq2Seq, RecurrentSeq2SeqConfig
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from attnlab.models.speech import SpeechEncoder, SpeechEncoderConfig
 from attnlab.models.text import Learned, Sinusoidal
+from attnlab.models.vision_language import ProjectorConfig, VisionLanguageConfig, VisionLanguageModel
 from attnlab.models.vit import ViT, ViTConfig
 
 __all__ = [
@@ -38,8 +38,6 @@ __all__ = [
     "MeanOfTokens",
     "ModelConfig",
     "PooledConfig",
-    "PrefixConfig",
-    "PrefixModel",
     "ProjectorConfig",
     "Recurrent",
     "RecurrentConfig",
@@ -55,4 +53,6 @@ __all__ = [
     "TransformerConfig",
     "ViT",
     "ViTConfig",
+    "VisionLanguageConfig",
+    "VisionLanguageModel",
 ]

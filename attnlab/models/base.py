@@ -7,8 +7,8 @@ from typing import Literal, Self
 
 import flax.linen as nn
 
-from attnlab.layers.attention import AttentionConfig, Causal, Kind, NoPositions, RelativeBias, Rotary
-from attnlab.layers.blocks import BlockConfig, Cross, Placement, Stack
+from attnlab.layers.attention import AttentionConfig, Causal, LayerSpec, NoPositions, RelativeBias, Rotary
+from attnlab.layers.blocks import BlockConfig, Cross, LayerStack, Placement
 from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.initialization import MuP, Normal
@@ -173,7 +173,7 @@ class SourceConfig(ModelConfig):
     """A model that can also read a source for a decoder: of text, of images, of sound.
 
     The module that it builds has `encode` besides: of `source`, `source_segments` and `deterministic`, for a
-    `Memory`.
+    `EncoderOutput`.
     """
 
     @property
@@ -217,7 +217,7 @@ class TransformerConfig(ModelConfig):
     norm: RMSNormConfig | LayerNormConfig = field(default_factory=RMSNormConfig)
     placement: Placement = "pre"
     layer_scale: float | None = None
-    pattern: tuple[Kind, ...] = (Causal(),)
+    pattern: tuple[LayerSpec, ...] = (Causal(),)
     dropout: float = 0.0
     init: Normal | MuP = field(default_factory=Normal)
     dtypes: Dtypes = field(default_factory=Dtypes)
@@ -250,33 +250,33 @@ class TransformerConfig(ModelConfig):
         return self.attention.kv_heads or self.attention.heads
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kind of each layer, first to last."""
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """The spec of each layer, first to last."""
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
 
     @property
-    def looks(self) -> int:
+    def num_cross_attention_layers(self) -> int:
         """How many layers look at a memory, in a model whose layers do."""
-        return sum(kind.looks for kind in self.kinds)
+        return sum(spec.cross_attends for spec in self.layer_specs)
 
     @property
     def causal(self) -> bool:
         """Whether no layer looks ahead, so that text can be generated."""
-        return all(kind.causal for kind in self.pattern)
+        return all(spec.causal for spec in self.pattern)
 
     @property
     def drops(self) -> bool:
         """See `ModelConfig.drops`."""
         return self.dropout > 0 or self.attention.dropout > 0
 
-    def stack(self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None) -> Stack:
+    def stack(self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None) -> LayerStack:
         """The layers.
 
         Args:
           positions: how their attention knows of order, where the kind of layer does not say.
           cross: how they look at a memory, if they do.
         """
-        return Stack(self.block(positions, cross), self.pattern, self.scan, self.remat)
+        return LayerStack(self.block(positions, cross), self.pattern, self.scan, self.remat)
 
     def block(
         self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None
@@ -299,7 +299,7 @@ class TransformerConfig(ModelConfig):
 
     def unrolled(self) -> Self:
         """See `ModelConfig.unrolled`: a pattern longer than the model has no whole period to stack."""
-        return replace(self, pattern=(*self.kinds, self.kinds[0]))
+        return replace(self, pattern=(*self.layer_specs, self.layer_specs[0]))
 
     def written_out(self) -> Self:
         """See `ModelConfig.written_out`."""
@@ -309,7 +309,7 @@ class TransformerConfig(ModelConfig):
             config,
             attention=attention,
             feed_forward=replace(config.feed_forward, width=self.feed_forward.hidden(self.width)),
-            pattern=self.kinds,
+            pattern=self.layer_specs,
             layer_scale=self.layer_scale and 1.0,
             dropout=0.0,
             init=replace(config.init, std=1.0),
@@ -348,8 +348,8 @@ class TransformerConfig(ModelConfig):
         projections = self.width * d * (2 * heads + 2 * self.kv_heads)
         weights = self.depth * (projections + self.feed_forward_weights())
         # Pairs for each token, counted once for each kind of layer.
-        seen = {kind: length * kind.mask().density(length, length) for kind in set(self.kinds)}
-        pairs = sum(seen[kind] for kind in self.kinds)
+        seen = {spec: length * spec.mask().density(length, length) for spec in set(self.layer_specs)}
+        pairs = sum(seen[spec] for spec in self.layer_specs)
         return TokenFlops(2.0 * weights, 4.0 * heads * d * pairs)
 
     def feed_forward_weights(self) -> int:

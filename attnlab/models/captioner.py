@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from jaxtyping import Array, Int
 
-from attnlab.layers.attention import Memory, NoPositions
+from attnlab.layers.attention import EncoderOutput, NoPositions
 from attnlab.layers.blocks import CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.layers.linear import Linear
 from attnlab.layers.resampler import Resampler, ResamplerConfig
@@ -56,7 +56,7 @@ class CaptionerConfig(Seq2SeqConfig):
         if self.projection:
             image += TokenFlops(2.0 * slots * width * d.width, 0.0)
         own = (
-            2.0 * d.feed_forward_weights() * d.looks
+            2.0 * d.feed_forward_weights() * d.num_cross_attention_layers
             if isinstance(self.cross, GatedCrossAttentionConfig)
             else 0.0
         )
@@ -92,7 +92,7 @@ class Captioner(Seq2Seq):
 
     def encode(
         self, source: Array, source_segments: Int[Array, "B S"] | None = None, deterministic: bool = True
-    ) -> Memory:
+    ) -> EncoderOutput:
         """What the decoder is to look at; see `Seq2Seq.encode`."""
         memory = super().encode(source, source_segments, deterministic)
         if self.is_initializing():
@@ -100,5 +100,5 @@ class Captioner(Seq2Seq):
         if self.config.resampler is not None:
             memory = self.resampler(memory, deterministic)
         if self.config.projection:
-            memory = replace(memory, values=self.projection(memory.values))
+            memory = replace(memory, hidden=self.projection(memory.hidden))
         return memory

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import DecoderCache, KVCache
-from attnlab.layers.attention import Memory
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import Cross
 from attnlab.layers.linear import Bias, Embedding
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
@@ -84,12 +84,12 @@ class Decoder(TextModel):
         positions: Int[Array, "B T"] | None = None,
         cache: DecoderCache | None = None,
         deterministic: bool = True,
-        memory: Memory | None = None,
+        memory: EncoderOutput | None = None,
         embedded: Float[Array, "B T E"] | None = None,
-        ahead: Int[Array, "B T"] | None = None,
+        bidirectional_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
         """Activations before the logits, and the cache with these tokens in it; see `TextModel.read`."""
-        special = {"embedded": embedded, "ahead": ahead}
+        special = {"embedded": embedded, "bidirectional_ids": bidirectional_ids}
         x, cache = self.read(tokens, segment_ids, positions, cache, deterministic, memory, **special)
         c = self.config
         scale = c.init.readout_scale(c.width) / (c.width**0.5 if c.scale_readout else 1.0)

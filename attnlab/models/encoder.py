@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import Bidirectional, Kind, Memory
-from attnlab.layers.blocks import Cross, Stack
+from attnlab.layers.attention import Bidirectional, EncoderOutput, LayerSpec
+from attnlab.layers.blocks import Cross, LayerStack
 from attnlab.layers.linear import Linear, look_up
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
 from attnlab.models.base import SourceConfig, TokenFlops
@@ -25,29 +25,33 @@ class EncoderConfig(TextConfig, SourceConfig):
       token_types: learned vectors of types of tokens, as of the first and the second of two sentences.
       embedding_width: width of the tables, from which a map leads to the model's (ALBERT, arXiv 1909.11942,
         section 3.1); None is the model's.
-      groups: sets of parameters that layers share, each for as many periods of the pattern in turn (the same
-        section); None shares none.
-      bare_first: no norm before the first layer's attention, for that of the embeddings is just behind
-        (ModernBERT, arXiv 2412.13663, section 2.1).
+      num_param_groups: sets of parameters that layers share, each for as many periods of the pattern in turn
+        (the same section); None shares none.
+      skip_first_attention_norm: no norm before the first layer's attention, for that of the embeddings is
+        just behind (ModernBERT, arXiv 2412.13663, section 2.1).
     """
 
-    pattern: tuple[Kind, ...] = (Bidirectional(),)
+    pattern: tuple[LayerSpec, ...] = (Bidirectional(),)
     head: HeadConfig = field(default_factory=MaskedLMConfig)
     token_types: int = 0
     embedding_width: int | None = None
-    groups: int | None = None
-    bare_first: bool = False
+    num_param_groups: int | None = None
+    skip_first_attention_norm: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         if self.token_types < 0 or (self.embedding_width or 1) < 1:
             raise ValueError("token_types must be at least 0, and embedding_width at least 1 or none")
-        if self.groups is not None and (self.groups < 1 or self.depth % (self.groups * len(self.pattern))):
+        groups = self.num_param_groups
+        if groups is not None and (groups < 1 or self.depth % (groups * len(self.pattern))):
             raise ValueError(
-                f"depth={self.depth} cannot be cut into groups={self.groups} of whole periods of the pattern"
+                f"depth={self.depth} cannot be cut into num_param_groups={groups} of whole periods of the "
+                "pattern"
             )
-        if self.bare_first and (self.groups or self.placement not in ("pre", "both")):
-            raise ValueError("bare_first needs a placement of pre or both, and layers that share nothing")
+        if self.skip_first_attention_norm and (groups or self.placement not in ("pre", "both")):
+            raise ValueError(
+                "skip_first_attention_norm needs a placement of pre or both, and layers that share nothing"
+            )
         if self.embedding_width and isinstance(self.head, MaskedLMConfig) and self.head.dense is None:
             raise ValueError("with embedding_width, head.dense must map back to it")
 
@@ -68,14 +72,14 @@ class EncoderConfig(TextConfig, SourceConfig):
 
     def written_out(self) -> Self:
         """See `ModelConfig.written_out`."""
-        config = super(EncoderConfig, replace(self, groups=None)).written_out()
+        config = super(EncoderConfig, replace(self, num_param_groups=None)).written_out()
         head = replace(self.head, dropout=0.0) if isinstance(self.head, ClassifierConfig) else self.head
-        period = self.pattern if self.groups else config.pattern
-        return replace(config, head=head, pattern=period, groups=self.groups)
+        period = self.pattern if self.num_param_groups else config.pattern
+        return replace(config, head=head, pattern=period, num_param_groups=self.num_param_groups)
 
     def unrolled(self) -> Self:
         """See `ModelConfig.unrolled`; layers that share parameters stay together."""
-        return self if self.groups else super().unrolled()
+        return self if self.num_param_groups else super().unrolled()
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """See `ModelConfig.sharded_dimensions`."""
@@ -90,13 +94,15 @@ class EncoderConfig(TextConfig, SourceConfig):
 
     def idle_parameters(self) -> int:
         """See `ModelConfig.idle_parameters`."""
-        own = self.groups * len(self.pattern) if self.groups else self.depth
+        own = self.num_param_groups * len(self.pattern) if self.num_param_groups else self.depth
         return super().idle_parameters() * own // self.depth
 
-    def stack(self, positions: Any, cross: Cross | None = None) -> Stack:
+    def stack(self, positions: Any, cross: Cross | None = None) -> LayerStack:
         """See `TransformerConfig.stack`."""
         block = self.block(positions, cross)
-        return Stack(block, self.pattern, self.scan, self.remat, self.groups, self.bare_first)
+        return LayerStack(
+            block, self.pattern, self.scan, self.remat, self.num_param_groups, self.skip_first_attention_norm
+        )
 
     def build(self, vocab_size: int) -> "Encoder":
         """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
@@ -156,11 +162,11 @@ class Encoder(TextModel):
         source_segments: Int[Array, "B S"],
         deterministic: bool = True,
         table: Float[Array, "V E"] | None = None,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """The memory of a text, which is padding where its segments are 0."""
         positions = jnp.maximum(jnp.cumsum(source_segments, axis=1) - 1, 0)
         x = self.hidden(source, source_segments, positions, deterministic, table=table)
-        return Memory(x, source_segments)
+        return EncoderOutput(x, source_segments)
 
     def __call__(
         self, tokens, segment_ids=None, positions=None, deterministic=True, token_types=None

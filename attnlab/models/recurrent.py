@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import gather_rows
-from attnlab.layers.attention import Memory
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Embedding, look_up
 from attnlab.layers.parameters import Dtypes
 from attnlab.layers.readout import TokenStatistics, logits, token_statistics
 from attnlab.layers.recurrent import GRUConfig, LSTMConfig, RecurrentLayers, RecurrentStack, State
 from attnlab.models.base import ModelConfig, TokenFlops
-from attnlab.models.text import with_vocabulary
+from attnlab.models.text import set_vocab_size
 from attnlab.sharding import constrain
 
 
@@ -61,8 +61,8 @@ class RecurrentConfig(ModelConfig):
         return Recurrent(self, self.sized(vocab_size).vocab_size or vocab_size)
 
     def sized(self, vocab_size: int) -> Self:
-        """With the number of tokens in its tables, for a tokenizer of so many; see `with_vocabulary`."""
-        return with_vocabulary(self, vocab_size)
+        """With the number of tokens in its tables, for a tokenizer of so many; see `set_vocab_size`."""
+        return set_vocab_size(self, vocab_size)
 
     @property
     def causal(self) -> bool:
@@ -105,7 +105,7 @@ class States:
     """
 
     layers: State
-    memory: Memory | None = None
+    memory: EncoderOutput | None = None
 
     def gather_rows(self, rows: Int[Array, "G N"]) -> "States":
         """With other rows; see `DecoderCache.gather_rows`."""

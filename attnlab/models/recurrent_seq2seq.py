@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError
 from attnlab.layers.alignment import AdditiveConfig, AlignedStack, DotConfig, GeneralConfig, NoAttention
-from attnlab.layers.attention import Memory
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.recurrent import RecurrentStack
 from attnlab.models.base import TokenFlops
 from attnlab.models.recurrent import Recurrent, RecurrentConfig, States
@@ -92,7 +92,7 @@ class RecurrentSeq2Seq(Recurrent):
         segment_ids = jnp.ones_like(source) if source_segments is None else source_segments
         there, states = (segment_ids > 0)[..., None], self.init_cache(len(source), 0).layers
         x, states = self.encoder(self.embed(source), there, jnp.zeros_like(there), states, deterministic)
-        return States(states, Memory(x, (segment_ids > 0).astype(jnp.int32)))
+        return States(states, EncoderOutput(x, (segment_ids > 0).astype(jnp.int32)))
 
     def hidden(
         self,

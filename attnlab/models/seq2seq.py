@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import DecoderCache
-from attnlab.layers.attention import Memory
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import CrossAttentionConfig
 from attnlab.layers.readout import TokenStatistics
 from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops
@@ -91,8 +91,8 @@ class Seq2SeqConfig(ModelConfig):
         # Queries and outputs of each token; keys and values of each place of the memory.
         per_row = length * 2 * d.width * d.attention.heads + slots * 2 * width * d.kv_heads
         cross = TokenFlops(
-            2.0 * d.looks * d.head_dim * per_row / length,
-            4.0 * d.looks * d.head_dim * d.attention.heads * slots,
+            2.0 * d.num_cross_attention_layers * d.head_dim * per_row / length,
+            4.0 * d.num_cross_attention_layers * d.head_dim * d.attention.heads * slots,
         )
         encoding = self.encoder.source_flops(source) * (1 / length)
         return d.token_flops(vocab_size, length) + cross + encoding
@@ -119,7 +119,7 @@ class Seq2Seq(nn.Module):
         source: Array,
         source_segments: Int[Array, "B S"] | None = None,
         deterministic: bool = True,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """What the decoder is to look at.
 
         Args:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import Bidirectional, Kind, Memory, NoPositions, Reading
+from attnlab.layers.attention import Bidirectional, EncoderOutput, LayerSpec, NoPositions, SequenceInputs
 from attnlab.layers.convolution import Convolution1d
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.feed_forward import ACTIVATIONS
@@ -31,7 +31,7 @@ class SpeechEncoderConfig(TransformerConfig, SourceConfig):
     mels: int = 80
     frames: int = 3000
     norm: RMSNormConfig | LayerNormConfig = field(default_factory=LayerNormConfig)
-    pattern: tuple[Kind, ...] = (Bidirectional(),)
+    pattern: tuple[LayerSpec, ...] = (Bidirectional(),)
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,7 +96,7 @@ class SpeechEncoder(nn.Module):
         source: Float[Array, "B S mels"],
         source_segments: Int[Array, "B S"],
         deterministic: bool = True,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """The memory of a sound, which is padding where its segments are 0.
 
         Raises:
@@ -116,8 +116,8 @@ class SpeechEncoder(nn.Module):
         x = x + jax.lax.stop_gradient(self.position_embedding)[None, : x.shape[1]]
         x = self.drop(constrain(x, "batch", "sequence", None), deterministic=deterministic)
         places = jnp.zeros_like(there) + jnp.arange(there.shape[1])[None]
-        x, _ = self.layers(x, None, Reading(there, places), deterministic)
-        return Memory(x if c.placement == "post" else self.norm(x), there)
+        x, _ = self.layers(x, None, SequenceInputs(there, places), deterministic)
+        return EncoderOutput(x if c.placement == "post" else self.norm(x), there)
 
 
 def sinusoids(length: int, width: int) -> Float[np.ndarray, "T E"]:

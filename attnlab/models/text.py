@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from attnlab.attention.kv_cache import DecoderCache
 from attnlab.attention.positions import sinusoidal
 from attnlab.errors import InputError
-from attnlab.layers.attention import Memory, NoPositions, Reading, RelativeBias, Rotary
+from attnlab.layers.attention import EncoderOutput, NoPositions, RelativeBias, Rotary, SequenceInputs
 from attnlab.layers.blocks import Cross
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Embedding, look_up
@@ -91,10 +91,10 @@ class TextConfig(TransformerConfig):
         Raises:
           InputError: tables that are smaller.
         """
-        return with_vocabulary(self, vocab_size)
+        return set_vocab_size(self, vocab_size)
 
 
-def with_vocabulary(config: Any, vocab_size: int) -> Any:
+def set_vocab_size(config: Any, vocab_size: int) -> Any:
     """A config with its `vocab_size` set, for a tokenizer of so many tokens.
 
     Raises:
@@ -172,11 +172,11 @@ class TextModel(nn.Module):
         positions: Int[Array, "B T"] | None,
         cache: DecoderCache | None = None,
         deterministic: bool = True,
-        memory: Memory | None = None,
+        memory: EncoderOutput | None = None,
         table: Float[Array, "V E"] | None = None,
         added: Float[Array, "B T W"] | None = None,
         embedded: Float[Array, "B T E"] | None = None,
-        ahead: Int[Array, "B T"] | None = None,
+        bidirectional_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
         """Activations after the last norm, and the cache with these tokens in it.
 
@@ -192,7 +192,8 @@ class TextModel(nn.Module):
           table: of the tokens, where it is another model's; None is its own.
           added: one more term of the sum of embeddings, of the tables' width W.
           embedded: what the layers start from; None is what `embed` makes of the tokens.
-          ahead: see `Reading.ahead`; of these tokens, which nothing was read before.
+          bidirectional_ids: see `SequenceInputs.bidirectional_ids`; only where the cache is
+            empty.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -210,9 +211,11 @@ class TextModel(nn.Module):
             if memory is not None:
                 cache = replace(cache, context=constrain(memory.segments, "batch", None))
             shared = replace(cache, layers=None)
-        relative = self.relative() if isinstance(self.config.positions, RelativeBias) else None
-        reading = Reading(segment_ids, positions, shared, memory, relative, ahead)
-        x, layer_caches = self.layers(embedded, layer_caches, reading, deterministic)
+        relative_bias_table = self.relative() if isinstance(self.config.positions, RelativeBias) else None
+        inputs = SequenceInputs(
+            segment_ids, positions, shared, memory, relative_bias_table, bidirectional_ids
+        )
+        x, layer_caches = self.layers(embedded, layer_caches, inputs, deterministic)
         if self.config.placement != "post":  # else the last block has ended with one
             x = self.norm(x)
         return x, None if cache is None else replace(cache, layers=layer_caches)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import Bidirectional, Kind, Memory, NoPositions, Reading
+from attnlab.layers.attention import Bidirectional, EncoderOutput, LayerSpec, NoPositions, SequenceInputs
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.linear import Bias, Embedding
@@ -50,7 +50,7 @@ class ViTConfig(TransformerConfig, SourceConfig):
     pooling: Pooling = field(default_factory=ClassToken)
     classes: int | None = None
     norm: RMSNormConfig | LayerNormConfig = field(default_factory=LayerNormConfig)
-    pattern: tuple[Kind, ...] = (Bidirectional(),)
+    pattern: tuple[LayerSpec, ...] = (Bidirectional(),)
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,7 +70,7 @@ class ViTConfig(TransformerConfig, SourceConfig):
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
 
     @property
-    def prefix(self) -> int:
+    def num_prefix_tokens(self) -> int:
         """Tokens before the patches."""
         return self.class_tokens + self.registers
 
@@ -108,12 +108,12 @@ class ViTConfig(TransformerConfig, SourceConfig):
 
     def memory_shape(self, length: int) -> tuple[int, int]:
         """See `SourceConfig.memory_shape`."""
-        return self.prefix + length // self.patch[0] * self.grid[1], self.width
+        return self.num_prefix_tokens + length // self.patch[0] * self.grid[1], self.width
 
     def source_flops(self, length: int) -> TokenFlops:
         """See `SourceConfig.source_flops`."""
         tokens, _ = self.memory_shape(length)
-        pixels = (tokens - self.prefix) * math.prod(self.patch) * self.image[2]
+        pixels = (tokens - self.num_prefix_tokens) * math.prod(self.patch) * self.image[2]
         return self.layer_flops(tokens) * tokens + TokenFlops(2.0 * self.width * pixels, 0.0)
 
 
@@ -151,7 +151,7 @@ class ViT(nn.Module):
         self.layers = c.stack(NoPositions())
         self.norm = c.norm.build(c.dtypes)
         self.drop = Dropout(c.dropout)
-        self.pool = Pool(c.pooling, c.prefix, c.attention, c.feed_forward, c.norm, std, c.dtypes)
+        self.pool = Pool(c.pooling, c.num_prefix_tokens, c.attention, c.feed_forward, c.norm, std, c.dtypes)
         if self.classes:
             distilled = isinstance(c.pooling, Distilled)
             width = c.width if distilled else pooled_width(c.pooling, c.width)
@@ -167,7 +167,7 @@ class ViT(nn.Module):
         segments: Int[Array, "B height"] | None,
         masked: Bool[Array, "B patches"] | None,
         deterministic: bool,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """What the layers start from: class tokens, registers, then patches row by row."""
         c = self.config
         b, *sides, _ = images.shape
@@ -181,8 +181,8 @@ class ViT(nn.Module):
             self.position_embedding(), c.grid, (rows, columns), c.class_tokens, c.antialias
         )
         x = x + positions[None, c.class_tokens :]
-        if c.prefix:
-            first = self._prefix(positions[: c.class_tokens])
+        if c.num_prefix_tokens:
+            first = self._prefix_tokens(positions[: c.class_tokens])
             first = jnp.broadcast_to(first[None], (b, *first.shape))
             x = jnp.concatenate([constrain(first, "batch", "sequence", None), x], axis=1)
         if c.embedding_norm:
@@ -191,10 +191,10 @@ class ViT(nn.Module):
             segments = zero_rows((b, sides[0]), jnp.int32) + 1
         there = segments[:, :: c.patch[0], None][:, :rows]  # as is the first row of its pixels
         there = jnp.broadcast_to(there, (b, rows, columns)).reshape(b, rows * columns)
-        there = jnp.concatenate([zero_rows((b, c.prefix), jnp.int32) + 1, there], axis=1)
-        return Memory(self.drop(x, deterministic=deterministic), there)
+        there = jnp.concatenate([zero_rows((b, c.num_prefix_tokens), jnp.int32) + 1, there], axis=1)
+        return EncoderOutput(self.drop(x, deterministic=deterministic), there)
 
-    def _prefix(self, positions: Float[Array, "class_tokens E"]) -> Float[Array, "prefix E"]:
+    def _prefix_tokens(self, positions: Float[Array, "class_tokens E"]) -> Float[Array, "prefix E"]:
         c = self.config
         tokens = [self.class_token()] if c.class_tokens else []
         tokens += [self.distillation_token()] if c.class_tokens == 2 else []
@@ -208,8 +208,8 @@ class ViT(nn.Module):
         masked: Bool[Array, "B patches"] | None = None,
         normed: bool = True,
         deterministic: bool = True,
-    ) -> Memory:
-        """The tokens after the last layer, `config.prefix` of them before the patches: for others to look at.
+    ) -> EncoderOutput:
+        """The tokens after the last layer, `config.num_prefix_tokens` of them before the patches.
 
         Args:
           images: of any size that is at least a patch.
@@ -220,13 +220,13 @@ class ViT(nn.Module):
         """
         tokens = self.embed(images, segments, masked, deterministic)
         positions = jnp.zeros_like(tokens.segments) + jnp.arange(tokens.segments.shape[1])[None]
-        x, _ = self.layers(tokens.values, None, Reading(tokens.segments, positions), deterministic)
+        x, _ = self.layers(tokens.hidden, None, SequenceInputs(tokens.segments, positions), deterministic)
         if self.config.placement != "post":  # else the last block has ended with one
             after = self.norm(x)  # in any case, for a checkpoint has it even if no one reads it
             x = after if normed else x
-        return replace(tokens, values=x)
+        return replace(tokens, hidden=x)
 
-    def pooled(self, tokens: Memory) -> Float[Array, "B 1 pooled"]:
+    def pooled(self, tokens: EncoderOutput) -> Float[Array, "B 1 pooled"]:
         """One vector of what `encode` gives."""
         return self.pool(tokens)
 
@@ -235,7 +235,7 @@ class ViT(nn.Module):
     ) -> Float[Array, "B patches E"]:
         """What `encode` gives for the images of a batch, whose tokens are not read."""
         del tokens, segment_ids, positions
-        return self.encode(source, source_segments, deterministic=deterministic).values
+        return self.encode(source, source_segments, deterministic=deterministic).hidden
 
     def __call__(
         self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True

@@ -5,7 +5,7 @@ from typing import Any
 
 from attnlab.attention import positions
 from attnlab.errors import InputError
-from attnlab.layers import Causal, Kind, Rotary, Sliding
+from attnlab.layers import Causal, LayerSpec, Rotary, Sliding
 
 ACTIVATIONS = {
     "gelu": "gelu_exact",
@@ -110,16 +110,16 @@ class HFConfig(Mapping):
             raise InputError(f"{self._where}: {name}={self[name]!r} is not supported; there are {known}")
         return ACTIVATIONS[self[name]]
 
-    def pattern(self, *default: str) -> tuple[Kind, ...]:
+    def pattern(self, *default: str) -> tuple[LayerSpec, ...]:
         """The kinds of a decoder's layers: `layer_types`, or the default."""
-        sliding: Kind = Causal()
+        sliding: LayerSpec = Causal()
         if self.get("sliding_window") is not None:
             name = "sliding_attention"
             own = name in self.get("rope_parameters", {}) or "rope_local_base_freq" in self
             sliding = Sliding(self["sliding_window"], positions=self.rotary(name) if own else None)
-        return self.kinds({"full_attention": Causal(), "sliding_attention": sliding}, *default)
+        return self.layer_specs({"full_attention": Causal(), "sliding_attention": sliding}, *default)
 
-    def kinds(self, of_types: Mapping[str, Kind], *default: str) -> tuple[Kind, ...]:
+    def layer_specs(self, of_types: Mapping[str, LayerSpec], *default: str) -> tuple[LayerSpec, ...]:
         """The kinds of layers, as few as repeat: of `layer_types`, or of the default."""
         types = tuple(self.get("layer_types") or default)
         for name in types:

@@ -22,8 +22,8 @@ from attnlab.models import (
     ContrastiveConfig,
     EncoderConfig,
     ModelConfig,
-    PrefixConfig,
     Seq2SeqConfig,
+    VisionLanguageConfig,
     ViTConfig,
 )
 from attnlab.models.contrastive import EndOfText
@@ -270,7 +270,9 @@ def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origi
 
 def _with_start_token(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """With the token written out that a model which writes of a source begins with."""
-    prompts = isinstance(config, PrefixConfig) and config.separator is None  # which the tokenizer begins
+    prompts = (
+        isinstance(config, VisionLanguageConfig) and config.separator is None
+    )  # which the tokenizer begins
     if not isinstance(config, Seq2SeqConfig) or prompts or config.start is not None:
         return config
     return dataclasses.replace(config, start=tokenizer.bos_tokens[-1])

@@ -11,7 +11,7 @@ from attnlab.attention import causal, chunked, key_lengths
 from attnlab.data import Bytes
 from attnlab.generation import Generator, SamplingParams
 from attnlab.generation import generate as module
-from attnlab.layers import AttentionConfig, Bidirectional, Causal, Kind, Sliding
+from attnlab.layers import AttentionConfig, Bidirectional, Causal, LayerSpec, Sliding
 from attnlab.models import DecoderConfig, Learned
 
 TOKENIZER = Bytes().train([])
@@ -82,13 +82,13 @@ def test_a_batch_of_unequal_lengths_is_each_alone(one):
 
 
 @dataclass(frozen=True)
-class Chunked(Kind):
+class Chunked(LayerSpec):
     def mask(self, first=0):
         return chunked(5, first)
 
 
 @dataclass(frozen=True)
-class Attracted(Kind):
+class Attracted(LayerSpec):
     """The first three tokens, which every other one sees, and neighbours counted in threes."""
 
     def mask(self, first=0):

@@ -47,7 +47,9 @@ def test_the_first_layer_by_hand():
 
 def test_a_single_row_on_a_mesh_where_some_layers_are_scanned_over(mesh_of):
     """A scan lays it out in its own way."""
-    config = EncoderConfig(depth=3, width=16, attention=AttentionConfig(heads=4), bare_first=True)
+    config = EncoderConfig(
+        depth=3, width=16, attention=AttentionConfig(heads=4), skip_first_attention_norm=True
+    )
     model, tokens = config.build(11), jnp.asarray(TOKENS[:1])
     with jax.set_mesh(mesh_of("single")):
         params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]

@@ -9,7 +9,7 @@ import pytest
 
 from attnlab import sharding
 from attnlab.layers import AttentionConfig, RelativeBias, Sliding
-from attnlab.layers.attention import Memory
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import CrossAttentionConfig
 from attnlab.models import DecoderConfig
 
@@ -19,7 +19,9 @@ CONFIG = DecoderConfig(
 SLIDING = dataclasses.replace(CONFIG, pattern=(Sliding(4), Sliding(9)))
 RNG = np.random.default_rng(0)
 TOKENS = jnp.asarray(RNG.integers(1, 30, (2, 9)), jnp.int32)
-MEMORY = Memory(jnp.asarray(RNG.normal(size=(2, 5, 12)), jnp.float32), jnp.array([[1] * 5, [1, 1, 1, 0, 0]]))
+MEMORY = EncoderOutput(
+    jnp.asarray(RNG.normal(size=(2, 5, 12)), jnp.float32), jnp.array([[1] * 5, [1, 1, 1, 0, 0]])
+)
 
 
 def decoder(config=CONFIG):
@@ -33,21 +35,21 @@ def test_padding_of_the_memory_is_not_seen_and_all_else_is():
     model, params = decoder()
 
     def loss(values):
-        out = model.apply({"params": params}, TOKENS, memory=dataclasses.replace(MEMORY, values=values))
+        out = model.apply({"params": params}, TOKENS, memory=dataclasses.replace(MEMORY, hidden=values))
         return jnp.sum(jnp.sin(out))
 
-    seen = np.abs(jax.grad(loss)(MEMORY.values)).max(-1) > 1e-6
+    seen = np.abs(jax.grad(loss)(MEMORY.hidden)).max(-1) > 1e-6
     np.testing.assert_array_equal(seen, MEMORY.segments == 1)
 
 
 def test_documents_of_a_row_look_at_their_own_part_of_the_memory():
     model, params = decoder()
     segments = jnp.array([[1] * 4 + [2] * 5])
-    memory = Memory(MEMORY.values[:1], jnp.array([[1, 1, 2, 2, 2]]))
+    memory = EncoderOutput(MEMORY.hidden[:1], jnp.array([[1, 1, 2, 2, 2]]))
     positions = jnp.array([[*range(4), *range(5)]])
     both = model.apply({"params": params}, TOKENS[:1], segments, positions, memory=memory)
     for own, part in ((slice(4), slice(2)), (slice(4, 9), slice(2, 5))):
-        alone = Memory(memory.values[:, part], jnp.ones_like(memory.segments[:, part]))
+        alone = EncoderOutput(memory.hidden[:, part], jnp.ones_like(memory.segments[:, part]))
         expected = model.apply({"params": params}, TOKENS[:1, own], memory=alone)
         np.testing.assert_allclose(both[:, own], expected, rtol=1e-4, atol=1e-4)
 
@@ -92,7 +94,7 @@ def test_a_mesh_changes_no_number(mesh, mesh_of):
     expected = model.apply({"params": params}, TOKENS, memory=MEMORY)
     with jax.set_mesh(mesh_of(mesh)):
         tokens, segments = (sharding.constrain(x, "batch", None) for x in (TOKENS, MEMORY.segments))
-        memory = Memory(sharding.constrain(MEMORY.values, "batch", None, None), segments)
+        memory = EncoderOutput(sharding.constrain(MEMORY.hidden, "batch", None, None), segments)
         specs = jax.tree.map(
             lambda x: x.sharding.spec,
             jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, memory=memory))["params"],

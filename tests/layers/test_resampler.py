@@ -10,7 +10,7 @@ import pytest
 from attnlab import sharding
 from attnlab.attention import media
 from attnlab.layers import AttentionConfig, Causal, Dtypes, LayerNormConfig, MLPConfig, NoPositions, Normal
-from attnlab.layers.attention import Memory
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import BlockConfig, CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.layers.resampler import Resampler, ResamplerConfig
 from attnlab.models import DecoderConfig
@@ -30,12 +30,14 @@ BLOCK = BlockConfig(
     init=Normal(0.3),
     dtypes=Dtypes(),
 )
-MEMORY = Memory(jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32), jnp.array([[1] * 5, [1, 1, 1, 0, 0]]))
+MEMORY = EncoderOutput(
+    jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32), jnp.array([[1] * 5, [1, 1, 1, 0, 0]])
+)
 TEXT = DecoderConfig(
     depth=2,
     width=8,
     attention=AttentionConfig(heads=2),
-    pattern=(Causal(looks=False), Causal()),
+    pattern=(Causal(cross_attends=False), Causal()),
     init=Normal(0.3),
 )
 TOKENS = jnp.asarray(RNG.integers(1, 30, (2, 7)), jnp.int32)
@@ -51,7 +53,7 @@ def test_resampler_by_hand():
     module = Resampler(ResamplerConfig(latents=3, depth=2), BLOCK, scan=True, remat="none")
     params = drawn(module, MEMORY)
     got = jax.jit(module.apply)({"params": params}, MEMORY)
-    assert got.values.shape == (2, 3, 8) and (got.segments == 1).all()
+    assert got.hidden.shape == (2, 3, 8) and (got.segments == 1).all()
 
     def norm(x, p):
         x = x - x.mean(-1, keepdims=True)
@@ -71,7 +73,7 @@ def test_resampler_by_hand():
 
     p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     for row, length in enumerate((5, 3)):
-        x, seen = p64["Embedding_0"]["table"], np.asarray(MEMORY.values[row, :length], np.float64)
+        x, seen = p64["Embedding_0"]["table"], np.asarray(MEMORY.hidden[row, :length], np.float64)
         for layer in range(2):
             p = jax.tree.map(lambda x, layer=layer: x[layer], p64["layers"]["periods"]["block0"])
             own = norm(x, p["attention_norm"])
@@ -79,7 +81,7 @@ def test_resampler_by_hand():
             x = x + attended(own, both, p["attention"])
             hidden = dense(norm(x, p["feed_forward_norm"]), p["feed_forward"]["up"])
             x = x + dense(np.maximum(hidden, 0), p["feed_forward"]["down"])
-        np.testing.assert_allclose(got.values[row], norm(x, p64["norm"]), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got.hidden[row], norm(x, p64["norm"]), rtol=1e-4, atol=1e-4)
 
 
 def test_gates_start_shut_and_learn():
@@ -118,7 +120,7 @@ def test_gates_start_shut_and_learn():
 
 def test_text_looks_at_the_last_image_before_it():
     model = TEXT.build(30, cross=CrossAttentionConfig())
-    images = Memory(MEMORY.values[:, :4], jnp.ones((2, 4), jnp.int32))
+    images = EncoderOutput(MEMORY.hidden[:, :4], jnp.ones((2, 4), jnp.int32))
     markers = jnp.array([[0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1]], bool)
 
     @jax.jit
@@ -126,7 +128,7 @@ def test_text_looks_at_the_last_image_before_it():
         params = model.init(jax.random.key(0), TOKENS, memory=images)["params"]
 
         def at(values):
-            memory = Memory(values, images.segments, media(markers, tokens=2))
+            memory = EncoderOutput(values, images.segments, media(markers, tokens=2))
             return jnp.sin(model.apply({"params": params}, TOKENS, memory=memory)).sum((0, 2))
 
         return jax.jacrev(at)(values)[jnp.array([0, 3, 6])]
@@ -168,4 +170,4 @@ def test_a_mesh_changes_no_number(mesh_of):
 def test_sizes_that_cannot_be():
     with pytest.raises(ValueError, match="at least 1"):
         ResamplerConfig(latents=0)
-    assert dataclasses.replace(TEXT, pattern=(Causal(),)).kinds[0].looks
+    assert dataclasses.replace(TEXT, pattern=(Causal(),)).layer_specs[0].cross_attends

@@ -20,7 +20,7 @@ DECODER = DecoderConfig(
 )
 FLAMINGO = CaptionerConfig(
     ENCODER,
-    replace(DECODER, pattern=(Causal(looks=False), Causal())),
+    replace(DECODER, pattern=(Causal(cross_attends=False), Causal())),
     resampler=ResamplerConfig(latents=4, depth=2),
     projection=True,
     cross=GatedCrossAttentionConfig(),

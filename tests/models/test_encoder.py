@@ -30,7 +30,7 @@ BERT = EncoderConfig(
     embedding_norm=True,
     token_types=2,
 )
-ALBERT = replace(BERT, depth=4, groups=2, embedding_width=8, head=ClassifierConfig(3))
+ALBERT = replace(BERT, depth=4, num_param_groups=2, embedding_width=8, head=ClassifierConfig(3))
 MODERN = EncoderConfig(
     depth=4,  # the first by itself, a period of two, and one more
     width=16,
@@ -39,7 +39,7 @@ MODERN = EncoderConfig(
     norm=LayerNormConfig(bias=False),
     pattern=(Bidirectional(), Bidirectional(1, 1, positions=Rotary(50.0))),
     embedding_norm=True,
-    bare_first=True,
+    skip_first_attention_norm=True,
     head=ClassifierConfig(3, MeanOfTokens(), DenseConfig("gelu", norm=True)),
 )
 CONFIGS = {"bert": BERT, "albert": ALBERT, "modernbert": MODERN}
@@ -124,7 +124,7 @@ def test_shared_layers_are_the_same_layers_again():
     shared = params["layers"]["periods"]["shared"]
     assert {x.shape[0] for x in jax.tree.leaves(shared)} == {2}
     copied = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), shared)
-    apart = replace(ALBERT, groups=None).build(VOCAB)
+    apart = replace(ALBERT, num_param_groups=None).build(VOCAB)
     got = forward(apart)(params | {"layers": {"periods": copied}}, tokens_of())
     np.testing.assert_allclose(forward(model)(params, tokens_of()), got, rtol=1e-5, atol=1e-6)
 
@@ -154,9 +154,9 @@ def test_operations_are_those_of_the_matrices():
 def test_configs_that_cannot_be_say_why(refuses):
     for config, change, words in [
         (BERT, {"token_types": -1}, "token_types"),
-        (ALBERT, {"depth": 5}, "groups=2"),
-        (ALBERT, {"bare_first": True}, "bare_first"),
-        (BERT, {"bare_first": True}, "bare_first"),
+        (ALBERT, {"depth": 5}, "num_param_groups=2"),
+        (ALBERT, {"skip_first_attention_norm": True}, "skip_first_attention_norm"),
+        (BERT, {"skip_first_attention_norm": True}, "skip_first_attention_norm"),
         (ALBERT, {"head": MaskedLMConfig(None)}, "head.dense"),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -27,9 +27,9 @@ from attnlab.models import (
     EncoderConfig,
     Learned,
     MeanOfTokens,
-    PrefixConfig,
     ProjectorConfig,
     Seq2SeqConfig,
+    VisionLanguageConfig,
     ViTConfig,
 )
 from attnlab.models.contrastive import LastToken, ProjectionConfig, TextTowerConfig
@@ -107,19 +107,19 @@ CASES = {
         "BartForConditionalGeneration",
         Seq2SeqConfig(EncoderConfig(**BART), DecoderConfig(readout_bias=True, **BART), shared=True, forced=(3,)),
     ),
-    "llava": ("LlavaForConditionalGeneration", PrefixConfig(
+    "llava": ("LlavaForConditionalGeneration", VisionLanguageConfig(
         encoder=ViTConfig(**SIZES, **IMAGE, classes=0, patch_bias=False, embedding_norm=True),
         decoder=DecoderConfig(depth=2, width=16, attention=AttentionConfig(4, kv_heads=2), feed_forward=GatedMLPConfig(24)),
         projector=ProjectorConfig("gelu_exact"),
         normed=False,
         marker=5,
     )),
-    "paligemma": ("PaliGemmaForConditionalGeneration", PrefixConfig(
+    "paligemma": ("PaliGemmaForConditionalGeneration", VisionLanguageConfig(
         encoder=ViTConfig(**SIZES, **IMAGE, class_tokens=0, pooling=Probe(), classes=0),
         decoder=DecoderConfig(depth=2, width=16, attention=AttentionConfig(4, kv_heads=1), feed_forward=GatedMLPConfig(24, "gelu"), norm=RMSNormConfig(zero_centered_scale=True), scale_embedding=True),
         marker=5,
         separator="\n",
-        ahead=True,
+        bidirectional_prompt=True,
     )),
     "pegasus": (
         "PegasusForConditionalGeneration",
@@ -149,7 +149,7 @@ def ours(model, config, tokens, written, source):
         return model(None, source=source)[:, 0]
     if isinstance(config, ContrastiveConfig):
         return model(tokens, source=source)[:, 0]
-    if isinstance(config, PrefixConfig):
+    if isinstance(config, VisionLanguageConfig):
         return model(tokens.at[:, :4].set(config.marker), source=source)
     return model(written, source=tokens if config.source_shape == (1,) else source)
 
@@ -168,9 +168,9 @@ def theirs(model, config, tokens, written, source):
         return found.logits if config.classes != 0 else found.pooler_output
     if isinstance(config, ContrastiveConfig):
         return model(text, seen).logits_per_text
-    if isinstance(config, PrefixConfig):
+    if isinstance(config, VisionLanguageConfig):
         text[:, :4] = config.marker
-        prompt = {"token_type_ids": (text != config.marker).long()} if config.ahead else {}
+        prompt = {"token_type_ids": (text != config.marker).long()} if config.bidirectional_prompt else {}
         return model(text, seen, attention_mask=torch.ones_like(text), **prompt).logits
     return model(seen, decoder_input_ids=written).logits
 

@@ -312,7 +312,11 @@ OLD_CONFIG = {
     "sources": {"train.steps": "file"},
     "config": {
         "$type": "attnlab.train.experiment:Experiment",
-        "model": {"$type": "attnlab.models.decoder:DecoderConfig", "depth": 2, "bare_first": True},
+        "model": {
+            "$type": "attnlab.models.decoder:DecoderConfig",
+            "depth": 2,
+            "skip_first_attention_norm": True,
+        },
         "train": {"$type": "attnlab.train.experiment:Train", "steps": 20},
     },
 }

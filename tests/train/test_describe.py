@@ -19,10 +19,10 @@ from attnlab.models import (
     CaptionerConfig,
     ContrastiveConfig,
     DecoderConfig,
-    PrefixConfig,
     RecurrentSeq2SeqConfig,
     Seq2SeqConfig,
     SpeechEncoderConfig,
+    VisionLanguageConfig,
     ViTConfig,
 )
 from attnlab.models.contrastive import TextTowerConfig
@@ -155,8 +155,8 @@ OF_OTHERS = {
     ("model=EncoderConfig", "head"): ("Classifier", "step"),
     ("model=EncoderConfig", "token_types"): ("2", "step"),
     ("model=EncoderConfig", "embedding_width"): ("32", "step"),
-    ("model=EncoderConfig", "groups"): ("1", "step"),
-    ("model=EncoderConfig", "bare_first"): ("true", "step"),
+    ("model=EncoderConfig", "num_param_groups"): ("1", "step"),
+    ("model=EncoderConfig", "skip_first_attention_norm"): ("true", "step"),
     ("model=EncoderConfig(head=MaskedLM())", "head.dense"): ("none", "step"),
     ("model=EncoderConfig(head=MaskedLM())", "head.tied"): ("false", "step"),
     ("model=EncoderConfig(head=MaskedLM())", "head.bias"): ("false", "step"),
@@ -331,13 +331,13 @@ READERS["images, captioned"] = (
     },
 )
 READERS["images before a text"] = (
-    Experiment(model=PrefixConfig(**SEEN), data=READERS["images, captioned"][0].data),
+    Experiment(model=VisionLanguageConfig(**SEEN), data=READERS["images, captioned"][0].data),
     {
         "model.projector.activation": "relu",
         "model.projector.bias": "false",
         "model.normed": "false",
         "model.marker": "5",
-        "model.ahead": "true",
+        "model.bidirectional_prompt": "true",
     },
 )
 READER_FIELDS = [(name, field) for name, (_, fields) in READERS.items() for field in fields]
@@ -350,7 +350,10 @@ OF_SOURCES = {
     ("model=Seq2SeqConfig", "encoder"): "another model: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "shared"): "one table less: tests/models/test_seq2seq.py",
     ("model=Seq2SeqConfig", "start"): "what is generated: tests/generation/test_source_inputs.py",
-    ("model=PrefixConfig", "separator"): "what is generated: tests/pretrained/test_prefix.py",
+    (
+        "model=VisionLanguageConfig",
+        "separator",
+    ): "what is generated: tests/pretrained/test_vision_language.py",
     **{
         ("model=Seq2SeqConfig", name): "what is generated: tests/generation/test_source_inputs.py"
         for name in ("forced", "never", "never_first", "ends")
@@ -363,7 +366,7 @@ OF_SOURCES = {
 ELSEWHERE = {
     "data": "another data set is another experiment's: test_run.py",
     "init": "a checkpoint's parameters, and its model: tests/test_import.py",
-    "model.pattern.0.looks": "where layers look at a memory: tests/layers/test_resampler.py",
+    "model.pattern.0.cross_attends": "where layers look at a memory: tests/layers/test_resampler.py",
     "data.prefetch": "makes the same batches sooner; its size is tested with the data",
     **dict.fromkeys(
         ("train.log_every", "train.eval_every", "train.checkpoint_every"), "the loop's: test_loop.py"

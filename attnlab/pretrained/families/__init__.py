@@ -11,9 +11,9 @@ from attnlab.pretrained.families import (
     llama,
     mixtures,
     modernbert,
-    prefix,
     starcoder2,
     t5,
+    vision_language,
     vit,
     whisper,
 )
@@ -34,7 +34,7 @@ FAMILIES: dict[str, Family] = {
     **contrastive.FAMILIES,
     **whisper.FAMILIES,
     **captioner.FAMILIES,
-    **prefix.FAMILIES,
+    **vision_language.FAMILIES,
 }
 
 __all__ = ["FAMILIES", "Family"]

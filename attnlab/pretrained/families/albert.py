@@ -19,7 +19,7 @@ def albert(s: HFConfig) -> EncoderConfig:
         head(s, "Albert", pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts),
         depth=s["num_hidden_layers"] * inner,
         pattern=(Bidirectional(),) * inner,
-        groups=s.get("num_hidden_groups", 1),
+        num_param_groups=s.get("num_hidden_groups", 1),
         embedding_width=s["embedding_size"],
     )
 

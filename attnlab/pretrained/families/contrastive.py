@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from attnlab.layers import AttentionConfig, Bidirectional, Causal, Kind, LayerNormConfig, MLPConfig
+from attnlab.layers import AttentionConfig, Bidirectional, Causal, LayerNormConfig, LayerSpec, MLPConfig
 from attnlab.layers.contrastive_loss import Sigmoid, Softmax
 from attnlab.models import ContrastiveConfig, Learned
 from attnlab.models.contrastive import EndOfText, LastToken, ProjectionConfig, TextTowerConfig
@@ -26,7 +26,7 @@ SIGLIP_IMAGE = IMAGE | SIGLIP
 SIGLIP_TEXT = COMMON | SIGLIP | {"vocab_size": 32000, "max_position_embeddings": 64}
 
 
-def _text(s: HFConfig, kind: Kind, pooling: EndOfText | LastToken) -> TextTowerConfig:
+def _text(s: HFConfig, kind: LayerSpec, pooling: EndOfText | LastToken) -> TextTowerConfig:
     return TextTowerConfig(
         depth=s["num_hidden_layers"],
         width=s["hidden_size"],

@@ -36,8 +36,10 @@ def llama(s: HFConfig) -> DecoderConfig:
 
 def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
     """What the `config.json` of Llama and its nearest kin says of a decoder."""
-    types = ["sliding_attention" if isinstance(kind, Sliding) else "full_attention" for kind in config.kinds]
-    windows = [kind.window for kind in config.kinds if isinstance(kind, Sliding)]
+    types = [
+        "sliding_attention" if isinstance(kind, Sliding) else "full_attention" for kind in config.layer_specs
+    ]
+    windows = [kind.window for kind in config.layer_specs if isinstance(kind, Sliding)]
     theta = config.positions.theta if isinstance(config.positions, Rotary) else 10_000.0
     return {
         **size_fields(config),

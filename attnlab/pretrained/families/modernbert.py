@@ -34,10 +34,10 @@ def modernbert(s: HFConfig) -> EncoderConfig:
         ),
         norm=LayerNormConfig(s.get("norm_eps", 1e-5), s.get("norm_bias", False)),
         positions=_rotary(s, FULL, "global_rope_theta", 160_000.0),
-        pattern=s.kinds(kinds, *(SLIDING if i % every else FULL for i in range(depth))),
+        pattern=s.layer_specs(kinds, *(SLIDING if i % every else FULL for i in range(depth))),
         vocab_size=s["vocab_size"],
         embedding_norm=True,
-        bare_first=True,
+        skip_first_attention_norm=True,
         head=head(
             s,
             "ModernBert",
@@ -59,8 +59,10 @@ def _rotary(s: HFConfig, layer_type: str, older: str, theta: float) -> Rotary:
 
 def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     """What ModernBERT's `config.json` says of an encoder."""
-    narrow = next((k for k in config.kinds if isinstance(k, Bidirectional) and k.left is not None), None)
-    types = [SLIDING if kind == narrow else FULL for kind in config.kinds]
+    narrow = next(
+        (k for k in config.layer_specs if isinstance(k, Bidirectional) and k.left is not None), None
+    )
+    types = [SLIDING if kind == narrow else FULL for kind in config.layer_specs]
     whole = config.positions
     turned = {FULL: whole, SLIDING: (narrow and narrow.positions) or whole}
     dense = config.head.dense or DenseConfig()

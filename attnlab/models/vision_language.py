@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import DecoderCache
-from attnlab.layers.attention import Memory
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Linear
 from attnlab.models.base import TokenFlops
@@ -26,7 +26,7 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
-class PrefixConfig(Seq2SeqConfig):
+class VisionLanguageConfig(Seq2SeqConfig):
     """An encoder of images, and a decoder that reads its patches as tokens; see `Seq2SeqConfig`.
 
     Attributes:
@@ -35,7 +35,8 @@ class PrefixConfig(Seq2SeqConfig):
       marker: the token in whose places the patches stand, as many as there are; None puts them before a text.
       separator: what ends a prompt of a model that reads an image first; None where the prompt itself has the
         marker.
-      ahead: whether the tokens of an image see each other, and with them those of a prompt to go on from.
+      bidirectional_prompt: whether the tokens of an image, and with a cache those of the prompt, attend to
+        each other in both directions (prefix LM).
     """
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
@@ -43,21 +44,21 @@ class PrefixConfig(Seq2SeqConfig):
     normed: bool = True
     marker: int | None = None
     separator: str | None = None
-    ahead: bool = False
+    bidirectional_prompt: bool = False
 
     @property
     def patches(self) -> int:
         """Tokens of an image."""
-        return self.encoder.memory_shape(self.source_shape[0])[0] - self.encoder.prefix
+        return self.encoder.memory_shape(self.source_shape[0])[0] - self.encoder.num_prefix_tokens
 
     @property
     def before(self) -> int:
         """Tokens before those of the text."""
         return self.patches if self.marker is None else 0
 
-    def build(self, vocab_size: int) -> "PrefixModel":
+    def build(self, vocab_size: int) -> "VisionLanguageModel":
         """See `ModelConfig.build`."""
-        return PrefixModel(self, vocab_size)
+        return VisionLanguageModel(self, vocab_size)
 
     def check_length(self, length: int) -> None:
         """See `ModelConfig.check_length`."""
@@ -72,15 +73,15 @@ class PrefixConfig(Seq2SeqConfig):
         return (image + d.layer_flops(tokens) * tokens) * (1 / length) + readout
 
 
-class PrefixModel(Seq2Seq):
+class VisionLanguageModel(Seq2Seq):
     """An image and a text in, logits of the text's next tokens out.
 
     Attributes:
-      config: see `PrefixConfig`.
+      config: see `VisionLanguageConfig`.
       vocab_size: of the tokenizer.
     """
 
-    config: PrefixConfig
+    config: VisionLanguageConfig
 
     def setup(self):
         """Declares encoder, projector and decoder."""
@@ -99,14 +100,14 @@ class PrefixModel(Seq2Seq):
 
     def encode(
         self, source: Array, source_segments: Int[Array, "B S"] | None = None, deterministic: bool = True
-    ) -> Memory:
+    ) -> EncoderOutput:
         """The tokens of images; arguments as of `Seq2Seq.encode`."""
-        c, first = self.config, self.config.encoder.prefix
+        c, first = self.config, self.config.encoder.num_prefix_tokens
         seen = self.encoder.encode(source, source_segments, deterministic=deterministic, normed=c.normed)
-        x = self.projection(seen.values[:, first:])
+        x = self.projection(seen.hidden[:, first:])
         if c.projector.activation:
             x = self.projection_out(ACTIVATIONS[c.projector.activation](x))
-        return Memory(x, seen.segments[:, first:])
+        return EncoderOutput(x, seen.segments[:, first:])
 
     def hidden(
         self,
@@ -129,8 +130,8 @@ class PrefixModel(Seq2Seq):
           deterministic: False drops out, with an rng named "dropout".
           source: images, (B, height, width, channels).
           source_segments: 0 where rows of pixels are padding; None is nowhere.
-          prompt: 1 for tokens that see each other, if `config.ahead`; None is those of the image, and with a
-            cache all that are read with it.
+          prompt: 1 for tokens that see each other, if `config.bidirectional_prompt`; None is those of the
+            image, and with a cache all that are read with it.
         """
         c, n = self.config, self.config.before
         if positions is not None:
@@ -151,15 +152,15 @@ class PrefixModel(Seq2Seq):
         else:
             here = tokens == c.marker
             x = self.decoder.embed(jnp.where(here, 0, tokens), positions, deterministic)
-            at = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, image.values.shape[1] - 1)
-            placed = jax.vmap(lambda rows, i: rows[i])(image.values, at)
+            at = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, image.hidden.shape[1] - 1)
+            placed = jax.vmap(lambda rows, i: rows[i])(image.hidden, at)
             x = jnp.where(here[..., None], constrain(placed, "batch", "sequence", None), x)
         if prompt is None:
             prompt = (segment_ids > 0) if cache is not None else here
         prompt = constrain(prompt.astype(jnp.int32), "batch", "sequence")
         if n:
             places = jnp.zeros_like(image.segments) + jnp.arange(n)[None]
-            pairs = ((image.values, x), (image.segments, segment_ids), (places, positions))
+            pairs = ((image.hidden, x), (image.segments, segment_ids), (places, positions))
             x, segment_ids, positions = (jnp.concatenate(pair, axis=1) for pair in pairs)
             prompt = jnp.concatenate([image.segments, prompt], axis=1)
             tokens = jnp.concatenate([jnp.zeros_like(image.segments), tokens], axis=1)
@@ -170,7 +171,7 @@ class PrefixModel(Seq2Seq):
             cache,
             deterministic,
             embedded=x,
-            ahead=prompt if c.ahead else None,
+            bidirectional_ids=prompt if c.bidirectional_prompt else None,
         )
         return x[:, n:], cache
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from attnlab.models import PrefixConfig, ProjectorConfig
+from attnlab.models import ProjectorConfig, VisionLanguageConfig
 from attnlab.pretrained.families import llama, vit
 from attnlab.pretrained.families.base import Family, linear, nested_tensors
 from attnlab.pretrained.families.contrastive import CLIP_IMAGE, SIGLIP_IMAGE
@@ -24,7 +24,7 @@ LLAMA = {
 GEMMA = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
 
 
-def llava(s: HFConfig) -> PrefixConfig:
+def llava(s: HFConfig) -> VisionLanguageConfig:
     """LLaVA 1.5: a layer of CLIP's tower, two maps, and Llama (Liu et al. 2023, arXiv 2310.03744)."""
     image, text = s.part("vision_config", CLIP_IMAGE), s.part("text_config", LLAMA)
     image.require("model_type", "clip_vision_model")
@@ -32,7 +32,7 @@ def llava(s: HFConfig) -> PrefixConfig:
     s.require("vision_feature_select_strategy", "default")
     encoder, layer = vit.clip_vision(image), s.get("vision_feature_layer", -2)
     s.require("vision_feature_layer", *range(-encoder.depth, 0), *range(1, encoder.depth + 1))
-    return PrefixConfig(
+    return VisionLanguageConfig(
         encoder=replace(encoder, depth=layer if layer > 0 else encoder.depth + 1 + layer),
         decoder=llama.llama(text),
         projector=ProjectorConfig(
@@ -44,13 +44,13 @@ def llava(s: HFConfig) -> PrefixConfig:
     )
 
 
-def keep_on_export(config: PrefixConfig, fields: dict[str, Any]) -> dict[str, Any]:
+def keep_on_export(config: VisionLanguageConfig, fields: dict[str, Any]) -> dict[str, Any]:
     """LLaVA's `config.json` with as many layers of the tower as are read, which is the last of them."""
     tower = fields["vision_config"] | {"num_hidden_layers": config.encoder.depth}
     return fields | {"vision_config": tower, "vision_feature_layer": -1}
 
 
-def paligemma(s: HFConfig) -> PrefixConfig:
+def paligemma(s: HFConfig) -> VisionLanguageConfig:
     """PaliGemma: SigLIP's tower, a map, and Gemma, whose prompt sees itself whole (arXiv 2407.07726)."""
     image = s.part("vision_config", SIGLIP_IMAGE)
     image.require("model_type", "siglip_vision_model")
@@ -60,18 +60,18 @@ def paligemma(s: HFConfig) -> PrefixConfig:
     text.require("use_bidirectional_attention", None, True)
     decoder = llama.gemma(text)
     s.require("projection_dim", decoder.width)
-    return PrefixConfig(
+    return VisionLanguageConfig(
         encoder=vit.siglip_vision(s.part("vision_config", SIGLIP_IMAGE, vision_use_head=True)),
         decoder=decoder,
         marker=s["image_token_index"],
         start=s.get("bos_token_id", text.get("bos_token_id")),
         separator="\n",
-        ahead=True,
+        bidirectional_prompt=True,
         **s.rules(),
     )
 
 
-def fields(config: PrefixConfig, length: int, vision: str, text: str) -> dict[str, Any]:
+def fields(config: VisionLanguageConfig, length: int, vision: str, text: str) -> dict[str, Any]:
     """What the `config.json` of both says of a model, whose halves are of these types."""
     reads, writes, projector = config.encoder, config.decoder, config.projector
     return {
@@ -109,7 +109,7 @@ def _family(
         prefix="",
         architecture=architecture,
         ignored=(*ignored, r"language_model\.lm_head\.weight", r".*\.(rotary_emb\.inv_freq|position_ids)"),
-        config_class=PrefixConfig,
+        config_class=VisionLanguageConfig,
         fields=partial(fields, vision=vision, text=decoder),
         renamed_prefixes=(("vision_tower.", "vision_tower.vision_model."),),
         keep_on_export=keep_on_export,

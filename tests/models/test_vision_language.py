@@ -10,11 +10,11 @@ import pytest
 
 from attnlab.data import Bytes
 from attnlab.generation import Generator, SamplingParams
-from attnlab.models import Learned, PrefixConfig, ProjectorConfig
+from attnlab.models import Learned, ProjectorConfig, VisionLanguageConfig
 from attnlab.sharding import make_mesh, parse_mesh
 from tests.models.test_captioner import DECODER, ENCODER, IMAGES, TOKENS, check_cache, check_mesh, draw, start
 
-CONFIG = PrefixConfig(ENCODER, DECODER, projector=ProjectorConfig("gelu"))
+CONFIG = VisionLanguageConfig(ENCODER, DECODER, projector=ProjectorConfig("gelu"))
 PATCHES = 6
 
 
@@ -22,7 +22,7 @@ PATCHES = 6
 def test_a_cache_keeps_the_image(ahead):
     if not ahead:  # else a prompt in a cache sees more than it does in training
         return check_cache(CONFIG)
-    model, _, params = start(replace(CONFIG, ahead=True))
+    model, _, params = start(replace(CONFIG, bidirectional_prompt=True))
     run = jax.jit(partial(model.apply, {"params": params}))
     prompt = jnp.ones_like(TOKENS).at[:, 5:].set(0)
     whole = run(TOKENS, source=IMAGES, prompt=prompt)
@@ -35,7 +35,7 @@ def test_a_cache_keeps_the_image(ahead):
 
 
 def test_a_mesh_changes_no_number(mesh_of):
-    check_mesh(replace(CONFIG, ahead=True), mesh_of("data:2,fsdp:2,tensor:2"))
+    check_mesh(replace(CONFIG, bidirectional_prompt=True), mesh_of("data:2,fsdp:2,tensor:2"))
 
 
 def test_what_sees_what():
@@ -58,7 +58,7 @@ def test_what_sees_what():
     prompt = jnp.array([[1, 1, 1, 0, 0, 0, 0]])
     both = causal.copy()
     both[:3, :3] = True
-    np.testing.assert_array_equal(seen(replace(CONFIG, ahead=True), prompt=prompt), both)
+    np.testing.assert_array_equal(seen(replace(CONFIG, bidirectional_prompt=True), prompt=prompt), both)
 
 
 def test_within_a_text_is_as_before_it_if_it_comes_first():
@@ -73,7 +73,7 @@ def test_within_a_text_is_as_before_it_if_it_comes_first():
 def test_captions_are_the_argmax_of_full_forwards():
     """Of prompts of unequal length, padded on the left of what is between the image and the text."""
     tokenizer, mesh = Bytes().train([]), make_mesh(parse_mesh("single", 1))
-    model = replace(CONFIG, ahead=True).build(tokenizer.vocab_size)
+    model = replace(CONFIG, bidirectional_prompt=True).build(tokenizer.vocab_size)
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS, source=IMAGES))["params"]
     laid = jax.tree.map(lambda x: jax.NamedSharding(mesh, x.sharding.spec), shapes)

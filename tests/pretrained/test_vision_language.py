@@ -18,7 +18,7 @@ from attnlab.data import preprocessor
 from attnlab.data.images import ImageProcessor
 from attnlab.generation import Generator, SamplingParams, prefill, source_inputs
 from attnlab.inspect.maps import in_order
-from attnlab.models import PrefixConfig
+from attnlab.models import VisionLanguageConfig
 from attnlab.pretrained import import_export, load
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
@@ -62,7 +62,7 @@ def peer(tmp_path_factory):
 def inputs(peer, left):
     """Tokens (B, T) with an image among them, which are there, which are the prompt's; and images."""
     rng, marker = np.random.default_rng(1), peer.config.marker
-    lengths, before = (13, 10), (0, 0) if peer.config.ahead else (3, 2)
+    lengths, before = (13, 10), (0, 0) if peer.config.bidirectional_prompt else (3, 2)
     ids, there = np.zeros((2, 13), np.int64), np.zeros((2, 13), np.int32)
     for row, (length, first) in enumerate(zip(lengths, before, strict=True)):
         here = slice(13 - length, 13) if left else slice(0, length)
@@ -81,7 +81,7 @@ def for_torch(peer, ids, there, prompt, pixels):
         "attention_mask": torch.tensor(there),
         "pixel_values": torch.tensor(pixels.transpose(0, 3, 1, 2)),
     }
-    return given | ({"token_type_ids": torch.tensor(1 - prompt)} if peer.config.ahead else {})
+    return given | ({"token_type_ids": torch.tensor(1 - prompt)} if peer.config.bidirectional_prompt else {})
 
 
 def outputs(model, ids, there, positions, pixels, prompt):
@@ -258,7 +258,7 @@ def test_where_an_image_is_to_be_is_said_once(tmp_path, refuses):
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     tokenizer = import_export.read_tokenizer(epath.Path(tmp_path))
     (marker,) = tokenizer.encode_prompt("<image>", tokenizer.vocab_size - 1)[1:]
-    config = PrefixConfig(marker=marker)
+    config = VisionLanguageConfig(marker=marker)
     for text, count in (("What is this?", 0), ("<image> <image>", 2)):
         with refuses(f"a prompt has <image> once, where its image is to be: this one has it {count} times"):
             source_inputs.prompt_ids(config, tokenizer, text)
