@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from attnlab.attention.masks.base import AndMask, BlockGrid, Mask
-from attnlab.attention.pairwise import eval_at_trace_time, pair_indices
+from attnlab.attention.masks.base import AndMask, BlockGrid, Mask, depends_on_batch_and_heads
+from attnlab.attention.pairwise import eval_at_trace_time
 
 
 class BlockMask(NamedTuple):
@@ -95,15 +95,6 @@ def static_part(mask: Mask | None, grid: BlockGrid) -> tuple[Mask | None, bool]:
     if by_place or not is_static((mask, grid.offset[2:])):
         return None, False
     return mask, True
-
-
-def depends_on_batch_and_heads(mask: Mask) -> tuple[bool, bool]:
-    """Whether a mask differs between rows of the batch, and between heads."""
-    # Two of each, so that a function of their index shows it.
-    two, one = (0, 2), (0, 1)
-    ranges = {"batch": two, "heads": two, "queries": one, "keys": one}
-    evaluated = jax.eval_shape(lambda: mask.slice_block(**ranges).evaluate(pair_indices(2, 2, 1, 1)))
-    return evaluated.shape[0] > 1, evaluated.shape[1] > 1
 
 
 def _unrolled_kv_blocks(any_allowed, all_allowed, grid: BlockGrid):

@@ -6,6 +6,7 @@ imported when the kernel is first used, since that takes half a second.
 """
 
 import contextlib
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from attnlab.attention.backends.tpu_layout import (
 )
 from attnlab.attention.masks.base import AndMask, Mask
 from attnlab.attention.masks.basic import CausalMask
-from attnlab.attention.masks.dense import GIB, bias_size, format_bytes, materialize_bias, materialize_mask
+from attnlab.attention.masks.dense import GIB, format_bytes, materialize_bias, materialize_mask
 
 
 class Flash:
@@ -49,7 +50,7 @@ class Flash:
             return reason
         if args.score is not None and not args.score.is_additive:
             return "of scores it takes those that only add, as bias and alibi do"
-        size = 4 * bias_size(args)
+        size = 4 * math.prod(args.score_shape)
         if size > self.max_bytes:
             return f"its bias would take {format_bytes(size)} as a whole"
         return None
@@ -66,9 +67,10 @@ class Flash:
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (query, key, value)
         )
-        bias = materialize_bias(args, offset)
+        bias = materialize_bias(args.score, args.score_shape, offset)
         if args.mask is not None:
-            bias = jnp.where(materialize_mask(args.mask, args, offset), bias, -jnp.inf)
+            allowed = materialize_mask(args.mask, args.score_shape, offset)
+            bias = jnp.where(allowed, bias, -jnp.inf)
         bias = pad_scores(bias, padded, -jnp.inf)
         config = KernelConfig(block_sizes, _is_causal(args.mask), self.interpret)
         out, lse = attention(config, query, key, value, bias)

@@ -54,6 +54,12 @@ class AttentionArgs:
     sequence_shards: int = 1
     is_sharded: bool = False
 
+    @property
+    def score_shape(self) -> tuple[int, int, int, int]:
+        """The shape of the scores, (B, H, T, S)."""
+        b, t, h, _ = self.query.shape
+        return b, h, t, self.key.shape[1]
+
 
 class AttentionResult(NamedTuple):
     """The output (B, T, H, Dv), the log-sum-exp (B, T, H), and the weights (B, H, T, S) if asked for."""

@@ -15,8 +15,8 @@ from attnlab.attention.backends.tpu_layout import (
     to_bhtd,
     tpu_unsupported_reason,
 )
-from attnlab.attention.block_mask import depends_on_batch_and_heads, is_static
-from attnlab.attention.masks.base import AndMask, Mask
+from attnlab.attention.block_mask import is_static
+from attnlab.attention.masks.base import AndMask, Mask, depends_on_batch_and_heads
 from attnlab.attention.masks.basic import SegmentMask
 from attnlab.attention.masks.dense import GIB, format_bytes, mask_size, materialize_mask
 from attnlab.attention.scores import SoftcapScore
@@ -45,7 +45,7 @@ class Splash:
         _, mask = _split_segments(args.mask)
         if mask is None or _is_static_for_kernel(mask, args):
             return None
-        size = 4 * mask_size(mask, args)
+        size = 4 * mask_size(mask, args.score_shape)
         if size > self.max_bytes:
             return (
                 f"the mask, its segments aside, is known only when run or differs between rows of the batch, "
@@ -68,7 +68,8 @@ class Splash:
             kernel = splash_kernel.static_kernel(mask, args.query.shape[2], lengths, block_sizes, **options)
         else:
             kernel = splash_kernel.dynamic_kernel(block_sizes, **options)
-            allowed_pairs = pad_scores(materialize_mask(mask, args, offset), padded, False)
+            allowed_pairs = materialize_mask(mask, args.score_shape, offset)
+            allowed_pairs = pad_scores(allowed_pairs, padded, False)
             allowed_pairs = allowed_pairs if len(allowed_pairs) > 1 else allowed_pairs[0]  # one for all rows
         if kernel is None:
             rows = args.query.shape[:3]

@@ -17,8 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.tpu_layout import Pair
-from attnlab.attention.block_mask import depends_on_batch_and_heads
-from attnlab.attention.masks.base import BlockGrid, Mask
+from attnlab.attention.masks.base import BlockGrid, Mask, depends_on_batch_and_heads
 from attnlab.attention.pairwise import eval_at_trace_time, pair_indices
 
 Kernel = splash.SplashAttentionKernel

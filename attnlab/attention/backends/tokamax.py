@@ -5,6 +5,7 @@ it has without a gradient. It holds mask and bias whole: how much of that is sti
 """
 
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from attnlab.attention.masks.base import Mask
 from attnlab.attention.masks.basic import CausalMask
 from attnlab.attention.masks.dense import (
     GIB,
-    bias_size,
     format_bytes,
     mask_size,
     materialize_bias,
@@ -65,10 +65,10 @@ class Tokamax:
         """See `Backend.run`."""
         import tokamax  # deferred: takes seconds
 
-        bias = None if args.score is None else materialize_bias(args, offset)
+        bias = None if args.score is None else materialize_bias(args.score, args.score_shape, offset)
         allowed_pairs = has_keys = None
         if not (args.mask is None or _is_causal(args.mask)):
-            allowed_pairs = materialize_mask(args.mask, args, offset)
+            allowed_pairs = materialize_mask(args.mask, args.score_shape, offset)
             has_keys = allowed_pairs.any(3, keepdims=True)
             # Without keys a row would get the mean of all values, so it gets some, and is left out after.
             allowed_pairs |= ~has_keys
@@ -99,8 +99,10 @@ def _unsupported_device_reason() -> str | None:
 
 def _num_bytes(args: AttentionArgs) -> int:
     """Bytes of the mask and the bias."""
-    size = 0 if args.score is None else 4 * bias_size(args)
-    return size if args.mask is None or _is_causal(args.mask) else size + mask_size(args.mask, args)
+    size = 0 if args.score is None else 4 * math.prod(args.score_shape)
+    if args.mask is None or _is_causal(args.mask):
+        return size
+    return size + mask_size(args.mask, args.score_shape)
 
 
 def _is_causal(mask: Mask | None) -> bool:

@@ -350,3 +350,12 @@ def as_mask(value: Any) -> Mask:
         return mask_fn(value)
     array: Any = value if isinstance(value, jax.Array) else np.asarray(value)
     return DenseMask(array.reshape(*(1,) * (4 - array.ndim), *array.shape).astype(bool))
+
+
+def depends_on_batch_and_heads(mask: Mask) -> tuple[bool, bool]:
+    """Whether a mask differs between rows of the batch, and between heads."""
+    # Two of each, so that a function of their index shows it.
+    two, one = (0, 2), (0, 1)
+    ranges = {"batch": two, "heads": two, "queries": one, "keys": one}
+    evaluated = jax.eval_shape(lambda: mask.slice_block(**ranges).evaluate(pair_indices(2, 2, 1, 1)))
+    return evaluated.shape[0] > 1, evaluated.shape[1] > 1
