@@ -5,6 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch and scikit-learn
 
 import jax
 import pytest
