@@ -24,6 +24,7 @@ from tests.pretrained.hf_models import (
     assert_written_again,
     batch,
     close,
+    positions_of,
     random_weights,
     saved_gradients,
 )
