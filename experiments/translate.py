@@ -84,7 +84,9 @@ def get_config() -> Experiment:
         "init": Normal(128**-0.5),
     }
     return Experiment(
-        model=Seq2SeqConfig(EncoderConfig(**half), DecoderConfig(readout_bias=True, **half), shared=True),
+        model=Seq2SeqConfig(
+            EncoderConfig(**half), DecoderConfig(readout_bias=True, **half), shared_embedding=True
+        ),
         data=Numbers(batch_size=64),
         optimizer=AdamW(
             learning_rate=2e-3, schedule=InverseSquareRoot(200), weight_decay=0.0, b2=0.98, epsilon=1e-9

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from attnlab import config as configs
 from attnlab.data import BPE
+from attnlab.models import GenerationDefaults
 from attnlab.pretrained import import_export
 from attnlab.runner import modes as runner
 from attnlab.runner.request import Request
@@ -185,9 +186,9 @@ def test_a_translator_is_trained_on_with_the_token_that_it_begins_with(tmp_path)
     """And reads what it was trained to read."""
     translate = ROOT / "experiments" / "translate.py"
     tokenizer = BPE(300).train(["the cat"])
-    model = replace(configs.load(str(translate)).config.model, start=7, forced=(9,)).sized(
-        tokenizer.vocab_size
-    )
+    model = replace(
+        configs.load(str(translate)).config.model, generation=GenerationDefaults(7, (9,))
+    ).with_vocab_size(tokenizer.vocab_size)
     model = replace(model, **{h: replace(getattr(model, h), width=16) for h in ("encoder", "decoder")})
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), import_export.abstract_params(model))
     folder = epath.Path(tmp_path) / "marian"

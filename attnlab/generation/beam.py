@@ -153,7 +153,7 @@ def beam_search(
         jnp.ones_like(decode_state.positions, bool),
         decode_state.take(parents),
     )
-    last_token = eos_id if model.config.ends else None
+    last_token = eos_id if model.config.generation.forced_eos else None
     select = partial(
         _select, length_penalty=length_penalty, eos_id=eos_id, steps=steps, last_token=last_token
     )

@@ -20,7 +20,7 @@ PREFILL_CHUNK = 1024  # tokens of a prompt per forward pass, over all rows
 class DecodeState:
     """The cache of all tokens decoded so far, the logits of the next token, and its position.
 
-    Logits of tokens that the model never writes, or never first, are -inf: see `Seq2SeqConfig.never`.
+    Logits of tokens that the model never writes, or never first, are -inf: see `GenerationDefaults`.
     """
 
     cache: DecoderCache
@@ -54,7 +54,7 @@ def forward(
       **source: at the first tokens, what `Batch.inputs` has of a source, if the model reads one.
     """
     logits, cache = model.apply({"params": params}, tokens, segments, positions, cache, **source)
-    return suppress(logits, model.config.never), cache
+    return suppress(logits, model.config.generation.suppress_tokens), cache
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -84,7 +84,8 @@ def prefill(
     # Of the last token alone: the logits of all of a long prompt can be larger than the model.
     x = sharding.constrain(x, "batch", None, None)
     logits = model.apply({"params": params}, x, method="logits_of")
-    logits = suppress(logits, (*model.config.never, *model.config.never_first))
+    defaults = model.config.generation
+    logits = suppress(logits, (*defaults.suppress_tokens, *defaults.begin_suppress_tokens))
     return DecodeState(cache, _last_logits(logits), sharding.constrain(positions[:, -1] + 1, "batch"))
 
 

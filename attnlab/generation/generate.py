@@ -106,7 +106,7 @@ class Generator:
         inputs = [each for each in self._inputs(prompts, sources, forced_ids) for _ in range(num_samples)]
         steps = self._steps(inputs, forced_ids, max_new_tokens)
         limit = "length" if steps == max_new_tokens else "context"
-        steps -= len(forced_ids) + self.model.config.ends  # those that are drawn
+        steps -= len(forced_ids) + self.model.config.generation.forced_eos  # those that are drawn
         rows = [IncrementalDetokenizer(each, self.tokenizer, stop) for each in inputs]
         for i, row in enumerate(rows):
             new_text = row.add(list(forced_ids))
@@ -180,7 +180,7 @@ class Generator:
         ):
             for tokens, score in zip(texts[:num_samples], scores, strict=False):
                 row = IncrementalDetokenizer(each, self.tokenizer, ())
-                row.add(tokens[: steps - self.model.config.ends].tolist())
+                row.add(tokens[: steps - self.model.config.generation.forced_eos].tolist())
                 row.end(limit)
                 if np.isfinite(score):
                     completions.append(replace(row.completion(), score=float(score)))
@@ -249,7 +249,8 @@ class Generator:
     def _forced_ids(
         self, forced_decoder_ids: Sequence[int | str] | None, max_new_tokens: int
     ) -> tuple[int, ...]:
-        tokens = self.model.config.forced if forced_decoder_ids is None else forced_decoder_ids
+        defaults = self.model.config.generation.forced_decoder_ids
+        tokens = defaults if forced_decoder_ids is None else forced_decoder_ids
         ids = tuple(self.tokenizer.token_id(token) if isinstance(token, str) else token for token in tokens)
         if ids and max_new_tokens <= len(ids):
             raise InputError(f"max_new_tokens must be over the {len(ids)} that are forced")

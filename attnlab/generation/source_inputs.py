@@ -17,35 +17,37 @@ def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int
     Args:
       config: of a model.
       tokenizer: of its texts.
-      text: where the image is to stand it has its marker, LLaVA's `<image>`; not if an image comes first.
+      text: where the image is to stand it has its token, LLaVA's `<image>`; not if an image comes first.
 
     Raises:
-      InputError: a text without the marker, or with several.
+      InputError: a text without that token, or with several.
     """
-    if not isinstance(config, VisionLanguageConfig) or config.marker is None:
+    if not isinstance(config, VisionLanguageConfig) or config.image_token_id is None:
         return _text_ids(config, tokenizer, text)
-    image, name = [config.marker] * config.patches, tokenizer.token_text(config.marker)
-    if config.separator is not None:
-        return [*image, *_text_ids(config, tokenizer, text.removeprefix(name) + config.separator)]
-    ids = tokenizer.encode_prompt(text, config.marker)
-    if (count := ids.count(config.marker)) != 1:
+    image = [config.image_token_id] * config.num_image_tokens
+    name = tokenizer.token_text(config.image_token_id)
+    if config.prompt_suffix is not None:
+        return [*image, *_text_ids(config, tokenizer, text.removeprefix(name) + config.prompt_suffix)]
+    ids = tokenizer.encode_prompt(text, config.image_token_id)
+    if (count := ids.count(config.image_token_id)) != 1:
         raise InputError(f"a prompt has {name} once, where its image is to be: this one has it {count} times")
-    at = ids.index(config.marker)
+    at = ids.index(config.image_token_id)
     return [*ids[:at], *image, *ids[at + 1 :]]
 
 
 def training_prefix_ids(config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
     """What a text to learn begins with: as one that is written of an image, or any other source, alone."""
-    if isinstance(config, VisionLanguageConfig) and config.marker is not None:
-        image = [config.marker] * config.patches
-        if config.separator is None:
+    if isinstance(config, VisionLanguageConfig) and config.image_token_id is not None:
+        image = [config.image_token_id] * config.num_image_tokens
+        if config.prompt_suffix is None:
             return [*tokenizer.bos_tokens, *image]
-        return [*image, *_text_ids(config, tokenizer, config.separator)]
-    return tokenizer.prefix_tokens if config.start is None else [config.start, *config.forced]
+        return [*image, *_text_ids(config, tokenizer, config.prompt_suffix)]
+    start = config.generation.decoder_start_token_id
+    return tokenizer.prefix_tokens if start is None else [start, *config.generation.forced_decoder_ids]
 
 
 def _text_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
-    start = config.start
+    start = config.generation.decoder_start_token_id
     return tokenizer.encode_prompt(text) if start is None else [start, *tokenizer.encode(text).tolist()]
 
 

@@ -32,7 +32,7 @@ class ExpertsConfig:
       bias: whether the router and the experts have biases.
       renormalize: whether the weights are a softmax over the chosen logits only (Mixtral, gpt-oss), or shares
         of the softmax over all experts (Switch, arXiv 2101.03961, equation 2).
-      balance: weight in training of `balance_loss`, added once for each layer.
+      balance_loss_weight: weight in training of `balance_loss`, added once for each layer.
     """
 
     experts: int = 8
@@ -41,7 +41,7 @@ class ExpertsConfig:
     activation: Literal["gelu", "gelu_exact", "relu", "silu", "clamped_swiglu"] = "silu"
     bias: bool = False
     renormalize: bool = True
-    balance: float = 0.01
+    balance_loss_weight: float = 0.01
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:
@@ -51,8 +51,8 @@ class ExpertsConfig:
                 "renormalize with top_k=1 makes every weight 1, by which no router learns: "
                 "set renormalize=false"
             )
-        if self.balance < 0:
-            raise ValueError("balance must be at least 0")
+        if self.balance_loss_weight < 0:
+            raise ValueError("balance_loss_weight must be at least 0")
 
     def hidden(self, embed: int) -> int:
         """The inner width F of an expert."""
@@ -191,8 +191,8 @@ class Experts(nn.Module):
             router = Linear((embed,), (c.experts,), ("embed", "norm"), self.std, c.bias, exact, name="router")
             logits = router(x.astype(jnp.float32))
         weights, choices = route(logits, c.top_k, c.renormalize)
-        if c.balance and not self.is_initializing():
-            self.sow("losses", "balance", c.balance * balance_loss(logits, choices, real))
+        if c.balance_loss_weight and not self.is_initializing():
+            self.sow("losses", "balance", c.balance_loss_weight * balance_loss(logits, choices, real))
 
         def maps(name: str, inputs: int, outputs: int, axes: tuple[str, str], std: float) -> Maps:
             return ExpertMaps(c.experts, inputs, outputs, axes, std, c.bias, self.dtypes, name=name)()

@@ -11,7 +11,7 @@ from attnlab.sharding import out_sharding, used_spec
 MAX_LOGITS = 1 << 24  # logits held at once; a larger batch x length x vocabulary goes in stretches
 
 
-class TokenStatistics(NamedTuple):
+class LossTerms(NamedTuple):
     """All that losses and metrics take from the logits of each token, float32 (B, T).
 
     Attributes:
@@ -48,14 +48,14 @@ def logits(
     return y.reshape(b, t, -1, out_sharding=None if rows is None else jax.P(rows, None, vocab))
 
 
-def token_statistics(
+def token_loss_terms(
     x: Float[Array, "B T E"],
     targets: Int[Array, "B T"],
     table: Float[Array, "V E"],
     bias: Float[Array, " V"] | None,
     softcap: float | None,
     dtype: str,
-) -> TokenStatistics:
+) -> LossTerms:
     """What a loss needs of the logits, never held whole: the backward pass recomputes each stretch."""
 
     def stretch(x, targets):
@@ -63,7 +63,7 @@ def token_statistics(
         hit = jnp.arange(y.shape[-1])[None, None] == targets[..., None]
         target_logit = jnp.where(hit, y, 0).sum(-1)
         correct = (target_logit >= jax.lax.stop_gradient(y.max(-1))).astype(jnp.float32)
-        return TokenStatistics(target_logit, jax.nn.logsumexp(y, axis=-1), y.mean(-1), correct)
+        return LossTerms(target_logit, jax.nn.logsumexp(y, axis=-1), y.mean(-1), correct)
 
     count = _stretches(x, table.shape[0])
     if count == 1:

@@ -154,7 +154,7 @@ class RecurrentLayer(nn.Module):
     """
 
     config: RecurrentLayers
-    both_ways: bool
+    bidirectional: bool
     deterministic: bool
 
     @nn.compact
@@ -162,7 +162,7 @@ class RecurrentLayer(nn.Module):
         """What it gives out (B, T, E), and its last state; see `Direction`."""
         c = self.config
         x = Dropout(c.dropout)(x, deterministic=self.deterministic)
-        if not self.both_ways:
+        if not self.bidirectional:
             return Direction(c, c.width, name="forward")(x, there, fresh, state)
         halves = [*zip(*(jnp.split(s, 2, axis=-1) for s in state), strict=True)]
         forward, first = Direction(c, c.width // 2, name="forward")(x, there, fresh, halves[0])
@@ -176,7 +176,7 @@ class RecurrentStack(nn.Module):
 
     config: RecurrentLayers
     depth: int
-    both_ways: bool
+    bidirectional: bool
     scan: bool
     remat: Literal["none", "full", "dots"]
 
@@ -197,4 +197,4 @@ class RecurrentStack(nn.Module):
             length=self.depth,
             unroll=1 if self.scan else self.depth,
         )
-        return loop(self.config, self.both_ways, deterministic, name="periods")(x, there, fresh, states)
+        return loop(self.config, self.bidirectional, deterministic, name="periods")(x, there, fresh, states)

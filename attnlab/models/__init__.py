@@ -1,6 +1,6 @@
 """Model families, one file each."""
 
-from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops, TransformerConfig
+from attnlab.models.base import GenerationDefaults, ModelConfig, SourceConfig, TokenFlops, TransformerConfig
 from attnlab.models.captioner import Captioner, CaptionerConfig
 from attnlab.models.contrastive import Contrastive, ContrastiveConfig
 from attnlab.models.decoder import Decoder, DecoderConfig
@@ -33,6 +33,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "FirstToken",
+    "GenerationDefaults",
     "Learned",
     "MaskedLMConfig",
     "MeanOfTokens",

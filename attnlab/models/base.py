@@ -35,12 +35,35 @@ class TokenFlops:
         return TokenFlops(self.weights * factor, self.attention * factor)
 
 
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Tokens that generated text begins with, ends with and avoids, named as in Hugging Face's libraries.
+
+    Attributes:
+      decoder_start_token_id: the token that comes before all that the decoder writes; None is the tokenizer's
+        own first token.
+      forced_decoder_ids: the first tokens of every text, such as the name of a language.
+      suppress_tokens: tokens that are never generated.
+      begin_suppress_tokens: tokens that are never generated first, after the forced ones.
+      forced_eos: whether a text of the greatest length ends with the end token (`forced_eos_token_id`).
+    """
+
+    decoder_start_token_id: int | None = None
+    forced_decoder_ids: tuple[int, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    forced_eos: bool = False
+
+
 class ModelConfig(ABC):
     """A model, as a frozen dataclass of all that its numbers depend on.
 
     The module that it builds has `hidden` for activations and `__call__` for logits, of what `Batch.inputs`
-    names, and `statistics` of the same and the targets, for what a loss needs; all take `deterministic`.
+    names, and `loss_terms` of the same and the targets, for what a loss needs; all take `deterministic`.
     """
+
+    # A model that generates from a source has a field of this name.
+    generation: GenerationDefaults = GenerationDefaults()
 
     @abstractmethod
     def build(self, vocab_size: int) -> nn.Module:
@@ -56,7 +79,7 @@ class ModelConfig(ABC):
 
     @property
     @abstractmethod
-    def drops(self) -> bool:
+    def uses_dropout(self) -> bool:
         """Whether training drops anything, and so draws random numbers."""
 
     @property
@@ -71,31 +94,6 @@ class ModelConfig(ABC):
         None where there is nothing but tokens.
         """
         return None
-
-    @property
-    def start(self) -> int | None:
-        """The token that comes before all that it writes; None is what the tokenizer begins a text with."""
-        return None
-
-    @property
-    def forced(self) -> tuple[int, ...]:
-        """The first tokens of all that it writes."""
-        return ()
-
-    @property
-    def never(self) -> tuple[int, ...]:
-        """Tokens that it never writes, as others are chosen among the rest."""
-        return ()
-
-    @property
-    def never_first(self) -> tuple[int, ...]:
-        """Tokens that are never the first that it chooses, after those that are forced."""
-        return ()
-
-    @property
-    def ends(self) -> bool:
-        """Whether a text that is as long as it may be has its end for its last token."""
-        return False
 
     def sharded_dimensions(self) -> Mapping[str, tuple[str, int]]:
         """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size); and of its parts."""
@@ -121,19 +119,19 @@ class ModelConfig(ABC):
         """
         del length
 
-    def idle_parameters(self) -> int:
+    def inactive_expert_params(self) -> int:
         """Parameters of the experts that a token does not go to, in all layers of all its parts."""
-        return sum(part.idle_parameters() for part in self._parts().values())
+        return sum(part.inactive_expert_params() for part in self._parts().values())
 
-    def learning_rates(self) -> Mapping[str, float]:
+    def learning_rate_multipliers(self) -> Mapping[str, float]:
         """Factors of the learning rate, by a regular expression of parameters' names; those of its parts."""
         return {
             f"^{part}/.*{pattern}": factor
             for part, config in self._parts().items()
-            for pattern, factor in config.learning_rates().items()
+            for pattern, factor in config.learning_rate_multipliers().items()
         }
 
-    def sized(self, vocab_size: int) -> Self:
+    def with_vocab_size(self, vocab_size: int) -> Self:
         """With the vocabulary that `build` would give the model written into it."""
         del vocab_size
         return self
@@ -151,12 +149,12 @@ class ModelConfig(ABC):
         """
         return self._with_parts(lambda part: part.unrolled())
 
-    def written_out(self) -> Self:
+    def canonical(self) -> Self:
         """The same model, defaults written out, and what only training depends on as it is by default.
 
         Two configs compute the same if these are equal.
         """
-        return self._with_parts(lambda part: part.written_out()).with_dtypes(Dtypes())
+        return self._with_parts(lambda part: part.canonical()).with_dtypes(Dtypes())
 
     def _parts(self) -> dict[str, "ModelConfig"]:
         """The models that are fields of this one."""
@@ -265,8 +263,8 @@ class TransformerConfig(ModelConfig):
         return all(spec.causal for spec in self.pattern)
 
     @property
-    def drops(self) -> bool:
-        """See `ModelConfig.drops`."""
+    def uses_dropout(self) -> bool:
+        """See `ModelConfig.uses_dropout`."""
         return self.dropout > 0 or self.attention.dropout > 0
 
     def stack(self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None) -> LayerStack:
@@ -301,9 +299,9 @@ class TransformerConfig(ModelConfig):
         """See `ModelConfig.unrolled`: a pattern longer than the model has no whole period to stack."""
         return replace(self, pattern=(*self.layer_specs, self.layer_specs[0]))
 
-    def written_out(self) -> Self:
-        """See `ModelConfig.written_out`."""
-        config = super().written_out()
+    def canonical(self) -> Self:
+        """See `ModelConfig.canonical`."""
+        config = super().canonical()
         attention = replace(config.attention, kv_heads=self.kv_heads, head_dim=self.head_dim, dropout=0.0)
         return replace(
             config,
@@ -329,8 +327,8 @@ class TransformerConfig(ModelConfig):
             **feed_forward,
         }
 
-    def learning_rates(self) -> dict[str, float]:
-        """See `ModelConfig.learning_rates`."""
+    def learning_rate_multipliers(self) -> dict[str, float]:
+        """See `ModelConfig.learning_rate_multipliers`."""
         factor = self.init.learning_rate(self.width)
         return {r"\b(layers|pool)/.*kernel$": factor} if factor != 1 else {}
 
@@ -359,8 +357,8 @@ class TransformerConfig(ModelConfig):
             return layer.experts * self.width + 3 * layer.top_k * matrix
         return (3 if isinstance(layer, GatedMLPConfig) else 2) * matrix
 
-    def idle_parameters(self) -> int:
-        """See `ModelConfig.idle_parameters`."""
+    def inactive_expert_params(self) -> int:
+        """See `ModelConfig.inactive_expert_params`."""
         layer, hidden = self.feed_forward, self.feed_forward.hidden(self.width)
         if not isinstance(layer, ExpertsConfig):
             return 0

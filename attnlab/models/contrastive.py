@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.layers.attention import NoPositions, RelativeBias, Rotary
-from attnlab.layers.contrastive_loss import Pairs, Sigmoid, Softmax
+from attnlab.layers.contrastive_loss import ClipLoss, PairLogits, SiglipLoss
 from attnlab.layers.linear import Linear
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.parameters import parameter
 from attnlab.layers.pooling import pooled_width
-from attnlab.layers.readout import TokenStatistics
+from attnlab.layers.readout import LossTerms
 from attnlab.models.base import ModelConfig, TokenFlops
 from attnlab.models.text import Learned, Sinusoidal, TextConfig, TextModel
 from attnlab.models.vit import ViT, ViTConfig
@@ -58,8 +58,8 @@ class TextTowerConfig(TextConfig):
     norm: RMSNormConfig | LayerNormConfig = field(default_factory=LayerNormConfig)
 
     def build(self, vocab_size: int) -> "TextTower":
-        """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
-        return TextTower(self, self.sized(vocab_size).vocab_size or vocab_size)
+        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
+        return TextTower(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
 
 class TextTower(TextModel):
@@ -100,7 +100,7 @@ class ContrastiveConfig(ModelConfig):
       width: of the space that both are projected to.
       image_projection: how images are projected; None takes them as they are, of that width.
       text_projection: the same of texts.
-      objective: `Softmax` or `Sigmoid`.
+      objective: `ClipLoss` or `SiglipLoss`.
     """
 
     image: ViTConfig = field(default_factory=lambda: ViTConfig(classes=0))
@@ -108,7 +108,7 @@ class ContrastiveConfig(ModelConfig):
     width: int = 512
     image_projection: ProjectionConfig | None = field(default_factory=ProjectionConfig)
     text_projection: ProjectionConfig | None = field(default_factory=ProjectionConfig)
-    objective: Softmax | Sigmoid = field(default_factory=Softmax)
+    objective: ClipLoss | SiglipLoss = field(default_factory=ClipLoss)
 
     def __post_init__(self):
         if self.image.classes != 0:
@@ -134,17 +134,17 @@ class ContrastiveConfig(ModelConfig):
         return self.image.reads
 
     @property
-    def drops(self) -> bool:
-        """See `ModelConfig.drops`."""
-        return self.image.drops or self.text.drops
+    def uses_dropout(self) -> bool:
+        """See `ModelConfig.uses_dropout`."""
+        return self.image.uses_dropout or self.text.uses_dropout
 
     def check_length(self, length: int) -> None:
         """See `ModelConfig.check_length`."""
         self.text.check_length(length)
 
-    def sized(self, vocab_size: int) -> Self:
-        """See `ModelConfig.sized`."""
-        return replace(self, text=self.text.sized(vocab_size))
+    def with_vocab_size(self, vocab_size: int) -> Self:
+        """See `ModelConfig.with_vocab_size`."""
+        return replace(self, text=self.text.with_vocab_size(vocab_size))
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `ModelConfig.token_flops`; products of pairs, as many as rows in a batch, are left out."""
@@ -176,9 +176,13 @@ class Contrastive(nn.Module):
                 axes, sizes = ("embed", "norm"), ((c._pooled(name),), (c.width,))
                 layer = Linear(*sizes, axes, std, projection.bias, tower.dtypes)
                 setattr(self, f"{name}_projection", layer)
-        self.logit_scale = parameter(self, "logit_scale", (), (), c.text.dtypes, mean=c.objective.scale)
-        if isinstance(c.objective, Sigmoid):
-            self.logit_bias = parameter(self, "logit_bias", (), (), c.text.dtypes, mean=c.objective.bias)
+        self.logit_scale = parameter(
+            self, "logit_scale", (), (), c.text.dtypes, mean=c.objective.init_logit_scale
+        )
+        if isinstance(c.objective, SiglipLoss):
+            self.logit_bias = parameter(
+                self, "logit_bias", (), (), c.text.dtypes, mean=c.objective.init_logit_bias
+            )
 
     def encode_image(
         self,
@@ -208,33 +212,33 @@ class Contrastive(nn.Module):
         images = self.encode_image(source, source_segments, deterministic)
         return images, self.encode_text(tokens, segment_ids, positions, deterministic)
 
-    def pairs(
+    def pair_logits(
         self,
         images: Float[Array, "B width"],
         texts: Float[Array, "B width"],
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Pairs:
+    ) -> PairLogits:
         """Logits of all pairs of these vectors; rows without a token are none."""
         every_image, every_text = (constrain(x, None, None) for x in (images, texts))
         if segment_ids is None:
             segment_ids = jnp.ones((len(texts), 1), jnp.int32)
         there = constrain(jnp.any(segment_ids > 0, axis=1), None)
-        return Pairs(self._logits(texts, every_image), self._logits(images, every_text), there)
+        return PairLogits(self._logits(texts, every_image), self._logits(images, every_text), there)
 
     def _logits(self, x: Float[Array, "B width"], others: Float[Array, "C width"]) -> Float[Array, "B C"]:
         where = out_sharding("batch", None)
         y = jnp.einsum("be,ce->bc", x, others, precision="highest", out_sharding=where)
         y = y * jnp.exp(self.logit_scale.astype(jnp.float32))
-        return y + self.logit_bias.astype(jnp.float32) if isinstance(self.config.objective, Sigmoid) else y
+        return y + self.logit_bias.astype(jnp.float32) if isinstance(self.config.objective, SiglipLoss) else y
 
     def __call__(
         self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
     ) -> Float[Array, "B 1 B"]:
         """Logits of which of the batch's images is each text's."""
         vectors = self.hidden(tokens, segment_ids, positions, source, source_segments, deterministic)
-        return self.pairs(*vectors, segment_ids).of_text[:, None]
+        return self.pair_logits(*vectors, segment_ids).of_text[:, None]
 
-    def statistics(
+    def loss_terms(
         self,
         tokens,
         targets: Int[Array, "B T"],
@@ -243,14 +247,14 @@ class Contrastive(nn.Module):
         source=None,
         source_segments=None,
         deterministic=True,
-    ) -> TokenStatistics:
+    ) -> LossTerms:
         """What a loss needs of each row's pairs, the same at all of its tokens: give one a weight.
 
         What is told apart is the batch itself, and no target is read.
         """
         vectors = self.hidden(tokens, segment_ids, positions, source, source_segments, deterministic)
-        found = self.config.objective.statistics(self.pairs(*vectors, segment_ids))
-        return TokenStatistics(*(x[:, None] + jnp.zeros(targets.shape, x.dtype) for x in found))
+        found = self.config.objective.loss_terms(self.pair_logits(*vectors, segment_ids))
+        return LossTerms(*(x[:, None] + jnp.zeros(targets.shape, x.dtype) for x in found))
 
 
 def _normalised(x: Float[Array, "B 1 width"]) -> Float[Array, "B width"]:

@@ -10,7 +10,7 @@ from attnlab.attention.kv_cache import DecoderCache, KVCache
 from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import Cross
 from attnlab.layers.linear import Bias, Embedding
-from attnlab.layers.readout import TokenStatistics, logits, token_statistics
+from attnlab.layers.readout import LossTerms, logits, token_loss_terms
 from attnlab.models.text import TextConfig, TextModel
 from attnlab.sharding import constrain, out_sharding
 
@@ -37,13 +37,13 @@ class DecoderConfig(TextConfig):
             raise ValueError("logit_softcap must be over 0, or none")
 
     def build(self, vocab_size: int, cross: Cross | None = None) -> "Decoder":
-        """The module of this config for a tokenizer's vocabulary; raises as `sized` does.
+        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does.
 
         Args:
           vocab_size: of the tokenizer.
           cross: how the layers look at a memory, if they do.
         """
-        return Decoder(self, self.sized(vocab_size).vocab_size or vocab_size, cross)
+        return Decoder(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size, cross)
 
     def empty_cache(self, batch: int, slots: int, cross: bool = False) -> DecoderCache:
         """A cache for `slots` tokens of each of `batch` rows; a memory is put in as it is first read."""
@@ -103,20 +103,20 @@ class Decoder(TextModel):
         out = self.logits_of(x)
         return out if cache is None else (out, new_cache)
 
-    def statistics(
+    def loss_terms(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, memory=None
-    ) -> TokenStatistics:
+    ) -> LossTerms:
         """What a loss needs of each token's logits, without ever holding all of them."""
         x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, memory)
-        return self.statistics_of(x, targets)
+        return self.loss_terms_of(x, targets)
 
     def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Logits of what `hidden` gives."""
         return logits(x, *self._readout())
 
-    def statistics_of(self, x: Float[Array, "B T E"], targets: Int[Array, "B T"]) -> TokenStatistics:
-        """`statistics` of what `hidden` gives."""
-        return token_statistics(x, targets, *self._readout())
+    def loss_terms_of(self, x: Float[Array, "B T E"], targets: Int[Array, "B T"]) -> LossTerms:
+        """`loss_terms` of what `hidden` gives."""
+        return token_loss_terms(x, targets, *self._readout())
 
     def _readout(self):
         """Table, bias, cap and dtype of the logits."""

@@ -10,7 +10,7 @@ from attnlab.errors import InputError
 from attnlab.layers.attention import Bidirectional, EncoderOutput, LayerSpec
 from attnlab.layers.blocks import Cross, LayerStack
 from attnlab.layers.linear import Linear, look_up
-from attnlab.layers.readout import TokenStatistics, logits, token_statistics
+from attnlab.layers.readout import LossTerms, logits, token_loss_terms
 from attnlab.models.base import SourceConfig, TokenFlops
 from attnlab.models.heads import ClassifierConfig, Head, HeadConfig, MaskedLMConfig, PooledConfig
 from attnlab.models.text import TextConfig, TextModel
@@ -66,13 +66,13 @@ class EncoderConfig(TextConfig, SourceConfig):
         return self.table_width if isinstance(self.head, MaskedLMConfig) else self.width
 
     @property
-    def drops(self) -> bool:
-        """See `ModelConfig.drops`."""
-        return super().drops or (isinstance(self.head, ClassifierConfig) and self.head.dropout > 0)
+    def uses_dropout(self) -> bool:
+        """See `ModelConfig.uses_dropout`."""
+        return super().uses_dropout or (isinstance(self.head, ClassifierConfig) and self.head.dropout > 0)
 
-    def written_out(self) -> Self:
-        """See `ModelConfig.written_out`."""
-        config = super(EncoderConfig, replace(self, num_param_groups=None)).written_out()
+    def canonical(self) -> Self:
+        """See `ModelConfig.canonical`."""
+        config = super(EncoderConfig, replace(self, num_param_groups=None)).canonical()
         head = replace(self.head, dropout=0.0) if isinstance(self.head, ClassifierConfig) else self.head
         period = self.pattern if self.num_param_groups else config.pattern
         return replace(config, head=head, pattern=period, num_param_groups=self.num_param_groups)
@@ -92,10 +92,10 @@ class EncoderConfig(TextConfig, SourceConfig):
         weights += self.width * self.head_width if self.head.dense else 0
         return self.layer_flops(length) + TokenFlops(2.0 * weights, 0.0)
 
-    def idle_parameters(self) -> int:
-        """See `ModelConfig.idle_parameters`."""
+    def inactive_expert_params(self) -> int:
+        """See `ModelConfig.inactive_expert_params`."""
         own = self.num_param_groups * len(self.pattern) if self.num_param_groups else self.depth
-        return super().idle_parameters() * own // self.depth
+        return super().inactive_expert_params() * own // self.depth
 
     def stack(self, positions: Any, cross: Cross | None = None) -> LayerStack:
         """See `TransformerConfig.stack`."""
@@ -105,8 +105,8 @@ class EncoderConfig(TextConfig, SourceConfig):
         )
 
     def build(self, vocab_size: int) -> "Encoder":
-        """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
-        return Encoder(self, self.sized(vocab_size).vocab_size or vocab_size)
+        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
+        return Encoder(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
     def memory_shape(self, length: int) -> tuple[int, int]:
         """See `SourceConfig.memory_shape`."""
@@ -175,9 +175,9 @@ class Encoder(TextModel):
         x = self._features(tokens, segment_ids, positions, deterministic, token_types)
         return x if isinstance(self.config.head, PooledConfig) else logits(x, *self._readout())
 
-    def statistics(
+    def loss_terms(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, token_types=None
-    ) -> TokenStatistics:
+    ) -> LossTerms:
         """What a loss needs of each token's logits; of a document's, at any of its tokens.
 
         Raises:
@@ -186,7 +186,7 @@ class Encoder(TextModel):
         if isinstance(self.config.head, PooledConfig):
             raise InputError("model.head=Pooled has no logits to train by: use MaskedLM or Classifier")
         x = self._features(tokens, segment_ids, positions, deterministic, token_types)
-        return token_statistics(x, targets, *self._readout())
+        return token_loss_terms(x, targets, *self._readout())
 
     def _features(self, tokens, segment_ids, positions, deterministic, token_types) -> Float[Array, "B T W"]:
         """What the logits are read from."""

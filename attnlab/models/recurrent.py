@@ -13,7 +13,7 @@ from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Embedding, look_up
 from attnlab.layers.parameters import Dtypes
-from attnlab.layers.readout import TokenStatistics, logits, token_statistics
+from attnlab.layers.readout import LossTerms, logits, token_loss_terms
 from attnlab.layers.recurrent import GRUConfig, LSTMConfig, RecurrentLayers, RecurrentStack, State
 from attnlab.models.base import ModelConfig, TokenFlops
 from attnlab.models.text import set_vocab_size
@@ -57,10 +57,10 @@ class RecurrentConfig(ModelConfig):
             raise ValueError("std must be over 0, or none")
 
     def build(self, vocab_size: int) -> nn.Module:
-        """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
-        return Recurrent(self, self.sized(vocab_size).vocab_size or vocab_size)
+        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
+        return Recurrent(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
-    def sized(self, vocab_size: int) -> Self:
+    def with_vocab_size(self, vocab_size: int) -> Self:
         """With the number of tokens in its tables, for a tokenizer of so many; see `set_vocab_size`."""
         return set_vocab_size(self, vocab_size)
 
@@ -70,8 +70,8 @@ class RecurrentConfig(ModelConfig):
         return True
 
     @property
-    def drops(self) -> bool:
-        """See `ModelConfig.drops`."""
+    def uses_dropout(self) -> bool:
+        """See `ModelConfig.uses_dropout`."""
         return self.dropout > 0
 
     @property
@@ -179,12 +179,12 @@ class Recurrent(nn.Module):
         """Logits of what `hidden` gives."""
         return logits(x, *self._readout())
 
-    def statistics(
+    def loss_terms(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, **source
-    ) -> TokenStatistics:
+    ) -> LossTerms:
         """What a loss needs of each token's logits, without ever holding all of them."""
         x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, **source)
-        return token_statistics(x, targets, *self._readout())
+        return token_loss_terms(x, targets, *self._readout())
 
     def _readout(self):
         """Table, bias, cap and dtype of the logits."""

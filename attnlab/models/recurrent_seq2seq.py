@@ -22,22 +22,22 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
 
     Attributes:
       attention: `NoAttention`, `AdditiveConfig`, `GeneralConfig` or `DotConfig`.
-      both_ways: whether the encoder reads the source forwards and backwards, with half the width each.
+      bidirectional: whether the encoder reads the source forwards and backwards, with half the width each.
     """
 
     attention: NoAttention | AdditiveConfig | GeneralConfig | DotConfig = field(
         default_factory=AdditiveConfig
     )
-    both_ways: bool = True
+    bidirectional: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        if self.both_ways and self.width % 2:
-            raise ValueError(f"both_ways needs an even width, not {self.width}")
+        if self.bidirectional and self.width % 2:
+            raise ValueError(f"bidirectional needs an even width, not {self.width}")
 
     def build(self, vocab_size: int) -> "RecurrentSeq2Seq":
         """See `RecurrentConfig.build`."""
-        return RecurrentSeq2Seq(self, self.sized(vocab_size).vocab_size or vocab_size)
+        return RecurrentSeq2Seq(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
     @property
     def source_shape(self) -> tuple[int, ...]:
@@ -46,13 +46,13 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """See `ModelConfig.sharded_dimensions`."""
-        halves = {"half of model.width": ("embed", self.width // 2)} if self.both_ways else {}
+        halves = {"half of model.width": ("embed", self.width // 2)} if self.bidirectional else {}
         return super().sharded_dimensions() | halves
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `RecurrentConfig.token_flops`; the source is taken to be as long as the text written."""
         e, gates, attention = self.width, self.cell.gates, self.attention
-        encoder = self.depth * gates * e * e * (1.5 if self.both_ways else 2)
+        encoder = self.depth * gates * e * e * (1.5 if self.bidirectional else 2)
         weights, pairs = 0, 0
         if isinstance(attention, AdditiveConfig):
             inner = attention.width or e
@@ -73,7 +73,7 @@ class RecurrentSeq2Seq(Recurrent):
     def declare_layers(self):
         """Declares both halves."""
         c = self.config
-        self.encoder = RecurrentStack(c.layers, c.depth, c.both_ways, c.scan, c.remat)
+        self.encoder = RecurrentStack(c.layers, c.depth, c.bidirectional, c.scan, c.remat)
         self.decoder = AlignedStack(c.layers, c.depth, c.attention, c.scan, c.remat)
 
     def encode(

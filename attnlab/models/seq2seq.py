@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from attnlab.attention.kv_cache import DecoderCache
 from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import CrossAttentionConfig
-from attnlab.layers.readout import TokenStatistics
-from attnlab.models.base import ModelConfig, SourceConfig, TokenFlops
+from attnlab.layers.readout import LossTerms
+from attnlab.models.base import GenerationDefaults, ModelConfig, SourceConfig, TokenFlops
 from attnlab.models.decoder import DecoderConfig
 from attnlab.models.encoder import EncoderConfig
 from attnlab.models.text import TextConfig
@@ -25,27 +25,19 @@ class Seq2SeqConfig(ModelConfig):
     Attributes:
       encoder: what reads the source: text, an image, a sound.
       decoder: what writes text.
-      shared: whether the encoder, of text, reads by the decoder's table of tokens.
-      start: the token that comes before all that it writes; None is what the tokenizer begins a text with.
-      forced: the first tokens of all that it writes, such as the name of a language.
-      never: tokens that it never writes: what it writes is chosen among the rest.
-      never_first: tokens that are never the first that it chooses, after those that are forced.
-      ends: whether a text that is as long as it may be has its end for its last token.
+      shared_embedding: whether the encoder, of text, reads by the decoder's table of tokens.
+      generation: tokens that generated text begins with, ends with and avoids.
     """
 
     encoder: SourceConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    shared: bool = False
-    start: int | None = None  # type: ignore[assignment]
-    forced: tuple[int, ...] = ()  # type: ignore[assignment]
-    never: tuple[int, ...] = ()  # type: ignore[assignment]
-    never_first: tuple[int, ...] = ()  # type: ignore[assignment]
-    ends: bool = False  # type: ignore[assignment]
+    shared_embedding: bool = False
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self):
         widths = [part.table_width for part in (self.encoder, self.decoder) if isinstance(part, TextConfig)]
-        if self.shared and (len(widths) < 2 or widths[0] != widths[1]):
-            raise ValueError("shared needs an encoder of text that is as wide as the decoder")
+        if self.shared_embedding and (len(widths) < 2 or widths[0] != widths[1]):
+            raise ValueError("shared_embedding needs an encoder of text that is as wide as the decoder")
 
     def build(self, vocab_size: int) -> "Seq2Seq":
         """See `ModelConfig.build`."""
@@ -62,9 +54,9 @@ class Seq2SeqConfig(ModelConfig):
         return self.decoder.causal
 
     @property
-    def drops(self) -> bool:
-        """See `ModelConfig.drops`."""
-        return self.encoder.drops or self.decoder.drops
+    def uses_dropout(self) -> bool:
+        """See `ModelConfig.uses_dropout`."""
+        return self.encoder.uses_dropout or self.decoder.uses_dropout
 
     def check_length(self, length: int) -> None:
         """See `ModelConfig.check_length`."""
@@ -75,9 +67,13 @@ class Seq2SeqConfig(ModelConfig):
         if isinstance(self.encoder, TextConfig):
             self.encoder.check_length(length)
 
-    def sized(self, vocab_size: int) -> Self:
-        """See `ModelConfig.sized`."""
-        return replace(self, encoder=self.encoder.sized(vocab_size), decoder=self.decoder.sized(vocab_size))
+    def with_vocab_size(self, vocab_size: int) -> Self:
+        """See `ModelConfig.with_vocab_size`."""
+        return replace(
+            self,
+            encoder=self.encoder.with_vocab_size(vocab_size),
+            decoder=self.decoder.with_vocab_size(vocab_size),
+        )
 
     def memory_shape(self, length: int) -> tuple[int, int]:
         """Length and width of what the decoder looks at, of a source of this length."""
@@ -130,7 +126,7 @@ class Seq2Seq(nn.Module):
         if source_segments is None:
             source_segments = jnp.ones_like(source[(..., *(0,) * (source.ndim - 2))], jnp.int32)
         source_segments = constrain(source_segments, "batch", "sequence")
-        table = {"table": self.decoder.embedding()} if self.config.shared else {}
+        table = {"table": self.decoder.embedding()} if self.config.shared_embedding else {}
         return self.encoder.encode(source, source_segments, deterministic=deterministic, **table)
 
     def hidden(
@@ -164,12 +160,12 @@ class Seq2Seq(nn.Module):
         out = self.logits_of(x)
         return out if cache is None else (out, new_cache)
 
-    def statistics(
+    def loss_terms(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, **source
-    ) -> TokenStatistics:
-        """What a loss needs of each token's logits; see `Decoder.statistics`."""
+    ) -> LossTerms:
+        """What a loss needs of each token's logits; see `Decoder.loss_terms`."""
         x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, **source)
-        return self.decoder.statistics_of(x, targets)
+        return self.decoder.loss_terms_of(x, targets)
 
     def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Logits of what `hidden` gives."""

@@ -51,9 +51,9 @@ class SpeechEncoderConfig(TransformerConfig, SourceConfig):
         """The module of this config; it knows no tokens."""
         return SpeechEncoder(self)
 
-    def learning_rates(self) -> dict[str, float]:
-        """See `ModelConfig.learning_rates`: positions stay as they are."""
-        return super().learning_rates() | {"position_embedding$": 0.0}
+    def learning_rate_multipliers(self) -> dict[str, float]:
+        """See `ModelConfig.learning_rate_multipliers`: positions stay as they are."""
+        return super().learning_rate_multipliers() | {"position_embedding$": 0.0}
 
     def memory_shape(self, length: int) -> tuple[int, int]:
         """See `SourceConfig.memory_shape`."""

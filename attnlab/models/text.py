@@ -79,13 +79,13 @@ class TextConfig(TransformerConfig):
         """Width of the tables of tokens and positions."""
         return self.width
 
-    def written_out(self) -> Self:
-        """See `ModelConfig.written_out`; a kind of layer has no positions of its own that are the model's."""
-        config = super().written_out()
+    def canonical(self) -> Self:
+        """See `ModelConfig.canonical`; a kind of layer has no positions of its own that are the model's."""
+        config = super().canonical()
         pattern = (replace(k, positions=None) if k.positions == self.positions else k for k in config.pattern)
         return replace(config, pattern=tuple(pattern))
 
-    def sized(self, vocab_size: int) -> Self:
+    def with_vocab_size(self, vocab_size: int) -> Self:
         """With the number of tokens in its tables, for a tokenizer of so many.
 
         Raises:

@@ -31,30 +31,30 @@ class VisionLanguageConfig(Seq2SeqConfig):
 
     Attributes:
       projector: makes tokens of patches.
-      normed: whether it reads them after the encoder's last norm.
-      marker: the token in whose places the patches stand, as many as there are; None puts them before a text.
-      separator: what ends a prompt of a model that reads an image first; None where the prompt itself has the
-        marker.
+      encoder_final_norm: whether it reads them after the encoder's last norm.
+      image_token_id: the token that patches replace, one for each; None puts them before the text.
+      prompt_suffix: text after the prompt of a model that reads the image first; None where the prompt itself
+        has the image token.
       bidirectional_prompt: whether the tokens of an image, and with a cache those of the prompt, attend to
         each other in both directions (prefix LM).
     """
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    normed: bool = True
-    marker: int | None = None
-    separator: str | None = None
+    encoder_final_norm: bool = True
+    image_token_id: int | None = None
+    prompt_suffix: str | None = None
     bidirectional_prompt: bool = False
 
     @property
-    def patches(self) -> int:
+    def num_image_tokens(self) -> int:
         """Tokens of an image."""
         return self.encoder.memory_shape(self.source_shape[0])[0] - self.encoder.num_prefix_tokens
 
     @property
-    def before(self) -> int:
+    def text_offset(self) -> int:
         """Tokens before those of the text."""
-        return self.patches if self.marker is None else 0
+        return self.num_image_tokens if self.image_token_id is None else 0
 
     def build(self, vocab_size: int) -> "VisionLanguageModel":
         """See `ModelConfig.build`."""
@@ -62,13 +62,13 @@ class VisionLanguageConfig(Seq2SeqConfig):
 
     def check_length(self, length: int) -> None:
         """See `ModelConfig.check_length`."""
-        self.decoder.check_length(self.before + length)
+        self.decoder.check_length(self.text_offset + length)
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `ModelConfig.token_flops`."""
-        e, d, tokens = self.encoder, self.decoder, self.before + length
+        e, d, tokens = self.encoder, self.decoder, self.text_offset + length
         maps = e.width * d.width + (d.width**2 if self.projector.activation else 0)
-        image = e.source_flops(self.source_shape[0]) + TokenFlops(2.0 * self.patches * maps, 0.0)
+        image = e.source_flops(self.source_shape[0]) + TokenFlops(2.0 * self.num_image_tokens * maps, 0.0)
         readout = TokenFlops(2.0 * vocab_size * d.width, 0.0)
         return (image + d.layer_flops(tokens) * tokens) * (1 / length) + readout
 
@@ -103,7 +103,9 @@ class VisionLanguageModel(Seq2Seq):
     ) -> EncoderOutput:
         """The tokens of images; arguments as of `Seq2Seq.encode`."""
         c, first = self.config, self.config.encoder.num_prefix_tokens
-        seen = self.encoder.encode(source, source_segments, deterministic=deterministic, normed=c.normed)
+        seen = self.encoder.encode(
+            source, source_segments, deterministic=deterministic, final_norm=c.encoder_final_norm
+        )
         x = self.projection(seen.hidden[:, first:])
         if c.projector.activation:
             x = self.projection_out(ACTIVATIONS[c.projector.activation](x))
@@ -123,7 +125,7 @@ class VisionLanguageModel(Seq2Seq):
         """The decoder's activations of the text before the logits, and its cache; see `Decoder.hidden`.
 
         Args:
-          tokens: ids; the image's own places among them are `config.marker`.
+          tokens: ids; the image's own places among them are `config.image_token_id`.
           segment_ids: 0 for padding.
           positions: of the text's tokens, if the image is before them.
           cache: of what was read before, the image too if none is given.
@@ -133,7 +135,7 @@ class VisionLanguageModel(Seq2Seq):
           prompt: 1 for tokens that see each other, if `config.bidirectional_prompt`; None is those of the
             image, and with a cache all that are read with it.
         """
-        c, n = self.config, self.config.before
+        c, n = self.config, self.config.text_offset
         if positions is not None:
             positions = positions + n
         if source is None:
@@ -146,11 +148,11 @@ class VisionLanguageModel(Seq2Seq):
         tokens, segment_ids, positions = (
             constrain(a, "batch", "sequence") for a in (tokens, segment_ids, positions)
         )
-        if c.marker is None:
+        if c.image_token_id is None:
             here = jnp.zeros_like(tokens, bool)
             x = self.decoder.embed(tokens, positions, deterministic)
         else:
-            here = tokens == c.marker
+            here = tokens == c.image_token_id
             x = self.decoder.embed(jnp.where(here, 0, tokens), positions, deterministic)
             at = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, image.hidden.shape[1] - 1)
             placed = jax.vmap(lambda rows, i: rows[i])(image.hidden, at)
@@ -177,4 +179,4 @@ class VisionLanguageModel(Seq2Seq):
 
     def init_cache(self, batch: int, slots: int) -> DecoderCache:
         """See `DecoderConfig.empty_cache`; with room for an image before the text, if that is where it is."""
-        return self.config.decoder.empty_cache(batch, slots + self.config.before)
+        return self.config.decoder.empty_cache(batch, slots + self.config.text_offset)

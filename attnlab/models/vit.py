@@ -16,7 +16,7 @@ from attnlab.layers.linear import Bias, Embedding
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.patches import Patches, resize_positions
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Pool, Pooling, pooled_width
-from attnlab.layers.readout import TokenStatistics, logits, token_statistics
+from attnlab.layers.readout import LossTerms, logits, token_loss_terms
 from attnlab.models.base import SourceConfig, TokenFlops, TransformerConfig
 from attnlab.sharding import constrain, zero_rows
 
@@ -84,7 +84,7 @@ class ViTConfig(TransformerConfig, SourceConfig):
         if length != 1:
             raise InputError(f"an image has one class: data.sequence_length must be 1, not {length}")
 
-    def sized(self, vocab_size: int) -> Self:
+    def with_vocab_size(self, vocab_size: int) -> Self:
         """With the number of classes for a tokenizer of so many words.
 
         Raises:
@@ -97,8 +97,8 @@ class ViTConfig(TransformerConfig, SourceConfig):
         return replace(self, classes=vocab_size if self.classes is None else self.classes)
 
     def build(self, vocab_size: int) -> "ViT":
-        """The module of this config for a tokenizer's vocabulary; raises as `sized` does."""
-        return ViT(self, self.sized(vocab_size).classes or 0)
+        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
+        return ViT(self, self.with_vocab_size(vocab_size).classes or 0)
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `TransformerConfig.token_flops`: those of a whole image for each token of a row."""
@@ -206,7 +206,7 @@ class ViT(nn.Module):
         images: Float[Array, "B height width channels"],
         segments: Int[Array, "B height"] | None = None,
         masked: Bool[Array, "B patches"] | None = None,
-        normed: bool = True,
+        final_norm: bool = True,
         deterministic: bool = True,
     ) -> EncoderOutput:
         """The tokens after the last layer, `config.num_prefix_tokens` of them before the patches.
@@ -215,7 +215,7 @@ class ViT(nn.Module):
           images: of any size that is at least a patch.
           segments: 0 where rows of pixels are padding; None is nowhere.
           masked: patches to put the mask token in place of.
-          normed: whether after the last norm too; if not, they are what the last layer gives.
+          final_norm: whether after the last norm too; if not, they are what the last layer gives.
           deterministic: False drops out, with an rng named "dropout".
         """
         tokens = self.embed(images, segments, masked, deterministic)
@@ -223,7 +223,7 @@ class ViT(nn.Module):
         x, _ = self.layers(tokens.hidden, None, SequenceInputs(tokens.segments, positions), deterministic)
         if self.config.placement != "post":  # else the last block has ended with one
             after = self.norm(x)  # in any case, for a checkpoint has it even if no one reads it
-            x = after if normed else x
+            x = after if final_norm else x
         return replace(tokens, hidden=x)
 
     def pooled(self, tokens: EncoderOutput) -> Float[Array, "B 1 pooled"]:
@@ -248,7 +248,7 @@ class ViT(nn.Module):
         """Logits of what `pooled` gives."""
         return logits(self._scaled(pooled), *self._readout())
 
-    def statistics(
+    def loss_terms(
         self,
         tokens,
         targets: Int[Array, "B 1"],
@@ -257,7 +257,7 @@ class ViT(nn.Module):
         source=None,
         source_segments=None,
         deterministic=True,
-    ) -> TokenStatistics:
+    ) -> LossTerms:
         """What a loss needs of each image's logits.
 
         Raises:
@@ -266,7 +266,7 @@ class ViT(nn.Module):
         if not self.classes:
             raise InputError("a ViT of model.classes=0 has no head to train")
         x = self.pooled(self.encode(source, source_segments, deterministic=deterministic))
-        return token_statistics(self._scaled(x), targets, *self._readout())
+        return token_loss_terms(self._scaled(x), targets, *self._readout())
 
     def _scaled(self, pooled: Float[Array, "B 1 pooled"]) -> Float[Array, "B 1 pooled"]:
         return pooled * jnp.asarray(self.config.init.readout_scale(self.config.width), pooled.dtype)

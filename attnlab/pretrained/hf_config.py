@@ -6,6 +6,7 @@ from typing import Any
 from attnlab.attention import positions
 from attnlab.errors import InputError
 from attnlab.layers import Causal, LayerSpec, Rotary, Sliding
+from attnlab.models import GenerationDefaults
 
 ACTIVATIONS = {
     "gelu": "gelu_exact",
@@ -83,11 +84,11 @@ class HFConfig(Mapping):
                 f"{self._where}: {name}={self._fields[name]!r} is not supported; it may be {would_do}"
             )
 
-    def rules(self) -> dict[str, Any]:
-        """Of all that it writes: what comes first and last and what never does, as `Seq2SeqConfig` has it.
+    def generation_defaults(self, decoder_start_token_id: int | None = None) -> GenerationDefaults:
+        """Return what generated text begins with, ends with and avoids.
 
         Raises:
-          InputError: words of several tokens that are never written, or a last token that is not the end.
+          InputError: `bad_words_ids` of several tokens, or a forced last token other than the end token.
         """
         end, words = self.get("eos_token_id"), self.get("bad_words_ids", ())
         ends = end if isinstance(end, list) else [end]
@@ -95,12 +96,13 @@ class HFConfig(Mapping):
             raise InputError(f"{self._where}: bad_words_ids of several tokens are not supported")
         self.require("forced_eos_token_id", None, *ends)
         begin = self.get("forced_bos_token_id")
-        return {
-            "forced": () if begin is None else (begin,),
-            "never": (*self.get("suppress_tokens", ()), *(t for (t,) in words if t not in ends)),
-            "never_first": tuple(self.get("begin_suppress_tokens", ())),
-            "ends": self.get("forced_eos_token_id") is not None,
-        }
+        return GenerationDefaults(
+            decoder_start_token_id=decoder_start_token_id,
+            forced_decoder_ids=() if begin is None else (begin,),
+            suppress_tokens=(*self.get("suppress_tokens", ()), *(t for (t,) in words if t not in ends)),
+            begin_suppress_tokens=tuple(self.get("begin_suppress_tokens", ())),
+            forced_eos=self.get("forced_eos_token_id") is not None,
+        )
 
     def activation(self, *names: str) -> Any:
         """The activation under the first of these names that is there."""

@@ -213,7 +213,7 @@ def _config_differences(before: ModelConfig, after: ModelConfig) -> list[str]:
     """Where two models differ in what they compute; a field left to its default is what it then means."""
     if type(before) is not type(after):
         return [f"model: {_class_name(before)} -> {_class_name(after)}"]
-    return differences(before.written_out(), after.written_out())
+    return differences(before.canonical(), after.canonical())
 
 
 def _class_name(config: ModelConfig) -> str:
@@ -271,11 +271,16 @@ def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origi
 def _with_start_token(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """With the token written out that a model which writes of a source begins with."""
     prompts = (
-        isinstance(config, VisionLanguageConfig) and config.separator is None
+        isinstance(config, VisionLanguageConfig) and config.prompt_suffix is None
     )  # which the tokenizer begins
-    if not isinstance(config, Seq2SeqConfig) or prompts or config.start is not None:
+    if (
+        not isinstance(config, Seq2SeqConfig)
+        or prompts
+        or config.generation.decoder_start_token_id is not None
+    ):
         return config
-    return dataclasses.replace(config, start=tokenizer.bos_tokens[-1])
+    start = dataclasses.replace(config.generation, decoder_start_token_id=tokenizer.bos_tokens[-1])
+    return dataclasses.replace(config, generation=start)
 
 
 def _label_names(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

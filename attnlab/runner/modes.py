@@ -268,7 +268,7 @@ def run_export(request: Request) -> dict[str, float]:
         if data.source_shape is not None and source_kind(data.source_shape) == "text":
             length = max(length, *data.source_shape)
         origin = import_export.FromScratch(session.tokenizer, length, data.preprocessor)
-    model = request.config.model.sized(session.tokenizer.vocab_size)
+    model = request.config.model.with_vocab_size(session.tokenizer.vocab_size)
     import_export.write_checkpoint(request.output_dir, model, params, origin)
     print(f"step {restored.step} is in {request.output_dir}")
     return {}

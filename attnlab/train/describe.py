@@ -26,7 +26,7 @@ def describe(session: Session) -> str:
     rows.append(("total", "", "", "", f"{count:,}"))
     if state.frozen is not None:
         rows.append(("trained", "", "", "", f"{sum(x.size for x in jax.tree.leaves(state.params)):,}"))
-    if idle := e.model.idle_parameters():
+    if idle := e.model.inactive_expert_params():
         rows.append(("active for a token", "", "", "", f"{count - idle:,}"))
     batch: list[tuple[str, ...]] = [
         (name, _dims(shape), str(dtype)) for name, (shape, dtype) in e.data.element_spec().items()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.layers.readout import TokenStatistics
+from attnlab.layers.readout import LossTerms
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Loss:
         if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
             raise ValueError("label_smoothing must be at least 0 and under 1, z_loss at least 0")
 
-    def __call__(self, s: TokenStatistics, weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    def __call__(self, s: LossTerms, weights: Float[Array, "B T"]) -> Float[Array, ""]:
         """The weighted sum over tokens of what is minimised, in nats."""
         smooth = self.label_smoothing
         expected = (1 - smooth) * s.target_logit + smooth * s.mean_logit
         return jnp.sum(weights * (s.lse - expected + self.z_loss * s.lse**2))
 
 
-def token_sums(s: TokenStatistics, weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
+def token_sums(s: LossTerms, weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
     """Sums over tokens that metrics are ratios of: nats of cross-entropy, and correct predictions."""
     return {
         "nats": jnp.sum(weights * (s.lse - s.target_logit)),

@@ -66,7 +66,7 @@ class Session:
         e = self.experiment
         with jax.set_mesh(self.mesh):
             params, frozen = jax.eval_shape(lambda: init_trained(self.model, e))
-        factors = e.model.learning_rates()
+        factors = e.model.learning_rate_multipliers()
         rules = tuple(optimizers.Rule(name, learning_rate=factor) for name, factor in factors.items())
         return optimizers.make(e.optimizer, params, e.train.steps, rules, frozen)
 

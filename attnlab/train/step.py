@@ -148,8 +148,8 @@ def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
     """Sums over a batch's tokens, to be added over batches: nats, correct, tokens, bytes."""
 
     def eval_step(params, batch: Batch) -> Metrics:
-        statistics, _ = _statistics(model, params, batch, None)
-        return token_sums(statistics, jnp.asarray(batch.weights)) | _counts(batch)
+        terms, _ = _loss_terms(model, params, batch, None)
+        return token_sums(terms, jnp.asarray(batch.weights)) | _counts(batch)
 
     return eval_step
 
@@ -159,14 +159,14 @@ def _gradients(model, experiment: Experiment, state: State, batch: Batch, key):
     params = state.params
     counts = _counts(batch)
     count = experiment.train.microbatches
-    drops = experiment.model.drops
+    uses_dropout = experiment.model.uses_dropout
 
     def objective(params, batch, key):
         params = whole(experiment, params, state.frozen)
-        statistics, layer_losses = _statistics(model, params, batch, key if drops else None)
-        total = experiment.loss(statistics, batch.weights) / jnp.maximum(counts["tokens"], 1.0)
+        terms, layer_losses = _loss_terms(model, params, batch, key if uses_dropout else None)
+        total = experiment.loss(terms, batch.weights) / jnp.maximum(counts["tokens"], 1.0)
         layer_losses = jax.tree.map(lambda x: x / count, layer_losses)
-        return total + sum(layer_losses.values()), (token_sums(statistics, batch.weights), layer_losses)
+        return total + sum(layer_losses.values()), (token_sums(terms, batch.weights), layer_losses)
 
     gradient = jax.grad(objective, has_aux=True)
     if count == 1:
@@ -194,23 +194,23 @@ def _cut(x: Array, count: int) -> Array:
     )
 
 
-def _statistics(model, params, batch: Batch, dropout_key):
+def _loss_terms(model, params, batch: Batch, dropout_key):
     """Statistics of the batch's tokens, and the losses that layers sow: by name, added over layers."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    statistics, sown = model.apply(
+    terms, sown = model.apply(
         {"params": params},
         targets=batch.targets,
         **batch.inputs,
         deterministic=dropout_key is None,
         rngs=rngs,
-        method="statistics",
+        method="loss_terms",
         mutable=["losses"],
     )
     layer_losses: Metrics = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown.get("losses", {})):
         name = path[-2].key  # the last is a place in a tuple, which Flax makes of what is sown
         layer_losses[name] = layer_losses.get(name, 0.0) + value.sum()
-    return statistics, layer_losses
+    return terms, layer_losses
 
 
 def _counts(batch: Batch) -> Metrics:

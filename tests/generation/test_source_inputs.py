@@ -1,6 +1,5 @@
 """Text of a source: what is written is what the full model would, however it is searched for or laid out."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -19,7 +18,7 @@ from attnlab.generation import (
     SamplingParams,
 )
 from attnlab.layers import AttentionConfig, LayerNormConfig, RelativeBias
-from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig
+from attnlab.models import DecoderConfig, EncoderConfig, GenerationDefaults, Learned, Seq2SeqConfig
 from attnlab.sharding import make_mesh, out_sharding, parse_mesh
 
 TOKENIZER = Bytes().train([])
@@ -29,9 +28,14 @@ HALF = {"depth": 2, "width": 16, "attention": AttentionConfig(heads=4)}
 CONFIG = Seq2SeqConfig(
     EncoderConfig(**HALF, norm=LayerNormConfig(), positions=Learned(12)),
     DecoderConfig(**HALF, positions=RelativeBias(8, 16), tied=False),
-    start=7,
+    generation=GenerationDefaults(decoder_start_token_id=7),
 )
 SOURCES = ["hello wor", "abc", "de"]
+
+
+def with_defaults(**changes):
+    """`CONFIG` with other generation defaults."""
+    return replace(CONFIG, generation=replace(CONFIG.generation, **changes))
 
 
 def generator(mesh, config=CONFIG):
@@ -95,7 +99,7 @@ def test_prompts_and_forced_tokens_come_first(one):
     (named,) = one(["xy"], sources=["abc"], forced_decoder_ids=("a", 8), max_new_tokens=9)
     assert named.tokens[:2] == [TOKENIZER.encode("a")[0], 8]
     assert row.tokens[2:] == by_full_forwards(one, "abc", [*begin, 9, 8], 7)[: len(row.tokens) - 2]
-    (own,) = generator(one.mesh, replace(CONFIG, forced=(9, 8)))(
+    (own,) = generator(one.mesh, with_defaults(forced_decoder_ids=(9, 8)))(
         ["xy"], sources=["abc"], max_new_tokens=9, sampling=GREEDY
     )
     assert own == row
@@ -103,11 +107,16 @@ def test_prompts_and_forced_tokens_come_first(one):
 
 def test_what_is_never_written_is_not_and_what_is_longest_ends(one):
     """However it is drawn; with guesses of a model that would write it, too."""
-    ruled = replace(
-        CONFIG, forced=(9,), never=tuple(range(60, 250)), never_first=(3, *range(30, 60)), ends=True
+    ruled = with_defaults(
+        forced_decoder_ids=(9,),
+        suppress_tokens=tuple(range(60, 250)),
+        begin_suppress_tokens=(3, *range(30, 60)),
+        forced_eos=True,
     )
-    free, g = (generator(one.mesh, config) for config in (replace(CONFIG, forced=(9,)), ruled))
-    barred, first = set(ruled.never), {*ruled.never, *ruled.never_first}
+    free, g = (generator(one.mesh, config) for config in (with_defaults(forced_decoder_ids=(9,)), ruled))
+    defaults = ruled.generation
+    barred = set(defaults.suppress_tokens)
+    first = {*barred, *defaults.begin_suppress_tokens}
     before = free(sources=SOURCES, max_new_tokens=9, sampling=GREEDY)
     assert any(barred & {*row.tokens} for row in before) and any(row.tokens[1] in first for row in before)
     found = {}
@@ -127,7 +136,7 @@ def test_what_is_never_written_is_not_and_what_is_longest_ends(one):
         ids = [7, 9]
         for i in range(7):
             last = logits(g, ids, source)[-1].copy()
-            last[[*(ruled.never if i else first)]] = -np.inf
+            last[[*(barred if i else first)]] = -np.inf
             ids.append(int(last.argmax()))
         assert row.tokens == ids[1:]
     for row in g.beam_search(None, BeamSearchOptions(1), sources=SOURCES, max_new_tokens=9):
@@ -158,7 +167,7 @@ def test_forced_tokens_of_a_search_have_a_length_and_no_probability(one):
 
 
 def test_a_mesh_changes_no_token(one, mesh_of):
-    config = replace(CONFIG, never=tuple(range(60, 200)), ends=True)
+    config = with_defaults(suppress_tokens=tuple(range(60, 200)), forced_eos=True)
     one, on_mesh = generator(one.mesh, config), generator(mesh_of("data:2,fsdp:2,tensor:2"), config)
     for sampling in (GREEDY, SamplingParams(top_k=5)):
         options = {"sources": SOURCES, "max_new_tokens": 6, "sampling": sampling, "seed": 3}

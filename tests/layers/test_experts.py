@@ -149,7 +149,7 @@ def test_balance_is_least_where_all_get_the_same():
 
 def trained(balance):
     """Losses and unbalance of 20 steps on a mesh, with scan and remat, from routers that prefer one expert."""
-    experts = ExpertsConfig(4, 2, width=16, bias=True, balance=balance)
+    experts = ExpertsConfig(4, 2, width=16, bias=True, balance_loss_weight=balance)
     model = {"feed_forward": experts, "remat": "full", "attention": AttentionConfig(4, 2)}
     made = session(
         experiment(model=model, optimizer=AdamW(learning_rate=0.02, schedule=Constant(), weight_decay=0.0)),
@@ -176,7 +176,7 @@ def test_it_trains_on_a_mesh_and_balances():
 
 
 def test_the_balance_loss_counts_as_much_in_microbatches():
-    model = {"feed_forward": ExpertsConfig(4, 2, width=16, balance=0.1)}
+    model = {"feed_forward": ExpertsConfig(4, 2, width=16, balance_loss_weight=0.1)}
     found = []
     for count in (1, 2):
         made = session(experiment(model=model, microbatches=count))
@@ -193,7 +193,7 @@ def test_the_balance_loss_counts_as_much_in_microbatches():
     [
         ({"top_k": 9}, "top_k=9 must be at least 1 and at most experts=8"),
         ({"top_k": 1}, "renormalize with top_k=1"),
-        ({"balance": -1.0}, "balance must be at least 0"),
+        ({"balance_loss_weight": -1.0}, "balance_loss_weight must be at least 0"),
     ],
 )
 def test_configs_that_are_refused(fields, said):
@@ -215,4 +215,4 @@ def test_flops_and_active_parameters_count_chosen_experts_only():
     many = dataclasses.replace(few, feed_forward=ExpertsConfig(16, 2, width=16))
     router = 2.0 * 2 * 8 * 16
     assert many.token_flops(99, 8).weights - few.token_flops(99, 8).weights == router
-    assert many.idle_parameters() - few.idle_parameters() == 2 * 8 * 3 * 16 * 16
+    assert many.inactive_expert_params() - few.inactive_expert_params() == 2 * 8 * 3 * 16 * 16

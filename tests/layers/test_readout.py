@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnlab.layers import readout
-from attnlab.layers.readout import logits, token_statistics
+from attnlab.layers.readout import logits, token_loss_terms
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 6, 4)), jnp.float32)
@@ -18,20 +18,20 @@ def test_statistics_are_of_the_logits(cap):
     y = np.asarray(X, np.float64) @ np.asarray(TABLE, np.float64).T + np.asarray(BIAS)
     y = y if cap is None else cap * np.tanh(y / cap)
     np.testing.assert_allclose(logits(X, TABLE, BIAS, cap, "float32"), y, rtol=1e-5, atol=1e-5)
-    got = token_statistics(X, TARGETS, TABLE, BIAS, cap, "float32")
+    got = token_loss_terms(X, TARGETS, TABLE, BIAS, cap, "float32")
     target = np.take_along_axis(y, np.asarray(TARGETS)[..., None], -1)[..., 0]
     np.testing.assert_allclose(got.target_logit, target, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.lse, np.log(np.exp(y).sum(-1)), rtol=1e-5)
     np.testing.assert_allclose(got.mean_logit, y.mean(-1), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(got.correct, y.argmax(-1) == TARGETS)
-    right = token_statistics(X, jnp.asarray(y.argmax(-1)), TABLE, BIAS, cap, "float32")
+    right = token_loss_terms(X, jnp.asarray(y.argmax(-1)), TABLE, BIAS, cap, "float32")
     assert (right.correct == 1).all()
 
 
 @pytest.mark.parametrize("most, stretches", [(2 * 3 * 11, 2), (2 * 2 * 11 + 1, 3), (1, 6)])
 def test_stretches_change_nothing(monkeypatch, most, stretches):
     def run(x, table):
-        stats = token_statistics(x, TARGETS, table, None, 2.0, "float32")
+        stats = token_loss_terms(x, TARGETS, table, None, 2.0, "float32")
         return sum(jnp.sum(jnp.sin(a + i)) for i, a in enumerate(stats)), stats
 
     whole = jax.value_and_grad(run, (0, 1), has_aux=True)(X, TABLE)
@@ -49,7 +49,7 @@ def test_logits_dtype_is_its_own():
     got = logits(x, table, None, None, "float32")
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-6)
-    assert all(a.dtype == jnp.float32 for a in token_statistics(x, TARGETS, table, None, None, "bfloat16"))
+    assert all(a.dtype == jnp.float32 for a in token_loss_terms(x, TARGETS, table, None, None, "bfloat16"))
 
 
 def test_all_logits_are_never_held(monkeypatch):
@@ -62,7 +62,7 @@ def test_all_logits_are_never_held(monkeypatch):
 
     def memory():
         def loss(x, table, targets):
-            stats = token_statistics(x, targets, table, None, None, "float32")
+            stats = token_loss_terms(x, targets, table, None, None, "float32")
             return jnp.sum(stats.lse - stats.target_logit)
 
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()

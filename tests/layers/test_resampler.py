@@ -134,7 +134,7 @@ def test_text_looks_at_the_last_image_before_it():
         return jax.jacrev(at)(values)[jnp.array([0, 3, 6])]
 
     # What is read by the last layer, the only one that looks.
-    seen = np.abs(run(images.values)).max(-1) > 0
+    seen = np.abs(run(images.hidden)).max(-1) > 0
     first, second, none = [True, True, False, False], [False, False, True, True], [False] * 4
     assert seen.tolist() == [[none, first], [first, first], [second, second]]
 

@@ -60,7 +60,7 @@ def check_mesh(config, mesh):
 
     def run(model):
         def loss(params, tokens, images):
-            s = model.apply({"params": params}, tokens, tokens, source=images, method="statistics")
+            s = model.apply({"params": params}, tokens, tokens, source=images, method="loss_terms")
             return (s.lse - s.target_logit).mean()
 
         return jax.jit(jax.value_and_grad(loss))

@@ -9,7 +9,7 @@ import pytest
 
 from attnlab.inspect.maps import attention_maps
 from attnlab.layers import AttentionConfig, Bidirectional, MLPConfig, MuP
-from attnlab.layers.contrastive_loss import Sigmoid, Softmax
+from attnlab.layers.contrastive_loss import ClipLoss, SiglipLoss
 from attnlab.layers.pooling import Mean, Probe
 from attnlab.models import ContrastiveConfig, ViTConfig
 from attnlab.models.contrastive import EndOfText, LastToken, ProjectionConfig, TextTowerConfig
@@ -27,7 +27,7 @@ SIGLIP = replace(
     width=16,
     image_projection=None,
     text_projection=ProjectionConfig(bias=True),
-    objective=Sigmoid(bias=-1.0),
+    objective=SiglipLoss(init_logit_bias=-1.0),
 )
 KINDS = {"softmax": CLIP, "sigmoid": SIGLIP}
 RNG = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def by_definition(config, params, images, texts):
     """Loss of each row, and the share of both ways in which its own is nearest."""
     y = np.exp(params["logit_scale"]) * np.asarray(texts, np.float64) @ np.asarray(images, np.float64).T
     nearest = ((y.argmax(0) == np.arange(len(y))) * 0.5) + ((y.argmax(1) == np.arange(len(y))) * 0.5)
-    if isinstance(config.objective, Softmax):
+    if isinstance(config.objective, ClipLoss):
         return 0.5 * (np.log(np.exp(y).sum(0)) + np.log(np.exp(y).sum(1))) - np.diag(y), nearest
     signs = 2 * np.eye(len(y)) - 1
     return np.log1p(np.exp(-signs * (y + np.asarray(params["logit_bias"])))).sum(1), nearest
@@ -62,7 +62,7 @@ def test_the_loss_is_of_all_pairs_and_a_mesh_changes_nothing(mesh_of, kind):
 
     def loss(params, tokens, segments, images, rows):
         inputs = {"tokens": tokens, "segment_ids": segments, "source": images, "source_segments": rows}
-        s = model.apply({"params": params}, targets=tokens, **inputs, method="statistics")
+        s = model.apply({"params": params}, targets=tokens, **inputs, method="loss_terms")
         weights = jnp.zeros((B, T)).at[: B - 2, 0].set(1.0)
         return jnp.sum((s.lse - s.target_logit) * weights), (
             s,
@@ -113,7 +113,7 @@ def test_maps_of_both_towers():
 def test_what_a_mesh_cuts_and_what_learns_at_another_rate_is_named_by_tower():
     config = replace(CLIP, image=replace(CLIP.image, init=MuP()))
     assert config.sharded_dimensions()["model.text.width"] == ("embed", 8)
-    (pattern,) = config.learning_rates()
+    (pattern,) = config.learning_rate_multipliers()
     assert pattern.startswith("^image/")
     assert config.token_flops(11, T).weights > CLIP.text.layer_flops(T).weights
 

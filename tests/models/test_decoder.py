@@ -118,7 +118,7 @@ def loss(config, params, dropout):
         tokens,
         jnp.roll(tokens, -1, axis=1),
         deterministic=dropout is None,
-        method="statistics",
+        method="loss_terms",
         rngs={} if dropout is None else {"dropout": dropout},
     )
     return jnp.mean(stats.lse - stats.target_logit)
@@ -238,7 +238,7 @@ def test_a_mesh_changes_no_number(mesh_of, text):
                 tokens,
                 tokens,
                 deterministic=False,
-                method="statistics",
+                method="loss_terms",
                 rngs={"dropout": jax.random.key(1)},
             )
             return stats.lse.mean()
@@ -270,7 +270,7 @@ def test_mup_keeps_activations_steady_as_width_grows():
         @jax.jit
         def step(params):
             def loss(params):
-                stats = model.apply({"params": params}, tokens, tokens, method="statistics")
+                stats = model.apply({"params": params}, tokens, tokens, method="loss_terms")
                 return jnp.mean(stats.lse - stats.target_logit)
 
             return jax.tree_util.tree_map_with_path(change, params, jax.grad(loss)(params))

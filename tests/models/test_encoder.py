@@ -84,7 +84,7 @@ def value_and_grad(config):
     model, tokens = config.build(VOCAB), tokens_of(8, 6)
 
     def loss(params, tokens):
-        stats = model.apply({"params": params}, tokens, tokens % 3, method="statistics")
+        stats = model.apply({"params": params}, tokens, tokens % 3, method="loss_terms")
         return jnp.mean(stats.lse - stats.target_logit)
 
     return jax.jit(jax.value_and_grad(loss)), tokens
@@ -141,7 +141,7 @@ def test_types_of_tokens_are_told_apart():
 def test_a_head_without_logits_is_not_trained(refuses):
     model, params = start(replace(BERT, head=PooledConfig()))
     with refuses("model.head=Pooled has no logits"):
-        model.apply({"params": params}, tokens_of(), tokens_of(), method="statistics")
+        model.apply({"params": params}, tokens_of(), tokens_of(), method="loss_terms")
 
 
 def test_operations_are_those_of_the_matrices():

@@ -173,7 +173,7 @@ def run(config, tokens):
     def loss(params):
         rngs = {"dropout": jax.random.key(1)}
         stats = model.apply(
-            {"params": params}, tokens, tokens, deterministic=False, method="statistics", rngs=rngs
+            {"params": params}, tokens, tokens, deterministic=False, method="loss_terms", rngs=rngs
         )
         return jnp.mean(stats.lse - stats.target_logit)
 

@@ -14,7 +14,7 @@ from tests.models.test_recurrent import VOCAB, products, sigmoid, tokens_of
 
 SMALL = RecurrentSeq2SeqConfig(depth=2, width=8, cell=GRUConfig())
 CONFIGS = {
-    "none": replace(SMALL, attention=NoAttention(), both_ways=False, cell=LSTMConfig(), tied=False),
+    "none": replace(SMALL, attention=NoAttention(), bidirectional=False, cell=LSTMConfig(), tied=False),
     "additive": replace(SMALL, attention=AdditiveConfig(6)),
     "one additive layer": replace(SMALL, depth=1, cell=LSTMConfig(), attention=AdditiveConfig()),
     "general": replace(SMALL, attention=GeneralConfig()),
@@ -59,7 +59,7 @@ def read(cell, w, x, state):
 def encoded(config, layers, x):
     """The memory of a source (S, E), and the last states of each layer."""
     states, sizes = [], {"forward": config.width, "backward": 0}
-    if config.both_ways:
+    if config.bidirectional:
         sizes = dict.fromkeys(sizes, config.width // 2)
     for i in range(config.depth):
         outputs, last = [], []
@@ -164,7 +164,7 @@ def run(config, inputs):
 
     def loss(params):
         rngs = {"dropout": jax.random.key(1)}
-        options = {"deterministic": False, "method": "statistics", "rngs": rngs}
+        options = {"deterministic": False, "method": "loss_terms", "rngs": rngs}
         stats = model.apply({"params": params}, targets=inputs["tokens"], **inputs, **options)
         return jnp.mean(stats.lse - stats.target_logit)
 
@@ -188,7 +188,7 @@ def test_a_mesh_scan_and_remat_change_no_number(mesh_of, name):
 
 
 @pytest.mark.parity
-def test_an_encoder_both_ways_is_that_of_torch():
+def test_an_encoder_bidirectional_is_that_of_torch():
     torch = pytest.importorskip("torch")
     config = replace(CONFIGS["additive"], cell=LSTMConfig(0.0))
     model, params = start(config)
@@ -208,7 +208,7 @@ def test_an_encoder_both_ways_is_that_of_torch():
     outputs, _ = torch.nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True)
     got = forward_encode(model, params)
     real = np.asarray(THERE, bool)
-    np.testing.assert_allclose(got.memory.values[real], outputs.detach().numpy()[real], atol=1e-5)
+    np.testing.assert_allclose(got.memory.hidden[real], outputs.detach().numpy()[real], atol=1e-5)
     for ours, their in zip(got.layers, last, strict=True):
         their = their.detach().numpy().reshape(2, 2, 2, 4).transpose(2, 0, 1, 3).reshape(2, 2, 8)
         np.testing.assert_allclose(ours, their, atol=1e-5)

@@ -28,7 +28,7 @@ POST = HALF | {
     "positions": Sinusoidal(),
     "scale_embedding": True,
 }
-PAPER = Seq2SeqConfig(EncoderConfig(**POST), DecoderConfig(**POST), shared=True)
+PAPER = Seq2SeqConfig(EncoderConfig(**POST), DecoderConfig(**POST), shared_embedding=True)
 # Halves of different depths, widths and patterns; one head of keys and values; tables apart.
 ODD = Seq2SeqConfig(
     EncoderConfig(**HALF | {"depth": 3, "width": 12, "attention": AttentionConfig(3), "pattern": (Bidirectional(1, 1), Bidirectional()), "positions": RelativeBias(8, 16)}),
@@ -102,7 +102,7 @@ def test_a_shared_table_is_one_parameter():
         "encoder/embedding/table",
     ]
     with pytest.raises(ValueError, match="as wide as"):
-        replace(ODD, shared=True)
+        replace(ODD, shared_embedding=True)
 
 
 def flat(params):
@@ -116,7 +116,7 @@ def gradients(config, params, tokens, source, there):
     def loss(params):
         model = config.build(VOCAB)
         s = model.apply(
-            {"params": params}, tokens, tokens, source=source, source_segments=there, method="statistics"
+            {"params": params}, tokens, tokens, source=source, source_segments=there, method="loss_terms"
         )
         return (s.lse - s.target_logit).mean()
 

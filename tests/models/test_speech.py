@@ -48,7 +48,7 @@ def test_positions_are_a_constant():
         params
     )
     assert (gradient["encoder"]["position_embedding"] == 0).all()
-    ((pattern, factor),) = CONFIG.learning_rates().items()
+    ((pattern, factor),) = CONFIG.learning_rate_multipliers().items()
     names = ("encoder/position_embedding", "decoder/position_embedding/table", "encoder/norm/scale")
     assert [bool(re.search(pattern, name)) for name in names] == [True, False, False] and factor == 0
 
@@ -61,7 +61,7 @@ def test_operations_are_those_of_the_program():
     counted = config.source_flops(64)
     flops = jax.jit(encode).lower(params, sound, there).compile().cost_analysis()["flops"]
     assert flops == pytest.approx(2 * (counted.weights + counted.attention), rel=0.06)
-    values = jax.eval_shape(lambda *inputs: encode(*inputs).values, params, sound, there)
+    values = jax.eval_shape(lambda *inputs: encode(*inputs).hidden, params, sound, there)
     assert config.memory_shape(64) == values.shape[1:]
 
 

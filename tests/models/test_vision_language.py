@@ -63,7 +63,7 @@ def test_what_sees_what():
 
 def test_within_a_text_is_as_before_it_if_it_comes_first():
     model, _, params = start(CONFIG)
-    within = replace(CONFIG, marker=99).build(29)
+    within = replace(CONFIG, image_token_id=99).build(29)
     ids = jnp.concatenate([jnp.full((4, PATCHES), 99), TOKENS], axis=1)
     before = jax.jit(model.apply)({"params": params}, TOKENS, source=IMAGES)
     found = jax.jit(within.apply)({"params": params}, ids, source=IMAGES)

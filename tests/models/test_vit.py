@@ -45,7 +45,7 @@ def test_statistics_are_of_the_logits_and_a_mesh_changes_nothing(mesh_of, kind):
     model, params = made(KINDS[kind])
 
     def loss(params, images):
-        s = model.apply({"params": params}, TOKENS, TARGETS, source=images, method="statistics")
+        s = model.apply({"params": params}, TOKENS, TARGETS, source=images, method="loss_terms")
         return jnp.mean(s.lse - s.target_logit), model.apply({"params": params}, TOKENS, source=images)
 
     (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, IMAGES)
@@ -73,12 +73,12 @@ def test_tokens_stand_in_order():
     model, params = made(ODD)
     embed = jax.jit(lambda p, images: model.apply({"params": p}, images, None, None, True, method="embed"))
     a, b = embed(params, IMAGES), embed(params, IMAGES.at[:, :4, 2:4].add(1.0))
-    assert a.values.shape == (8, 5 + 2 * 6, 16)
-    assert np.array_equal(np.nonzero(np.any(a.values != b.values, axis=(0, 2)))[0], [5 + 1])
+    assert a.hidden.shape == (8, 5 + 2 * 6, 16)
+    assert np.array_equal(np.nonzero(np.any(a.hidden != b.hidden, axis=(0, 2)))[0], [5 + 1])
     # Registers have no position: they alone are the same if positions are others.
     moved = jax.tree.map(lambda p: p + 1 + jnp.arange(16.0)[None], params["position_embedding"])
     c = embed(params | {"position_embedding": moved}, IMAGES)
-    same = np.all(a.values == c.values, axis=(0, 2))
+    same = np.all(a.hidden == c.hidden, axis=(0, 2))
     assert same.tolist() == [False, False, True, True, True] + [False] * 12
 
 
@@ -101,7 +101,7 @@ def test_hidden_patches_are_not_seen():
     model, params = made(ODD)
     masked = jnp.zeros((8, 12), bool).at[:, 3].set(True)
     encode = jax.jit(
-        lambda images: model.apply({"params": params}, images, None, masked, method="encode").values
+        lambda images: model.apply({"params": params}, images, None, masked, method="encode").hidden
     )
     np.testing.assert_array_equal(encode(IMAGES), encode(IMAGES.at[:, :4, 6:8].add(1.0)))
     assert not np.array_equal(encode(IMAGES), encode(IMAGES.at[:, :4, 8:].add(1.0)))
@@ -132,7 +132,7 @@ def test_what_cannot_be_is_refused(refuses):
         SMALL.build(9)
     headless = replace(SMALL, classes=0).build(9)
     with refuses("no head"):
-        headless.apply({"params": {}}, TOKENS, TARGETS, source=IMAGES, method="statistics")
+        headless.apply({"params": {}}, TOKENS, TARGETS, source=IMAGES, method="loss_terms")
     for wrong, told in (
         ({"patch": (16, 2)}, "at least one patch"),
         ({"class_tokens": 3}, "0, 1 or 2"),

@@ -123,7 +123,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
 
     def ours(params):
         given = map(jnp.asarray, (ids, targets, there, positions_of(there)))
-        s = peer.model.apply({"params": params}, *given, source=jnp.asarray(pixels), method="statistics")
+        s = peer.model.apply({"params": params}, *given, source=jnp.asarray(pixels), method="loss_terms")
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 
     with jax.set_mesh(peer.mesh):
@@ -147,7 +147,7 @@ def test_greedy_and_beams(peer, case):
     torch = pytest.importorskip("torch")
     peer = peer(case)
     _, _, pixels = inputs(peer)
-    start = peer.config.start
+    start = peer.config.generation.decoder_start_token_id
     assert start == 1
 
     def generate(**options):

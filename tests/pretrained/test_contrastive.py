@@ -88,7 +88,7 @@ def inputs(case):
 def everything(model, tokens, segment_ids, source):
     """Logits of pairs, both vectors and, in what is captured, all layers."""
     images, texts = model.encode_image(source), model.encode_text(tokens, segment_ids)
-    return images, texts, model.pairs(images, texts, segment_ids)
+    return images, texts, model.pair_logits(images, texts, segment_ids)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,7 +126,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
     loss.backward()
 
     def ours(params, inputs):
-        s = peer.model.apply({"params": params}, targets=inputs["tokens"], **inputs, method="statistics")
+        s = peer.model.apply({"params": params}, targets=inputs["tokens"], **inputs, method="loss_terms")
         return (s.lse - s.target_logit)[:, 0].mean()
 
     with jax.set_mesh(peer.mesh):
@@ -153,4 +153,4 @@ def test_what_a_config_leaves_out_is_what_it_means_there(kind, name):
     said = {"text_config": {}, "vision_config": {}}
     whole = getattr(transformers, f"{name}Config")(**said).to_dict()
     short, long = (FAMILIES[kind].config(HFConfig(fields, "config.json")) for fields in (said, whole))
-    assert short.written_out() == long.written_out()
+    assert short.canonical() == long.canonical()

@@ -192,7 +192,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
 
     def objective(params):
         ids, there, positions, types = jax.tree.map(jnp.asarray, given)
-        options = {"token_types": types, "method": "statistics"}
+        options = {"token_types": types, "method": "loss_terms"}
         s = peer.model.apply({"params": params}, ids, jnp.asarray(targets), there, positions, **options)
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 

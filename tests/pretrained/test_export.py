@@ -18,13 +18,14 @@ from attnlab.layers import (
     RelativeBias,
     RMSNormConfig,
 )
-from attnlab.layers.contrastive_loss import Sigmoid
+from attnlab.layers.contrastive_loss import SiglipLoss
 from attnlab.layers.pooling import Distilled, Probe
 from attnlab.models import (
     ClassifierConfig,
     ContrastiveConfig,
     DecoderConfig,
     EncoderConfig,
+    GenerationDefaults,
     Learned,
     MeanOfTokens,
     ProjectorConfig,
@@ -80,7 +81,7 @@ CASES = {
             width=16,
             image_projection=None,
             text_projection=ProjectionConfig(bias=True),
-            objective=Sigmoid(),
+            objective=SiglipLoss(),
         ),
     ),
     "modernbert, documents": (
@@ -92,7 +93,7 @@ CASES = {
         Seq2SeqConfig(
             EncoderConfig(feed_forward=MLPConfig(24, "relu", bias=False), **T5),
             DecoderConfig(feed_forward=MLPConfig(24, "relu", bias=False), scale_readout=True, **T5),
-            shared=True,
+            shared_embedding=True,
         ),
     ),
     "t5 1.1": (
@@ -100,25 +101,25 @@ CASES = {
         Seq2SeqConfig(
             EncoderConfig(feed_forward=GatedMLPConfig(24, "gelu"), **T5),
             DecoderConfig(feed_forward=GatedMLPConfig(24, "gelu"), tied=False, **T5 | {"depth": 3}),
-            shared=True,
+            shared_embedding=True,
         ),
     ),
     "bart": (
         "BartForConditionalGeneration",
-        Seq2SeqConfig(EncoderConfig(**BART), DecoderConfig(readout_bias=True, **BART), shared=True, forced=(3,)),
+        Seq2SeqConfig(EncoderConfig(**BART), DecoderConfig(readout_bias=True, **BART), shared_embedding=True, generation=GenerationDefaults(forced_decoder_ids=(3,))),
     ),
     "llava": ("LlavaForConditionalGeneration", VisionLanguageConfig(
         encoder=ViTConfig(**SIZES, **IMAGE, classes=0, patch_bias=False, embedding_norm=True),
         decoder=DecoderConfig(depth=2, width=16, attention=AttentionConfig(4, kv_heads=2), feed_forward=GatedMLPConfig(24)),
         projector=ProjectorConfig("gelu_exact"),
-        normed=False,
-        marker=5,
+        encoder_final_norm=False,
+        image_token_id=5,
     )),
     "paligemma": ("PaliGemmaForConditionalGeneration", VisionLanguageConfig(
         encoder=ViTConfig(**SIZES, **IMAGE, class_tokens=0, pooling=Probe(), classes=0),
         decoder=DecoderConfig(depth=2, width=16, attention=AttentionConfig(4, kv_heads=1), feed_forward=GatedMLPConfig(24, "gelu"), norm=RMSNormConfig(zero_centered_scale=True), scale_embedding=True),
-        marker=5,
-        separator="\n",
+        image_token_id=5,
+        prompt_suffix="\n",
         bidirectional_prompt=True,
     )),
     "pegasus": (
@@ -150,7 +151,7 @@ def ours(model, config, tokens, written, source):
     if isinstance(config, ContrastiveConfig):
         return model(tokens, source=source)[:, 0]
     if isinstance(config, VisionLanguageConfig):
-        return model(tokens.at[:, :4].set(config.marker), source=source)
+        return model(tokens.at[:, :4].set(config.image_token_id), source=source)
     return model(written, source=tokens if config.source_shape == (1,) else source)
 
 
@@ -169,8 +170,10 @@ def theirs(model, config, tokens, written, source):
     if isinstance(config, ContrastiveConfig):
         return model(text, seen).logits_per_text
     if isinstance(config, VisionLanguageConfig):
-        text[:, :4] = config.marker
-        prompt = {"token_type_ids": (text != config.marker).long()} if config.bidirectional_prompt else {}
+        text[:, :4] = config.image_token_id
+        prompt = (
+            {"token_type_ids": (text != config.image_token_id).long()} if config.bidirectional_prompt else {}
+        )
         return model(text, seen, attention_mask=torch.ones_like(text), **prompt).logits
     return model(seen, decoder_input_ids=written).logits
 
@@ -179,7 +182,7 @@ def theirs(model, config, tokens, written, source):
 def test_there_it_gives_the_same_and_comes_back(case, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     architecture, config = CASES[case]
-    config, folder = config.sized(TOKENIZER.vocab_size), epath.Path(tmp_path) / "out"
+    config, folder = config.with_vocab_size(TOKENIZER.vocab_size), epath.Path(tmp_path) / "out"
     params = random_params(config)
     import_export.write_checkpoint(folder, config, params, import_export.FromScratch(TOKENIZER, LENGTH))
 

@@ -121,7 +121,7 @@ def everything(peer):
 
     def loss(params):
         s = peer.model.apply(
-            {"params": params}, **given, targets=jnp.roll(given["tokens"], -1, axis=1), method="statistics"
+            {"params": params}, **given, targets=jnp.roll(given["tokens"], -1, axis=1), method="loss_terms"
         )
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 
@@ -129,7 +129,7 @@ def everything(peer):
         logits, captured = peer.model.apply({"params": params}, **given, mutable=["intermediates"])
         source = given["source"], given["source_segments"]
         memory = peer.model.apply({"params": params}, *source, method="encode")
-        return logits, memory.values, captured["intermediates"], *jax.value_and_grad(loss)(params)
+        return logits, memory.hidden, captured["intermediates"], *jax.value_and_grad(loss)(params)
 
     with jax.set_mesh(peer.mesh):
         return jax.tree.map(np.asarray, jax.jit(run)(peer.params))
@@ -200,7 +200,7 @@ def generate(peer, **options):
 def prefix(peer, forced=()):
     """All that is read before the first token."""
     given, config = arrays(), peer.config
-    tokens = np.tile(np.array([config.start, *forced], np.int32), (2, 1))
+    tokens = np.tile(np.array([config.generation.decoder_start_token_id, *forced], np.int32), (2, 1))
     source = {name: given[name] for name in ("source", "source_segments")}
     return prefill(peer.model, STEPS + 1, peer.params, tokens, np.ones_like(tokens), **source)
 
@@ -262,7 +262,7 @@ def test_rules_of_what_is_written(peer, case, own, tmp_path):
     finally:
         peer.hf_model.generation_config = before
     peer = Imported(peer.hf_model, tmp_path)
-    assert peer.config.forced == own
+    assert peer.config.generation.forced_decoder_ids == own
     with jax.set_mesh(peer.mesh):
         for count, wanted, scores in ((1, expected, None), (3, several, found.sequences_scores.tolist())):
             options = {
@@ -320,7 +320,7 @@ def test_a_folder_of_opus_translates(tmp_path):
 ])  # fmt: skip
 def test_rules_that_are_not_here_are_refused(rules, told, refuses):
     with refuses(told):
-        HFConfig({"eos_token_id": EOS} | rules, "config.json").rules()
+        HFConfig({"eos_token_id": EOS} | rules, "config.json").generation_defaults()
 
 
 def test_a_checkpoint_without_a_head_has_no_bias_of_logits(peer, tmp_path):
@@ -340,7 +340,8 @@ def test_what_texts_begin_with_is_read_and_what_is_not_there_refused(peer, tmp_p
     peer.hf_model.save_pretrained(tmp_path)
     peer.hf_model.generation_config.forced_bos_token_id = None
     config = import_export.read_config(tmp_path)[1]
-    assert (config.start, config.forced) == (START, (5,))
+    defaults = config.generation
+    assert (defaults.decoder_start_token_id, defaults.forced_decoder_ids) == (START, (5,))
     peer.hf_model.config.tie_word_embeddings = False
     peer.hf_model.config.save_pretrained(tmp_path)
     peer.hf_model.config.tie_word_embeddings = True

@@ -86,7 +86,7 @@ def test_logits_hidden_states_and_maps(peer):
     close(in_order(decoder, "hidden"), torch.stack(expected.decoder_hidden_states[:-1]))
     with jax.set_mesh(peer.mesh):
         memory = jax.jit(partial(peer.model.apply, method="encode"))({"params": peer.params}, features)
-    close(memory.values, expected.encoder_last_hidden_state)
+    close(memory.hidden, expected.encoder_last_hidden_state)
 
 
 def test_loss_and_gradients(peer, tmp_path):
@@ -103,7 +103,7 @@ def test_loss_and_gradients(peer, tmp_path):
 
     def ours(params):
         s = peer.model.apply(
-            {"params": params}, *map(jnp.asarray, (tokens, targets)), method="statistics", source=features
+            {"params": params}, *map(jnp.asarray, (tokens, targets)), method="loss_terms", source=features
         )
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 
@@ -189,7 +189,7 @@ def test_beams(peer):
 
 def test_a_language_that_is_not_named_is_not_forced(peer):
     told = peer.hf_model.config.to_dict() | {"forced_decoder_ids": [[1, None], [2, 9]]}
-    assert FAMILIES["whisper"].config(HFConfig(told, "config.json")).forced == ()
+    assert FAMILIES["whisper"].config(HFConfig(told, "config.json")).generation.forced_decoder_ids == ()
 
 
 def test_from_sound_to_text(tmp_path):

@@ -79,10 +79,10 @@ def theirs(peer, case, pixels, masked, **options):
 
 def outputs(model, pixels, masked):
     """The last layer's tokens, the same after the last norm, what they are pooled to, and what comes of that."""
-    raw = model.encode(pixels, None, masked, normed=False)
-    normed = replace(raw, values=model.norm(raw.values))
+    raw = model.encode(pixels, None, masked, final_norm=False)
+    normed = replace(raw, hidden=model.norm(raw.hidden))
     pooled = model.pooled(normed)
-    return raw.values, normed.values, pooled, model.classify(pooled) if model.classes else pooled
+    return raw.hidden, normed.hidden, pooled, model.classify(pooled) if model.classes else pooled
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,7 +127,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
             y = peer.model.apply({"params": params}, pixels, masked, method=outputs)[2]
             return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(y), targets[:, None, None], axis=-1))
         inputs = {"tokens": jnp.zeros((3, 1), jnp.int32), "targets": targets[:, None], "source": pixels}
-        s = peer.model.apply({"params": params}, **inputs, method="statistics")
+        s = peer.model.apply({"params": params}, **inputs, method="loss_terms")
         return jnp.mean(s.lse - s.target_logit)
 
     with jax.set_mesh(peer.mesh):

@@ -61,7 +61,7 @@ def peer(tmp_path_factory):
 
 def inputs(peer, left):
     """Tokens (B, T) with an image among them, which are there, which are the prompt's; and images."""
-    rng, marker = np.random.default_rng(1), peer.config.marker
+    rng, marker = np.random.default_rng(1), peer.config.image_token_id
     lengths, before = (13, 10), (0, 0) if peer.config.bidirectional_prompt else (3, 2)
     ids, there = np.zeros((2, 13), np.int64), np.zeros((2, 13), np.int32)
     for row, (length, first) in enumerate(zip(lengths, before, strict=True)):
@@ -135,7 +135,7 @@ def test_loss_and_gradients(peer, case, tmp_path):
     def ours(params):
         given = map(jnp.asarray, (ids, np.where(weights, targets, 0), there, positions_of(there)))
         images = {"source": jnp.asarray(pixels), "prompt": jnp.asarray(prompt)}
-        s = peer.model.apply({"params": params}, *given, **images, method="statistics")
+        s = peer.model.apply({"params": params}, *given, **images, method="loss_terms")
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 
     with jax.set_mesh(peer.mesh):
@@ -258,7 +258,7 @@ def test_where_an_image_is_to_be_is_said_once(tmp_path, refuses):
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     tokenizer = import_export.read_tokenizer(epath.Path(tmp_path))
     (marker,) = tokenizer.encode_prompt("<image>", tokenizer.vocab_size - 1)[1:]
-    config = VisionLanguageConfig(marker=marker)
+    config = VisionLanguageConfig(image_token_id=marker)
     for text, count in (("What is this?", 0), ("<image> <image>", 2)):
         with refuses(f"a prompt has <image> once, where its image is to be: this one has it {count} times"):
             source_inputs.prompt_ids(config, tokenizer, text)

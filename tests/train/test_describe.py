@@ -13,12 +13,13 @@ from attnlab import config as configs
 from attnlab.config.types import choices, element_types, fields_of, is_tuple, members
 from attnlab.data.builtin import glyphs
 from attnlab.layers import AttentionConfig
-from attnlab.layers.contrastive_loss import Sigmoid
+from attnlab.layers.contrastive_loss import SiglipLoss
 from attnlab.layers.resampler import ResamplerConfig
 from attnlab.models import (
     CaptionerConfig,
     ContrastiveConfig,
     DecoderConfig,
+    GenerationDefaults,
     RecurrentSeq2SeqConfig,
     Seq2SeqConfig,
     SpeechEncoderConfig,
@@ -150,7 +151,7 @@ OF_OTHERS = {
     ("model.feed_forward=Experts", "activation"): ("clamped_swiglu", "step"),
     ("model.feed_forward=Experts", "bias"): ("true", "step"),
     ("model.feed_forward=Experts", "renormalize"): ("false", "step"),
-    ("model.feed_forward=Experts", "balance"): ("0.5", "step"),
+    ("model.feed_forward=Experts", "balance_loss_weight"): ("0.5", "step"),
     ("model=EncoderConfig", "pattern"): ("(Bidirectional(4,4),)", "step"),
     ("model=EncoderConfig", "head"): ("Classifier", "step"),
     ("model=EncoderConfig", "token_types"): ("2", "step"),
@@ -266,7 +267,7 @@ READERS = {
     ),
     "recurrent": (
         Experiment(model=RecurrentSeq2SeqConfig(depth=2, width=16), data=Sentences(batch_size=8)),
-        {"model.attention": "Dot", "model.attention.width": "8", "model.both_ways": "false"},
+        {"model.attention": "Dot", "model.attention.width": "8", "model.bidirectional": "false"},
     ),
 }
 READERS["images and texts"] = (
@@ -275,7 +276,7 @@ READERS["images and texts"] = (
             image=dataclasses.replace(READERS["images"][0].model, classes=0),
             text=TextTowerConfig(depth=2, width=16, attention=AttentionConfig(4)),
             width=16,
-            objective=Sigmoid(),
+            objective=SiglipLoss(),
         ),
         data=Images(batch_size=8, sequence_length=3),
     ),
@@ -287,17 +288,17 @@ READERS["images and texts"] = (
         "model.image_projection": "none",
         "model.text_projection": "none",
         "model.text_projection.bias": "true",
-        "model.objective": "Softmax",
-        "model.objective.scale": "1.0",
-        "model.objective.bias": "-2.0",
+        "model.objective": "ClipLoss",
+        "model.objective.init_logit_scale": "1.0",
+        "model.objective.init_logit_bias": "-2.0",
     },
 )
 READERS["images and texts, other parts"] = (
     configs.override_all(
         READERS["images and texts"][0],
-        [("model.objective", "Softmax"), ("model.text.pooling", "EndOfText(5)")],
+        [("model.objective", "ClipLoss"), ("model.text.pooling", "EndOfText(5)")],
     ),
-    {"model.objective.scale": "1.0", "model.text.pooling.token": "6"},
+    {"model.objective.init_logit_scale": "1.0", "model.text.pooling.token": "6"},
 )
 READERS["sounds"] = (
     Experiment(
@@ -335,8 +336,8 @@ READERS["images before a text"] = (
     {
         "model.projector.activation": "relu",
         "model.projector.bias": "false",
-        "model.normed": "false",
-        "model.marker": "5",
+        "model.encoder_final_norm": "false",
+        "model.image_token_id": "5",
         "model.bidirectional_prompt": "true",
     },
 )
@@ -348,15 +349,17 @@ OF_SOURCES = {
         "encoder.mels",
     ): "as the data's: tests/models/test_speech.py",
     ("model=Seq2SeqConfig", "encoder"): "another model: tests/models/test_seq2seq.py",
-    ("model=Seq2SeqConfig", "shared"): "one table less: tests/models/test_seq2seq.py",
-    ("model=Seq2SeqConfig", "start"): "what is generated: tests/generation/test_source_inputs.py",
+    ("model=Seq2SeqConfig", "shared_embedding"): "one table less: tests/models/test_seq2seq.py",
     (
         "model=VisionLanguageConfig",
-        "separator",
+        "prompt_suffix",
     ): "what is generated: tests/pretrained/test_vision_language.py",
     **{
-        ("model=Seq2SeqConfig", name): "what is generated: tests/generation/test_source_inputs.py"
-        for name in ("forced", "never", "never_first", "ends")
+        (
+            "model=Seq2SeqConfig",
+            f"generation.{name}",
+        ): "what is generated: tests/generation/test_source_inputs.py"
+        for name in (f.name for f in dataclasses.fields(GenerationDefaults))
     },
     **{
         (f"data={glyphs.Glyphs.__name__}", name): "as of all data: tests/data/test_base.py"
@@ -453,7 +456,7 @@ def start_and_evaluation_text(e):
 
     def run(batch):
         key = jax.random.key(e.seed)
-        return made.model.init_with_output(key, targets=batch.targets, **batch.inputs, method="statistics")
+        return made.model.init_with_output(key, targets=batch.targets, **batch.inputs, method="loss_terms")
 
     with jax.set_mesh(made.mesh):
         return jax.jit(run).lower(made.abstract_batch).as_text()

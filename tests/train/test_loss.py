@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers.readout import TokenStatistics, token_statistics
+from attnlab.layers.readout import LossTerms, token_loss_terms
 from attnlab.train.loss import Loss, token_sums
 
 B, T, E, V = 2, 5, 8, 11
@@ -27,20 +27,20 @@ def oracle(problem, label_smoothing, z_loss):
     return (weights * (-(wanted * log_p).sum(-1) + z_loss * lse**2)).sum()
 
 
-def statistics(problem) -> TokenStatistics:
+def loss_terms(problem) -> LossTerms:
     x, table, targets, _ = problem
-    return token_statistics(jnp.float32(x), jnp.int32(targets), jnp.float32(table), None, None, "float32")
+    return token_loss_terms(jnp.float32(x), jnp.int32(targets), jnp.float32(table), None, None, "float32")
 
 
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.3, 0.1)])
 def test_loss(problem, label_smoothing, z_loss):
-    found = Loss(label_smoothing=label_smoothing, z_loss=z_loss)(statistics(problem), jnp.float32(problem[3]))
+    found = Loss(label_smoothing=label_smoothing, z_loss=z_loss)(loss_terms(problem), jnp.float32(problem[3]))
     assert float(found) == pytest.approx(oracle(problem, label_smoothing, z_loss), rel=1e-5)
 
 
 def test_metrics_are_of_plain_cross_entropy(problem):
     x, table, targets, weights = problem
-    sums = token_sums(statistics(problem), jnp.float32(weights))
+    sums = token_sums(loss_terms(problem), jnp.float32(weights))
     assert float(sums["nats"]) == pytest.approx(oracle(problem, 0, 0), rel=1e-5)
     right = (x @ table.T).argmax(-1) == targets
     assert float(sums["correct"]) == pytest.approx((weights * right).sum(), rel=1e-6)

@@ -132,11 +132,11 @@ def test_dropout_differs_by_step_and_by_microbatch():
 def _loss_with(made, params, batch, key):
     with jax.set_mesh(made.mesh):
         there = made.to_devices(batch)
-        statistics = made.model.apply(
+        terms = made.model.apply(
             {"params": params}, there.tokens, there.targets, there.segments, there.positions,
-            deterministic=False, rngs={"dropout": key}, method="statistics",
+            deterministic=False, rngs={"dropout": key}, method="loss_terms",
         )  # fmt: skip
-        return float(jnp.mean(statistics.lse - statistics.target_logit))
+        return float(jnp.mean(terms.lse - terms.target_logit))
 
 
 def test_the_step_is_pure():

@@ -22,7 +22,7 @@ def mbart(s: HFConfig) -> Seq2SeqConfig:
 def marian(s: HFConfig) -> Seq2SeqConfig:
     """Marian's Transformer: that of 2017, sines and cosines apart (arXiv 1804.00344)."""
     shared = s.get("share_encoder_decoder_embeddings", True)
-    return _config(s, shared=shared, placement="post", positions=Sinusoidal(halves=True))
+    return _config(s, shared_embedding=shared, placement="post", positions=Sinusoidal(halves=True))
 
 
 def pegasus(s: HFConfig) -> Seq2SeqConfig:
@@ -49,12 +49,12 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
         "activation_function": HF_ACTIVATION_NAMES.get(d.feed_forward.activation),
         "max_position_embeddings": positions,
         "scale_embedding": d.scale_embedding,
-        "share_encoder_decoder_embeddings": config.shared,
+        "share_encoder_decoder_embeddings": config.shared_embedding,
         "vocab_size": reads.vocab_size,
-        **({} if config.shared else {"decoder_vocab_size": d.vocab_size}),
+        **({} if config.shared_embedding else {"decoder_vocab_size": d.vocab_size}),
         "tie_word_embeddings": d.tied,
-        "decoder_start_token_id": config.start,
-        "forced_bos_token_id": config.forced[0] if config.forced else None,
+        "decoder_start_token_id": config.generation.decoder_start_token_id,
+        "forced_bos_token_id": next(iter(config.generation.forced_decoder_ids), None),
         "forced_eos_token_id": None,
     }
 
@@ -63,7 +63,7 @@ def _learned(s: HFConfig) -> Learned:
     return Learned(s["max_position_embeddings"] + 2, offset=2)
 
 
-def _config(s: HFConfig, shared: bool = True, **changes: Any) -> Seq2SeqConfig:
+def _config(s: HFConfig, shared_embedding: bool = True, **changes: Any) -> Seq2SeqConfig:
     s.require("tie_word_embeddings", True)
     for half in ("encoder", "decoder"):
         s.require(f"{half}_layerdrop", 0.0)
@@ -86,15 +86,14 @@ def _config(s: HFConfig, shared: bool = True, **changes: Any) -> Seq2SeqConfig:
     return Seq2SeqConfig(
         EncoderConfig(**of("encoder")),
         DecoderConfig(readout_bias=True, **decoder),
-        shared=shared,
-        start=s.get("decoder_start_token_id"),
-        **s.rules(),
+        shared_embedding=shared_embedding,
+        generation=s.generation_defaults(s.get("decoder_start_token_id")),
     )
 
 
 def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
     """The names of a model; of one whose halves have tables apart, these are others."""
-    shared = config is None or config.shared
+    shared = config is None or config.shared_embedding
     return (
         TensorMapping(
             "decoder/embedding/table", f"model.{'shared' if shared else 'decoder.embed_tokens'}.weight"

@@ -30,20 +30,20 @@ def vision_encoder_decoder(s: HFConfig) -> CaptionerConfig:
         encoder=encoder,
         decoder=decoder,
         projection=encoder.width != decoder.width and writes.get("cross_attention_hidden_size") is None,
-        start=next((token for token in begins if token is not None), None),
-        **s.rules(),
+        generation=s.generation_defaults(next((token for token in begins if token is not None), None)),
     )
 
 
 def fields(config: CaptionerConfig, length: int) -> dict[str, Any]:
     """What its `config.json` says of a captioner: what those of both halves do."""
     reads, writes = config.encoder, config.decoder
-    tokens = dict.fromkeys(("decoder_start_token_id", "bos_token_id", "eos_token_id"), config.start)
+    start = config.generation.decoder_start_token_id
+    tokens = dict.fromkeys(("decoder_start_token_id", "bos_token_id", "eos_token_id"), start)
     looks = {"is_decoder": True, "add_cross_attention": True}
     return {
         "encoder": {"model_type": _kind(reads), **vit.classifier_fields(reads, length)},
         "decoder": {"model_type": "gpt2", **gpt2.fields(writes, length), **looks, **tokens},
-        "decoder_start_token_id": config.start,
+        "decoder_start_token_id": start,
         "tie_word_embeddings": writes.tied,
     }
 

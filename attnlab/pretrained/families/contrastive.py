@@ -3,7 +3,7 @@
 from typing import Any
 
 from attnlab.layers import AttentionConfig, Bidirectional, Causal, LayerNormConfig, LayerSpec, MLPConfig
-from attnlab.layers.contrastive_loss import Sigmoid, Softmax
+from attnlab.layers.contrastive_loss import ClipLoss, SiglipLoss
 from attnlab.models import ContrastiveConfig, Learned
 from attnlab.models.contrastive import EndOfText, LastToken, ProjectionConfig, TextTowerConfig
 from attnlab.pretrained.families import vit
@@ -51,7 +51,7 @@ def clip(s: HFConfig) -> ContrastiveConfig:
         # 2 is what configs were written with when the end was the highest id.
         text=_text(text, Causal(), EndOfText(None if end == 2 else end)),
         width=s.get("projection_dim", 512),
-        objective=Softmax(s.get("logit_scale_init_value", 2.6592)),
+        objective=ClipLoss(s.get("logit_scale_init_value", 2.6592)),
     )
 
 
@@ -66,7 +66,7 @@ def siglip(s: HFConfig) -> ContrastiveConfig:
         width=image.width,
         image_projection=None,
         text_projection=ProjectionConfig(bias=True),
-        objective=Sigmoid(),
+        objective=SiglipLoss(),
     )
 
 
@@ -88,7 +88,7 @@ def fields(config: ContrastiveConfig, length: int) -> dict[str, Any]:
             "projection_size": config.width,
         },
         "projection_dim": config.width,
-        "logit_scale_init_value": config.objective.scale,
+        "logit_scale_init_value": config.objective.init_logit_scale,
     }
 
 

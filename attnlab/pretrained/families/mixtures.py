@@ -24,7 +24,7 @@ def _experts(s: HFConfig, **changes: Any) -> ExpertsConfig:
         s["num_experts_per_tok"],
         s["intermediate_size"],
         s.activation("hidden_act"),
-        balance=s["router_aux_loss_coef"] if s.get("output_router_logits", False) else 0.0,
+        balance_loss_weight=s["router_aux_loss_coef"] if s.get("output_router_logits", False) else 0.0,
     )
     return replace(experts, **changes)
 

@@ -40,9 +40,8 @@ def _t5(s: HFConfig, tied: bool) -> Seq2SeqConfig:
     return Seq2SeqConfig(
         EncoderConfig(depth=depth, **half),
         DecoderConfig(depth=s.get("num_decoder_layers", depth), tied=tied, scale_readout=tied, **half),
-        shared=True,
-        start=s.get("decoder_start_token_id", s.get("pad_token_id", 0)),
-        **s.rules(),
+        shared_embedding=True,
+        generation=s.generation_defaults(s.get("decoder_start_token_id", s.get("pad_token_id", 0))),
     )
 
 
@@ -76,7 +75,7 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
         "relative_attention_max_distance": buckets.max_distance,
         "vocab_size": d.vocab_size,
         "tie_word_embeddings": d.tied,
-        "decoder_start_token_id": config.start,
+        "decoder_start_token_id": config.generation.decoder_start_token_id,
     }
 
 

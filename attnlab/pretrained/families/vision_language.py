@@ -38,9 +38,9 @@ def llava(s: HFConfig) -> VisionLanguageConfig:
         projector=ProjectorConfig(
             s.activation("projector_hidden_act"), s.get("multimodal_projector_bias", True)
         ),
-        normed=False,
-        marker=s["image_token_index"],
-        **s.rules(),
+        encoder_final_norm=False,
+        image_token_id=s["image_token_index"],
+        generation=s.generation_defaults(),
     )
 
 
@@ -63,22 +63,22 @@ def paligemma(s: HFConfig) -> VisionLanguageConfig:
     return VisionLanguageConfig(
         encoder=vit.siglip_vision(s.part("vision_config", SIGLIP_IMAGE, vision_use_head=True)),
         decoder=decoder,
-        marker=s["image_token_index"],
-        start=s.get("bos_token_id", text.get("bos_token_id")),
-        separator="\n",
+        image_token_id=s["image_token_index"],
+        prompt_suffix="\n",
         bidirectional_prompt=True,
-        **s.rules(),
+        generation=s.generation_defaults(s.get("bos_token_id", text.get("bos_token_id"))),
     )
 
 
 def fields(config: VisionLanguageConfig, length: int, vision: str, text: str) -> dict[str, Any]:
     """What the `config.json` of both says of a model, whose halves are of these types."""
     reads, writes, projector = config.encoder, config.decoder, config.projector
+    start = config.generation.decoder_start_token_id
     return {
         "vision_config": {"model_type": vision, "vision_use_head": False, **vit.fields(reads, length)},
         "text_config": {"model_type": text, **llama.fields(writes, length)},
-        **({} if config.start is None else {"bos_token_id": config.start}),
-        "image_token_index": writes.vocab_size if config.marker is None else config.marker,
+        **({} if start is None else {"bos_token_id": start}),
+        "image_token_index": writes.vocab_size if config.image_token_id is None else config.image_token_id,
         "vision_feature_layer": -1,
         "projector_hidden_act": HF_ACTIVATION_NAMES.get(projector.activation or ""),
         "multimodal_projector_bias": projector.bias,

@@ -1,6 +1,7 @@
 """Whisper: an encoder of sound and a decoder of text."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
@@ -22,6 +23,8 @@ def whisper(s: HFConfig) -> Seq2SeqConfig:
     }
     # A null is a language to be found out; what comes after it cannot be forced without.
     forced = [token for _, token in s.get("forced_decoder_ids") or ()]
+    forced_ids = tuple(itertools.takewhile(lambda token: token is not None, forced))
+    generation = s.generation_defaults(s["decoder_start_token_id"])
     return Seq2SeqConfig(
         SpeechEncoderConfig(
             depth=s["encoder_layers"],
@@ -40,8 +43,7 @@ def whisper(s: HFConfig) -> Seq2SeqConfig:
             tied=s.get("tie_word_embeddings", True),
             **both,
         ),
-        start=s["decoder_start_token_id"],
-        **s.rules() | {"forced": tuple(itertools.takewhile(lambda token: token is not None, forced))},
+        generation=replace(generation, forced_decoder_ids=forced_ids),
     )
 
 
@@ -64,7 +66,7 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
         "max_target_positions": positions,
         "vocab_size": writes.vocab_size,
         "tie_word_embeddings": writes.tied,
-        "decoder_start_token_id": config.start,
+        "decoder_start_token_id": config.generation.decoder_start_token_id,
     }
 
 
