@@ -40,7 +40,7 @@ def test_a_quick_run_goes_through_every_stage(lm):
     folder, out = lm
     there = {p.name for p in (folder / "run").iterdir()}
     assert there == {
-        *("config.json", "experiment.py", "tokenizer.json", "metrics.jsonl", "tensorboard"),
+        *("config.json", "experiment.py", "versions.json", "tokenizer.json", "metrics.jsonl", "tensorboard"),
         *("checkpoints", "report.json", "figures"),
     }
     figures = {p.name for p in (folder / "run" / "figures").iterdir()}

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 import attnlab
+from attnlab.config.neighbours import forget, install, read_neighbours
 from attnlab.config.types import check, did_you_mean, is_config
 from attnlab.errors import InputError
 from attnlab.paths import resolve_path
@@ -36,6 +37,7 @@ class Loaded:
         source: the text of the file as it was run.
         sources: for a saved config, where each value came from; see `config.sources`.
         mesh: for a saved config, the mesh it was last trained on.
+        neighbours: the source of each module beside the file that it imports, by name.
     """
 
     config: Any
@@ -46,6 +48,7 @@ class Loaded:
     source: bytes = b""
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mesh: str | None = None
+    neighbours: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def load_file(spec: str) -> Loaded:
@@ -57,9 +60,10 @@ def load_file(spec: str) -> Loaded:
     name, argument = _split_argument(spec)
     path = find(name)
     source = path.read_bytes()
-    module = import_source(source, path)
+    neighbours = read_neighbours(source, path.parent)
+    module = import_source(source, path, neighbours)
     config = _call_get_config(module, path, argument)
-    return Loaded(config, module, path, argument, path.stem, source)
+    return Loaded(config, module, path, argument, path.stem, source, neighbours=neighbours)
 
 
 def _split_argument(spec: str) -> tuple[str, str | None]:
@@ -131,28 +135,41 @@ def _candidates(name: str) -> list[epath.Path]:
     return [epath.Path(f"{place}{suffix}") for place in places for suffix in ("", ".py")]
 
 
-def import_source(source: bytes, path: epath.PathLike) -> types.ModuleType:
+def import_source(
+    source: bytes,
+    path: epath.PathLike,
+    neighbours: Mapping[str, bytes] | None = None,
+    folder: epath.Path | None = None,
+) -> types.ModuleType:
     """The experiment file as a module, under a name that depends on its path alone.
 
     It is left in `sys.modules`, where dataclasses look for the names in their annotations; the same text is
     not run twice, so that two configs of one file are of the same classes. Raises InputError for any
     exception in it.
+
+    Args:
+        source: the text of the file.
+        path: where the file is.
+        neighbours: the source of the modules beside it that it imports, by name.
+        folder: where those are; None for the folder of `path`.
     """
-    path = epath.Path(path)
+    path, neighbours = epath.Path(path), neighbours or {}
     identity = hashlib.sha256(str(path.resolve() if "://" not in str(path) else path).encode()).hexdigest()[
         :8
     ]
     name = f"{MODULE_PREFIX}{re.sub(r'[^0-9a-zA-Z_]', '_', path.stem)}_{identity}"
     known = sys.modules.get(name)
-    if known is not None and known.__dict__["__source__"] == source:
+    if known and (known.__dict__["__source__"], known.__dict__["__neighbours__"]) == (source, neighbours):
         return known
+    forget(name)
     module = types.ModuleType(name)
     module.__dict__.update(__file__=str(path), __source__=source)
+    install(module, neighbours, path.parent if folder is None else folder, format_error)
     sys.modules[name] = module
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        forget(name)
         raise format_error(error, path) from error
     return module
 

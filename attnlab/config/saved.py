@@ -19,12 +19,14 @@ from etils import epath
 
 import attnlab
 from attnlab.config.experiments import MODULE_PREFIX, Loaded, import_source
+from attnlab.config.neighbours import neighbour_of, read_neighbours
 from attnlab.config.text import construct_or_raise
 from attnlab.config.types import check, default_of, fields_of, is_config, no_field, short_name
 from attnlab.errors import InputError
 from attnlab.paths import write_atomically
 
 CONFIG, EXPERIMENT = "config.json", "experiment.py"
+NEIGHBOURS = "experiment"  # the folder of the modules that the experiment imports from beside it
 
 
 def to_dict(config: Any, path: str = "config") -> Any:
@@ -46,7 +48,10 @@ def to_dict(config: Any, path: str = "config") -> Any:
 
 
 def _tag(cls: type) -> str:
-    module = "experiment" if cls.__module__.startswith(MODULE_PREFIX) else cls.__module__
+    module = cls.__module__
+    if module.startswith(MODULE_PREFIX):
+        _, dot, neighbour = module.partition(".")
+        module = f"experiment{dot}{neighbour}"
     *outer, _ = cls.__qualname__.split(".")
     name, namesake = short_name(cls), [*outer, short_name(cls)]
     if name != cls.__name__ and _is_config_class(_attribute(sys.modules.get(cls.__module__), namesake)):
@@ -110,10 +115,14 @@ def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
     if not isinstance(tag, str) or ":" not in tag:
         raise InputError(f"{path} does not say which type it is of (a $type like 'module:Name')")
     module_name, _, name = tag.partition(":")
-    if module_name == "experiment" and experiment is None:
+    of_experiment = module_name.partition(".")[0] == "experiment"
+    if of_experiment and experiment is None:
         raise InputError(f"{path} is of type {tag}, but the experiment's source is not beside the config")
     try:
-        module: Any = experiment if module_name == "experiment" else importlib.import_module(module_name)
+        if of_experiment and experiment is not None:
+            module = neighbour_of(experiment, module_name)
+        else:
+            module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise InputError(f"{path} is of type {tag}, which this version of attnlab does not have") from error
     names = name.split(".")
@@ -130,7 +139,10 @@ def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
 def save(
     workdir: epath.PathLike, loaded: Loaded, config: Any, sources: Mapping[str, str], mesh: str | None = None
 ) -> None:
-    """Write `config.json` and the experiment's source into `workdir`: enough to start the run again."""
+    """Write `config.json`, the experiment's source and the modules it imports from beside it into `workdir`.
+
+    They are enough to start the run again.
+    """
     workdir = epath.Path(workdir)
     record = {
         "attnlab": attnlab.__version__,
@@ -142,6 +154,8 @@ def save(
     # The config last: where it is, the folder is complete.
     if loaded.source:
         write_atomically(workdir / EXPERIMENT, loaded.source)
+    for name, source in loaded.neighbours.items():
+        write_atomically(workdir / NEIGHBOURS / f"{name}.py", source)
     write_atomically(workdir / CONFIG, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -156,8 +170,9 @@ def load_saved(path: epath.PathLike) -> Loaded:
     record = _read(path)
     source_file = path.parent / EXPERIMENT
     source = source_file.read_bytes() if source_file.is_file() else b""
+    neighbours = read_neighbours(source, path.parent / NEIGHBOURS)
     try:
-        module = import_source(source, source_file) if source else None
+        module = import_source(source, source_file, neighbours, path.parent / NEIGHBOURS) if source else None
         config = from_dict(record["config"], module)
         if not is_config(config):
             raise InputError("config is not an object with a $type")
@@ -174,6 +189,7 @@ def load_saved(path: epath.PathLike) -> Loaded:
         source,
         record["sources"],
         record.get("mesh"),
+        neighbours,
     )
 
 

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from attnlab import config, sharding
+from attnlab import config, provenance, sharding
 from attnlab.data import Tokenizer
 from attnlab.data.batch import source_kind
 from attnlab.errors import InputError
@@ -174,7 +174,7 @@ def run_train(request: Request) -> dict[str, float]:
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir, experiment.train.keep) as saved:
         state, step = _initial_state(request, session, saved, batches)
-        config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
+        _save_origin(request, experiment, step)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         verb = f"going on at step {step}" if step else "training"
         print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_describe_devices(session)})")
@@ -229,6 +229,13 @@ def _final_step(request: Request, experiment: Experiment) -> int:
     return last
 
 
+def _save_origin(request: Request, experiment: Experiment, step: int) -> None:
+    """Write the config, the experiment's source, and what versions and commits the run is made with."""
+    config.save(request.folder, request.loaded, experiment, request.sources, request.mesh)
+    if jax.process_index() == 0:
+        provenance.save_versions(request.folder, step, request.loaded.path)
+
+
 def _save_tokenizer(tokenizer: Tokenizer, file: epath.Path) -> None:
     """Writes it once, and whole or not at all."""
     if jax.process_index() == 0 and not file.exists():
@@ -244,7 +251,7 @@ def run_import(request: Request) -> dict[str, float]:
     batches, _ = _open_input(request, session)
     with Checkpoints(workdir, experiment.train.keep) as saved:
         state = _new_state(session, workdir)
-        config.save(workdir, request.loaded, experiment, request.sources, request.mesh)
+        _save_origin(request, experiment, step=0)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         saved.save(0, state, batches.get_state())
     count = sum(x.size for x in jax.tree.leaves(session.abstract_params))

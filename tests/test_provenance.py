@@ -1,0 +1,76 @@
+"""What a run was made with: versions and git commits."""
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+
+import pytest
+from etils import epath
+
+import attnlab
+from attnlab import provenance
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A git checkout with an experiment."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "toy.py").write_text("one\n")
+    git(folder, "init", "-q")
+    git(folder, "add", "toy.py")
+    git(folder, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-qm", "toy")
+    return folder
+
+
+def git(folder, *arguments):
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def saved(workdir):
+    return json.loads((workdir / "versions.json").read_text())
+
+
+def test_versions_are_those_of_the_installed_packages():
+    found = provenance.versions()
+    assert (found.pop("attnlab"), found.pop("python")) == (attnlab.__version__, platform.python_version())
+    assert found == {
+        name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    }
+
+
+def test_the_state_of_a_checkout(checkout, tmp_path):
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert provenance.git_state(checkout / "toy.py") == {"commit": commit, "dirty": False}
+    (checkout / "toy.py").write_text("two\n")
+    assert provenance.git_state(checkout / "toy.py") == {"commit": commit, "dirty": True}
+    (checkout / "new.py").write_text("")
+    assert provenance.git_state(checkout / "new.py") is None
+    (tmp_path / "alone.py").write_text("")
+    assert provenance.git_state(tmp_path / "alone.py") is None
+
+
+def test_without_git_there_is_no_commit(checkout, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.git_state(checkout / "toy.py") is None
+
+
+def test_a_run_records_each_change_of_what_it_is_made_with(checkout, tmp_path, monkeypatch):
+    workdir = epath.Path(tmp_path / "run")
+    provenance.save_versions(workdir, 0, epath.Path(checkout / "toy.py"))
+    (first,) = saved(workdir)
+    assert (first["step"], first["versions"]) == (0, provenance.versions())
+    assert first["git"]["experiment"] == provenance.git_state(checkout / "toy.py")
+
+    (workdir / "experiment.py").write_text("one\n")
+    provenance.save_versions(workdir, 5, workdir / "experiment.py")  # resumes with all as before
+    assert saved(workdir) == [first]
+
+    monkeypatch.setattr(attnlab, "__version__", "99.0")
+    provenance.save_versions(workdir, 7, workdir / "experiment.py")
+    assert saved(workdir)[0] == first
+    second = saved(workdir)[1]
+    assert (second["step"], second["versions"]["attnlab"]) == (7, "99.0")
+    assert second["git"]["experiment"] == first["git"]["experiment"]
