@@ -14,7 +14,7 @@ def resolve_path(text: str) -> epath.Path:
     Raises InputError for storage that cannot be reached: no such bucket, no rights, a missing package.
     """
     if "://" not in text:
-        return epath.Path(os.path.abspath(os.path.expanduser(text)))
+        return epath.Path(absolute(text))
     try:
         path = epath.Path(text)
         path.exists()
@@ -23,6 +23,11 @@ def resolve_path(text: str) -> epath.Path:
     except Exception as error:  # of whatever client library serves it
         raise InputError(f"{text} cannot be reached: {error}") from error
     return path
+
+
+def absolute(text: str) -> str:
+    """Return a local path as absolute text, from the current folder and with `~` expanded; a URL as it is."""
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
 def write_atomically(path: epath.PathLike, data: bytes | str) -> None:

@@ -14,14 +14,14 @@ ROOT = Path(run.__file__).parent
 TINY = '''"""A language model of a few hundred parameters."""
 
 from attnlab.data import Bytes, Text
-from attnlab.layers import Attention, MLP
+from attnlab.layers import AttentionConfig, MLPConfig
 from attnlab.models import DecoderConfig
 from attnlab.train import AdamW, Constant, Experiment, Train
 
 
 def get_config():
     return Experiment(
-        model=DecoderConfig(depth=2, width=16, attention=Attention(heads=4, kv_heads=2), feed_forward=MLP(width=32)),
+        model=DecoderConfig(depth=2, width=16, attention=AttentionConfig(heads=4, kv_heads=2), feed_forward=MLPConfig(width=32)),
         data=Text(name="text:{text}", tokenizer=Bytes(), sequence_length=16, batch_size=8),
         optimizer=AdamW(learning_rate=1e-2, schedule=Constant(warmup=2)),
         train=Train(steps=4, log_every=1, eval_every=2, eval_batches=2, checkpoint_every=2, keep=3),

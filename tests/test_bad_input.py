@@ -108,9 +108,9 @@ MISTAKES = [
     (["--mesh=tensor:8"], "model.attention.heads=4 cannot be cut into 8 pieces"),
     (["--mesh=fsdp:3"], "model.width=16 cannot be cut into 3 pieces"),
     # the data
-    ([f"--{TEXT}none/*.txt"], "text:none/*.txt matches no file"),
+    ([f"--{TEXT}none/*.txt"], "/none/*.txt matches no file"),
     ([f"--{TEXT}empty.txt"], "empty.txt is empty"),
-    ([f"--{TEXT}."], "text:. is a directory"),
+    ([f"--{TEXT}."], "is a directory; name its files, as in text:/"),
     ([f"--{TEXT}latin.txt"], "latin.txt is not UTF-8 text, see byte 3"),
     ([f"--{TEXT}short.txt"], "too little text to leave any for validation"),
     ([f"--{TEXT}/proc/self/mem"], "cannot read /proc/self/mem"),

@@ -236,3 +236,47 @@ def test_help_is_quick_and_needs_no_jax(tmp_path):
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "--workdir" in out
     assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 2
+
+
+OWN_FILE = '''"""Sentences of a file of its own."""
+
+from dataclasses import dataclass, replace
+
+import tiny
+from attnlab.data import Bytes, Data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(Data):
+    path_fields = ("file",)
+    file: str = "words.txt"
+
+    def records(self, split):
+        with open(self.file) as file:
+            lines = file.read().splitlines()
+        return [{"text": line} for line in (lines[:20] if split == "validation" else lines[20:])]
+
+
+def get_config():
+    experiment = tiny.get_config()
+    return replace(experiment, data=Lines(tokenizer=Bytes(), sequence_length=16, batch_size=8))
+'''
+
+
+def test_a_relative_path_means_the_folder_where_the_run_started(tiny, tmp_path, monkeypatch, capfd):
+    (tmp_path / "own.py").write_text(OWN_FILE)
+    (tmp_path / "elsewhere").mkdir()
+    assert call("--config=own.py", "--fast_dev_run", "--workdir=run") == 0
+    assert (
+        call("--config=tiny.py", "--config.data.name=text:./words.txt", "--max_steps=1", "--workdir=text")
+        == 0
+    )
+    monkeypatch.chdir("elsewhere")
+    assert call("--mode=eval", "--workdir=../run") == 0
+    assert call("--mode=eval", "--workdir=../text") == 0
+    (tmp_path / "words.txt").unlink()
+    capfd.readouterr()
+    assert call("--mode=eval", "--workdir=../run") == 2
+    assert capfd.readouterr().err == f"error: {tmp_path}/words.txt: No such file or directory\n"
+    assert call("--mode=eval", "--workdir=../text") == 2
+    assert capfd.readouterr().err == f"error: text:{tmp_path}/words.txt matches no file\n"

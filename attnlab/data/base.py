@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -15,6 +15,7 @@ from attnlab.data.packing import POOL_CHUNKS, READ_OPTIONS, Pack
 from attnlab.data.prefetch import EncodedExampleCache, Prefetch
 from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
 from attnlab.errors import InputError
+from attnlab.paths import absolute
 
 SPLITS = ("train", "validation")
 
@@ -26,6 +27,9 @@ class Data:
     Raises `InputError` for values out of range.
     """
 
+    path_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold a path: a relative path is resolved from the current folder and saved absolute."""
+
     tokenizer: Bytes | BPE | Words = BPE()  # noqa: RUF009 - frozen, so safe to share
     """How text becomes tokens."""
     sequence_length: int = 256
@@ -36,6 +40,8 @@ class Data:
     """Batches kept ready ahead of the step; 0 makes them in the step's own thread."""
 
     def __post_init__(self) -> None:
+        for name in self.path_fields:
+            object.__setattr__(self, name, absolute(getattr(self, name)))
         for name, least in {
             "sequence_length": 2 if self.packs else 1,
             "batch_size": 1,

@@ -6,6 +6,7 @@ from typing import Any
 
 from attnlab.data.base import Data
 from attnlab.errors import InputError
+from attnlab.paths import absolute
 
 FORMS = "stdlib_docs, stdlib_code, tfds:NAME[/CONFIG][#FEATURE], text:GLOB"
 
@@ -15,7 +16,7 @@ class Text(Data):
     """Plain text to predict token by token. Raises `InputError` for a name of none of the forms."""
 
     name: str = "stdlib_docs"
-    """"stdlib_docs", "stdlib_code", "tfds:NAME[/CONFIG][#FEATURE]" or "text:GLOB"."""
+    """"stdlib_docs", "stdlib_code", "tfds:NAME[/CONFIG][#FEATURE]" or "text:GLOB" (becomes absolute)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -23,6 +24,9 @@ class Text(Data):
         known = rest if colon and kind in ("tfds", "text") else self.name in ("stdlib_docs", "stdlib_code")
         if not known:
             raise InputError(f"data.name {self.name!r} is unknown; it is one of {FORMS}")
+        if kind == "text":
+            # The run's config is saved with the absolute path, so that it works from other folders.
+            object.__setattr__(self, "name", f"text:{absolute(rest)}")
 
     def records(self, split: str) -> Sequence[Any]:
         """Records with a "text" each, read when asked for."""

@@ -79,7 +79,7 @@ def _matches(pattern: str) -> list[Path]:
     if matches and not paths:
         raise InputError(f"text:{pattern} is a directory; name its files, as in text:{matches[0] / '*.txt'}")
     if not paths:
-        raise InputError(f"text:{pattern} matches no file, looked for from {Path.cwd()}")
+        raise InputError(f"text:{pattern} matches no file")
     return paths
 
 

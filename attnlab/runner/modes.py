@@ -67,7 +67,8 @@ def run(request: Request) -> dict[str, float]:
         configure_jax(request)
         return modes[request.mode](request)
     except OSError as error:
-        if error.errno not in ENVIRONMENT_ERRNOS:
+        missing = error.errno == errno.ENOENT and error.filename is not None  # a file of the data, say
+        if error.errno not in ENVIRONMENT_ERRNOS and not missing:
             raise
         _remove_if_empty(request)
         raise InputError(f"{error.filename or request.workdir}: {error.strerror}") from error

@@ -1,9 +1,11 @@
 """An experiment as one typed value: what `get_config()` of an experiment file returns."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from attnlab.data import Data
 from attnlab.models import ModelConfig
+from attnlab.paths import absolute
 from attnlab.train.lora import LoRA
 from attnlab.train.loss import Loss
 from attnlab.train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, ScheduleFree
@@ -82,6 +84,8 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
+        if self.init and Path(self.init).expanduser().is_dir():  # a hub id names no folder
+            object.__setattr__(self, "init", absolute(self.init))
         if self.data.batch_size % self.train.microbatches:
             rows, pieces = self.data.batch_size, self.train.microbatches
             raise ValueError(f"data.batch_size={rows} is no multiple of train.microbatches={pieces}")

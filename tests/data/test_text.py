@@ -57,6 +57,13 @@ def test_long_files_become_many_documents(tmp_path, line):
     assert "".join(record["text"] for record in records) + rest == content
 
 
+def test_a_relative_glob_is_kept_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert text("text:./some/*.txt").name == f"text:{tmp_path}/some/*.txt"
+    assert text(f"text:{tmp_path}/*.txt").name == f"text:{tmp_path}/*.txt"
+    assert text("tfds:some/config").name == "tfds:some/config"
+
+
 def test_relative_globs_and_home(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text\n" * 50)
     monkeypatch.chdir(tmp_path)
