@@ -330,7 +330,7 @@ def test_a_full_disk_in_the_middle_keeps_earlier_checkpoints(place, refused, cap
         out = refused(
             *small,
             "--config.train.checkpoint_every=1",
-            said=["could not be written", "No space left on device", "whole ones: 1, 2, "],
+            said=["could not be written", "No space left on device", "complete ones: 1, 2, "],
         )
         assert "done" not in out
         assert call("--mode=eval", f"--workdir={run}") == 0

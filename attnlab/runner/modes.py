@@ -28,13 +28,13 @@ from attnlab.runner.command import invocation
 from attnlab.runner.request import Request
 from attnlab.runner.sampling import run_sampling
 from attnlab.runner.trained_model import PRETRAINED, TrainedModel
-from attnlab.train import loop
-from attnlab.train.checkpoints import FOLDER, Checkpoints, Restored, params_sha256
+from attnlab.train.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, RestoredCheckpoint, params_sha256
 from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
-from attnlab.train.initialize import start_from
-from attnlab.train.metrics import Writers
-from attnlab.train.partition import join
+from attnlab.train.initialize import init_from_run
+from attnlab.train.loop import Limits, TrainingLoop
+from attnlab.train.metrics import MetricWriters
+from attnlab.train.partition import combine
 from attnlab.train.session import Session
 
 TOKENIZER, REPORT = "tokenizer.json", "report.json"
@@ -80,7 +80,7 @@ def run(request: Request) -> dict[str, float]:
 def _remove_if_empty(request: Request) -> None:
     """Leaves no folder behind for a run that never began."""
     if request.mode in ("train", "import") and request.workdir is not None:
-        for folder in (request.workdir / FOLDER, request.workdir):
+        for folder in (request.workdir / CHECKPOINTS_FOLDER, request.workdir):
             with contextlib.suppress(OSError, ValueError):  # epath raises a ValueError where it is not empty
                 folder.rmdir()
 
@@ -158,7 +158,7 @@ def _saved_tokenizer(request: Request) -> Tokenizer | None:
             return Tokenizer.load(file)
         except Exception as error:  # the library raises plain Exceptions
             raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
-    if (request.workdir / FOLDER).exists():
+    if (request.workdir / CHECKPOINTS_FOLDER).exists():
         # Another one, of text that may have changed since, would give the parameters another meaning.
         raise InputError(f"{file} is missing, and without it the checkpoints beside it mean nothing")
     return None
@@ -179,20 +179,20 @@ def run_train(request: Request) -> dict[str, float]:
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         verb = f"going on at step {step}" if step else "training"
         print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_describe_devices(session)})")
-        limits = loop.Limits(request.max_steps, request.max_time, request.profile)
         flat = config.flatten(experiment)
-        with Writers(workdir, steps=last, resume=step, trackers=request.trackers, config=flat) as writers:
-            outcome = loop.train(
-                session,
-                batches,
-                validation,
-                saved,
-                writers,
-                state,
-                limits,
-                str(workdir / "profile"),
-                print,
+        with MetricWriters(
+            workdir, steps=last, resume=step, trackers=request.trackers, config=flat
+        ) as writers:
+            training = TrainingLoop(
+                session=session,
+                batches=batches,
+                validation=validation,
+                checkpoints=saved,
+                writer=writers,
+                limits=Limits(request.max_steps, request.max_time, request.profile),
+                profile_dir=str(workdir / "profile"),
             )
+            outcome = training.run(state)
     if outcome.reason == "signal":
         print(f"stopped by a signal at step {outcome.step}, saved; go on with: {resume_command(workdir)}")
         return {}
@@ -310,10 +310,10 @@ def run_describe(request: Request) -> dict[str, float]:
     session = open_session(request, request.config)
     print("config\n" + config.show(request.config, request.sources) + "\n")
     print(describe(session))
-    if request.workdir is not None and (request.workdir / FOLDER).exists():
+    if request.workdir is not None and (request.workdir / CHECKPOINTS_FOLDER).exists():
         restored = _restore(request, session)
         print(f"\ncheckpoint\n  step {restored.step}")
-        print(f"params_sha256: {params_sha256(join(restored.state.params, restored.state.frozen))}")
+        print(f"params_sha256: {params_sha256(combine(restored.state.params, restored.state.frozen))}")
     return {}
 
 
@@ -342,7 +342,7 @@ def _initial_state(request: Request, session: Session, saved: Checkpoints, batch
     source = dataclasses.replace(request, workdir=request.init_from)
     other = open_session(source, config.load_workdir(request.init_from).config)
     other_state = _restore(source, other).state
-    return start_from(session, other.eval_params(other_state), request.init_rules, print), 0
+    return init_from_run(session, other.eval_params(other_state), request.init_rules, print), 0
 
 
 def _new_state(session: Session, workdir: epath.Path) -> Any:
@@ -357,7 +357,7 @@ def _new_state(session: Session, workdir: epath.Path) -> Any:
     return state
 
 
-def _restore(request: Request, session: Session) -> Restored:
+def _restore(request: Request, session: Session) -> RestoredCheckpoint:
     with Checkpoints(request.folder) as saved:
         return saved.restore(session.abstract_state, str(request.checkpoint))
 

@@ -8,7 +8,7 @@ from attnlab.inspect.curves import training_curve
 from attnlab.inspect.figures import head_grid
 from attnlab.models import TransformerConfig
 from attnlab.runner.trained_model import TrainedModel
-from attnlab.train.metrics import read
+from attnlab.train.metrics import read_metrics
 
 
 def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 96) -> dict[str, float]:
@@ -45,7 +45,7 @@ def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 
 def _curve(trained: TrainedModel, baselines: dict[str, float]) -> None:
     """Bits per byte over the run, from the metrics it has written."""
     file = trained.workdir / "metrics.jsonl"
-    lines = [line for line in read(file) if "bits_per_byte" in line] if file.exists() else []
+    lines = [line for line in read_metrics(file) if "bits_per_byte" in line] if file.exists() else []
 
     def points(split: str) -> tuple[list[int], list[float]]:
         own = [line for line in lines if line["split"] == split]

@@ -23,7 +23,7 @@ from attnlab.generation import (
 )
 from attnlab.runner.request import Request
 from attnlab.runner.trained_model import PRETRAINED, TrainedModel
-from attnlab.train.checkpoints import FOLDER
+from attnlab.train.checkpoints import CHECKPOINTS_FOLDER
 
 GeneratorInputs: TypeAlias = dict[str, Any]
 OpenRun: TypeAlias = Callable[[Request], TrainedModel]
@@ -131,7 +131,7 @@ def _speculator(
     if options.draft_model is None:
         return None
     folder = epath.Path(options.draft_model)
-    if (folder / FOLDER).exists():
+    if (folder / CHECKPOINTS_FOLDER).exists():
         other = {"workdir": folder.absolute(), "config": config.load_workdir(folder).config}
         run = open_run(dataclasses.replace(request, checkpoint="latest", **other))
         return DraftModel(run.generator(), options.num_speculative_tokens)

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from attnlab.errors import InputError
 from attnlab.train.optimizers import parameter_name
 
-FOLDER = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 BEST_METRIC = "loss"
 METRICS = "metrics/metrics"  # within a checkpoint; as Orbax has it
 
@@ -56,7 +56,7 @@ class DataPosition:
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredCheckpoint:
     """What a checkpoint held."""
 
     step: int
@@ -71,19 +71,19 @@ class Checkpoints:
       workdir: the run's folder.
       keep: how many of the latest to keep; None only reads, and changes nothing in a folder that a run
         may be writing to at the same time.
-      say: takes lines for the person.
+      log: takes lines for the person.
     """
 
     def __init__(
-        self, workdir: str | epath.Path, keep: int | None = None, say: Callable[[str], None] = print
+        self, workdir: str | epath.Path, keep: int | None = None, log: Callable[[str], None] = print
     ):
-        self.root = epath.Path(workdir).absolute() / FOLDER
-        self._keep, self._say = keep, say
+        self.root = epath.Path(workdir).absolute() / CHECKPOINTS_FOLDER
+        self._keep, self._log = keep, log
         self._pending: tuple[int, Any] | None = None
         if keep is None and not self.root.exists():
             raise InputError(f"no checkpoint under {self.root}")
         if keep is not None:
-            self._set_aside_unreadable()
+            self._set_unreadable_aside()
         # A reader does without: Orbax reads the description of every checkpoint before it opens the folder.
         self._manager = None if keep is None else self._open()
 
@@ -106,22 +106,24 @@ class Checkpoints:
         """Steps there are checkpoints of, first to last."""
         if self._manager is not None:
             return sorted(c.step for c in self._manager.checkpoints)
-        return self._folders()
+        return self._step_folders()
 
-    def _folders(self) -> list[int]:
-        found = self.root.iterdir() if self.root.exists() else ()
-        return sorted(int(path.name) for path in found if path.name.isdigit())
+    def _step_folders(self) -> list[int]:
+        entries = self.root.iterdir() if self.root.exists() else ()
+        return sorted(int(path.name) for path in entries if path.name.isdigit())
 
     def best(self) -> int | None:
         """The step with the lowest validation loss; None if none was evaluated."""
-        known = {step: metrics[BEST_METRIC] for step in self.steps() if (metrics := self._metrics(step))}
-        return min(known, key=known.__getitem__) if known else None
+        losses = {
+            step: metrics[BEST_METRIC] for step in self.steps() if (metrics := self._read_metrics(step))
+        }
+        return min(losses, key=losses.__getitem__) if losses else None
 
-    def measured(self, step: int) -> bool:
+    def has_metrics(self, step: int) -> bool:
         """Whether there is a checkpoint of this step with its validation loss."""
-        return step in self.steps() and self._metrics(step) is not None
+        return step in self.steps() and self._read_metrics(step) is not None
 
-    def _metrics(self, step: int) -> dict[str, float] | None:
+    def _read_metrics(self, step: int) -> dict[str, float] | None:
         try:
             return json.loads((self.root / str(step) / METRICS).read_text())
         except (OSError, ValueError):  # not evaluated, or damaged
@@ -133,7 +135,7 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
-        with self._telling(step):
+        with self._as_input_error(step):
             pending = self._manager.save_checkpointables_async(
                 step, {"state": state, "data": DataPosition(data)}, metrics=metrics, force=True
             )
@@ -147,11 +149,11 @@ class Checkpoints:
         """
         if self._pending is not None:
             (step, pending), self._pending = self._pending, None
-            with self._telling(step):
+            with self._as_input_error(step):
                 pending.result()
 
     @contextlib.contextmanager
-    def _telling(self, step: int):
+    def _as_input_error(self, step: int):
         """Turns what Orbax and TensorStore raise when they cannot write into one line."""
         try:
             yield
@@ -159,9 +161,10 @@ class Checkpoints:
             reason = _system_error(error)
             if reason is None:
                 raise
-            whole = ", ".join(str(s) for s in self.steps() if s != step) or "none"
+            complete = ", ".join(str(s) for s in self.steps() if s != step) or "none"
             raise InputError(
-                f"checkpoint {step} could not be written under {self.root}: {reason}; whole ones: {whole}"
+                f"checkpoint {step} could not be written under {self.root}: {reason}; "
+                f"complete ones: {complete}"
             ) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -183,7 +186,7 @@ class Checkpoints:
         """Waits, and lets go of the folder."""
         self.__exit__(None)
 
-    def restore(self, abstract_state: Any, which: str = "latest") -> Restored:
+    def restore(self, abstract_state: Any, which: str = "latest") -> RestoredCheckpoint:
         """Loads a checkpoint onto the mesh that `abstract_state` is laid out on, whatever mesh it came from.
 
         Args:
@@ -193,7 +196,7 @@ class Checkpoints:
         Raises:
           InputError: no such checkpoint, or none that can be read.
         """
-        step = self._find(which)
+        step = self._select_step(which)
         candidates = [s for s in reversed(self.steps()) if s <= step] if which == "latest" else [step]
         failures: list[tuple[int, Exception]] = []
         for candidate in candidates:
@@ -206,17 +209,17 @@ class Checkpoints:
                 failures.append((candidate, error))
                 continue
             for damaged, error in failures:
-                self._say(
+                self._log(
                     f"checkpoint {damaged} is damaged ({_first_line(error)}): going back to {candidate}"
                 )
                 self._set_aside(damaged)
-            return Restored(candidate, loaded["state"], data.state)
+            return RestoredCheckpoint(candidate, loaded["state"], data.state)
         step, error = failures[0]
         raise InputError(
             f"checkpoint {step} under {self.root} cannot be read: {_first_line(error)}"
         ) from error
 
-    def _find(self, which: str) -> int:
+    def _select_step(self, which: str) -> int:
         steps = self.steps()
         if not steps:
             raise InputError(f"no checkpoint under {self.root}")
@@ -228,24 +231,24 @@ class Checkpoints:
             raise InputError(f"--checkpoint={which}: there are latest, best, {', '.join(map(str, steps))}")
         return int(which)
 
-    def _set_aside_unreadable(self) -> None:
+    def _set_unreadable_aside(self) -> None:
         """Moves checkpoints out of the way whose description is broken: Orbax would not open the folder."""
-        steps = self._folders()
-        broken = {step: error for step in steps if (error := _broken(self.root / str(step)))}
+        steps = self._step_folders()
+        broken = {step: error for step in steps if (error := _metadata_error(self.root / str(step)))}
         if broken and len(broken) == len(steps):
             raise InputError(f"checkpoint {steps[-1]} under {self.root} cannot be read: {broken[steps[-1]]}")
         for step, error in broken.items():
-            self._say(f"checkpoint {step} is damaged ({error}): set aside")
-            self._move(step)
+            self._log(f"checkpoint {step} is damaged ({error}): set aside")
+            self._move_to_damaged(step)
 
     def _set_aside(self, step: int) -> None:
         """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
         if self._manager is not None:  # a reader leaves everything where it is
-            self._move(step)
+            self._move_to_damaged(step)
             self._manager.close()
             self._manager = self._open()
 
-    def _move(self, step: int) -> None:
+    def _move_to_damaged(self, step: int) -> None:
         target = self.root.parent / "damaged" / str(step)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
@@ -267,11 +270,11 @@ def _system_error(error: Exception) -> str | None:
     """The operating system's reason for an error of writing; None for an error of another kind."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    found = re.search(r"([^:]*)\[os_error_code=", str(error))  # as TensorStore tells it
-    return found[1].strip() if found else None
+    match = re.search(r"([^:]*)\[os_error_code=", str(error))  # as TensorStore tells it
+    return match[1].strip() if match else None
 
 
-def _broken(checkpoint: epath.Path) -> str | None:
+def _metadata_error(checkpoint: epath.Path) -> str | None:
     """What is wrong with the files that describe a checkpoint; None if they can be read."""
     for name in ("_CHECKPOINT_METADATA", METRICS):
         try:

@@ -8,26 +8,26 @@ import numpy as np
 
 from attnlab import sharding
 from attnlab.train.optimizers import parameter_name
-from attnlab.train.partition import join
+from attnlab.train.partition import combine
 from attnlab.train.session import Session
 
 
 def describe(session: Session) -> str:
     """Parameters with shape, dtype and PartitionSpec; operations a token; bytes a device; the batch."""
     e, state = session.experiment, session.abstract_state
-    counted = e.model.token_flops(session.tokenizer.vocab_size, e.data.sequence_length)
-    forward = counted.weights + counted.attention
+    flops = e.model.token_flops(session.tokenizer.vocab_size, e.data.sequence_length)
+    forward = flops.weights + flops.attention
     memory = session.compile_train_step().memory_analysis()
-    rows: list[tuple[str, ...]] = [
+    parameters: list[tuple[str, ...]] = [
         (parameter_name(path), _shape(x), str(x.dtype), _spec(x), f"{x.size:,}")
-        for path, x in jax.tree_util.tree_leaves_with_path(join(state.params, state.frozen))
+        for path, x in jax.tree_util.tree_leaves_with_path(combine(state.params, state.frozen))
     ]
-    count = sum(x.size for x in jax.tree.leaves((state.params, state.frozen)))
-    rows.append(("total", "", "", "", f"{count:,}"))
+    num_params = sum(x.size for x in jax.tree.leaves((state.params, state.frozen)))
+    parameters.append(("total", "", "", "", f"{num_params:,}"))
     if state.frozen is not None:
-        rows.append(("trained", "", "", "", f"{sum(x.size for x in jax.tree.leaves(state.params)):,}"))
+        parameters.append(("trained", "", "", "", f"{sum(x.size for x in jax.tree.leaves(state.params)):,}"))
     if idle := e.model.inactive_expert_params():
-        rows.append(("active for a token", "", "", "", f"{count - idle:,}"))
+        parameters.append(("active for a token", "", "", "", f"{num_params - idle:,}"))
     batch: list[tuple[str, ...]] = [
         (name, _dims(shape), str(dtype)) for name, (shape, dtype) in e.data.element_spec().items()
     ]
@@ -41,13 +41,13 @@ def describe(session: Session) -> str:
                 )
             ],
         ),
-        ("parameters", rows),
+        ("parameters", parameters),
         (
             "FLOPs a token",
             [
-                ("weights, forward", f"{counted.weights:,.0f}", f"{counted.weights / forward:.1%}"),
-                ("attention, forward", f"{counted.attention:,.0f}", f"{counted.attention / forward:.1%}"),
-                ("training", f"{counted.training:,.0f}", ""),
+                ("weights, forward", f"{flops.weights:,.0f}", f"{flops.weights / forward:.1%}"),
+                ("attention, forward", f"{flops.attention:,.0f}", f"{flops.attention / forward:.1%}"),
+                ("training", f"{flops.training:,.0f}", ""),
             ],
         ),
         (

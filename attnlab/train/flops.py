@@ -28,12 +28,12 @@ def peak_flops(device: jax.Device) -> float:
     Accelerators are looked up by their kind; a CPU is measured by a float32 matrix product.
     """
     if device.platform == "cpu":
-        return _measured() / len(jax.local_devices(backend="cpu"))
-    known = [name for name in PEAK if device.device_kind.startswith(name)]
-    return PEAK[max(known, key=len)] if known else float("nan")
+        return _measure_cpu_flops() / len(jax.local_devices(backend="cpu"))
+    kinds = [name for name in PEAK if device.device_kind.startswith(name)]
+    return PEAK[max(kinds, key=len)] if kinds else float("nan")
 
 
-def _measured(size: int = 1536, repeats: int = 5) -> float:
+def _measure_cpu_flops(size: int = 1536, repeats: int = 5) -> float:
     device = jax.local_devices(backend="cpu")[0]
     x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     product = jax.jit(jnp.matmul)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import jax
@@ -14,19 +14,13 @@ import numpy as np
 from attnlab.data import Batch
 from attnlab.train import flops, optimizers
 from attnlab.train.checkpoints import Checkpoints
+from attnlab.train.metrics import MetricWriter
 from attnlab.train.session import Session
-from attnlab.train.step import State
+from attnlab.train.step import TrainState
 
 
 class Diverged(FloatingPointError):
     """The loss or a gradient is no longer finite."""
-
-
-class Sink(Protocol):
-    """What the loop tells its numbers to."""
-
-    def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        """Takes the metrics of a step."""
 
 
 @dataclass(frozen=True)
@@ -55,101 +49,116 @@ class Outcome:
       metrics: of the last evaluation.
     """
 
-    state: State
+    state: TrainState
     step: int
     reason: str
     metrics: dict[str, float]
 
 
-def train(
-    session: Session,
-    batches: grain.DatasetIterator[Batch],
-    validation: Iterable[Batch],
-    checkpoints: Checkpoints,
-    sink: Sink,
-    start: State,
-    limits: Limits,
-    profile_dir: str,
-    say: Callable[[str], None],
-) -> Outcome:
-    """Trains from `start` to the end of the run, or to a limit, and saves where it ends.
+@dataclass(kw_only=True)
+class TrainingLoop:
+    """Trains a session's experiment, with evaluations, checkpoints and metrics on the way.
 
-    Args:
+    Attributes:
       session: what to train and where.
       batches: this process's input, with `get_state`.
       validation: the batches of each evaluation.
       checkpoints: where to save.
-      sink: takes metrics.
-      start: the state to go on from.
-      limits: when to stop before the end.
+      writer: takes metrics.
+      limits: when to stop before the end of the run.
       profile_dir: where a profiler trace goes.
-      say: takes lines for the person.
-
-    Raises:
-      Diverged: the loss or a gradient is not finite; the state is not saved.
+      log: takes lines for the person.
     """
-    config = session.experiment.train
-    meter = Meter(session, int(start.step))
-    last = min(config.steps, limits.max_steps or config.steps)
-    state, step, reason, evaluated, saved = start, int(start.step), "done", {}, -1
-    pending: tuple[int, dict] | None = None
 
-    def settle(force: bool = False) -> None:
-        nonlocal pending
-        if pending is None:
+    session: Session
+    batches: grain.DatasetIterator[Batch]
+    validation: Iterable[Batch]
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    limits: Limits = Limits()
+    profile_dir: str
+    log: Callable[[str], None] = print
+
+    def run(self, state: TrainState) -> Outcome:
+        """Train from `state` to the end of the run or to a limit, and save there. Uses `state` up.
+
+        Raises:
+          Diverged: the loss or a gradient is not finite; the state is not saved.
+        """
+        config = self.session.experiment.train
+        last = min(config.steps, self.limits.max_steps or config.steps)
+        self._state, self._step = state, int(state.step)
+        self._meter = Meter(self.session, self._step)
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._eval_metrics: dict[str, float] = {}
+        self._saved_step = -1
+        reason = "done"
+        if self._step < last:
+            self.log("compiling the training step")
+        with stop_on_signal() as signalled, Tracer(self.limits.profile, self.profile_dir, self.log) as tracer:
+            while self._step < last:
+                self._train_one_step(tracer)
+                if signalled.name:
+                    reason = "signal"
+                    break
+                if self.limits.max_time is not None and self._meter.total() >= self.limits.max_time:
+                    reason = "max_time"
+                    break
+                if self._step < last:
+                    self._evaluate_and_save(final=False)
+            if reason == "signal":
+                # The machine is about to go: save, and leave the evaluation to the next start.
+                self._flush_pending_metrics(force=True)
+                self.checkpoints.save(self._step, self._state, self.batches.get_state())
+            else:
+                self._evaluate_and_save(final=True)
+            self.checkpoints.wait()
+        if reason == "done" and self._step < config.steps:
+            reason = "max_steps"
+        return Outcome(self._state, self._step, reason, self._eval_metrics)
+
+    def _train_one_step(self, tracer: "Tracer") -> None:
+        tracer.before(self._step + 1)
+        with self._meter.waiting():
+            batch = next(self.batches)
+        with self._meter.dispatching():
+            self._state, metrics = self.session.train_step(self._state, self.session.to_devices(batch))
+        self._step += 1
+        # The step before: its metrics are there by now, so that the device never waits for the host.
+        self._flush_pending_metrics()
+        self._pending = (self._step, metrics)
+        tracer.after(self._step, metrics)
+
+    def _flush_pending_metrics(self, force: bool = False) -> None:
+        """Check the metrics of the last step that is not read yet, and write them if a line is due."""
+        if self._pending is None:
             return
-        number, metrics = pending
-        pending = None
-        metrics = jax.device_get(metrics)
-        check_finite(number, metrics, session)
-        meter.count(metrics)
-        if number == 1 or number % config.log_every == 0 or force:
-            sink.write(number, "train", meter.read(number, metrics))
+        step, device_metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(device_metrics)
+        check_finite(step, metrics, self.session)
+        self._meter.count(metrics)
+        if step == 1 or step % self.session.experiment.train.log_every == 0 or force:
+            self.writer.write(step, "train", self._meter.read(step, metrics))
 
-    def evaluate_and_save(final: bool) -> None:
-        nonlocal evaluated, saved
-        settle(force=final)
-        with meter.paused():
-            due = final or step % config.eval_every == 0
-            if due:
-                evaluated = session.evaluate(session.eval_params(state), validation)
-                if not checkpoints.measured(step):  # else a run that was at its end has its line already
-                    sink.write(step, "eval", evaluated)
-            if (final or step % config.checkpoint_every == 0) and saved != step:
-                checkpoints.save(step, state, batches.get_state(), evaluated if due else None)
-                saved = step
-
-    if step < last:
-        say("compiling the training step")
-    with stop_on_signal() as signalled, Tracer(limits.profile, profile_dir, say) as tracer:
-        while step < last:
-            tracer.before(step + 1)
-            with meter.waiting():
-                batch = next(batches)
-            with meter.dispatching():
-                state, metrics = session.train_step(state, session.to_devices(batch))
-            step += 1
-            settle()
-            pending = (step, metrics)
-            tracer.after(step, metrics)
-            if signalled.name:
-                reason = "signal"
-            elif limits.max_time is not None and meter.total() >= limits.max_time:
-                reason = "max_time"
-            if reason != "done":
-                break
-            if step < last and (step % config.eval_every == 0 or step % config.checkpoint_every == 0):
-                evaluate_and_save(final=False)
-        if reason == "signal":
-            # The machine is about to go: save, and leave the evaluation to the next start.
-            settle(force=True)
-            checkpoints.save(step, state, batches.get_state())
-        else:
-            evaluate_and_save(final=True)
-        checkpoints.wait()
-    if reason == "done" and step < config.steps:
-        reason = "max_steps"
-    return Outcome(state, step, reason, evaluated)
+    def _evaluate_and_save(self, final: bool) -> None:
+        """Evaluate and save what is due at this step; at the end of the run both are."""
+        config, step = self.session.experiment.train, self._step
+        evaluate = final or step % config.eval_every == 0
+        save = final or step % config.checkpoint_every == 0
+        if not (evaluate or save):
+            return
+        self._flush_pending_metrics(force=final)
+        with self._meter.paused():
+            if evaluate:
+                params = self.session.eval_params(self._state)
+                self._eval_metrics = self.session.evaluate(params, self.validation)
+                if not self.checkpoints.has_metrics(step):  # else a finished run has its line already
+                    self.writer.write(step, "eval", self._eval_metrics)
+            if save and self._saved_step != step:
+                metrics = self._eval_metrics if evaluate else None
+                self.checkpoints.save(step, self._state, self.batches.get_state(), metrics)
+                self._saved_step = step
 
 
 def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
@@ -161,8 +170,12 @@ def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         return
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(session.abstract_state.params)]
-    bad = [i for i, norm in enumerate(metrics["leaf_norms"]) if not np.isfinite(norm)]
-    where = f"the gradient of {optimizers.parameter_name(paths[bad[0]])}" if bad else "the loss itself"
+    non_finite = [i for i, norm in enumerate(metrics["leaf_norms"]) if not np.isfinite(norm)]
+    where = (
+        f"the gradient of {optimizers.parameter_name(paths[non_finite[0]])}"
+        if non_finite
+        else "the loss itself"
+    )
     raise Diverged(
         f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; "
         f"the first bad tensor is {where}"
@@ -172,8 +185,8 @@ def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
 class Tracer:
     """A profiler trace of some steps, written also where the run ends within them."""
 
-    def __init__(self, steps: tuple[int, int] | None, folder: str, say: Callable[[str], None]):
-        self._steps, self._folder, self._say = steps or (0, 0), folder, say
+    def __init__(self, steps: tuple[int, int] | None, folder: str, log: Callable[[str], None]):
+        self._steps, self._folder, self._log = steps or (0, 0), folder, log
         self._began: int | None = None
         self._last = 0
 
@@ -192,7 +205,7 @@ class Tracer:
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
-        self._say(f"a trace of steps {self._began} to {self._last} is in {self._folder}")
+        self._log(f"a trace of steps {self._began} to {self._last} is in {self._folder}")
         self._began, self._steps = None, (0, 0)
 
     def __enter__(self) -> "Tracer":
@@ -204,7 +217,7 @@ class Tracer:
 
 
 @dataclass
-class Signalled:
+class StopRequest:
     """The name of the signal that asked to stop; empty while none did."""
 
     name: str = ""
@@ -213,20 +226,20 @@ class Signalled:
 @contextmanager
 def stop_on_signal():
     """Turns SIGTERM into a wish to stop, looked at between steps."""
-    seen = Signalled()
+    request = StopRequest()
 
     def handle(number, _):
-        seen.name = signal.Signals(number).name
+        request.name = signal.Signals(number).name
 
     try:
-        before = signal.signal(signal.SIGTERM, handle)
+        previous = signal.signal(signal.SIGTERM, handle)
     except ValueError:  # not the main thread: the program that owns it decides
-        yield seen
+        yield request
         return
     try:
-        yield seen
+        yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 @dataclass
@@ -244,8 +257,8 @@ class Meter:
 
     def __post_init__(self):
         e = self.session.experiment
-        counted = e.model.token_flops(self.session.tokenizer.vocab_size, e.data.sequence_length)
-        self._flops_per_token = counted.training
+        model_flops = e.model.token_flops(self.session.tokenizer.vocab_size, e.data.sequence_length)
+        self._flops_per_token = model_flops.training
         self._peak = flops.peak_flops(self.session.mesh.devices.flat[0]) * self.session.mesh.size
 
     @contextmanager

@@ -53,8 +53,8 @@ def add_adapters(config: LoRA, params: Any, key: Array) -> Any:
     Raises:
       InputError: a rule that finds nothing, or something that is no matrix.
     """
-    found = dict(flatten_dict(params))
-    names = {path: "/".join(path) for path in found}
+    flat = dict(flatten_dict(params))
+    names = {path: "/".join(path) for path in flat}
     if config.full is not None and not any(re.search(config.full, name) for name in names.values()):
         raise InputError(f"lora.full: {config.full!r} matches no parameter")
     chosen = [path for path, name in sorted(names.items()) if re.search(config.rule, name)]
@@ -63,36 +63,36 @@ def add_adapters(config: LoRA, params: Any, key: Array) -> Any:
             f"lora.rule: {config.rule!r} matches no parameter; names are like {min(names.values())}"
         )
     for number, path in enumerate(chosen):
-        w, axes = found[path], matrix_axes(names[path], found[path].ndim)
+        w, axes = flat[path], matrix_axes(names[path], flat[path].ndim)
         if axes is None:
             raise InputError(f"lora.rule: {config.rule!r} matches {names[path]}, which is no matrix")
         first, middle = axes
 
-        def ends(sizes: tuple, rank: int | None, first=first, middle=middle) -> tuple[tuple, tuple]:
+        def factor_axes(sizes: tuple, rank: int | None, first=first, middle=middle) -> tuple[tuple, tuple]:
             """What a tuple over the axes of W is for A, and for B."""
             return (*sizes[:middle], rank), (*sizes[:first], rank, *sizes[middle:])
 
-        a_shape, b_shape = ends(w.shape, config.rank)
-        a_spec, b_spec = (jax.P(*spec) for spec in ends(_spec(w), None))
+        a_shape, b_shape = factor_axes(w.shape, config.rank)
+        a_spec, b_spec = (jax.P(*spec) for spec in factor_axes(_spec(w), None))
         a = jax.random.normal(
-            jax.random.fold_in(key, number), a_shape, jnp.float32, out_sharding=_out(a_spec)
+            jax.random.fold_in(key, number), a_shape, jnp.float32, out_sharding=_out_sharding(a_spec)
         )
-        found[PREFIX, *path, "a"] = a / math.prod(w.shape[first:middle]) ** 0.5
-        found[PREFIX, *path, "b"] = jnp.zeros(b_shape, jnp.float32, out_sharding=_out(b_spec))
-    return unflatten_dict(found)
+        flat[PREFIX, *path, "a"] = a / math.prod(w.shape[first:middle]) ** 0.5
+        flat[PREFIX, *path, "b"] = jnp.zeros(b_shape, jnp.float32, out_sharding=_out_sharding(b_spec))
+    return unflatten_dict(flat)
 
 
-def merge(config: LoRA, params: Any) -> Any:
+def merge_adapters(config: LoRA, params: Any) -> Any:
     """The model's parameters: those with adapters beside them have these added in."""
-    found = flatten_dict(params)
+    flat = flatten_dict(params)
     merged = {}
-    for path, w in found.items():
+    for path, w in flat.items():
         if path[0] == PREFIX:
             continue
-        if (a := found.get((PREFIX, *path, "a"))) is not None:
+        if (a := flat.get((PREFIX, *path, "a"))) is not None:
             axes = matrix_axes("/".join(path), w.ndim)
             assert axes is not None
-            product = _product(a, found[PREFIX, *path, "b"], *axes, jax.P(*_spec(w)))
+            product = _product(a, flat[PREFIX, *path, "b"], *axes, jax.P(*_spec(w)))
             w = (w + config.alpha / config.rank * product).astype(w.dtype)
         merged[path] = w
     return unflatten_dict(merged)
@@ -102,7 +102,7 @@ def _product(a: Array, b: Array, first: int, middle: int, spec: jax.P) -> Float[
     """A B, of each of the leading axes, laid out by `spec`."""
     letters = "abcdefgh"[: len(spec)]
     terms = f"{letters[:middle]}r,{letters[:first]}r{letters[middle:]}->{letters}"
-    return jnp.einsum(terms, a, b, precision="highest", out_sharding=_out(spec))
+    return jnp.einsum(terms, a, b, precision="highest", out_sharding=_out_sharding(spec))
 
 
 def _spec(w: Array) -> tuple:
@@ -111,5 +111,5 @@ def _spec(w: Array) -> tuple:
     return spec + (None,) * (w.ndim - len(spec))
 
 
-def _out(spec: jax.P) -> jax.P | None:
+def _out_sharding(spec: jax.P) -> jax.P | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec

@@ -14,20 +14,24 @@ from attnlab.train.progress import Progress
 from attnlab.train.trackers import open_tracker
 
 Metrics = Mapping[str, float]
-SECONDS_TO_DISK = 5.0  # between flushes of TensorBoard's file
+FLUSH_SECONDS = 5.0  # between flushes of TensorBoard's file
 
 
-class Sink(Protocol):
-    """One place that metrics go to."""
+class MetricWriter(Protocol):
+    """Anything that takes metrics."""
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """Take the metrics of one step of one split ("train", "validation", ...)."""
+        """Take the metrics of one step of one split ("train" or "eval")."""
+
+
+class Sink(MetricWriter, Protocol):
+    """One place that metrics go to."""
 
     def close(self, failed: bool = False) -> None:
         """Finish, telling whether the run ended by an exception."""
 
 
-class Writers:
+class MetricWriters:
     """All the sinks of a run as one; on every process but the first it does nothing.
 
     Args:
@@ -88,7 +92,7 @@ class Writers:
             for sink in sinks:
                 stack.callback(sink.close, failed)
 
-    def __enter__(self) -> "Writers":
+    def __enter__(self) -> "MetricWriters":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -107,7 +111,7 @@ class JsonLines:
     `time` is the time of writing in seconds since 1970 (UTC), as `time.time()` returns it.
 
     NaN and the infinities, for which JSON has no numbers, are the strings "NaN", "Infinity" and "-Infinity";
-    `read` turns them back. A last line that a killed process left unfinished is dropped.
+    `read_metrics` turns them back. A last line that a killed process left unfinished is dropped.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -126,7 +130,7 @@ class JsonLines:
         row = {"step": step, "split": split, "time": round(time.time(), 3)} | numbers
         line = json.dumps(row, allow_nan=False) + "\n"
         if self._appends:
-            with _naming(self._path), open(self._path, "a") as file:
+            with _with_path_in_errors(self._path), open(self._path, "a") as file:
                 file.write(line)
         else:
             self._text += line
@@ -137,7 +141,7 @@ class JsonLines:
         if not self._path.exists():
             return
         lines = self._path.read_text().splitlines(keepends=True)
-        self._text = "".join(line for line in lines if (found := _parse(line)) and found["step"] <= step)
+        self._text = "".join(line for line in lines if (row := _parse_line(line)) and row["step"] <= step)
         write_atomically(self._path, self._text)
 
     def close(self, failed: bool = False) -> None:
@@ -145,7 +149,7 @@ class JsonLines:
 
 
 @contextlib.contextmanager
-def _naming(path: epath.PathLike):
+def _with_path_in_errors(path: epath.PathLike):
     """Says of which file an error is: a write to a full disk does not."""
     try:
         yield
@@ -153,12 +157,12 @@ def _naming(path: epath.PathLike):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read(path: epath.PathLike) -> list[dict[str, Any]]:
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, numbers as they were; an unfinished line is left out."""
-    return [line for text in epath.Path(path).read_text().splitlines() if (line := _parse(text))]
+    return [line for text in epath.Path(path).read_text().splitlines() if (line := _parse_line(text))]
 
 
-def _parse(text: str) -> dict[str, Any] | None:
+def _parse_line(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
     except ValueError:
@@ -181,7 +185,7 @@ class TensorBoard:
         self._folder, self._flushed = epath.Path(folder), time.monotonic()
         # File names tell the second only, and a run that goes on at once must not overwrite its own past.
         suffix = f".{uuid.uuid4().hex[:8]}"
-        with _naming(folder):
+        with _with_path_in_errors(folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(self._folder / "events"), suffix)
             if resume is not None:
@@ -193,21 +197,21 @@ class TensorBoard:
         """Add a point to each curve."""
         points = [{"tag": f"{split}/{name}", "simple_value": value} for name, value in metrics.items()]
         self._add(step, summary={"value": points})
-        if time.monotonic() - self._flushed > SECONDS_TO_DISK:
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._flush()
 
     def close(self, failed: bool = False) -> None:
         """Close the event file."""
-        with _naming(self._folder):
+        with _with_path_in_errors(self._folder):
             self._writer.close()
 
     def _add(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        with _naming(self._folder):
+        with _with_path_in_errors(self._folder):
             self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def _flush(self) -> None:
-        with _naming(self._folder):
+        with _with_path_in_errors(self._folder):
             self._writer.flush()
         self._flushed = time.monotonic()

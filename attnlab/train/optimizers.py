@@ -249,12 +249,12 @@ class Muon(Optimizer):
             adam_b1=self.b1,
             adam_b2=self.b2,
             consistent_rms=0.2,
-            muon_weight_dimension_numbers=_matrices,
+            muon_weight_dimension_numbers=_muon_dimension_numbers,
         )
-        return optax.chain(_by_compiler(downhill), optax.scale(-1.0))
+        return optax.chain(_with_auto_sharding(downhill), optax.scale(-1.0))
 
 
-def _matrices(params):
+def _muon_dimension_numbers(params):
     """Which axes of each block weight are its inputs and outputs; None for what is no matrix."""
 
     def numbers(path, leaf):
@@ -283,7 +283,7 @@ def matrix_axes(name: str, ndim: int) -> tuple[int, int] | None:
     return first, first + 1 if names[-2] in ("query", "key", "value") else ndim - 1
 
 
-def _by_compiler(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+def _with_auto_sharding(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
     """Lets the compiler lay out products that know nothing of sharding; results lie as the arguments do."""
 
     def update(updates, state, params):
@@ -330,7 +330,7 @@ def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
     return lambda step: config.learning_rate * factor(step)
 
 
-def make(
+def make_optimizer(
     config: Optimizer, params, steps: int, model_rules: tuple[Rule, ...] = (), frozen=None
 ) -> optax.GradientTransformation:
     """The transformation that `config` describes, for parameters of these names.

@@ -45,7 +45,12 @@ class Progress:
         left = [f"{self._clock.left(step)} left"] if training and step != self._steps else []
         self._console.print(
             "  ".join(
-                [self._place(step), f"{split:<10}", *_numbers(metrics, others=0 if training else 3), *left]
+                [
+                    self._format_step(step),
+                    f"{split:<10}",
+                    *_numbers(metrics, others=0 if training else 3),
+                    *left,
+                ]
             )
         )
 
@@ -54,7 +59,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def _place(self, step: int) -> str:
+    def _format_step(self, step: int) -> str:
         if self._steps is None:
             return f"step {step:>6}"
         return f"step {step:>{len(str(self._steps))}}/{self._steps}"
@@ -100,9 +105,9 @@ def _bar(console: Console, steps: int | None, start: int) -> Bar:
 def _numbers(metrics: Mapping[str, float], others: int) -> list[str]:
     """The loss and the speed, and the first few other metrics; three where there is neither."""
     known = {"loss": lambda x: f"loss {x:.4f}", "tokens_per_second": lambda x: f"{_short(x):>6} tokens/s"}
-    found = [form(metrics[name]) for name, form in known.items() if name in metrics]
+    main = [form(metrics[name]) for name, form in known.items() if name in metrics]
     rest = [f"{name} {value:.4g}" for name, value in metrics.items() if name not in known]
-    return found + rest[: others if found else 3]
+    return main + rest[: others if main else 3]
 
 
 def _short(value: float) -> str:

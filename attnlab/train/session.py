@@ -19,12 +19,12 @@ from attnlab.data.batch import batch_from_spec, source_kind
 from attnlab.errors import InputError
 from attnlab.train import optimizers
 from attnlab.train.experiment import Experiment
-from attnlab.train.partition import whole
+from attnlab.train.partition import merged_params
 from attnlab.train.step import (
-    State,
+    TrainState,
     init_params,
     init_state,
-    init_trained,
+    init_trainable,
     make_eval_step,
     make_train_step,
 )
@@ -50,10 +50,12 @@ class Session:
             "data.batch_size": ("batch", e.data.batch_size // e.train.microbatches),
         }
         sharding.check_divides(dict(self.mesh.shape), dimensions)
-        reads, given = _source_words(e.model.source_shape), _source_words(e.data.source_shape)
-        if reads != given:
+        model_reads, data_gives = _source_words(e.model.source_shape), _source_words(e.data.source_shape)
+        if model_reads != data_gives:
             model, data = short_name(type(e.model)), short_name(type(e.data))
-            raise InputError(f"the {model} reads {reads} beside tokens, and {data} gives {given}: change one")
+            raise InputError(
+                f"the {model} reads {model_reads} beside tokens, and {data} gives {data_gives}: change one"
+            )
 
     @cached_property
     def model(self) -> nn.Module:
@@ -65,13 +67,13 @@ class Session:
         """The optimizer, its rules checked against the parameters' names."""
         e = self.experiment
         with jax.set_mesh(self.mesh):
-            params, frozen = jax.eval_shape(lambda: init_trained(self.model, e))
+            params, frozen = jax.eval_shape(lambda: init_trainable(self.model, e))
         factors = e.model.learning_rate_multipliers()
         rules = tuple(optimizers.Rule(name, learning_rate=factor) for name, factor in factors.items())
-        return optimizers.make(e.optimizer, params, e.train.steps, rules, frozen)
+        return optimizers.make_optimizer(e.optimizer, params, e.train.steps, rules, frozen)
 
     @cached_property
-    def abstract_state(self) -> State:
+    def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         optimizer = self.optimizer
         return self._abstract(lambda: init_state(self.model, self.experiment, optimizer))
@@ -85,14 +87,14 @@ class Session:
         with jax.set_mesh(self.mesh):
             shapes = jax.eval_shape(function)
 
-        def laid_out(x):
+        def with_sharding(x):
             # A constant such as an optimizer's count says nothing of where it lies, which is everywhere.
             where = sharding.named(self.mesh, x.sharding.spec if x.sharding else P())
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-        return jax.tree.map(laid_out, shapes)
+        return jax.tree.map(with_sharding, shapes)
 
-    def new_state(self, params: Any = None) -> State:
+    def new_state(self, params: Any = None) -> TrainState:
         """The state before the first step, each array made where it is to lie.
 
         Args:
@@ -152,17 +154,17 @@ class Session:
             lambda x: jax.make_array_from_process_local_data(self._batch_sharding(x.ndim), x), batch
         )
 
-    def eval_params(self, state: State) -> Any:
+    def eval_params(self, state: TrainState) -> Any:
         """The model's parameters to evaluate: of averages where the run keeps them, adapters added in."""
         trained = state.ema
         if trained is None:
             with jax.set_mesh(self.mesh):
                 trained = self.experiment.optimizer.eval_params(state.opt_state, state.params)
-        return trained if state.frozen is None else self._whole(trained, state.frozen)
+        return trained if state.frozen is None else self._merged_params(trained, state.frozen)
 
     @cached_property
-    def _whole(self):
-        return self._on_mesh(jax.jit(partial(whole, self.experiment)))
+    def _merged_params(self):
+        return self._on_mesh(jax.jit(partial(merged_params, self.experiment)))
 
     def evaluate(self, params: Any, batches: Iterable[Batch]) -> dict[str, float]:
         """Loss in nats a token, accuracy and bits per byte over these batches.

@@ -16,9 +16,9 @@ from attnlab.data.batch import batch_from_spec
 from attnlab.sharding import out_sharding
 from attnlab.train.experiment import Experiment, SpikeSkip
 from attnlab.train.loss import token_sums
-from attnlab.train.partition import split, whole
+from attnlab.train.partition import merged_params, partition_trainable
 
-Metrics = dict[str, Array]
+StepMetrics = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +33,7 @@ class LossHistory:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
+class TrainState:
     """All that a step changes, and all that a checkpoint of the model holds.
 
     Attributes:
@@ -61,10 +61,10 @@ def init_params(model: nn.Module, experiment: Experiment):
     return model.init(_keys(experiment)[0], **batch.inputs)["params"]
 
 
-def init_trained(model: nn.Module, experiment: Experiment, params: Any = None) -> tuple[Any, Any]:
-    """What is trained of these parameters, or of those of the seed, and what stays; see `split`."""
+def init_trainable(model: nn.Module, experiment: Experiment, params: Any = None) -> tuple[Any, Any]:
+    """The trained and the frozen parameters, of these or of the seed's; see `partition_trainable`."""
     params = init_params(model, experiment) if params is None else params
-    return split(experiment, params, jax.random.fold_in(_keys(experiment)[0], 0))
+    return partition_trainable(experiment, params, jax.random.fold_in(_keys(experiment)[0], 0))
 
 
 def _keys(experiment: Experiment):
@@ -74,12 +74,12 @@ def _keys(experiment: Experiment):
 
 def init_state(
     model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation, params: Any = None
-) -> State:
+) -> TrainState:
     """The state before the first step, of these parameters of the model or those of the seed."""
-    params, frozen = init_trained(model, experiment, params)
+    params, frozen = init_trainable(model, experiment, params)
     train = experiment.train
     zero = jnp.zeros((), jnp.float32)
-    return State(
+    return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
@@ -92,7 +92,7 @@ def init_state(
 
 def make_train_step(
     model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The training step of an experiment; `jax.jit` it with the state donated.
 
     The gradient is that of the mean over the whole batch's weighted tokens, however many microbatches it
@@ -100,16 +100,16 @@ def make_train_step(
     """
     train, clip = experiment.train, experiment.optimizer.clip_norm
 
-    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         grads, sums, layer_losses = _gradients(model, experiment, state, batch, key)
         loss = sums["nats"] / sums["tokens"]
         leaf_norms = jnp.stack([_norm(g) for g in jax.tree.leaves(grads)])
         grad_norm = jnp.sqrt(jnp.sum(leaf_norms**2))
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        spike, history = _watch(train.spike_skip, state.history, loss, finite)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        spike, history = _detect_spike(train.spike_skip, state.history, loss, is_finite)
 
-        def update(state: State):
+        def update(state: TrainState):
             scaled = grads
             if clip is not None:
                 scaled = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / grad_norm).astype(g.dtype), grads)
@@ -123,13 +123,13 @@ def make_train_step(
             new = dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
             return new, _tree_norm(updates)
 
-        applied = finite & ~spike
+        applied = is_finite & ~spike
         frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
         state, update_norm = jax.lax.cond(applied, update, lambda s: (s, jnp.zeros(())), state)
         metrics = {
             "loss": loss,
             "accuracy": sums["correct"] / sums["tokens"],
-            "bits_per_byte": _bits(sums["nats"], sums["bytes"]),
+            "bits_per_byte": _bits_per_byte(sums["nats"], sums["bytes"]),
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "param_norm": _tree_norm(state.params),
@@ -144,17 +144,17 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], StepMetrics]:
     """Sums over a batch's tokens, to be added over batches: nats, correct, tokens, bytes."""
 
-    def eval_step(params, batch: Batch) -> Metrics:
+    def eval_step(params, batch: Batch) -> StepMetrics:
         terms, _ = _loss_terms(model, params, batch, None)
         return token_sums(terms, jnp.asarray(batch.weights)) | _counts(batch)
 
     return eval_step
 
 
-def _gradients(model, experiment: Experiment, state: State, batch: Batch, key):
+def _gradients(model, experiment: Experiment, state: TrainState, batch: Batch, key):
     """Gradient of the batch's mean loss, its sums, and what layers add, over one or more microbatches."""
     params = state.params
     counts = _counts(batch)
@@ -162,7 +162,7 @@ def _gradients(model, experiment: Experiment, state: State, batch: Batch, key):
     uses_dropout = experiment.model.uses_dropout
 
     def objective(params, batch, key):
-        params = whole(experiment, params, state.frozen)
+        params = merged_params(experiment, params, state.frozen)
         terms, layer_losses = _loss_terms(model, params, batch, key if uses_dropout else None)
         total = experiment.loss(terms, batch.weights) / jnp.maximum(counts["tokens"], 1.0)
         layer_losses = jax.tree.map(lambda x: x / count, layer_losses)
@@ -174,7 +174,7 @@ def _gradients(model, experiment: Experiment, state: State, batch: Batch, key):
         return grads, sums | counts, layer_losses
 
     # Rows i, i + count, i + 2 count, ... make a microbatch, so that each stays spread over all devices.
-    pieces = jax.tree.map(lambda x: jnp.moveaxis(_cut(x, count), 1, 0), batch)
+    pieces = jax.tree.map(lambda x: jnp.moveaxis(_to_microbatches(x, count), 1, 0), batch)
 
     def add(carry, piece):
         batch, i = piece
@@ -187,7 +187,7 @@ def _gradients(model, experiment: Experiment, state: State, batch: Batch, key):
     return grads, sums | counts, layer_losses
 
 
-def _cut(x: Array, count: int) -> Array:
+def _to_microbatches(x: Array, count: int) -> Array:
     rest = (None,) * (x.ndim - 1)
     return x.reshape(
         x.shape[0] // count, count, *x.shape[1:], out_sharding=out_sharding("batch", None, *rest)
@@ -206,18 +206,18 @@ def _loss_terms(model, params, batch: Batch, dropout_key):
         method="loss_terms",
         mutable=["losses"],
     )
-    layer_losses: Metrics = {}
+    layer_losses: StepMetrics = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown.get("losses", {})):
         name = path[-2].key  # the last is a place in a tuple, which Flax makes of what is sown
         layer_losses[name] = layer_losses.get(name, 0.0) + value.sum()
     return terms, layer_losses
 
 
-def _counts(batch: Batch) -> Metrics:
+def _counts(batch: Batch) -> StepMetrics:
     return {"tokens": batch.weights.sum(), "bytes": batch.num_bytes.sum()}
 
 
-def _bits(nats: Array, num_bytes: Array) -> Array:
+def _bits_per_byte(nats: Array, num_bytes: Array) -> Array:
     return nats / jnp.log(2.0) / jnp.maximum(num_bytes, 1.0)
 
 
@@ -229,13 +229,13 @@ def _tree_norm(tree) -> Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
-def _watch(config: SpikeSkip | None, history: LossHistory | None, loss: Array, finite: Array):
+def _detect_spike(config: SpikeSkip | None, history: LossHistory | None, loss: Array, finite: Array):
     """Whether this loss is a spike, and the history with it in it, unless it is one."""
     if config is None or history is None:
         return jnp.zeros((), bool), history
     deviation = jnp.sqrt(history.variance)
-    known = history.count >= config.window
-    spike = known & (loss > history.mean + config.sigmas * deviation)
+    is_full = history.count >= config.window
+    spike = is_full & (loss > history.mean + config.sigmas * deviation)
     rate = jnp.maximum(1 / config.window, 1 / (history.count + 1))  # a plain mean until the window is full
     difference = loss - history.mean
     new = LossHistory(

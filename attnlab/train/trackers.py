@@ -36,8 +36,8 @@ class WandB:
     """Weights & Biases, in the project of $WANDB_PROJECT or "attnlab"."""
 
     def __init__(self, wandb: Any, workdir: epath.Path, config: Mapping[str, Any]):
-        known = _known_id(workdir, "wandb")
-        identity = known or uuid.uuid4().hex[:12]
+        saved = _saved_id(workdir, "wandb")
+        identity = saved or uuid.uuid4().hex[:12]
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "attnlab"),
             name=workdir.name,
@@ -47,8 +47,8 @@ class WandB:
         )
         # Its own step may only grow, and would refuse what a resumed run repeats.
         self._run.define_metric("*", step_metric="step")
-        if known is None:
-            _remember(workdir, "wandb", identity)
+        if saved is None:
+            _save_id(workdir, "wandb", identity)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics as `split/metric`, with the step beside them."""
@@ -65,14 +65,14 @@ class MLflow:
     def __init__(self, mlflow: Any, workdir: epath.Path, config: Mapping[str, Any]):
         self._mlflow = mlflow
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "attnlab"))
-        if known := _known_id(workdir, "mlflow"):
-            mlflow.start_run(run_id=known)
+        if saved := _saved_id(workdir, "mlflow"):
+            mlflow.start_run(run_id=saved)
             return  # its parameters are set, and MLflow refuses to change one
         run = mlflow.start_run(run_name=workdir.name)
         items = list(config.items())
         for start in range(0, len(items), 100):  # the most that one call takes
             mlflow.log_params(dict(items[start : start + 100]))
-        _remember(workdir, "mlflow", run.info.run_id)
+        _save_id(workdir, "mlflow", run.info.run_id)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics as `split/metric`."""
@@ -83,14 +83,14 @@ class MLflow:
         self._mlflow.end_run(status="FAILED" if failed else "FINISHED")
 
 
-def _known_ids(workdir: epath.Path) -> dict[str, str]:
+def _saved_ids(workdir: epath.Path) -> dict[str, str]:
     file = workdir / IDS
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _known_id(workdir: epath.Path, tracker: str) -> str | None:
-    return _known_ids(workdir).get(tracker)
+def _saved_id(workdir: epath.Path, tracker: str) -> str | None:
+    return _saved_ids(workdir).get(tracker)
 
 
-def _remember(workdir: epath.Path, tracker: str, identity: str) -> None:
-    write_atomically(workdir / IDS, json.dumps(_known_ids(workdir) | {tracker: identity}) + "\n")
+def _save_id(workdir: epath.Path, tracker: str, identity: str) -> None:
+    write_atomically(workdir / IDS, json.dumps(_saved_ids(workdir) | {tracker: identity}) + "\n")

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from attnlab.pretrained import import_export
 from attnlab.train import LoRA
-from attnlab.train.lora import add_adapters, merge
+from attnlab.train.lora import add_adapters, merge_adapters
 from tests.pretrained.hf_models import batch, close
 from tests.pretrained.test_decoders import decoder
 
@@ -29,7 +29,7 @@ def test_written_it_computes_what_adapters_beside_the_matrices_do(tmp_path):
         for i, (path, x) in enumerate(params.items()):
             if path[-1] == "b":
                 params[path] = 0.3 * jax.random.normal(jax.random.key(i), x.shape)
-        merged = merge(config, unflatten_dict(params))
+        merged = merge_adapters(config, unflatten_dict(params))
     ids, _ = batch(peer.hf_model.config.vocab_size, (9, 9))
     with jax.set_mesh(peer.mesh):
         ours = np.asarray(jax.jit(peer.model.apply)({"params": merged}, ids))

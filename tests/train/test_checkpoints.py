@@ -95,8 +95,8 @@ def test_a_step_is_saved_once(three, tmp_path):
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(3, state_on("single", 9), {"at": 9})
-        assert checkpoints.measured(3)
-        assert not checkpoints.measured(4)
+        assert checkpoints.has_metrics(3)
+        assert not checkpoints.has_metrics(4)
         assert checkpoints.restore(abstract(state_on("single"))).data == {"at": 3}
 
 
@@ -111,7 +111,7 @@ def test_whatever_file_is_damaged_an_older_checkpoint_is_found_or_the_state_is_w
         shutil.copytree(three, folder)
         damage(folder / name, how, rng)
         said = []
-        with Checkpoints(folder, keep=3, say=said.append) as checkpoints:
+        with Checkpoints(folder, keep=3, log=said.append) as checkpoints:
             restored = checkpoints.restore(like)
             assert_same(restored.state, wanted[restored.step])
             assert restored.step in (2, 3), name

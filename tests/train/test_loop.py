@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.train import loop
-from attnlab.train.loop import Diverged, Limits
+from attnlab.train.loop import Diverged, Limits, TrainingLoop
 from tests.train.small import experiment, random_batch, session
 
 
@@ -43,7 +42,7 @@ class Record:
         assert int(state.step) == step
         self.events.append(("save", step, {"data": data, "metrics": metrics}))
 
-    def measured(self, step):
+    def has_metrics(self, step):
         return any(kind == "save" and s == step and told["metrics"] for kind, s, told in self.events)
 
     def wait(self):
@@ -59,20 +58,21 @@ def made():
     return session(experiment(steps=12, log_every=5, eval_every=4, checkpoint_every=6))
 
 
-def train(made, limits=None, batches=None, start=None, say=lambda text: None, profile_dir="none"):
-    record = Record()
-    outcome = loop.train(
-        made,
-        batches or Batches(),
-        [random_batch(100)],
-        record,
-        record,
-        start or made.new_state(),
-        limits or Limits(),
-        profile_dir,
-        say,
+def train(
+    made, limits=None, batches=None, start=None, log=lambda text: None, profile_dir="none", record=None
+):
+    record = record or Record()
+    loop = TrainingLoop(
+        session=made,
+        batches=batches or Batches(),
+        validation=[random_batch(100)],
+        checkpoints=record,
+        writer=record,
+        limits=limits or Limits(),
+        profile_dir=profile_dir,
+        log=log,
     )
-    return outcome, record
+    return loop.run(start or made.new_state()), record
 
 
 def test_every_log_step_has_its_line_first_and_last_too(made):
@@ -147,17 +147,7 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(made):
         train(made, batches=Batches(poison=3))
     record = Record()
     with pytest.raises(Diverged, match=r"^step 6: loss nan"):
-        loop.train(
-            made,
-            Batches(poison=6),
-            [random_batch(100)],
-            record,
-            record,
-            made.new_state(),
-            Limits(),
-            "",
-            print,
-        )
+        train(made, batches=Batches(poison=6), record=record)
     assert record.of("save") == []  # the step of the save is looked at first
 
 
@@ -181,7 +171,7 @@ def test_sigterm_saves_without_evaluating(made):
 @pytest.mark.parametrize(("steps", "stop", "told"), [((2, 4), None, "2 to 3"), ((6, 20), 7, "6 to 7")])
 def test_a_trace_is_written_also_where_the_run_ends_within_it(made, tmp_path, steps, stop, told):
     said = []
-    train(made, Limits(profile=steps, max_steps=stop), say=said.append, profile_dir=str(tmp_path))
+    train(made, Limits(profile=steps, max_steps=stop), log=said.append, profile_dir=str(tmp_path))
     assert said == ["compiling the training step", f"a trace of steps {told} is in {tmp_path}"]
     assert list(tmp_path.rglob("*.xplane.pb"))
 

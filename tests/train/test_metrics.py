@@ -13,7 +13,7 @@ from rich.console import Console
 from attnlab.errors import InputError
 from attnlab.train import metrics as sinks
 from attnlab.train import progress
-from attnlab.train.metrics import JsonLines, Writers
+from attnlab.train.metrics import JsonLines, MetricWriters
 
 
 def lines(path):
@@ -42,7 +42,7 @@ def test_each_row_has_its_time_in_seconds_since_1970(tmp_path, monkeypatch):
     monkeypatch.setattr(sinks.time, "time", lambda: 1_700_000_000.1234)
     JsonLines(path).write(1, "train", {"loss": 2.5})
     assert path.read_text() == '{"step": 1, "split": "train", "time": 1700000000.123, "loss": 2.5}\n'
-    assert sinks.read(path) == [{"step": 1, "split": "train", "time": 1700000000.123, "loss": 2.5}]
+    assert sinks.read_metrics(path) == [{"step": 1, "split": "train", "time": 1700000000.123, "loss": 2.5}]
 
 
 def test_numbers_that_json_lacks_are_strings_and_read_back(tmp_path):
@@ -57,7 +57,7 @@ def test_numbers_that_json_lacks_are_strings_and_read_back(tmp_path):
         "b": "Infinity",
         "c": "-Infinity",
     }
-    (line,) = sinks.read(path)
+    (line,) = sinks.read_metrics(path)
     assert math.isnan(line["a"])
     assert (line["b"], line["c"]) == (math.inf, -math.inf)
 
@@ -85,7 +85,7 @@ def test_opening_drops_a_half_written_line_only(tmp_path):
     JsonLines(path).write(9, "train", {"loss": 1})
     whole = path.read_text()
     path.write_text(whole + whole[:-1])  # all but the newline: it may lack digits
-    assert len(sinks.read(path)) == 2
+    assert len(sinks.read_metrics(path)) == 2
     JsonLines(path)
     assert path.read_text() == whole
     path.write_text('{"st')
@@ -232,7 +232,9 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for resume in (None, 1):
         config = {"model": Recorder, "model.depth": 2, "sizes": (1, 2)}
-        writers = Writers(tmp_path / "run", trackers=["wandb"], config=config, resume=resume, primary=True)
+        writers = MetricWriters(
+            tmp_path / "run", trackers=["wandb"], config=config, resume=resume, primary=True
+        )
         writers.write(1, "train", {"loss": 0.5})
         writers.close(failed=resume == 1)
     one, two = (call[0] for call in wandb.named("init"))
@@ -249,7 +251,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     config = {f"field{i}": i for i in range(150)}
     for _ in range(2):
-        with Writers(tmp_path / "run", trackers=["mlflow"], config=config, primary=True) as writers:
+        with MetricWriters(tmp_path / "run", trackers=["mlflow"], config=config, primary=True) as writers:
             writers.write(1, "train", {"loss": 0.5})
     assert mlflow.named("set_experiment")[0] == ("mine", {})
     assert mlflow.named("start_run") == [({"run_name": "run"},), ({"run_id": "r1"},)]
@@ -261,9 +263,9 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
-        Writers(tmp_path, trackers=["wandb"], primary=True)
+        MetricWriters(tmp_path, trackers=["wandb"], primary=True)
     with pytest.raises(InputError, match="no tracker 'sacred'; there are wandb, mlflow"):
-        Writers(tmp_path, trackers=["sacred"], primary=True)
+        MetricWriters(tmp_path, trackers=["sacred"], primary=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,14 +273,14 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_writers_resume_drops_what_came_after(tmp_path, capsys):
-    with Writers(tmp_path, steps=4, primary=True) as writers:
+    with MetricWriters(tmp_path, steps=4, primary=True) as writers:
         for step in range(5):
             writers.write(step, "train", {"loss": step})
-    with Writers(tmp_path, steps=4, resume=2, primary=True) as writers:
+    with MetricWriters(tmp_path, steps=4, resume=2, primary=True) as writers:
         writers.write(3, "train", {"loss": 30})
-    with Writers(tmp_path, primary=True, progress=False) as writers:  # as an evaluation
+    with MetricWriters(tmp_path, primary=True, progress=False) as writers:  # as an evaluation
         writers.write(1, "test", {"loss": 0})
-    steps = [(line["step"], line["loss"]) for line in sinks.read(tmp_path / "metrics.jsonl")]
+    steps = [(line["step"], line["loss"]) for line in sinks.read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0), (1, 0.0)]
     assert "step 4/4  train" in capsys.readouterr().out
 
@@ -286,7 +288,7 @@ def test_writers_resume_drops_what_came_after(tmp_path, capsys):
 def test_arrays_are_numbers_and_reserved_names_are_refused(tmp_path):
     import numpy as np
 
-    with Writers(tmp_path, primary=True, progress=False) as writers:
+    with MetricWriters(tmp_path, primary=True, progress=False) as writers:
         writers.write(np.int64(1), "train", {"loss": np.float32(0.5), "count": np.int32(3)})
         with pytest.raises(ValueError, match="cannot be called 'step'"):
             writers.write(1, "train", {"step": 1})
@@ -296,14 +298,14 @@ def test_arrays_are_numbers_and_reserved_names_are_refused(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
-    with Writers(tmp_path, trackers=["wandb"], primary=False) as writers:
+    with MetricWriters(tmp_path, trackers=["wandb"], primary=False) as writers:
         writers.write(1, "train", {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
 
 
 def test_one_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path):
-    writers = Writers(tmp_path, primary=True, progress=False)
+    writers = MetricWriters(tmp_path, primary=True, progress=False)
     writers.close()
     closed = []
     writers._sinks = [

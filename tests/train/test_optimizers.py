@@ -34,7 +34,7 @@ GRADS = jax.tree.map(lambda p: jnp.sin(7 * p) + 0.1, PARAMS)
 
 def updates(config, params=PARAMS, grads=GRADS, steps=20, count=1, rules=()):
     """The last of some updates, all of the same gradients."""
-    transformation = optimizers.make(config, params, steps, rules)
+    transformation = optimizers.make_optimizer(config, params, steps, rules)
     state = transformation.init(params)
     for _ in range(count):
         change, state = transformation.update(grads, state, params)
@@ -178,7 +178,7 @@ def test_schedule_free_evaluates_the_average():
     config = ScheduleFree(
         learning_rate=0.1, schedule=Constant(), weight_decay=0.0, rules=(), interpolation=0.9, b2=0.5
     )
-    transformation = optimizers.make(config, PARAMS, 20)
+    transformation = optimizers.make_optimizer(config, PARAMS, 20)
     params, state, points = PARAMS, transformation.init(PARAMS), []
     for _ in range(4):
         change, state = transformation.update(GRADS, state, params)
