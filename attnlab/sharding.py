@@ -21,7 +21,7 @@ PRESETS = ("single", "data", "fsdp", "tensor", "fsdp_tensor")
 # logical axis -> mesh axes of (an activation, a stored parameter).
 # Parameters are stored in pieces over fsdp and gathered just before use, so an activation's
 # "embed" is whole while a parameter's is not.
-RULES: dict[str, tuple] = {
+LOGICAL_AXIS_RULES: dict[str, tuple] = {
     "batch": (("data", "fsdp"), None),
     "sequence": (None, None),
     "embed": (None, "fsdp"),
@@ -40,21 +40,26 @@ RULES: dict[str, tuple] = {
 
 def spec(*names: str | None) -> P:
     """PartitionSpec of an activation whose dimensions have these logical names."""
-    return P(*(RULES[name][0] if name else None for name in names))
+    return P(*(LOGICAL_AXIS_RULES[name][0] if name else None for name in names))
 
 
-def stored_spec(shape: Sequence[int], names: Sequence[str]) -> P:
+def param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
     """PartitionSpec a parameter is stored with; a vocabulary that does not divide stays whole."""
     mesh = jax.sharding.get_abstract_mesh()
-    return P(*(_vocab_fits(mesh, n, size, RULES[n][1]) for n, size in zip(names, shape, strict=True)))
+    return P(
+        *(
+            _param_mesh_axis(mesh, n, size, LOGICAL_AXIS_RULES[n][1])
+            for n, size in zip(names, shape, strict=True)
+        )
+    )
 
 
-def used_spec(shape: Sequence[int], names: Sequence[str]) -> P:
+def gathered_param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
     """PartitionSpec a parameter is used with: as stored, but gathered over fsdp."""
-    return P(*(None if axis == "fsdp" else axis for axis in stored_spec(shape, names)))
+    return P(*(None if axis == "fsdp" else axis for axis in param_spec(shape, names)))
 
 
-def _vocab_fits(mesh, name: str, size: int, axis: str | None) -> str | None:
+def _param_mesh_axis(mesh, name: str, size: int, axis: str | None) -> str | None:
     # The tokenizer, not the person, decides the vocabulary: 257 bytes cannot be halved.
     if name == "vocab" and axis in mesh.shape and size % mesh.shape[axis]:
         return None
@@ -73,7 +78,7 @@ def out_sharding(*names: str | None) -> P | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec(*names)
 
 
-def zero_rows(shape: Sequence[int], dtype) -> jax.Array:
+def batch_zeros(shape: Sequence[int], dtype) -> jax.Array:
     """Zeros of this shape, the first dimension that of the batch."""
     return jnp.zeros(shape, dtype, out_sharding=out_sharding("batch", *(None,) * (len(shape) - 1)))
 
@@ -105,7 +110,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     if needed > num_devices:
         raise InputError(
             f"--mesh={text} needs {needed} devices and there {'is' if num_devices == 1 else 'are'} "
-            f"{num_devices}; these fit: {', '.join(_fitting(num_devices))}"
+            f"{num_devices}; these fit: {', '.join(_suggested_meshes(num_devices))}"
         )
     return sizes
 
@@ -121,7 +126,7 @@ def _preset(name: str, n: int) -> dict[str, int]:
     return {name: n}
 
 
-def _fitting(n: int) -> list[str]:
+def _suggested_meshes(n: int) -> list[str]:
     if n == 1:
         return ["single"]
     both = _preset("fsdp_tensor", n)
@@ -136,7 +141,7 @@ def make_mesh(sizes: dict[str, int], devices: Sequence | None = None) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape), devices=devices)
 
 
-def check_divides(sizes: dict[str, int], dimensions: dict[str, tuple[str, int]]) -> None:
+def check_divisible(sizes: dict[str, int], dimensions: dict[str, tuple[str, int]]) -> None:
     """Checks that dimensions can be cut as the mesh asks.
 
     Args:
@@ -147,7 +152,7 @@ def check_divides(sizes: dict[str, int], dimensions: dict[str, tuple[str, int]])
       InputError: naming the field, the mesh axes and the sizes that would do.
     """
     for field, (logical, size) in dimensions.items():
-        for axes in {a for a in RULES[logical] if a}:
+        for axes in {a for a in LOGICAL_AXIS_RULES[logical] if a}:
             axes = (axes,) if isinstance(axes, str) else axes
             pieces = math.prod(sizes[a] for a in axes)
             if size % pieces:
@@ -158,12 +163,12 @@ def check_divides(sizes: dict[str, int], dimensions: dict[str, tuple[str, int]])
                 )
 
 
-def describe(mesh: Mesh) -> str:
+def format_mesh(mesh: Mesh) -> str:
     """The mesh in one line, as `--mesh` would take it."""
     used = [f"{axis}:{size}" for axis, size in mesh.shape.items() if size > 1]
     return ",".join(used) or "single"
 
 
-def named(mesh: Mesh, partition: P) -> NamedSharding:
+def named_sharding(mesh: Mesh, partition: P) -> NamedSharding:
     """The sharding of `partition` on `mesh`."""
     return NamedSharding(mesh, partition)

@@ -180,7 +180,7 @@ def test_tree_of_the_architecture():
 
 
 def test_table_of_axes():
-    from attnlab.sharding import RULES
+    from attnlab.sharding import LOGICAL_AXIS_RULES
 
     def cell(axes) -> str:
         return ", ".join(f"`{a}`" for a in ((axes,) if isinstance(axes, str) else axes)) if axes else "—"
@@ -189,7 +189,9 @@ def test_table_of_axes():
         (ROOT / "docs" / "sharding.md").read_text().partition("<!-- rules -->")[2].strip().split("\n\n")[0]
     )
     rows = [tuple(c.strip() for c in row.strip("|").split("|")) for row in table.splitlines()[2:]]
-    assert rows == [(f"`{name}`", cell(used), cell(stored)) for name, (used, stored) in RULES.items()]
+    assert rows == [
+        (f"`{name}`", cell(used), cell(stored)) for name, (used, stored) in LOGICAL_AXIS_RULES.items()
+    ]
 
 
 def test_table_of_features():

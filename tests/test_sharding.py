@@ -2,7 +2,15 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.sharding import check_divides, describe, make_mesh, parse_mesh, spec, stored_spec, used_spec
+from attnlab.sharding import (
+    check_divisible,
+    format_mesh,
+    gathered_param_spec,
+    make_mesh,
+    param_spec,
+    parse_mesh,
+    spec,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,25 +56,25 @@ def test_meshes_that_cannot_be_are_refused(refuses, text, devices, words):
 @pytest.mark.parametrize("text", ["single", "fsdp:8", "data:2,fsdp:2,tensor:2", "tensor:4"])
 def test_describe_is_what_parse_reads(text):
     mesh = make_mesh(parse_mesh(text, 8))
-    assert describe(mesh) == text
+    assert format_mesh(mesh) == text
     assert all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
 
 
 def test_specs_of_activations_and_parameters(mesh_of):
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
         assert spec("batch", "sequence", "heads", None) == P(("data", "fsdp"), None, "tensor", None)
-        assert stored_spec((512, 64), ("vocab", "embed")) == P("tensor", "fsdp")
-        assert used_spec((512, 64), ("vocab", "embed")) == P("tensor", None)
-        assert stored_spec((257, 64), ("vocab", "embed")) == P(None, "fsdp")
-        assert stored_spec((64, 4, 16), ("embed", "heads", "head_dim")) == P("fsdp", "tensor", None)
+        assert param_spec((512, 64), ("vocab", "embed")) == P("tensor", "fsdp")
+        assert gathered_param_spec((512, 64), ("vocab", "embed")) == P("tensor", None)
+        assert param_spec((257, 64), ("vocab", "embed")) == P(None, "fsdp")
+        assert param_spec((64, 4, 16), ("embed", "heads", "head_dim")) == P("fsdp", "tensor", None)
 
 
 def test_dimensions_that_cannot_be_cut_name_what_would_do(refuses):
     sizes = {"data": 2, "fsdp": 4, "tensor": 4}
-    check_divides(sizes, {"batch": ("batch", 16), "width": ("embed", 12), "heads": ("heads", 4)})
+    check_divisible(sizes, {"batch": ("batch", 16), "width": ("embed", 12), "heads": ("heads", 4)})
     with refuses("data.batch=12", "8 pieces", "data x fsdp", "a multiple of 8", "1 or 2 or 3 or 4 or 6"):
-        check_divides(sizes, {"data.batch": ("batch", 12)})
+        check_divisible(sizes, {"data.batch": ("batch", 12)})
     with refuses("model.width=10", "4 pieces over mesh axes fsdp", "fsdp of 1 or 2"):
-        check_divides(sizes, {"model.width": ("embed", 10)})
+        check_divisible(sizes, {"model.width": ("embed", 10)})
     with refuses("kv_heads=2", "tensor of 1 or 2"):
-        check_divides(sizes, {"kv_heads": ("kv_heads", 2)})
+        check_divisible(sizes, {"kv_heads": ("kv_heads", 2)})

@@ -310,7 +310,7 @@ class Generator:
 
     def _put(self, x):
         """Rows of arrays, laid out over the mesh."""
-        return jax.device_put(x, sharding.named(self.mesh, P(("data", "fsdp"))))
+        return jax.device_put(x, sharding.named_sharding(self.mesh, P(("data", "fsdp"))))
 
     def _prefill(self, inputs: Sequence[GenerationInput], room: int) -> DecodeState:
         """The prompts read, with room for more tokens."""

@@ -44,13 +44,13 @@ def parameter(
 
     def init(key):
         dtype = jnp.dtype(dtypes.param)
-        where = None if _no_mesh() else sharding.stored_spec(shape, axes)
+        where = None if _no_mesh() else sharding.param_spec(shape, axes)
         if std == 0.0:
             return jnp.broadcast_to(jnp.asarray(mean, dtype), shape, out_sharding=where)
         return mean + std * jax.random.normal(key, shape, dtype, out_sharding=where)
 
     value = module.param(name, init).astype(dtypes.compute)
-    return value if _no_mesh() else jax.sharding.reshard(value, sharding.used_spec(shape, axes))
+    return value if _no_mesh() else jax.sharding.reshard(value, sharding.gathered_param_spec(shape, axes))
 
 
 def _no_mesh() -> bool:

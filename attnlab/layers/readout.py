@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.sharding import out_sharding, used_spec
+from attnlab.sharding import gathered_param_spec, out_sharding
 
 MAX_LOGITS = 1 << 24  # logits held at once; a larger batch x length x vocabulary goes in stretches
 
@@ -38,7 +38,7 @@ def logits(
     b, t, e = x.shape
     rows, vocab = out_sharding("batch"), None
     if rows is not None:
-        rows, vocab = rows[0], used_spec(table.shape, ("vocab", "embed"))[0]
+        rows, vocab = rows[0], gathered_param_spec(table.shape, ("vocab", "embed"))[0]
     where = None if rows is None else jax.P(rows, vocab)
     y = jnp.einsum("ne,ve->nv", x.reshape(b * t, e), table, preferred_element_type=dtype, out_sharding=where)
     if bias is not None:

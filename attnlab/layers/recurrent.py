@@ -12,7 +12,7 @@ from attnlab.layers.blocks import REMAT_POLICIES
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Linear
 from attnlab.layers.parameters import Dtypes, parameter
-from attnlab.sharding import zero_rows
+from attnlab.sharding import batch_zeros
 
 # Of one layer (B, E), or of all (B, L, E); the first is what the layer gives out.
 State = tuple[Array, ...]
@@ -81,7 +81,7 @@ class RecurrentLayers:
     def empty(self, batch: int, depth: int) -> State:
         """The states of so many layers that have read nothing, (B, L, E) each."""
         shape = (batch, depth, self.width)
-        return tuple(zero_rows(shape, self.dtypes.compute) for _ in range(self.cell.arrays))
+        return tuple(batch_zeros(shape, self.dtypes.compute) for _ in range(self.cell.arrays))
 
 
 class StateWeights(nn.Module):

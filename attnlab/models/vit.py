@@ -18,7 +18,7 @@ from attnlab.layers.patches import Patches, resize_positions
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Pool, Pooling, pooled_width
 from attnlab.layers.readout import LossTerms, logits, token_loss_terms
 from attnlab.models.base import SourceConfig, TokenFlops, TransformerConfig
-from attnlab.sharding import constrain, zero_rows
+from attnlab.sharding import batch_zeros, constrain
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ class ViT(nn.Module):
         if c.embedding_norm:
             x = self.embedding_norm(x)
         if segments is None:
-            segments = zero_rows((b, sides[0]), jnp.int32) + 1
+            segments = batch_zeros((b, sides[0]), jnp.int32) + 1
         there = segments[:, :: c.patch[0], None][:, :rows]  # as is the first row of its pixels
         there = jnp.broadcast_to(there, (b, rows, columns)).reshape(b, rows * columns)
-        there = jnp.concatenate([zero_rows((b, c.num_prefix_tokens), jnp.int32) + 1, there], axis=1)
+        there = jnp.concatenate([batch_zeros((b, c.num_prefix_tokens), jnp.int32) + 1, there], axis=1)
         return EncoderOutput(self.drop(x, deterministic=deterministic), there)
 
     def _prefix_tokens(self, positions: Float[Array, "class_tokens E"]) -> Float[Array, "prefix E"]:

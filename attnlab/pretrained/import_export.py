@@ -317,12 +317,12 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
 
     def laid_out(x):
         alone = SingleDeviceSharding(jax.local_devices()[0])
-        where = alone if mesh is None else sharding.named(mesh, x.sharding.spec)
+        where = alone if mesh is None else sharding.named_sharding(mesh, x.sharding.spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     rows = 1 if mesh is None else mesh.size
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        inputs = batch_from_spec(batch_spec(rows, 1, config.source_shape), sharding.zero_rows).inputs
+        inputs = batch_from_spec(batch_spec(rows, 1, config.source_shape), sharding.batch_zeros).inputs
         model = config.build(1)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
     return jax.tree.map(laid_out, shapes)

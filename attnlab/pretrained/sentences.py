@@ -73,7 +73,9 @@ class SentenceEncoder:
             tokens[i, : len(document)], segments[i, : len(document)] = document, 1
         put: Any = jnp.asarray
         if self.mesh is not None:
-            put = partial(jax.device_put, device=sharding.named(self.mesh, P(("data", "fsdp"), None)))
+            put = partial(
+                jax.device_put, device=sharding.named_sharding(self.mesh, P(("data", "fsdp"), None))
+            )
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             how = (self.model, self.pooling, self.normalize)
             return np.asarray(_pooled(*how, self.params, put(tokens), put(segments)))[: len(documents)]

@@ -178,7 +178,9 @@ def run_train(request: Request) -> dict[str, float]:
         _save_origin(request, experiment, step)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         verb = f"going on at step {step}" if step else "training"
-        print(f"{verb} in {workdir} on mesh {sharding.describe(session.mesh)} ({_describe_devices(session)})")
+        print(
+            f"{verb} in {workdir} on mesh {sharding.format_mesh(session.mesh)} ({_describe_devices(session)})"
+        )
         flat = config.flatten(experiment)
         with MetricWriters(
             workdir, steps=last, resume=step, trackers=request.trackers, config=flat

@@ -36,7 +36,7 @@ def describe(session: Session) -> str:
             "mesh",
             [
                 (
-                    sharding.describe(session.mesh),
+                    sharding.format_mesh(session.mesh),
                     f"{session.mesh.size} of {session.mesh.devices.flat[0].device_kind}",
                 )
             ],

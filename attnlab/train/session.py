@@ -49,7 +49,7 @@ class Session:
         dimensions = e.model.sharded_dimensions() | {
             "data.batch_size": ("batch", e.data.batch_size // e.train.microbatches),
         }
-        sharding.check_divides(dict(self.mesh.shape), dimensions)
+        sharding.check_divisible(dict(self.mesh.shape), dimensions)
         model_reads, data_gives = _source_words(e.model.source_shape), _source_words(e.data.source_shape)
         if model_reads != data_gives:
             model, data = short_name(type(e.model)), short_name(type(e.data))
@@ -89,7 +89,7 @@ class Session:
 
         def with_sharding(x):
             # A constant such as an optimizer's count says nothing of where it lies, which is everywhere.
-            where = sharding.named(self.mesh, x.sharding.spec if x.sharding else P())
+            where = sharding.named_sharding(self.mesh, x.sharding.spec if x.sharding else P())
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
         return jax.tree.map(with_sharding, shapes)
@@ -146,7 +146,7 @@ class Session:
         return batch_from_spec(self.experiment.data.element_spec(), array)
 
     def _batch_sharding(self, ndim: int):
-        return sharding.named(self.mesh, P(sharding.spec("batch")[0], *(None,) * (ndim - 1)))
+        return sharding.named_sharding(self.mesh, P(sharding.spec("batch")[0], *(None,) * (ndim - 1)))
 
     def to_devices(self, batch: Batch) -> Batch:
         """A host's part of a batch, laid out over the mesh."""

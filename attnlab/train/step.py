@@ -57,7 +57,7 @@ class TrainState:
 
 def init_params(model: nn.Module, experiment: Experiment):
     """The model's parameters that a run of this seed starts from, laid out over the mesh."""
-    batch = batch_from_spec(experiment.data.element_spec(), sharding.zero_rows)
+    batch = batch_from_spec(experiment.data.element_spec(), sharding.batch_zeros)
     return model.init(_keys(experiment)[0], **batch.inputs)["params"]
 
 

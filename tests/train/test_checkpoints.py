@@ -28,7 +28,8 @@ def state_on(text, seed=0):
     specs = {"kernel": P("fsdp", "tensor"), "scale": P(None), "step": P()}
     values = {"kernel": rng.normal(size=(16, 8)), "scale": rng.normal(size=(16,)), "step": np.array(seed)}
     return {
-        n: jax.device_put(jnp.float32(x), sharding.named(mesh(text), specs[n])) for n, x in values.items()
+        n: jax.device_put(jnp.float32(x), sharding.named_sharding(mesh(text), specs[n]))
+        for n, x in values.items()
     }
 
 
