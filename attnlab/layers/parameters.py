@@ -55,3 +55,8 @@ def parameter(
 
 def _no_mesh() -> bool:
     return jax.sharding.get_abstract_mesh().empty
+
+
+def parameter_name(path) -> str:
+    """A parameter's path as rules see it: layers/periods/block0/attention/out/kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

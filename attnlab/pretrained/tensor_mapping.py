@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from attnlab.errors import InputError
-from attnlab.train.optimizers import parameter_name
+from attnlab.layers.parameters import parameter_name
 
 PART = "part"
 

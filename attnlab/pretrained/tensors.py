@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from attnlab.layers.parameters import parameter_name
 from attnlab.pretrained.repository import SafetensorsReader
 from attnlab.pretrained.tensor_mapping import TensorSlice, tensor_shapes
-from attnlab.train.optimizers import parameter_name
 
 
 def load_params(reader: SafetensorsReader, slices: Iterable[TensorSlice], abstract: Any) -> Any:

@@ -15,7 +15,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from attnlab.errors import InputError
-from attnlab.train.optimizers import parameter_name
+from attnlab.layers.parameters import parameter_name
 
 CHECKPOINTS_FOLDER = "checkpoints"
 BEST_METRIC = "loss"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from attnlab import sharding
-from attnlab.train.optimizers import parameter_name
+from attnlab.layers.parameters import parameter_name
 from attnlab.train.partition import combine
 from attnlab.train.session import Session
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from attnlab.data import Batch
+from attnlab.layers.parameters import parameter_name
 from attnlab.train import flops, optimizers
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.metrics import MetricWriter
@@ -171,11 +172,7 @@ def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
         return
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(session.abstract_state.params)]
     non_finite = [i for i, norm in enumerate(metrics["leaf_norms"]) if not np.isfinite(norm)]
-    where = (
-        f"the gradient of {optimizers.parameter_name(paths[non_finite[0]])}"
-        if non_finite
-        else "the loss itself"
-    )
+    where = f"the gradient of {parameter_name(paths[non_finite[0]])}" if non_finite else "the loss itself"
     raise Diverged(
         f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; "
         f"the first bad tensor is {where}"

@@ -15,6 +15,7 @@ import optax
 from optax import contrib
 
 from attnlab.errors import InputError
+from attnlab.layers.parameters import parameter_name
 
 
 @dataclass(frozen=True)
@@ -317,11 +318,6 @@ class ScheduleFree(Optimizer):
     def eval_params(self, opt_state, params):
         """The average, which is what converges."""
         return contrib.schedule_free_eval_params(opt_state, params)
-
-
-def parameter_name(path) -> str:
-    """A parameter's path as rules see it: layers/periods/block0/attention/out/kernel."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:

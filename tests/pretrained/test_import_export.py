@@ -10,8 +10,8 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from attnlab.layers import Dtypes
+from attnlab.layers.parameters import parameter_name
 from attnlab.pretrained import import_export, load, repository
-from attnlab.train.optimizers import parameter_name
 from tests.pretrained.small_llama import LLAMA, write
 
 

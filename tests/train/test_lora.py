@@ -12,11 +12,12 @@ from flax.traverse_util import flatten_dict
 from attnlab.layers import ExpertsConfig
 from attnlab.layers.experts import ExpertMaps
 from attnlab.layers.linear import Linear
+from attnlab.layers.parameters import parameter_name
 from attnlab.models import ContrastiveConfig, DecoderConfig, RecurrentSeq2SeqConfig, Seq2SeqConfig
 from attnlab.pretrained.import_export import abstract_params
 from attnlab.train import AdamW, Constant, LoRA, Rule
 from attnlab.train.describe import describe
-from attnlab.train.optimizers import matrix_axes, parameter_name
+from attnlab.train.optimizers import matrix_axes
 from tests.train.small import experiment, random_batch, session
 
 EVERYWHERE = LoRA(rank=3, alpha=6.0, rule=r"(attention|feed_forward)/.*kernel$|embedding")

@@ -1,0 +1,128 @@
+"""The package's structure: which part may import which, and how long a module and a function may be."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASE = {"attnlab", "errors", "paths"}  # `attnlab` itself holds the version alone
+MODEL = BASE | {"attention", "data", "config", "sharding", "layers", "models"}
+# Each part of attnlab, and the other parts that it may import.
+MAY_IMPORT = {
+    "attnlab": set(),
+    "errors": set(),
+    "paths": {"errors"},
+    "provenance": {"attnlab"},
+    "attention": {"errors"},
+    "data": {"errors", "paths"},
+    "config": BASE,
+    "sharding": {"errors"},
+    "layers": {"errors", "attention", "sharding"},
+    "models": {"errors", "attention", "sharding", "layers"},
+    "train": MODEL,
+    "generation": MODEL,
+    "pretrained": MODEL,
+    "inspect": MODEL,
+    "runner": MODEL | {"provenance", "train", "generation", "pretrained", "inspect"},
+    "__main__": {"runner"},
+}
+# Libraries of the attention package besides the standard library; the kernels of tokamax are optional.
+ATTENTION_LIBRARIES = {"jax", "numpy", "jaxtyping"}
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 450, 70
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(file): file for file in sorted((ROOT / "attnlab").rglob("*.py"))}
+
+
+def part(module: str) -> str:
+    names = module.split(".")
+    return names[1] if len(names) > 1 else names[0]
+
+
+def imported(module: str) -> set[str]:
+    """The modules that a module imports, by their dotted names, deferred and TYPE_CHECKING imports included."""
+    names = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.add(full if full in FILES else str(node.module))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {x.value for x in node.args if isinstance(x, ast.Constant)}
+    return names
+
+
+def test_no_cycle_of_modules():
+    graph = {module: {name for name in imported(module) if name in FILES} for module in FILES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+def test_imports_follow_the_arrows():
+    assert {part(module) for module in FILES} == set(MAY_IMPORT)
+    wrong = [
+        f"{module} imports {name}"
+        for module in FILES
+        for name in sorted(imported(module))
+        if name.partition(".")[0] == "attnlab" and part(name) not in MAY_IMPORT[part(module)] | {part(module)}
+    ]
+    assert wrong == []
+
+
+def test_the_arrows_have_no_cycle():
+    assert len(list(graphlib.TopologicalSorter(MAY_IMPORT).static_order())) == len(MAY_IMPORT)
+
+
+def test_nothing_in_the_package_imports_what_is_outside_of_it():
+    outside = {"experiments", "benchmarks", "tests", "run"}
+    assert [(m, name) for m in FILES for name in imported(m) if name.partition(".")[0] in outside] == []
+
+
+def test_attention_imports_jax_numpy_and_jaxtyping_alone():
+    import sys
+
+    for module in FILES:
+        if part(module) == "attention":
+            libraries = {name.partition(".")[0] for name in imported(module)} - set(sys.stdlib_module_names)
+            optional = {"tokamax"} if module.endswith(".tokamax") else set()
+            assert libraries <= ATTENTION_LIBRARIES | {"attnlab"} | optional, module
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_modules_and_functions_are_short(module):
+    text = FILES[module].read_text()
+    assert len(text.splitlines()) <= MAX_MODULE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{module}: {node.name}"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_every_global_name_that_a_function_reads_exists(module):
+    """The linter and the type checker do not look: they misread the names of dimensions in annotations."""
+    import builtins
+    import dis
+    import importlib
+    import types
+
+    if module.endswith("__main__"):
+        pytest.skip("importing it runs the program")
+    names = set(dir(builtins)) | set(vars(importlib.import_module(module)))
+    pending = [compile(FILES[module].read_text(), module, "exec")]
+    while pending:
+        code = pending.pop()
+        pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        read = {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
+        assert read <= names, f"{module}.{code.co_name}"
