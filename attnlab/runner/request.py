@@ -2,10 +2,8 @@
 
 import copy
 import dataclasses
-import datetime
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,7 +15,15 @@ from attnlab.config.saved import CONFIG
 from attnlab.config.text import split
 from attnlab.config.tree import Override
 from attnlab.errors import InputError
-from attnlab.paths import resolve_path
+from attnlab.runner.flag_values import (
+    make_default_workdir,
+    make_writable_folder,
+    parse_checkpoint,
+    parse_profile,
+    parse_rename_rule,
+    parse_seconds,
+    resolve_folder,
+)
 from attnlab.runner.opening import opening_line
 
 Mode = Literal["train", "eval", "sample", "describe", "import", "export"]
@@ -176,20 +182,20 @@ def build_requests(
     mesh = values["mesh"] if "mesh" in present else None
     if mode == "train" and values["seed"] is not None:
         overrides = [*overrides, ("seed", str(values["seed"]))]
-    workdir = _resolve_folder("workdir", values["workdir"])
+    workdir = resolve_folder("workdir", values["workdir"])
     spec = values["config"] if "config" in present else None
     if values["sweep"]:
         requests = _sweep_requests(values["sweep"], mode, spec, workdir, overrides, mesh, options)
     else:
         requests = [_make_request(mode, spec, workdir, overrides, mesh, options)]
     if mode in ("train", "import") and workdir is None:
-        root = _make_default_workdir(requests[0].loaded.name)
+        root = make_default_workdir(requests[0].loaded.name)
         requests = [
             dataclasses.replace(request, workdir=root / str(request.workdir) if request.workdir else root)
             for request in requests
         ]
     elif mode in ("train", "import") and workdir is not None:
-        _make_writable_folder(workdir)
+        make_writable_folder(workdir)
     return requests
 
 
@@ -246,12 +252,12 @@ def _request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     speculative = ("draft_model", "prompt_lookup_ngram", "num_speculative_tokens")
     sampling = (*lengths, *speculative, "temperature", "top_k", "top_p", "min_p")
     return {name: values[name] for name in plain} | {
-        "max_time": _parse_seconds(values["max_time"]),
-        "profile": _parse_profile(values["profile"]),
-        "checkpoint": _parse_checkpoint(values["checkpoint"]),
-        "output_dir": _resolve_folder("output_dir", values["output_dir"]),
-        "init_from": _resolve_folder("init_from", values["init_from"]),
-        "init_rules": tuple(_parse_rename_rule(rule) for rule in values["init_rules"]),
+        "max_time": parse_seconds(values["max_time"]),
+        "profile": parse_profile(values["profile"]),
+        "checkpoint": parse_checkpoint(values["checkpoint"]),
+        "output_dir": resolve_folder("output_dir", values["output_dir"]),
+        "init_from": resolve_folder("init_from", values["init_from"]),
+        "init_rules": tuple(parse_rename_rule(rule) for rule in values["init_rules"]),
         "trackers": tuple(dict.fromkeys(values["tracker"])),
         "sampling": SamplingFlags(
             prompts=tuple(values["prompt"]),
@@ -383,74 +389,3 @@ def _format_swept_value(config: Any, path: str, text: str) -> str:
     """A swept value as it is shown: 0.001 however it was written, a component as it was asked for."""
     value = configs.flatten(config).get(path, text)
     return text if isinstance(value, type | str) else configs.render(value)
-
-
-def _resolve_folder(flag: str, text: str | None) -> epath.Path | None:
-    if text is None:
-        return None
-    if not text:
-        raise InputError(f"--{flag} is empty")
-    return resolve_path(text)
-
-
-def _make_default_workdir(name: str) -> epath.Path:
-    """A new folder under runs/, made here so that two runs of one second do not share it."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    for count in itertools.count(1):
-        folder = os.path.abspath(os.path.join("runs", f"{name}-{stamp}" + (f"-{count}" if count > 1 else "")))
-        try:
-            os.makedirs(folder)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise InputError(f"cannot make {folder}: {error.strerror}; choose a --workdir") from error
-        return epath.Path(folder)
-    raise AssertionError("unreachable")
-
-
-def _make_writable_folder(folder: epath.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
-    if "://" not in str(folder) and not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write into {folder}")
-
-
-def _parse_seconds(text: str | None) -> float | None:
-    if text is None:
-        return None
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    seconds = float(parts[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parts[2]] if parts else 0
-    if not 0 < seconds < math.inf:
-        raise InputError(f"--max_time={text}: expected seconds above 0, or as in 90s, 5m, 1h")
-    return seconds
-
-
-def _parse_profile(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    if not parts or not 1 <= int(parts[1]) < int(parts[2]):
-        raise InputError(f"--profile={text}: expected the steps start:stop to trace, from 1, as in 10:13")
-    return int(parts[1]), int(parts[2])
-
-
-def _parse_checkpoint(text: str) -> str | int:
-    if text in ("latest", "best"):
-        return text
-    if not re.fullmatch(r"\d+", text):
-        raise InputError(f"--checkpoint={text}: expected latest, best or a step")
-    return int(text)
-
-
-def _parse_rename_rule(text: str) -> tuple[str, str]:
-    pattern, arrow, replacement = text.partition("->")
-    if not arrow:
-        raise InputError(f"--init_rules={text}: expected regex->replacement")
-    try:
-        # The replacement is tried too: a group that is not there would only be told at the first match.
-        re.sub(f"(?:{pattern})|", replacement, "")
-    except (re.error, IndexError) as error:
-        raise InputError(f"--init_rules={text}: {error}") from error
-    return pattern, replacement

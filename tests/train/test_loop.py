@@ -136,7 +136,7 @@ def test_a_run_at_its_end_has_nothing_to_do(made):
     done, _ = train(made)
     batches = Batches()
     said = []
-    outcome, record = train(made, start=done.state, batches=batches, say=said.append)
+    outcome, record = train(made, start=done.state, batches=batches, log=said.append)
     assert (outcome.reason, outcome.step, batches.taken, said) == ("done", 12, 0, [])
     assert record.of("train") == []
     assert set(outcome.metrics) == {"loss", "accuracy", "bits_per_byte"}
@@ -178,7 +178,7 @@ def test_a_trace_is_written_also_where_the_run_ends_within_it(made, tmp_path, st
 
 def test_compiling_is_announced_before_the_first_step(made):
     batches, said = Batches(), []
-    train(made, Limits(max_steps=2), batches=batches, say=lambda text: said.append((text, batches.taken)))
+    train(made, Limits(max_steps=2), batches=batches, log=lambda text: said.append((text, batches.taken)))
     assert said == [("compiling the training step", 0)]
 
 
