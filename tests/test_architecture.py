@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "attnlab": set(),
     "errors": set(),
     "paths": {"errors"},
-    "provenance": {"attnlab"},
+    "provenance": BASE,
     "attention": {"errors"},
     "data": {"errors", "paths"},
     "config": BASE,
