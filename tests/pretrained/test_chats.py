@@ -73,4 +73,4 @@ def test_the_same_tokens(tmp_path, name):
         assert ours.encode_chat(chat) == expected
     several = [{"name": "default", "template": TEMPLATES[name]}, {"name": "tool_use", "template": "x"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several}))
-    assert import_export.read_tokenizer(epath.Path(tmp_path)).chat(chat) == expected
+    assert import_export.read_tokenizer(epath.Path(tmp_path)).encode_chat(chat) == expected
