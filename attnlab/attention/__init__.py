@@ -1,4 +1,8 @@
-"""The attention mechanism as pure functions on arrays."""
+"""Attention as pure functions of arrays: `attend`, masks, scores and position embeddings.
+
+`attend(query, key, value, mask=, score=, backend=)` computes attention; `explain` reports which
+backend it selects and why.
+"""
 
 from attnlab.attention.attend import attend, explain
 from attnlab.attention.backends.reference import reference

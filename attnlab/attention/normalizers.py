@@ -1,7 +1,7 @@
-"""From masked scores to weights: functions for `attend(..., normalizer=)`.
+"""Normalizers: functions from masked scores to attention weights, for `attend(..., normalizer=)`.
 
-Each takes scores, -inf where forbidden, and gives weights over the last axis and what takes the place of
-the log-sum-exp. A row of -inf gives weights 0 and gradient 0.
+Each takes scores, with -inf for masked pairs, and returns the weights over the last axis and one
+value per row in the role of the log-sum-exp. A row of only -inf gets weights 0 and gradient 0.
 """
 
 import math
@@ -19,7 +19,10 @@ Weights = tuple[Float[Array, "*b S"], Float[Array, "*b"]]
 
 
 def softmax(scores: Float[Array, "*b S"]) -> Weights:
-    """Weights and log-sum-exp over the last axis; a row of -inf gives weights 0 and -inf, with gradient 0."""
+    """Return the softmax over the last axis and the log-sum-exp of each row.
+
+    A row of only -inf gets weights 0, log-sum-exp -inf and gradient 0.
+    """
     top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0, top)
     exponentials = jnp.exp(scores - top)
@@ -31,19 +34,22 @@ def softmax(scores: Float[Array, "*b S"]) -> Weights:
 
 
 def off_by_one(scores: Float[Array, "*b S"]) -> Weights:
-    """exp(s_i) / (1 + sum_j exp(s_j)), and log(1 + sum_j exp(s_j)); a sink of 0 (Miller 2023, "Attention Is
-    Off By One").
+    """Return exp(s_i) / (1 + sum_j exp(s_j)) and log(1 + sum_j exp(s_j)).
+
+    This is softmax with an additional sink of score 0 (Miller 2023, "Attention Is Off By One").
     """
     weights, lse = softmax(scores)
     return weights * jax.nn.sigmoid(lse)[..., None], jax.nn.softplus(lse)
 
 
 def sigmoid(length: int) -> Callable[[Float[Array, "*b S"]], Weights]:
-    """The normalizer sigmoid(s_i - log n), each key for itself in a sequence of `length` n; beside the
-    weights the log of their sum (Ramapuram et al. 2024, arXiv 2409.04431).
+    """Return the normalizer sigmoid(s_i - log n) for sequences of `length` n.
+
+    Each key is weighted independently of the others (Ramapuram et al. 2024, arXiv 2409.04431). The
+    normalizer's second result is the log of the sum of the weights.
 
     Raises:
-      InputError: a length that is not positive.
+      InputError: `length` is not positive.
     """
     if length < 1:
         raise InputError(f"sigmoid: length must be at least 1, not {length}")
@@ -57,11 +63,13 @@ def sigmoid(length: int) -> Callable[[Float[Array, "*b S"]], Weights]:
 
 
 def top_k(k: int) -> Callable[[Float[Array, "*b S"]], Weights]:
-    """The normalizer softmax over the k highest scores of a row and those equal to the k-th, with their
-    log-sum-exp (Zhao et al. 2019, arXiv 1912.11637).
+    """Return the normalizer that applies softmax to the k highest scores of each row.
+
+    Scores equal to the k-th highest are included. The second result is the log-sum-exp of the
+    selected scores (Zhao et al. 2019, arXiv 1912.11637).
 
     Raises:
-      InputError: k is not positive.
+      InputError: `k` is not positive.
     """
     if k < 1:
         raise InputError(f"top_k: k must be at least 1, not {k}")
@@ -74,19 +82,23 @@ def top_k(k: int) -> Callable[[Float[Array, "*b S"]], Weights]:
 
 
 def sparsemax(scores: Float[Array, "*b S"]) -> Weights:
-    """max(s_i - tau, 0), the point of the simplex nearest to the scores, and its threshold tau (Martins and
-    Astudillo 2016, arXiv 1602.02068, algorithm 1).
+    """Return max(s_i - tau, 0), the projection of the scores onto the simplex, and tau.
+
+    (Martins and Astudillo 2016, arXiv 1602.02068, algorithm 1.)
     """
     return _above_threshold(scores, lambda total, squares, count: (total - 1) / count)
 
 
 def entmax15(scores: Float[Array, "*b S"]) -> Weights:
-    """max(s_i / 2 - tau, 0)^2 that sum to 1, and tau: sparse, between softmax and sparsemax (Peters et al.
-    2019, arXiv 1905.05702, algorithm 2).
+    """Return max(s_i / 2 - tau, 0)^2, with tau such that the weights sum to 1, and tau.
+
+    1.5-entmax is sparse, between softmax and sparsemax (Peters et al. 2019, arXiv 1905.05702,
+    algorithm 2).
     """
 
     def threshold(total, squares, count):
-        # The lower root of sum (x - tau)^2 = 1; that there is one is known of the true support alone.
+        # The lower root of sum (x - tau)^2 = 1. Only the true support is guaranteed to have a real
+        # root, hence the clipping at 0.
         mean = total / count
         return mean - jnp.sqrt(jnp.maximum((1 - squares) / count + mean**2, 0))
 
@@ -95,10 +107,10 @@ def entmax15(scores: Float[Array, "*b S"]) -> Weights:
 
 
 def _above_threshold(x: Array, threshold: Callable) -> Weights:
-    """max(x - tau, 0) and tau = threshold(sum, sum of squares, count) of the x above tau; -inf where none is.
+    """Return max(x - tau, 0) and tau = threshold(sum, sum of squares, count) of the x above tau.
 
-    A number counts where it exceeds the threshold of itself and the greater ones. That threshold is at
-    most 1 below the greatest number.
+    An entry belongs to the support if it exceeds the threshold computed from itself and all
+    greater entries. tau is at least the greatest entry minus 1. A row of only -inf has tau = -inf.
     """
     top = jax.lax.stop_gradient(x.max(axis=-1, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0, top)
@@ -108,7 +120,7 @@ def _above_threshold(x: Array, threshold: Callable) -> Weights:
     taus = threshold(jnp.cumsum(ranked, axis=-1), jnp.cumsum(ranked**2, axis=-1), sizes)
     last = (taus < ranked).sum(axis=-1, keepdims=True) - 1
     support = x > jnp.take_along_axis(taus, last, axis=-1)
-    # Once more, over the support alone, for a gradient that does not pass through the sorting.
+    # Compute tau again from the support, so that the gradient does not pass through the sort.
     inside = jnp.where(support, x, 0)
     count = jnp.maximum(support.sum(axis=-1, keepdims=True), 1)
     tau = threshold(inside.sum(axis=-1, keepdims=True), (inside**2).sum(axis=-1, keepdims=True), count)

@@ -1,4 +1,8 @@
-"""What masks and scores are made of: indices of pairs, arrays cut as scores are, traced functions."""
+"""Base classes of masks and scores: functions of a (query, key) pair that may hold arrays.
+
+A `PairwiseFn` names the dimensions of its arrays, so that a backend can slice them to one block of
+the scores, pad them, and shard them like the scores.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,11 +23,11 @@ T = TypeVar("T")
 
 
 class PairIndices(NamedTuple):
-    """A rectangle of scores, (B, H, T, S): the indices of its batch rows, query heads, queries and keys.
+    """Indices of the batch rows, query heads, queries and keys of a block of scores, (B, H, T, S).
 
-    They count through the whole batch, model and sequence, also where a device holds a part. Each is an
-    array of four dimensions that broadcasts against the scores, so that masks and scores are written as
-    formulas: `at.kv <= at.q`.
+    The indices are global: they count over the whole batch, all heads and the whole sequence, also
+    on a device that holds only a shard. Each is a four-dimensional array that broadcasts against
+    the scores, so masks and scores can be written as formulas: `at.kv <= at.q`.
     """
 
     b: Int[Array, "B 1 1 1"]
@@ -33,7 +37,7 @@ class PairIndices(NamedTuple):
 
 
 def pair_indices(*indices: int | Int[Array, " N"]) -> PairIndices:
-    """The rectangle of these batch rows, heads, queries and keys; a number stands for as many from 0 on."""
+    """Return the indices of these batch rows, heads, queries, keys; an int n means 0 to n - 1."""
     arrays = (jnp.arange(x) if isinstance(x, int) else x for x in indices)
     return PairIndices(
         *(jnp.expand_dims(x, [i for i in range(4) if i != axis]) for axis, x in enumerate(arrays))
@@ -41,33 +45,35 @@ def pair_indices(*indices: int | Int[Array, " N"]) -> PairIndices:
 
 
 def block_indices(offset: Sequence[int | Array], shape: Sequence[int]) -> PairIndices:
-    """The rectangle of this shape whose first batch row, head, query and key are these."""
+    """Return the indices of a block with this shape and this (batch, head, query, key) offset."""
     return pair_indices(*(start + jnp.arange(n) for start, n in zip(offset, shape, strict=True)))
 
 
 def eval_at_trace_time(function: Callable[[], T]) -> T:
-    """What it returns, its arrays as NumPy's, also while a program is traced; it closes over known arrays.
+    """Call `function` eagerly, even under a trace, and return its result as NumPy arrays.
 
-    It runs in a thread of its own, where there is neither a trace nor a mesh: JAX's own evaluation at
-    compile time runs on the devices of the mesh, which may belong to other hosts, or not be there yet.
+    `function` must not close over tracers. It runs in a separate thread, which has neither a trace
+    nor a mesh. `jax.ensure_compile_time_eval` would run on the devices of the mesh instead, which
+    may belong to other hosts or, for ahead-of-time compilation, not exist.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(lambda: jax.tree.map(np.asarray, function())).result()
 
 
 class PairwiseFn:
-    """Base of masks and scores: a frozen dataclass that is a pytree, made by `pytree`.
+    """Base class of masks and scores. Subclasses are frozen dataclasses, registered by `pytree`.
 
     Attributes:
-      dims: of each field that is an array, what its dimensions are: "batch", "heads", "queries", "keys",
-        or None. A dimension with a name has the length of the scores', or 1; a backend cuts it to the
-        rectangle that it asks about, and lays it out over devices as the scores. All others stay whole.
+      dims: names of the dimensions of each array field: "batch", "heads", "queries", "keys" or
+        None. A named dimension has length 1 or the length of that dimension of the scores. Backends
+        slice named dimensions to the block they evaluate and shard them like the scores. Unnamed
+        dimensions are never sliced or sharded.
     """
 
     dims: ClassVar[dict[str, Dims]] = {}
 
     def map_arrays(self, change: Callable[[Array, Dims], Any]) -> Self:
-        """With every array x within it replaced by `change(x, its dims)`."""
+        """Return a copy in which every array `x` is replaced by `change(x, dims of x)`."""
 
         def visit(value, dims=None):
             if isinstance(value, PairwiseFn):
@@ -82,7 +88,7 @@ class PairwiseFn:
         return type(self)(**{name: visit(getattr(self, name), self.dims.get(name)) for name in names})
 
     def slice_block(self, **ranges: tuple[int | Array, int]) -> Self:
-        """With the named dimensions of its arrays cut to `(start, length)`, as `queries=(64, 32)`."""
+        """Return a copy with named dimensions sliced to `(start, length)`: `queries=(64, 32)`."""
 
         def change(x, dims):
             for axis, name in enumerate(dims):
@@ -93,7 +99,7 @@ class PairwiseFn:
         return self.map_arrays(change)
 
     def pad_to(self, **lengths: int) -> Self:
-        """With the named dimensions of its arrays made that long, by repeating their ends."""
+        """Return a copy with named dimensions padded to these lengths with their last value."""
 
         def change(x, dims):
             padding = [
@@ -106,36 +112,44 @@ class PairwiseFn:
 
 @dataclass(frozen=True)
 class TracedFn:
-    """A function of one pair, traced once: the arrays it captured are values beside it, with gradients.
+    """A function of one pair, traced once with scalars.
+
+    The arrays that the function captured are returned separately by `trace` and passed to every
+    call, so that they get gradients.
 
     Attributes:
       jaxpr: the traced function.
-      uses: which of its arguments it looks at.
+      uses: for each argument, whether the result depends on it.
     """
 
     jaxpr: Any
     uses: tuple[bool, ...]
 
     @staticmethod
-    def trace(function: Callable, arguments: Sequence[Array], what: str) -> "tuple[TracedFn, list[Array]]":
-        """The function traced with scalars like these, and the arrays it captured.
+    def trace(function: Callable, arguments: Sequence[Array], name: str) -> "tuple[TracedFn, list[Array]]":
+        """Trace a function with scalar arguments; return it and the arrays that it captured.
+
+        Args:
+          function: the function of one pair.
+          arguments: scalars of the dtypes it is called with.
+          name: name of the function in the error message, such as "a mask function".
 
         Raises:
-          InputError: it returns something other than one scalar.
+          InputError: the function does not return exactly one scalar.
         """
-        # Of no mesh, so that it can be run on a device's part as well as on the whole; what is compiled
-        # within it would remember one.
+        # Trace without a mesh, so that the function can run both on a shard (inside shard_map) and
+        # on whole arrays. An inner jit would record the current mesh, so jit is disabled too.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.disable_jit():
             closed = jax.make_jaxpr(function)(*arguments)
         if len(closed.out_avals) != 1 or closed.out_avals[0].shape:
             shapes = ", ".join(map(str, closed.out_avals))
-            raise InputError(f"{what} gets the indices of one pair and returns one scalar, not {shapes}")
+            raise InputError(f"{name} must map the indices of one pair to one scalar; it returns {shapes}")
         used = {v for equation in closed.jaxpr.eqns for v in equation.invars if isinstance(v, core.Var)}
         used |= {v for v in closed.jaxpr.outvars if isinstance(v, core.Var)}
         return TracedFn(closed.jaxpr, tuple(v in used for v in closed.jaxpr.invars)), list(closed.consts)
 
     def __call__(self, captured: Sequence[Array], *arguments: Array) -> Array:
-        """Its value at every pair; the arguments have four dimensions that broadcast, as the result has."""
+        """Return the value at every pair; arguments and result broadcast to (B, H, T, S)."""
         function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, list(captured)))
         inputs = [x if uses else x[:1, :1, :1, :1] for x, uses in zip(arguments, self.uses, strict=True)]
 
@@ -143,18 +157,21 @@ class TracedFn:
             return function(*scalars)[0]
 
         for axis in reversed(range(4)):
-            mapped = _over(mapped, [x.shape[axis] > 1 for x in inputs])
+            mapped = _map_first_axis(mapped, [x.shape[axis] > 1 for x in inputs])
         return mapped(*inputs)
 
 
-def _over(function, moving: Sequence[bool]):
-    """`function` mapped over the first dimension of those that move; that of the others is 1, and goes."""
+def _map_first_axis(function, is_mapped: Sequence[bool]):
+    """Return `function` mapped over the first axis of the mapped arguments.
+
+    The first axis of the other arguments has length 1 and is squeezed.
+    """
 
     def call(*xs):
-        if not any(moving):
+        if not any(is_mapped):
             return function(*(x[0] for x in xs))[None]
-        ready = [x if moves else x[0] for x, moves in zip(xs, moving, strict=True)]
-        return jax.vmap(function, in_axes=[0 if moves else None for moves in moving])(*ready)
+        inputs = [x if mapped else x[0] for x, mapped in zip(xs, is_mapped, strict=True)]
+        return jax.vmap(function, in_axes=[0 if mapped else None for mapped in is_mapped])(*inputs)
 
     return call
 
@@ -164,12 +181,14 @@ STATIC_TYPES = (bool, int, float, str, tuple, type(None), TracedFn)
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
-    """A frozen dataclass that is a pytree: numbers, text, tuples and None are its type, all else is data.
+    """Make a class a frozen dataclass and register it as a pytree.
 
-    So the compiler knows `CausalMask(3)`, while `CausalMask(jnp.int32(3))` may be traced.
+    Python numbers, strings, tuples and None are static (part of the tree structure); all other
+    values are leaves. So `CausalMask(3)` is static under `jax.jit`, while
+    `CausalMask(jnp.int32(3))` is traced.
     """
     cls = dataclass(frozen=True, eq=False)(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # it has just become one
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # a dataclass since the line above
 
     def flatten(x):
         static = tuple((n, getattr(x, n)) for n in names if isinstance(getattr(x, n), STATIC_TYPES))

@@ -1,8 +1,9 @@
-"""Where a token stands: rotary, sinusoidal and learned positions as functions of arrays.
+"""Rotary, sinusoidal and learned position embeddings, as functions of arrays.
 
-A rotary position turns each pair of a head's numbers by an angle, position * frequency. `rotate` turns, and
-the others say by what angles: `rotary` by one position, `axial` and `multimodal` by several. How the
-frequencies are stretched for lengths beyond those trained on is a `Scaling`.
+A rotary embedding (RoPE) rotates each pair of the elements of a head by an angle, position *
+frequency. `rotate` applies given angles. The others compute the angles: `rotary` from one position
+per token, `axial` and `multimodal` from several. A `Scaling` adapts the frequencies to sequences
+longer than those trained on.
 """
 
 import math
@@ -20,21 +21,27 @@ from attnlab.errors import InputError
 
 
 def frequencies(width: int, theta: float = 10_000.0) -> Float[Array, " pairs"]:
-    """theta^(-2i/width) of each pair i, radians a token (RoFormer, arXiv 2104.09864, section 3.2.2)."""
+    """Return theta^(-2i/width) of each pair i, in radians per token.
+
+    (RoFormer, arXiv 2104.09864, section 3.2.2.)
+    """
     return theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Base class, and no scaling at all: what becomes of frequencies, and of the size of queries and keys."""
+    """Base class of context-length extensions of RoPE; this class itself changes nothing.
+
+    A scaling modifies the rotary frequencies, and may multiply queries and keys by a factor.
+    """
 
     @property
     def attention_factor(self) -> float:
-        """Factor of queries and keys alike, so that the scores grow by its square."""
+        """Factor of both queries and keys; the scores are multiplied by its square."""
         return 1.0
 
     def __call__(self, width: int, theta: float, positions: Int[Array, "b T"]) -> Float[Array, " pairs"]:
-        """The frequency of each pair of a rotary width, for tokens at these positions."""
+        """Return the frequency of each pair of a rotary width, for tokens at these positions."""
         return frequencies(width, theta)
 
 
@@ -51,7 +58,10 @@ class LinearScaling(Scaling):
 
 @dataclass(frozen=True)
 class NTK(Scaling):
-    """A theta so much greater that the last pair is slowed by the factor (arXiv 2309.00071, section 3.1)."""
+    """NTK-aware scaling: a larger theta, which divides the last pair's frequency by the factor.
+
+    (arXiv 2309.00071, section 3.1.)
+    """
 
     factor: float
 
@@ -62,13 +72,14 @@ class NTK(Scaling):
 
 @dataclass(frozen=True)
 class DynamicNTK(Scaling):
-    """`NTK` by as much as the greatest position exceeds the original length (arXiv 2309.00071, section 3.3).
+    """`NTK` with a factor that grows with the sequence length (arXiv 2309.00071, section 3.3).
 
-    Keys in a cache stay as they were turned at the length when they came.
+    The factor of `NTK` is 1 + factor * max(length / original - 1, 0). Keys in a KV cache are not
+    rotated again when the length, and so the factor, grows.
 
     Attributes:
-      factor: of the excess; with 1, `NTK`'s factor is the length over the original one.
-      original: length trained on, tokens.
+      factor: multiplier of the excess length; with 1, the factor of `NTK` is length / original.
+      original: length trained on, in tokens.
     """
 
     factor: float
@@ -82,15 +93,15 @@ class DynamicNTK(Scaling):
 
 @dataclass(frozen=True)
 class YaRN(Scaling):
-    """Pairs that turn rarely are slowed by the factor, others not (arXiv 2309.00071, section 3).
+    """Divides low frequencies by the factor and keeps high ones (arXiv 2309.00071, section 3).
 
     Attributes:
-      factor: by which length grows.
-      original: length trained on, tokens.
-      fast: turns over the original length from which on a pair stays as it is.
-      slow: turns up to which it is slowed fully.
-      truncate: the ramp between starts and ends at whole pairs.
-      temperature: the attention factor; None is 0.1 log(factor) + 1 (section 3.4).
+      factor: length extrapolated to, divided by the length trained on.
+      original: length trained on, in tokens.
+      fast: pairs with at least this number of rotations over the original length are unchanged.
+      slow: pairs with at most this number of rotations are divided by the full factor.
+      truncate: whether the ramp in between starts and ends at whole pairs.
+      temperature: the attention factor; None means 0.1 log(factor) + 1 (section 3.4).
     """
 
     factor: float
@@ -109,10 +120,10 @@ class YaRN(Scaling):
         """See `Scaling.__call__`."""
 
         def pair(turns: float) -> float:
-            """Which pair turns so often: original * theta^(-2i/width) = 2 pi turns, solved for i."""
+            """Solve original * theta^(-2i/width) = 2 pi turns for the pair i."""
             return width * math.log(self.original / (2 * math.pi * turns)) / (2 * math.log(theta))
 
-        # The ramp between them is linear in the pair, as in the authors' code, and not in its turns.
+        # The ramp is linear in the index of the pair, as in the authors' code, not in its turns.
         first, last = pair(self.fast), pair(self.slow)
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
@@ -123,13 +134,15 @@ class YaRN(Scaling):
 
 @dataclass(frozen=True)
 class LongRoPE(Scaling):
-    """Each pair slowed by a factor of its own, found by search (arXiv 2402.13753, section 3).
+    """Divides the frequency of each pair by its own searched factor (arXiv 2402.13753, section 3).
+
+    The attention factor is sqrt(1 + log(factor) / log(original)).
 
     Attributes:
       short: factor of each pair in sequences up to the original length.
-      long: factor of each pair in longer ones.
-      original: length trained on, tokens.
-      factor: by which length grows; it gives the attention factor sqrt(1 + log(factor) / log(original)).
+      long: factor of each pair in longer sequences.
+      original: length trained on, in tokens.
+      factor: length extrapolated to, divided by the length trained on.
     """
 
     short: tuple[float, ...]
@@ -146,11 +159,11 @@ class LongRoPE(Scaling):
         """See `Scaling.__call__`.
 
         Raises:
-          InputError: not one factor for each pair.
+          InputError: `short` or `long` does not have one factor per pair.
         """
         if {len(self.short), len(self.long)} != {width // 2}:
             raise InputError(
-                f"LongRoPE: a rotary width of {width} takes {width // 2} short and long factors each; "
+                f"LongRoPE: a rotary width of {width} needs {width // 2} factors in both short and long; "
                 f"got {len(self.short)} and {len(self.long)}"
             )
         short, long = (jnp.asarray(x, jnp.float32) for x in (self.short, self.long))
@@ -159,13 +172,14 @@ class LongRoPE(Scaling):
 
 @dataclass(frozen=True)
 class Llama3(Scaling):
-    """As `YaRN`, but by a ramp in the number of turns and with no attention factor (Llama 3.1).
+    """Like `YaRN`, with a ramp linear in the turns and no attention factor (Llama 3.1).
 
     Attributes:
-      factor: by which length grows.
-      original: length trained on, tokens.
-      slow: turns over the original length up to which a pair is slowed fully.
-      fast: turns from which on it stays as it is.
+      factor: length extrapolated to, divided by the length trained on.
+      original: length trained on, in tokens.
+      slow: pairs with at most this number of rotations over the original length are divided by the
+        full factor.
+      fast: pairs with at least this number of rotations are unchanged.
     """
 
     factor: float = 8.0
@@ -181,13 +195,13 @@ class Llama3(Scaling):
 
 
 def _ntk(width: int, theta: float, factor: float | Array) -> Array:
-    # (theta * factor^(width / (width - 2)))^(-2i/width), of which the last pair has 1 / factor.
+    # (theta * factor^(width / (width - 2)))^(-2i/width): the last pair is divided by factor.
     exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / max(width - 2, 1)
     return frequencies(width, theta) * factor**-exponents
 
 
 def _interpolate(plain: Array, factor: float, slowed: Array) -> Array:
-    """Frequencies divided by the factor where slowed is 1, as they were where it is 0, and between."""
+    """Interpolate between frequencies (slowed = 0) and frequencies / factor (slowed = 1)."""
     return plain / factor * slowed + plain * (1 - slowed)
 
 
@@ -198,23 +212,26 @@ def rotate(
     factor: float | Float[Array, "b T pairs"] = 1.0,
     interleaved: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """Turns the first pairs of each head's numbers by these angles, times a factor; the others stay.
+    """Rotate the first P pairs of elements of each head and multiply them by a factor.
 
-    Of P pairs, the i-th is numbers (i, i + P), or (2i, 2i + 1) if interleaved: two orders of one thing, of
-    which RoFormer (arXiv 2104.09864, equation 34) has the latter and most models the former.
+    Elements beyond the first 2P are unchanged. Pair i is elements (i, i + P), as in most models, or
+    (2i, 2i + 1) if interleaved, as in RoFormer (arXiv 2104.09864, equation 34). The two layouts
+    differ by a permutation of the elements.
 
     Args:
       x: queries or keys, (B, T, H, D).
-      angles: of each token and pair, in radians, (B, T, P) or (1, T, P).
-      factor: of the size of each pair.
-      interleaved: whether the numbers of a pair stand side by side.
+      angles: angle of each token and pair, in radians, (B, T, P) or (1, T, P).
+      factor: factor of each pair.
+      interleaved: whether the elements of a pair are adjacent.
 
     Raises:
-      InputError: more pairs than a head has.
+      InputError: 2P exceeds D.
     """
     width = 2 * angles.shape[-1]
     if width > x.shape[-1]:
-        raise InputError(f"{width // 2} pairs to turn need a head_dim of {width}; it is {x.shape[-1]}")
+        raise InputError(
+            f"{width // 2} rotary pairs need a head_dim of at least {width}; it is {x.shape[-1]}"
+        )
     cos, sin = ((factor * f(angles))[:, :, None, :] for f in (jnp.cos, jnp.sin))
     rotated, rest = x[..., :width].astype(jnp.float32), x[..., width:]
     if interleaved:
@@ -235,16 +252,17 @@ def rotary(
     scaling: Scaling | None = None,
     interleaved: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """Turns pair i of each head by position * theta^(-2i/D'), over the first D' = fraction * D of its width.
+    """Apply rotary position embeddings (RoPE): rotate pair i by position * theta^(-2i/D').
 
-    (RoFormer, arXiv 2104.09864, equation 34.)
+    D' = fraction * D is the number of rotated elements of each head (RoFormer, arXiv 2104.09864,
+    equation 34).
 
     Args:
       x: queries or keys, (B, T, H, D).
-      positions: of each token, (B, T) or (1, T).
+      positions: position of each token, (B, T) or (1, T).
       theta: base of the frequencies.
-      fraction: share of the width that is turned.
-      scaling: what becomes of the frequencies; None is nothing.
+      fraction: fraction of the head width that is rotated.
+      scaling: scaling of the frequencies; None means no scaling.
       interleaved: see `rotate`.
     """
     scaling = scaling or Scaling()
@@ -260,23 +278,25 @@ def axial(
     theta: float = 10_000.0,
     interleaved: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """`rotary` on a grid: each axis turns an equal run of the pairs by frequencies of its own.
+    """Apply axial RoPE: each axis of a grid rotates an equal share of the pairs.
 
-    On two axes, the row turns the first half of the pairs and the column the second (vision transformers:
-    RoPE-ViT, arXiv 2403.13298; Qwen2-VL, arXiv 2409.12191).
+    Each axis has the full range of frequencies. With two axes, the row rotates the first half of
+    the pairs and the column the second half (RoPE-ViT, arXiv 2403.13298; the vision encoder of
+    Qwen2-VL, arXiv 2409.12191).
 
     Args:
       x: queries or keys, (B, T, H, D).
-      positions: of each token along each axis, as (row, column), (B, T, axes) or (1, T, axes).
+      positions: position of each token along each axis, such as (row, column), (B, T, axes) or
+        (1, T, axes).
       theta: base of the frequencies.
       interleaved: see `rotate`.
 
     Raises:
-      InputError: D pairs that do not divide among the axes.
+      InputError: D is not divisible by twice the number of axes.
     """
     axes, width = positions.shape[-1], x.shape[-1]
     if width % (2 * axes):
-        raise InputError(f"axial: {axes} axes take a head_dim that {2 * axes} divides; it is {width}")
+        raise InputError(f"axial: {axes} axes need a head_dim divisible by {2 * axes}; it is {width}")
     speeds = frequencies(width // axes, theta)
     return rotate(x, _axis_angles(positions, [speeds] * axes), interleaved=interleaved)
 
@@ -289,23 +309,26 @@ def multimodal(
     theta: float = 10_000.0,
     interleaved: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """`rotary` whose pairs follow several positions: one spectrum, of which each axis turns a section.
+    """Apply multimodal RoPE (M-RoPE): each axis rotates one section of the frequencies.
 
-    So text, whose token has the same position along all axes, is turned as by `rotary` (M-RoPE: Qwen2-VL,
-    arXiv 2409.12191, section 2.1).
+    The axes share one range of frequencies. A text token, with the same position along all axes, is
+    therefore rotated as by `rotary` (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Args:
       x: queries or keys, (B, T, H, D).
-      positions: of each token along each axis, as (time, row, column), (B, T, axes) or (1, T, axes).
-      sections: how many pairs follow each axis, from the fastest on; in Qwen2-VL, (16, 24, 24) of 64.
+      positions: position of each token along each axis, such as (time, row, column), (B, T, axes)
+        or (1, T, axes).
+      sections: number of pairs of each axis, from the highest frequency; (16, 24, 24) in Qwen2-VL.
       theta: base of the frequencies.
       interleaved: see `rotate`.
 
     Raises:
-      InputError: not a section for each axis, or more pairs than a head has.
+      InputError: `sections` does not have one entry per axis, or has more pairs than a head.
     """
     if len(sections) != positions.shape[-1]:
-        raise InputError(f"multimodal: {len(sections)} sections for {positions.shape[-1]} axes of positions")
+        raise InputError(
+            f"multimodal: got {len(sections)} sections for {positions.shape[-1]} axes of positions"
+        )
     speeds = jnp.split(frequencies(2 * sum(sections), theta), np.cumsum(sections)[:-1])
     return rotate(x, _axis_angles(positions, speeds), interleaved=interleaved)
 
@@ -319,18 +342,19 @@ def xpos(
     base: float = 512.0,
     interleaved: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """`rotary` whose products fade with distance, fast pairs first (xPos, arXiv 2212.10554, algorithm 1).
+    """Apply xPos: RoPE with scores that decay with distance (arXiv 2212.10554, algorithm 1).
 
-    Pair i grows by ((2i/D + 0.4) / 1.4)^(position / base), and keys by its inverse: of their product is left
-    the power of their distance. Only distances count; count positions from the middle of sequences
-    longer than some 30,000 tokens, where float32 would end.
+    Pair i of a query is multiplied by ((2i/D + 0.4) / 1.4)^(position / base), and of a key by the
+    inverse, so that their product decays with the distance, fastest in the pairs of the highest
+    frequency. Only distances matter. For sequences longer than about 30,000 tokens, count positions
+    from the middle of the sequence: the factors would leave the range of float32.
 
     Args:
       x: queries or keys, (B, T, H, D).
-      positions: of each token, (B, T) or (1, T).
-      keys: whether x are keys, and not queries.
+      positions: position of each token, (B, T) or (1, T).
+      keys: whether x are keys rather than queries.
       theta: base of the frequencies.
-      base: distance after which a pair has faded by its rate, tokens.
+      base: distance in tokens over which pair i decays by (2i/D + 0.4) / 1.4.
       interleaved: see `rotate`.
     """
     width = x.shape[-1] // 2 * 2
@@ -341,8 +365,10 @@ def xpos(
 
 
 def sinusoidal(positions: Int[Array, "B T"], width: int, halves: bool = False) -> Float[Array, "B T E"]:
-    """sin and cos of position / 10000^(2i/E), side by side (Vaswani et al. 2017, section 3.5), or all of
-    either in a half (Marian).
+    """Return the sine and cosine of position / 10000^(2i/E) of each position.
+
+    They are interleaved (Vaswani et al. 2017, section 3.5), or, if `halves`, all sines are followed
+    by all cosines (Marian).
     """
     angles = _angles(positions, frequencies(width))
     if halves:
@@ -353,15 +379,17 @@ def sinusoidal(positions: Int[Array, "B T"], width: int, halves: bool = False) -
 def lookup_rows(
     table: Float[Array, "V E"], ids: Int[Array, "B T"], out_sharding: Any = None
 ) -> Float[Array, "B T E"]:
-    """Return the table's row of each id; ids must be in range."""
+    """Return the row of the table for each id. Ids out of range are undefined behaviour."""
     return table.at[ids].get(mode="promise_in_bounds", out_sharding=out_sharding)
 
 
 def learned(positions: Int[Array, "B T"], table: Float[Array, "P E"]) -> Float[Array, "B T E"]:
-    """Return the table's row of each position (Gehring et al. 2017, arXiv 1705.03122, section 3.1).
+    """Return the row of the table for each position (Gehring et al. 2017, section 3.1).
+
+    (arXiv 1705.03122.) If `positions` is traced, rows of positions outside the table are NaN.
 
     Raises:
-      InputError: a position outside the table. Where positions are traced it gives NaN instead.
+      InputError: a position that is not traced is outside the table.
     """
     in_mesh = not jax.sharding.get_abstract_mesh().empty
     out_sharding = P(*jax.typeof(positions).sharding.spec, None) if in_mesh else None
@@ -369,18 +397,18 @@ def learned(positions: Int[Array, "B T"], table: Float[Array, "P E"]) -> Float[A
     if not isinstance(positions, jax.core.Tracer) and outside.any():
         raise InputError(
             f"learned positions: the table has rows 0 to {len(table) - 1}; "
-            f"asked for {positions.min()} to {positions.max()}"
+            f"got positions {positions.min()} to {positions.max()}"
         )
     rows = lookup_rows(table, jnp.clip(positions, 0, len(table) - 1), out_sharding)
     return jnp.where(outside[..., None], jnp.nan, rows)
 
 
 def _angles(positions: Array, speeds: Array) -> Array:
-    """Position times speed, (B, T, pairs)."""
+    """Return position * speed, (B, T, pairs)."""
     return positions[..., None].astype(jnp.float32) * speeds[None, None, :]
 
 
 def _axis_angles(positions: Array, speeds: Sequence[Array]) -> Array:
-    """The angles along each axis, one after the other."""
+    """Return the angles along each axis, concatenated."""
     along = jnp.moveaxis(positions, -1, 0)
     return jnp.concatenate([_angles(p, s) for p, s in zip(along, speeds, strict=True)], axis=-1)

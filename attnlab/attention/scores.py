@@ -1,6 +1,6 @@
-"""How a score is changed between the scaled product and the softmax.
+"""Score modifications, applied to the scaled products of queries and keys before the softmax.
 
-Those that depend on distance take query i to sit at key index i + offset, as `CausalMask` does.
+Scores that depend on the distance place query i at key index i + offset, like `CausalMask`.
 """
 
 import math
@@ -18,22 +18,22 @@ from attnlab.errors import InputError
 
 
 class Score(PairwiseFn):
-    """Base class: a change of the scaled scores that keeps their shape. The arrays in it get gradients.
+    """Base class: a shape-preserving function of the scaled scores. Its arrays get gradients.
 
     Attributes:
-      is_additive: whether it adds to the scores what does not depend on them.
+      is_additive: whether it adds a bias that does not depend on the scores.
     """
 
     is_additive: ClassVar[bool] = False
 
     def __call__(self, scores: Float[Array, "B H T S"], at: PairIndices) -> Float[Array, "B H T S"]:
-        """The changed scores of these pairs; the score's own arrays are cut to them, by their `dims`."""
+        """Return the modified scores; this object's arrays are already sliced to these pairs."""
         raise NotImplementedError
 
 
 @pytree
 class SoftcapScore(Score):
-    """cap * tanh(score / cap): scores stay within (-cap, cap) (Gemma 2, arXiv 2408.00118, section 2)."""
+    """cap * tanh(score / cap), within (-cap, cap) (Gemma 2, arXiv 2408.00118, section 2)."""
 
     cap: float
 
@@ -44,7 +44,7 @@ class SoftcapScore(Score):
 
 @pytree
 class BiasScore(Score):
-    """score + bias, an array of four dimensions of which any may be 1; the gradient reaches it."""
+    """score + bias; each dimension of the bias may be 1, and the bias gets a gradient."""
 
     bias: Float[Array, "B H T S"]
 
@@ -58,9 +58,10 @@ class BiasScore(Score):
 
 @pytree
 class AlibiScore(Score):
-    """score - slope * |key - query|, a slope for each head (ALiBi, arXiv 2108.12409, section 3).
+    """score - slope * |key - query|, with one slope per head (ALiBi, arXiv 2108.12409, section 3).
 
-    With a causal mask this is the paper's; without one, both directions count alike.
+    With a causal mask this is the paper's bias. Without one, the penalty is symmetric in the
+    direction of the distance.
     """
 
     slopes: Float[Array, " H"]
@@ -77,11 +78,11 @@ class AlibiScore(Score):
 
 @pytree
 class RelativeBiasScore(Score):
-    """score + table[clip(key - query, -m, m) + m], a column for each head.
+    """score + table[clip(key - query, -m, m) + m], with one column of the table per head.
 
     Attributes:
-      table: of every distance from m before the query to m after it, (2m + 1, H).
-      offset: of the query's index.
+      table: bias of each distance from -m to m, (2m + 1, H).
+      offset: key index of the first query.
     """
 
     table: Float[Array, "distances H"]
@@ -98,7 +99,12 @@ class RelativeBiasScore(Score):
 
 @pytree
 class ShawScore(Score):
-    """score + by_distance[clip(key - query, -m, m) + m], the query's own (arXiv 1803.02155, equation 5)."""
+    """score + by_distance[..., clip(key - query, -m, m) + m] (arXiv 1803.02155, equation 5).
+
+    Attributes:
+      by_distance: product of each query with the embedding of each distance, (B, H, T, 2m + 1).
+      offset: key index of the first query.
+    """
 
     by_distance: Float[Array, "B H T distances"]
     offset: Index = 0
@@ -114,7 +120,7 @@ class ShawScore(Score):
 
 @pytree
 class TemperatureScore(Score):
-    """score * factor of the query, an array of which any dimension may be 1; the gradient reaches it."""
+    """score * factor of the query; each dimension may be 1, and the factor gets a gradient."""
 
     factor: Float[Array, "B H T 1"]
 
@@ -129,8 +135,9 @@ class TemperatureScore(Score):
 class ForgettingScore(Score):
     """score + queries - keys, running sums of the log forget gates (FoX, arXiv 2503.02130).
 
-    A key has thus faded by every gate after it, up to the query's. It is meant for causal masks: what lies
-    ahead of the query would be raised. With a cache, the sums of the queries are those of the last keys.
+    The weight of a key is therefore multiplied by all gates after the key, up to the query's. Use a
+    causal mask: keys after the query would be amplified. With a KV cache, the sums of the queries
+    are those of the last keys.
     """
 
     queries: Float[Array, "B H T 1"]
@@ -149,13 +156,13 @@ class ForgettingScore(Score):
 
 @pytree
 class ChainScore(Score):
-    """Changes one after the other, the first first."""
+    """Scores applied one after the other, in order."""
 
     parts: list[Score]
 
     @property
     def is_additive(self):
-        """Whether each of them only adds."""
+        """Whether all parts are additive."""
         return all(part.is_additive for part in self.parts)
 
     def __call__(self, scores, at):
@@ -167,7 +174,7 @@ class ChainScore(Score):
 
 @pytree
 class ScoreFn(Score):
-    """A function of one score and the indices of its pair, written by the user."""
+    """A user-defined function of one score and the indices of its pair; see `score_fn`."""
 
     function: TracedFn
     captured: Any
@@ -178,12 +185,14 @@ class ScoreFn(Score):
 
 
 def score_fn(function: Callable[[Array, Array, Array, Array, Array], Array]) -> Score:
-    """The change `function(score, b, h, q, k)` of the score of query q and key k, in batch row b and head h.
+    """Return the score that maps each score to `function(score, b, h, q, k)`.
 
-    It is traced once with scalars. Arrays that it captures are whole on every device, and get gradients.
+    b is the batch row, h the query head, q the query index and k the key index. The function is
+    traced once with scalars. Arrays that it captures are replicated on every device and get
+    gradients.
 
     Raises:
-      InputError: it does not return one scalar.
+      InputError: the function does not return one scalar.
     """
     arguments = [jnp.float32(0), *[jnp.int32(0)] * 4]
     traced, captured = TracedFn.trace(function, arguments, "a score function")
@@ -204,20 +213,19 @@ def bias(array: Float[Array, "..."]) -> Score:
 
 
 def alibi(slopes: int | Float[Array, " H"], offset: Index = 0) -> Score:
-    """Return ALiBi's score, which subtracts slope * |key - query| with a slope for each head.
+    """Return ALiBi's score, which subtracts slope * |key - query| with one slope per head.
 
-    A number of heads stands for the paper's slopes, which do not learn.
-
-    They are 2^(-8/n), 2^(-16/n), ... for a power of two n. Other numbers of heads take, after those of the
-    power of two below, every second one of the power above.
+    An int selects the paper's fixed slopes for that number of heads n: 2^(-8/n), 2^(-16/n), ... if
+    n is a power of two. Otherwise they are the slopes of the next lower power of two, followed by
+    every second slope of the next higher one.
 
     Raises:
-      InputError: no heads.
+      InputError: the number of heads is below 1.
     """
     if not isinstance(slopes, int):
         return AlibiScore(slopes, offset)
     if slopes < 1:
-        raise InputError(f"alibi takes a number of heads from 1 on, or their slopes, not {slopes}")
+        raise InputError(f"alibi: the number of heads must be at least 1, not {slopes}")
     below = 1 << (slopes.bit_length() - 1)
     exponents = np.concatenate([np.arange(1, below + 1) / below, np.arange(1, 2 * below, 2) / (2 * below)])
     return AlibiScore(jnp.asarray(2.0 ** (-8 * exponents[:slopes]), jnp.float32), offset)
@@ -227,7 +235,7 @@ def relative_bias(table: Float[Array, "distances H"], offset: Index = 0) -> Scor
     """Return the score that adds a learned bias for each clipped distance and head.
 
     Raises:
-      InputError: an even number of distances.
+      InputError: the table has an even number of distances.
     """
     return RelativeBiasScore(_check_odd(table, "relative_bias"), offset)
 
@@ -239,22 +247,24 @@ def t5_bias(
     max_distance: int = 128,
     offset: Index = 0,
 ) -> Score:
-    """Return T5's relative bias, whose distances share values in buckets (arXiv 1910.10683, section 2.1).
+    """Return T5's relative bias, which shares values between distances in one bucket.
 
-    Half of the buckets are for a distance each, half grow logarithmically up to max_distance, the last is
-    for all beyond. If bidirectional, the first half of the table is for keys up to the query and the second
-    for keys after it; else the latter count as distance 0. T5 itself leaves the scores unscaled: `scale=1`.
+    (arXiv 1910.10683, section 2.1.) Half of the buckets hold one distance each; the others grow
+    logarithmically up to `max_distance`, and the last one also holds all greater distances. If
+    `bidirectional`, the first half of the table is for keys at or before the query and the second
+    half for keys after it; otherwise keys after the query count as distance 0. T5 does not scale
+    its scores: pass `scale=1` to `attend`.
 
     Raises:
-      InputError: a table or max_distance too small for such buckets.
+      InputError: too few buckets, or a `max_distance` within the exact buckets.
     """
     count = table.shape[0] // 2 if bidirectional else table.shape[0]
     exact = count // 2
     if exact < 1 or max_distance <= exact:
         least = 4 if bidirectional else 2
         raise InputError(
-            f"t5_bias takes at least {least} buckets, and a max_distance over that of its exact ones, "
-            f"{max(exact, 1)}; got {table.shape[0]} and {max_distance}"
+            f"t5_bias needs at least {least} buckets and a max_distance over its number of exact "
+            f"buckets, {max(exact, 1)}; got {table.shape[0]} buckets and max_distance {max_distance}"
         )
     distance = np.arange(max_distance + 1)
     growth = np.log(np.maximum(distance, exact) / exact) / math.log(max_distance / exact)
@@ -271,18 +281,19 @@ def shaw(
     scale: float | None = None,
     offset: Index = 0,
 ) -> Score:
-    """score + scale * query . table[clip(key - query, -m, m) + m]: distances have keys of their own.
+    """Return the score that adds scale * query . table[clip(key - query, -m, m) + m].
 
-    (Shaw et al. 2018, arXiv 1803.02155, equations 4 and 5.) Memory grows with T * (2m + 1).
+    The table holds relative position representations of the keys (Shaw et al. 2018, arXiv
+    1803.02155, equations 4 and 5). Memory grows with T * (2m + 1).
 
     Args:
-      query: (B, T, H, D), that `attend` gets.
-      table: an embedding of each distance, (2m + 1, D).
-      scale: that `attend` gets; None is 1 / sqrt(D).
-      offset: of the query's index.
+      query: the queries passed to `attend`, (B, T, H, D).
+      table: embedding of each distance from -m to m, (2m + 1, D).
+      scale: the scale passed to `attend`; defaults to 1 / sqrt(D).
+      offset: key index of the first query.
 
     Raises:
-      InputError: an even number of distances.
+      InputError: the table has an even number of distances.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     table = _check_odd(table, "shaw")
@@ -298,18 +309,20 @@ def cope(
     *,
     scale: float | None = None,
 ) -> Score:
-    """score + query . table[position], a key's position being the sum of gates from it on to the query.
+    """Return the score that adds query . table[position], with contextual positions (CoPE).
 
-    The gates are sigmoid(scale * query . key) where the mask allows, and 0 elsewhere. Between two positions
-    of the table it is interpolated, beyond the last that is taken (CoPE, arXiv 2405.18719). As it takes
-    a row's later keys to know a position, this is a `BiasScore` made beforehand: memory grows with T * S.
+    The position of a key is the sum of the gates from that key to the query. A gate is
+    sigmoid(scale * query . key) where the mask allows the pair, else 0. Fractional positions
+    interpolate between two rows of the table; positions beyond the last row use the last row (arXiv
+    2405.18719). A position depends on all later keys of the row, so the bias is computed in advance
+    and returned as a `BiasScore`: memory grows with T * S.
 
     Args:
-      query: (B, T, H, D), that `attend` gets.
-      key: (B, S, K, D), that `attend` gets.
-      table: an embedding of each position from 0 on, (P, D).
-      mask: that `attend` gets.
-      scale: that `attend` gets; None is 1 / sqrt(D).
+      query: the queries passed to `attend`, (B, T, H, D).
+      key: the keys passed to `attend`, (B, S, K, D).
+      table: embedding of each position from 0, (P, D).
+      mask: the mask passed to `attend`.
+      scale: the scale passed to `attend`; defaults to 1 / sqrt(D).
     """
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
@@ -327,58 +340,61 @@ def cope(
 
 
 def temperature(factor: Float[Array, "B H T 1"]) -> Score:
-    """Return the score that multiplies by a factor of each query."""
+    """Return the score that multiplies the scores of each query by its factor."""
     return TemperatureScore(factor)
 
 
 def step_temperature(positions: Int[Array, "B T"], floor: int = 8192, coefficient: float = 0.1) -> Score:
-    """score * (1 + coefficient * log(1 + floor((position + 1) / floor))), of the query: sharper in steps.
+    """Return the score that multiplies by 1 + coefficient * log(1 + floor((position + 1) / floor)).
 
-    (Llama 4, for its layers without rotary positions.)
+    `positions` are those of the queries: attention gets sharper in steps of `floor` tokens
+    (Llama 4, in its layers without rotary positions).
     """
     steps = (positions + 1) // floor
     return TemperatureScore((1 + coefficient * jnp.log1p(steps.astype(jnp.float32)))[:, None, :, None])
 
 
 def log_temperature(positions: Int[Array, "B T"], scale: float | Float[Array, " H"]) -> Score:
-    """score * scale * log(position + 1), of the query: as sharp however many keys there are.
+    """Return the score that multiplies by scale * log(position + 1) of the query.
 
-    A scale of 1 / log(n) leaves the scores at length n as they were (Chiang and Cholak 2022, arXiv
-    2202.12172); of each head and learned, it is Scalable-Softmax (arXiv 2501.19399). Of bidirectional
-    attention all queries see as many keys: its factor belongs in `attend`'s `scale`.
+    This keeps the sharpness of attention independent of the number of keys. A scale of 1 / log(n)
+    leaves the scores at length n unchanged (Chiang and Cholak 2022, arXiv 2202.12172); a learned
+    scale per head is Scalable-Softmax (arXiv 2501.19399). In bidirectional attention all queries
+    attend to the same number of keys, so pass the factor as the `scale` of `attend` instead.
     """
     scale = jnp.reshape(jnp.asarray(scale, jnp.float32), (1, -1, 1, 1))
     return TemperatureScore(scale * jnp.log(positions.astype(jnp.float32) + 1)[:, None, :, None])
 
 
 def forgetting(log_gates: Float[Array, "B T H"]) -> Score:
-    """Return the score of forgetting attention, which adds the log forget gates between key and query.
+    """Return forgetting attention's score: the sum of the log forget gates between key and query.
 
-    There are as many queries as keys; the gates are log_sigmoid(projection of each token).
+    The gates are log_sigmoid of a projection of each token. Queries and keys must be the same
+    sequence (T = S).
     """
     sums = jnp.cumsum(jnp.moveaxis(log_gates.astype(jnp.float32), 2, 1), axis=-1)
     return ForgettingScore(sums[:, :, :, None], sums[:, :, None, :])
 
 
 def _relative_position(at: PairIndices, offset: Index) -> Int[Array, "1 1 T S"]:
-    """Key index minus query index."""
+    """Return key index minus query index."""
     return at.kv - at.q - offset
 
 
 def _distance_index(at: PairIndices, offset: Index, distances: int) -> Int[Array, "1 1 T S"]:
-    """Which of so many distances each pair has, the one in the middle being 0."""
+    """Return the index of each pair's clipped distance; the middle of the table is distance 0."""
     max_distance = distances // 2
     return jnp.clip(_relative_position(at, offset), -max_distance, max_distance) + max_distance
 
 
-def _check_odd(table: Array, what: str) -> Array:
+def _check_odd(table: Array, name: str) -> Array:
     if table.shape[0] % 2:
         return table
-    raise InputError(f"{what} takes a table of 2m + 1 distances, from -m to m; {len(table)} is even")
+    raise InputError(f"{name}: the table must have 2m + 1 rows, for distances -m to m; {len(table)} is even")
 
 
 def as_score(value: Score | Callable | Sequence[Any] | None) -> Score | None:
-    """Return a score as it is, or make one of a function or of several that are applied in order."""
+    """Return `value` as a score: a score, a function, or a sequence of these, applied in order."""
     if value is None or isinstance(value, Score):
         return value
     if callable(value):

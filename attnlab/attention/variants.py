@@ -1,6 +1,6 @@
-"""Softmax attention varied before, between and after its parts: each function is an equation around `attend`.
+"""Published variants of softmax attention, each a function built on `attend`.
 
-`options` stands for what else `attend` takes: mask, scale, sinks, backend and so on.
+`options` are further keyword arguments of `attend`, such as `mask`, `scale`, `sinks` and `backend`.
 """
 
 import math
@@ -20,7 +20,7 @@ from attnlab.errors import InputError
 
 @pytree
 class HeadMixScore(Score):
-    """Scores of head g = sum_h scores of head h * matrix[h, g], before any are masked."""
+    """Mixes unmasked scores across heads: new[g] = sum_h matrix[h, g] * scores[h]."""
 
     matrix: Float[Array, "H H"]
 
@@ -39,11 +39,13 @@ def talking_heads(
     score: Any = None,
     **options,
 ) -> Float[Array, "B T H Dv"]:
-    """O_g = sum_h after[h, g] softmax_h(sum_i before[i, h] s_i) V_g: heads mixed on both sides of the softmax
-    (Shazeer et al. 2020, arXiv 2003.02436).
+    """Talking-heads attention: mix the heads before and after the softmax.
 
-    Weights of one head meet values of all, so that the product with the values costs K times as much;
-    no backend has to hold the weights for it. `score` changes the mixed scores.
+        O_g = sum_h after[h, g] softmax(sum_i before[i, h] s_i) V_g
+
+    (Shazeer et al. 2020, arXiv 2003.02436.) The weights of each head are multiplied by the values
+    of all K key/value heads, so that product costs K times as much, but no backend has to
+    materialize the weights. `score` modifies the mixed scores.
 
     Raises:
       InputError: heads are sharded over devices.
@@ -51,7 +53,7 @@ def talking_heads(
     if not jax.sharding.get_abstract_mesh().empty and any(
         jax.typeof(x).sharding.spec[-2] for x in (query, value)
     ):
-        raise InputError("talking_heads: heads must be whole on every device, reshard first")
+        raise InputError("talking_heads: heads must not be sharded; reshard query and value first")
     (*batch, s, k, d), h = value.shape, query.shape[-2]
     all_values = jnp.repeat(value.reshape(*batch, s, k * d)[..., None, :], k, axis=-2)
     out = attend(query, key, all_values, score=[HeadMixScore(before), score], **options)
@@ -65,16 +67,19 @@ def value_residual(
     first_value: Float[Array, "*B S K Dv"],
     weights: Float[Array, " 2"],
 ) -> Float[Array, "*B S K Dv"]:
-    """weights[0] * the first layer's values + weights[1] * this layer's, for `attend` to read in place of
-    these (Zhou et al. 2024, arXiv 2410.17897).
+    """Return weights[0] * first_value + weights[1] * value, to be passed to `attend` as the values.
+
+    `first_value` are the values of the first layer (Zhou et al. 2024, arXiv 2410.17897).
     """
-    old, new = weights.astype(value.dtype)
-    return old * first_value + new * value
+    first_weight, weight = weights.astype(value.dtype)
+    return first_weight * first_value + weight * value
 
 
 def gated(out: Float[Array, "*B T H Dv"], gate: Float[Array, "*B T H #Dv"]) -> Float[Array, "*B T H Dv"]:
-    """out * sigmoid(gate): a gate for each element, (B, T, H, Dv), or for each head, (B, T, H, 1) (Qiu et al.
-    2025, arXiv 2505.06708, equation 5).
+    """Return out * sigmoid(gate).
+
+    There is one gate per element, (B, T, H, Dv), or one per head, (B, T, H, 1) (Qiu et al. 2025,
+    arXiv 2505.06708, equation 5).
     """
     return out * jax.nn.sigmoid(gate).astype(out.dtype)
 
@@ -86,11 +91,11 @@ def differential(
     factor: Float[Array, ""] | float,
     **options,
 ) -> Float[Array, "*B T H Dv"]:
-    """(softmax(Q1 K1^T) - factor * softmax(Q2 K2^T)) V: what two attentions share is noise (Ye et al. 2024,
-    arXiv 2410.05258, equation 1).
+    """Differential attention: (softmax(Q1 K1^T) - factor * softmax(Q2 K2^T)) V.
 
-    `factor` is the paper's lambda, see `differential_factor`.
-    The paper goes on with (1 - lambda_init) * RMSNorm of each head, see `rms_norm`.
+    The difference cancels noise that both attention maps share (Ye et al. 2024, arXiv 2410.05258,
+    equation 1). `factor` is the paper's lambda; see `differential_factor`. The paper then applies
+    (1 - lambda_init) * RMSNorm to each head, which is not included here; see `rms_norm`.
     """
     signal, noise = (attend(query, key, value, **options) for query, key in zip(queries, keys, strict=True))
     return signal - jnp.asarray(factor, signal.dtype) * noise
@@ -99,13 +104,19 @@ def differential(
 def differential_factor(
     queries: Float[Array, "2 D"], keys: Float[Array, "2 D"], init: float
 ) -> Float[Array, ""]:
-    """lambda = exp(q1 . k1) - exp(q2 . k2) + init, of learned vectors (arXiv 2410.05258, equation 2)."""
+    """Return lambda = exp(q1 . k1) - exp(q2 . k2) + init of learned vectors.
+
+    (arXiv 2410.05258, equation 2.)
+    """
     signal, noise = jnp.exp(jnp.sum(queries * keys, axis=-1))
     return signal - noise + init
 
 
 def differential_init(layer: int) -> float:
-    """lambda_init = 0.8 - 0.6 exp(-0.3 * layer), the layer counted from 0 (arXiv 2410.05258, section 2.1)."""
+    """Return lambda_init = 0.8 - 0.6 exp(-0.3 * layer), with layers counted from 0.
+
+    (arXiv 2410.05258, section 2.1.)
+    """
     return 0.8 - 0.6 * math.exp(-0.3 * layer)
 
 
@@ -120,15 +131,18 @@ def latent(
     scale: float | None = None,
     **options,
 ) -> Float[Array, "*B T H Dv"]:
-    """Multi-head latent attention with the up-projections absorbed: `latent_expanded` computed as one key
-    head of width R + Dr that all query heads share (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+    """Multi-head latent attention (MLA) with absorbed up-projections.
+
+    It equals `latent_expanded`, computed as multi-query attention: all query heads share one key
+    head of width R + Dr (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
 
         q_h . U_h c = (U_h^T q_h) . c        sum_s w_s U'_h c_s = U'_h (sum_s w_s c_s)
 
-    So the cache of a token is its latent vector c and its rotated key alone, R + Dr numbers.
+    The KV cache therefore holds R + Dr values per token: the latent vector c and the rotated key.
+    See `latent_expanded` for the arguments.
     """
-    inward = jnp.einsum("...thd,rhd->...thr", query, up_key)
-    queries = jnp.concatenate([inward, rotated_query], axis=-1)
+    absorbed_query = jnp.einsum("...thd,rhd->...thr", query, up_key)
+    queries = jnp.concatenate([absorbed_query, rotated_query], axis=-1)
     keys = jnp.concatenate([cache, rotated_key], axis=-1)[..., None, :]
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1] + rotated_query.shape[-1])
@@ -145,17 +159,19 @@ def latent_expanded(
     up_value: Float[Array, "R H Dv"],
     **options,
 ) -> Float[Array, "*B T H Dv"]:
-    """Multi-head latent attention with keys [U_h c; k_r] and values U'_h c written out, which costs less
-    where queries are as many as keys (DeepSeek-V2, arXiv 2405.04434, equations 10 to 19).
+    """Multi-head latent attention (MLA) with materialized keys [U_h c; k_r] and values U'_h c.
+
+    This costs less than `latent` when there are as many queries as keys, as in training
+    (DeepSeek-V2, arXiv 2405.04434, equations 10 to 19).
 
     Args:
-      query: what meets the latent vectors' keys, without positions.
-      rotated_query: what meets the rotated keys.
-      cache: the latent vector c of each token.
-      rotated_key: the one key of each token that has its position, shared by all heads.
-      up_key: U, from latent vectors to keys.
-      up_value: U', from latent vectors to values.
-      options: what else `attend` takes; the scale is 1 / sqrt(Dc + Dr) unless given.
+      query: part of the queries without positions, multiplied with the up-projected keys.
+      rotated_query: part of the queries with rotary positions, multiplied with the rotated key.
+      cache: latent vector c of each token.
+      rotated_key: key of each token with rotary positions, shared by all heads.
+      up_key: U, the projection from latent vectors to keys.
+      up_value: U', the projection from latent vectors to values.
+      options: further arguments of `attend`; `scale` defaults to 1 / sqrt(Dc + Dr).
     """
     keys, values = (jnp.einsum("...sr,rhd->...shd", cache, up) for up in (up_key, up_value))
     shared = jnp.broadcast_to(rotated_key[..., None, :], (*keys.shape[:-1], rotated_key.shape[-1]))
@@ -173,26 +189,27 @@ def selective(
     scale: float | None = None,
     **options,
 ) -> Float[Array, "B T H Dv"]:
-    """softmax(Q K^T - F) V with F[i, j] = sum over l < i of max(0, s[l, j]), s the first head's scores: a
-    token may take earlier ones out of sight of later ones (Leviathan et al. 2024, arXiv 2410.02703).
+    """Selective attention: a token can reduce the attention of later tokens to earlier ones.
 
-    Neither the first token nor l itself is taken out by l. The mask is causal unless given; F takes
-    memory quadratic in the length.
+    Computes softmax(Q K^T - F) V with F[i, j] = sum over l < i of max(0, s[l, j]), where s are the
+    scores of the first head (Leviathan et al. 2024, arXiv 2410.02703). Token l does not reduce
+    attention to itself or to the first token. The mask defaults to causal. Memory for F is
+    quadratic in the length.
 
     Raises:
-      InputError: queries and keys are not of one sequence.
+      InputError: queries and keys differ in length.
     """
     (b, t, _, d), s = query.shape, key.shape[1]
     if t != s:
-        raise InputError(f"selective: queries and keys are of one sequence, not {t} and {s}")
+        raise InputError(f"selective: queries and keys must be the same sequence; got lengths {t} and {s}")
     mask = causal() if mask is None else as_mask(mask)
     scale = 1 / math.sqrt(d) if scale is None else scale
     scores = scale * jnp.einsum("btd,bsd->bts", query[:, :, 0], key[:, :, 0])
     at = pair_indices(b, 1, t, s)
-    chosen = (mask.evaluate(at) & (at.kv > 0) & (at.kv != at.q))[:, 0]
-    taken = jnp.where(chosen, jax.nn.relu(scores), 0)
-    before = jnp.cumsum(jnp.pad(taken[:, :-1], ((0, 0), (1, 0), (0, 0))), axis=1)
-    return attend(query, key, value, mask=mask, score=[score, bias(-before[:, None])], scale=scale, **options)
+    may_reduce = (mask.evaluate(at) & (at.kv > 0) & (at.kv != at.q))[:, 0]
+    reductions = jnp.where(may_reduce, jax.nn.relu(scores), 0)
+    f = jnp.cumsum(jnp.pad(reductions[:, :-1], ((0, 0), (1, 0), (0, 0))), axis=1)
+    return attend(query, key, value, mask=mask, score=[score, bias(-f[:, None])], scale=scale, **options)
 
 
 def rms_norm(
@@ -201,10 +218,10 @@ def rms_norm(
     epsilon: float = 1e-6,
     axes: tuple[int, ...] = (-1,),
 ) -> Float[Array, "..."]:
-    """Return scale * x / sqrt(mean(x^2) + epsilon), computed in float32 at least.
+    """Return scale * x / sqrt(mean(x^2) + epsilon), computed in at least float32.
 
-    (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.) The mean is over `axes`; a scale of fewer
-    dimensions than x broadcasts from the right.
+    (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.) The mean is over `axes`; a
+    scale with fewer dimensions than x broadcasts from the right.
     """
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + epsilon)
@@ -217,7 +234,8 @@ def qk_norm(
     query_scale: Float[Array, " D"],
     key_scale: Float[Array, " D"],
 ) -> tuple[Float[Array, "*B T H D"], Float[Array, "*B S K D"]]:
-    """The query and key of `attend` with each head normalised, which bounds the scores (Henry et al. 2020,
-    arXiv 2010.04245; by root mean square as in OLMo 2, arXiv 2501.00656).
+    """Return query and key with RMSNorm applied to each head, which bounds the scores.
+
+    (Henry et al. 2020, arXiv 2010.04245; with RMSNorm as in OLMo 2, arXiv 2501.00656.)
     """
     return rms_norm(query, query_scale), rms_norm(key, key_scale)

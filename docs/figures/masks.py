@@ -1,4 +1,7 @@
-"""Draw docs/figures/masks.png, a figure of every kind of mask: python docs/figures/masks.py"""
+"""Draw docs/figures/masks.png, which shows one example of every mask.
+
+Run `python docs/figures/masks.py` from the root of the repository.
+"""
 
 from pathlib import Path
 
@@ -13,7 +16,7 @@ IMAGES = np.array([[0] * 2 + [1] * 5 + [0] * 3 + [2] * 4 + [0] * 2])
 CONTINUATIONS = np.array([[0] * 6 + [1] * 4 + [2] * 3 + [3] * 3])
 MARKERS = np.isin(np.arange(N), [2, 6, 11])[None]
 CHOSEN = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1]], bool)
-GUESSES = (-1, 0, 0, 0, 1, 1, 2, 3, 4, 4)
+PARENTS = (-1, 0, 0, 0, 1, 1, 2, 3, 4, 4)
 
 MASKS = {
     "causal()": a.causal(),
@@ -32,7 +35,7 @@ MASKS = {
     "shared_prefix(ids)": a.shared_prefix(CONTINUATIONS),
     "islands(images)": a.islands(IMAGES),
     "media(markers, 5)": a.media(MARKERS, 5),
-    "tree(parents, prefix=6)": a.tree(GUESSES, prefix=6),
+    "tree(parents, prefix=6)": a.tree(PARENTS, prefix=6),
     "global_tokens((0, 9))": a.global_tokens((0, 9)),
     "window(...) | global_tokens(...)": a.window(1, 1) | a.global_tokens((0, 9)),
     "bigbird(16, 2, random=1)": a.bigbird(N, size=2, random=1),
@@ -45,7 +48,7 @@ MASKS = {
 
 
 def main():
-    """Write the figure beside this file."""
+    """Write the figure to the folder of this file."""
     sizes = {
         "media(markers, 5)": (N, 15),
         "tree(parents, prefix=6)": (10, N),

@@ -252,15 +252,15 @@ def test_positions_outside_the_table_are_told(refuses, outside):
 
 
 def test_what_cannot_be_is_told(refuses):
-    with refuses("10 pairs", "head_dim of 20", "it is 8"):
+    with refuses("10 rotary pairs", "head_dim of at least 20", "it is 8"):
         rotate(X, jnp.zeros((1, 3, 10)))
-    with refuses("axial", "3 axes", "6 divides", "it is 8"):
+    with refuses("axial", "3 axes", "divisible by 6", "it is 8"):
         axial(X, jnp.asarray(VIDEO))
     with refuses("multimodal", "2 sections", "3 axes"):
         multimodal(X, jnp.asarray(VIDEO), (2, 2))
-    with refuses("5 pairs", "it is 8"):
+    with refuses("5 rotary pairs", "it is 8"):
         multimodal(X, jnp.asarray(VIDEO), (1, 1, 3))
-    with refuses("LongRoPE", "8 takes 4", "got 4 and 3"):
+    with refuses("LongRoPE", "8 needs 4", "got 4 and 3"):
         rotary(X, jnp.asarray(GRID[..., 0]), scaling=LongRoPE((1.0,) * 4, (1.0,) * 3, 10, 2.0))
 
 

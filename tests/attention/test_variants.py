@@ -97,7 +97,7 @@ def test_heads_talk_where_rows_are_sharded_but_not_where_heads_are(refuses, mesh
         rows = [jax.reshard(x, P("data", None, None, None)) for x in arguments[:3]]
         ours = run(*rows, *arguments[3:])
         heads = [jax.reshard(x, P(None, None, "tensor", None)) for x in arguments[:3]]
-        with refuses("talking_heads", "whole on every device"):
+        with refuses("talking_heads", "must not be sharded"):
             run(*heads, *arguments[3:])
     np.testing.assert_allclose(ours, run(*arguments), rtol=1e-5, atol=1e-6)
 
@@ -240,7 +240,7 @@ def test_selective_attention_keeps_the_mask():
 
 def test_selective_attention_is_of_one_sequence(refuses):
     query, key, value = normal(11, (1, 2, 1, 3), (1, 4, 1, 3), (1, 4, 1, 3))
-    with refuses("one sequence", "2", "4"):
+    with refuses("same sequence", "2", "4"):
         selective(query, key, value)
 
 

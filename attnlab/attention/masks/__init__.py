@@ -1,4 +1,4 @@
-"""Masks: which pairs of positions may attend."""
+"""Masks: which (query, key) pairs may attend."""
 
 from attnlab.attention.masks.base import Mask, mask_fn, per_head, shift_mask
 from attnlab.attention.masks.basic import causal, segments, tree, window

@@ -1,8 +1,9 @@
-"""What a mask is: a value that says which pairs may attend, combined with `&`, `|` and `~`.
+"""The base class of masks, and masks composed by `&`, `|`, `~`, `per_head` and `shift_mask`.
 
-A mask answers for any rectangle of pairs, so that a backend asks only for the tiles it visits, and says
-beforehand which tiles are empty, which are full, and which it has to be asked about. The kinds there are
-stand in `basic.py`, `intervals.py`, `sparse.py` and `grids.py`.
+A mask defines which (query, key) pairs may attend. `evaluate` computes any block of it, so that
+backends evaluate only the blocks they visit, and `block_summary` reports in advance which blocks
+are empty, which are full, and which must be evaluated. Concrete masks are in `basic.py`,
+`intervals.py`, `sparse.py` and `grids.py`.
 """
 
 import functools
@@ -23,11 +24,11 @@ BlockOffset = tuple[Index, Index, Index, Index]  # batch row, head, query, key
 
 
 class BlockSummary(NamedTuple):
-    """What is known of each block of a mask, (B or 1, H or 1, query blocks, key blocks).
+    """Bounds on each block of a mask, each (B or 1, H or 1, query blocks, key blocks).
 
     Attributes:
-      any_allowed: some pair of it may be allowed; where False, none is.
-      all_allowed: every pair of it is allowed; where False, some may not be.
+      any_allowed: False if no pair of the block is allowed; True if some pair may be.
+      all_allowed: True if every pair of the block is allowed; False if some pair may not be.
     """
 
     any_allowed: Bool[Array, "B H Q S"]
@@ -35,9 +36,10 @@ class BlockSummary(NamedTuple):
 
 
 class BlockGrid(NamedTuple):
-    """Blocks of `block_q` by `block_kv` pairs, over these numbers of queries, keys, rows and heads.
+    """A grid of blocks of `block_q` queries by `block_kv` keys that covers a part of the scores.
 
-    The last blocks may be smaller. Indices count from `offset`, (batch row, head, query, key).
+    The last blocks may be smaller. `offset` is the global index of the first batch row, head, query
+    and key.
     """
 
     num_queries: int
@@ -50,22 +52,29 @@ class BlockGrid(NamedTuple):
 
     @property
     def num_blocks(self) -> tuple[int, int]:
-        """How many blocks there are along queries, and along keys."""
+        """Number of blocks along queries, and along keys."""
         return -(-self.num_queries // self.block_q), -(-self.num_keys // self.block_kv)
 
 
 class Mask(PairwiseFn):
-    """Base class: implement `evaluate`, and `block_summary` where it is known without every pair."""
+    """Base class of masks.
+
+    Subclasses implement `evaluate`, and `block_summary` where it can be computed without evaluating
+    every pair.
+    """
 
     def evaluate(self, at: PairIndices) -> Bool[Array, "B H T S"]:
-        """Which of these pairs may attend, of a shape that broadcasts to (B, H, T, S).
+        """Return which of these pairs may attend, in a shape that broadcasts to (B, H, T, S).
 
-        The mask's own arrays are cut to the same pairs already, by their `dims`.
+        The arrays of the mask have already been sliced to the same pairs; see `PairwiseFn.dims`.
         """
         raise NotImplementedError
 
     def count_per_block(self, at: PairIndices, block_kv: int) -> Int[Array, "B H T N"]:
-        """How many of each `block_kv` keys a query may attend to; here by looking at every pair."""
+        """Return how many keys of each block a query may attend to.
+
+        This default evaluates every pair.
+        """
         allowed = self.evaluate(at)
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:3], at.kv.shape[-1]))
         padding = -at.kv.shape[-1] % block_kv
@@ -73,7 +82,10 @@ class Mask(PairwiseFn):
         return allowed.reshape(*allowed.shape[:3], -1, block_kv).sum(-1)
 
     def block_summary(self, grid: BlockGrid) -> BlockSummary:
-        """What is known of each block; here exactly, from `count_per_block`."""
+        """Return bounds on each block of the grid; see `BlockSummary`.
+
+        This default is exact, and computed from `count_per_block`.
+        """
         starts = np.arange(grid.num_blocks[1]) * grid.block_kv
         sizes = np.minimum(grid.block_kv, grid.num_keys - starts)[None, None, None]
 
@@ -84,11 +96,14 @@ class Mask(PairwiseFn):
         return BlockSummary(jnp.moveaxis(any_allowed, 0, 2), jnp.moveaxis(all_allowed, 0, 2))
 
     def _map_query_blocks(self, grid: BlockGrid, summarize: Callable[[Array, Array], Any]) -> Any:
-        """Of each strip of queries, along a new first axis: `summarize(counts, is_query)`."""
+        """Return `summarize(counts, is_query)` of each block of queries, stacked on a new axis 0.
+
+        `counts` is `count_per_block` of the block; `is_query` is False for padding queries.
+        """
         count, _ = grid.num_blocks
         padded = self.pad_to(queries=count * grid.block_q)
 
-        def strip(i):
+        def query_block(i):
             b, h, q, k = grid.offset
             shape = grid.batch, grid.heads, grid.block_q, grid.num_keys
             at = block_indices((b, h, q + i * grid.block_q, k), shape)
@@ -96,17 +111,20 @@ class Mask(PairwiseFn):
             counts = part.count_per_block(at, grid.block_kv)
             return summarize(counts, at.q - q < grid.num_queries)
 
-        return jax.lax.map(strip, jnp.arange(count))
+        return jax.lax.map(query_block, jnp.arange(count))
 
     def materialize(
         self, num_queries: int, num_keys: int, batch: int = 1, heads: int = 1
     ) -> Bool[Array, "B H T S"]:
-        """The whole mask as one boolean array; dimensions that it does not depend on may be 1."""
+        """Return the mask as one boolean array.
+
+        The dimensions of batch and heads may be 1 if the mask does not depend on them.
+        """
         allowed = self.evaluate(pair_indices(batch, heads, num_queries, num_keys))
         return jnp.broadcast_to(allowed, (*allowed.shape[:2], num_queries, num_keys))
 
     def density(self, num_queries: int, num_keys: int, batch: int = 1, heads: int = 1) -> float:
-        """The exact share of allowed pairs, counted a strip of queries at a time."""
+        """Return the exact fraction of allowed pairs, counted one block of queries at a time."""
         rows = max(1, min(num_queries, 2**22 // (num_keys * batch * heads)))
         grid = BlockGrid(num_queries, num_keys, rows, num_keys, batch, heads)
 
@@ -118,7 +136,7 @@ class Mask(PairwiseFn):
         return counts.sum(dtype=np.int64).item() / num_pairs
 
     def draw(self, num_queries: int, num_keys: int, row: int = 0, head: int = 0) -> str:
-        """The mask as text, a line a query: `x` where it may attend, `.` where not."""
+        """Return the mask as text, one line per query: `x` is an allowed key, `.` a masked one."""
         allowed = np.asarray(self.materialize(num_queries, num_keys, row + 1, head + 1))
         lines = allowed[min(row, len(allowed) - 1), min(head, allowed.shape[1] - 1)]
         return "\n".join(" ".join("x" if pair else "." for pair in line) for line in lines)
@@ -133,25 +151,25 @@ class Mask(PairwiseFn):
         return NotMask(self)
 
     __rand__, __ror__ = __and__, __or__
-    __array_ufunc__ = None  # so that NumPy leaves `array & mask` to the mask
+    __array_ufunc__ = None  # so that NumPy defers `array & mask` to `Mask.__rand__`
 
 
 class CountingMask(Mask):
-    """Base of masks that know how many keys a query may attend to without looking at each of them."""
+    """Base class of masks that count the allowed keys of a query without evaluating each pair."""
 
     def count_before(self, at: PairIndices) -> Int[Array, "B H T S"]:
-        """How many keys before each of `at.kv` a query may attend to, up to a number of the query's own."""
+        """Return how many keys before each of `at.kv` are allowed, plus a constant per query."""
         raise NotImplementedError
 
     def count_per_block(self, at, block_kv):
-        """See `Mask.count_per_block`: the difference of `count_before` between the ends of each run."""
+        """See `Mask.count_per_block`: differences of `count_before` between the block edges."""
         ends = jnp.concatenate([at.kv[..., ::block_kv], at.kv[..., -1:] + 1], axis=-1)
         return jnp.diff(self.count_before(at._replace(kv=ends)), axis=-1)
 
 
 @pytree
 class AndMask(Mask):
-    """Pairs that both masks allow."""
+    """The pairs that both masks allow."""
 
     left: Mask
     right: Mask
@@ -168,7 +186,7 @@ class AndMask(Mask):
 
 @pytree
 class OrMask(Mask):
-    """Pairs that either mask allows."""
+    """The pairs that at least one of two masks allows."""
 
     left: Mask
     right: Mask
@@ -185,7 +203,7 @@ class OrMask(Mask):
 
 @pytree
 class NotMask(Mask):
-    """Pairs that the mask forbids."""
+    """The pairs that a mask does not allow."""
 
     mask: Mask
 
@@ -201,11 +219,11 @@ class NotMask(Mask):
 
 @pytree
 class PerHeadMask(Mask):
-    """Another mask in each head.
+    """A separate mask for each query head.
 
     Attributes:
-      masks: the different ones.
-      mask_of_head: the index of each head's mask.
+      masks: the distinct masks.
+      mask_of_head: index into `masks` for each head.
     """
 
     masks: list[Mask]
@@ -222,18 +240,18 @@ class PerHeadMask(Mask):
         return BlockSummary(*(self._select(heads, parts) for parts in zip(*summaries, strict=True)))
 
     def _select(self, heads, parts):
-        """Of each head what its own mask says."""
+        """Return, for each head, the part that belongs to its mask."""
         index = jnp.asarray(self.mask_of_head)[heads]
         return functools.reduce(operator.or_, ((index == i) & part for i, part in enumerate(parts)))
 
 
 @pytree
 class ShiftedMask(Mask):
-    """Another mask that counts queries and keys from a key of each row; those before it are seen by none.
+    """A mask whose indices start at key `offset` of each row; earlier keys are masked.
 
     Attributes:
-      mask: the other one.
-      offset: the key it counts from, a number or (B,).
+      mask: the mask to shift.
+      offset: key index that becomes index 0 of `mask`, a number or (B,).
     """
 
     mask: Mask
@@ -253,7 +271,7 @@ class ShiftedMask(Mask):
         return super().count_per_block(at, block_kv)
 
     def count_before(self, at):
-        """See `CountingMask.count_before`: keys before the first are none."""
+        """See `CountingMask.count_before`: keys before the offset count 0."""
         at = self._shift(at)
         return self.mask.count_before(at._replace(kv=jnp.maximum(at.kv, 0)))
 
@@ -264,7 +282,7 @@ class ShiftedMask(Mask):
 
 @pytree
 class DenseMask(Mask):
-    """Any boolean array, whose dimensions of batch and heads may be 1."""
+    """A boolean array of the allowed pairs; its batch and head dimensions may be 1."""
 
     allowed: Bool[Array, "B H T S"]
 
@@ -277,7 +295,7 @@ class DenseMask(Mask):
 
 @pytree
 class MaskFn(Mask):
-    """A function of the indices of one pair, written by the user."""
+    """A user-defined function of the indices of one pair; see `mask_fn`."""
 
     function: TracedFn
     captured: Any
@@ -288,52 +306,52 @@ class MaskFn(Mask):
 
 
 def mask_fn(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
-    """Return the mask of `function(b, h, q, k)`, true where query q may attend to key k.
+    """Return the mask that allows query q to attend to key k where `function(b, h, q, k)` is true.
 
-    b is the row of the batch and h the query head. It is traced once with scalars. Arrays that it
-    captures are whole on every device.
+    b is the batch row and h the query head. The function is traced once with scalars. Arrays that
+    it captures are replicated on every device.
 
     Raises:
-      InputError: it does not return one scalar.
+      InputError: the function does not return one scalar.
     """
     return MaskFn(*TracedFn.trace(function, [jnp.int32(0)] * 4, "a mask function"))
 
 
 def per_head(masks: Sequence[Any]) -> Mask:
-    """Return the mask that gives each query head a mask of its own.
+    """Return the mask that applies a separate mask to each query head.
 
-    Masks of one type that hold the same arrays are evaluated once.
+    Masks of the same structure that hold the same arrays are evaluated once.
 
     Raises:
-      InputError: no masks.
+      InputError: `masks` is empty.
     """
     if not masks:
-        raise InputError("per_head needs a mask for each query head, and there is none")
+        raise InputError("per_head: masks must hold one mask per query head; got an empty sequence")
     masks = [as_mask(mask) for mask in masks]
-    # Masks of one type that hold the same arrays are one.
     keys = [(jax.tree.structure(mask), *map(id, jax.tree.leaves(mask))) for mask in masks]
     distinct = dict(zip(keys, masks, strict=True))
     return PerHeadMask(list(distinct.values()), tuple(list(distinct).index(key) for key in keys))
 
 
 def shift_mask(mask: Any, offset: Index | Int[Array, " B"]) -> Mask:
-    """Return `mask` with queries and keys counted from key `offset` of each row, as for left padding.
+    """Return `mask` with query and key indices counted from key `offset` of each row.
 
-    Keys before the offset are forbidden.
+    Use it for left padding. Keys before the offset are masked.
 
     Raises:
-      InputError: the mask has an array of queries or keys, which cannot be shifted.
+      InputError: the mask holds an array with one entry per query or key, which cannot be shifted.
     """
 
     def check(x, dims):
         for name, n in zip(dims, jnp.shape(x), strict=True):
             if name in ("queries", "keys") and n > 1:
-                raise InputError(f"shift_mask: the mask has an array of {n} {name}, where it must count them")
+                raise InputError(f"shift_mask: cannot shift a mask that holds an array over its {n} {name}")
         return x
 
     offset = offset if isinstance(offset, int) else jnp.reshape(offset, (-1,))
 
-    def shift(mask):  # each part by itself, for some know their blocks without evaluating every pair
+    def shift(mask):
+        # Shift each operand separately, so that it keeps its own `block_summary`.
         match mask:
             case AndMask() | OrMask():
                 return type(mask)(shift(mask.left), shift(mask.right))
@@ -343,7 +361,7 @@ def shift_mask(mask: Any, offset: Index | Int[Array, " B"]) -> Mask:
 
 
 def as_mask(value: Any) -> Mask:
-    """A mask, a boolean array of up to four dimensions as one, or a function as one."""
+    """Return `value` as a mask: a mask, a boolean array of at most 4 dimensions, or a function."""
     if isinstance(value, Mask):
         return value
     if callable(value):
@@ -353,8 +371,8 @@ def as_mask(value: Any) -> Mask:
 
 
 def depends_on_batch_and_heads(mask: Mask) -> tuple[bool, bool]:
-    """Whether a mask differs between rows of the batch, and between heads."""
-    # Two of each, so that a function of their index shows it.
+    """Return whether a mask depends on the batch row, and whether it depends on the head."""
+    # Evaluate two rows and two heads, so that a dependence on their index shows in the shape.
     two, one = (0, 2), (0, 1)
     ranges = {"batch": two, "heads": two, "queries": one, "keys": one}
     evaluated = jax.eval_shape(lambda: mask.slice_block(**ranges).evaluate(pair_indices(2, 2, 1, 1)))

@@ -1,4 +1,4 @@
-"""The masks of text: causal, windows, packed documents, trees of guesses."""
+"""Causal and sliding-window masks, packed documents (segments) and trees of draft tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ from attnlab.errors import InputError
 
 @pytree
 class CausalMask(IntervalMask):
-    """Key index at most the query's: query i sits at key index i + offset.
+    """Causal mask: a query attends to keys at or before its position, key index i + offset.
 
-    An offset of S - T puts the last of T queries at the last of S keys. causal():
+    An offset of S - T aligns the last of T queries with the last of S keys. causal():
 
         keys  0 1 2 3
     query 0   x . . .
@@ -47,7 +47,9 @@ class CausalMask(IntervalMask):
 
 @pytree
 class WindowMask(IntervalMask):
-    """Keys from `left` before the query to `right` after it, itself included; None is no limit.
+    """Sliding window from `left` keys before the query to `right` keys after it, inclusive.
+
+    None means no limit in that direction.
 
     window(left=1, right=0):
 
@@ -74,10 +76,10 @@ class WindowMask(IntervalMask):
 
 @pytree
 class TreeMask(Mask):
-    """Guesses of what comes next, as a tree: each sees the text so far, the guesses it follows, and itself.
+    """A tree of draft tokens: each node attends to the prefix, its ancestors and itself.
 
-    The keys are the text and then the tree, the queries the tree's nodes (SpecInfer, arXiv 2305.09781,
-    section 4.2). tree((-1, 0, 0, 1), prefix=2):
+    The keys are the prefix followed by the nodes of the tree; the queries are the nodes (SpecInfer,
+    arXiv 2305.09781, section 4.2). tree((-1, 0, 0, 1), prefix=2):
 
         keys  0 1 2 3 4 5
     query 0   x x x . . .
@@ -86,8 +88,8 @@ class TreeMask(Mask):
     query 3   x x x x . x
 
     Attributes:
-      ancestors: whether node i is node j or follows it, (B or 1, N, N).
-      prefix: length of the text, a number or (B,).
+      ancestors: whether node j is node i or an ancestor of it, (B or 1, N, N).
+      prefix: number of prefix keys, an int or (B,).
     """
 
     ancestors: Bool[Array, "B N N"]
@@ -106,7 +108,7 @@ class TreeMask(Mask):
 
 @pytree
 class SegmentMask(Mask):
-    """Pairs inside one packed document; segment 0 is padding and attends to nothing.
+    """Pairs within one packed document. Segment 0 is padding, which is masked everywhere.
 
     segments(jnp.array([[1, 1, 2, 0]])):
 
@@ -117,8 +119,8 @@ class SegmentMask(Mask):
     query 3   . . . .
 
     Attributes:
-      queries: segment of each query, (B, T).
-      keys: segment of each key, (B, S).
+      queries: segment id of each query, (B, T).
+      keys: segment id of each key, (B, S).
     """
 
     queries: Int[Array, "B T"]
@@ -132,7 +134,7 @@ class SegmentMask(Mask):
         return (q == k) & (k > 0)
 
     def block_summary(self, grid):
-        """See `Mask.block_summary`: from the first and last segment of each run of tokens."""
+        """See `Mask.block_summary`: from bounds on the segment ids of each block of tokens."""
         q = _segment_bounds(self.queries, grid.block_q)
         k = _segment_bounds(self.keys, grid.block_kv)
         q, k = [x[:, None, :, None] for x in q], [x[:, None, None, :] for x in k]
@@ -143,7 +145,7 @@ class SegmentMask(Mask):
 
 
 def _distance_bounds(grid: BlockGrid):
-    """The least and greatest key index minus query index of each block, (1, 1, query blocks, key blocks)."""
+    """Return the least and greatest key index minus query index of each block, (1, 1, Q, S)."""
     q, k = np.arange(0, grid.num_queries, grid.block_q), np.arange(0, grid.num_keys, grid.block_kv)
     q_last = np.minimum(q + grid.block_q, grid.num_queries) - 1
     k_last = np.minimum(k + grid.block_kv, grid.num_keys) - 1
@@ -153,46 +155,55 @@ def _distance_bounds(grid: BlockGrid):
 
 
 def _segment_bounds(segments: Array, size: int):
-    """Of each run of `size` tokens, (B, runs): the least segment, the least but padding, the greatest."""
+    """Return bounds on the segment ids of each block of `size` tokens, (B, blocks).
+
+    The three results are the least id, the least id that is not padding, and the greatest id.
+    """
     segments = split_blocks(segments, size)
     tokens = jnp.where(segments > 0, segments, jnp.iinfo(segments.dtype).max)
     return segments.min(-1), tokens.min(-1), segments.max(-1)
 
 
 def causal(offset: Index = 0) -> Mask:
-    """Return the mask that allows the keys at or before the query's own position."""
+    """Return the mask that allows keys at or before the query's position."""
     return CausalMask(offset)
 
 
 def window(left: int | None = None, right: int | None = None, offset: Index = 0) -> Mask:
-    """Return the mask that allows `left` keys before the query, itself, and `right` keys after it."""
+    """Return the mask of a window from `left` keys before to `right` keys after the query."""
     return WindowMask(left, right, offset)
 
 
 def segments(queries: Int[Array, "B T"], keys: Int[Array, "B S"] | None = None) -> Mask:
-    """Return the mask that allows pairs within one packed document; `keys` defaults to `queries`."""
+    """Return the mask of pairs within one packed document; `keys` defaults to `queries`."""
     return SegmentMask(queries, queries if keys is None else keys)
 
 
 def tree(parents: tuple[int, ...] | Int[Array, "*B N"], prefix: Index | Int[Array, " B"] = 0) -> Mask:
-    """Return the mask that allows each node of a tree of draft tokens the prefix and its ancestors.
+    """Return the tree-attention mask: each draft token attends to the prefix and its ancestors.
 
-    The parent of each node comes before it; -1 is a node that follows the prefix itself.
+    Args:
+      parents: index of each node's parent, which must precede the node; -1 for children of the
+        prefix. (N,), or (B, N) for one tree per batch row.
+      prefix: number of keys before the tree, an int or (B,).
 
     Raises:
-      InputError: a parent that does not come before its node.
+      InputError: a parent does not precede its node.
     """
     if not isinstance(parents, jax.core.Tracer):
         array = np.asarray(parents)
         if (array >= np.arange(array.shape[-1])).any() or (array < -1).any():
-            raise InputError(f"tree: a node's parent must be an earlier node, or -1; got {array.tolist()}")
+            raise InputError(f"tree: each parent must be an earlier node or -1; got {array.tolist()}")
     with jax.ensure_compile_time_eval():
         parents = jnp.asarray(parents)
         return TreeMask(_ancestors(parents.reshape(-1, parents.shape[-1])), as_row_values(prefix))
 
 
 def _ancestors(parents: Array) -> Array:
-    """Whether node i is node j or follows it: steps to the parent, each round twice as many as the last."""
+    """Return whether node j is node i or an ancestor of it.
+
+    Repeated squaring of the parent relation: each round doubles the number of steps.
+    """
     nodes = jnp.arange(parents.shape[-1])
     reached = (parents[..., None] == nodes[None, None]) | (nodes[:, None] == nodes[None, :])[None]
     for _ in range(len(nodes).bit_length()):

@@ -1,4 +1,4 @@
-"""Masks and additive scores as dense arrays, for backends that take no other, and their sizes."""
+"""Masks and additive scores as dense arrays, for backends that accept nothing else."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -12,13 +12,13 @@ Shape = tuple[int, int, int, int]  # of the scores, (B, H, T, S)
 
 
 def materialize_mask(mask: Mask, shape: Shape, offset: BlockOffset) -> Bool[Array, "B H T S"]:
-    """Return the allowed pairs; dimensions of batch and heads that the mask does not depend on may be 1."""
+    """Return the allowed pairs; batch and heads are 1 where the mask does not depend on them."""
     allowed = mask.evaluate(block_indices(offset, shape))
     return jnp.broadcast_to(allowed, (*allowed.shape[:2], *shape[2:]))
 
 
 def materialize_bias(score: Score | None, shape: Shape, offset: BlockOffset) -> Float[Array, "B H T S"]:
-    """Return the array that an additive score (`Score.is_additive`) adds; zeros if there is none."""
+    """Return the bias that a score with `is_additive` adds; zeros if `score` is None."""
     zeros = jnp.zeros(shape)
     return zeros if score is None else score(zeros, block_indices(offset, shape))
 
@@ -31,5 +31,5 @@ def mask_size(mask: Mask, shape: Shape) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """Return a number of bytes in GiB."""
+    """Return a number of bytes, formatted in GiB."""
     return f"{size / GIB:.1f} GiB"

@@ -1,4 +1,4 @@
-"""Masks of tokens that stand in a grid: pixels or patches of an image, frames of a film."""
+"""Masks for tokens on a grid, such as the patches of an image or the frames of a video."""
 
 import math
 from typing import NamedTuple
@@ -13,34 +13,37 @@ from attnlab.errors import InputError
 
 
 class _Axis(NamedTuple):
-    """One axis of a grid: its cells, and how many of them, `step` apart, a cell sees."""
+    """One axis of a grid: its number of cells, and the window and dilation (`step`) along it."""
 
     cells: int
     window: int
     step: int
 
     def window_start(self, cell):
-        """The first that it sees, counted among those `step` apart: the window shifts inwards at an edge."""
+        """Return the first cell of the window, counted in cells `step` apart.
+
+        At an edge the window is shifted inwards.
+        """
         count = (self.cells - cell % self.step + self.step - 1) // self.step
         return jnp.clip(cell // self.step - self.window // 2, 0, count - self.window)
 
     def allows(self, cell, other):
-        """Whether it sees another."""
+        """Return whether `other` is in the window of `cell`."""
         nth = other // self.step - self.window_start(cell)
         return (cell % self.step == other % self.step) & (nth >= 0) & (nth < self.window)
 
     def count(self, cell, end):
-        """How many before `end` it sees."""
+        """Return how many cells before `end` are in the window of `cell`."""
         nth = (end - cell % self.step + self.step - 1) // self.step - self.window_start(cell)
         return jnp.clip(nth, 0, self.window)
 
 
 @pytree
 class NeighbourhoodMask(CountingMask):
-    """The nearest cells of a grid, so many along each axis; tokens go through it row by row.
+    """The nearest `window` cells of a grid along each axis; tokens are in row-major order.
 
-    At an edge the window shifts inwards, so that every query has as many keys (NATTEN, arXiv 2204.07143;
-    dilated, arXiv 2209.15001). Along one axis, neighbourhood(5, 3):
+    At an edge the window is shifted inwards, so that every query has the same number of keys
+    (NATTEN, arXiv 2204.07143; dilated, arXiv 2209.15001). Along one axis, neighbourhood(5, 3):
 
         keys  0 1 2 3 4
     query 0   x x x . .
@@ -51,8 +54,8 @@ class NeighbourhoodMask(CountingMask):
 
     Attributes:
       shape: cells along each axis.
-      window: cells seen along each axis.
-      dilation: how far they are apart.
+      window: allowed cells along each axis.
+      dilation: distance between neighbouring allowed cells along each axis.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +70,7 @@ class NeighbourhoodMask(CountingMask):
         return allowed
 
     def count_before(self, at):
-        """See `CountingMask.count_before`: whole slices before the key's, and the part of its own."""
+        """See `CountingMask.count_before`: full slices before the key's, plus part of its own."""
         before, size = 0, 1
         cells = zip(self._axes(), self._cells(at.q), self._cells(at.kv), strict=True)
         for axis, query, key in reversed(list(cells)):
@@ -79,7 +82,7 @@ class NeighbourhoodMask(CountingMask):
         return [_Axis(*axis) for axis in zip(self.shape, self.window, self.dilation, strict=True)]
 
     def _cells(self, index):
-        """Where a token stands along each axis."""
+        """Return the coordinate of a token along each axis."""
         strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         first, *rest = [index // stride for stride in strides]
         return first, *(cell % n for cell, n in zip(rest, self.shape[1:], strict=True))
@@ -88,25 +91,27 @@ class NeighbourhoodMask(CountingMask):
 def neighbourhood(
     shape: int | tuple[int, ...], window: int | tuple[int, ...], dilation: int | tuple[int, ...] = 1
 ) -> Mask:
-    """Return the mask that allows the nearest cells of a grid along each axis.
+    """Return the neighbourhood-attention mask: the nearest cells of a grid along each axis.
 
-    Windows are odd, or whole axes: (1, W) of shape (H, W) is attention by rows.
+    A window must be odd, or the whole axis: a window (1, W) of shape (H, W) is attention within
+    rows.
 
     Raises:
-      InputError: a window that is even, or wider than its axis, or another number of axes.
+      InputError: a window does not fit its axis, or the arguments differ in number of axes.
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     window, dilation = ((x,) * len(shape) if isinstance(x, int) else tuple(x) for x in (window, dilation))
     if not len(shape) == len(window) == len(dilation):
         raise InputError(
-            f"neighbourhood: shape {shape}, window {window}, dilation {dilation} must have as many axes"
+            f"neighbourhood: shape {shape}, window {window} and dilation {dilation} must have the same "
+            "number of axes"
         )
     for cells, width, step in zip(shape, window, dilation, strict=True):
         is_whole_axis = width == cells and step == 1
         if step < 1 or not (is_whole_axis or (width > 0 and width % 2 and width * step <= cells)):
             raise InputError(
-                f"neighbourhood: a window must be odd and, times its dilation, fit its axis, or be the whole "
-                f"axis; got shape {shape}, window {window}, dilation {dilation}"
+                "neighbourhood: a window must be odd with window * dilation at most the size of its axis, "
+                f"or be the whole axis; got shape {shape}, window {window}, dilation {dilation}"
             )
     return NeighbourhoodMask(shape, window, dilation)
 
@@ -114,18 +119,17 @@ def neighbourhood(
 def sliding_tile(shape: tuple[int, ...], tile: tuple[int, ...], window: tuple[int, ...]) -> Mask:
     """Return the mask that allows the nearest whole tiles of a grid.
 
-    Tokens come tile by tile, in the order of `tile_order`.
-
-    A query sees the nearest tiles, as many along each axis as `window` says, wholly, so that a block of
-    scores is either full or empty (Sliding Tile Attention, arXiv 2502.04507, section 3.1).
+    A query attends to every token of the nearest `window` tiles along each axis, so that a block of
+    scores is either full or empty (Sliding Tile Attention, arXiv 2502.04507, section 3.1). Tokens
+    must be ordered tile by tile: see `tile_order`.
 
     Args:
       shape: cells along each axis.
       tile: cells of a tile along each axis.
-      window: tiles seen along each axis.
+      window: allowed tiles along each axis.
 
     Raises:
-      InputError: tiles that do not fill the grid, or a window as for `neighbourhood`.
+      InputError: the tiles do not divide the grid, or `neighbourhood` rejects the window.
     """
     tiles = _tiles(shape, tile)
     tokens = math.prod(tile)
@@ -133,10 +137,10 @@ def sliding_tile(shape: tuple[int, ...], tile: tuple[int, ...], window: tuple[in
 
 
 def tile_order(shape: tuple[int, ...], tile: tuple[int, ...]) -> Int[np.ndarray, " T"]:
-    """Return the row-major indices of tokens in the order of `sliding_tile`: `x[:, tile_order(...)]`.
+    """Return the permutation from row-major order to tiles, as `x[:, tile_order(...)]`.
 
     Raises:
-      InputError: tiles that do not fill the grid.
+      InputError: the tiles do not divide the grid.
     """
     sides = [side for pair in zip(_tiles(shape, tile), tile, strict=True) for side in pair]
     order = np.arange(math.prod(shape)).reshape(sides)
@@ -145,5 +149,5 @@ def tile_order(shape: tuple[int, ...], tile: tuple[int, ...]) -> Int[np.ndarray,
 
 def _tiles(shape, tile) -> list[int]:
     if len(shape) != len(tile) or any(cells % side for cells, side in zip(shape, tile, strict=False)):
-        raise InputError(f"sliding_tile: tiles of {tuple(tile)} do not fill a grid of {tuple(shape)}")
+        raise InputError(f"sliding_tile: tiles of {tuple(tile)} do not divide a grid of {tuple(shape)}")
     return [cells // side for cells, side in zip(shape, tile, strict=True)]

@@ -1,4 +1,4 @@
-"""Masks in which the keys of each query are a run of neighbours, or a few."""
+"""Masks in which the allowed keys of each query are one or a few contiguous intervals."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,13 @@ UNBOUNDED = 2**30  # further than any key
 
 
 class IntervalMask(CountingMask):
-    """Base class: implement `kv_intervals`; the position of query i among the keys is i + offset."""
+    """Base class of masks made of key intervals; subclasses implement `kv_intervals`.
+
+    Masks with an `offset` place query i at key index i + offset.
+    """
 
     def kv_intervals(self, at: PairIndices) -> list[tuple[Index, Index]]:
-        """The first key of each run that a query may attend to, and the first beyond it; no two runs meet."""
+        """Return the disjoint intervals of allowed keys of each query, as (first, end) pairs."""
         raise NotImplementedError
 
     def evaluate(self, at):
@@ -32,9 +35,9 @@ class IntervalMask(CountingMask):
 
 @pytree
 class PrefixMask(IntervalMask):
-    """Causal, but for the first keys, which every query sees (T5, arXiv 1910.10683, section 3.2.1).
+    """Prefix LM: causal, plus a prefix of keys that every query attends to.
 
-    prefix(2):
+    (T5, arXiv 1910.10683, section 3.2.1.) prefix(2):
 
         keys  0 1 2 3
     query 0   x x . .
@@ -43,7 +46,7 @@ class PrefixMask(IntervalMask):
     query 3   x x x x
 
     Attributes:
-      length: how many keys, a number or one for each batch row (B,).
+      length: number of prefix keys, an int or one per batch row, (B,).
       offset: key index of the first query.
     """
 
@@ -59,7 +62,7 @@ class PrefixMask(IntervalMask):
 
 @pytree
 class KeyLengthMask(IntervalMask):
-    """Only the first keys of each batch row: the others are padding.
+    """Padding mask: only the first `keys` keys of each batch row may be attended to.
 
     key_lengths(jnp.array([3])):
 
@@ -68,8 +71,9 @@ class KeyLengthMask(IntervalMask):
     query 1   x x x .
 
     Attributes:
-      keys: how many keys, a number or (B,).
-      queries: how many queries, a number or (B,); those beyond see nothing. None is all.
+      keys: number of keys that are not padding, an int or (B,).
+      queries: number of queries that are not padding, an int or (B,). Later queries attend to no
+        key. None means that all queries are valid.
     """
 
     keys: Index
@@ -86,7 +90,7 @@ class KeyLengthMask(IntervalMask):
 
 @pytree
 class ChunkedMask(IntervalMask):
-    """Causal within chunks of so many tokens (Llama 4's local layers).
+    """Causal within chunks of `size` tokens (the local layers of Llama 4).
 
     chunked(2):
 
@@ -108,9 +112,9 @@ class ChunkedMask(IntervalMask):
 
 @pytree
 class BlockCausalMask(IntervalMask):
-    """Causal between blocks of so many tokens, and everything within one (arXiv 2503.09573, section 3.1).
+    """Causal between blocks of `size` tokens and bidirectional within each block.
 
-    block_causal(2):
+    (BD3-LM, arXiv 2503.09573, section 3.1.) block_causal(2):
 
         keys  0 1 2 3
     query 0   x x . .
@@ -129,10 +133,10 @@ class BlockCausalMask(IntervalMask):
 
 @pytree
 class BlockDiffusionMask(IntervalMask):
-    """Noised tokens, and after them the same ones clean, in blocks: those train a block diffusion model.
+    """Training mask of block diffusion: `length` noised tokens followed by the same tokens clean.
 
-    A noised block sees itself and the clean blocks before it; clean ones are block-causal among each
-    other (BD3-LM, arXiv 2503.09573, section 3.2). block_diffusion(length=4, size=2):
+    A noised block attends to itself and to the clean blocks before it; clean blocks attend to each
+    other block-causally (BD3-LM, arXiv 2503.09573, section 3.2). block_diffusion(length=4, size=2):
 
         keys  0 1 2 3 4 5 6 7
     query 0   x x . . . . . .
@@ -159,9 +163,9 @@ class BlockDiffusionMask(IntervalMask):
 
 @pytree
 class SinksAndWindowMask(IntervalMask):
-    """Causal: the first keys, and the `left` before the query (StreamingLLM, arXiv 2309.17453, section 3.2).
+    """Causal attention to the first `sinks` keys and to a window of `left` keys before the query.
 
-    sinks_and_window(sinks=1, left=1):
+    (StreamingLLM, arXiv 2309.17453, section 3.2.) sinks_and_window(sinks=1, left=1):
 
         keys  0 1 2 3 4
     query 0   x . . . .
@@ -186,7 +190,7 @@ class SinksAndWindowMask(IntervalMask):
 
 @pytree
 class IslandMask(IntervalMask):
-    """Causal, but for islands whose tokens all see each other, such as the patches of an image.
+    """Causal, plus bidirectional attention within islands, such as the patches of an image.
 
     islands(jnp.array([[0, 1, 1, 0]])):
 
@@ -197,7 +201,7 @@ class IslandMask(IntervalMask):
     query 3   x x x x
 
     Attributes:
-      ends: the first index beyond the island of each token, (B, S); 0 where it is in none.
+      ends: end (exclusive) of the island of each token, (B, S); 0 for tokens outside islands.
       offset: key index of the first query.
     """
 
@@ -214,7 +218,7 @@ class IslandMask(IntervalMask):
 
 @pytree
 class SharedPrefixMask(IntervalMask):
-    """Many continuations of one prefix in a row: each sees the prefix and, causally, itself.
+    """Several continuations of one prefix: each attends to the prefix and, causally, to itself.
 
     shared_prefix(jnp.array([[0, 0, 1, 1, 2, 2]])):
 
@@ -228,7 +232,7 @@ class SharedPrefixMask(IntervalMask):
 
     Attributes:
       prefix: length of the prefix, (B,).
-      starts: where the continuation of each token begins, (B, S); 0 in the prefix.
+      starts: first index of the continuation of each token, (B, S); 0 in the prefix.
       offset: key index of the first query.
     """
 
@@ -247,10 +251,10 @@ class SharedPrefixMask(IntervalMask):
 
 @pytree
 class MediaMask(IntervalMask):
-    """Each token of a text sees the last image that was marked before it, or at it, and no other.
+    """Each text token attends to the last image marked at or before it, and to no other image.
 
-    The keys are images of `tokens` keys each, one after the other (Flamingo, arXiv 2204.14198, section
-    2.3). media(jnp.array([[False, True, False, True]]), tokens=2):
+    The keys are the images in order, `tokens` keys each (Flamingo, arXiv 2204.14198, section 2.3).
+    media(jnp.array([[False, True, False, True]]), tokens=2):
 
         keys  0 1 2 3
     query 0   . . . .
@@ -259,8 +263,8 @@ class MediaMask(IntervalMask):
     query 3   . . x x
 
     Attributes:
-      images: how many images have been marked up to each token, (B, T).
-      tokens: keys of an image.
+      images: number of images marked up to and including each token, (B, T).
+      tokens: keys per image.
     """
 
     images: Int[Array, "B T"]
@@ -275,47 +279,47 @@ class MediaMask(IntervalMask):
 
 
 def broadcast_rows(x: Index):
-    """One number of each batch row, (B,), as the scores are laid out."""
+    """Return a value per batch row, (B,), in a shape that broadcasts to (B, H, T, S)."""
     return x if jnp.ndim(x) == 0 else jnp.reshape(x, (-1, 1, 1, 1))
 
 
 def _gather(x: Array, index: Array):
-    """The values of each batch row, (B, S), at these (1 or B, 1, T, 1)."""
+    """Return the values of x, (B, S), at an index of shape (1 or B, 1, T, 1)."""
     return jnp.take_along_axis(jnp.asarray(x)[:, None, :, None], jnp.maximum(index, 0), axis=2, mode="clip")
 
 
 def split_blocks(x: Array, size: int):
-    """The last dimension as runs of so many; the last run is filled with the last value."""
+    """Split the last axis into blocks of `size`; the last block is padded with the last value."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)], mode="edge")
     return x.reshape(*x.shape[:-1], -1, size)
 
 
 def window_bounds(position, left: int | None, right: int | None):
-    """The first key of a window about `position`, and the first beyond it."""
+    """Return the first key of a window around `position`, and its end (exclusive)."""
     before = UNBOUNDED if left is None else left
     after = UNBOUNDED if right is None else right + 1
     return position - before, position + after
 
 
 def as_row_values(x: Index) -> Index:
-    """A number that the compiler knows as it is, or an array with a dimension of batch."""
+    """Return a Python int unchanged, so that it stays static, and an array in shape (B,)."""
     return x if isinstance(x, int) else jnp.reshape(x, (-1,))
 
 
 def check_at_least(least: int, **sizes: int) -> None:
-    """Raises InputError where a size is less."""
+    """Raise InputError if a size is less than `least`."""
     for name, size in sizes.items():
         if size < least:
             raise InputError(f"{name} must be at least {least}, not {size}")
 
 
 def prefix(length: Index | Int[Array, " B"], offset: Index = 0) -> Mask:
-    """Return the mask that allows the first `length` keys to every query and is causal otherwise."""
+    """Return the prefix-LM mask: causal, plus the first `length` keys for every query."""
     return PrefixMask(as_row_values(length), offset)
 
 
 def key_lengths(keys: Index | Int[Array, " B"], queries: Index | Int[Array, " B"] | None = None) -> Mask:
-    """Return the mask that allows the first keys of each batch row and forbids its padding."""
+    """Return the padding mask: only the first `keys` keys of each batch row are allowed."""
     return KeyLengthMask(as_row_values(keys), None if queries is None else as_row_values(queries))
 
 
@@ -323,7 +327,7 @@ def chunked(size: int, offset: Index = 0) -> Mask:
     """Return the mask that is causal within chunks of `size` tokens.
 
     Raises:
-      InputError: a size below 1.
+      InputError: `size` is below 1.
     """
     check_at_least(1, size=size)
     return ChunkedMask(size, offset)
@@ -333,27 +337,27 @@ def block_causal(size: int, offset: Index = 0) -> Mask:
     """Return the mask that allows a query's own block of `size` tokens and every earlier block.
 
     Raises:
-      InputError: a size below 1.
+      InputError: `size` is below 1.
     """
     check_at_least(1, size=size)
     return BlockCausalMask(size, offset)
 
 
 def block_diffusion(length: int, size: int) -> Mask:
-    """Return the training mask of block diffusion: `length` noised tokens, then the same ones clean.
+    """Return the block-diffusion training mask: `length` noised tokens, then the same tokens clean.
 
     Raises:
-      InputError: a length or size below 1.
+      InputError: `length` or `size` is below 1.
     """
     check_at_least(1, length=length, size=size)
     return BlockDiffusionMask(length, size)
 
 
 def sinks_and_window(sinks: int, left: int, offset: Index = 0) -> Mask:
-    """Return the causal mask that allows the first `sinks` keys and `left` keys before the query.
+    """Return the causal mask of the first `sinks` keys and `left` keys before the query.
 
     Raises:
-      InputError: a negative number.
+      InputError: `sinks` or `left` is negative.
     """
     check_at_least(0, sinks=sinks, left=left)
     return SinksAndWindowMask(sinks, left, offset)
@@ -362,23 +366,24 @@ def sinks_and_window(sinks: int, left: int, offset: Index = 0) -> Mask:
 def islands(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
     """Return the causal mask that also allows all pairs within each island.
 
-    An island is a run of one id; tokens of id 0 are in none.
+    An island is a run of consecutive tokens with the same id; tokens with id 0 are outside islands.
     """
-    with jax.ensure_compile_time_eval():  # what is known now stays known
+    with jax.ensure_compile_time_eval():  # keeps a static mask static under a trace
         return IslandMask(_run_ends(jnp.asarray(ids)), offset)
 
 
 def _run_ends(ids: Array) -> Array:
-    """The first index beyond each token's run of one id, 0 for tokens of id 0."""
+    """Return the end (exclusive) of each token's run of equal ids; 0 for tokens with id 0."""
     last = jnp.concatenate([ids[:, 1:] != ids[:, :-1], jnp.ones_like(ids[:, :1], bool)], axis=1)
     after = jnp.where(last, jnp.arange(1, ids.shape[1] + 1)[None, :], UNBOUNDED)
     return jnp.where(ids == 0, 0, jax.lax.cummin(after, axis=1, reverse=True))
 
 
 def shared_prefix(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
-    """Return the mask that allows each continuation the common prefix and, causally, itself.
+    """Return the mask for several continuations of one prefix, packed into one row.
 
-    The ids are 0 in the prefix, then the number of each token's continuation.
+    Each continuation attends to the prefix and, causally, to itself. `ids` is 0 in the prefix and
+    the number of the continuation, from 1, after it.
     """
     with jax.ensure_compile_time_eval():
         ids = jnp.asarray(ids)
@@ -386,18 +391,20 @@ def shared_prefix(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
 
 
 def _run_starts(ids: Array) -> Array:
-    """The first index of each token's run of one id."""
+    """Return the first index of each token's run of equal ids."""
     first = jnp.concatenate([jnp.zeros_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
     return jax.lax.cummax(jnp.where(first, jnp.arange(ids.shape[1])[None, :], 0), axis=1)
 
 
 def media(markers: Bool[Array, "B T"], tokens: int) -> Mask:
-    """Return the mask that allows each text token the `tokens` keys of the last image before it.
+    """Return the mask of cross-attention from each text token to the last image before it.
 
-    `markers` is True where the text has the marker of an image.
+    Args:
+      markers: True where the text contains an image marker, (B, T).
+      tokens: keys per image.
 
     Raises:
-      InputError: images of no tokens.
+      InputError: `tokens` is below 1.
     """
     check_at_least(1, tokens=tokens)
     with jax.ensure_compile_time_eval():

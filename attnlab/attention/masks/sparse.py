@@ -1,4 +1,4 @@
-"""Sparse masks: patterns that leave out most keys of a long text."""
+"""Sparse masks for long sequences: dilated, strided, global tokens, block-sparse and BigBird."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from attnlab.attention.pairwise import pytree
 
 @pytree
 class DilatedMask(CountingMask):
-    """Every `step`-th key of a window, counted from the query (Longformer, arXiv 2004.05150, section 3.1).
+    """Sliding window that keeps every `step`-th key, counted from the query.
 
-    dilated(step=2, left=2, right=2):
+    (Longformer, arXiv 2004.05150, section 3.1.) dilated(step=2, left=2, right=2):
 
         keys  0 1 2 3 4 5
     query 0   x . x . . .
@@ -44,9 +44,9 @@ class DilatedMask(CountingMask):
 
 @pytree
 class StridedMask(CountingMask):
-    """Causal: the last `stride` keys, and before those every `stride`-th (arXiv 1904.10509, section 4.3).
+    """Causal attention to the last `stride` keys and to every `stride`-th key before those.
 
-    strided(2):
+    (Sparse Transformer, arXiv 1904.10509, section 4.3.) strided(2):
 
         keys  0 1 2 3 4 5
     query 0   x . . . . .
@@ -66,7 +66,7 @@ class StridedMask(CountingMask):
         return (back >= 0) & ((back <= self.stride) | (back % self.stride == 0))
 
     def count_before(self, at):
-        """See `CountingMask.count_before`: those within the window, and the others."""
+        """See `CountingMask.count_before`: keys in the window, plus the strided keys before it."""
         position = at.q + self.offset
         first = position - self.stride
         in_window = jnp.clip(at.kv, first, position + 1)
@@ -75,7 +75,9 @@ class StridedMask(CountingMask):
 
 @pytree
 class GlobalTokenMask(Mask):
-    """Some tokens see all and are seen by all (Longformer, arXiv 2004.05150, section 3.1).
+    """Global tokens attend to all keys, and all queries attend to global tokens.
+
+    (Longformer, arXiv 2004.05150, section 3.1.)
 
     global_tokens((1,)):
 
@@ -85,7 +87,7 @@ class GlobalTokenMask(Mask):
     query 2   . x . .
 
     Attributes:
-      positions: their key indices, (B or 1, N).
+      positions: key indices of the global tokens, (B or 1, N).
       offset: key index of the first query.
     """
 
@@ -107,7 +109,7 @@ class GlobalTokenMask(Mask):
         return BlockSummary(q.any(-1) | k.any(-1), q.all(-1) | k.all(-1))
 
     def _has(self, index):
-        """Whether a token is one of them."""
+        """Return whether each token is a global token."""
         positions = jnp.asarray(self.positions)
         shape = (-1, *(1,) * (index.ndim - 1), positions.shape[-1])
         return (positions.reshape(shape) == index[..., None]).any(-1)
@@ -115,7 +117,7 @@ class GlobalTokenMask(Mask):
 
 @pytree
 class BlockSparseMask(Mask):
-    """A boolean for every block of so many queries and as many keys, such as a router's choice.
+    """Block-sparse mask: one boolean for each block of `size` queries by `size` keys.
 
     blocks(jnp.array([[True, False], [True, True]]), size=2):
 
@@ -126,8 +128,9 @@ class BlockSparseMask(Mask):
     query 3   x x x x
 
     Attributes:
-      allowed: for each block; the dimensions of batch and heads may be 1. Beyond it nothing is allowed.
-      size: tokens of a block.
+      allowed: whether each block is allowed; the dimensions of batch and heads may be 1. Pairs
+        beyond the array are masked.
+      size: tokens per block.
     """
 
     allowed: Bool[Array, "B H Q S"]
@@ -158,41 +161,41 @@ class BlockSparseMask(Mask):
 
 
 def dilated(step: int, left: int | None = None, right: int | None = None, offset: Index = 0) -> Mask:
-    """Return the window mask that allows only every `step`-th key, counted from the query.
+    """Return the sliding-window mask of every `step`-th key, counted from the query.
 
     Raises:
-      InputError: a step below 1.
+      InputError: `step` is below 1.
     """
     check_at_least(1, step=step)
     return DilatedMask(step, left, right, offset)
 
 
 def strided(stride: int, offset: Index = 0) -> Mask:
-    """Return the causal mask that allows the last `stride` keys and every `stride`-th key before those.
+    """Return the causal mask of the last `stride` keys and every `stride`-th key before those.
 
     Raises:
-      InputError: a stride below 1.
+      InputError: `stride` is below 1.
     """
     check_at_least(1, stride=stride)
     return StridedMask(stride, offset)
 
 
 def global_tokens(positions: tuple[int, ...] | Int[Array, "*B N"], offset: Index = 0) -> Mask:
-    """Return the mask that allows all pairs in which the query or the key is a global token.
+    """Return the mask that allows all pairs in which query or key is a global token.
 
-    Positions of shape (N,) hold for every row; (B, N) gives each row its own.
+    Positions of shape (N,) apply to every batch row; (B, N) sets them per row.
     """
     array: Any = positions if isinstance(positions, jax.Array) else np.asarray(positions, np.int32)
     return GlobalTokenMask(array.reshape(-1, array.shape[-1]), offset)
 
 
 def blocks(allowed: Bool[Array | np.ndarray, "*b Q S"], size: int) -> Mask:
-    """Return the mask that allows the chosen blocks of `size` queries by `size` keys.
+    """Return the block-sparse mask that allows the given blocks of `size` queries by `size` keys.
 
-    An array of fewer than four dimensions holds for all heads and rows.
+    An array of fewer than four dimensions applies to all batch rows and heads.
 
     Raises:
-      InputError: a size below 1.
+      InputError: `size` is below 1.
     """
     check_at_least(1, size=size)
     array: Any = allowed if isinstance(allowed, jax.Array) else np.asarray(allowed)
@@ -202,18 +205,20 @@ def blocks(allowed: Bool[Array | np.ndarray, "*b Q S"], size: int) -> Mask:
 def bigbird(
     length: int, size: int = 64, *, neighbours: int = 1, globals: int = 1, random: int = 3, seed: int = 0
 ) -> Mask:
-    """Return BigBird's mask of neighbouring, global and random blocks (arXiv 2007.14062, section 2).
+    """Return BigBird's mask of neighbouring, global and random blocks.
+
+    (arXiv 2007.14062, section 2.)
 
     Args:
-      length: queries, and keys.
-      size: tokens of a block.
-      neighbours: blocks seen on either side.
-      globals: first blocks, which see all and are seen by all.
-      random: blocks seen beside those, or all if there are fewer.
-      seed: of their choice.
+      length: number of queries and of keys.
+      size: tokens per block.
+      neighbours: neighbouring blocks on each side of a query's block.
+      globals: number of first blocks that attend to all blocks and that all blocks attend to.
+      random: further blocks for each block of queries, or all remaining ones if there are fewer.
+      seed: seed of the random blocks.
 
     Raises:
-      InputError: a length or size below 1, or a negative number.
+      InputError: `length` or `size` is below 1, or another number is negative.
     """
     check_at_least(1, length=length, size=size)
     check_at_least(0, neighbours=neighbours, globals=globals, random=random)

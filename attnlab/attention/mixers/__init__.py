@@ -1,4 +1,4 @@
-"""What may replace softmax attention over all pairs: linear, delta-rule and block-sparse mixers."""
+"""Alternatives to softmax attention over all pairs: linear, delta-rule and block-sparse mixers."""
 
 from attnlab.attention.mixers.delta_rule import gated_delta_rule
 from attnlab.attention.mixers.linear import gated_linear_attention, linear_attention, retention

@@ -1,6 +1,7 @@
-"""Selection of key blocks by content, which MoBA and native sparse attention share.
+"""Content-based selection of key blocks, shared by MoBA and native sparse attention.
 
-Both are causal attention of a sequence to itself. The selection gets no gradient; what is attended to does.
+Both are causal self-attention. The selection is not differentiated; attention to the selected keys
+is.
 """
 
 from typing import ClassVar
@@ -15,9 +16,11 @@ from attnlab.errors import InputError
 
 @pytree
 class SelectedBlocksMask(Mask):
-    """Keys of the blocks that each query has selected: block n is keys n * size to (n + 1) * size - 1.
+    """Mask of the key blocks selected for each query.
 
-    SelectedBlocksMask([[1, 0], [0, 1], [1, 1]], size=2), of one row and head:
+    Block n holds keys n * size to (n + 1) * size - 1.
+
+    SelectedBlocksMask([[1, 0], [0, 1], [1, 1]], size=2), for one batch row and head:
 
         keys  0 1 2 3
     query 0   x x . .
@@ -35,7 +38,7 @@ class SelectedBlocksMask(Mask):
         return jnp.take(self.selected, at.kv[0, 0, 0] // self.size, axis=3, mode="clip")
 
     def block_summary(self, grid):
-        """See `Mask.block_summary`: from the number of selected blocks that a block of keys overlaps."""
+        """See `Mask.block_summary`: count the selected blocks that each grid block overlaps."""
         count, width = grid.num_blocks
         padded = self.pad_to(queries=count * grid.block_q).selected
         rows = padded.reshape(*padded.shape[:2], -1, grid.block_q, padded.shape[3])
@@ -54,7 +57,7 @@ class SelectedBlocksMask(Mask):
 
 
 def block_means(x: Float[Array, "B T K D"], size: int) -> Float[Array, "B N K D"]:
-    """The mean of each whole block of `size` tokens; what is left at the end is in none."""
+    """Return the mean of each whole block of `size` tokens; a partial last block is dropped."""
     count = x.shape[1] // size
     return x[:, : count * size].reshape(x.shape[0], count, size, *x.shape[2:]).mean(axis=2)
 
@@ -62,9 +65,10 @@ def block_means(x: Float[Array, "B T K D"], size: int) -> Float[Array, "B N K D"
 def select_blocks(
     scores: Float[Array, "B H T N"], always: Bool[Array, "1 1 T M"], size: int, top: int
 ) -> Bool[Array, "B H T M"]:
-    """For each query the `top` blocks of highest score, none after its own; those in `always` come first.
+    """Return for each query the `top` blocks with the highest scores, up to its own block.
 
-    Scores are of whole blocks; M counts what is left at the end as one more.
+    Blocks in `always` rank before all others. `scores` covers the N whole blocks; M also counts a
+    partial last block.
     """
     block, own = block_numbers(scores.shape[2], size)
     scores = jnp.pad(scores, [(0, 0)] * 3 + [(0, block.size - scores.shape[3])])
@@ -74,16 +78,17 @@ def select_blocks(
 
 
 def block_numbers(length: int, size: int) -> tuple[Array, Array]:
-    """The number of each block, (1, 1, 1, M), and of the block that each query lies in, (1, 1, T, 1)."""
+    """Return the index of each block, (1, 1, 1, M), and of each query's block, (1, 1, T, 1)."""
     block, own = jnp.arange(-(-length // size)), jnp.arange(length) // size
     return block[None, None, None, :], own[None, None, :, None]
 
 
 def check_selection(name: str, query: Array, key: Array, size: int, top: int, least: int) -> None:
-    """Raise InputError unless there is one sequence, and size and top are large enough."""
+    """Raise InputError if queries and keys differ in length, or `size` or `top` is too small."""
     if query.shape[1] != key.shape[1]:
         raise InputError(
-            f"{name}: queries and keys are of one sequence, not {query.shape[1]} and {key.shape[1]}"
+            f"{name}: queries and keys must be the same sequence; "
+            f"got lengths {query.shape[1]} and {key.shape[1]}"
         )
     if size < 1 or top < least:
         raise InputError(f"{name}: size must be at least 1 and top at least {least}, not {size} and {top}")

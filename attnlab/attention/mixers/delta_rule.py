@@ -1,8 +1,9 @@
-"""The delta rule: linear attention that replaces what its state holds for a key by the new value.
+"""The delta rule: linear attention that replaces the value stored under a key by a new one.
 
     S_t = diag(a_t) S_{t-1} + k_t u_t^T        o_t = S_t^T q_t
 
-where u_t is what v_t differs by from what S holds for k_t. Token by token or chunk by chunk, as in `linear`.
+u_t is proportional to the difference between v_t and the value that S stores under k_t. It runs
+token by token or chunk by chunk, like `linear`.
 """
 
 import jax
@@ -30,28 +31,31 @@ def gated_delta_rule(
     segments: Int[Array, "B T"] | None = None,
     chunk: int | None = 64,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H D Dv"]]:
-    """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = S_t^T q_t: of what S holds for k_t, the
-    share b_t gives way to v_t (Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464, equation 10).
+    """Gated delta rule (Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464, equation 10).
 
-    In the form above u_t = b_t (v_t - a_t S_{t-1}^T k_t), which in a chunk is a triangular system: (I + L) U
-    = b (V - A K S_0), L_ij = b_i (k_i . A_{j..i} k_j) for j < i (section 3.3). It stays bounded for keys of
-    length 1 and b_t in (0, 2); decays of 1 are DeltaNet (arXiv 2406.06484).
+        S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T        o_t = S_t^T q_t
+
+    A fraction b_t of the value that S stores under k_t is replaced by v_t. In the form of the
+    module docstring, u_t = b_t (v_t - a_t S_{t-1}^T k_t). Within a chunk this is a triangular
+    system: (I + L) U = b (V - A K S_0) with L_ij = b_i (k_i . A_{j..i} k_j) for j < i (section
+    3.3). The state stays bounded for keys of norm 1 and b_t in (0, 2). Decays of 1 give DeltaNet
+    (arXiv 2406.06484).
 
     Args:
       query: (B, T, H, D).
       key: (B, T, H, D).
       value: (B, T, H, Dv).
       log_decay: log a_t <= 0.
-      beta: b_t, how much is replaced.
-      state: S before the first token, for going on with a sequence; None is 0.
-      segments: where a number differs from that before it, S starts from 0.
-      chunk: tokens in a chunk; None goes token by token.
+      beta: b_t, the fraction of the stored value to replace.
+      state: S before the first token, to continue a sequence; None means 0.
+      segments: ids of packed documents; S is reset to 0 where the id changes.
+      chunk: tokens per chunk; None runs the recurrence token by token.
 
     Returns:
-      The output in the value's dtype, and S after the last token, in float32 at least.
+      The output in the dtype of `value`, and S after the last token in at least float32.
 
     Raises:
-      InputError: shapes that do not fit.
+      InputError: the shapes do not match, or `chunk` is below 1.
     """
     check_shapes("gated_delta_rule", query, key, value, log_decay[..., None])
 

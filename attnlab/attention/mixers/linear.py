@@ -1,10 +1,10 @@
-"""Linear attention: causal attention without softmax, whose past is one matrix S of each head.
+"""Linear attention: causal attention without softmax, with one state matrix S per head.
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
 
-Memory and cost are linear in the length. Each function goes token by token as written (`chunk=None`), or
-chunk by chunk, as `recurrence` describes. Queries and keys are taken as they are: scaling, norms and gates
-are the caller's.
+Memory and cost are linear in the length. Each function runs token by token, as written above
+(`chunk=None`), or chunk by chunk, as described in `recurrence`. Queries and keys are used
+unchanged: the caller applies scaling, norms and gates.
 """
 
 from collections.abc import Callable
@@ -32,16 +32,19 @@ def linear_attention(
     segments: Int[Array, "B T"] | None = None,
     chunk: int | None = 64,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H Df Dv+1"]]:
-    """o_t = sum_{j <= t} (f(q_t) . f(k_j)) v_j / sum_{j <= t} f(q_t) . f(k_j), for a positive feature map f,
-    by default elu + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, section 3).
+    """Linear attention with a positive feature map f, by default elu(x) + 1.
 
-    The state is that of `gated_linear_attention` for values with a further column of ones, the denominator.
+        o_t = sum_{j <= t} (f(q_t) . f(k_j)) v_j / sum_{j <= t} f(q_t) . f(k_j)
+
+    (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.) The state is that of
+    `gated_linear_attention` for values with an additional column of ones, which accumulates the
+    denominator. The other arguments are those of `gated_linear_attention`.
     """
-    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    value32 = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     out, state = gated_linear_attention(
         feature(query),
         feature(key),
-        jnp.concatenate([wide, jnp.ones_like(wide[..., :1])], axis=-1),
+        jnp.concatenate([value32, jnp.ones_like(value32[..., :1])], axis=-1),
         jnp.zeros_like(query[..., :1]),
         state=state,
         segments=segments,
@@ -59,10 +62,10 @@ def retention(
     segments: Int[Array, "B T"] | None = None,
     chunk: int | None = 64,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H D Dv"]]:
-    """o_t = sum_{j <= t} g^(t-j) (q_t . k_j) v_j with a decay g = 1 - 2^(-5-h) of head h (RetNet, Sun et al.
-    2023, arXiv 2307.08621, section 2).
+    """Retention: o_t = sum_{j <= t} g^(t-j) (q_t . k_j) v_j with decay g = 1 - 2^(-5-h) of head h.
 
-    Positions are the caller's, by `rotary`.
+    (RetNet, Sun et al. 2023, arXiv 2307.08621, section 2.) Apply positions to queries and keys
+    beforehand, with `rotary`. The arguments are those of `gated_linear_attention`.
     """
     decay = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(query.shape[2]))))
     log_decay = jnp.zeros_like(query[..., :1], decay.dtype) + decay[None, None, :, None]
@@ -79,23 +82,26 @@ def gated_linear_attention(
     segments: Int[Array, "B T"] | None = None,
     chunk: int | None = 64,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B H D Dv"]]:
-    """S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t (Yang et al. 2023, arXiv 2312.06635, section 4).
+    """Gated linear attention: S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t.
+
+    (Yang et al. 2023, arXiv 2312.06635, section 4.)
 
     Args:
       query: (B, T, H, D).
       key: (B, T, H, D).
       value: (B, T, H, Dv).
-      log_decay: log a_t <= 0, for each dimension of the key or one for all of them, (B, T, H, 1). With one
-        for each, memory has a factor D within a chunk, whose size is then better about 16.
-      state: S before the first token, for going on with a sequence; None is 0.
-      segments: where a number differs from that before it, S starts from 0.
-      chunk: tokens in a chunk; None goes token by token.
+      log_decay: log a_t <= 0, one per dimension of the key, (B, T, H, D), or one for all of them,
+        (B, T, H, 1). With one per dimension, memory within a chunk grows by a factor D; use chunks
+        of about 16 tokens.
+      state: S before the first token, to continue a sequence; None means 0.
+      segments: ids of packed documents; S is reset to 0 where the id changes.
+      chunk: tokens per chunk; None runs the recurrence token by token.
 
     Returns:
-      The output in the value's dtype, and S after the last token, in float32 at least.
+      The output in the dtype of `value`, and S after the last token in at least float32.
 
     Raises:
-      InputError: shapes that do not fit.
+      InputError: the shapes do not match, or `chunk` is below 1.
     """
     check_shapes("gated_linear_attention", query, key, value, log_decay)
 

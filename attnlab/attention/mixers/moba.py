@@ -1,4 +1,4 @@
-"""MoBA: softmax attention whose blocks of keys are selected by their mean key, as a mask for `attend`."""
+"""Mixture of block attention (MoBA): softmax attention to key blocks selected by their mean key."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -23,19 +23,21 @@ def moba(
     top: int,
     **options,
 ) -> Float[Array, "B T H Dv"]:
-    """Each query attends to its own block and the top - 1 earlier ones whose mean key it scores highest (Lu
-    et al. 2025, arXiv 2502.13189, section 2.2).
+    """Attend from each query to its own block and the top - 1 earlier blocks that score highest.
+
+    The score of a block is the product of the query and the mean key of the block (Lu et al. 2025,
+    arXiv 2502.13189, section 2.2).
 
     Args:
       query: (B, T, H, D).
       key: (B, T, K, D).
       value: (B, T, K, Dv).
-      size: keys in a block.
-      top: blocks that a query attends to.
-      options: what else `attend` takes but a mask.
+      size: keys per block.
+      top: blocks that a query attends to, including its own.
+      options: further arguments of `attend`, except `mask`.
 
     Raises:
-      InputError: queries and keys are not of one sequence, or `size` or `top` is not positive.
+      InputError: queries and keys differ in length, or `size` or `top` is not positive.
     """
     check_selection("moba", query, key, size, top, 1)
     means = jnp.repeat(block_means(key, size), query.shape[2] // key.shape[2], axis=2)

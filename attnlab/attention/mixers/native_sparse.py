@@ -1,4 +1,4 @@
-"""Native sparse attention: compressed blocks of keys, selected blocks and a window, mixed by gates."""
+"""Native sparse attention (NSA): gated compressed, selected and sliding-window attention."""
 
 import math
 
@@ -20,7 +20,7 @@ from attnlab.errors import InputError
 
 @pytree
 class CompletedBlocksMask(Mask):
-    """Blocks of keys that end at the query or before it, each block being one key.
+    """Mask over compressed keys, one per block: blocks that end at or before the query.
 
     CompletedBlocksMask(size=2):
 
@@ -52,32 +52,34 @@ def nsa(
     scale: float | None = None,
     **options,
 ) -> Float[Array, "B T H Dv"]:
-    """g1 * attention to compressed blocks + g2 * to selected blocks + g3 * to a window (Native Sparse
-    Attention, Yuan et al. 2025, arXiv 2502.11089, equation 5), compressed and selected blocks being the same.
+    """Native sparse attention: g1 * compressed + g2 * selected + g3 * sliding-window attention.
 
-    The heads that share a key head select together, by the sum of their weights on compressed blocks
-    (equation 10); the first block, the query's own and the one before it are always selected.
+    (Yuan et al. 2025, arXiv 2502.11089, equation 5.) Compression and selection use the same blocks.
+    Query heads that share a key head select the same blocks, by the sum of their weights on the
+    compressed keys (equation 10). The first block, the query's own block and the block before it
+    are always selected.
 
     Args:
       query: (B, T, H, D).
       key: (B, T, K, D).
       value: (B, T, K, Dv).
-      coarse_key: one key of each whole block, N = T // size, as `block_means` or a learned function gives.
-      coarse_value: its value.
-      gates: the factors of the three, in [0, 1].
-      size: keys in a block.
-      top: blocks that a query chooses.
-      left: how many keys before the query are in its window.
-      scale: factor of the scores; None is 1 / sqrt(D).
-      options: what else `attend` takes but a mask, for selected blocks and window.
+      coarse_key: compressed key of each whole block, N = T // size, from `block_means` or a learned
+        function.
+      coarse_value: compressed value of each whole block.
+      gates: factors (g1, g2, g3) of the three branches, in [0, 1].
+      size: keys per block.
+      top: blocks selected per query, including the three fixed ones.
+      left: number of keys before the query in its sliding window.
+      scale: factor of the scores; defaults to 1 / sqrt(D).
+      options: further arguments of `attend`, except `mask`, for the selected and window branches.
 
     Raises:
-      InputError: queries and keys are not of one sequence, blocks are not T // size, or `top` is under 3.
+      InputError: queries and keys differ in length, N is not T // size, or `top` is below 3.
     """
     check_selection("nsa", query, key, size, top, 3)
     (b, t, h, d), k, n = query.shape, key.shape[2], coarse_key.shape[1]
     if n != t // size:
-        raise InputError(f"nsa: {t} keys are {t // size} whole blocks of {size}, not {n}")
+        raise InputError(f"nsa: {t} keys have {t // size} whole blocks of {size}; coarse_key has {n}")
     scale = 1 / math.sqrt(d) if scale is None else scale
     coarse, weights = attend(
         query, coarse_key, coarse_value, mask=CompletedBlocksMask(size), scale=scale, return_weights=True

@@ -1,13 +1,15 @@
-"""The recurrence that linear attention and the delta rule share, token by token and in chunks.
+"""The recurrence of linear attention and the delta rule, computed token by token or in chunks.
 
     S_t = diag(a_t) S_{t-1} + k_t u_t^T        o_t = S_t^T q_t
 
-with decays a_t in (0, 1] and the values u_t that a mixer writes. With A_t = a_1 ... a_t inside a chunk that
-S_0 enters, and A_{j..i} = A_i / A_j,
+a_t in (0, 1] are decays and u_t are the values that the mixer adds to the state. Let S_0 be the
+state before a chunk, A_t = a_1 ... a_t the product of the decays within it, and A_{j..i} =
+A_i / A_j. Then
 
     o_i = sum_{j <= i} (q_i . A_{j..i} k_j) u_j + S_0^T (A_i q_i),
 
-which is matrix products, and one step of the recurrence per chunk (arXiv 2312.06635, section 4).
+so that a chunk needs only matrix products and one step of the recurrence (arXiv 2312.06635,
+section 4).
 """
 
 from collections.abc import Callable
@@ -21,7 +23,11 @@ from attnlab.errors import InputError
 
 
 class TokenInputs(NamedTuple):
-    """What the recurrence reads: of all tokens (B, T, H, ...), of one (B, H, ...), a chunk (B, H, C, ...)."""
+    """Inputs of the recurrence.
+
+    Shapes are (B, T, H, ...) for all tokens, (B, H, ...) for one token and (B, H, C, ...) for a
+    chunk of C tokens.
+    """
 
     query: Array
     key: Array
@@ -37,16 +43,20 @@ class TokenInputs(NamedTuple):
 
 
 class ChunkDecays(NamedTuple):
-    """Products of decays in a chunk; 0 between tokens of two segments and from a token to one before it."""
+    """Products of decays within a chunk; 0 across segments and from a later to an earlier token."""
 
-    between: Float[Array, "B H C C D"]  # from the second token to the first
+    between: Float[Array, "B H C C D"]  # A_{j..i} at [i, j]
     since_entry: Float[Array, "B H C D"]
     until_end: Float[Array, "B H C D"]
     total: Float[Array, "B H D"]
 
 
 def chunk_decays(x: TokenInputs) -> ChunkDecays:
-    """A_{j..i} as exp(b_i - b_j), b the running sums of logarithms; a quotient of products would overflow."""
+    """Return the products of decays within a chunk.
+
+    A_{j..i} is computed as exp(b_i - b_j), where b is the running sum of the log decays, because
+    the quotient A_i / A_j would overflow.
+    """
     b, part = jnp.cumsum(x.log_decay, axis=2), jnp.cumsum(x.starts, axis=2)
     earlier = jnp.tril(jnp.ones((b.shape[2],) * 2, bool))[None, None, :, :, None]
     linked = earlier & (part[:, :, :, None] == part[:, :, None, :])
@@ -59,14 +69,14 @@ def chunk_decays(x: TokenInputs) -> ChunkDecays:
 
 
 def decayed_products(left: Array, right: Array, decays: ChunkDecays) -> Float[Array, "B H C C"]:
-    """left_i . A_{j..i} right_j for j <= i, else 0."""
+    """Return left_i . A_{j..i} right_j for j <= i, else 0."""
     if decays.between.shape[-1] == 1:
         return jnp.einsum("bhid,bhjd->bhij", left, right) * decays.between[..., 0]
     return jnp.einsum("bhid,bhjd,bhijd->bhij", left, right, decays.between)
 
 
 def read_chunk(state: Array, x: TokenInputs, written: Array, decays: ChunkDecays) -> tuple[Array, Array]:
-    """The state after a chunk, and its output, where u_t are the rows of `written`."""
+    """Return the state after a chunk and the output; `written` holds the values u_t."""
     out = jnp.einsum("bhij,bhje->bhie", decayed_products(x.query, x.key, decays), written)
     out = out + jnp.einsum("bhid,bhde->bhie", x.query * decays.since_entry, state)
     added = jnp.einsum("bhjd,bhje->bhde", x.key * decays.until_end, written)
@@ -74,7 +84,7 @@ def read_chunk(state: Array, x: TokenInputs, written: Array, decays: ChunkDecays
 
 
 def token_inputs(query, key, value, log_decay, beta, segments) -> TokenInputs:
-    """Return the inputs in float32 at least, with the starts of segments."""
+    """Return the inputs in at least float32, with the starts of segments."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     if segments is None:
         starts = jnp.zeros((query.shape[0], query.shape[1]), bool)
@@ -87,20 +97,24 @@ def token_inputs(query, key, value, log_decay, beta, segments) -> TokenInputs:
 def scan_tokens(
     token_step: Callable, chunk_step: Callable, tokens: TokenInputs, state: Array | None, chunk: int | None
 ):
-    """The outputs of all tokens, (B, T, H, Dv), and the last state, by a scan over tokens or over chunks."""
+    """Scan over tokens or chunks; return all outputs, (B, T, H, Dv), and the last state.
+
+    Raises:
+      InputError: `chunk` is below 1.
+    """
     b, t, h, width = tokens.value.shape
-    # The shape of what a token writes, and its layout over devices.
+    # An outer product of key and value, to get the shape and sharding of the state.
     zero = jnp.zeros_like(tokens.key[:, 0, :, :, None] * tokens.value[:, 0, :, None, :])
     state = zero if state is None else state.astype(zero.dtype)
     if chunk is None:
         state, out = jax.lax.scan(token_step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
         return jnp.moveaxis(out, 0, 1), state
     if chunk < 1:
-        raise InputError(f"chunk must be at least 1 or None, not {chunk}")
+        raise InputError(f"chunk must be None or at least 1, not {chunk}")
     size = min(chunk, t)
 
     def split(x):
-        # Tokens of zeros fill the last chunk: they write nothing, and decay nothing.
+        # Pad the last chunk with zeros: such tokens neither add to the state nor decay it.
         x = jnp.pad(x, ((0, 0), (0, -t % size), (0, 0), (0, 0)))
         return jnp.transpose(x.reshape(x.shape[0], -1, size, *x.shape[2:]), (1, 0, 3, 2, 4))
 
@@ -109,11 +123,12 @@ def scan_tokens(
 
 
 def check_shapes(name: str, query: Array, key: Array, value: Array, log_decay: Array) -> None:
-    """Raise InputError unless the shapes fit."""
+    """Raise InputError unless the shapes match."""
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}, log_decay {log_decay.shape}"
     if query.ndim != 4 or query.shape != key.shape or key.shape[:3] != value.shape[:3]:
         raise InputError(
-            f"{name} takes (batch, length, heads, width) arrays of one length and heads; got {shapes}"
+            f"{name}: inputs must be (batch, length, heads, width) with equal batch, length and heads, and "
+            f"query and key of equal width; got {shapes}"
         )
     if log_decay.shape[:3] != key.shape[:3] or log_decay.shape[3:] not in ((1,), key.shape[3:]):
-        raise InputError(f"{name}: a decay is of each head, or of each dimension of its key; got {shapes}")
+        raise InputError(f"{name}: log_decay must have one value per head or per key dimension; got {shapes}")

@@ -168,7 +168,7 @@ def test_mistakes(refuses):
         attention.sinks_and_window(1, -1)
     with refuses("earlier node", "[0, 1]"):
         attention.tree((0, 1))
-    with refuses("none"):
+    with refuses("per_head", "empty"):
         attention.per_head([])
     with refuses("shift_mask", "4 queries"):
         attention.shift_mask(attention.segments(jnp.ones((1, 4), int)), 1)

@@ -30,7 +30,7 @@ def test_sliding_tiles_are_a_neighbourhood_of_tiles_in_the_order_of_tokens():
         ((8, 4), ("odd", "(4,)")),
         ((8, 9), ("odd", "(9,)")),
         ((8, 3, 3), ("dilation (3,)",)),
-        (((8, 8), (3,)), ("as many axes", "(3,)")),
+        (((8, 8), (3,)), ("the same number of axes", "(3,)")),
     ],
 )
 def test_windows_that_do_not_fit(refuses, arguments, words):

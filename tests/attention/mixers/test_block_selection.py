@@ -71,11 +71,11 @@ def test_rows_may_be_sharded(mesh_of):
 
 def test_refuses_what_does_not_fit(refuses):
     query, key, value, coarse_key, coarse_value, gates = normal(7, *NSA)
-    with refuses("moba", "one sequence"):
+    with refuses("moba", "same sequence"):
         moba(query[:, :3], key, value, size=SIZE, top=2)
     with refuses("moba", "top at least 1"):
         moba(query, key, value, size=SIZE, top=0)
     with refuses("nsa", "top at least 3"):
         nsa(query, key, value, coarse_key, coarse_value, gates, size=SIZE, top=2, left=3)
-    with refuses("nsa", "5 whole blocks of 4", "not 3"):
+    with refuses("nsa", "5 whole blocks of 4", "coarse_key has 3"):
         nsa(query, key, value, coarse_key[:, :3], coarse_value[:, :3], gates, size=SIZE, top=3, left=3)

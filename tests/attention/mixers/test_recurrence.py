@@ -192,9 +192,9 @@ def test_rows_and_heads_may_be_sharded(mesh_of):
 
 def test_refuses_shapes_that_do_not_fit(refuses):
     x, decay = jnp.ones((1, 4, 2, 3)), jnp.zeros((1, 4, 2, 2))
-    with refuses("gated_linear_attention", "each dimension of its key"):
+    with refuses("gated_linear_attention", "per key dimension"):
         gated_linear_attention(x, x, x, decay)
-    with refuses("gated_delta_rule", "one length and heads"):
+    with refuses("gated_delta_rule", "equal batch, length and heads"):
         gated_delta_rule(x, x[:, :2], x, decay[..., 0], decay[..., 0])
     with refuses("chunk", "at least 1"):
         retention(x, x, x, chunk=0)
