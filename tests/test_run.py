@@ -47,6 +47,7 @@ def test_a_quick_run_goes_through_every_stage(lm):
     assert figures == {"attention.png", "attention.svg", "curve.png", "curve.svg"}
     report = json.loads((folder / "run" / "report.json").read_text())
     assert set(report) == {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz", "claims"}
+    assert out.startswith(f"new run of lm_docs ({ROOT}/experiments/lm_docs.py) in run\n")
     assert (
         "training in" in out and "done at step 2" in out and "go on, evaluate or sample with: python " in out
     )

@@ -127,10 +127,6 @@ def _main(overrides: list[Override]) -> int:
         name: values[name] or [] for name in values if flags.FLAGS[name].flag_type().startswith("multi")
     }
     requests = build_requests(values, present, overrides)
-    if requests[0].swept:
-        print(f"sweep of {requests[0].loaded.name}: {len(requests)} runs", flush=True)
-    elif requests[0].opening:
-        print(requests[0].opening, flush=True)
     runner = importlib.import_module("attnlab.runner.modes")  # and with it JAX, now that all is well
     if requests[0].swept:
         return sweep.run_all(requests, runner.run)

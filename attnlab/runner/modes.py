@@ -177,6 +177,7 @@ def run_train(request: Request) -> dict[str, float]:
         state, step = _initial_state(request, session, saved, batches)
         _save_origin(request, experiment, step)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
+        print(request.opening, flush=True)
         verb = f"going on at step {step}" if step else "training"
         print(
             f"{verb} in {workdir} on mesh {sharding.format_mesh(session.mesh)} ({_describe_devices(session)})"
@@ -257,6 +258,7 @@ def run_import(request: Request) -> dict[str, float]:
         _save_origin(request, experiment, step=0)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         saved.save(0, state, batches.get_state())
+    print(request.opening)
     count = sum(x.size for x in jax.tree.leaves(session.abstract_params))
     print(f"{count:,} parameters of {experiment.init} are in {workdir}")
     print(
@@ -291,6 +293,7 @@ def run_eval(request: Request) -> dict[str, float]:
     data = request.config.data
     params = session.eval_params(restored.state)
     metrics = session.evaluate(params, data.eval_batches("validation", session.tokenizer))
+    print(request.opening)
     print(f"step {restored.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return metrics | _report(request, TrainedModel(session, params, request.folder, metrics))
 

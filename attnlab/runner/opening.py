@@ -13,7 +13,7 @@ from attnlab.config.types import did_you_mean
 def opening_line(
     mode: str, loaded: Loaded, workdir: epath.Path | None, *, resumes: bool, default: bool
 ) -> str:
-    """Return the line that the command line prints before a run starts.
+    """Return the first line that a run prints, after all flags and fields are checked.
 
     Args:
         mode: what the run does; the modes that print text or a config have no such line.

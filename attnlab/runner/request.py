@@ -118,7 +118,7 @@ class Request:
         trackers: the services that metrics go to besides the workdir.
         sampling: how to sample.
         swept: within a sweep, the swept fields and their values as text.
-        opening: the line that the command line prints before the run starts; empty for modes that print text.
+        opening: the first line that the run prints, once all is checked; empty for modes that print text.
     """
 
     mode: Mode

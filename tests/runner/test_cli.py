@@ -112,18 +112,16 @@ def test_train_by_default_in_a_new_dated_folder(runner, tmp_path):
     assert (one.mesh, one.seed, one.max_steps, one.checkpoint) == ("single", None, None, "latest")
 
 
-def test_the_first_line_names_the_experiment(runner, capsys):
+def test_a_request_has_the_first_line_of_its_run(runner):
     assert train("--workdir=w") == 0
     assert train("--workdir=w") == 0
     assert call("--workdir=w", "--mode=eval") == 0
     assert call("--workdir=w", "--mode=describe") == 0
-    assert train("--workdir=s", "--sweep=model.depth=1,2") == 0
-    assert capsys.readouterr().out.splitlines()[:5] == [
+    assert [request.opening for request in runner.requests] == [
         "new run of toy (experiments/toy.py) in w",
         "resuming toy in w",
         "evaluating toy in w",
-        "sweep of toy: 2 runs",
-        "run 1 of 2: config.model.depth=1",
+        "",
     ]
 
 
