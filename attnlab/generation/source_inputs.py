@@ -69,7 +69,7 @@ def source_arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[A
         if not all(isinstance(source, str) for source in sources):
             raise InputError("the sources of this model are texts")
         arrays = [np.asarray(tokenizer.encode_source(source), np.int32) for source in sources]
-        config.check_source(max(map(len, arrays)))
+        config.check_source_length(max(map(len, arrays)))
         return arrays
     arrays = [np.asarray(source, np.float32) for source in sources]
     for array in arrays:

@@ -15,7 +15,14 @@ from attnlab.layers.blocks import REMAT_POLICIES
 from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Linear
 from attnlab.layers.parameters import parameter
-from attnlab.layers.recurrent import RecurrentLayers, RecurrentStack, State, StateWeights, read, where
+from attnlab.layers.recurrent import (
+    RecurrentKernel,
+    RecurrentLayerConfig,
+    RecurrentStack,
+    State,
+    scan_tokens,
+    select_state,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class DotConfig:
 class MultiplicativeAttention(nn.Module):
     """Attention of all tokens at once, for no state depends on it."""
 
-    config: RecurrentLayers
+    config: RecurrentLayerConfig
     general: bool
 
     @nn.compact
@@ -68,7 +75,7 @@ class MultiplicativeAttention(nn.Module):
             query = Linear((c.width,), (c.width,), ("embed", "state"), c.std, False, c.dtypes, name="query")(
                 x
             )
-        found = attend(
+        context = attend(
             query[:, :, None],
             memory.hidden[:, :, None],
             memory.hidden[:, :, None],
@@ -77,45 +84,45 @@ class MultiplicativeAttention(nn.Module):
             return_weights=captures,
         )
         if captures:
-            found, weights = found
+            context, weights = context
             self.sow("intermediates", "attention_weights", weights)
-        return found[:, :, 0]
+        return context[:, :, 0]
 
 
 class AdditiveAttention(nn.Module):
     """A recurrent layer that before each token asks the memory by its state, and reads the answer too."""
 
-    config: RecurrentLayers
+    config: RecurrentLayerConfig
     attention: AdditiveConfig
     remat: Literal["none", "full", "dots"]
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T E"], there: Bool[Array, "B T 1"], state: State, memory: EncoderOutput
+        self, x: Float[Array, "B T E"], valid: Bool[Array, "B T 1"], state: State, memory: EncoderOutput
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], State]:
         """The state's first array after each token, what the token looked at, and the last state."""
         c, width = self.config, self.attention.width or self.config.width
         gates, axes = c.cell.gates * c.width, ("embed", "state")
         gates_of_x = Linear((c.width,), (gates,), axes, c.std, True, c.dtypes, name="input")(x)
         keys = Linear((c.width,), (width,), axes, c.std, False, c.dtypes, name="key")(memory.hidden)
-        asking = parameter(self, "query_kernel", (c.width, width), axes, c.dtypes, std=c.std)
+        query_kernel = parameter(self, "query_kernel", (c.width, width), axes, c.dtypes, std=c.std)
         score = parameter(self, "score", (width,), ("state",), c.dtypes, std=width**-0.5)
-        answer = parameter(self, "context_kernel", (c.width, gates), axes, c.dtypes, std=c.std)
-        weights = StateWeights(c.cell, c.width, c.std, c.dtypes, name="state")()
+        context_kernel = parameter(self, "context_kernel", (c.width, gates), axes, c.dtypes, std=c.std)
+        weights = RecurrentKernel(c.cell, c.width, c.std, c.dtypes, name="state")()
 
         def step(state: State, token):
-            x, there = token
-            scores = jnp.tanh((state[0] @ asking)[:, None] + keys) @ score
+            x, valid = token
+            scores = jnp.tanh((state[0] @ query_kernel)[:, None] + keys) @ score
             scores = jnp.where(memory.segments > 0, scores.astype(jnp.float32), -jnp.inf)
-            looks, _ = softmax(scores)
-            context = jnp.einsum("bs,bse->be", looks.astype(x.dtype), memory.hidden)
-            state = where(there, c.cell(x + context @ answer, state, weights), state)
-            return state, (state[0], context, looks)
+            attention_weights, _ = softmax(scores)
+            context = jnp.einsum("bs,bse->be", attention_weights.astype(x.dtype), memory.hidden)
+            state = select_state(valid, c.cell(x + context @ context_kernel, state, weights), state)
+            return state, (state[0], context, attention_weights)
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        state, (outputs, contexts, looks) = read(step, state, (gates_of_x, there))
-        self.sow("intermediates", "attention_weights", looks[:, None])
+        state, (outputs, contexts, attention_weights) = scan_tokens(step, state, (gates_of_x, valid))
+        self.sow("intermediates", "attention_weights", attention_weights[:, None])
         return outputs, contexts, state
 
 
@@ -126,7 +133,7 @@ class AlignedStack(nn.Module):
     (Luong et al. 2015, equation 5); Bahdanau et al. had a layer of maxima in this place.
     """
 
-    config: RecurrentLayers
+    config: RecurrentLayerConfig
     depth: int
     attention: NoAttention | AdditiveConfig | GeneralConfig | DotConfig
     scan: bool
@@ -143,21 +150,23 @@ class AlignedStack(nn.Module):
     ) -> tuple[Float[Array, "B T E"], State]:
         """Activations before the logits, and the last states of all layers, (B, L, E) each."""
         c, additive = self.config, isinstance(self.attention, AdditiveConfig)
-        there, plain = (segment_ids > 0)[..., None], self.depth - additive
-        found = tuple(s[:, :plain] for s in states)
+        valid, plain = (segment_ids > 0)[..., None], self.depth - additive
+        new_states = tuple(s[:, :plain] for s in states)
         if plain:
             stack = RecurrentStack(c, plain, False, self.scan, self.remat, name="layers")
-            x, found = stack(x, there, jnp.zeros_like(there), found, deterministic)
+            x, new_states = stack(x, valid, jnp.zeros_like(valid), new_states, deterministic)
         if isinstance(self.attention, AdditiveConfig):
             x = Dropout(c.dropout)(x, deterministic=deterministic)
             layer = AdditiveAttention(c, self.attention, self.remat, name="attention")
-            x, context, last = layer(x, there, tuple(s[:, -1] for s in states), memory)
-            found = tuple(jnp.concatenate([a, b[:, None]], axis=1) for a, b in zip(found, last, strict=True))
+            x, context, last = layer(x, valid, tuple(s[:, -1] for s in states), memory)
+            new_states = tuple(
+                jnp.concatenate([a, b[:, None]], axis=1) for a, b in zip(new_states, last, strict=True)
+            )
         elif isinstance(self.attention, GeneralConfig | DotConfig):
             general = isinstance(self.attention, GeneralConfig)
             context = MultiplicativeAttention(c, general, name="attention")(x, segment_ids, memory)
         else:
-            return x, found
+            return x, new_states
         both = jnp.concatenate([x, context], axis=-1)
         out = Linear((2 * c.width,), (c.width,), ("embed", "state"), c.std, False, c.dtypes, name="out")
-        return jnp.tanh(out(both)), found
+        return jnp.tanh(out(both)), new_states

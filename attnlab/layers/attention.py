@@ -288,7 +288,7 @@ class Attention(nn.Module):
         """What is attended to, mapped to the model's width `embed`."""
         config = self.config
         sinks = parameter(self, "sinks", (config.heads,), ("heads",), self.dtypes) if config.sinks else None
-        drops = config.dropout > 0 and not deterministic
+        uses_dropout = config.dropout > 0 and not deterministic
         captures = self.is_mutable_collection("intermediates")
         out = attend(
             query,
@@ -299,7 +299,7 @@ class Attention(nn.Module):
             scale=config.scale or self.scale,
             sinks=sinks,
             dropout_rate=config.dropout,
-            dropout_key=self.make_rng("dropout") if drops else None,
+            dropout_key=self.make_rng("dropout") if uses_dropout else None,
             return_weights=captures,
         )
         if captures:
@@ -331,8 +331,8 @@ class CrossAttention(Attention):
             key_segments = memory.segments
             if layer_cache is not None:
                 assert memory.mask is None, "a cache keeps no mask of its memory"
-                kept = layer_cache.key.dtype
-                layer_cache = KVCache(key.astype(kept), value.astype(kept))
+                cache_dtype = layer_cache.key.dtype
+                layer_cache = KVCache(key.astype(cache_dtype), value.astype(cache_dtype))
         else:
             assert layer_cache is not None and inputs.cache is not None, "there is nothing to attend to"
             key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
@@ -357,9 +357,11 @@ class PerceiverAttention(Attention):
         """The attended activations; nothing of them is kept in a cache."""
         memory, embed = inputs.memory, x.shape[-1]
         assert memory is not None, "there is nothing to attend to beside the tokens"
-        both = jnp.concatenate([self.norm.build(self.dtypes, name="memory_norm")(memory.hidden), x], axis=1)
+        memory_and_tokens = jnp.concatenate(
+            [self.norm.build(self.dtypes, name="memory_norm")(memory.hidden), x], axis=1
+        )
         query = self._project(x, "query", embed)
-        key, value = (self._project(both, name, embed) for name in ("key", "value"))
+        key, value = (self._project(memory_and_tokens, name, embed) for name in ("key", "value"))
         key_segments = jnp.concatenate([memory.segments, inputs.segments], axis=1)
         mask = segments(inputs.segments, key_segments)
         return self._attend(query, key, value, mask, None, embed, deterministic), layer_cache

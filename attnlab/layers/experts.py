@@ -77,16 +77,16 @@ def route(
 
 
 def balance_loss(
-    logits: Float[Array, "B T X"], choices: Int[Array, "B T k"], real: Bool[Array, "B T"]
+    logits: Float[Array, "B T X"], choices: Int[Array, "B T k"], valid: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """X sum_i f_i P_i: f_i tokens of each that go to expert i, P_i its mean share of the softmax over all.
 
-    It is `top_k` where all experts get the same. Only `real` tokens count, not padding. Switch Transformers
+    It is `top_k` where all experts get the same. Only `valid` tokens count, not padding. Switch Transformers
     (arXiv 2101.03961, equations 4 to 6), for any `top_k`.
     """
     experts = logits.shape[-1]
     sent = jax.nn.one_hot(choices, experts).sum(axis=-2)
-    of_token = real[..., None] / jnp.maximum(real.sum(), 1)
+    of_token = valid[..., None] / jnp.maximum(valid.sum(), 1)
     f, p = (jnp.sum(x * of_token, axis=(0, 1)) for x in (sent, jax.nn.softmax(logits)))
     return experts * jnp.sum(f * p)
 
@@ -104,25 +104,25 @@ def mixture(
     Pairs of a token and its choice are sorted by expert, so that each map is one product of ragged groups
     (MegaBlocks, arXiv 2211.15841). Pairs of experts that are elsewhere come last and give 0.
     """
-    here, top_k = maps["up"][0].shape[0], choices.shape[-1]
+    num_local, top_k = maps["up"][0].shape[0], choices.shape[-1]
     expert = choices.ravel() - first
-    expert = jnp.where((expert >= 0) & (expert < here), expert, here)
+    expert = jnp.where((expert >= 0) & (expert < num_local), expert, num_local)
     order = jnp.argsort(expert)
     expert = expert[order]
-    sizes = jnp.sum(expert[:, None] == jnp.arange(here)[None], axis=0)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(num_local)[None], axis=0)
     # What a ragged product makes of rows after its last group is up to the backend.
-    ours = (expert < here)[:, None]
+    is_local = (expert < num_local)[:, None]
 
     def apply(name: str, rows: Array) -> Array:
         kernels, biases = maps[name]
         y = jax.lax.ragged_dot(rows, kernels, sizes)
         return y if biases is None else y + biases.at[expert].get(mode="fill", fill_value=0)
 
-    rows = jnp.where(ours, x.reshape(-1, x.shape[-1])[order // top_k], 0)
+    rows = jnp.where(is_local, x.reshape(-1, x.shape[-1])[order // top_k], 0)
     gate, up = apply("gate", rows), apply("up", rows)
     clamped = activation == "clamped_swiglu"
     y = apply("down", clamped_swiglu(gate, up) if clamped else ACTIVATIONS[activation](gate) * up)
-    y = jnp.where(ours, y, 0)[jnp.argsort(order)]
+    y = jnp.where(is_local, y, 0)[jnp.argsort(order)]
     return jnp.einsum("btke,btk->bte", y.reshape(*choices.shape, -1), weights).astype(x.dtype)
 
 
@@ -151,7 +151,7 @@ def sharded_mixture(
     return sharded((x, weights, choices), maps)
 
 
-class ExpertMaps(nn.Module):
+class ExpertLinear(nn.Module):
     """Declares a linear map for each of `experts`; attributes as of `Linear`."""
 
     experts: int
@@ -181,8 +181,8 @@ class Experts(nn.Module):
     dtypes: Dtypes
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T E"], real: Bool[Array, "B T"]) -> Float[Array, "B T E"]:
-        """The transformed activations; `real` tokens are those that are no padding."""
+    def __call__(self, x: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, "B T E"]:
+        """The transformed activations; `valid` tokens are those that are no padding."""
         c, embed = self.config, x.shape[-1]
         hidden = c.hidden(embed)
         # A choice must not hang on rounding: float32 also where a device would multiply in bfloat16.
@@ -192,10 +192,10 @@ class Experts(nn.Module):
             logits = router(x.astype(jnp.float32))
         weights, choices = route(logits, c.top_k, c.renormalize)
         if c.balance_loss_weight and not self.is_initializing():
-            self.sow("losses", "balance", c.balance_loss_weight * balance_loss(logits, choices, real))
+            self.sow("losses", "balance", c.balance_loss_weight * balance_loss(logits, choices, valid))
 
         def maps(name: str, inputs: int, outputs: int, axes: tuple[str, str], std: float) -> Maps:
-            return ExpertMaps(c.experts, inputs, outputs, axes, std, c.bias, self.dtypes, name=name)()
+            return ExpertLinear(c.experts, inputs, outputs, axes, std, c.bias, self.dtypes, name=name)()
 
         into, back = ("embed", "expert_mlp"), ("expert_mlp", "embed")
         params = {

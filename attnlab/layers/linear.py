@@ -1,7 +1,5 @@
 """Linear maps between named groups of dimensions, and token tables."""
 
-import math
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -102,8 +100,3 @@ class Bias(nn.Module):
 def look_up(table: Float[Array, "V E"], ids: Int[Array, "B T"]) -> Float[Array, "B T E"]:
     """Return the table's row of each id, laid out as activations; ids must be in range."""
     return lookup_rows(table, ids, out_sharding("batch", "sequence", None))
-
-
-def fan_in(inputs: tuple[int, ...]) -> int:
-    """Number of terms in each sum of a linear map."""
-    return math.prod(inputs)

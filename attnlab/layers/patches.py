@@ -15,7 +15,7 @@ from attnlab.layers.parameters import Dtypes, parameter
 from attnlab.sharding import out_sharding
 
 
-class Patches(nn.Module):
+class PatchEmbedding(nn.Module):
     """z = x_p W + b for each patch x_p of an image (ViT, arXiv 2010.11929, equation 1, without positions).
 
     The kernel is (height, width, channels, E), so that that of a convolution in PyTorch becomes it by
@@ -43,7 +43,7 @@ class Patches(nn.Module):
           InputError: sides that are no multiples of the patch's.
         """
         _, *sides, channels = x.shape
-        pixels = cut(x.astype(self.dtypes.compute), self.size)
+        pixels = patchify(x.astype(self.dtypes.compute), self.size)
         shape = (*_each(self.size, sides), channels, self.width)
         axes = (*["window"] * (len(shape) - 1), "embed")
         kernel = parameter(self, "kernel", shape, axes, self.dtypes, std=self.std)
@@ -51,7 +51,7 @@ class Patches(nn.Module):
         return add_bias(self, y, (self.width,), ("embed",), self.dtypes) if self.bias else y
 
 
-def cut(x: Float[Array, "B *sides channels"], size: int | tuple[int, ...]) -> Float[Array, "B T pixels"]:
+def patchify(x: Float[Array, "B *sides channels"], size: int | tuple[int, ...]) -> Float[Array, "B T pixels"]:
     """The pixels of each patch, row by row.
 
     Raises:

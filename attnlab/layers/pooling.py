@@ -99,8 +99,8 @@ class Pool(nn.Module):
 
     def _mean(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
         x = tokens.hidden[:, self.num_prefix_tokens :]
-        there = (tokens.segments[:, self.num_prefix_tokens :, None] > 0).astype(x.dtype)
-        return jnp.sum(x * there, axis=1, keepdims=True) / jnp.maximum(there.sum(axis=1, keepdims=True), 1)
+        valid = (tokens.segments[:, self.num_prefix_tokens :, None] > 0).astype(x.dtype)
+        return jnp.sum(x * valid, axis=1, keepdims=True) / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
 
     def _probe(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
         b, _, e = tokens.hidden.shape

@@ -1,4 +1,4 @@
-"""From activations to what a loss needs of the logits, a stretch of tokens at a time."""
+"""From activations to what a loss needs of the logits, a chunk of tokens at a time."""
 
 from typing import NamedTuple
 
@@ -58,28 +58,28 @@ def token_loss_terms(
 ) -> LossTerms:
     """What a loss needs of the logits, never held whole: the backward pass recomputes each stretch."""
 
-    def stretch(x, targets):
+    def chunk(x, targets):
         y = logits(x, table, bias, softcap, dtype).astype(jnp.float32)
         hit = jnp.arange(y.shape[-1])[None, None] == targets[..., None]
         target_logit = jnp.where(hit, y, 0).sum(-1)
         correct = (target_logit >= jax.lax.stop_gradient(y.max(-1))).astype(jnp.float32)
         return LossTerms(target_logit, jax.nn.logsumexp(y, axis=-1), y.mean(-1), correct)
 
-    count = _stretches(x, table.shape[0])
+    count = _num_chunks(x, table.shape[0])
     if count == 1:
-        return stretch(x, targets)
+        return chunk(x, targets)
 
     def split(a):
         b, t, *rest = a.shape
         return jnp.moveaxis(a.reshape(b, count, t // count, *rest), 1, 0)
 
     _, parts = jax.lax.scan(
-        lambda _, part: (None, jax.checkpoint(stretch)(*part)), None, (split(x), split(targets))
+        lambda _, part: (None, jax.checkpoint(chunk)(*part)), None, (split(x), split(targets))
     )
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(targets.shape), parts)
 
 
-def _stretches(x: Array, vocab: int) -> int:
+def _num_chunks(x: Array, vocab: int) -> int:
     """The smallest number of equal stretches of the length whose logits, on one device, fit."""
     sharding = jax.typeof(x).sharding
     b, t = sharding.shard_shape(x.shape)[:2] if not sharding.mesh.empty else x.shape[:2]

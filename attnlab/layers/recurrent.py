@@ -61,7 +61,7 @@ class GRUConfig:
 
 
 @dataclass(frozen=True)
-class RecurrentLayers:
+class RecurrentLayerConfig:
     """What all layers of a stack share; a model's config makes one of itself.
 
     Attributes:
@@ -84,7 +84,7 @@ class RecurrentLayers:
         return tuple(batch_zeros(shape, self.dtypes.compute) for _ in range(self.cell.arrays))
 
 
-class StateWeights(nn.Module):
+class RecurrentKernel(nn.Module):
     """What a state is multiplied with, whole on each device: a step that waits for others is a slow one."""
 
     cell: LSTMConfig | GRUConfig
@@ -96,55 +96,59 @@ class StateWeights(nn.Module):
     def __call__(self) -> dict[str, Array]:
         """The kernel (E, gates E); of a `GRUConfig` also the bias (E,) of the new state."""
         shape = (self.width, self.cell.gates * self.width)
-        found = {"kernel": parameter(self, "kernel", shape, ("embed", "state"), self.dtypes, std=self.std)}
+        weights = {"kernel": parameter(self, "kernel", shape, ("embed", "state"), self.dtypes, std=self.std)}
         if isinstance(self.cell, GRUConfig):
-            found["bias"] = parameter(self, "bias", (self.width,), ("state",), self.dtypes)
-        return found
+            weights["bias"] = parameter(self, "bias", (self.width,), ("state",), self.dtypes)
+        return weights
 
 
-def read(step, state: State, inputs, reverse: bool = False):
+def scan_tokens(step, state: State, inputs, reverse: bool = False):
     """Reads arrays (B, T, ...) a token at a time by `step(state, token) -> state, output (B, ...)`."""
     inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
     state, outputs = jax.lax.scan(step, state, inputs, reverse=reverse)
     return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
 
 
-def where(which: Bool[Array, "B 1"], one: State, other: State) -> State:
+def select_state(which: Bool[Array, "B 1"], one: State, other: State) -> State:
     """One state in the rows that are true, another in the others."""
     return tuple(jnp.where(which, a, b) for a, b in zip(one, other, strict=True))
 
 
-class Direction(nn.Module):
+class RNN(nn.Module):
     """A cell that reads the length forwards or backwards, with a state of `width`."""
 
-    config: RecurrentLayers
+    config: RecurrentLayerConfig
     width: int
     reverse: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T E"], there: Bool[Array, "B T 1"], fresh: Bool[Array, "B T 1"], state: State
+        self,
+        x: Float[Array, "B T E"],
+        valid: Bool[Array, "B T 1"],
+        is_first: Bool[Array, "B T 1"],
+        state: State,
     ) -> tuple[Float[Array, "B T _"], State]:
         """The state's first array after each token, and the last state.
 
         Args:
           x: activations.
-          there: which tokens are no padding; at padding the state stays as it is.
-          fresh: which tokens are the first of their document, before which the state is 0.
+          valid: which tokens are no padding; at padding the state stays as it is.
+          is_first: which tokens are the first of their document, before which the state is 0.
           state: to start from.
         """
         c = self.config
         sizes = ((x.shape[-1],), (c.cell.gates * self.width,))
         gates = Linear(*sizes, ("embed", "state"), c.std, True, c.dtypes, name="input")(x)
-        weights = StateWeights(c.cell, self.width, c.std, c.dtypes, name="state")()
+        weights = RecurrentKernel(c.cell, self.width, c.std, c.dtypes, name="state")()
 
         def step(state: State, token):
-            gates, there, fresh = token
-            nothing = tuple(map(jnp.zeros_like, state))
-            state = where(there, c.cell(gates, where(fresh, nothing, state), weights), state)
+            gates, valid, is_first = token
+            zero = tuple(map(jnp.zeros_like, state))
+            state = select_state(valid, c.cell(gates, select_state(is_first, zero, state), weights), state)
             return state, state[0]
 
-        state, outputs = read(step, state, (gates, there, fresh), self.reverse)
+        state, outputs = scan_tokens(step, state, (gates, valid, is_first), self.reverse)
         return outputs, state
 
 
@@ -153,20 +157,20 @@ class RecurrentLayer(nn.Module):
     1997, section II.C).
     """
 
-    config: RecurrentLayers
+    config: RecurrentLayerConfig
     bidirectional: bool
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, there, fresh, state: State):
-        """What it gives out (B, T, E), and its last state; see `Direction`."""
+    def __call__(self, x, valid, is_first, state: State):
+        """What it gives out (B, T, E), and its last state; see `RNN`."""
         c = self.config
         x = Dropout(c.dropout)(x, deterministic=self.deterministic)
         if not self.bidirectional:
-            return Direction(c, c.width, name="forward")(x, there, fresh, state)
+            return RNN(c, c.width, name="forward")(x, valid, is_first, state)
         halves = [*zip(*(jnp.split(s, 2, axis=-1) for s in state), strict=True)]
-        forward, first = Direction(c, c.width // 2, name="forward")(x, there, fresh, halves[0])
-        backward, second = Direction(c, c.width // 2, True, name="backward")(x, there, fresh, halves[1])
+        forward, first = RNN(c, c.width // 2, name="forward")(x, valid, is_first, halves[0])
+        backward, second = RNN(c, c.width // 2, True, name="backward")(x, valid, is_first, halves[1])
         states = (jnp.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True))
         return jnp.concatenate([forward, backward], axis=-1), tuple(states)
 
@@ -174,7 +178,7 @@ class RecurrentLayer(nn.Module):
 class RecurrentStack(nn.Module):
     """`depth` layers, each reading what the one before gives out; scanned over, or unrolled."""
 
-    config: RecurrentLayers
+    config: RecurrentLayerConfig
     depth: int
     bidirectional: bool
     scan: bool
@@ -182,9 +186,9 @@ class RecurrentStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T E"], there, fresh, states: State, deterministic: bool
+        self, x: Float[Array, "B T E"], valid, is_first, states: State, deterministic: bool
     ) -> tuple[Float[Array, "B T E"], State]:
-        """Activations after the last layer, and the last states of all (B, L, E); see `Direction`."""
+        """Activations after the last layer, and the last states of all (B, L, E); see `RNN`."""
         layer = RecurrentLayer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
@@ -197,4 +201,6 @@ class RecurrentStack(nn.Module):
             length=self.depth,
             unroll=1 if self.scan else self.depth,
         )
-        return loop(self.config, self.bidirectional, deterministic, name="periods")(x, there, fresh, states)
+        return loop(self.config, self.bidirectional, deterministic, name="periods")(
+            x, valid, is_first, states
+        )

@@ -99,7 +99,7 @@ class ModelConfig(ABC):
         """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size); and of its parts."""
         return {
             name.replace("model.", f"model.{part}.", 1): dimension
-            for part, config in self._parts().items()
+            for part, config in self._submodels().items()
             for name, dimension in config.sharded_dimensions().items()
         }
 
@@ -111,7 +111,7 @@ class ModelConfig(ABC):
         """
         del length
 
-    def check_source(self, length: int) -> None:
+    def check_source_length(self, length: int) -> None:
         """Checks that the model can read a source of which the first dimension is so long.
 
         Raises:
@@ -121,13 +121,13 @@ class ModelConfig(ABC):
 
     def inactive_expert_params(self) -> int:
         """Parameters of the experts that a token does not go to, in all layers of all its parts."""
-        return sum(part.inactive_expert_params() for part in self._parts().values())
+        return sum(part.inactive_expert_params() for part in self._submodels().values())
 
     def learning_rate_multipliers(self) -> Mapping[str, float]:
         """Factors of the learning rate, by a regular expression of parameters' names; those of its parts."""
         return {
             f"^{part}/.*{pattern}": factor
-            for part, config in self._parts().items()
+            for part, config in self._submodels().items()
             for pattern, factor in config.learning_rate_multipliers().items()
         }
 
@@ -138,7 +138,7 @@ class ModelConfig(ABC):
 
     def with_dtypes(self, dtypes: Dtypes) -> Self:
         """With other number formats of parameters, computation and logits, in all its parts."""
-        config = self._with_parts(lambda part: part.with_dtypes(dtypes))
+        config = self._map_submodels(lambda part: part.with_dtypes(dtypes))
         return replace(config, dtypes=dtypes) if hasattr(config, "dtypes") else config  # type: ignore
 
     def unrolled(self) -> Self:
@@ -147,23 +147,23 @@ class ModelConfig(ABC):
         It takes longer to compile. A step that reads each parameter once, as of text that is generated, is
         faster on a CPU, where XLA would copy a layer's out of the stack.
         """
-        return self._with_parts(lambda part: part.unrolled())
+        return self._map_submodels(lambda part: part.unrolled())
 
     def canonical(self) -> Self:
         """The same model, defaults written out, and what only training depends on as it is by default.
 
         Two configs compute the same if these are equal.
         """
-        return self._with_parts(lambda part: part.canonical()).with_dtypes(Dtypes())
+        return self._map_submodels(lambda part: part.canonical()).with_dtypes(Dtypes())
 
-    def _parts(self) -> dict[str, "ModelConfig"]:
+    def _submodels(self) -> dict[str, "ModelConfig"]:
         """The models that are fields of this one."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {name: part for name, part in found.items() if isinstance(part, ModelConfig)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: part for name, part in values.items() if isinstance(part, ModelConfig)}
 
-    def _with_parts(self, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
+    def _map_submodels(self, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
         """With every model that is a field of this one changed."""
-        parts = {name: change(part) for name, part in self._parts().items()}
+        parts = {name: change(part) for name, part in self._submodels().items()}
         return replace(self, **parts)  # type: ignore[type-var]
 
 
@@ -175,12 +175,12 @@ class SourceConfig(ModelConfig):
     """
 
     @property
-    def reads(self) -> tuple[int, ...]:
+    def encoder_input_shape(self) -> tuple[int, ...]:
         """Shape of the source of one row, as of `source_shape`: text, where it has no other."""
         return self.source_shape or (1,)
 
     @abstractmethod
-    def memory_shape(self, length: int) -> tuple[int, int]:
+    def encoder_output_shape(self, length: int) -> tuple[int, int]:
         """Length and width of the memory of a source of this length."""
 
     @abstractmethod

@@ -40,29 +40,29 @@ class CaptionerConfig(Seq2SeqConfig):
         """See `ModelConfig.build`."""
         return Captioner(self, vocab_size)
 
-    def memory_shape(self, length: int) -> tuple[int, int]:
+    def encoder_output_shape(self, length: int) -> tuple[int, int]:
         """Length and width of what is looked at."""
-        slots, width = super().memory_shape(length)
+        slots, width = super().encoder_output_shape(length)
         slots = slots if self.resampler is None else self.resampler.latents
         return slots, self.decoder.width if self.projection else width
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `ModelConfig.token_flops`."""
         e, d, image = self.encoder, self.decoder, TokenFlops(0.0, 0.0)
-        patches, width = e.memory_shape(self.source_shape[0])
-        slots, _ = self.memory_shape(self.source_shape[0])
+        patches, width = e.encoder_output_shape(self.source_shape[0])
+        slots, _ = self.encoder_output_shape(self.source_shape[0])
         if self.resampler is not None:
-            image += self._resampling(self.resampler, patches)
+            image += self._resampler_flops(self.resampler, patches)
         if self.projection:
             image += TokenFlops(2.0 * slots * width * d.width, 0.0)
-        own = (
+        gated = (
             2.0 * d.feed_forward_weights() * d.num_cross_attention_layers
             if isinstance(self.cross, GatedCrossAttentionConfig)
             else 0.0
         )
-        return super().token_flops(vocab_size, length) + image * (1 / length) + TokenFlops(own, 0.0)
+        return super().token_flops(vocab_size, length) + image * (1 / length) + TokenFlops(gated, 0.0)
 
-    def _resampling(self, resampler: ResamplerConfig, patches: int) -> TokenFlops:
+    def _resampler_flops(self, resampler: ResamplerConfig, patches: int) -> TokenFlops:
         """Operations for the latents of an image."""
         e, latents = self.encoder, resampler.latents
         seen = patches + latents

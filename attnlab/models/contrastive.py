@@ -25,7 +25,7 @@ from attnlab.sharding import constrain, out_sharding
 class LastToken:
     """The last token that is there stands for a text (SigLIP, where padding counts as there)."""
 
-    def place(self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, " B"]:
+    def token_index(self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, " B"]:
         """Where it is in each row."""
         del tokens
         return jnp.max(jnp.where(segments > 0, jnp.arange(segments.shape[1])[None], 0), axis=1)
@@ -37,10 +37,10 @@ class EndOfText:
 
     token: int | None = None
 
-    def place(self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, " B"]:
+    def token_index(self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, " B"]:
         """Where it is in each row."""
-        there = jnp.where(segments > 0, tokens, -1)
-        return jnp.argmax(there if self.token is None else there == self.token, axis=1)
+        valid_tokens = jnp.where(segments > 0, tokens, -1)
+        return jnp.argmax(valid_tokens if self.token is None else valid_tokens == self.token, axis=1)
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class TextTower(TextModel):
         deterministic: bool = True,
     ) -> Float[Array, "B 1 E"]:
         """The activations of the token that stands for each text."""
-        x, _ = self.read(tokens, segment_ids, positions, None, deterministic)
-        place = self.config.pooling.place(
+        x, _ = self.forward(tokens, segment_ids, positions, None, deterministic)
+        index = self.config.pooling.token_index(
             tokens, jnp.ones_like(tokens) if segment_ids is None else segment_ids
         )
-        here = place[:, None] == jnp.arange(tokens.shape[1])[None]
-        return jnp.sum(x * here[..., None].astype(x.dtype), axis=1, keepdims=True)
+        selected = index[:, None] == jnp.arange(tokens.shape[1])[None]
+        return jnp.sum(x * selected[..., None].astype(x.dtype), axis=1, keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ContrastiveConfig(ModelConfig):
     @property
     def source_shape(self) -> tuple[int, ...]:
         """See `ModelConfig.source_shape`."""
-        return self.image.reads
+        return self.image.encoder_input_shape
 
     @property
     def uses_dropout(self) -> bool:
@@ -201,7 +201,7 @@ class Contrastive(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B width"]:
-        """A vector of length 1 for each text; arguments as of `TextModel.read`."""
+        """A vector of length 1 for each text; arguments as of `TextModel.forward`."""
         x = self.text(tokens, segment_ids, positions, deterministic)
         return _normalised(self.text_projection(x) if self.config.text_projection else x)
 
@@ -222,8 +222,8 @@ class Contrastive(nn.Module):
         every_image, every_text = (constrain(x, None, None) for x in (images, texts))
         if segment_ids is None:
             segment_ids = jnp.ones((len(texts), 1), jnp.int32)
-        there = constrain(jnp.any(segment_ids > 0, axis=1), None)
-        return PairLogits(self._logits(texts, every_image), self._logits(images, every_text), there)
+        valid = constrain(jnp.any(segment_ids > 0, axis=1), None)
+        return PairLogits(self._logits(texts, every_image), self._logits(images, every_text), valid)
 
     def _logits(self, x: Float[Array, "B width"], others: Float[Array, "C width"]) -> Float[Array, "B C"]:
         where = out_sharding("batch", None)
@@ -253,8 +253,8 @@ class Contrastive(nn.Module):
         What is told apart is the batch itself, and no target is read.
         """
         vectors = self.hidden(tokens, segment_ids, positions, source, source_segments, deterministic)
-        found = self.config.objective.loss_terms(self.pair_logits(*vectors, segment_ids))
-        return LossTerms(*(x[:, None] + jnp.zeros(targets.shape, x.dtype) for x in found))
+        terms = self.config.objective.loss_terms(self.pair_logits(*vectors, segment_ids))
+        return LossTerms(*(x[:, None] + jnp.zeros(targets.shape, x.dtype) for x in terms))
 
 
 def _normalised(x: Float[Array, "B 1 width"]) -> Float[Array, "B width"]:

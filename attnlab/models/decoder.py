@@ -88,9 +88,9 @@ class Decoder(TextModel):
         embedded: Float[Array, "B T E"] | None = None,
         bidirectional_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
-        """Activations before the logits, and the cache with these tokens in it; see `TextModel.read`."""
+        """Activations before the logits, and the cache with these tokens in it; see `TextModel.forward`."""
         special = {"embedded": embedded, "bidirectional_ids": bidirectional_ids}
-        x, cache = self.read(tokens, segment_ids, positions, cache, deterministic, memory, **special)
+        x, cache = self.forward(tokens, segment_ids, positions, cache, deterministic, memory, **special)
         c = self.config
         scale = c.init.readout_scale(c.width) / (c.width**0.5 if c.scale_readout else 1.0)
         return x * jnp.asarray(scale, x.dtype), cache

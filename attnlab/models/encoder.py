@@ -108,8 +108,8 @@ class EncoderConfig(TextConfig, SourceConfig):
         """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
         return Encoder(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
-    def memory_shape(self, length: int) -> tuple[int, int]:
-        """See `SourceConfig.memory_shape`."""
+    def encoder_output_shape(self, length: int) -> tuple[int, int]:
+        """See `SourceConfig.encoder_output_shape`."""
         return length, self.width
 
     def source_flops(self, length: int) -> TokenFlops:
@@ -149,12 +149,12 @@ class Encoder(TextModel):
         token_types: Int[Array, "B T"] | None = None,
         table: Float[Array, "V E"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """Activations after the last layer; see `TextModel.read`. Tokens without a type are of type 0."""
+        """Activations after the last layer; see `TextModel.forward`. Tokens without a type are of type 0."""
         added = None
         if self.config.token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             added = look_up(self.type_embedding(), types)
-        return self.read(tokens, segment_ids, positions, None, deterministic, table=table, added=added)[0]
+        return self.forward(tokens, segment_ids, positions, None, deterministic, table=table, added=added)[0]
 
     def encode(
         self,

@@ -29,7 +29,7 @@ class DenseConfig:
 class FirstToken:
     """A document's first token stands for it: BERT's class token (arXiv 1810.04805, section 3)."""
 
-    def counted(self, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    def pooling_mask(self, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
         """The tokens to take the mean of."""
         return segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
 
@@ -38,7 +38,7 @@ class FirstToken:
 class MeanOfTokens:
     """The mean of a document's tokens stands for it (Sentence-BERT, arXiv 1908.10084, section 3)."""
 
-    def counted(self, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    def pooling_mask(self, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
         """The tokens to take the mean of."""
         return segments > 0
 
@@ -48,7 +48,8 @@ def pool(
 ) -> Float[Array, "B T E"]:
     """The vector of each token's document, padding left out; 0 at padding."""
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
-    among = (same & pooling.counted(segments)[:, None, :]).astype(jnp.float32)  # half precision cannot count
+    # In float32, for half precision cannot count.
+    among = (same & pooling.pooling_mask(segments)[:, None, :]).astype(jnp.float32)
     weights = (among / jnp.maximum(among.sum(-1, keepdims=True), 1)).astype(x.dtype)
     return jnp.einsum("bts,bse->bte", weights, x, out_sharding=out_sharding("batch", "sequence", None))
 

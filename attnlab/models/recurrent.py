@@ -14,7 +14,7 @@ from attnlab.layers.dropout import Dropout
 from attnlab.layers.linear import Embedding, look_up
 from attnlab.layers.parameters import Dtypes
 from attnlab.layers.readout import LossTerms, logits, token_loss_terms
-from attnlab.layers.recurrent import GRUConfig, LSTMConfig, RecurrentLayers, RecurrentStack, State
+from attnlab.layers.recurrent import GRUConfig, LSTMConfig, RecurrentLayerConfig, RecurrentStack, State
 from attnlab.models.base import ModelConfig, TokenFlops
 from attnlab.models.text import set_vocab_size
 from attnlab.sharding import constrain
@@ -75,9 +75,9 @@ class RecurrentConfig(ModelConfig):
         return self.dropout > 0
 
     @property
-    def layers(self) -> RecurrentLayers:
+    def layers(self) -> RecurrentLayerConfig:
         """What all layers share."""
-        return RecurrentLayers(self.cell, self.width, self.dropout, self.initial_std, self.dtypes)
+        return RecurrentLayerConfig(self.cell, self.width, self.dropout, self.initial_std, self.dtypes)
 
     @property
     def initial_std(self) -> float:
@@ -96,7 +96,7 @@ class RecurrentConfig(ModelConfig):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class States:
+class RecurrentCache:
     """All that a recurrent model keeps of what it has read.
 
     Attributes:
@@ -146,9 +146,9 @@ class Recurrent(nn.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: States | None = None,
+        cache: RecurrentCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], States | None]:
+    ) -> tuple[Float[Array, "B T E"], RecurrentCache | None]:
         """Activations before the logits, and the cache with these tokens in it.
 
         Args:
@@ -160,16 +160,16 @@ class Recurrent(nn.Module):
           deterministic: False drops out, with an rng named "dropout".
         """
         c = self.config
-        there = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+        valid = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         places = jnp.ones_like(tokens) if positions is None else positions
         states = c.layers.empty(tokens.shape[0], c.depth) if cache is None else cache.layers
-        there, fresh = (there > 0)[..., None], (places == 0)[..., None]
-        x, states = self.layers(self.embed(tokens), there, fresh, states, deterministic)
-        return self.drop(x, deterministic=deterministic), None if cache is None else States(states)
+        valid, is_first = (valid > 0)[..., None], (places == 0)[..., None]
+        x, states = self.layers(self.embed(tokens), valid, is_first, states, deterministic)
+        return self.drop(x, deterministic=deterministic), None if cache is None else RecurrentCache(states)
 
     def __call__(
         self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True, **source
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], States | None]:
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], RecurrentCache | None]:
         """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
         out = self.logits_of(x)
@@ -191,7 +191,7 @@ class Recurrent(nn.Module):
         table = self.embedding() if self.config.tied else self.readout()
         return table, None, None, self.config.dtypes.logits
 
-    def init_cache(self, batch: int, slots: int) -> States:
+    def init_cache(self, batch: int, slots: int) -> RecurrentCache:
         """An empty cache: the same for any number of tokens to come."""
         del slots
-        return States(self.config.layers.empty(batch, self.config.depth))
+        return RecurrentCache(self.config.layers.empty(batch, self.config.depth))

@@ -10,7 +10,7 @@ from attnlab.layers.alignment import AdditiveConfig, AlignedStack, DotConfig, Ge
 from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.recurrent import RecurrentStack
 from attnlab.models.base import TokenFlops
-from attnlab.models.recurrent import Recurrent, RecurrentConfig, States
+from attnlab.models.recurrent import Recurrent, RecurrentCache, RecurrentConfig
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
             weights, pairs = isinstance(attention, GeneralConfig) * e * e, 2 * e
         if not isinstance(attention, NoAttention):
             weights += 2 * e * e
-        ours = TokenFlops(2.0 * (encoder + weights), 2.0 * pairs * length)
-        return super().token_flops(vocab_size, length) + ours
+        added = TokenFlops(2.0 * (encoder + weights), 2.0 * pairs * length)
+        return super().token_flops(vocab_size, length) + added
 
 
 class RecurrentSeq2Seq(Recurrent):
@@ -81,7 +81,7 @@ class RecurrentSeq2Seq(Recurrent):
         source: Int[Array, "B S"],
         source_segments: Int[Array, "B S"] | None = None,
         deterministic: bool = True,
-    ) -> States:
+    ) -> RecurrentCache:
         """What the decoder starts from, and what it is to look at.
 
         Args:
@@ -90,20 +90,20 @@ class RecurrentSeq2Seq(Recurrent):
           deterministic: False drops out, with an rng named "dropout".
         """
         segment_ids = jnp.ones_like(source) if source_segments is None else source_segments
-        there, states = (segment_ids > 0)[..., None], self.init_cache(len(source), 0).layers
-        x, states = self.encoder(self.embed(source), there, jnp.zeros_like(there), states, deterministic)
-        return States(states, EncoderOutput(x, (segment_ids > 0).astype(jnp.int32)))
+        valid, states = (segment_ids > 0)[..., None], self.init_cache(len(source), 0).layers
+        x, states = self.encoder(self.embed(source), valid, jnp.zeros_like(valid), states, deterministic)
+        return RecurrentCache(states, EncoderOutput(x, (segment_ids > 0).astype(jnp.int32)))
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: States | None = None,
+        cache: RecurrentCache | None = None,
         deterministic: bool = True,
         source: Int[Array, "B S"] | None = None,
         source_segments: Int[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], States | None]:
+    ) -> tuple[Float[Array, "B T E"], RecurrentCache | None]:
         """The decoder's activations before the logits, and the cache with these tokens in it.
 
         Args:
@@ -116,10 +116,10 @@ class RecurrentSeq2Seq(Recurrent):
           source_segments: see `encode`.
         """
         del positions
-        there = jnp.ones_like(tokens) if segment_ids is None else (segment_ids > 0).astype(jnp.int32)
-        read = cache if source is None else self.encode(source, source_segments, deterministic)
-        if read is None or read.memory is None:
+        segments = jnp.ones_like(tokens) if segment_ids is None else (segment_ids > 0).astype(jnp.int32)
+        encoded = cache if source is None else self.encode(source, source_segments, deterministic)
+        if encoded is None or encoded.memory is None:
             raise InputError("an encoder-decoder needs a source, or a cache in which there is one")
-        x, states = self.decoder(self.embed(tokens), there, read.layers, read.memory, deterministic)
+        x, states = self.decoder(self.embed(tokens), segments, encoded.layers, encoded.memory, deterministic)
         x = self.drop(x, deterministic=deterministic)
-        return x, None if cache is None else States(states, read.memory)
+        return x, None if cache is None else RecurrentCache(states, encoded.memory)

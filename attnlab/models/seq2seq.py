@@ -46,7 +46,7 @@ class Seq2SeqConfig(ModelConfig):
     @property
     def source_shape(self) -> tuple[int, ...]:
         """See `ModelConfig.source_shape`."""
-        return self.encoder.reads
+        return self.encoder.encoder_input_shape
 
     @property
     def causal(self) -> bool:
@@ -62,8 +62,8 @@ class Seq2SeqConfig(ModelConfig):
         """See `ModelConfig.check_length`."""
         self.decoder.check_length(length)
 
-    def check_source(self, length: int) -> None:
-        """See `ModelConfig.check_source`."""
+    def check_source_length(self, length: int) -> None:
+        """See `ModelConfig.check_source_length`."""
         if isinstance(self.encoder, TextConfig):
             self.encoder.check_length(length)
 
@@ -75,15 +75,15 @@ class Seq2SeqConfig(ModelConfig):
             decoder=self.decoder.with_vocab_size(vocab_size),
         )
 
-    def memory_shape(self, length: int) -> tuple[int, int]:
+    def encoder_output_shape(self, length: int) -> tuple[int, int]:
         """Length and width of what the decoder looks at, of a source of this length."""
-        return self.encoder.memory_shape(length)
+        return self.encoder.encoder_output_shape(length)
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
         """See `ModelConfig.token_flops`; a source of text is taken to be as long as the text written."""
         d, (size, *rest) = self.decoder, self.source_shape
         source = size if rest else length
-        slots, width = self.memory_shape(source)
+        slots, width = self.encoder_output_shape(source)
         # Queries and outputs of each token; keys and values of each place of the memory.
         per_row = length * 2 * d.width * d.attention.heads + slots * 2 * width * d.kv_heads
         cross = TokenFlops(

@@ -55,15 +55,15 @@ class SpeechEncoderConfig(TransformerConfig, SourceConfig):
         """See `ModelConfig.learning_rate_multipliers`: positions stay as they are."""
         return super().learning_rate_multipliers() | {"position_embedding$": 0.0}
 
-    def memory_shape(self, length: int) -> tuple[int, int]:
-        """See `SourceConfig.memory_shape`."""
+    def encoder_output_shape(self, length: int) -> tuple[int, int]:
+        """See `SourceConfig.encoder_output_shape`."""
         return (length + 1) // 2, self.width
 
     def source_flops(self, length: int) -> TokenFlops:
         """See `SourceConfig.source_flops`."""
-        places, _ = self.memory_shape(length)
-        convolutions = 3.0 * self.width * (length * self.mels + places * self.width)
-        return self.layer_flops(places) * places + TokenFlops(2.0 * convolutions, 0.0)
+        positions, _ = self.encoder_output_shape(length)
+        convolutions = 3.0 * self.width * (length * self.mels + positions * self.width)
+        return self.layer_flops(positions) * positions + TokenFlops(2.0 * convolutions, 0.0)
 
 
 class SpeechEncoder(nn.Module):
@@ -108,16 +108,16 @@ class SpeechEncoder(nn.Module):
                 f"the encoder reads at most {c.frames} frames of {c.mels} mels, not {source.shape[1]} of "
                 f"{source.shape[2]}"
             )
-        gelu, heard = ACTIVATIONS["gelu_exact"], (source_segments > 0)[..., None]
+        gelu, valid = ACTIVATIONS["gelu_exact"], (source_segments > 0)[..., None]
         # Beyond the end there is nothing: a sound is read as it would be if its row ended with it.
-        x = jnp.where(heard, gelu(self.convolution1(jnp.where(heard, source, 0))), 0)
+        x = jnp.where(valid, gelu(self.convolution1(jnp.where(valid, source, 0))), 0)
         x = gelu(self.convolution2(x))
-        there = constrain(source_segments[:, ::2], "batch", "sequence")
+        segments = constrain(source_segments[:, ::2], "batch", "sequence")
         x = x + jax.lax.stop_gradient(self.position_embedding)[None, : x.shape[1]]
         x = self.drop(constrain(x, "batch", "sequence", None), deterministic=deterministic)
-        places = jnp.zeros_like(there) + jnp.arange(there.shape[1])[None]
-        x, _ = self.layers(x, None, SequenceInputs(there, places), deterministic)
-        return EncoderOutput(x if c.placement == "post" else self.norm(x), there)
+        positions = jnp.zeros_like(segments) + jnp.arange(segments.shape[1])[None]
+        x, _ = self.layers(x, None, SequenceInputs(segments, positions), deterministic)
+        return EncoderOutput(x if c.placement == "post" else self.norm(x), segments)
 
 
 def sinusoids(length: int, width: int) -> Float[np.ndarray, "T E"]:

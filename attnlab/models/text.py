@@ -165,7 +165,7 @@ class TextModel(nn.Module):
             x = self.embedding_norm(x)
         return self.drop(x, deterministic=deterministic)
 
-    def read(
+    def forward(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,

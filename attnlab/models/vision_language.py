@@ -49,7 +49,7 @@ class VisionLanguageConfig(Seq2SeqConfig):
     @property
     def num_image_tokens(self) -> int:
         """Tokens of an image."""
-        return self.encoder.memory_shape(self.source_shape[0])[0] - self.encoder.num_prefix_tokens
+        return self.encoder.encoder_output_shape(self.source_shape[0])[0] - self.encoder.num_prefix_tokens
 
     @property
     def text_offset(self) -> int:
@@ -103,13 +103,13 @@ class VisionLanguageModel(Seq2Seq):
     ) -> EncoderOutput:
         """The tokens of images; arguments as of `Seq2Seq.encode`."""
         c, first = self.config, self.config.encoder.num_prefix_tokens
-        seen = self.encoder.encode(
+        encoded = self.encoder.encode(
             source, source_segments, deterministic=deterministic, final_norm=c.encoder_final_norm
         )
-        x = self.projection(seen.hidden[:, first:])
+        x = self.projection(encoded.hidden[:, first:])
         if c.projector.activation:
             x = self.projection_out(ACTIVATIONS[c.projector.activation](x))
-        return EncoderOutput(x, seen.segments[:, first:])
+        return EncoderOutput(x, encoded.segments[:, first:])
 
     def hidden(
         self,
@@ -149,16 +149,16 @@ class VisionLanguageModel(Seq2Seq):
             constrain(a, "batch", "sequence") for a in (tokens, segment_ids, positions)
         )
         if c.image_token_id is None:
-            here = jnp.zeros_like(tokens, bool)
+            is_image = jnp.zeros_like(tokens, bool)
             x = self.decoder.embed(tokens, positions, deterministic)
         else:
-            here = tokens == c.image_token_id
-            x = self.decoder.embed(jnp.where(here, 0, tokens), positions, deterministic)
-            at = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, image.hidden.shape[1] - 1)
-            placed = jax.vmap(lambda rows, i: rows[i])(image.hidden, at)
-            x = jnp.where(here[..., None], constrain(placed, "batch", "sequence", None), x)
+            is_image = tokens == c.image_token_id
+            x = self.decoder.embed(jnp.where(is_image, 0, tokens), positions, deterministic)
+            image_index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image.hidden.shape[1] - 1)
+            placed = jax.vmap(lambda rows, i: rows[i])(image.hidden, image_index)
+            x = jnp.where(is_image[..., None], constrain(placed, "batch", "sequence", None), x)
         if prompt is None:
-            prompt = (segment_ids > 0) if cache is not None else here
+            prompt = (segment_ids > 0) if cache is not None else is_image
         prompt = constrain(prompt.astype(jnp.int32), "batch", "sequence")
         if n:
             places = jnp.zeros_like(image.segments) + jnp.arange(n)[None]

@@ -14,7 +14,7 @@ from attnlab.layers.dropout import Dropout
 from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.linear import Bias, Embedding
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.patches import Patches, resize_positions
+from attnlab.layers.patches import PatchEmbedding, resize_positions
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Pool, Pooling, pooled_width
 from attnlab.layers.readout import LossTerms, logits, token_loss_terms
 from attnlab.models.base import SourceConfig, TokenFlops, TransformerConfig
@@ -106,13 +106,13 @@ class ViTConfig(TransformerConfig, SourceConfig):
         readout = TokenFlops(2.0 * classes * pooled_width(self.pooling, self.width), 0.0)
         return (self.source_flops(self.image[0]) + readout) * (1 / length)
 
-    def memory_shape(self, length: int) -> tuple[int, int]:
-        """See `SourceConfig.memory_shape`."""
+    def encoder_output_shape(self, length: int) -> tuple[int, int]:
+        """See `SourceConfig.encoder_output_shape`."""
         return self.num_prefix_tokens + length // self.patch[0] * self.grid[1], self.width
 
     def source_flops(self, length: int) -> TokenFlops:
         """See `SourceConfig.source_flops`."""
-        tokens, _ = self.memory_shape(length)
+        tokens, _ = self.encoder_output_shape(length)
         pixels = (tokens - self.num_prefix_tokens) * math.prod(self.patch) * self.image[2]
         return self.layer_flops(tokens) * tokens + TokenFlops(2.0 * self.width * pixels, 0.0)
 
@@ -136,7 +136,7 @@ class ViT(nn.Module):
         def table(size: int, axis: str = "sequence", width: int = c.width) -> Embedding:
             return Embedding(size, width, (axis, "embed"), c.init.std, c.dtypes)
 
-        self.patches = Patches(c.patch, c.width, c.init.std, c.patch_bias, c.dtypes)
+        self.patches = PatchEmbedding(c.patch, c.width, c.init.std, c.patch_bias, c.dtypes)
         self.position_embedding = table(c.class_tokens + math.prod(c.grid))
         if c.class_tokens:
             self.class_token = table(1)
@@ -189,10 +189,12 @@ class ViT(nn.Module):
             x = self.embedding_norm(x)
         if segments is None:
             segments = batch_zeros((b, sides[0]), jnp.int32) + 1
-        there = segments[:, :: c.patch[0], None][:, :rows]  # as is the first row of its pixels
-        there = jnp.broadcast_to(there, (b, rows, columns)).reshape(b, rows * columns)
-        there = jnp.concatenate([batch_zeros((b, c.num_prefix_tokens), jnp.int32) + 1, there], axis=1)
-        return EncoderOutput(self.drop(x, deterministic=deterministic), there)
+        patch_segments = segments[:, :: c.patch[0], None][:, :rows]  # as is the first row of its pixels
+        patch_segments = jnp.broadcast_to(patch_segments, (b, rows, columns)).reshape(b, rows * columns)
+        patch_segments = jnp.concatenate(
+            [batch_zeros((b, c.num_prefix_tokens), jnp.int32) + 1, patch_segments], axis=1
+        )
+        return EncoderOutput(self.drop(x, deterministic=deterministic), patch_segments)
 
     def _prefix_tokens(self, positions: Float[Array, "class_tokens E"]) -> Float[Array, "prefix E"]:
         c = self.config

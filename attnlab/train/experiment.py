@@ -91,4 +91,4 @@ class Experiment:
             raise ValueError(f"data.batch_size={rows} is no multiple of train.microbatches={pieces}")
         self.model.check_length(self.data.sequence_length)
         if self.data.source_shape is not None:
-            self.model.check_source(self.data.source_shape[0])
+            self.model.check_source_length(self.data.source_shape[0])

@@ -5,7 +5,7 @@ import pytest
 
 from attnlab.errors import InputError
 from attnlab.layers.parameters import Dtypes
-from attnlab.layers.patches import Patches, cut, resize_positions
+from attnlab.layers.patches import PatchEmbedding, patchify, resize_positions
 
 RNG = np.random.default_rng(0)
 CASES = [((8, 8), 4), ((6, 20), (3, 4)), ((5, 7), (5, 1)), ((4, 6, 8), (2, 3, 4)), ((12,), 3)]
@@ -20,7 +20,7 @@ def test_tokens_are_the_patches_row_by_row(sides, size):
     x = normal(2, *sides, 3)
     each = (size,) * len(sides) if isinstance(size, int) else size
     grid = [side // p for side, p in zip(sides, each, strict=True)]
-    got = cut(x, size)
+    got = patchify(x, size)
     assert got.shape == (2, np.prod(grid), np.prod(each) * 3)
     for token, place in enumerate(np.ndindex(*grid)):
         box = tuple(slice(i * p, (i + 1) * p) for i, p in zip(place, each, strict=True))
@@ -36,13 +36,13 @@ def test_it_is_the_convolution_of_torch(size):
     expected = theirs(torch.tensor(np.asarray(x.transpose(0, 3, 1, 2)))).detach().flatten(2).transpose(1, 2)
     weight, bias = (p.detach().numpy() for p in theirs.parameters())
     params = {"kernel": jnp.asarray(weight.transpose(2, 3, 1, 0)), "bias": jnp.asarray(bias)}
-    got = Patches(size, 5, 0.5, True, Dtypes()).apply({"params": params}, x)
+    got = PatchEmbedding(size, 5, 0.5, True, Dtypes()).apply({"params": params}, x)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_sharded_equals_single(mesh_of, bias):
-    module, x = Patches((2, 3), 6, 0.5, bias, Dtypes()), normal(8, 4, 9, 3)
+    module, x = PatchEmbedding((2, 3), 6, 0.5, bias, Dtypes()), normal(8, 4, 9, 3)
 
     def loss(params, x):
         y = module.apply({"params": params}, x)
@@ -65,20 +65,20 @@ def test_sharded_equals_single(mesh_of, bias):
 
 
 def test_it_computes_in_its_own_dtype():
-    module, x = Patches(2, 5, 0.5, True, Dtypes(compute="bfloat16")), normal(1, 4, 4, 3)
+    module, x = PatchEmbedding(2, 5, 0.5, True, Dtypes(compute="bfloat16")), normal(1, 4, 4, 3)
     params = module.init(jax.random.key(0), x)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert module.apply(params, x).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("sides, size, named", [
-    ((8, 9), 4, "8 x 9 pixels cannot be cut into patches of 4 x 4"),
-    ((8, 8), (4, 3), "8 x 8 pixels cannot be cut into patches of 4 x 3"),
-    ((8, 8), (4, 4, 4), "8 x 8 pixels cannot be cut into patches of 4 x 4 x 4"),
+    ((8, 9), 4, "8 x 9 pixels cannot be patchify into patches of 4 x 4"),
+    ((8, 8), (4, 3), "8 x 8 pixels cannot be patchify into patches of 4 x 3"),
+    ((8, 8), (4, 4, 4), "8 x 8 pixels cannot be patchify into patches of 4 x 4 x 4"),
 ])  # fmt: skip
 def test_sides_that_do_not_divide_are_refused(sides, size, named):
     with pytest.raises(InputError, match=named):
-        cut(normal(1, *sides, 3), size)
+        patchify(normal(1, *sides, 3), size)
 
 
 GRIDS = [

@@ -161,6 +161,6 @@ def test_operations_are_those_of_the_matrices(mesh_of):
 
 def test_lengths_that_a_half_cannot_read_are_refused(refuses):
     config = replace(ODD, encoder=replace(ODD.encoder, positions=Learned(16)))
-    config.check_source(16)
+    config.check_source_length(16)
     with refuses("length 17", "positions.length=16"):
-        config.check_source(17)
+        config.check_source_length(17)

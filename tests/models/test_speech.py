@@ -62,7 +62,7 @@ def test_operations_are_those_of_the_program():
     flops = jax.jit(encode).lower(params, sound, there).compile().cost_analysis()["flops"]
     assert flops == pytest.approx(2 * (counted.weights + counted.attention), rel=0.06)
     values = jax.eval_shape(lambda *inputs: encode(*inputs).hidden, params, sound, there)
-    assert config.memory_shape(64) == values.shape[1:]
+    assert config.encoder_output_shape(64) == values.shape[1:]
 
 
 @pytest.mark.parity

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from attnlab.layers import ExpertsConfig
-from attnlab.layers.experts import ExpertMaps
+from attnlab.layers.experts import ExpertLinear
 from attnlab.layers.linear import Linear
 from attnlab.layers.parameters import parameter_name
 from attnlab.models import ContrastiveConfig, DecoderConfig, RecurrentSeq2SeqConfig, Seq2SeqConfig
@@ -94,7 +94,7 @@ def test_matrices_are_cut_where_their_maps_cut_them(config):
     inputs = {}
 
     def note(call, args, kwargs, context):
-        if isinstance(context.module, Linear | ExpertMaps):
+        if isinstance(context.module, Linear | ExpertLinear):
             i = context.module.inputs
             inputs["/".join((*context.module.path, "kernel"))] = i if isinstance(i, tuple) else (i,)
         return call(*args, **kwargs)
