@@ -1,5 +1,6 @@
 """Text of a source: what is written is what the full model would, however it is searched for or laid out."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
