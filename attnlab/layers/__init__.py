@@ -1,6 +1,6 @@
-"""Flax modules that declare parameters and call functions of `attnlab.attention`, and their configs.
+"""Flax modules that declare parameters and call `attnlab.attention`, and their configs.
 
-A module `X` that a user configures takes an `XConfig`, which the command line calls `X`.
+A configurable module `X` takes an `XConfig`, which is named `X` on the command line.
 """
 
 from attnlab.layers.alignment import (

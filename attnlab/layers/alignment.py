@@ -1,4 +1,4 @@
-"""Attention as recurrent models had it first: where the memory is that a token of the decoder comes from."""
+"""Attention of recurrent encoder-decoders: additive (Bahdanau) and multiplicative (Luong)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -27,40 +27,53 @@ from attnlab.layers.recurrent import (
 
 @dataclass(frozen=True)
 class NoAttention:
-    """All that is known of the memory is the state that the decoder starts from (Sutskever et al. 2014,
-    arXiv 1409.3215, section 2).
+    """No attention: the decoder only gets the encoder's last state as its initial state.
+
+    Sutskever et al. 2014, arXiv 1409.3215, section 2.
     """
 
 
 @dataclass(frozen=True)
 class AdditiveConfig:
-    """v . tanh(W s + U h) of the state s before a token and each place h of the memory; what is attended to
-    is read with the token (Bahdanau et al. 2015, arXiv 1409.0473, equations 5 and 6, and section A.1.2).
+    """Additive attention with the score v . tanh(W s + U h).
 
-    `width` of the sum None is E.
+    s is the state before a token and h an encoder output. The context vector is an input of the
+    cell together with the token (Bahdanau et al. 2015, arXiv 1409.0473, equations 5 and 6, and
+    section A.1.2).
+
+    Attributes:
+      width: width of W s + U h; None means E.
     """
 
     width: int | None = None
 
     def __post_init__(self):
         if self.width is not None and self.width < 1:
-            raise ValueError("width must be at least 1, or none")
+            raise ValueError(f"width={self.width} must be at least 1, or none")
 
 
 @dataclass(frozen=True)
 class GeneralConfig:
-    """s . W h of the state s after a token and each place h of the memory (Luong et al. 2015,
-    arXiv 1508.04025, equation 8).
+    """Multiplicative attention with the score s . W h.
+
+    s is the state after a token and h an encoder output (Luong et al. 2015, arXiv 1508.04025,
+    equation 8).
     """
 
 
 @dataclass(frozen=True)
 class DotConfig:
-    """s . h of the state s after a token and each place h of the memory (Luong et al. 2015, equation 8)."""
+    """Multiplicative attention with the score s . h (Luong et al. 2015, equation 8).
+
+    s is the state after a token and h an encoder output.
+    """
 
 
 class MultiplicativeAttention(nn.Module):
-    """Attention of all tokens at once, for no state depends on it."""
+    """Dot-product attention over the encoder output, with or without a query projection.
+
+    All tokens are computed at once, since the recurrent states do not depend on the result.
+    """
 
     config: RecurrentLayerConfig
     general: bool
@@ -69,28 +82,27 @@ class MultiplicativeAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T E"], segment_ids: Int[Array, "B T"], memory: EncoderOutput
     ) -> Float[Array, "B T E"]:
-        """What each token looks at."""
-        c, query, captures = self.config, x, self.is_mutable_collection("intermediates")
+        """Return the context vector of each token."""
+        c, query, sow_weights = self.config, x, self.is_mutable_collection("intermediates")
         if self.general:
-            query = Linear((c.width,), (c.width,), ("embed", "state"), c.std, False, c.dtypes, name="query")(
-                x
-            )
+            axes = ("embed", "state")
+            query = Linear((c.width,), (c.width,), axes, c.std, False, c.dtypes, name="query")(x)
         context = attend(
             query[:, :, None],
             memory.hidden[:, :, None],
             memory.hidden[:, :, None],
             mask=segments(segment_ids, memory.segments),
             scale=1.0,
-            return_weights=captures,
+            return_weights=sow_weights,
         )
-        if captures:
+        if sow_weights:
             context, weights = context
             self.sow("intermediates", "attention_weights", weights)
         return context[:, :, 0]
 
 
 class AdditiveAttention(nn.Module):
-    """A recurrent layer that before each token asks the memory by its state, and reads the answer too."""
+    """A recurrent layer that attends to the encoder output with its state before each token."""
 
     config: RecurrentLayerConfig
     attention: AdditiveConfig
@@ -100,7 +112,7 @@ class AdditiveAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T E"], valid: Bool[Array, "B T 1"], state: State, memory: EncoderOutput
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"], State]:
-        """The state's first array after each token, what the token looked at, and the last state."""
+        """Return the outputs and the context vectors of all tokens, and the last state."""
         c, width = self.config, self.attention.width or self.config.width
         gates, axes = c.cell.gates * c.width, ("embed", "state")
         gates_of_x = Linear((c.width,), (gates,), axes, c.std, True, c.dtypes, name="input")(x)
@@ -114,23 +126,23 @@ class AdditiveAttention(nn.Module):
             x, valid = token
             scores = jnp.tanh((state[0] @ query_kernel)[:, None] + keys) @ score
             scores = jnp.where(memory.segments > 0, scores.astype(jnp.float32), -jnp.inf)
-            attention_weights, _ = softmax(scores)
-            context = jnp.einsum("bs,bse->be", attention_weights.astype(x.dtype), memory.hidden)
+            attention, _ = softmax(scores)
+            context = jnp.einsum("bs,bse->be", attention.astype(x.dtype), memory.hidden)
             state = select_state(valid, c.cell(x + context @ context_kernel, state, weights), state)
-            return state, (state[0], context, attention_weights)
+            return state, (state[0], context, attention)
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        state, (outputs, contexts, attention_weights) = scan_tokens(step, state, (gates_of_x, valid))
-        self.sow("intermediates", "attention_weights", attention_weights[:, None])
+        state, (outputs, contexts, attention) = scan_tokens(step, state, (gates_of_x, valid))
+        self.sow("intermediates", "attention_weights", attention[:, None])
         return outputs, contexts, state
 
 
 class AlignedStack(nn.Module):
-    """Recurrent layers of which the last attends to a memory.
+    """Recurrent layers whose last layer attends to the encoder output.
 
-    With attention what they give out is tanh(W [s; c]) of the last state s and what was attended to, c
-    (Luong et al. 2015, equation 5); Bahdanau et al. had a layer of maxima in this place.
+    With attention, the output is tanh(W [s; c]) for the last layer's output s and the context
+    vector c (Luong et al. 2015, equation 5). Bahdanau et al. used a maxout layer instead.
     """
 
     config: RecurrentLayerConfig
@@ -148,25 +160,24 @@ class AlignedStack(nn.Module):
         memory: EncoderOutput,
         deterministic: bool,
     ) -> tuple[Float[Array, "B T E"], State]:
-        """Activations before the logits, and the last states of all layers, (B, L, E) each."""
+        """Return activations before the logits, and all layers' last states, (B, L, E) each."""
         c, additive = self.config, isinstance(self.attention, AdditiveConfig)
-        valid, plain = (segment_ids > 0)[..., None], self.depth - additive
-        new_states = tuple(s[:, :plain] for s in states)
-        if plain:
-            stack = RecurrentStack(c, plain, False, self.scan, self.remat, name="layers")
-            x, new_states = stack(x, valid, jnp.zeros_like(valid), new_states, deterministic)
+        valid, num_plain = (segment_ids > 0)[..., None], self.depth - additive
+        last_states = tuple(s[:, :num_plain] for s in states)
+        if num_plain:
+            stack = RecurrentStack(c, num_plain, False, self.scan, self.remat, name="layers")
+            x, last_states = stack(x, valid, jnp.zeros_like(valid), last_states, deterministic)
         if isinstance(self.attention, AdditiveConfig):
             x = Dropout(c.dropout)(x, deterministic=deterministic)
             layer = AdditiveAttention(c, self.attention, self.remat, name="attention")
             x, context, last = layer(x, valid, tuple(s[:, -1] for s in states), memory)
-            new_states = tuple(
-                jnp.concatenate([a, b[:, None]], axis=1) for a, b in zip(new_states, last, strict=True)
-            )
+            pairs = zip(last_states, last, strict=True)
+            last_states = tuple(jnp.concatenate([a, b[:, None]], axis=1) for a, b in pairs)
         elif isinstance(self.attention, GeneralConfig | DotConfig):
             general = isinstance(self.attention, GeneralConfig)
             context = MultiplicativeAttention(c, general, name="attention")(x, segment_ids, memory)
         else:
-            return x, new_states
-        both = jnp.concatenate([x, context], axis=-1)
+            return x, last_states
+        x_and_context = jnp.concatenate([x, context], axis=-1)
         out = Linear((2 * c.width,), (c.width,), ("embed", "state"), c.std, False, c.dtypes, name="out")
-        return jnp.tanh(out(both)), new_states
+        return jnp.tanh(out(x_and_context)), last_states

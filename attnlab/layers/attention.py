@@ -1,4 +1,4 @@
-"""Multi-head attention as a module: projections, positions, cache, and one call of `attend`."""
+"""Multi-head attention modules: projections, positions and KV cache around one call of `attend`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -21,10 +21,11 @@ from attnlab.layers.parameters import Dtypes, parameter
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions over the first `fraction` of each head's width.
+    """Rotary position embedding over the first `fraction` of each head's width.
 
-    `scaling` stretches the frequencies for lengths beyond those trained on; `interleaved` pairs neighbouring
-    numbers of a head, in place of those half a head apart.
+    `scaling` adapts the frequencies to lengths beyond the training length. `interleaved` rotates
+    pairs of adjacent components of a head; otherwise the two components of a pair are half a head
+    apart.
     """
 
     theta: float = 10_000.0
@@ -34,10 +35,10 @@ class Rotary:
 
     def __post_init__(self):
         if not 0 < self.fraction <= 1:
-            raise ValueError("fraction must be over 0 and at most 1")
+            raise ValueError(f"fraction={self.fraction} must be over 0 and at most 1")
 
     def __call__(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
-        """Queries or keys turned by their positions."""
+        """Return queries or keys rotated by their positions."""
         return rotary(
             x,
             positions,
@@ -50,8 +51,10 @@ class Rotary:
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """A learned term of every score for how far the key is from the query, in `buckets` that widen up to
-    `max_distance`; one table for all layers (T5, arXiv 1910.10683, section 2.1).
+    """Relative position bias of T5 (arXiv 1910.10683, section 2.1).
+
+    Adds a learned bias to every attention score. The distance between query and key selects one of
+    `buckets` buckets, whose size grows up to `max_distance`. All layers share one table.
     """
 
     buckets: int = 32
@@ -59,26 +62,26 @@ class RelativeBias:
 
     def __post_init__(self):
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
-            raise ValueError("buckets must be at least 4, and max_distance over half of them")
+            raise ValueError("buckets must be at least 4, and max_distance over half of buckets")
 
-    def __call__(self, table: Float[Array, "buckets H"], spec: "LayerSpec", first: Index) -> Score:
-        """The score of a layer of this kind whose first query is at the key index `first`."""
-        return t5_bias(table, bidirectional=not spec.causal, max_distance=self.max_distance, offset=first)
+    def __call__(self, table: Float[Array, "buckets H"], spec: "LayerSpec", offset: Index) -> Score:
+        """Return the bias of a layer of this spec; its first query is at key index `offset`."""
+        return t5_bias(table, bidirectional=not spec.causal, max_distance=self.max_distance, offset=offset)
 
 
 @dataclass(frozen=True)
 class NoPositions:
-    """Order is known from the mask alone (NoPE)."""
+    """No position embedding: only the mask carries the order of the tokens (NoPE)."""
 
 
 @dataclass(frozen=True)
 class LayerSpec(ABC):
-    """Which tokens may attend to which in a layer. To try a new mask, derive one, in an experiment's file.
+    """Attention pattern of a layer. To try a new mask, derive a class in an experiment's file.
 
     Attributes:
-      positions: how queries and keys are turned; None is the model's own way.
-      cross_attends: whether the layer also looks at a memory, in a model whose layers do.
-      causal: whether no token sees a later one, so that text can be generated.
+      positions: position embedding of queries and keys; None uses the model's.
+      cross_attends: whether the layer also cross-attends, in a model with cross-attention.
+      causal: whether no token attends to a later one, as generation requires.
     """
 
     positions: Rotary | NoPositions | None = field(default=None, kw_only=True)
@@ -86,37 +89,43 @@ class LayerSpec(ABC):
     causal: ClassVar[bool] = True
 
     @abstractmethod
-    def mask(self, first: Index = 0) -> Mask:
-        """The pairs that may attend, the first query being at the key index `first`."""
+    def mask(self, offset: Index = 0) -> Mask:
+        """Return the mask; its first query is at key index `offset`."""
 
 
 @dataclass(frozen=True)
 class Causal(LayerSpec):
-    """Every token sees all earlier ones."""
+    """Causal attention: every token attends to itself and all earlier tokens."""
 
-    def mask(self, first=0):
+    def mask(self, offset=0):
         """See `LayerSpec.mask`."""
-        return causal(first)
+        return causal(offset)
 
 
 @dataclass(frozen=True)
 class Sliding(LayerSpec):
-    """Every token sees the last `window` tokens, itself included (Mistral, arXiv 2310.06825, section 2)."""
+    """Sliding-window attention over the last `window` tokens, including the token itself.
+
+    Mistral, arXiv 2310.06825, section 2.
+    """
 
     window: int = 256
 
     def __post_init__(self):
         if self.window < 1:
-            raise ValueError("window must be at least 1")
+            raise ValueError(f"window={self.window} must be at least 1")
 
-    def mask(self, first=0):
+    def mask(self, offset=0):
         """See `LayerSpec.mask`."""
-        return window(self.window - 1, 0, first)
+        return window(self.window - 1, 0, offset)
 
 
 @dataclass(frozen=True)
 class Bidirectional(LayerSpec):
-    """Every token sees the whole document, or so many tokens before (`left`) and after it (`right`)."""
+    """Bidirectional attention to `left` tokens before and `right` tokens after each token.
+
+    None does not limit that side.
+    """
 
     left: int | None = None
     right: int | None = None
@@ -126,26 +135,27 @@ class Bidirectional(LayerSpec):
         if min(self.left or 0, self.right or 0) < 0:
             raise ValueError("left and right must be at least 0, or none")
 
-    def mask(self, first=0):
+    def mask(self, offset=0):
         """See `LayerSpec.mask`."""
-        return window(self.left, self.right, first)
+        return window(self.left, self.right, offset)
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How every attention layer of a model is made.
+    """Config of every attention layer of a model.
 
     Attributes:
-      heads: query heads H.
-      kv_heads: key/value heads K; None is H, 1 is multi-query attention.
-      head_dim: width of a head D; None is E / H.
-      bias: biases in the projections: all of them, or those of "qkv" (not the output's), "qvo" or "o" alone.
-      qk_norm: the model's norm of queries and keys, each head by itself (arXiv 2010.04245, 2302.05442), or
-        "whole", all heads together (OLMo 2, arXiv 2501.00656, section 3.2).
-      softcap: cap of the scores; None is none.
-      scale: factor of the scores; None is 1 / sqrt(D), or what the initialisation asks for.
-      sinks: a learned logit in each head's softmax that no value belongs to (gpt-oss, arXiv 2508.10925).
-      dropout: share of attention weights dropped in training.
+      heads: number of query heads H.
+      kv_heads: number of key/value heads K; None means H, 1 is multi-query attention.
+      head_dim: width D of a head; None means E / H.
+      bias: projections that have a bias: all (true), none (false), or only those of the query, key
+        and value ("qkv"), of the query, value and output ("qvo"), or of the output ("o").
+      qk_norm: normalise queries and keys with the model's norm, per head (true; arXiv 2010.04245,
+        2302.05442) or over all heads together ("whole"; OLMo 2, arXiv 2501.00656, section 3.2).
+      softcap: softcap of the scores; None disables it.
+      scale: factor of the scores; None means the initialisation's factor, or 1 / sqrt(D).
+      sinks: add a learned logit without a value to each head's softmax (gpt-oss, arXiv 2508.10925).
+      dropout: dropout rate of the attention weights in training.
     """
 
     heads: int = 8
@@ -159,12 +169,12 @@ class AttentionConfig:
     dropout: float = 0.0
 
     def has_bias(self, projection: str) -> bool:
-        """Whether the projection "query", "key", "value" or "out" has a bias."""
+        """Return whether the projection "query", "key", "value" or "out" has a bias."""
         return projection[0] in self.bias if isinstance(self.bias, str) else self.bias
 
     def __post_init__(self):
         if self.heads < 1:
-            raise ValueError("heads must be at least 1")
+            raise ValueError(f"heads={self.heads} must be at least 1")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise ValueError(
@@ -181,12 +191,12 @@ class AttentionConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EncoderOutput:
-    """What cross-attention looks at: an encoder's output, say.
+    """Encoder output that cross-attention attends to.
 
     Attributes:
-      hidden: its activations; their width need not be the model's.
-      segments: which document each belongs to, 0 for padding: queries see those of their own.
-      mask: which of those each query sees, such as `media`; None is all.
+      hidden: activations; their width M may differ from the model's.
+      segments: document id of each position, 0 for padding. Queries attend to their own document.
+      mask: further restriction of those pairs, such as `media`; None allows all.
     """
 
     hidden: Float[Array, "B S M"]
@@ -197,16 +207,17 @@ class EncoderOutput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SequenceInputs:
-    """What all layers of a stack are given alike, beside the activations.
+    """Inputs that all layers of a stack share, besides the activations.
 
     Attributes:
-      segments: packed document of each token, 0 for padding.
-      positions: place of each token in its document.
-      cache: of what was read before these tokens, without the layers' own parts; None if nothing was.
-      memory: what cross-attention looks at; None where layers have none, or where their caches hold it.
+      segments: document id of each token in a packed row, 0 for padding.
+      positions: position of each token in its document.
+      cache: state of the KV cache without the layers' keys and values; None without a cache.
+      memory: encoder output for cross-attention; None if the layers do not cross-attend, or if
+        their caches hold its keys and values.
       relative_bias_table: the table of `RelativeBias`.
-      bidirectional_ids: tokens with the same id over 0 attend to each other in both directions in every layer
-        (prefix LM); None disables this.
+      bidirectional_ids: tokens with the same id over 0 attend to each other in both directions in
+        every layer (prefix LM); None disables this.
     """
 
     segments: Int[Array, "B T"]
@@ -218,15 +229,17 @@ class SequenceInputs:
 
 
 class Attention(nn.Module):
-    """Attention of one layer; keys and values come from the same tokens or a cache of them.
+    """Self-attention of one layer, with an optional KV cache.
 
     Attributes:
       config: heads and options.
-      spec: which tokens may attend to which.
-      positions: how queries and keys are turned.
-      norm: of queries and keys, where the config asks for it.
-      scale: factor of the scores where the config has none; None is 1 / sqrt(D).
-      std: deviation of the initial query, key and value weights; `out_std` that of the output's.
+      spec: attention pattern of the layer.
+      positions: position embedding of queries and keys.
+      norm: norm of queries and keys, used if `config.qk_norm`.
+      scale: factor of the scores if `config.scale` is None; None means 1 / sqrt(D).
+      std: standard deviation of the initial query, key and value weights.
+      out_std: standard deviation of the initial output weights.
+      dtypes: dtypes of parameters and computation.
     """
 
     config: AttentionConfig
@@ -246,30 +259,29 @@ class Attention(nn.Module):
         layer_cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """The attended activations, and the layer's cache with the new keys and values in it."""
+        """Return the layer's output and its KV cache with the new keys and values appended."""
         query, key, value = (self._project(x, name, x.shape[-1]) for name in ("query", "key", "value"))
         if isinstance(self.positions, Rotary):
             query, key = (self.positions(y, inputs.positions) for y in (query, key))
-        first: Index = 0
+        offset: Index = 0
         mask, key_segments, cache = self.spec.mask(), inputs.segments, inputs.cache
         if cache is not None and layer_cache is not None:
-            first, key_segments = cache.index - x.shape[1], cache.segments
-            mask = shift_mask(self.spec.mask(first), cache.row_starts)
-            layer_cache = layer_cache.write(first, key, value)
+            offset, key_segments = cache.index - x.shape[1], cache.segments
+            mask = shift_mask(self.spec.mask(offset), cache.row_starts)
+            layer_cache = layer_cache.write(offset, key, value)
             key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
         score = None
         if isinstance(self.positions, RelativeBias) and inputs.relative_bias_table is not None:
-            score = self.positions(inputs.relative_bias_table, self.spec, first)
+            score = self.positions(inputs.relative_bias_table, self.spec, offset)
         if inputs.bidirectional_ids is not None:
-            keys = jnp.pad(
-                inputs.bidirectional_ids, [(0, 0), (0, key.shape[1] - x.shape[1])]
-            )  # slots yet to be filled
-            mask = mask | segments(inputs.bidirectional_ids, keys)
+            # Pad to the cache's length: the remaining slots are empty.
+            key_ids = jnp.pad(inputs.bidirectional_ids, [(0, 0), (0, key.shape[1] - x.shape[1])])
+            mask = mask | segments(inputs.bidirectional_ids, key_ids)
         mask = mask & segments(inputs.segments, key_segments)
         return self._attend(query, key, value, mask, score, x.shape[-1], deterministic), layer_cache
 
     def _project(self, x: Float[Array, "B T inputs"], name: str, embed: int) -> Float[Array, "B T H D"]:
-        """Queries, keys or values of a model of width `embed`, normalised if asked."""
+        """Return queries, keys or values, normalised if `config.qk_norm`; `embed` is E."""
         config, inputs = self.config, x.shape[-1]
         heads, axis = config.heads, "heads"
         if name != "query":
@@ -279,17 +291,17 @@ class Attention(nn.Module):
         y = Linear((inputs,), shape, ("embed", *axes), self.std, bias, self.dtypes, name=name)(x)
         if not config.qk_norm or name == "value":
             return y
-        over = axes if config.qk_norm == "whole" else ("norm",)
-        return self.norm.build(self.dtypes, over, name=f"{name}_norm")(y)
+        norm_axes = axes if config.qk_norm == "whole" else ("norm",)
+        return self.norm.build(self.dtypes, norm_axes, name=f"{name}_norm")(y)
 
     def _attend(
         self, query, key, value, mask: Mask, score: Score | None, embed: int, deterministic: bool
     ) -> Float[Array, "B T E"]:
-        """What is attended to, mapped to the model's width `embed`."""
+        """Return the attention output projected to the model width `embed`."""
         config = self.config
         sinks = parameter(self, "sinks", (config.heads,), ("heads",), self.dtypes) if config.sinks else None
-        uses_dropout = config.dropout > 0 and not deterministic
-        captures = self.is_mutable_collection("intermediates")
+        use_dropout = config.dropout > 0 and not deterministic
+        sow_weights = self.is_mutable_collection("intermediates")
         out = attend(
             query,
             key,
@@ -299,10 +311,10 @@ class Attention(nn.Module):
             scale=config.scale or self.scale,
             sinks=sinks,
             dropout_rate=config.dropout,
-            dropout_key=self.make_rng("dropout") if uses_dropout else None,
-            return_weights=captures,
+            dropout_key=self.make_rng("dropout") if use_dropout else None,
+            return_weights=sow_weights,
         )
-        if captures:
+        if sow_weights:
             out, weights = out
             self.sow("intermediates", "attention_weights", weights)
         axes, bias = ("heads", "head_dim", "embed"), config.has_bias("out")
@@ -310,7 +322,10 @@ class Attention(nn.Module):
 
 
 class CrossAttention(Attention):
-    """Attention to a memory: to all of it, in no order (Vaswani et al. 2017, section 3.2.3)."""
+    """Cross-attention to the whole encoder output, without positions.
+
+    Vaswani et al. 2017, section 3.2.3.
+    """
 
     @nn.compact
     def __call__(
@@ -320,9 +335,9 @@ class CrossAttention(Attention):
         layer_cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """The attended activations, and the layer's cache with the memory's keys and values in it.
+        """Return the layer's output and its cache, which holds the keys and values of the memory.
 
-        A memory that is given takes the place of what the cache has; where none is, the cache has it.
+        `inputs.memory` replaces the contents of the cache; if it is None, the cache must hold them.
         """
         memory, embed = inputs.memory, x.shape[-1]
         query = self._project(x, "query", embed)
@@ -330,11 +345,13 @@ class CrossAttention(Attention):
             key, value = (self._project(memory.hidden, name, embed) for name in ("key", "value"))
             key_segments = memory.segments
             if layer_cache is not None:
-                assert memory.mask is None, "a cache keeps no mask of its memory"
+                assert memory.mask is None, "a KV cache cannot hold memory.mask"
                 cache_dtype = layer_cache.key.dtype
                 layer_cache = KVCache(key.astype(cache_dtype), value.astype(cache_dtype))
         else:
-            assert layer_cache is not None and inputs.cache is not None, "there is nothing to attend to"
+            assert layer_cache is not None and inputs.cache is not None, (
+                "cross-attention needs a memory or cache"
+            )
             key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
             key_segments = inputs.cache.context
         mask = self.spec.mask() & segments(inputs.segments, key_segments)
@@ -344,7 +361,10 @@ class CrossAttention(Attention):
 
 
 class PerceiverAttention(Attention):
-    """Attention to a memory of the model's width, normalised, and beside it to the tokens; in no order."""
+    """Attention to the concatenation of the normalised memory and the tokens, without positions.
+
+    The memory must have the model's width.
+    """
 
     @nn.compact
     def __call__(
@@ -354,12 +374,11 @@ class PerceiverAttention(Attention):
         layer_cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """The attended activations; nothing of them is kept in a cache."""
+        """Return the layer's output and the unchanged cache: this layer caches nothing."""
         memory, embed = inputs.memory, x.shape[-1]
-        assert memory is not None, "there is nothing to attend to beside the tokens"
-        memory_and_tokens = jnp.concatenate(
-            [self.norm.build(self.dtypes, name="memory_norm")(memory.hidden), x], axis=1
-        )
+        assert memory is not None, "Perceiver attention needs a memory"
+        normed = self.norm.build(self.dtypes, name="memory_norm")(memory.hidden)
+        memory_and_tokens = jnp.concatenate([normed, x], axis=1)
         query = self._project(x, "query", embed)
         key, value = (self._project(memory_and_tokens, name, embed) for name in ("key", "value"))
         key_segments = jnp.concatenate([memory.segments, inputs.segments], axis=1)

@@ -1,4 +1,4 @@
-"""A residual block, and a run of blocks scanned over."""
+"""Residual blocks, and stacks of blocks under `nn.scan`."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -39,39 +39,55 @@ Placement = Literal["pre", "post", "both", "branch"]
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """A branch of attention to the memory between the other two (Vaswani et al. 2017, section 3.1)."""
+    """A cross-attention branch between self-attention and the feed-forward layer.
+
+    Vaswani et al. 2017, section 3.1.
+    """
 
 
 @dataclass(frozen=True)
 class GatedCrossAttentionConfig:
-    """Before the other two branches, one of attention to the memory and a feed-forward one of its own, each
-    times the tanh of a learned number from 0, so that at first nothing changes (Flamingo, arXiv 2204.14198,
-    section 3.1.2).
+    """A gated cross-attention branch and a gated MLP branch before self-attention.
+
+    Each is multiplied by tanh of a learned gate. Gates start at 0, so the branches initially change
+    nothing (Flamingo, arXiv 2204.14198, section 3.1.2).
     """
 
 
 @dataclass(frozen=True)
 class PerceiverAttentionConfig:
-    """Attention sees the memory, normalised, beside the tokens: learned latents resample it (the Perceiver
-    resampler of Flamingo, arXiv 2204.14198, section 3.1.1).
+    """Self-attention whose keys and values also include the normalised encoder output.
+
+    The Perceiver resampler of Flamingo uses it with learned latents as tokens (arXiv 2204.14198,
+    section 3.1.1).
     """
 
 
-# How blocks look at a memory.
 Cross: TypeAlias = CrossAttentionConfig | GatedCrossAttentionConfig | PerceiverAttentionConfig
-# Of a block's own tokens, or of those and of an encoder's output.
+# Self-attention cache, or (self-attention cache, cross-attention cache).
 BlockCache = KVCache | tuple[KVCache | None, KVCache | None]
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What all blocks of a stack share; a model's config makes one of itself.
+    """Settings that all blocks of a stack share; `TransformerConfig.block` builds one.
 
-    `placement` says where norms stand around a branch f: x + f(norm(x)) is "pre" (arXiv 2002.04745),
-    norm(x + f(x)) "post" (Vaswani et al. 2017, section 3.1), x + norm(f(norm(x))) "both" (Gemma 2), and
-    x + norm(f(x)) "branch" (OLMo 2, arXiv 2501.00656, section 3.2). `layer_scale` is where a learned factor
-    of each number that a branch adds starts, if there is one (CaiT, arXiv 2103.17239, section 2). `cross` is
-    how blocks look at a memory, if their spec does; None is not at all.
+    Attributes:
+      width: model width E.
+      depth: number of layers L.
+      attention: config of self-attention and cross-attention.
+      feed_forward: config of the feed-forward layer.
+      norm: config of every norm.
+      placement: norms around a branch f: "pre" is x + f(norm(x)) (arXiv 2002.04745), "post" is
+        norm(x + f(x)) (Vaswani et al. 2017, section 3.1), "both" is x + norm(f(norm(x))) (Gemma 2),
+        "branch" is x + norm(f(x)) (OLMo 2, arXiv 2501.00656, section 3.2).
+      layer_scale: initial value of a learned scale per channel of each branch (CaiT, arXiv
+        2103.17239, section 2); None disables it.
+      positions: position embedding of the layers whose spec has none of its own.
+      cross: kind of cross-attention in layers with `cross_attends`; None disables it.
+      dropout: dropout rate of each branch in training.
+      init: initialisation.
+      dtypes: dtypes of parameters and computation.
     """
 
     width: int
@@ -89,9 +105,9 @@ class BlockConfig:
 
 
 class Block(nn.Module):
-    """A residual block: a branch of attention and a feed-forward one, and those that look at a memory.
+    """A residual block: self-attention, MLP or experts, and optionally cross-attention.
 
-    With `skip_attention_norm`, no norm stands before attention.
+    `skip_attention_norm` omits the norm before self-attention.
     """
 
     config: BlockConfig
@@ -103,7 +119,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B T E"], inputs: SequenceInputs, layer_cache: BlockCache | None
     ) -> tuple[Float[Array, "B T E"], BlockCache | None]:
-        """The activations after the block, and its cache."""
+        """Return the activations after the block, and its cache."""
         self.sow("intermediates", "hidden", x)
         self_cache, cross_cache = layer_cache if isinstance(layer_cache, tuple) else (layer_cache, None)
         cross = self.config.cross if self.spec.cross_attends else None
@@ -123,7 +139,7 @@ class Block(nn.Module):
         return x, (self_cache, cross_cache) if isinstance(layer_cache, tuple) else self_cache
 
     def _cross_attend(self, x, inputs: SequenceInputs, cross_cache: KVCache | None, gated: bool = False):
-        """After a branch of attention to the memory; and the cache with its keys and values."""
+        """Return the activations after a cross-attention branch, and the branch's cache."""
         layer = self._attention(CrossAttention, "cross_attention", Bidirectional(), NoPositions())
         y, cross_cache = layer(self._pre_norm(x, "cross_attention"), inputs, cross_cache, self.deterministic)
         return self._residual(x, y, "cross_attention", gated), cross_cache
@@ -143,19 +159,19 @@ class Block(nn.Module):
 
     @property
     def _std(self) -> tuple[float, float]:
-        """Deviation of the initial weights, and of those that a branch ends with."""
+        """Standard deviations of initial weights: in general, and of a branch's last projection."""
         std = self.config.init.hidden_std(self.config.width)
         return std, std / (2 * self.config.depth) ** 0.5
 
     def _pre_norm(self, x: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
-        """What a branch reads of the residual stream."""
+        """Return the input of a branch: the residual stream, normalised if `placement` says so."""
         skip = self.skip_attention_norm and branch == "attention"
         return self._norm(x, branch) if self.config.placement in ("pre", "both") and not skip else x
 
     def _residual(
         self, x: Float[Array, "B T E"], y: Float[Array, "B T E"], branch: str, gated: bool = False
     ) -> Float[Array, "B T E"]:
-        """The residual stream with a branch's result in it."""
+        """Return the residual stream `x` plus the output `y` of a branch."""
         c = self.config
         if c.placement in ("both", "branch"):
             y = self._norm(y, f"{branch}_out")
@@ -173,7 +189,7 @@ class Block(nn.Module):
 
 
 class PatternBlock(nn.Module):
-    """One block for each spec of a pattern, in order; see `Block`."""
+    """One repeat of a pattern: one `Block` for each spec, in order."""
 
     config: BlockConfig
     specs: tuple[LayerSpec, ...]
@@ -182,7 +198,7 @@ class PatternBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer_caches, inputs: SequenceInputs):
-        """The activations after these blocks, and their caches."""
+        """Return the activations after these blocks, and their caches."""
         new_caches = []
         for i, spec in enumerate(self.specs):
             block = Block(self.config, spec, self.deterministic, self.skip_attention_norm, name=f"block{i}")
@@ -192,7 +208,10 @@ class PatternBlock(nn.Module):
 
 
 class SharedLayers(nn.Module):
-    """A period applied `times` over with one set of parameters (ALBERT, arXiv 1909.11942, section 3.1)."""
+    """A pattern applied `times` times with the same parameters.
+
+    ALBERT, arXiv 1909.11942, section 3.1.
+    """
 
     body: type[nn.Module]
     times: int
@@ -203,17 +222,17 @@ class SharedLayers(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer_caches, inputs: SequenceInputs):
-        """The activations after the last of them, and their caches."""
+        """Return the activations after the last repeat, and the caches."""
         loop = _loop(self.body, self.times, self.scan, shared=True)
         return loop(self.config, self.specs, self.deterministic, name="shared")(x, layer_caches, inputs)
 
 
 def _loop(body: type[nn.Module], length: int, scan: bool, shared: bool = False):
-    """`body`, so many times in turn; each with parameters of its own, or all with the same."""
-    of_each = ("intermediates", "losses") if shared else ("params", "intermediates", "losses")
+    """Scan `body` over `length` steps, each with its own parameters or all with the same ones."""
+    stacked = ("intermediates", "losses") if shared else ("params", "intermediates", "losses")
     return nn.scan(
         body,
-        variable_axes=dict.fromkeys(of_each, 0),
+        variable_axes=dict.fromkeys(stacked, 0),
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},
         in_axes=(0, nn.broadcast),
@@ -223,15 +242,21 @@ def _loop(body: type[nn.Module], length: int, scan: bool, shared: bool = False):
 
 
 class LayerStack(nn.Module):
-    """`depth` blocks whose specs repeat `pattern`: whole periods are scanned over, the rest come after them.
+    """`config.depth` blocks whose specs repeat `pattern`.
 
-    Parameters lie the same way whether the scan is a loop or unrolled, so one checkpoint fits both.
+    Whole repeats of the pattern are scanned over; the remaining layers follow. The parameters have
+    the same shapes whether the scan is a loop or unrolled, so one checkpoint fits both.
 
     Attributes:
-      num_param_groups: sets of parameters, each for as many periods in turn; the layers must be whole periods
-        then, and have no caches. None is a set for each period.
-      skip_first_attention_norm: whether the first block has no norm before attention. It then stands by
-        itself, without a cache, and the periods begin with the second.
+      config: settings of every block.
+      pattern: specs of the layers of one repeat.
+      scan: compile one repeat and loop over it, instead of unrolling all of them.
+      remat: activations recomputed in the backward pass; see `TransformerConfig`.
+      num_param_groups: number of parameter sets; each is used by the same number of consecutive
+        repeats. The depth must then be a multiple of the pattern, and caches are not supported.
+        None gives each repeat its own parameters.
+      skip_first_attention_norm: omit the norm before attention in the first block. That block is
+        then outside the scan and has no cache, and the repeats begin with the second layer.
     """
 
     config: BlockConfig
@@ -243,24 +268,24 @@ class LayerStack(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer_caches, inputs: SequenceInputs, deterministic: bool):
-        """The activations after all blocks, and their caches as `caches` lays them out."""
+        """Return the activations after all blocks, and their caches: (of the scan, of the rest)."""
         config, specs, depth = self.config, self.pattern, self.config.depth
         scanned, remainder = layer_caches if layer_caches is not None else (None, None)
         if self.skip_first_attention_norm:
-            first = self._pattern_block(looped=False)(
+            first_block = self._pattern_block(looped=False)(
                 config, specs[:1], deterministic, skip_attention_norm=True, name="first"
             )
-            x, _ = first(x, None, inputs)
+            x, _ = first_block(x, None, inputs)
             specs, depth = (*specs[1:], specs[0]), depth - 1
-        periods, rest = divmod(depth, len(specs))
+        repeats, rest = divmod(depth, len(specs))
         if self.num_param_groups:
-            options = (self._pattern_block(self.scan), periods // self.num_param_groups, self.scan)
+            options = (self._pattern_block(self.scan), repeats // self.num_param_groups, self.scan)
             stack = _loop(SharedLayers, self.num_param_groups, self.scan)(
                 *options, config, specs, deterministic, name="periods"
             )
             x, scanned = stack(x, scanned, inputs)
-        elif periods:
-            loop = _loop(self._pattern_block(self.scan), periods, self.scan)
+        elif repeats:
+            loop = _loop(self._pattern_block(self.scan), repeats, self.scan)
             x, scanned = loop(config, specs, deterministic, name="periods")(x, scanned, inputs)
         if rest:
             last = self._pattern_block(looped=False)(config, specs[:rest], deterministic, name="tail")
@@ -268,8 +293,9 @@ class LayerStack(nn.Module):
         return x, (scanned, remainder) if layer_caches is not None else None
 
     def _pattern_block(self, looped: bool) -> type[nn.Module]:
-        """A period, recomputed in the backward pass if asked."""
+        """Return the module class of one repeat of the pattern, with `nn.remat` unless "none"."""
         if self.remat == "none":
             return PatternBlock
-        # Inside a loop XLA cannot merge the recomputation with what it recomputes; elsewhere it would.
+        # In a loop, XLA cannot merge the recomputation with the forward pass, so prevent_cse is not
+        # needed. Outside a loop it would merge them.
         return nn.remat(PatternBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)

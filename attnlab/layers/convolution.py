@@ -1,4 +1,4 @@
-"""Convolution over the length of a sequence, as in front of Whisper's encoder."""
+"""One-dimensional convolution over the length of a sequence, as in Whisper's encoder."""
 
 import flax.linen as nn
 import jax
@@ -11,17 +11,18 @@ from attnlab.sharding import out_sharding
 
 
 class Convolution1d(nn.Module):
-    """y_t = sum over k of x_{stride t + k - padding} W_k + b, where x is zero beyond both its ends.
+    """y_t = sum over k of x_{stride t + k - padding} W_k + b, with x zero beyond both ends.
 
     Attributes:
-      inputs: channels read.
-      outputs: channels written.
-      size: number of taps k; the kernel is (size, inputs, outputs).
-      axes: logical names of the inputs and of the outputs, of which only one may be "embed".
-      std: deviation of the initial weights.
-      bias: whether b is there; it starts at zero.
-      stride: steps of the input for one of the output.
-      padding: zeros before and after the input.
+      inputs: number of input channels.
+      outputs: number of output channels.
+      size: number of taps k; the kernel has shape (size, inputs, outputs).
+      axes: logical axis names of the inputs and the outputs; at most one may be "embed".
+      std: standard deviation of the initial weights.
+      bias: whether to add a bias b, which starts at zero.
+      dtypes: dtypes of parameters and computation.
+      stride: input steps per output step.
+      padding: number of zeros before and after the input.
     """
 
     inputs: int
@@ -36,10 +37,10 @@ class Convolution1d(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S inputs"]) -> Float[Array, "B T outputs"]:
-        """The channels, in the compute dtype, at each of T = (S + 2 padding - size) // stride + 1 places.
+        """Return the convolution in the compute dtype; T = (S + 2 padding - size) // stride + 1.
 
         Raises:
-          InputError: a sequence shorter than the kernel.
+          InputError: the padded sequence is shorter than the kernel.
         """
         if x.shape[1] + 2 * self.padding < self.size:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Dropout of activations, laid out over the mesh as they are."""
+"""Dropout whose mask has the sharding of the activations."""
 
 import flax.linen as nn
 import jax
@@ -7,18 +7,19 @@ from jaxtyping import Array, Float
 
 
 class Dropout(nn.Module):
-    """Sets a share `rate` of the values to 0 and the others larger (Srivastava et al. 2014).
+    """Sets a fraction `rate` of the values to 0 and divides the rest by 1 - rate.
 
-    Flax's own draws its mask whole on every device, and an Explicit mesh will not select by that.
+    Srivastava et al. 2014. `flax.linen.Dropout` draws a mask replicated on every device, which an
+    Explicit mesh rejects when the activations are sharded.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."], deterministic: bool) -> Float[Array, "..."]:
-        """The thinned values; `x` itself if deterministic."""
+        """Return `x` with dropout applied, or `x` itself if deterministic."""
         if self.rate == 0.0 or deterministic:
             return x
-        where = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding.spec
-        uniform = jax.random.uniform(self.make_rng("dropout"), x.shape, jnp.float32, out_sharding=where)
+        spec = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding.spec
+        uniform = jax.random.uniform(self.make_rng("dropout"), x.shape, jnp.float32, out_sharding=spec)
         return jnp.where(uniform >= self.rate, x / (1.0 - self.rate), jnp.zeros_like(x))

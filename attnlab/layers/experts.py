@@ -1,4 +1,4 @@
-"""A mixture of experts: feed-forward layers of which each token goes through a few."""
+"""Mixture of experts: each token is routed to a few of several gated MLPs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,25 +14,27 @@ from attnlab.layers.linear import Linear
 from attnlab.layers.parameters import Dtypes, parameter
 from attnlab.sharding import spec
 
-# A linear map for each expert: kernels (X, inputs, outputs) and biases (X, outputs), or None.
+# One linear map per expert: kernels (X, inputs, outputs), and biases (X, outputs) or None.
 Maps = tuple[Array, Array | None]
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The weighted sum of the `top_k` gated MLPs of the highest logits (arXiv 2401.04088, section 2.1).
+    """Weighted sum of the `top_k` gated MLPs with the highest router logits.
 
-    No token is dropped: experts have no capacity. A mesh's tensor axis cuts the experts, not their width.
+    Mixtral, arXiv 2401.04088, section 2.1. Experts have no capacity limit, so no token is dropped.
+    The tensor axis of a mesh shards the experts, not their width.
 
     Attributes:
-      experts: how many there are, X.
-      top_k: how many each token goes through.
-      width: inner width F of each; None is as of `GatedMLPConfig`.
-      activation: of the gate; "clamped_swiglu" is gpt-oss's, see `clamped_swiglu`.
+      experts: number of experts X.
+      top_k: number of experts per token k.
+      width: inner width F of an expert; None means the default of `GatedMLPConfig`.
+      activation: activation of the gate; for "clamped_swiglu" (gpt-oss) see `clamped_swiglu`.
       bias: whether the router and the experts have biases.
-      renormalize: whether the weights are a softmax over the chosen logits only (Mixtral, gpt-oss), or shares
-        of the softmax over all experts (Switch, arXiv 2101.03961, equation 2).
-      balance_loss_weight: weight in training of `balance_loss`, added once for each layer.
+      renormalize: whether the weights are a softmax over the selected logits only (Mixtral,
+        gpt-oss), or the probabilities of a softmax over all experts (Switch, arXiv 2101.03961,
+        equation 2).
+      balance_loss_weight: weight of each layer's `balance_loss` in the training loss.
     """
 
     experts: int = 8
@@ -48,21 +50,24 @@ class ExpertsConfig:
             raise ValueError(f"top_k={self.top_k} must be at least 1 and at most experts={self.experts}")
         if self.renormalize and self.top_k == 1 < self.experts:
             raise ValueError(
-                "renormalize with top_k=1 makes every weight 1, by which no router learns: "
+                "renormalize with top_k=1 makes every weight 1, so the router gets no gradient: "
                 "set renormalize=false"
             )
         if self.balance_loss_weight < 0:
-            raise ValueError("balance_loss_weight must be at least 0")
+            raise ValueError(f"balance_loss_weight={self.balance_loss_weight} must be at least 0")
 
     def hidden(self, embed: int) -> int:
-        """The inner width F of an expert."""
+        """Return the inner width F of an expert."""
         return GatedMLPConfig(self.width).hidden(embed)
 
 
 def clamped_swiglu(
     gate: Float[Array, "*n"], up: Float[Array, "*n"], alpha: float = 1.702, limit: float = 7.0
 ) -> Float[Array, "*n"]:
-    """g sigmoid(alpha g) (u + 1), g = min(gate, limit), u = clip(up, -limit, limit) (arXiv 2508.10925)."""
+    """Return g sigmoid(alpha g) (u + 1), the clamped SwiGLU of gpt-oss (arXiv 2508.10925).
+
+    g = min(gate, limit) and u = clip(up, -limit, limit).
+    """
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
 
@@ -70,24 +75,25 @@ def clamped_swiglu(
 def route(
     logits: Float[Array, "B T X"], top_k: int, renormalize: bool
 ) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
-    """The weights of the experts that each token goes to, and which these are."""
-    chosen, choices = jax.lax.top_k(logits, top_k)
-    over = chosen if renormalize else logits
-    return jnp.exp(chosen - jax.nn.logsumexp(over, axis=-1, keepdims=True)), choices
+    """Return the weights and the indices of each token's experts."""
+    top_logits, choices = jax.lax.top_k(logits, top_k)
+    normalized_over = top_logits if renormalize else logits
+    return jnp.exp(top_logits - jax.nn.logsumexp(normalized_over, axis=-1, keepdims=True)), choices
 
 
 def balance_loss(
     logits: Float[Array, "B T X"], choices: Int[Array, "B T k"], valid: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """X sum_i f_i P_i: f_i tokens of each that go to expert i, P_i its mean share of the softmax over all.
+    """Return the load-balancing loss X sum_i f_i P_i of Switch Transformers.
 
-    It is `top_k` where all experts get the same. Only `valid` tokens count, not padding. Switch Transformers
-    (arXiv 2101.03961, equations 4 to 6), for any `top_k`.
+    f_i is the fraction of tokens routed to expert i and P_i its mean router probability (arXiv
+    2101.03961, equations 4 to 6, extended to any k). The loss is k under uniform routing. Tokens
+    that are not `valid` (padding) are ignored.
     """
     experts = logits.shape[-1]
-    sent = jax.nn.one_hot(choices, experts).sum(axis=-2)
-    of_token = valid[..., None] / jnp.maximum(valid.sum(), 1)
-    f, p = (jnp.sum(x * of_token, axis=(0, 1)) for x in (sent, jax.nn.softmax(logits)))
+    routed = jax.nn.one_hot(choices, experts).sum(axis=-2)
+    token_weight = valid[..., None] / jnp.maximum(valid.sum(), 1)
+    f, p = (jnp.sum(x * token_weight, axis=(0, 1)) for x in (routed, jax.nn.softmax(logits)))
     return experts * jnp.sum(f * p)
 
 
@@ -97,20 +103,20 @@ def mixture(
     choices: Int[Array, "B T k"],
     maps: dict[str, Maps],
     activation: str,
-    first: int | Int[Array, ""] = 0,
+    first_expert: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T E"]:
-    """The weighted sum of each token's experts that are here: `first` and on, as many as `maps` has.
+    """Return the weighted sum over each token's experts that are in `maps`, from `first_expert`.
 
-    Pairs of a token and its choice are sorted by expert, so that each map is one product of ragged groups
-    (MegaBlocks, arXiv 2211.15841). Pairs of experts that are elsewhere come last and give 0.
+    Pairs (token, choice) are sorted by expert, so that each map is one ragged matrix product
+    (MegaBlocks, arXiv 2211.15841). Pairs whose expert is not in `maps` come last and contribute 0.
     """
     num_local, top_k = maps["up"][0].shape[0], choices.shape[-1]
-    expert = choices.ravel() - first
+    expert = choices.ravel() - first_expert
     expert = jnp.where((expert >= 0) & (expert < num_local), expert, num_local)
     order = jnp.argsort(expert)
     expert = expert[order]
     sizes = jnp.sum(expert[:, None] == jnp.arange(num_local)[None], axis=0)
-    # What a ragged product makes of rows after its last group is up to the backend.
+    # `ragged_dot` leaves rows after the last group undefined: mask them on both sides.
     is_local = (expert < num_local)[:, None]
 
     def apply(name: str, rows: Array) -> Array:
@@ -133,26 +139,26 @@ def sharded_mixture(
     maps: dict[str, Maps],
     activation: str,
 ) -> Float[Array, "B T E"]:
-    """`mixture` where each device computes the part of its own experts, and the parts are added up."""
+    """Return `mixture`: each device computes its own experts, and the outputs are summed."""
     if jax.sharding.get_abstract_mesh().empty:
         return mixture(x, weights, choices, maps, activation)
     tokens, experts = spec("batch", "sequence", None), spec("experts")
     token_axes, expert_axis = tuple(jax.tree.leaves(tuple(tokens))), experts[0]
 
-    def local(of_tokens, maps):
-        # JAX (0.10 to 0.12) does not add up the parts of a gradient over an axis that indices vary over and
-        # what they are taken from does not, so all is said to vary.
-        x, weights, choices = jax.lax.pcast(of_tokens, expert_axis, to="varying")
+    def local(token_inputs, maps):
+        # JAX 0.10 to 0.12 omits the gradient's sum over an axis along which the indices of a gather
+        # vary but its operand does not. Casting every input to varying avoids such gathers.
+        x, weights, choices = jax.lax.pcast(token_inputs, expert_axis, to="varying")
         maps = jax.lax.pcast(maps, token_axes, to="varying")
-        first = jax.lax.axis_index(expert_axis) * maps["up"][0].shape[0]
-        return jax.lax.psum(mixture(x, weights, choices, maps, activation, first), expert_axis)
+        first_expert = jax.lax.axis_index(expert_axis) * maps["up"][0].shape[0]
+        return jax.lax.psum(mixture(x, weights, choices, maps, activation, first_expert), expert_axis)
 
     sharded = jax.shard_map(local, in_specs=(tokens, experts), out_specs=tokens)
     return sharded((x, weights, choices), maps)
 
 
 class ExpertLinear(nn.Module):
-    """Declares a linear map for each of `experts`; attributes as of `Linear`."""
+    """The parameters of one linear map per expert; the other attributes are those of `Linear`."""
 
     experts: int
     inputs: int
@@ -164,7 +170,7 @@ class ExpertLinear(nn.Module):
 
     @nn.compact
     def __call__(self) -> Maps:
-        """The kernels and biases."""
+        """Return the kernels and the biases."""
         shape, axes = (self.experts, self.inputs, self.outputs), ("experts", *self.axes)
         kernels = parameter(self, "kernel", shape, axes, self.dtypes, std=self.std)
         if not self.bias:
@@ -173,7 +179,14 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """Applies the mixture that `config` describes; its balance loss goes to the collection "losses"."""
+    """A mixture-of-experts layer; it sows its balance loss in the collection "losses".
+
+    Attributes:
+      config: see `ExpertsConfig`.
+      std: standard deviation of the initial weights of the router and of the experts' first maps.
+      out_std: standard deviation of the initial weights of the experts' last maps.
+      dtypes: dtypes of parameters and computation; the router computes in float32.
+    """
 
     config: ExpertsConfig
     std: float
@@ -182,10 +195,11 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, "B T E"]:
-        """The transformed activations; `valid` tokens are those that are no padding."""
+        """Return the layer's output; `valid` is false at padding."""
         c, embed = self.config, x.shape[-1]
         hidden = c.hidden(embed)
-        # A choice must not hang on rounding: float32 also where a device would multiply in bfloat16.
+        # Routing must not depend on rounding: use float32 even where a device would multiply in
+        # bfloat16.
         exact = dataclasses.replace(self.dtypes, compute="float32")
         with jax.default_matmul_precision("float32"):
             router = Linear((embed,), (c.experts,), ("embed", "norm"), self.std, c.bias, exact, name="router")

@@ -1,4 +1,4 @@
-"""The position-wise half of a block."""
+"""Position-wise feed-forward layers: MLP and gated MLP."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from attnlab.layers.parameters import Dtypes
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
+    """Return x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the tanh approximation of GELU.
 
-    The derivative is saved in place of the input, so that the backward pass computes no tanh again.
+    Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2. The forward pass saves the derivative
+    instead of the input, so the backward pass does not recompute the tanh.
     """
     return _gelu_forward(x)[0]
 
@@ -43,14 +44,20 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """activation(x W1) W2 (Vaswani et al. 2017, equation 2); `width` None is four model widths."""
+    """activation(x W1) W2 (Vaswani et al. 2017, equation 2).
+
+    Attributes:
+      width: inner width F; None means 4 E.
+      activation: name of the activation function.
+      bias: whether the linear maps have biases.
+    """
 
     width: int | None = None
     activation: Literal["gelu", "gelu_exact", "gelu_quick", "relu", "silu"] = "gelu"
     bias: bool = True
 
     def hidden(self, embed: int) -> int:
-        """The inner width F."""
+        """Return the inner width F."""
         return self.width or 4 * embed
 
     def build(self, std: float, out_std: float, dtypes: Dtypes, name: str | None = None) -> "MLP":
@@ -60,9 +67,15 @@ class MLPConfig:
 
 @dataclass(frozen=True)
 class GatedMLPConfig:
-    """(activation(x Wg) * x W1) W2: SwiGLU by "silu", GeGLU by "gelu" (arXiv 2002.05202, equation 6).
+    """(activation(x Wg) * x W1) W2 (arXiv 2002.05202, equation 6).
 
-    `width` None is 8/3 model widths, rounded up to a multiple of 8: as many weights as an `MLPConfig`.
+    SwiGLU has the activation "silu", GeGLU has "gelu".
+
+    Attributes:
+      width: inner width F; None means 8/3 E rounded up to a multiple of 8, which gives the
+        parameter count of the default `MLPConfig`.
+      activation: name of the activation function of the gate.
+      bias: whether the linear maps have biases.
     """
 
     width: int | None = None
@@ -70,7 +83,7 @@ class GatedMLPConfig:
     bias: bool = False
 
     def hidden(self, embed: int) -> int:
-        """The inner width F."""
+        """Return the inner width F."""
         return self.width or -(-8 * embed // 24) * 8
 
     def build(self, std: float, out_std: float, dtypes: Dtypes, name: str | None = None) -> "GatedMLP":
@@ -83,8 +96,9 @@ class MLP(nn.Module):
 
     Attributes:
       config: width, activation and bias.
-      std: deviation of the initial weights of the first map; `out_std` of the last.
-      dtypes: of the parameters and the computation.
+      std: standard deviation of the initial weights of the first map.
+      out_std: standard deviation of the initial weights of the last map.
+      dtypes: dtypes of parameters and computation.
     """
 
     config: MLPConfig
@@ -94,7 +108,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Return the transformed activations."""
+        """Return the layer's output."""
         activation = ACTIVATIONS[self.config.activation]
         return _down(self, activation(_up(self, "up", x)), x.shape[-1])
 
@@ -104,8 +118,9 @@ class GatedMLP(nn.Module):
 
     Attributes:
       config: width, activation and bias.
-      std: deviation of the initial weights of the first maps; `out_std` of the last.
-      dtypes: of the parameters and the computation.
+      std: standard deviation of the initial weights of the first two maps.
+      out_std: standard deviation of the initial weights of the last map.
+      dtypes: dtypes of parameters and computation.
     """
 
     config: GatedMLPConfig
@@ -115,7 +130,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Return the transformed activations."""
+        """Return the layer's output."""
         activation = ACTIVATIONS[self.config.activation]
         return _down(self, activation(_up(self, "gate", x)) * _up(self, "up", x), x.shape[-1])
 

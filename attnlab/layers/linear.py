@@ -1,4 +1,4 @@
-"""Linear maps between named groups of dimensions, and token tables."""
+"""Linear maps between groups of named dimensions, and embedding tables."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,14 +10,15 @@ from attnlab.sharding import out_sharding
 
 
 class Linear(nn.Module):
-    """y = x W + b over the trailing input dimensions, as (embed)->(heads, head_dim) or back.
+    """y = x W + b over groups of dimensions, such as (embed) -> (heads, head_dim) or the reverse.
 
     Attributes:
-      inputs: sizes of the contracted dimensions.
+      inputs: sizes of the contracted trailing dimensions.
       outputs: sizes of the new dimensions.
-      axes: logical names of inputs, then outputs.
-      std: deviation of the initial weights.
-      bias: whether b is there; it starts at zero.
+      axes: logical axis names of inputs, then outputs.
+      std: standard deviation of the initial weights.
+      bias: whether to add a bias b, which starts at zero.
+      dtypes: dtypes of parameters and computation.
     """
 
     inputs: tuple[int, ...]
@@ -29,12 +30,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
-        """The mapped activations."""
+        """Return x W + b."""
         kernel = parameter(
             self, "kernel", (*self.inputs, *self.outputs), self.axes, self.dtypes, std=self.std
         )
         out_axes = self.axes[len(self.inputs) :]
-        # As an activation the model width is whole: only a parameter's is cut.
+        # The model width is sharded in parameters only, never in activations.
         y = contract(x, kernel, len(self.inputs), out_axes)
         return add_bias(self, y, self.outputs, out_axes, self.dtypes) if self.bias else y
 
@@ -42,9 +43,10 @@ class Linear(nn.Module):
 def contract(
     x: Float[Array, "B T *inputs"], kernel: Float[Array, "..."], num_inputs: int, out_axes: tuple[str, ...]
 ) -> Float[Array, "B T *outputs"]:
-    """Contracts the last `num_inputs` dimensions of `x` with the first of `kernel`.
+    """Contract the last `num_inputs` dimensions of `x` with the first ones of `kernel`.
 
-    Batch and length become one dimension of rows: XLA's CPU backend is slow with two, others do not mind.
+    Batch and length are merged into one dimension, because XLA's CPU backend is slow with two.
+    Other backends are not affected.
     """
     b, t = x.shape[:2]
     rows = x.reshape(b * t, *x.shape[2:])
@@ -65,13 +67,16 @@ def add_bias(
     out_axes: tuple[str, ...],
     dtypes: Dtypes,
 ) -> Float[Array, "B T *outputs"]:
-    """y + b, with b a parameter of `module` that starts at zero; along the model width it is stored whole."""
+    """Return y + b for a parameter b of `module` that starts at zero.
+
+    b is not sharded along the model width.
+    """
     axes = tuple("norm" if a == "embed" else a for a in out_axes)
     return y + jnp.expand_dims(parameter(module, "bias", outputs, axes, dtypes), (0, 1))
 
 
 class Embedding(nn.Module):
-    """A table of one row of width E for each of `size` ids."""
+    """An embedding table with one row of width E for each of `size` ids."""
 
     size: int
     width: int
@@ -81,22 +86,22 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "V E"]:
-        """The table itself."""
+        """Return the table."""
         return parameter(self, "table", (self.size, self.width), self.axes, self.dtypes, std=self.std)
 
 
 class Bias(nn.Module):
-    """A number for each of `size` ids, from zero."""
+    """A learned bias for each of `size` ids, which starts at zero."""
 
     size: int
     dtypes: Dtypes
 
     @nn.compact
     def __call__(self) -> Float[Array, " V"]:
-        """The numbers themselves."""
+        """Return the biases."""
         return parameter(self, "bias", (self.size,), ("vocab",), self.dtypes)
 
 
 def look_up(table: Float[Array, "V E"], ids: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-    """Return the table's row of each id, laid out as activations; ids must be in range."""
+    """Return the table's row of each id, sharded as activations; ids must be in range."""
     return lookup_rows(table, ids, out_sharding("batch", "sequence", None))

@@ -14,7 +14,9 @@ from attnlab.layers.parameters import Dtypes, parameter
 class RMSNormConfig:
     """x / rms(x) * scale (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4).
 
-    With `zero_centered_scale` the parameter is scale - 1, so that weight decay pulls the scale to 1 (Gemma).
+    Attributes:
+      epsilon: added to the mean square.
+      zero_centered_scale: store scale - 1, so that weight decay pulls the scale to 1 (Gemma).
     """
 
     epsilon: float = 1e-6
@@ -27,7 +29,12 @@ class RMSNormConfig:
 
 @dataclass(frozen=True)
 class LayerNormConfig:
-    """(x - mean) / std * scale + bias (Ba et al. 2016, arXiv 1607.06450, equation 4)."""
+    """(x - mean) / std * scale + bias (Ba et al. 2016, arXiv 1607.06450, equation 4).
+
+    Attributes:
+      epsilon: added to the variance.
+      bias: whether to add a bias.
+    """
 
     epsilon: float = 1e-5
     bias: bool = True
@@ -40,12 +47,12 @@ class LayerNormConfig:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension, or over as many as `axes` names.
+    """Root-mean-square normalisation over the last `len(axes)` dimensions.
 
     Attributes:
-      config: epsilon, and how the scale is stored.
-      dtypes: of the parameters.
-      axes: logical names of the normalised dimensions.
+      config: see `RMSNormConfig`.
+      dtypes: dtypes of the parameters.
+      axes: logical axis names of the normalised dimensions.
     """
 
     config: RMSNormConfig
@@ -64,12 +71,12 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension, or over as many as `axes` names.
+    """Layer normalisation over the last `len(axes)` dimensions.
 
     Attributes:
-      config: epsilon, and whether there is a bias.
-      dtypes: of the parameters.
-      axes: logical names of the normalised dimensions.
+      config: see `LayerNormConfig`.
+      dtypes: dtypes of the parameters.
+      axes: logical axis names of the normalised dimensions.
     """
 
     config: LayerNormConfig

@@ -1,4 +1,4 @@
-"""How a layer declares a parameter: named axes in, a gathered array out."""
+"""Declaration of parameters by logical axis names, with their sharding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,13 @@ from attnlab import sharding
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Number formats kept apart: how parameters are stored, computed with, and turned into logits."""
+    """Dtypes of a model.
+
+    Attributes:
+      param: dtype of stored parameters.
+      compute: dtype of activations and matrix products.
+      logits: dtype of the logits.
+    """
 
     param: str = "float32"
     compute: str = "float32"
@@ -22,8 +28,8 @@ class Dtypes:
 
     def __post_init__(self):
         for name in ("param", "compute", "logits"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
-                raise ValueError(f"{name} dtype must be float32, bfloat16, float16 or float64")
+            if (dtype := getattr(self, name)) not in ("float32", "bfloat16", "float16", "float64"):
+                raise ValueError(f"{name} dtype must be float32, bfloat16, float16 or float64, not {dtype}")
 
 
 def parameter(
@@ -36,18 +42,18 @@ def parameter(
     std: float = 0.0,
     mean: float | np.ndarray = 0.0,
 ) -> Array:
-    """Declares a parameter, normal with this mean and deviation, and hands it out in the compute dtype.
+    """Declare a parameter with a normal initialisation and return it in the compute dtype.
 
-    It is stored in pieces over the mesh as its logical axes say and given gathered over fsdp, so that
-    what follows may be written as if there were no mesh.
+    The parameter is stored sharded over the mesh according to its logical axes. The returned array
+    is gathered over the fsdp axis, so that callers can ignore parameter sharding.
     """
 
     def init(key):
         dtype = jnp.dtype(dtypes.param)
-        where = None if _no_mesh() else sharding.param_spec(shape, axes)
+        spec = None if _no_mesh() else sharding.param_spec(shape, axes)
         if std == 0.0:
-            return jnp.broadcast_to(jnp.asarray(mean, dtype), shape, out_sharding=where)
-        return mean + std * jax.random.normal(key, shape, dtype, out_sharding=where)
+            return jnp.broadcast_to(jnp.asarray(mean, dtype), shape, out_sharding=spec)
+        return mean + std * jax.random.normal(key, shape, dtype, out_sharding=spec)
 
     value = module.param(name, init).astype(dtypes.compute)
     return value if _no_mesh() else jax.sharding.reshard(value, sharding.gathered_param_spec(shape, axes))

@@ -1,4 +1,4 @@
-"""Images, videos or signals as tokens: one for each patch, and where it stands."""
+"""Patch embedding of images, videos and signals, and interpolation of its position table."""
 
 import itertools
 import math
@@ -16,17 +16,18 @@ from attnlab.sharding import out_sharding
 
 
 class PatchEmbedding(nn.Module):
-    """z = x_p W + b for each patch x_p of an image (ViT, arXiv 2010.11929, equation 1, without positions).
+    """z = x_p W + b for each patch x_p (ViT, arXiv 2010.11929, equation 1, without positions).
 
-    The kernel is (height, width, channels, E), so that that of a convolution in PyTorch becomes it by
-    "e c h w -> h w c e".
+    The kernel has shape (height, width, channels, E). A PyTorch convolution kernel converts to it
+    with "e c h w -> h w c e".
 
     Attributes:
-      size: sides of a patch, or one size for all of them; a third makes tubelets of videos (ViViT,
-        arXiv 2103.15691).
+      size: sides of a patch, or one number for all sides; three sides make tubelets of a video
+        (ViViT, arXiv 2103.15691).
       width: model width E.
-      std: deviation of the initial weights.
-      bias: whether b is there; it starts at zero.
+      std: standard deviation of the initial weights.
+      bias: whether to add a bias b, which starts at zero.
+      dtypes: dtypes of parameters and computation.
     """
 
     size: int | tuple[int, ...]
@@ -37,10 +38,10 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *sides channels"]) -> Float[Array, "B T E"]:
-        """A token of each patch in the compute dtype, row by row.
+        """Return one token per patch, row by row, in the compute dtype.
 
         Raises:
-          InputError: sides that are no multiples of the patch's.
+          InputError: a side of the image is not a multiple of the patch's side.
         """
         _, *sides, channels = x.shape
         pixels = patchify(x.astype(self.dtypes.compute), self.size)
@@ -52,16 +53,16 @@ class PatchEmbedding(nn.Module):
 
 
 def patchify(x: Float[Array, "B *sides channels"], size: int | tuple[int, ...]) -> Float[Array, "B T pixels"]:
-    """The pixels of each patch, row by row.
+    """Return the flattened pixels of each patch, row by row.
 
     Raises:
-      InputError: sides that are no multiples of the patch's.
+      InputError: a side of the image is not a multiple of the patch's side.
     """
     b, *sides, channels = x.shape
     size = _each(size, sides)
     if len(size) != len(sides) or any(side % p for side, p in zip(sides, size, strict=True)):
         raise InputError(
-            f"{_times(sides)} pixels cannot be cut into patches of {_times(size)}: "
+            f"cannot split {_times(sides)} pixels into patches of {_times(size)}: "
             "each side must be a multiple of the patch's"
         )
     grid = [side // p for side, p in zip(sides, size, strict=True)]
@@ -75,7 +76,7 @@ def patchify(x: Float[Array, "B *sides channels"], size: int | tuple[int, ...]) 
 
 
 def _each(size: int | tuple[int, ...], sides: list[int]) -> tuple[int, ...]:
-    """Sides of a patch, one for each side of what is cut."""
+    """Return the sides of a patch, one for each side of the input."""
     return (size,) * len(sides) if isinstance(size, int) else size
 
 
@@ -86,29 +87,31 @@ def resize_positions(
     num_prefix_tokens: int = 0,
     antialias: bool = False,
 ) -> Float[Array, "resized E"]:
-    """A learned table of positions on one grid of patches, interpolated to another (ViT, section 3.2).
+    """Return a learned position table interpolated from one grid of patches to another.
+
+    ViT, section 3.2.
 
     Args:
-      table: a row for each of `num_prefix_tokens` tokens, then for each patch.
-      grid_from: rows and columns of patches the table is for.
-      grid_to: rows and columns wanted.
-      num_prefix_tokens: tokens before the patches (class, registers), whose rows stay as they are.
-      antialias: a smoother cubic that is widened to average over what a smaller grid leaves out,
-        as DINOv2 with registers was trained with.
+      table: one row for each of `num_prefix_tokens` tokens, then one for each patch.
+      grid_from: rows and columns of patches of the table.
+      grid_to: rows and columns of patches of the result.
+      num_prefix_tokens: tokens before the patches (class, registers), whose rows do not change.
+      antialias: use a smoother cubic kernel, widened when the grid shrinks to average over the
+        skipped positions, as in the training of DINOv2 with registers.
 
     Raises:
-      InputError: the table has another number of rows.
+      InputError: the number of rows does not match `grid_from` and `num_prefix_tokens`.
     """
     if table.shape[0] != num_prefix_tokens + math.prod(grid_from):
         raise InputError(
-            f"a table of {table.shape[0]} positions is not for {_times(grid_from)} patches and "
-            f"{num_prefix_tokens} token{'s' * (num_prefix_tokens != 1)} before them"
+            f"a table of {table.shape[0]} positions does not match {_times(grid_from)} patches and "
+            f"{num_prefix_tokens} prefix token{'s' * (num_prefix_tokens != 1)}"
         )
     if grid_from == grid_to:
         return table
     rows, columns = (_cubic(*sizes, antialias) for sizes in zip(grid_from, grid_to, strict=True))
     grid = table[num_prefix_tokens:].reshape(*grid_from, -1).astype(jnp.float32)
-    # Sums of four terms by weights known to float32: a TPU would round them all to bfloat16.
+    # Highest precision: a TPU would otherwise round the float32 weights to bfloat16.
     grid = jnp.einsum("xw,hwe->hxe", columns, grid, precision=jax.lax.Precision.HIGHEST)
     grid = jnp.einsum("yh,hxe->yxe", rows, grid, precision=jax.lax.Precision.HIGHEST)
     resized = grid.reshape(math.prod(grid_to), -1).astype(table.dtype)
@@ -116,25 +119,25 @@ def resize_positions(
 
 
 def _cubic(old: int, new: int, antialias: bool) -> Float[np.ndarray, "new old"]:
-    """Weight of each old point in each new one by cubic convolution (Keys 1981), points at centres of cells.
+    """Return the weights of cubic convolution (Keys 1981) from old to new points at cell centres.
 
-    PyTorch's, in both its forms: with a = -3/4 and the edge repeated, or with a = -1/2, stretched, and
-    weights that sum to 1 over the points there are.
+    Both of PyTorch's variants: a = -3/4 with repeated edges, or, with `antialias`, a = -1/2 with a
+    stretched kernel and weights renormalised to sum to 1 over the points inside the grid.
     """
     a, stretch = (-0.5, max(old / new, 1.0)) if antialias else (-0.75, 1.0)
-    beyond = 2  # points past each edge that the kernel reaches
-    points = np.arange(-beyond, old + beyond)
+    margin = 2  # points beyond each edge that the kernel reaches
+    points = np.arange(-margin, old + margin)
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     d = np.abs(centres[:, None] - points) / stretch
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1
     far = a * (d**3 - 5 * d**2 + 8 * d - 4)
     weights = np.where(d <= 1, near, np.where(d < 2, far, 0))
-    inside = weights[:, beyond:-beyond]
+    inside = weights[:, margin:-margin]
     if antialias:
         inside = inside / inside.sum(axis=1, keepdims=True)
     else:
-        inside[:, 0] += weights[:, :beyond].sum(axis=1)
-        inside[:, -1] += weights[:, -beyond:].sum(axis=1)
+        inside[:, 0] += weights[:, :margin].sum(axis=1)
+        inside[:, -1] += weights[:, -margin:].sum(axis=1)
     return inside.astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""One vector of many tokens: kinds of it, and the module that does it."""
+"""Pooling of a sequence of tokens to one vector."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -24,7 +24,7 @@ from attnlab.sharding import constrain
 
 @dataclass(frozen=True)
 class ClassToken:
-    """The first token; with `dense`, then tanh(x W + b) (BERT, arXiv 1810.04805)."""
+    """The first token x, or tanh(x W + b) with `dense` (BERT, arXiv 1810.04805)."""
 
     dense: bool = False
 
@@ -36,39 +36,47 @@ class Mean:
 
 @dataclass(frozen=True)
 class ClassAndMean:
-    """The first token, and beside it the mean of those after the prefix tokens (DINOv2, arXiv 2304.07193)."""
+    """The first token concatenated with the mean of the tokens after the prefix tokens.
+
+    DINOv2, arXiv 2304.07193.
+    """
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """Half the first token, and beside it half the second, which learns from a teacher: a linear map of both
-    is the mean of two heads (DeiT, arXiv 2012.12877, section 4).
+    """Half the class token concatenated with half the distillation token.
+
+    A linear map of this vector is the mean of the two heads of DeiT (arXiv 2012.12877, section 4).
     """
 
 
 @dataclass(frozen=True)
 class Probe:
-    """y + MLP(norm(y)) of a learned query's attention y to all tokens (arXiv 1810.00825, section 3.2)."""
+    """y + MLP(norm(y)), where y is the attention of one learned query to all tokens.
+
+    Set Transformer, arXiv 1810.00825, section 3.2.
+    """
 
 
 Pooling: TypeAlias = ClassToken | Mean | ClassAndMean | Distilled | Probe
 
 
 def pooled_width(pooling: Pooling, width: int) -> int:
-    """Width of the vector that is made of tokens of a width."""
+    """Return the width of the pooled vector for tokens of the given width."""
     return width * (2 if isinstance(pooling, ClassAndMean | Distilled) else 1)
 
 
 class Pool(nn.Module):
-    """Applies the pooling that `config` describes.
+    """Pools the tokens of each row to one vector.
 
     Attributes:
-      config: its kind.
-      num_prefix_tokens: tokens before those that a mean is over.
-      attention: heads of a `Probe`; the three after it are of its feed-forward half.
-      feed_forward: see there.
-      norm: see there.
-      std: deviation of the initial weights.
+      config: kind of pooling.
+      num_prefix_tokens: number of leading tokens excluded from a mean.
+      attention: attention config of `Probe`.
+      feed_forward: feed-forward config of `Probe`.
+      norm: norm config of `Probe`.
+      std: standard deviation of the initial weights.
+      dtypes: dtypes of parameters and computation.
     """
 
     config: Pooling
@@ -81,7 +89,7 @@ class Pool(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: EncoderOutput) -> Float[Array, "B 1 pooled"]:
-        """A vector for each row of its tokens, those of segment 0 left out."""
+        """Return one vector per row; tokens of segment 0 (padding) are ignored."""
         x, config = tokens.hidden, self.config
         if isinstance(config, Probe):
             return self._probe(tokens)
@@ -100,7 +108,8 @@ class Pool(nn.Module):
     def _mean(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
         x = tokens.hidden[:, self.num_prefix_tokens :]
         valid = (tokens.segments[:, self.num_prefix_tokens :, None] > 0).astype(x.dtype)
-        return jnp.sum(x * valid, axis=1, keepdims=True) / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
+        count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
+        return jnp.sum(x * valid, axis=1, keepdims=True) / count
 
     def _probe(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
         b, _, e = tokens.hidden.shape

@@ -1,4 +1,4 @@
-"""Recurrent layers: what was read is a state of one size, which each token changes."""
+"""Recurrent layers: LSTM and GRU cells, bidirectional layers and stacks."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,16 +14,20 @@ from attnlab.layers.linear import Linear
 from attnlab.layers.parameters import Dtypes, parameter
 from attnlab.sharding import batch_zeros
 
-# Of one layer (B, E), or of all (B, L, E); the first is what the layer gives out.
+# Arrays of one layer (B, E), or of all layers (B, L, E); the first array is the layer's output.
 State = tuple[Array, ...]
 
 
 @dataclass(frozen=True)
 class LSTMConfig:
-    """c' = sigma(f + forget_bias) c + sigma(i) tanh(g) and h' = sigma(o) tanh(c'), where i, f, g, o are
-    W x + U h + b (Hochreiter and Schmidhuber 1997; forget gates: Gers et al. 2000, equations 3 to 9).
+    """LSTM cell: c' = sigma(f + forget_bias) c + sigma(i) tanh(g) and h' = sigma(o) tanh(c').
 
-    A bias of 1 keeps the state in the first steps of training (Jozefowicz et al. 2015, section 2.2).
+    i, f, g, o are W x + U h + b (Hochreiter and Schmidhuber 1997; forget gates: Gers et al. 2000,
+    equations 3 to 9).
+
+    Attributes:
+      forget_bias: constant added to the forget gate; 1 preserves the state in the first steps of
+        training (Jozefowicz et al. 2015, section 2.2).
     """
 
     forget_bias: float = 1.0
@@ -31,7 +35,7 @@ class LSTMConfig:
     arrays: ClassVar[int] = 2
 
     def __call__(self, x: Float[Array, "B _"], state: State, weights: dict[str, Array]) -> State:
-        """The state after a token whose W x + b is given."""
+        """Return the state after a token, given `x` = W x + b of the token."""
         hidden, cell = state
         i, f, g, o = jnp.split(x + hidden @ weights["kernel"], self.gates, axis=-1)
         cell = jax.nn.sigmoid(f + self.forget_bias) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -40,18 +44,18 @@ class LSTMConfig:
 
 @dataclass(frozen=True)
 class GRUConfig:
-    """h' = (1 - z) tanh(W x + b + r (U h + u)) + z h, where r and z are sigma(W x + U h + b) (Cho et al.
-    2014, arXiv 1406.1078, equations 5 to 8).
+    """GRU cell: h' = (1 - z) tanh(W x + b + r (U h + u)) + z h.
 
-    The reset r comes after the product with U, as in cuDNN and torch, and not before it as in the paper:
-    one product does for all three.
+    r and z are sigma(W x + U h + b) (Cho et al. 2014, arXiv 1406.1078, equations 5 to 8). The reset
+    gate r is applied after the product with U, as in cuDNN and PyTorch, not before it as in the
+    paper: one matrix product then computes all three gates.
     """
 
     gates: ClassVar[int] = 3
     arrays: ClassVar[int] = 1
 
     def __call__(self, x: Float[Array, "B _"], state: State, weights: dict[str, Array]) -> State:
-        """The state after a token whose W x + b is given."""
+        """Return the state after a token, given `x` = W x + b of the token."""
         (hidden,) = state
         of_x = jnp.split(x, self.gates, axis=-1)
         of_hidden = jnp.split(hidden @ weights["kernel"], self.gates, axis=-1)
@@ -62,14 +66,15 @@ class GRUConfig:
 
 @dataclass(frozen=True)
 class RecurrentLayerConfig:
-    """What all layers of a stack share; a model's config makes one of itself.
+    """Settings that all layers of a recurrent stack share; `RecurrentConfig.layers` builds one.
 
     Attributes:
       cell: `LSTMConfig` or `GRUConfig`.
-      width: E, of what is read and given out.
-      dropout: share of what a layer reads that is dropped in training; never of the state (Zaremba et al.
-        2014, arXiv 1409.2329, section 3.1).
-      std: deviation of the initial weights.
+      width: width E of inputs, outputs and states.
+      dropout: dropout rate of each layer's input in training; states are never dropped (Zaremba et
+        al. 2014, arXiv 1409.2329, section 3.1).
+      std: standard deviation of the initial weights.
+      dtypes: dtypes of parameters and computation.
     """
 
     cell: LSTMConfig | GRUConfig
@@ -79,13 +84,16 @@ class RecurrentLayerConfig:
     dtypes: Dtypes
 
     def empty(self, batch: int, depth: int) -> State:
-        """The states of so many layers that have read nothing, (B, L, E) each."""
+        """Return the zero initial states of `depth` layers, (B, L, E) each."""
         shape = (batch, depth, self.width)
         return tuple(batch_zeros(shape, self.dtypes.compute) for _ in range(self.cell.arrays))
 
 
 class RecurrentKernel(nn.Module):
-    """What a state is multiplied with, whole on each device: a step that waits for others is a slow one."""
+    """Recurrent weights of a cell.
+
+    They are not sharded: communication between devices in every time step would be slow.
+    """
 
     cell: LSTMConfig | GRUConfig
     width: int
@@ -94,7 +102,7 @@ class RecurrentKernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
-        """The kernel (E, gates E); of a `GRUConfig` also the bias (E,) of the new state."""
+        """Return the kernel (E, gates E), and for `GRUConfig` the bias (E,) of the new state."""
         shape = (self.width, self.cell.gates * self.width)
         weights = {"kernel": parameter(self, "kernel", shape, ("embed", "state"), self.dtypes, std=self.std)}
         if isinstance(self.cell, GRUConfig):
@@ -103,19 +111,19 @@ class RecurrentKernel(nn.Module):
 
 
 def scan_tokens(step, state: State, inputs, reverse: bool = False):
-    """Reads arrays (B, T, ...) a token at a time by `step(state, token) -> state, output (B, ...)`."""
+    """Scan `step(state, token) -> state, output` over dimension T of inputs (B, T, ...)."""
     inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
     state, outputs = jax.lax.scan(step, state, inputs, reverse=reverse)
     return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
 
 
-def select_state(which: Bool[Array, "B 1"], one: State, other: State) -> State:
-    """One state in the rows that are true, another in the others."""
-    return tuple(jnp.where(which, a, b) for a, b in zip(one, other, strict=True))
+def select_state(condition: Bool[Array, "B 1"], if_true: State, if_false: State) -> State:
+    """Return `if_true` in the rows where `condition` is true, and `if_false` in the others."""
+    return tuple(jnp.where(condition, a, b) for a, b in zip(if_true, if_false, strict=True))
 
 
 class RNN(nn.Module):
-    """A cell that reads the length forwards or backwards, with a state of `width`."""
+    """A cell scanned over the length, forward or in reverse, with a state of `width`."""
 
     config: RecurrentLayerConfig
     width: int
@@ -129,13 +137,13 @@ class RNN(nn.Module):
         is_first: Bool[Array, "B T 1"],
         state: State,
     ) -> tuple[Float[Array, "B T _"], State]:
-        """The state's first array after each token, and the last state.
+        """Return the output after each token, and the last state.
 
         Args:
           x: activations.
-          valid: which tokens are no padding; at padding the state stays as it is.
-          is_first: which tokens are the first of their document, before which the state is 0.
-          state: to start from.
+          valid: false at padding, where the state does not change.
+          is_first: true at the first token of a document, where the state is reset to 0.
+          state: initial state.
         """
         c = self.config
         sizes = ((x.shape[-1],), (c.cell.gates * self.width,))
@@ -145,7 +153,8 @@ class RNN(nn.Module):
         def step(state: State, token):
             gates, valid, is_first = token
             zero = tuple(map(jnp.zeros_like, state))
-            state = select_state(valid, c.cell(gates, select_state(is_first, zero, state), weights), state)
+            new_state = c.cell(gates, select_state(is_first, zero, state), weights)
+            state = select_state(valid, new_state, state)
             return state, state[0]
 
         state, outputs = scan_tokens(step, state, (gates, valid, is_first), self.reverse)
@@ -153,8 +162,9 @@ class RNN(nn.Module):
 
 
 class RecurrentLayer(nn.Module):
-    """A layer that reads forwards, or one that reads both ways with half the width each (Schuster and Paliwal
-    1997, section II.C).
+    """A recurrent layer; a bidirectional one has half the width in each direction.
+
+    Schuster and Paliwal 1997, section II.C.
     """
 
     config: RecurrentLayerConfig
@@ -163,20 +173,23 @@ class RecurrentLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, valid, is_first, state: State):
-        """What it gives out (B, T, E), and its last state; see `RNN`."""
+        """Return the outputs (B, T, E) and the last state; see `RNN`."""
         c = self.config
         x = Dropout(c.dropout)(x, deterministic=self.deterministic)
         if not self.bidirectional:
             return RNN(c, c.width, name="forward")(x, valid, is_first, state)
         halves = [*zip(*(jnp.split(s, 2, axis=-1) for s in state), strict=True)]
-        forward, first = RNN(c, c.width // 2, name="forward")(x, valid, is_first, halves[0])
-        backward, second = RNN(c, c.width // 2, True, name="backward")(x, valid, is_first, halves[1])
-        states = (jnp.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True))
-        return jnp.concatenate([forward, backward], axis=-1), tuple(states)
+        forward = RNN(c, c.width // 2, name="forward")
+        backward = RNN(c, c.width // 2, True, name="backward")
+        (y, y_state), (z, z_state) = (
+            layer(x, valid, is_first, half) for layer, half in zip((forward, backward), halves, strict=True)
+        )
+        states = (jnp.concatenate(pair, axis=-1) for pair in zip(y_state, z_state, strict=True))
+        return jnp.concatenate([y, z], axis=-1), tuple(states)
 
 
 class RecurrentStack(nn.Module):
-    """`depth` layers, each reading what the one before gives out; scanned over, or unrolled."""
+    """A stack of `depth` recurrent layers, compiled as a loop over layers or unrolled."""
 
     config: RecurrentLayerConfig
     depth: int
@@ -188,7 +201,7 @@ class RecurrentStack(nn.Module):
     def __call__(
         self, x: Float[Array, "B T E"], valid, is_first, states: State, deterministic: bool
     ) -> tuple[Float[Array, "B T E"], State]:
-        """Activations after the last layer, and the last states of all (B, L, E); see `RNN`."""
+        """Return the last layer's outputs, and the last states (B, L, E); see `RNN`."""
         layer = RecurrentLayer
         if self.remat != "none":
             layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)

@@ -1,4 +1,7 @@
-"""A memory of any length as one of a few latents (Flamingo, arXiv 2204.14198, section 3.1.1)."""
+"""Perceiver resampler: a few latents that attend to an encoder output of any length.
+
+Flamingo, arXiv 2204.14198, section 3.1.1.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,11 +18,11 @@ from attnlab.sharding import constrain
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """A Perceiver resampler, as wide as what it reads.
+    """Config of a Perceiver resampler, which has the width of its encoder.
 
     Attributes:
-      latents: learned vectors that look at the memory, and take its place.
-      depth: how many times they do, each followed by a feed-forward layer.
+      latents: number of learned latents, the length of the resampled output.
+      depth: number of layers, each of attention and feed-forward.
     """
 
     latents: int = 64
@@ -31,13 +34,13 @@ class ResamplerConfig:
 
 
 class Resampler(nn.Module):
-    """Applies the resampler that `config` describes.
+    """A Perceiver resampler.
 
     Attributes:
-      config: its size.
-      block: what its blocks have in common with those of the model that made the memory.
+      config: see `ResamplerConfig`.
+      block: settings of the encoder's blocks, also used for those of the resampler.
       scan: see `LayerStack`.
-      remat: see there.
+      remat: see `LayerStack`.
     """
 
     config: ResamplerConfig
@@ -47,7 +50,10 @@ class Resampler(nn.Module):
 
     @nn.compact
     def __call__(self, memory: EncoderOutput, deterministic: bool = True) -> EncoderOutput:
-        """A memory of one document, the latents after their last look at those of its document 1."""
+        """Return the latents after the last layer, as one document.
+
+        They attend to document 1 of `memory`.
+        """
         c, block, rows = self.config, self.block, memory.hidden.shape[0]
         table = Embedding(c.latents, block.width, ("sequence", "embed"), block.init.std, block.dtypes)
         x = jnp.broadcast_to(table()[None], (rows, c.latents, block.width))
@@ -58,6 +64,6 @@ class Resampler(nn.Module):
         x, _ = stack(
             x, None, SequenceInputs(segments, jnp.zeros_like(segments), memory=memory), deterministic
         )
-        if block.placement != "post":  # else the last block has ended with one
+        if block.placement != "post":  # with "post", the last block already ends with a norm
             x = block.norm.build(block.dtypes, name="norm")(x)
         return EncoderOutput(x, segments)

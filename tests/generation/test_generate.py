@@ -83,16 +83,16 @@ def test_a_batch_of_unequal_lengths_is_each_alone(one):
 
 @dataclass(frozen=True)
 class Chunked(LayerSpec):
-    def mask(self, first=0):
-        return chunked(5, first)
+    def mask(self, offset=0):
+        return chunked(5, offset)
 
 
 @dataclass(frozen=True)
 class Attracted(LayerSpec):
     """The first three tokens, which every other one sees, and neighbours counted in threes."""
 
-    def mask(self, first=0):
-        return causal(first) & (key_lengths(3) | (lambda b, h, q, k: k // 3 >= (q + first) // 3 - 1))
+    def mask(self, offset=0):
+        return causal(offset) & (key_lengths(3) | (lambda b, h, q, k: k // 3 >= (q + offset) // 3 - 1))
 
 
 def test_layers_that_count_from_the_first_token_count_from_that_of_each_row(mesh_of):

@@ -193,7 +193,7 @@ def test_the_balance_loss_counts_as_much_in_microbatches():
     [
         ({"top_k": 9}, "top_k=9 must be at least 1 and at most experts=8"),
         ({"top_k": 1}, "renormalize with top_k=1"),
-        ({"balance_loss_weight": -1.0}, "balance_loss_weight must be at least 0"),
+        ({"balance_loss_weight": -1.0}, "balance_loss_weight=-1.0 must be at least 0"),
     ],
 )
 def test_configs_that_are_refused(fields, said):

@@ -72,9 +72,9 @@ def test_it_computes_in_its_own_dtype():
 
 
 @pytest.mark.parametrize("sides, size, named", [
-    ((8, 9), 4, "8 x 9 pixels cannot be patchify into patches of 4 x 4"),
-    ((8, 8), (4, 3), "8 x 8 pixels cannot be patchify into patches of 4 x 3"),
-    ((8, 8), (4, 4, 4), "8 x 8 pixels cannot be patchify into patches of 4 x 4 x 4"),
+    ((8, 9), 4, "cannot split 8 x 9 pixels into patches of 4 x 4"),
+    ((8, 8), (4, 3), "cannot split 8 x 8 pixels into patches of 4 x 3"),
+    ((8, 8), (4, 4, 4), "cannot split 8 x 8 pixels into patches of 4 x 4 x 4"),
 ])  # fmt: skip
 def test_sides_that_do_not_divide_are_refused(sides, size, named):
     with pytest.raises(InputError, match=named):
@@ -148,5 +148,5 @@ def test_positions_on_a_mesh(mesh_of):
 
 
 def test_a_table_of_another_grid_is_refused():
-    with pytest.raises(InputError, match="17 positions is not for 4 x 4 patches and 0 tokens before them"):
+    with pytest.raises(InputError, match="17 positions does not match 4 x 4 patches and 0 prefix tokens"):
         resize_positions(normal(17, 4), (4, 4), (2, 2))

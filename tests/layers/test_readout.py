@@ -36,7 +36,7 @@ def test_stretches_change_nothing(monkeypatch, most, stretches):
 
     whole = jax.value_and_grad(run, (0, 1), has_aux=True)(X, TABLE)
     monkeypatch.setattr(readout, "MAX_LOGITS", most)
-    assert readout._stretches(X, 11) == stretches
+    assert readout._num_chunks(X, 11) == stretches
     parts = jax.value_and_grad(run, (0, 1), has_aux=True)(X, TABLE)
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
