@@ -195,7 +195,7 @@ OF_OTHERS = {
     ("model.positions.scaling=YaRN(4.0,4096)", "original"): ("1024", "step"),
     ("model.positions.scaling=YaRN(4.0,4096)", "fast"): ("4.0", "step"),
     ("model.positions.scaling=YaRN(4.0,4096)", "slow"): ("8.0", "step"),
-    ("model.positions.scaling=YaRN(4.0,4096)", "whole"): ("false", "step"),
+    ("model.positions.scaling=YaRN(4.0,4096)", "truncate"): ("false", "step"),
     ("model.positions.scaling=YaRN(4.0,4096)", "temperature"): ("1.5", "step"),
     (LONG_ROPE, "short"): (OTHER_PAIRS, "step"),
     (LONG_ROPE, "long"): (OTHER_PAIRS, "step"),
