@@ -1,4 +1,4 @@
-"""`attend`, one call for every attention in the project, and `explain`, which reports how it would run."""
+"""The attention call `attend`, and `explain`, which reports how a call would run."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ from attnlab.attention.normalizers import softmax
 from attnlab.attention.scores import as_score
 from attnlab.errors import InputError
 
-# The order in which "auto" tries backends. `register` puts others before these.
+# The order in which "auto" tries backends. `register` inserts other backends before these.
 AUTO_ORDER: tuple[Backend, ...] = (
     Ring(),
     AllToAll(),
@@ -66,34 +66,32 @@ def attend(
     return_lse: bool = False,
     return_weights: bool = False,
 ):
-    """Attention of `query` over `key` and `value` (Vaswani et al. 2017, equation 1), heads grouped if K < H.
+    """Compute attention of `query` over `key` and `value` (Vaswani et al. 2017, equation 1).
 
     Args:
-      query: (B, T, H, D), or with any number of batch dimensions.
-      key: (B, S, K, D), H a multiple of K.
+      query: (B, T, H, D), with any number of batch dimensions.
+      key: (B, S, K, D). H must be a multiple of K; H > K is grouped-query attention.
       value: (B, S, K, Dv).
-      mask: which pairs may attend: a mask, a boolean array, or a function of (b, h, q, k); None is all.
-      score: change of the scaled scores: a score, a function of (score, b, h, q, k), or several in order.
-      scale: factor of the scores; None is 1 / sqrt(D).
-      sinks: a further score of each head that takes weight and gives nothing, (H,).
-      normalizer: masked scores to weights, over the last axis; only "reference" has others than softmax.
-      dropout_rate: share of weights dropped, where `dropout_key` is given.
+      mask: a mask, a boolean array, or a function of (b, h, q, k). None allows every pair.
+      score: modifies the scaled scores: a score, a function of (score, b, h, q, k), or a sequence.
+      scale: factor of the scores, 1 / sqrt(D) by default.
+      sinks: one extra logit per head that takes part in the softmax and has no value, (H,).
+      normalizer: maps masked scores to weights over the last axis. Every backend but "reference"
+        requires `softmax`.
+      dropout_rate: fraction of the weights to drop. Without `dropout_key`, no weight is dropped.
       dropout_key: random key of the dropout.
-      backend: a name, a backend, or "auto": the first in `AUTO_ORDER` that supports the call; see `explain`.
-      return_lse: also return the float32 log-sum-exp, (B, T, H).
+      backend: a name, a `Backend`, or "auto": the first of `AUTO_ORDER` that supports the call.
+      return_lse: also return the log-sum-exp of the scores, (B, T, H), float32.
       return_weights: also return the weights before dropout, (B, H, T, S), float32.
 
     Returns:
-      The output (B, T, H, Dv) in the value's dtype, then what was asked for, in that order. A query
-      with no key to attend to gets output 0 and log-sum-exp -inf. The result is laid out over the
-      mesh as `query` is.
+      The output (B, T, H, Dv) in the dtype of `value`, sharded like `query`; then, if requested,
+      the log-sum-exp and the weights. A query without keys has output 0 and log-sum-exp -inf.
 
     Raises:
-      InputError: shapes or layouts that do not fit, an unknown backend, or one that cannot do what is asked.
+      InputError: Shapes or shardings do not match, or the backend is unknown or unsupported.
     """
-    _check_shapes(query, key, value)
-    if not 0 <= dropout_rate < 1:
-        raise InputError(f"attend: dropout_rate must be at least 0 and under 1, not {dropout_rate}")
+    _check_arguments(query, key, value, dropout_rate)
     batch = query.shape[:-3]
     arrays = [x.reshape(-1, *x.shape[-3:]) if len(batch) != 1 else x for x in (query, key, value)]
     args = AttentionArgs(
@@ -120,25 +118,25 @@ def attend(
     return (out, *extras) if extras else out
 
 
-def _check_shapes(query, key, value) -> None:
+def _check_arguments(query, key, value, dropout_rate) -> None:
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
         raise InputError(f"attend takes (batch, length, heads, head_dim) arrays; got {shapes}")
     if key.shape[:-1] != value.shape[:-1] or query.shape[:-3] != key.shape[:-3]:
-        raise InputError(f"attend: batch, length and heads of key and value must agree; got {shapes}")
+        raise InputError(f"attend: batch, length and heads of key and value must be equal; got {shapes}")
     if query.shape[-1] != key.shape[-1]:
-        raise InputError(f"attend: query and key must have one head_dim; got {shapes}")
+        raise InputError(f"attend: query and key must have the same head_dim; got {shapes}")
     if query.shape[-2] % key.shape[-2]:
         hint = ""
         if query.shape[-3] % key.shape[-3] == 0:
-            hint = (
-                "; laid out (batch, heads, length, head_dim)? attend takes (batch, length, heads, head_dim)"
-            )
+            hint = "; attend takes (batch, length, heads, head_dim), not (batch, heads, length, head_dim)"
         raise InputError(f"attend: query heads must be a multiple of key heads; got {shapes}{hint}")
+    if not 0 <= dropout_rate < 1:
+        raise InputError(f"attend: dropout_rate must be at least 0 and less than 1, not {dropout_rate}")
 
 
 def _platform() -> str:
-    """The platform that the program is for: of the mesh's devices, which may be others than are here."""
+    """Return the target platform: that of the mesh's devices, which this host may not have."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.values["jax_default_device"]
     if device is None:
         return jax.default_backend()
@@ -146,7 +144,7 @@ def _platform() -> str:
 
 
 def _check_values(args: AttentionArgs) -> None:
-    """Checks that arrays within mask and score have the scores' lengths, or 1, where they say so."""
+    """Check that each named dimension of an array in mask or score is 1 or matches the scores."""
     b, t, h, _ = args.query.shape
     lengths = {"batch": b, "heads": h, "queries": t, "keys": args.key.shape[1]}
 
@@ -155,7 +153,7 @@ def _check_values(args: AttentionArgs) -> None:
             if name in lengths and n not in (1, lengths[name]):
                 raise InputError(
                     f"attend: an array {jnp.shape(x)} of ({', '.join(map(str, dims))}) in the {kind} "
-                    f"has {n} {name}, where the scores have {lengths[name]}"
+                    f"has {n} {name}; the scores have {lengths[name]}"
                 )
         return x
 
@@ -165,7 +163,7 @@ def _check_values(args: AttentionArgs) -> None:
 
 
 def _run_sharded(name_or_backend: str | Backend, args: AttentionArgs) -> AttentionResult:
-    """Runs a backend on each device's own part, as the types of the arguments say."""
+    """Run a backend on each device's shard, as the shardings in the arguments' types specify."""
     arrays = args.query, args.key, args.value
     layouts = [
         P(None, None, None, None) if jax.sharding.get_abstract_mesh().empty else _spec(x) for x in arrays
@@ -192,10 +190,11 @@ def _run_sharded(name_or_backend: str | Backend, args: AttentionArgs) -> Attenti
     axes = {"batch": batch, "heads": heads}
 
     def spec(x, dims) -> P:
-        # Cut as the scores are, but for what serves all rows or heads; whole along the length.
+        # Shard batch and heads like the scores. Dimensions of 1 and the length are replicated.
         return P(*(axes.get(name) if n > 1 else None for name, n in zip(dims, jnp.shape(x), strict=True)))
 
-    # What is known now stays so: it does not become an argument, of which a backend would know nothing.
+    # Replicated constants stay constants: as arguments of `shard_map` they would be traced, and a
+    # backend could not evaluate the mask at trace time.
     values = args.mask, args.score
     specs = jax.tree.leaves([x if x is None else x.map_arrays(spec) for x in values], is_leaf=_is_spec)
     leaves, structure = jax.tree.flatten(values)
@@ -236,27 +235,27 @@ def _is_spec(x) -> bool:
 
 
 def _is_replicated_constant(x: Array | np.ndarray) -> bool:
-    """Whether an array is known, as a whole and as numbers, while the program is traced."""
+    """Return whether an array is concrete at trace time, fully replicated, and not a random key."""
     if not is_static(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
         return False
     return not isinstance(x, jax.Array) or x.is_fully_replicated
 
 
 def _axes(entry) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
+    """Return the mesh axes of one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _shard_start(axes, length: int):
-    """Where this device's part begins in a dimension that is laid out over mesh axes."""
+    """Return the offset of this device's shard in a dimension sharded over mesh axes."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return jax.lax.axis_index(axes) * length if math.prod(sizes[a] for a in _axes(axes)) > 1 else 0
 
 
 def _local_key(key, layout):
-    """A dropout key of this device's own, so that no two shards drop the same places.
+    """Return a dropout key that differs between shards of rows and heads.
 
-    Devices that hold the same rows and heads keep one key: they must agree.
+    Devices that hold the same rows and heads use the same key, since replicas must be equal.
     """
     if key is None:
         return None
@@ -271,16 +270,16 @@ def _spec(x) -> P:
 
 
 def _check_layouts(layouts, kv_heads: int):
-    """The mesh axes of batch, length and heads, once each device has all it needs of its rows."""
+    """Return the mesh axes of batch, length and heads; raise if the shardings do not match."""
     query, key, value = layouts
-    message = f"laid out are query {query}, key {key}, value {value}"
+    message = f"shardings are query {query}, key {key}, value {value}"
     if any(spec[3] for spec in layouts):
-        raise InputError(f"attend: head_dim must be whole on every device, reshard first; {message}")
-    # One key head serves every query head, wherever those lie.
+        raise InputError(f"attend: head_dim must not be sharded, reshard first; {message}")
+    # A single key head may be replicated while the query heads are sharded.
     heads = (query[2],) if kv_heads > 1 else (query[2], None)
     if any(spec[:2] != query[:2] or spec[2] not in heads for spec in (key, value)):
         raise InputError(
-            f"attend: batch, length and heads of key and value must be laid out as the query's, "
+            f"attend: batch, length and heads of key and value must be sharded like the query, "
             f"reshard first; {message}"
         )
     return query[0], query[1], query[2]
@@ -288,16 +287,17 @@ def _check_layouts(layouts, kv_heads: int):
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a call of `attend` comes to.
+    """The backend and the cost of one call of `attend`.
 
     Attributes:
-      backend: the one that runs.
-      rejected: why each other one does not, or that it is not needed.
-      block_sizes: block_q and block_kv.
-      blocks: how many blocks are empty, need the mask, and are full.
-      density: share of the pairs that the mask allows; None where it holds traced arrays.
-      flops: of the forward pass, for the allowed pairs; a multiply and an add are two.
-      memory: bytes of temporary memory of the compiled forward pass on a device.
+      backend: the name of the selected backend.
+      rejected: maps the name of every other backend to the reason why it was not selected.
+      block_sizes: `blockwise`'s default block_q and block_kv.
+      blocks: numbers of empty, partial and full blocks. None for a traced mask.
+      density: fraction of the pairs that the mask allows. None for a traced mask.
+      flops: floating-point operations of the forward pass over the allowed pairs; a
+        multiply-add counts as two.
+      memory: temporary memory of the compiled forward pass, in bytes per device.
     """
 
     backend: str
@@ -312,10 +312,10 @@ class Explanation:
         lines = [f"backend   {self.backend}"]
         lines += [f"          not {name}: {reason}" for name, reason in self.rejected.items()]
         if self.blocks is None:
-            lines.append("mask      known only when run")
+            lines.append("mask      traced: blocks are counted at run time")
         else:
-            (q, kv), (empty, partly, full) = self.block_sizes, self.blocks
-            counts = f"{empty} empty, {partly} partial, {full} full"
+            (q, kv), (empty, partial_, full) = self.block_sizes, self.blocks
+            counts = f"{empty} empty, {partial_} partial, {full} full"
             lines.append(f"mask      {self.density:.2%} of the pairs")
             lines.append(f"blocks    of {q} queries and {kv} keys: {counts}")
         lines.append(f"FLOPs     {self.flops / 1e9:,.3f} G forward")
@@ -326,10 +326,18 @@ class Explanation:
 def explain(
     query, key, value, *, mask: Any = None, backend: str | Backend = "auto", **options
 ) -> Explanation:
-    """What `attend` would do with these arguments; query, key and value may be shapes.
+    """Return which backend `attend` selects for these arguments, and the cost of the call.
+
+    Args:
+      query: as in `attend`, or a `jax.ShapeDtypeStruct`.
+      key: as `query`.
+      value: as `query`.
+      mask: as in `attend`.
+      backend: as in `attend`.
+      **options: the other arguments of `attend`.
 
     Raises:
-      InputError: what `attend` would raise.
+      InputError: `attend` raises it for these arguments.
     """
     recorder = _RecordingBackend(backend)
 
@@ -340,10 +348,10 @@ def explain(
     *batch, t, h, d = query.shape
     s, rows = key.shape[-3], int(np.prod(batch))
     block_sizes, blocks, density = default_block_sizes(t, s), None, None
-    whole = None if mask is None else as_mask(mask)
-    if whole is None or is_static(whole):
-        density = 1.0 if whole is None else whole.density(t, s, rows, h)
-        blocks = _count_blocks(whole, BlockGrid(t, s, *block_sizes, rows, h))
+    mask_ = None if mask is None else as_mask(mask)
+    if mask_ is None or is_static(mask_):
+        density = 1.0 if mask_ is None else mask_.density(t, s, rows, h)
+        blocks = _count_blocks(mask_, BlockGrid(t, s, *block_sizes, rows, h))
     pairs = rows * h * t * s * (1.0 if density is None else density)
     return Explanation(
         backend=recorder.chosen.name,
@@ -357,35 +365,36 @@ def explain(
 
 
 def _count_blocks(mask, grid: BlockGrid) -> tuple[int, int, int]:
-    """How many blocks are empty, partial and full."""
+    """Return the numbers of empty, partial and full blocks."""
     if mask is None:
         return 0, 0, int(np.prod(grid.num_blocks))
     any_allowed, all_allowed = (np.asarray(x) for x in mask.block_summary(grid))
-    partly = any_allowed & ~all_allowed
-    return int((~any_allowed).sum()), int(partly.sum()), int((any_allowed & all_allowed).sum())
+    partial_blocks = any_allowed & ~all_allowed
+    return int((~any_allowed).sum()), int(partial_blocks.sum()), int((any_allowed & all_allowed).sum())
 
 
 class _RecordingBackend:
-    """Stands between `attend` and the backend that it would choose."""
+    """A backend that selects another one, runs it, and records the selection."""
 
     name = "recording"
     chosen: Backend
     args: AttentionArgs
 
     def __init__(self, name_or_backend: str | Backend):
-        self._wanted = name_or_backend
+        self._requested = name_or_backend
 
     def unsupported_reason(self, args):
-        """Keeps what is asked."""
+        """Record the arguments and the backend selected for them."""
         self.args = args
-        self.chosen = select_backend(self._wanted, args)
+        self.chosen = select_backend(self._requested, args)
 
     def run(self, args, offset):
-        """Runs the backend that was chosen."""
+        """Run the selected backend."""
         return self.chosen.run(args, offset)
 
     def rejections(self) -> dict[str, str]:
-        """Why each other backend was not chosen."""
+        """Return the reason why each other backend was not selected."""
         others = (backend for backend in BACKENDS if backend.name != self.chosen.name)
-        unused = f"{self.chosen.name} comes first" if self._wanted == "auto" else "another was asked for"
+        is_auto = self._requested == "auto"
+        unused = f"{self.chosen.name} has priority" if is_auto else "another backend was requested"
         return {backend.name: backend.unsupported_reason(self.args) or unused for backend in others}

@@ -1,4 +1,4 @@
-"""Which blocks of a mask a backend visits, and in what order: known when compiled, or found when run."""
+"""Block masks: the blocks that a backend visits, computed at trace time or at run time."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -14,16 +14,16 @@ from attnlab.attention.pairwise import eval_at_trace_time
 
 
 class BlockMask(NamedTuple):
-    """For each block of queries, the blocks of keys that it attends to in any batch row and head.
+    """The blocks of keys that each block of queries attends to, in any batch row or head.
 
-    A full block allows every pair, a partial block some of them and needs the mask.
+    A full block allows every pair. A partial block allows some pairs and needs the mask.
 
     Attributes:
-      kv_indices: indices of kv blocks, (q blocks, kv blocks), full blocks first, then partial ones; entries
-        from `kv_num_blocks` on are undefined.
-      full_kv_num_blocks: how many of the first `kv_indices` are full.
-      kv_num_blocks: how many of the first `kv_indices` are full or partial. FlexAttention counts only the
-        partial ones in this field.
+      kv_indices: indices of kv blocks, (q blocks, kv blocks): full blocks first, then partial
+        ones. Entries from `kv_num_blocks` on are undefined.
+      full_kv_num_blocks: number of leading `kv_indices` that are full.
+      kv_num_blocks: number of leading `kv_indices` that are full or partial. FlexAttention counts
+        only the partial ones in this field.
     """
 
     kv_indices: Int[Array, "Q S"]
@@ -33,12 +33,13 @@ class BlockMask(NamedTuple):
 
 @dataclass(frozen=True)
 class StaticBlockInfo:
-    """What is known of a block mask when the program is compiled.
+    """Properties of a block mask that are static.
 
     Attributes:
-      has_full: whether some block may need no mask.
-      has_partial: whether some block may need one.
-      unrolled: where blocks are few, for each block of queries its (block of keys, needs the mask).
+      has_full: whether any block may be full.
+      has_partial: whether any block may be partial.
+      unrolled: for each block of queries, its pairs (kv block, needs the mask), if there are few
+        enough blocks to unroll the loop over them. None otherwise.
     """
 
     has_full: bool = True
@@ -46,13 +47,14 @@ class StaticBlockInfo:
     unrolled: tuple[tuple[tuple[int, bool], ...], ...] | None = None
 
 
-# A program of so many blocks written out compiles quickly and runs faster than loops, as long as the memory
-# of so many scores, all of which it may hold at once, is nothing.
+# Up to these limits, loops over blocks are unrolled. So few unrolled blocks compile quickly and run
+# faster than a loop. XLA may hold the scores of all unrolled blocks at once: 2^22 scores are 16 MiB
+# in float32.
 FEW_BLOCKS, FEW_SCORES = 24, 2**22
 
 
 def even_block_size(length: int, max_size: int) -> int:
-    """The size of equal parts that are at most so long."""
+    """Return the size of the fewest equal parts of `length` that are at most `max_size` long."""
     return -(-length // -(-length // max_size))
 
 
@@ -62,19 +64,20 @@ def is_static(tree) -> bool:
 
 
 def make_block_mask(mask: Mask | None, grid: BlockGrid) -> tuple[BlockMask, StaticBlockInfo]:
-    """The block mask of a mask over a grid, computed here and now as far as the mask is known.
+    """Return the block mask of a mask over a grid, computed at trace time where possible.
 
-    What is known only when run, such as segments, is left out of account where that leaves few blocks;
-    where it leaves many, the whole block mask is found when run.
+    Traced parts of the mask, such as segment ids, are ignored when the static part leaves at most
+    `FEW_BLOCKS` blocks with at most `FEW_SCORES` scores. Otherwise the block mask is computed at
+    run time.
     """
-    part, whole = static_part(mask, grid)
-    if whole or (part is not None and is_static(grid.offset[2:])):
+    part, all_static = static_part(mask, grid)
+    if all_static or (part is not None and is_static(grid.offset[2:])):
         any_allowed, all_allowed = eval_at_trace_time(
             lambda: _summarize(part, grid._replace(offset=(0, 0, *grid.offset[2:])))
         )
-        all_allowed = all_allowed & whole
+        all_allowed = all_allowed & all_static
         unrolled = _unrolled_kv_blocks(any_allowed, all_allowed, grid)
-        if whole or unrolled is not None:
+        if all_static or unrolled is not None:
             has_partial = bool((any_allowed & ~all_allowed).any())
             info = StaticBlockInfo(bool(all_allowed.any()), has_partial, unrolled)
             return _sort_blocks(np, any_allowed, all_allowed), info
@@ -82,17 +85,17 @@ def make_block_mask(mask: Mask | None, grid: BlockGrid) -> tuple[BlockMask, Stat
 
 
 def static_part(mask: Mask | None, grid: BlockGrid) -> tuple[Mask | None, bool]:
-    """The part of a conjunction that is known when compiled, and whether that is all of it."""
+    """Return the static operands of a conjunction, and whether that is the whole mask."""
     if mask is None:
         return None, is_static(grid.offset[2:])
     if isinstance(mask, AndMask):
         sides = static_part(mask.left, grid), static_part(mask.right, grid)
-        if all(whole for _, whole in sides):
+        if all(all_static for _, all_static in sides):
             return mask, True
         parts = [part for part, _ in sides if part is not None]
         return (reduce(AndMask, parts) if parts else None), False
-    by_place = not is_static(grid.offset[:2]) and any(depends_on_batch_and_heads(mask))
-    if by_place or not is_static((mask, grid.offset[2:])):
+    uses_traced_offset = not is_static(grid.offset[:2]) and any(depends_on_batch_and_heads(mask))
+    if uses_traced_offset or not is_static((mask, grid.offset[2:])):
         return None, False
     return mask, True
 
@@ -108,20 +111,20 @@ def _unrolled_kv_blocks(any_allowed, all_allowed, grid: BlockGrid):
 
 
 def _summarize(mask: Mask | None, grid: BlockGrid):
-    """Of each block: whether some row of the batch or head needs it, and whether none needs a mask for it."""
+    """Return for each block whether it is nonempty and whether it is full, over rows and heads."""
     count, width = grid.num_blocks
     any_allowed: Any = np.ones((count, width), bool)
     all_allowed: Any = any_allowed
     if mask is not None:
         any_allowed, all_allowed = mask.block_summary(grid)
         any_allowed, all_allowed = any_allowed.any((0, 1)), all_allowed.all((0, 1))
-    if grid.num_keys % grid.block_kv:  # what fills up the last block is not to be attended to
+    if grid.num_keys % grid.block_kv:  # the last block is padded, and padding is masked
         all_allowed = all_allowed & (np.arange(width) < width - 1)[None]
     return any_allowed, all_allowed & any_allowed
 
 
 def _sort_blocks(np_, any_allowed, all_allowed) -> BlockMask:
-    # Sorting by 0, 1, 2 keeps the order of the keys within each sort.
+    # Stable sort: full, partial and empty blocks each stay in the order of their keys.
     rank = np_.where(all_allowed, 0, np_.where(any_allowed, 1, 2))
     kv_indices = np_.argsort(rank, axis=1, **({"kind": "stable"} if np_ is np else {"stable": True}))
     return BlockMask(kv_indices.astype(np_.int32), all_allowed.sum(1), any_allowed.sum(1))

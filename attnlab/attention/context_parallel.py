@@ -1,7 +1,7 @@
-"""Attention over a sequence that is sharded over devices: three ways to bring queries and keys together.
+"""Context parallelism: attention over a sequence sharded over devices, as three backends.
 
-All run inside `shard_map`, each device holding its own part of the length, in order. Masks and scores are
-whole along the length on every device, and are cut to the parts that ring.
+All three run inside `shard_map`. Device i holds the i-th shard of the length. Masks and scores are
+replicated along the length and are sliced to the queries and keys that a device computes.
 """
 
 from functools import partial
@@ -21,18 +21,18 @@ from attnlab.attention.backends.registry import (
 
 
 class ContextParallelBackend:
-    """What the three have in common."""
+    """Base class of the backends for a sharded length."""
 
     name: str
 
     def unsupported_reason(self, args: AttentionArgs):
         """See `Backend.unsupported_reason`."""
         if not args.sequence_axes:
-            return "the length is whole on every device"
+            return "the length is not sharded"
         return softmax_only_reason(args) or self.unsupported_layout_reason(args)
 
     def unsupported_layout_reason(self, args: AttentionArgs) -> str | None:
-        """Why this way cannot do what is asked."""
+        """Return why the backend does not support the sharded shapes, or None."""
         del args
         return None
 
@@ -42,12 +42,12 @@ class ContextParallelBackend:
         return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
 
     def attend_local(self, args: AttentionArgs, offset) -> tuple[Array, Array]:
-        """Output and log-sum-exp of this device's queries."""
+        """Return output and log-sum-exp of this device's queries."""
         raise NotImplementedError
 
 
 class AllGather(ContextParallelBackend):
-    """Every device gets all keys and values, for its own queries (arXiv 2407.21783, section 3.3.2)."""
+    """All-gather of keys and values to every device (Llama 3, arXiv 2407.21783, section 3.3.2)."""
 
     name = "all_gather"
 
@@ -63,7 +63,10 @@ class AllGather(ContextParallelBackend):
 
 
 class AllToAll(ContextParallelBackend):
-    """Every device gets the whole length of some heads (DeepSpeed Ulysses, arXiv 2309.14509, section 3)."""
+    """All-to-all from shards of the length to shards of the heads, and back.
+
+    DeepSpeed Ulysses, arXiv 2309.14509, section 3.
+    """
 
     name = "all_to_all"
 
@@ -71,7 +74,7 @@ class AllToAll(ContextParallelBackend):
         """See `ContextParallelBackend.unsupported_layout_reason`."""
         heads, count = args.key.shape[2], args.sequence_shards
         if heads % count:
-            return f"{heads} key heads a device do not divide over {count} devices"
+            return f"{heads} key heads per device are not divisible by {count} devices"
         return None
 
     def attend_local(self, args, offset):
@@ -86,10 +89,11 @@ class AllToAll(ContextParallelBackend):
 
 
 class Ring(ContextParallelBackend):
-    """Keys and values go round, each device adding what its queries find in them (arXiv 2310.01889).
+    """Ring attention: keys and values pass from device to device (arXiv 2310.01889).
 
-    With a mask, device i of n first trades halves to hold parts i and 2n - 1 - i of 2n, so that a causal
-    mask leaves every device the same work (zig-zag; Llama 3, arXiv 2407.21783, section 3.3.2).
+    With a mask, device i of n first exchanges halves so that it holds parts i and 2n - 1 - i of 2n.
+    A causal mask then leaves every device the same work (zig-zag; Llama 3, arXiv 2407.21783,
+    section 3.3.2).
     """
 
     name = "ring"
@@ -98,7 +102,7 @@ class Ring(ContextParallelBackend):
         """See `ContextParallelBackend.unsupported_layout_reason`."""
         lengths = args.query.shape[1], args.key.shape[1]
         if any(n % 2 for n in lengths) and args.mask is not None:
-            return f"it exchanges halves of each device's length, and {lengths} are not even"
+            return f"it exchanges halves of each device's shard, and the lengths {lengths} are not even"
         return None
 
     def attend_local(self, args, offset):
@@ -121,16 +125,22 @@ def _slice_values(values, **ranges):
 
 
 def zigzag_permute(x: Array, axis, inverse: bool = False) -> Array:
-    """From parts 2i and 2i + 1 of 2n on device i to parts i and 2n - 1 - i, or back."""
+    """Exchange parts 2i and 2i + 1 of 2n on device i for parts i and 2n - 1 - i, or back.
+
+    Args:
+      x: the shard of this device, split along its second axis.
+      axis: the mesh axes that the length is sharded over.
+      inverse: whether to restore the original order.
+    """
     n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
 
     def holder(part):
         return part if part < n else 2 * n - 1 - part
 
-    # Even parts all go to different devices, and so do odd ones.
+    # The even parts go to n different devices, and so do the odd parts: one permutation for each.
     even, odd = ([(part // 2, holder(part)) for part in range(start, 2 * n, 2)] for start in (0, 1))
     first, second = jnp.split(x, 2, axis=1)
-    is_swapped = me % 2 == 1  # there the part that comes first in order is the odd one
+    is_swapped = me % 2 == 1  # on odd devices, the earlier part is the odd one
     if inverse:
         first, second = jnp.where(is_swapped, second, first), jnp.where(is_swapped, first, second)
         even, odd = ([(b, a) for a, b in pairs] for pairs in (even, odd))
@@ -141,7 +151,7 @@ def zigzag_permute(x: Array, axis, inverse: bool = False) -> Array:
 
 
 class _RingState:
-    """The parts of queries and keys that meet on this device in each step of the ring."""
+    """Indices and options of the query and key parts that this device computes in a ring step."""
 
     def __init__(self, static, query, key, mask, score, offset):
         self.axis, self.zigzag, self.scale = static
@@ -151,13 +161,16 @@ class _RingState:
         self.mask, self.score, self.offset = mask, score, offset
 
     def part_index(self, owner, half: int):
-        """The number of a part, among all in their order."""
+        """Return the index of a half of `owner`'s shard among all parts of the sequence."""
         if not self.zigzag:
             return owner
         return owner if half == 0 else 2 * self.n - 1 - owner
 
     def blockwise_options(self, owner, i: int, j: int):
-        """What `blockwise` has to know where half i of these queries meets half j of the owner's keys."""
+        """Return start indices and `blockwise` options for two halves.
+
+        They are half i of this device's queries and half j of `owner`'s keys.
+        """
         q, k = self.part_index(self.me, i) * self.sizes[0], self.part_index(owner, j) * self.sizes[1]
         ranges = {"queries": (q, self.sizes[0]), "keys": (k, self.sizes[1])}
         mask, score = _slice_values((self.mask, self.score), **ranges)
@@ -170,11 +183,14 @@ class _RingState:
         }
 
     def halves(self, *arrays):
-        """Each half of several arrays."""
+        """Return the halves of several arrays, or the whole arrays without zig-zag."""
         return list(zip(*(jnp.split(x, self.count, axis=1) for x in arrays), strict=True))
 
     def ring_scan(self, carry, step, rotating):
-        """`step(carry, owner, rotating)` for each device's keys, which move on in between, and come home."""
+        """Scan `step(carry, owner, rotating)` over all owners, one ring rotation per step.
+
+        After n steps, the `rotating` arrays are back on their own device.
+        """
 
         def rotate(state, i):
             carry, rotating = state
@@ -212,9 +228,9 @@ def _ring_forward(static, query, key, value, mask, score, offset):
     return (out.astype(value.dtype), lse), (query, key, value, mask, score, offset, out, lse)
 
 
-def _merge_softmax(one, two):
-    """The softmax over two sets of keys, from that over each (arXiv 2307.08691, section 2.3)."""
-    (out_1, lse_1), (out_2, lse_2) = one, two
+def _merge_softmax(left, right):
+    """Combine softmax outputs over two disjoint sets of keys (arXiv 2307.08691, section 2.3)."""
+    (out_1, lse_1), (out_2, lse_2) = left, right
     lse = jnp.logaddexp(lse_1, lse_2)
     finite_lse = jnp.where(jnp.isneginf(lse), 0, lse)
     weights = [jnp.exp(x - finite_lse)[..., None] for x in (lse_1, lse_2)]

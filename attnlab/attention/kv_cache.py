@@ -1,14 +1,14 @@
 """KV caches: keys and values of tokens already processed, as immutable pytrees.
 
-`KVCache` is the contiguous cache of one layer and `DecoderCache` that of a whole decoder, which generation
-uses. `RollingKVCache`, `PagedKVCache` and `QuantizedKVCache` are alternatives for one layer: `write` returns
-a cache with more tokens, `read` the keys and values of its slots, and `mask` which of them the queries at
-given positions may attend to, so that
+`KVCache` is the contiguous cache of one layer. `DecoderCache` is the cache of a whole decoder,
+which generation uses. `RollingKVCache`, `PagedKVCache` and `QuantizedKVCache` are alternatives for
+one layer: `write` returns a cache with more tokens, `read` returns the keys and values of its
+slots, and `mask` returns the mask of queries at given positions over these slots, so that
 
     cache = cache.write(start, key, value)
     out = attend(query, *cache.read(query.dtype), mask=cache.mask(start, query.shape[1]))
 
-is causal attention over all that was written, as far back as the cache reaches.
+is causal attention over all tokens that the cache still holds.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ from attnlab.errors import InputError
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """One layer's keys and values for every slot, (B, S, K, D); of scanned layers, (L, B, S, K, D)."""
+    """Keys and values of one layer, (B, S, K, D), or of L scanned layers, (L, B, S, K, D)."""
 
     key: Float[Array, "*L B S K D"]
     value: Float[Array, "*L B S K D"]
 
     def write(self, start: Index, key: Array, value: Array) -> "KVCache":
-        """With new keys and values in the slots from `start` on."""
+        """Return the cache with new keys and values in the slots from `start` on."""
         put = jax.lax.dynamic_update_slice_in_dim
         return KVCache(
             put(self.key, key.astype(self.key.dtype), start, axis=1),
@@ -49,7 +49,7 @@ class KVCache:
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def map_rows(self, function: Callable[[Array], Array]) -> "KVCache":
-        """With keys and values that a function makes of those of all rows, of each layer by itself."""
+        """Apply a function of (B, ...) arrays to keys and values, layer by layer."""
         for _ in range(self.key.ndim - 4):
             function = jax.vmap(function)
         return KVCache(function(self.key), function(self.value))
@@ -58,14 +58,14 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecoderCache:
-    """What a decoder has read: slots filled in step over the batch, rows padded on the left.
+    """KV caches of a decoder's layers. All rows fill the same slot; rows are left-padded.
 
     Attributes:
-      layers: a model's own arrangement of `KVCache`.
-      segments: 1 where a slot holds a token, 0 where it is padding or empty, (B, S).
+      layers: a pytree of `KVCache` that the model defines.
+      segments: 1 for slots that hold a token, 0 for padding and empty slots, (B, S).
       index: the next slot to fill.
-      context: what a decoder reads beside its own tokens, such as an encoder's output: any arrangement of
-        `KVCache`, and of arrays that start with the batch axis.
+      context: inputs other than the decoder's own tokens, such as an encoder's output: a pytree of
+        `KVCache` and of arrays whose first axis is the batch.
     """
 
     layers: Any
@@ -75,24 +75,28 @@ class DecoderCache:
 
     @property
     def row_starts(self) -> Int[Array, " B"]:
-        """The slot of each row's first token."""
+        """Return the slot of the first token of each row."""
         return jnp.argmax(self.segments > 0, axis=1)
 
     def advance(self, segments: Int[Array, "B T"]) -> "DecoderCache":
-        """With the slots of T new tokens marked, before their keys are written."""
+        """Return the cache with the slots of T new tokens marked, before their keys are written."""
         marked = jax.lax.dynamic_update_slice_in_dim(self.segments, segments, self.index, axis=1)
         return dataclasses.replace(self, segments=marked, index=self.index + segments.shape[1])
 
     def rewind(self, count: Index) -> "DecoderCache":
-        """Without the last `count` tokens of every row, whose slots will be written over."""
+        """Return the cache without the last `count` tokens of every row.
+
+        Their slots are overwritten by the next tokens.
+        """
         index = self.index - count
         before = jnp.arange(self.segments.shape[1])[None] < index
         return dataclasses.replace(self, segments=jnp.where(before, self.segments, 0), index=index)
 
     def gather_rows(self, rows: Int[Array, "G N"]) -> "DecoderCache":
-        """With other rows, where the batch is G groups: N of each, that may repeat, counted in the group.
+        """Return the cache with N rows per group, selected by their index within the group.
 
-        Groups that lie on one device stay there.
+        The batch consists of G groups of equal size. A row may be selected more than once. A group
+        that is on one device stays on it.
         """
 
         def gather(x: Array) -> Array:
@@ -103,7 +107,7 @@ class DecoderCache:
 
 
 def map_rows(function: Callable[[Array], Array], tree: Any) -> Any:
-    """A tree of `KVCache` and arrays that start with the batch axis, a function applied to each array."""
+    """Apply a function of (B, ...) arrays to each array of a pytree of arrays and `KVCache`."""
 
     def apply(x):
         return x.map_rows(function) if isinstance(x, KVCache) else function(x)
@@ -112,11 +116,11 @@ def map_rows(function: Callable[[Array], Array], tree: Any) -> Any:
 
 
 def gather_rows(x: Array, rows: Int[Array, "G N"]) -> Array:
-    """`rows` of each of the G groups that the first axis of `x` is made of, (G * N, ...)."""
+    """Return `rows` of each of the G equal groups of the first axis of `x`, (G * N, ...)."""
     groups, count = rows.shape
     in_mesh = not jax.sharding.get_abstract_mesh().empty
     batch, *rest = jax.typeof(x).sharding.spec if in_mesh else (None,)
-    # Said, for what is reshaped from a single row may lose its layout.
+    # Explicit, since the reshape of a single row may lose its sharding.
     apart, together = (jax.P(batch, None, *rest), jax.P(batch, *rest)) if in_mesh else (None, None)
     x = x.reshape(groups, x.shape[0] // groups, *x.shape[1:], out_sharding=apart)
     x = jax.vmap(lambda group, index: group[index])(x, rows)
@@ -125,12 +129,14 @@ def gather_rows(x: Array, rows: Int[Array, "G N"]) -> Array:
 
 @pytree
 class CachedPositionsMask(Mask):
-    """Slots that hold a token no later than the query, and at most `window - 1` before it.
+    """Causal mask over cache slots, with an optional window.
+
+    Allows the slots of tokens at most `window - 1` positions before the query and not after it.
 
     Attributes:
       query_positions: position of each query, (B or 1, T).
-      key_positions: position of the token in each slot, -1 where there is none, (B or 1, S).
-      window: how far back a query sees, itself included; None is no limit.
+      key_positions: position of the token in each slot, -1 for an empty slot, (B or 1, S).
+      window: number of positions that a query attends to, including its own. None for no limit.
     """
 
     query_positions: Int[Array, "B T"]
@@ -148,13 +154,13 @@ class CachedPositionsMask(Mask):
 
 @pytree
 class RollingKVCache:
-    """The last tokens only, each written over the one that the window leaves behind (arXiv 2310.06825).
+    """KV cache of sliding-window attention: new tokens overwrite the oldest (arXiv 2310.06825).
 
     Attributes:
       key: (B, S, K, D).
       value: (B, S, K, Dv).
-      positions: the position of the token in each slot, -1 where there is none, (S,).
-      window: how far back a query sees, itself included.
+      positions: position of the token in each slot, -1 for an empty slot, (S,).
+      window: number of positions that a query attends to, including its own.
     """
 
     key: Float[Array, "B S K D"]
@@ -164,53 +170,53 @@ class RollingKVCache:
 
     @staticmethod
     def empty(batch: int, slots: int, window: int, kv_heads: int, head_dim: int, dtype) -> "RollingKVCache":
-        """An empty `RollingKVCache`; `slots` less `window - 1` tokens may be written at a time."""
+        """Return an empty cache. One `write` takes at most `slots - (window - 1)` tokens."""
         shape = (batch, slots, kv_heads, head_dim)
         return RollingKVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full(slots, -1), window)
 
     def write(self, start: Index, key: Array, value: Array) -> "RollingKVCache":
-        """With the tokens from position `start` on.
+        """Return the cache with the tokens from position `start` on.
 
         Raises:
-          InputError: so many tokens at once that they would write over what the first of them sees.
+          InputError: The tokens would overwrite keys in the window of the first of them.
         """
         slots, count = len(self.positions), key.shape[1]
         if count + self.window - 1 > slots:
             raise InputError(
-                f"{slots} slots take {slots - self.window + 1} tokens at a time for a window of "
-                f"{self.window}, not {count}"
+                f"a rolling KV cache of {slots} slots and window {self.window} takes at most "
+                f"{slots - self.window + 1} tokens per write, not {count}"
             )
         positions = start + jnp.arange(count)
 
         def put(cache, new, axis):
-            # Each slot takes the new token whose turn it is, if there is one.
-            turn = (jnp.arange(slots) - start) % slots
-            taken = jnp.take(new, jnp.minimum(turn, count - 1), axis=axis)
+            # Token i goes to slot (start + i) % slots. Each slot gathers its token, if any.
+            index = (jnp.arange(slots) - start) % slots
+            gathered = jnp.take(new, jnp.minimum(index, count - 1), axis=axis)
             shape = [-1 if i == axis else 1 for i in range(cache.ndim)]
-            return jnp.where((turn < count).reshape(shape), taken.astype(cache.dtype), cache)
+            return jnp.where((index < count).reshape(shape), gathered.astype(cache.dtype), cache)
 
         return RollingKVCache(
             put(self.key, key, 1), put(self.value, value, 1), put(self.positions, positions, 0), self.window
         )
 
     def read(self, dtype) -> tuple[Array, Array]:
-        """Keys and values of all slots."""
+        """Return keys and values of all slots, (B, S, K, D)."""
         return self.key.astype(dtype), self.value.astype(dtype)
 
     def mask(self, start: Index, count: int) -> Mask:
-        """What the queries at `start` and the `count - 1` positions after it may attend to."""
+        """Return the mask of the queries at positions `start` to `start + count - 1`."""
         return CachedPositionsMask((start + jnp.arange(count))[None], self.positions[None], self.window)
 
 
 @pytree
 class PagedKVCache:
-    """Pages of a pool that rows share out among themselves (Kwon et al. 2023, arXiv 2309.06180, section 4.1).
+    """KV cache in pages of a shared pool (Kwon et al. 2023, arXiv 2309.06180, section 4.1).
 
     Attributes:
       key_pages: (pages, page size, K, D).
       value_pages: (pages, page size, K, Dv).
-      page_table: the page of each stretch of a row, -1 where it has none yet, (B, stretches).
-      lengths: tokens in each row, (B,).
+      page_table: page of each page-sized chunk of a row, -1 if none is assigned, (B, chunks).
+      lengths: number of tokens in each row, (B,).
     """
 
     key_pages: Float[Array, "P N K D"]
@@ -222,7 +228,7 @@ class PagedKVCache:
     def empty(
         page_table: Int[Array, "B M"], pages: int, page_size: int, kv_heads: int, head_dim: int, dtype
     ) -> "PagedKVCache":
-        """An empty `PagedKVCache` whose rows may fill the pages that `page_table` gives them."""
+        """Return an empty cache with the given page table."""
         shape = (pages, page_size, kv_heads, head_dim)
         return PagedKVCache(
             jnp.zeros(shape, dtype),
@@ -232,7 +238,10 @@ class PagedKVCache:
         )
 
     def write(self, key: Array, value: Array, counts: Int[Array, " B"] | None = None) -> "PagedKVCache":
-        """With T more tokens in every row, or the first `counts` of them; what has no page is lost."""
+        """Append T tokens to every row, or the first `counts` of them.
+
+        Tokens without a page are dropped.
+        """
         pages, size = self.key_pages.shape[:2]
         b, t = key.shape[:2]
         counts = jnp.full(b, t) if counts is None else counts
@@ -241,7 +250,7 @@ class PagedKVCache:
             self.page_table, jnp.minimum(position // size, self.page_table.shape[1] - 1), axis=1
         )
         fits = (jnp.arange(t)[None, :] < counts[:, None]) & (position // size < self.page_table.shape[1])
-        page = jnp.where(fits & (page >= 0), page, pages)  # beyond the pool: dropped
+        page = jnp.where(fits & (page >= 0), page, pages)  # out of range, so that `mode="drop"` applies
 
         def put(cache, new):
             return cache.at[page, position % size].set(new.astype(cache.dtype), mode="drop")
@@ -251,7 +260,7 @@ class PagedKVCache:
         )
 
     def read(self, dtype) -> tuple[Array, Array]:
-        """Keys and values of every stretch of every row, (B, stretches * page size, K, D)."""
+        """Return keys and values gathered from the pages, (B, chunks * page size, K, D)."""
 
         def gather(cache):
             rows = jnp.take(cache, jnp.maximum(self.page_table, 0), axis=0)
@@ -260,7 +269,7 @@ class PagedKVCache:
         return gather(self.key_pages), gather(self.value_pages)
 
     def mask(self, count: int) -> Mask:
-        """What the last `count` tokens of every row may attend to."""
+        """Return the mask of the last `count` tokens of every row."""
         slots = jnp.arange(self.page_table.shape[1] * self.key_pages.shape[1])[None, :]
         is_cached = (slots < self.lengths[:, None]) & (
             jnp.repeat(self.page_table, self.key_pages.shape[1], axis=1) >= 0
@@ -271,13 +280,13 @@ class PagedKVCache:
 
 @pytree
 class QuantizedKVCache:
-    """Keys and values in 8 bits, with a scale for each token and head.
+    """KV cache in 8 bits, with one scale per token and head.
 
     Attributes:
       key: int8 or float8, (B, S, K, D).
-      value: as `key`, (B, S, K, Dv).
-      key_scale: what a key is to be multiplied with, float32, (B, S, K, 1).
-      value_scale: the same of a value.
+      value: the same dtype, (B, S, K, Dv).
+      key_scale: dequantization factor of each key, float32, (B, S, K, 1).
+      value_scale: dequantization factor of each value, float32, (B, S, K, 1).
     """
 
     key: Array
@@ -287,12 +296,12 @@ class QuantizedKVCache:
 
     @staticmethod
     def empty(batch: int, slots: int, kv_heads: int, head_dim: int, dtype=jnp.int8) -> "QuantizedKVCache":
-        """An empty `QuantizedKVCache` of "int8", "float8_e4m3fn" or another 8-bit dtype."""
+        """Return an empty cache of an 8-bit dtype: int8, float8_e4m3fn, float8_e5m2 or another."""
         shape, scales = (batch, slots, kv_heads, head_dim), jnp.zeros((batch, slots, kv_heads, 1))
         return QuantizedKVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scales, scales)
 
     def write(self, start: Index, key: Array, value: Array) -> "QuantizedKVCache":
-        """With the tokens from position `start` on."""
+        """Return the cache with the tokens from position `start` on, quantized."""
         put = jax.lax.dynamic_update_slice_in_dim
         (key, key_scale), (value, value_scale) = (_quantize(x, self.key.dtype) for x in (key, value))
         caches = self.key, self.value, self.key_scale, self.value_scale
@@ -300,18 +309,18 @@ class QuantizedKVCache:
         return QuantizedKVCache(*(put(cache, x, start, axis=1) for cache, x in zip(caches, new, strict=True)))
 
     def read(self, dtype) -> tuple[Array, Array]:
-        """Keys and values of all slots, as near as 8 bits come to them."""
+        """Return dequantized keys and values of all slots, (B, S, K, D)."""
         pairs = (self.key, self.key_scale), (self.value, self.value_scale)
         return tuple((x.astype(jnp.float32) * scale).astype(dtype) for x, scale in pairs)  # type: ignore[return-value]
 
     def mask(self, start: Index, count: int) -> Mask:
-        """What the queries from `start` on may attend to."""
+        """Return the causal mask of the queries from position `start` on."""
         del count
         return causal(start)
 
 
 def _quantize(x: Array, dtype) -> tuple[Array, Array]:
-    """Each vector as its largest number allows, and the scale to undo it."""
+    """Quantize each vector by its largest absolute value; return also the dequantization factor."""
     integer = jnp.issubdtype(dtype, jnp.integer)
     max_value = jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max.astype(jnp.float32)
     x = x.astype(jnp.float32)

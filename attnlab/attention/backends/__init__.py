@@ -1,1 +1,1 @@
-"""Backends of `attend`, one file each."""
+"""Backends of `attend`, one module each."""

@@ -1,8 +1,8 @@
-"""Attention a block at a time: memory linear in the length, empty blocks skipped, full ones not masked.
+"""Blockwise attention in plain JAX: memory linear in the length, empty blocks skipped.
 
-The forward pass keeps a running maximum and sum of each row (Milakov and Gimelshein 2018, arXiv
-1805.02867, algorithm 3); the backward pass recomputes the weights from the saved log-sum-exp
-(FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
+Full blocks are not masked. The forward pass keeps a running maximum and sum of each row (Milakov
+and Gimelshein 2018, arXiv 1805.02867, algorithm 3). The backward pass recomputes the weights from
+the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
 """
 
 from functools import partial
@@ -36,20 +36,20 @@ def blockwise(
     offset: BlockOffset = (0, 0, 0, 0),
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """The output and log-sum-exp of `reference`, without ever holding a full score matrix.
+    """Return output and log-sum-exp as `reference` does, without holding all scores at once.
 
     Args:
       query: (B, T, H, D).
       key: (B, S, K, D).
       value: (B, S, K, Dv).
-      mask: which pairs may attend; None is all.
-      score: change of the scaled scores.
+      mask: the pairs that may attend. None allows every pair.
+      score: modifies the scaled scores.
       scale: factor of the scores.
-      offset: the first batch row, head, query and key, where these are part of a whole.
-      block_sizes: block_q and block_kv; None is `default_block_sizes`.
+      offset: indices of the first batch row, head, query and key, if the arrays are a shard.
+      block_sizes: block_q and block_kv, `default_block_sizes` by default.
     """
     if query.dtype == jnp.float32 or not isinstance(scale, float):
-        query, scale = query * scale, 1.0  # a pass over the queries in place of one over the scores
+        query, scale = query * scale, 1.0  # scales T x D numbers instead of T x S
     inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, offset, block_sizes)
     arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
     out, lse = _blockwise(inputs.static, *arrays, *inputs.values)
@@ -69,22 +69,23 @@ def blockwise_gradients(
     scale: float = 1.0,
     offset: BlockOffset = (0, 0, 0, 0),
 ):
-    """What these keys and values add to the gradient of a softmax that other keys may have a part in.
+    """Return gradients of attention to a subset of the keys, given the log-sum-exp of all keys.
 
     Args:
       query: (B, T, H, D).
       key: (B, S, K, D).
       value: (B, S, K, Dv).
-      d_out: gradient of the output.
-      lse: log-sum-exp over all keys, these and others.
-      delta: sum(output * d_out) over the width, less the gradient of `lse`.
+      d_out: gradient of the output, (B, T, H, Dv).
+      lse: log-sum-exp over all keys, including those that are not in `key`, (B, T, H).
+      delta: `vjp.row_term` of the output over all keys, (B, T, H).
       mask: as in `blockwise`.
       score: as in `blockwise`.
       scale: as in `blockwise`.
       offset: as in `blockwise`.
 
     Returns:
-      The gradients of query, key and value, in float32, and of each array of the score.
+      The gradients of query, key and value, in float32, and of the score. Those of query and score
+      are the contributions of these keys.
     """
     inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, offset)
     rows = (inputs.group_heads(x) for x in (d_out, lse, delta))
@@ -106,9 +107,10 @@ def blockwise_autodiff(
     offset: BlockOffset = (0, 0, 0, 0),
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """`blockwise` differentiated by JAX itself: slower, but forward-mode and second derivatives exist.
+    """Return the result of `blockwise` in a form that JAX differentiates automatically.
 
-    The arguments are those of `blockwise`.
+    It is slower than `blockwise` but has forward-mode and second derivatives. The arguments are
+    those of `blockwise`.
     """
     inputs = _BlockedInputs(query.shape, key.shape, mask, score, scale, offset, block_sizes, unroll=False)
     query, key, value = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
@@ -136,7 +138,7 @@ def blockwise_autodiff(
 
 
 class _BlockedInputs:
-    """The layout of one call: heads are a batch dimension, so that every product is a plain batched one."""
+    """Padding and layout of one call, with heads as a batch dimension of all matrix products."""
 
     def __init__(self, query_shape, key_shape, mask, score, scale, offset, block_sizes=None, unroll=True):
         b, t, self.heads, _ = query_shape
@@ -153,25 +155,26 @@ class _BlockedInputs:
         self.values = mask, score, block_mask, offset
 
     def group_heads(self, x):
-        """(B, T, H, ...) as (B, K, G, T', ...), T' a whole number of blocks."""
+        """Return (B, T, H, ...) as (B, K, G, T', ...), G = H / K and T' padded to blocks."""
         x = _pad(x, self.lengths["queries"])
         x = x.reshape(*x.shape[:2], self.kv_heads, self.heads // self.kv_heads, *x.shape[3:])
         return jnp.moveaxis(x, 1, 3)
 
     def heads_first(self, x):
-        """(B, S, K, D) as (B, K, S', D), S' a whole number of blocks."""
+        """Return (B, S, K, D) as (B, K, S', D), S' padded to blocks."""
         return jnp.swapaxes(_pad(x, self.lengths["keys"]), 1, 2)
 
     def ungroup_heads(self, x):
-        """(B, K, G, T', ...) as (B, T, H, ...)."""
+        """Return (B, K, G, T', ...) as (B, T, H, ...)."""
         x = jnp.moveaxis(x, 3, 1)
         return x.reshape(*x.shape[:2], self.heads, *x.shape[4:])[:, : self.num_queries]
 
 
 def default_block_sizes(num_queries: int, num_keys: int) -> tuple[int, int]:
-    """block_q and block_kv that were fastest on CPUs, where the scores of a block should stay in cache.
+    """Return block_q and block_kv.
 
-    Short sequences have small ones, of which a causal mask leaves out more.
+    These sizes were the fastest on CPUs, where the scores of a block should fit into the cache.
+    Short sequences have smaller blocks, since a causal mask then skips a larger fraction of them.
     """
     if num_queries <= 1024 and num_keys <= 1024:
         q, kv = (even_block_size(n, min(128, max(64, -(-n // 4)))) for n in (num_queries, num_keys))
@@ -185,12 +188,12 @@ def _pad(x: Array, length: int) -> Array:
 
 
 def _slice(x: Array, i, size: int, axis: int) -> Array:
-    """The i-th run of `size` along an axis."""
+    """Return the i-th slice of `size` elements along an axis."""
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
 
 class _Blocks:
-    """The blocks of one call: their scores, and loops over those that the block mask lists."""
+    """The blocks of one call: their scores, and loops over the blocks of the block mask."""
 
     def __init__(
         self, static, mask: Mask | None, score: Score | None, block_mask: BlockMask, offset: BlockOffset
@@ -204,28 +207,32 @@ class _Blocks:
         return block_indices(offset, (batch, heads, self.block_q, self.block_kv))
 
     def slice_values(self, value, i, j):
-        """A mask or score with its arrays cut to a block."""
+        """Return a mask or score with its arrays sliced to a block."""
         return value.slice_block(
             queries=(i * self.block_q, self.block_q), keys=(j * self.block_kv, self.block_kv)
         )
 
     def scores(self, q, k, i, j, masked: bool):
-        """Scores of a block, (B, K, G, block_q, block_kv), and the pull-back to its products and `Score`."""
+        """Return the scores of a block and their VJP.
+
+        The scores are (B, K, G, block_q, block_kv). The VJP returns the gradients of the products
+        of queries and keys, and of the `Score`.
+        """
         raw = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
         shape, flat = raw.shape, (raw.shape[0], raw.shape[1] * raw.shape[2], *raw.shape[3:])
         at = self._pair_indices(i, j, *flat[:2])
         allowed = self._allowed(at, i, j, flat) if masked else None
         scores, pull_back = self._scaled(raw), lambda g: (self._scaled(g), None)
         if self.score is not None:
-            changed, through = jax.vjp(
+            modified, score_vjp = jax.vjp(
                 lambda x, score: score(stop_masked_gradient(allowed, x), at),
                 scores.reshape(flat),
                 self.slice_values(self.score, i, j),
             )
-            scores = changed.reshape(shape)
+            scores = modified.reshape(shape)
 
             def pull_back(g):
-                g, g_score = through(g.reshape(flat))
+                g, g_score = score_vjp(g.reshape(flat))
                 return self._scaled(g.reshape(shape)), g_score
 
         if allowed is not None:
@@ -234,7 +241,7 @@ class _Blocks:
         return scores, pull_back
 
     def _allowed(self, at, i, j, shape):
-        """The pairs of a block that are allowed, (B or 1, H or 1, block_q, block_kv)."""
+        """Return the allowed pairs of a block, (B or 1, H or 1, block_q, block_kv)."""
         local = j * self.block_kv + jnp.arange(self.block_kv)
         allowed = (local < self.num_keys)[None, None, None, :]
         if self.mask is not None:
@@ -245,7 +252,7 @@ class _Blocks:
         return x if self.scale == 1 else self.scale * x
 
     def loop_kv_blocks(self, step, carry, i):
-        """`step(carry, j, masked)` for every block of keys that queries `i` meet."""
+        """Fold `step(carry, j, masked)` over the kv blocks of query block i."""
         if self.static_info.unrolled is not None:
             for j, masked in self.static_info.unrolled[i]:
                 carry = step(carry, j, masked)
@@ -258,7 +265,7 @@ class _Blocks:
         return carry
 
     def map_q_blocks(self, step, carry):
-        """`step(carry, i)` for every block of queries; what it returns beside the carry joined along rows."""
+        """Scan `step(carry, i)` over the query blocks; concatenate its outputs along them."""
         count = len(self.block_mask.full_kv_num_blocks)
         if self.static_info.unrolled is not None:
             results = []
@@ -292,7 +299,7 @@ def _forward(static, query, key, value, mask, score, block_mask, offset):
 
 
 def _online_softmax(blocks: _Blocks, q, key, value, i):
-    """A step of the running maximum, sum and output of the queries of block i."""
+    """Return the function that adds a kv block to the running softmax of query block i."""
 
     def step(carry, j, masked):
         row_max, row_sum, out = carry
@@ -315,7 +322,7 @@ def _init_state(blocks: _Blocks, query, value):
 
 
 def _finalize(carry, dtype):
-    """The output and log-sum-exp of rows whose keys have all been met."""
+    """Return output and log-sum-exp of rows after their last kv block."""
     row_max, row_sum, out = carry
     empty = row_max <= MASK_VALUE
     row_sum = jnp.where(empty, 1, row_sum)
@@ -338,8 +345,8 @@ def _backward(static, residuals, d_outputs):
 def _backward_blocks(static, query, key, value, mask, score, block_mask, offset, d_out, lse, delta):
     blocks = _Blocks(static, mask, score, block_mask, offset)
     finite_lse = jnp.where(jnp.isneginf(lse), 0, lse)
-    # Gradients of keys and values are summed with the width before the length, (B, K, D, S): products with
-    # a block of scores on the right, as it is, are twice as fast on CPUs as those with its transpose.
+    # Gradients of keys and values are accumulated as (B, K, D, S). A product with a block of scores
+    # on the right is twice as fast on CPUs as one with its transpose.
     width_first = [jnp.moveaxis(x, -1, 2) for x in (query, d_out)]
 
     def queries(sums, i):
@@ -377,12 +384,12 @@ def _backward_blocks(static, query, key, value, mask, score, block_mask, offset,
 
 
 def _sum_over_queries(rows: Array, block: Array) -> Array:
-    """What each key gets of rows (B, K, D, G, T) by a block of scores, (B, K, D, S)."""
+    """Contract rows (B, K, D, G, T) with a block (B, K, G, T, S) to (B, K, D, S)."""
     return jnp.einsum("bkdgt,bkgts->bkds", rows, block, preferred_element_type=jnp.float32)
 
 
 def _add_at(total: Array, part: Array, start, axis: int) -> Array:
-    """`total` with `part` added from `start` on."""
+    """Return `total` with `part` added at `start` along an axis."""
     current = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
     return jax.lax.dynamic_update_slice_in_dim(total, current + part, start, axis)
 
@@ -391,7 +398,7 @@ _blockwise.defvjp(_forward, _backward)
 
 
 class Blockwise:
-    """Any mask and score in memory linear in the length; see `blockwise`."""
+    """Any mask and score, in memory linear in the length; see `blockwise`."""
 
     name = "blockwise"
     function = staticmethod(blockwise)
@@ -415,7 +422,7 @@ class Blockwise:
 
 
 class BlockwiseAutodiff(Blockwise):
-    """The same with forward-mode and second derivatives; see `blockwise_autodiff`."""
+    """`Blockwise` with forward-mode and second derivatives; see `blockwise_autodiff`."""
 
     name = "blockwise_autodiff"
     function = staticmethod(blockwise_autodiff)

@@ -1,11 +1,16 @@
-"""cuDNN's fused attention for NVIDIA's GPUs, through `jax.nn.dot_product_attention`, as a backend.
+"""cuDNN's fused attention for NVIDIA GPUs, through `jax.nn.dot_product_attention`, as a backend.
 
-It is asked only for what it gives exactly as the other backends do: it rounds a bias to the width of the
-query, takes another mask as such a bias, and returns a log-sum-exp that is rounded and has no gradient.
-It has packed rows only as runs, one after the other, that it is told the beginnings of, which `segments`
-does not promise: its ids are mostly known only when run, and may come in any order. Its `score_mod`, which
-JAX keeps private, has no gradient to arrays, and an operation that cuDNN lacks, such as the `1 - x` of the
-derivative of a softcap, is not refused when compiled: it ends the process on the GPU.
+The backend supports only calls whose results agree with those of the other backends. It therefore
+rejects
+
+- biases, and masks other than causal, window and padding, which JAX passes as biases: cuDNN rounds
+  a bias to the dtype of the query;
+- the log-sum-exp, which is rounded and has no gradient;
+- segments: cuDNN supports packed rows only as contiguous sequences with given offsets, while
+  segment ids are usually traced and may be in any order;
+- scores: `score_mod`, which JAX keeps private, has no gradient to arrays, and an operation that
+  cuDNN lacks, such as `1 - x` in the derivative of a softcap, compiles and then aborts the process
+  on the GPU.
 """
 
 import jax
@@ -24,27 +29,27 @@ from attnlab.attention.masks.intervals import KeyLengthMask
 
 
 class Cudnn:
-    """No mask, or a causal one with or without a window, or padding, in half precision."""
+    """No mask, causal and window masks, and key lengths (padding), in half precision."""
 
     name = "cudnn"
 
     def unsupported_reason(self, args):
         """See `Backend.unsupported_reason`."""
         if args.platform != "gpu":
-            return f"it is for GPUs, and this is for a {args.platform.upper()}"
+            return f"it requires a GPU, not a {args.platform.upper()}"
         if reason := sharded_length_reason(args) or softmax_only_reason(args):
             return reason
         if args.return_lse or args.sinks is not None:
-            return "its log-sum-exp, which return_lse asks for and sinks need, is rounded and has no gradient"
+            return "its log-sum-exp, which return_lse and sinks need, is rounded and has no gradient"
         if args.score is not None:
-            return "it changes no scores"
+            return "it does not support scores"
         if not isinstance(args.scale, int | float):
-            return "its scale has to be a number"
+            return "scale must be a Python number"
         return _unsupported_shapes_reason(args) or _unsupported_mask_reason(args)
 
     def run(self, args, offset):
         """See `Backend.run`."""
-        del offset  # its masks know distances and lengths alone
+        del offset  # its masks depend only on distances and lengths
         paddings, others = _split_key_lengths(args.mask)
         left, right = _window_bounds(others)
         lengths, has_keys = _sequence_lengths(paddings, args)
@@ -64,11 +69,11 @@ class Cudnn:
 def _unsupported_shapes_reason(args: AttentionArgs) -> str | None:
     dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-        return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
+        return f"query, key and value must all be bfloat16 or all float16, not {', '.join(sorted(dtypes))}"
     width, value_width = args.query.shape[-1], args.value.shape[-1]
     if width != value_width or width % 8 or width > 128:
         return (
-            f"it takes one head_dim, a multiple of 8 of at most 128, for query, key and value, not "
+            f"head_dim must be the same for query, key and value, a multiple of 8 and at most 128, not "
             f"{width} and {value_width}"
         )
     return None
@@ -80,31 +85,32 @@ def _unsupported_mask_reason(args: AttentionArgs) -> str | None:
     if bounds == (None, None):
         return None
     if bounds is None or bounds[1] != 0 or (bounds[0] or 0) < 0:
-        return "of masks it has causal(), window(left, 0) and key_lengths() alone"
+        return "it supports only the masks causal(), window(left, 0) and key_lengths()"
     if paddings and bounds[0] is not None:
-        return "it has no window beside key_lengths(), as all keys in it may be padding"
+        return "it does not support a window with key_lengths(), since all keys of a window may be padding"
     if args.query.shape[1] > args.key.shape[1]:
-        return "its causal mask is for no more queries than keys"
+        return "its causal mask supports no more queries than keys"
     return None
 
 
 def _split_key_lengths(mask: Mask | None) -> tuple[list[KeyLengthMask], list[Mask]]:
-    """The masks of which a pair needs all, those that are padding apart from the others."""
+    """Return the operands of a conjunction, split into key lengths (padding) and other masks."""
     match mask:
         case None:
             return [], []
         case KeyLengthMask():
             return [mask], []
         case AndMask():
-            one, other = _split_key_lengths(mask.left), _split_key_lengths(mask.right)
-            return one[0] + other[0], one[1] + other[1]
+            left, right = _split_key_lengths(mask.left), _split_key_lengths(mask.right)
+            return left[0] + right[0], left[1] + right[1]
     return [], [mask]
 
 
 def _window_bounds(masks: list[Mask]) -> tuple[int | None, int | None] | None:
-    """How far before and after a query its keys may lie, where that, being known, is all of the masks.
+    """Return how far keys may be before and after their query, if the masks depend on nothing else.
 
-    None is no limit, as in `WindowMask`.
+    A limit of None means no limit, as in `WindowMask`. The result is None if any
+    mask is neither causal nor a window, or has a traced offset.
     """
     lefts, rights = [], []
     for mask in masks:
@@ -122,7 +128,7 @@ def _window_bounds(masks: list[Mask]) -> tuple[int | None, int | None] | None:
 def _sequence_lengths(
     paddings: list[KeyLengthMask], args: AttentionArgs
 ) -> tuple[dict[str, Array], Array | None]:
-    """What cuDNN is told of the lengths of each row, and which queries have a key, (B, T, 1, 1)."""
+    """Return cuDNN's length arguments, (B,) each, and which queries have a key, (B, T, 1, 1)."""
     if not paddings:
         return {}, None
     rows, t, s = *args.query.shape[:2], args.key.shape[1]
@@ -134,7 +140,7 @@ def _sequence_lengths(
 
     queries = minimum([p.queries for p in paddings if p.queries is not None], t)
     keys = minimum([p.keys for p in paddings], s)
-    # In the kernel no row is without keys: what it would give there, or as a gradient, is not promised.
+    # Lengths are at least 1, since the kernel's results and gradients are undefined without keys.
     options = {
         "query_seq_lengths": jnp.maximum(queries, 1),
         "key_value_seq_lengths": jnp.maximum(keys, 1),

@@ -1,8 +1,9 @@
-"""Flash attention with a bias, JAX's older kernel for TPUs, as a backend.
+"""Flash attention with a bias, JAX's older Pallas kernel for TPUs, as a backend.
 
-Added here to jax.experimental.pallas.ops.tpu.flash_attention: rows without keys, and a log-sum-exp with a
-gradient. The kernel takes the mask as a bias, which holds every pair; `max_bytes` limits that. Pallas is
-imported when the kernel is first used, since that takes half a second.
+This module adds rows without keys and a differentiable log-sum-exp to
+jax.experimental.pallas.ops.tpu.flash_attention. The mask is passed as part of a dense bias, whose
+size `max_bytes` limits. Pallas is imported at the first use of the kernel, since the import takes
+half a second.
 """
 
 import contextlib
@@ -31,12 +32,12 @@ from attnlab.attention.masks.dense import GIB, format_bytes, materialize_bias, m
 
 
 class Flash:
-    """Scores that add to the product what does not depend on it, with gradients; any mask, sinks.
+    """Additive scores with gradients, any mask, and sinks, on TPUs.
 
     Attributes:
-      max_block_size: the most queries and keys of a block; None is what fits a kernel's vector memory.
-      interpret: run the kernel as a plain JAX program, on any platform.
-      max_bytes: the most bytes of the bias that score and mask are combined into.
+      max_block_size: maximum of block_q and block_kv. None uses 512, which fits the kernel's VMEM.
+      interpret: whether to run the kernel in Pallas interpret mode, on any platform.
+      max_bytes: maximum size in bytes of the bias that combines score and mask.
     """
 
     name = "flash"
@@ -49,10 +50,12 @@ class Flash:
         if reason := tpu_unsupported_reason(args, self.interpret):
             return reason
         if args.score is not None and not args.score.is_additive:
-            return "of scores it takes those that only add, as bias and alibi do"
+            return "it supports only additive scores, such as bias and alibi"
         size = 4 * math.prod(args.score_shape)
         if size > self.max_bytes:
-            return f"its bias would take {format_bytes(size)} as a whole"
+            return (
+                f"its dense bias would take {format_bytes(size)}; the limit is {format_bytes(self.max_bytes)}"
+            )
         return None
 
     def run(self, args, offset):
@@ -83,8 +86,8 @@ class KernelConfig(NamedTuple):
 
     Attributes:
       block_sizes: block_q and block_kv.
-      causal: whether the bias forbids every key after its query, so that such blocks are skipped.
-      interpret: whether it runs as a plain JAX program, on any platform.
+      causal: whether the bias masks every key after its query, so that such blocks are skipped.
+      interpret: whether to run the kernel in Pallas interpret mode, on any platform.
     """
 
     block_sizes: tuple[int, int]
@@ -100,14 +103,14 @@ def attention(
     value: Float[Array, "B H S D"],
     bias: Float[Array, "B H T S"],
 ) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T"]]:
-    """Output and log-sum-exp.
+    """Return output and log-sum-exp.
 
     Args:
-      config: see `KernelConfig`.
-      query: (B, H, T, D), scaled; T whole blocks, D at most 128 or a multiple of it.
-      key: (B, H, S, D); S whole blocks.
+      config: static options.
+      query: scaled, (B, H, T, D). T is a multiple of block_q; D is at most 128 or a multiple of it.
+      key: (B, H, S, D). S is a multiple of block_kv.
       value: (B, H, S, D).
-      bias: added to the scores, (B, H, T, S); -inf forbids.
+      bias: added to the scores, (B, H, T, S). -inf masks a pair.
     """
     return _forward(config, query, key, value, bias)[0]
 
@@ -122,7 +125,7 @@ def _forward(config, query, key, value, bias):
             *(query, key, value, _finite(bias), None, True, config.causal, 1.0, 1, q, k, k, False)
         )
     out = jnp.where(empty[..., None], 0, out)
-    # The sum of a row without keys as 1 at a score of 0, beside which a forbidden one has weight 0.
+    # A row without keys gets sum 1 and maximum 0: masked scores have weight 0 in `_backward`.
     total, top = jnp.where(empty, 1, total), jnp.where(empty, 0, top)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
     return (out, lse), (query, key, value, bias, out, total, top)
@@ -133,7 +136,7 @@ def _backward(config, residuals, d_outputs):
 
     query, key, value, bias, out, total, top = residuals
     d_out, d_lse = d_outputs
-    # JAX's own rule gives no log-sum-exp, so its two backward kernels are called from here.
+    # JAX's own VJP does not support the log-sum-exp: call its two backward kernels directly.
     delta = vjp.row_term(out, d_out, d_lse)
     arrays = query, key, value, _finite(bias), None, total, top, d_out, delta
     q, k = config.block_sizes
@@ -149,7 +152,7 @@ attention.defvjp(_forward, _backward)
 
 
 def _finite(bias: Array) -> Array:
-    """The bias as the kernel takes it: infinities would meet and make NaN."""
+    """Replace -inf by the kernel's mask value: inf - inf would be NaN."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     return jnp.maximum(bias, flash.DEFAULT_MASK_VALUE)
@@ -160,12 +163,12 @@ def _interpret_mode(config: KernelConfig):
 
     if not config.interpret:
         return contextlib.nullcontext()
-    # The kernel takes no such argument. `True` stands for the plain program, not the simulated device.
+    # The kernel has no `interpret` argument. `True` selects plain JAX, not the simulation of a TPU.
     return pltpu.force_tpu_interpret_mode(True)  # type: ignore[arg-type]
 
 
 def _is_causal(mask: Mask | None) -> bool:
-    """Whether a mask is known to allow no key after the query of its own number."""
+    """Return whether a mask statically allows no key after its query."""
     if isinstance(mask, AndMask):
         return _is_causal(mask.left) or _is_causal(mask.right)
     return isinstance(mask, CausalMask) and isinstance(mask.offset, int) and mask.offset <= 0

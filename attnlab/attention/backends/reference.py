@@ -1,4 +1,4 @@
-"""The oracle: the full score matrix in float32 (float64 stays float64), and the weights themselves."""
+"""Reference attention: all scores in float32 (float64 for float64 inputs), with the weights."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import PairIndices, block_indices
 from attnlab.attention.scores import Score
 
-# A changed score that is no more than this forbids its pair, whichever backend sees it, and however many
-# others its row has. Finite, for where backends keep a running maximum, inf - inf would be no number.
+# A modified score that is at most this value masks its pair, in every backend. It is finite, since
+# inf - inf would be NaN in backends that keep a running maximum.
 MASK_VALUE = -1e30
 
 
@@ -31,24 +31,24 @@ def reference(
     dropout_key: Array | None = None,
     offset: BlockOffset = (0, 0, 0, 0),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"], Float[Array, "B H T S"]]:
-    """softmax(score(scale * Q K^T)) V with every pair written out (Vaswani et al. 2017, equation 1).
+    """Return softmax(score(scale * Q K^T)) V, over all pairs (Vaswani et al. 2017, equation 1).
 
     Args:
       query: (B, T, H, D).
       key: (B, S, K, D).
       value: (B, S, K, Dv).
-      mask: which pairs may attend; None is all.
-      score: change of the scaled scores.
+      mask: the pairs that may attend. None allows every pair.
+      score: modifies the scaled scores.
       scale: factor of the scores.
-      sinks: a further score of every row that takes weight and gives nothing, (H,).
-      normalizer: masked scores -> weights and their logarithmic normaliser, over the last axis.
-      dropout_rate: share of weights dropped, where `dropout_key` is given.
+      sinks: one extra logit per head that takes part in the softmax and has no value, (H,).
+      normalizer: maps masked scores to weights and their log-normalizer, over the last axis.
+      dropout_rate: fraction of the weights to drop. Without `dropout_key`, no weight is dropped.
       dropout_key: random key of the dropout.
-      offset: the first batch row, head, query and key, where these are part of a whole.
+      offset: indices of the first batch row, head, query and key, if the arrays are a shard.
 
     Returns:
-      The output in the value's dtype, the log-sum-exp of the scores, and the weights. A query with
-      no key to attend to gets output 0, weights 0 and log-sum-exp -inf.
+      The output in the dtype of `value`, the log-sum-exp of the scores, and the weights before
+      dropout. A query without keys has output 0, weights 0 and log-sum-exp -inf.
     """
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
@@ -71,7 +71,7 @@ def attention_weights(
     sinks: Float[Array, " H"] | None,
     normalizer: Callable,
 ) -> tuple[Float[Array, "B H T S"], Float[Array, "B H T"]]:
-    """Weights, and logarithmic normaliser, of the scaled scores of the pairs `at`; see `reference`."""
+    """Return weights and log-normalizer of the scaled scores of the pairs `at`; see `reference`."""
     allowed = None if mask is None else mask.evaluate(at)
     if score is not None:
         scores = score(stop_masked_gradient(allowed, scores), at)
@@ -87,7 +87,7 @@ def attention_weights(
 
 
 def stop_masked_gradient(allowed: Array | None, scores: Array) -> Array:
-    """The scores, with a gradient only where allowed: elsewhere that of a change may be no number."""
+    """Stop the gradient of masked scores, where the gradient of a `Score` may be NaN."""
     return scores if allowed is None else jnp.where(allowed, scores, jax.lax.stop_gradient(scores))
 
 
@@ -99,7 +99,7 @@ def _dropout(weights: Array, rate: float, key: Array | None) -> Array:
 
 
 class Reference:
-    """Everything, in memory quadratic in the length; see `reference`."""
+    """All features of `attend`, in memory quadratic in the length; see `reference`."""
 
     name = "reference"
 

@@ -1,4 +1,4 @@
-"""The backend protocol, the arguments a backend gets, and the registry in order of preference."""
+"""The `Backend` protocol, the arguments and results of a backend, and the registry of backends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,25 +16,26 @@ from attnlab.errors import InputError
 
 @dataclass(frozen=True)
 class AttentionArgs:
-    """What a call of `attend` asks for.
+    """Arguments of a backend: those of `attend`, for the shard of one device.
 
     Attributes:
-      query: (B, T, H, D), a device's part; where a backend may refuse, only its shape.
+      query: this device's shard, (B, T, H, D). `Backend.unsupported_reason` may get a
+        `jax.ShapeDtypeStruct` for query, key and value.
       key: (B, S, K, D).
       value: (B, S, K, Dv).
-      mask: which pairs may attend; None is all.
-      score: change of the scaled scores.
+      mask: the pairs that may attend. None allows every pair.
+      score: modifies the scaled scores.
       scale: factor of the scores.
-      sinks: a further score of each head, (H,).
-      normalizer: masked scores to weights.
-      dropout_rate: share of weights dropped; 0 where none are.
-      dropout_key: its random key.
-      return_weights: whether the weights are to be returned.
-      return_lse: whether the log-sum-exp is; where it is not, what a backend returns for it means nothing.
-      platform: "cpu", "tpu", "gpu".
+      sinks: one extra logit per head, (H,).
+      normalizer: maps masked scores to weights.
+      dropout_rate: fraction of the weights to drop; 0 for no dropout.
+      dropout_key: random key of the dropout.
+      return_weights: whether to return the weights.
+      return_lse: whether to return the log-sum-exp. If False, `AttentionResult.lse` is undefined.
+      platform: "cpu", "tpu" or "gpu".
       sequence_axes: the mesh axes that the length is sharded over.
-      sequence_shards: how many parts that makes.
-      is_sharded: whether other devices hold other rows, heads or parts of the length.
+      sequence_shards: number of shards of the length.
+      is_sharded: whether rows, heads or the length are sharded over devices.
     """
 
     query: Array
@@ -56,13 +57,13 @@ class AttentionArgs:
 
     @property
     def score_shape(self) -> tuple[int, int, int, int]:
-        """The shape of the scores, (B, H, T, S)."""
+        """Shape of the scores, (B, H, T, S)."""
         b, t, h, _ = self.query.shape
         return b, h, t, self.key.shape[1]
 
 
 class AttentionResult(NamedTuple):
-    """The output (B, T, H, Dv), the log-sum-exp (B, T, H), and the weights (B, H, T, S) if asked for."""
+    """Output (B, T, H, Dv), log-sum-exp (B, T, H) and, if requested, weights (B, H, T, S)."""
 
     out: Array
     lse: Array
@@ -71,46 +72,51 @@ class AttentionResult(NamedTuple):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A way to compute attention."""
+    """An implementation of attention that `attend` can select."""
 
     name: str
 
     def unsupported_reason(self, args: AttentionArgs) -> str | None:
-        """Why it cannot do what is asked; None where it can."""
+        """Return why the backend does not support the arguments, or None if it does."""
         ...
 
     def run(self, args: AttentionArgs, offset: BlockOffset) -> AttentionResult:
-        """The result for one device's part, whose batch row, head, query and key count from `offset`."""
+        """Compute attention of one device's shard.
+
+        Args:
+          args: the arguments, with the arrays of the shard.
+          offset: indices of the shard's first batch row, head, query and key.
+        """
         ...
 
 
 def sharded_length_reason(args: AttentionArgs) -> str | None:
-    """Why a backend that needs the whole length on a device cannot do what is asked."""
+    """Return why a backend that does not support a sharded length cannot run, or None."""
     return f"the length is sharded over {', '.join(args.sequence_axes)}" if args.sequence_axes else None
 
 
 def softmax_only_reason(args: AttentionArgs) -> str | None:
-    """Why a backend that normalises by softmax, and never holds the weights, cannot do what is asked."""
+    """Return why a backend that supports only softmax and keeps no weights cannot run, or None."""
     if args.dropout_rate:
-        return "it never holds the weights, which dropout changes"
+        return "it does not materialize the weights, which dropout needs"
     if args.return_weights:
-        return "it never holds the weights, which return_weights asks for"
-    return None if args.normalizer is softmax else "it normalises by softmax alone"
+        return "it does not materialize the weights, which return_weights needs"
+    return None if args.normalizer is softmax else "it supports only the softmax normalizer"
 
 
-# All backends in the order in which "auto" tries them; `attend.AUTO_ORDER` fills it.
+# All backends, in the order in which "auto" tries them. `attend.AUTO_ORDER` fills the list.
 BACKENDS: list[Backend] = []
 
 
 def register(backend: Backend, before: str | None = None) -> None:
-    """Adds a backend, preferred to the one named `before`; None is to all.
+    """Add a backend that "auto" tries before the one named `before`, or before all others.
 
     Raises:
-      ValueError: there is one of this name.
+      ValueError: A backend of this name is already registered.
     """
     names = [existing.name for existing in BACKENDS]
     if backend.name in (*names, "auto"):
-        raise ValueError(f"there is a backend named {backend.name!r}")
+        raise ValueError(f"a backend named {backend.name!r} is already registered")
     BACKENDS.insert(0 if before is None else names.index(before), backend)
 
 
@@ -118,7 +124,7 @@ def select_backend(name_or_backend: str | Backend, args: AttentionArgs) -> Backe
     """Return the named backend, or for "auto" the first that supports these arguments.
 
     Raises:
-      InputError: no backend has this name, or it does not support the arguments.
+      InputError: No backend has this name, or the backend does not support the arguments.
     """
     by_name = {backend.name: backend for backend in BACKENDS}
     if name_or_backend == "auto":
@@ -129,22 +135,25 @@ def select_backend(name_or_backend: str | Backend, args: AttentionArgs) -> Backe
                 return backend
             reasons[backend.name] = reason
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise InputError(f"attend: no backend can do this: {listed}")
+        raise InputError(f"attend: no backend supports these arguments: {listed}")
     if isinstance(name_or_backend, str) and name_or_backend not in by_name:
-        raise InputError(f"attend: unknown backend {name_or_backend!r}; there are auto, {', '.join(by_name)}")
+        raise InputError(
+            f"attend: unknown backend {name_or_backend!r}, not one of auto, {', '.join(by_name)}"
+        )
     backend = by_name[name_or_backend] if isinstance(name_or_backend, str) else name_or_backend
     if reason := backend.unsupported_reason(args):
-        raise InputError(f"attend: backend {backend.name!r} cannot do this: {reason}")
+        raise InputError(f"attend: backend {backend.name!r} does not support these arguments: {reason}")
     return backend
 
 
 def apply_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    """The result with one more score in every row, which takes its share of the weight and gives nothing.
+    """Add attention sinks to an output and its log-sum-exp.
 
-    (gpt-oss, arXiv 2508.10925, section 2.2; Xiao et al. 2023, arXiv 2309.17453, equation 2 is a sink of 0.)
+    A sink is one extra logit per head that takes part in the softmax and has no value (gpt-oss,
+    arXiv 2508.10925, section 2.2). Xiao et al. 2023, arXiv 2309.17453, equation 2, is a sink of 0.
     """
     sink = sinks.astype(lse.dtype)[None, None, :]
-    # A row without keys has lse -inf, beside which the difference must not become inf - inf.
+    # A row without keys has lse -inf, which is replaced so that the difference is never inf - inf.
     finite_lse = jnp.where(jnp.isneginf(lse), sink - 1e4, lse)
     share = jax.nn.sigmoid(finite_lse - sink)
     return out * share[..., None].astype(out.dtype), jnp.logaddexp(finite_lse, sink)

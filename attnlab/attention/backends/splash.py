@@ -1,8 +1,8 @@
-"""Splash attention, JAX's block-sparse kernel for TPUs, as a backend.
+"""Splash attention, JAX's block-sparse Pallas kernel for TPUs, as a backend.
 
-The kernel visits the blocks that a mask leaves. Of a mask that is static, segments aside, it holds the
-partial blocks; of any other mask it holds every pair, in 32 bits, twice while gradients are taken.
-`max_bytes` limits that. `splash_kernel` holds the kernel itself and imports Pallas.
+The kernel skips the empty blocks of a mask. If the mask apart from its segments is static, the
+kernel stores the partial blocks. Otherwise it stores all pairs in 32 bits, twice for gradients;
+`max_bytes` limits this. `splash_kernel` contains the kernel and imports Pallas.
 """
 
 import jax.numpy as jnp
@@ -23,12 +23,13 @@ from attnlab.attention.scores import SoftcapScore
 
 
 class Splash:
-    """Any mask, a softcap and sinks; in memory linear in the length where the mask is known when compiled.
+    """Any mask, a softcap and sinks, on TPUs. Memory is linear in the length if the mask is static.
 
     Attributes:
-      max_block_size: the most queries and keys of a block; None is what fits a kernel's vector memory.
-      interpret: run the kernel as a plain JAX program, on any platform.
-      max_bytes: the most bytes of a mask that is held whole.
+      max_block_size: maximum of block_q and block_kv. None uses 1024, or 512 for float32 or heads
+        wider than 128, which fits the kernel's VMEM.
+      interpret: whether to run the kernel in Pallas interpret mode, on any platform.
+      max_bytes: maximum size in bytes of a mask that is stored densely.
     """
 
     name = "splash"
@@ -41,15 +42,15 @@ class Splash:
         if reason := tpu_unsupported_reason(args, self.interpret):
             return reason
         if args.score is not None and not _is_softcap(args.score):
-            return "it changes scores by softcap(number) alone"
+            return "the only score it supports is softcap(number)"
         _, mask = _split_segments(args.mask)
         if mask is None or _is_static_for_kernel(mask, args):
             return None
         size = 4 * mask_size(mask, args.score_shape)
         if size > self.max_bytes:
             return (
-                f"the mask, its segments aside, is known only when run or differs between rows of the batch, "
-                f"and would take {format_bytes(size)} as a whole"
+                f"the mask apart from its segments is traced or differs between batch rows; stored densely "
+                f"it would take {format_bytes(size)}, more than {format_bytes(self.max_bytes)}"
             )
         return None
 
@@ -70,7 +71,9 @@ class Splash:
             kernel = splash_kernel.dynamic_kernel(block_sizes, **options)
             allowed_pairs = materialize_mask(mask, args.score_shape, offset)
             allowed_pairs = pad_scores(allowed_pairs, padded, False)
-            allowed_pairs = allowed_pairs if len(allowed_pairs) > 1 else allowed_pairs[0]  # one for all rows
+            allowed_pairs = (
+                allowed_pairs if len(allowed_pairs) > 1 else allowed_pairs[0]
+            )  # shared by all rows
         if kernel is None:
             rows = args.query.shape[:3]
             out, lse = jnp.zeros((*rows, args.value.shape[-1]), args.value.dtype), jnp.full(rows, -jnp.inf)
@@ -87,20 +90,20 @@ def _is_softcap(score) -> bool:
 
 
 def _split_segments(mask: Mask | None) -> tuple[SegmentMask | None, Mask | None]:
-    """The segments that are one side of an `AndMask` at the top of a mask, and the rest of it."""
+    """Return the first `SegmentMask` operand of a conjunction, and the other operands."""
     if isinstance(mask, SegmentMask):
         return mask, None
     if isinstance(mask, AndMask):
-        for one, other in ((mask.left, mask.right), (mask.right, mask.left)):
-            segments, rest = _split_segments(one)
+        for operand, other in ((mask.left, mask.right), (mask.right, mask.left)):
+            segments, rest = _split_segments(operand)
             if segments is not None:
                 return segments, other if rest is None else rest & other
     return None, mask
 
 
 def _is_static_for_kernel(mask: Mask, args: AttentionArgs) -> bool:
-    """Whether the mask can be cut into blocks while the program is traced: one for all rows of the batch."""
+    """Return whether the mask is the same for all batch rows and can be built at trace time."""
     if not is_static(mask):
         return False
     rows, heads = depends_on_batch_and_heads(mask)
-    return not rows and not (heads and args.is_sharded)  # which heads a device has is known only when run
+    return not rows and not (heads and args.is_sharded)  # a shard's head offset is traced

@@ -1,7 +1,7 @@
-"""Splash attention, JAX's block-sparse flash attention for TPUs, with what it lacks.
+"""Splash attention, JAX's block-sparse flash attention kernel for TPUs, with extensions.
 
-What it lacks (jax.experimental.pallas.ops.tpu.splash_attention) is done here: batch, rows without keys, a
-log-sum-exp with a gradient, dynamic masks inside of `jit`. Importing this module imports Pallas.
+This module adds a batch dimension, rows without keys, a differentiable log-sum-exp and dynamic
+masks inside `jit` to jax.experimental.pallas.ops.tpu.splash_attention. Importing it imports Pallas.
 """
 
 from collections.abc import Hashable
@@ -27,13 +27,13 @@ _NO_BLOCKS = splash_mask_info.MaskInfo(None, None, None, None, None)
 def static_kernel(
     mask: Mask | None, heads: int, lengths: Pair, block_sizes: Pair, **options
 ) -> Kernel | None:
-    """The kernel of a mask that is known now; None where it allows nothing, which it would stumble over.
+    """Return the kernel of a static mask, or None if it allows no pair, which JAX rejects.
 
     Args:
-      mask: the same in every row of the batch; None is all pairs of these lengths.
-      heads: of queries.
-      lengths: of queries and keys.
-      block_sizes: block_q and block_kv; the arrays that the kernel gets are whole blocks.
+      mask: a static mask, the same for every batch row. None allows every pair.
+      heads: number of query heads.
+      lengths: numbers of queries and keys.
+      block_sizes: block_q and block_kv. The kernel's inputs are padded to multiples of these.
       options: see `_options`.
     """
     differs_by_head = mask is not None and depends_on_batch_and_heads(mask)[1]
@@ -42,14 +42,14 @@ def static_kernel(
         leaves, structure = jax.tree.flatten(mask)
         arrays = [np.asarray(x) for x in leaves]
         content = structure, tuple((x.shape, x.dtype.name, x.tobytes()) for x in arrays)
-        each = [
+        head_masks = [
             _HeadMask(mask, content, head if differs_by_head else 0, lengths, block_sizes)
             for head in range(heads)
         ]
-        if all(head.is_empty() for head in dict.fromkeys(each)):
+        if all(head.is_empty() for head in dict.fromkeys(head_masks)):
             return None
         return splash.make_splash_mha(
-            splash_masks.MultiHeadMask(each),
+            splash_masks.MultiHeadMask(head_masks),
             head_shards=1,
             q_seq_shards=1,
             **_options(block_sizes, **options),
@@ -59,7 +59,7 @@ def static_kernel(
 
 
 def dynamic_kernel(block_sizes: Pair, **options) -> Kernel:
-    """The kernel of masks that `attention` gets as arrays; the rest as in `static_kernel`."""
+    """Return the kernel for a mask that `attention` gets as an array; see `static_kernel`."""
     return Kernel(
         _NO_BLOCKS, None, None, is_mqa=False, mask_function=None, **_options(block_sizes, **options)
     )
@@ -68,13 +68,16 @@ def dynamic_kernel(block_sizes: Pair, **options) -> Kernel:
 def segment_ids(
     queries: Int[Array, "b T"], keys: Int[Array, "b S"], batch: int, lengths: Pair
 ) -> splash.SegmentIds:
-    """Numbers that are equal where two segments are; those of padding, up to these lengths, equal none."""
+    """Return segment ids for the kernel, padded to `lengths`.
 
-    def numbers(x, length, padding):
+    Padding has id -1 for queries and -2 for keys, so that it matches nothing.
+    """
+
+    def pad_ids(x, length, padding):
         x = jnp.pad(jnp.where(x > 0, x, padding), ((0, 0), (0, length - x.shape[1])), constant_values=padding)
         return jnp.broadcast_to(x, (batch, length)).astype(jnp.int32)
 
-    return splash.SegmentIds(numbers(queries, lengths[0], -1), numbers(keys, lengths[1], -2))
+    return splash.SegmentIds(pad_ids(queries, lengths[0], -1), pad_ids(keys, lengths[1], -2))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -86,25 +89,25 @@ def attention(
     ids: splash.SegmentIds | None,
     allowed: Bool[Array, "*B H T S"] | None,
 ) -> tuple[Float[Array, "B H T Dv"], Float[Array, "B H T"]]:
-    """Output and log-sum-exp.
+    """Return output and log-sum-exp.
 
     Args:
-      kernel: of `static_kernel`, or of `dynamic_kernel`.
-      query: (B, H, T, D), scaled; T whole blocks.
-      key: (B, K, S, D), H a multiple of K; S whole blocks.
+      kernel: from `static_kernel` or `dynamic_kernel`.
+      query: scaled, (B, H, T, D). T is a multiple of block_q.
+      key: (B, K, S, D). H is a multiple of K and S of block_kv.
       value: (B, K, S, Dv).
-      ids: of `segment_ids`.
-      allowed: what an unknown mask allows, (H or 1, T, S), or (B, H or 1, T, S) where rows differ.
+      ids: from `segment_ids`.
+      allowed: the mask of a dynamic kernel, (H or 1, T, S), or (B, H or 1, T, S) if rows differ.
     """
     return _forward(kernel, query, key, value, ids, allowed)[0]
 
 
 def _forward(kernel, query, key, value, ids, allowed):
-    def one(query, key, value, ids, allowed):
+    def forward_row(query, key, value, ids, allowed):
         return _with_mask_info(kernel, allowed)(query, key, value, ids)
 
-    out, (lse,) = jax.vmap(one, (0, 0, 0, 0, _batch_axis(allowed)))(query, key, value, ids, allowed)
-    # Of a row without keys the kernel makes the mean of the values of the blocks that it visits, or 0 / 0.
+    out, (lse,) = jax.vmap(forward_row, (0, 0, 0, 0, _batch_axis(allowed)))(query, key, value, ids, allowed)
+    # For a query without keys, the kernel returns the mean of the values of its blocks, or 0 / 0.
     empty = lse < kernel.kwargs["mask_value"] / 2
     out, lse = jnp.where(empty[..., None], 0, out), jnp.where(empty, -jnp.inf, lse)
     return (out, lse), (query, key, value, ids, allowed, out, lse)
@@ -113,9 +116,9 @@ def _forward(kernel, query, key, value, ids, allowed):
 def _backward(kernel, residuals, d_outputs):
     query, key, value, ids, allowed, out, lse = residuals
     d_out, d_lse = d_outputs
-    # JAX's own rule for the kernel leaves d_lse out, so its two backward kernels are called from here.
+    # JAX's own VJP of the kernel ignores d_lse, so this calls its two backward kernels directly.
     delta = vjp.row_term(out, d_out, d_lse)
-    lse = jnp.where(jnp.isneginf(lse), 0, lse)  # beside which a masked score has weight 0
+    lse = jnp.where(jnp.isneginf(lse), 0, lse)  # masked scores then have weight 0
     sizes, options = kernel.kwargs["block_sizes"], kernel.kwargs
     common = {
         **{name: options[name] for name in ("is_mqa", "mask_value", "attn_logits_soft_cap")},
@@ -132,14 +135,14 @@ def _backward(kernel, residuals, d_outputs):
         **common,
     )
 
-    def one(q, k, v, ids, allowed, lse, d_out, delta):
+    def backward_row(q, k, v, ids, allowed, lse, d_out, delta):
         masked = _with_mask_info(kernel, allowed)
         arrays = q, k, v, ids, None, lse, d_out, delta
         _, d_key, d_value = to_keys(*arrays, mask_info=masked.dkv_mask_info)
         return to_queries(*arrays, mask_info=masked.dq_mask_info), d_key, d_value
 
-    rows = jax.vmap(one, (0, 0, 0, 0, _batch_axis(allowed), 0, 0, 0))
-    gradients = rows(query, key, value, ids, allowed, lse, d_out, delta)
+    backward_rows = jax.vmap(backward_row, (0, 0, 0, 0, _batch_axis(allowed), 0, 0, 0))
+    gradients = backward_rows(query, key, value, ids, allowed, lse, d_out, delta)
     return *gradients, vjp.zero_cotangent(ids), vjp.zero_cotangent(allowed)
 
 
@@ -147,9 +150,9 @@ attention.defvjp(_forward, _backward)
 
 
 def _options(block_sizes: Pair, softcap: float | None, interpret: bool) -> dict:
-    """How a kernel runs, whatever its mask."""
+    """Return the options of a kernel that do not depend on its mask."""
     block_q, block_kv = block_sizes
-    # The kernel computes this many keys at a time of a block that is in vector memory.
+    # The number of keys of a block in VMEM that the kernel computes at a time.
     compute = block_kv // 2 if block_kv > 512 and block_kv % 256 == 0 else block_kv
     return {
         "block_sizes": splash.BlockSizes(
@@ -164,33 +167,34 @@ def _options(block_sizes: Pair, softcap: float | None, interpret: bool) -> dict:
 
 
 def _batch_axis(allowed: Array | None) -> int | None:
-    """The dimension of `allowed` in which rows of the batch differ."""
+    """Return the `vmap` axis of `allowed`: 0 if it has a batch dimension, None otherwise."""
     return 0 if allowed is not None and allowed.ndim == 4 else None
 
 
 def _with_mask_info(kernel: Kernel, allowed: Bool[Array, "H T S"] | None) -> Kernel:
-    """The kernel with the blocks of a mask that it was made without."""
+    """Return a dynamic kernel with the blocks of its mask; a static kernel unchanged."""
     if allowed is None:
         return kernel
     sizes = kernel.kwargs["block_sizes"]
     block_sizes = sizes.block_q, sizes.block_kv
 
-    def ready(mask_info):
+    def flatten_blocks(mask_info):
         blocks = mask_info.partial_mask_blocks
-        # The kernel asks whether they are known of a number that within `jit` is not; None is no.
+        # The kernel branches on `is_dynamic_mask`, a tracer under `jit`. None counts as False.
         return mask_info._replace(
             partial_mask_blocks=blocks.reshape(-1, *blocks.shape[-2:]), is_dynamic_mask=None
         )
 
-    to_queries = ready(splash_mask_info.process_dynamic_mask(allowed, block_sizes)[0])
-    to_keys = ready(splash_mask_info.process_dynamic_mask_dkv(allowed, block_sizes)[0])
+    to_queries = flatten_blocks(splash_mask_info.process_dynamic_mask(allowed, block_sizes)[0])
+    to_keys = flatten_blocks(splash_mask_info.process_dynamic_mask_dkv(allowed, block_sizes)[0])
     return Kernel(to_queries, to_queries, to_keys, **kernel.kwargs)
 
 
 class _HeadMask(splash_masks.Mask):
-    """What one head of a mask allows, in whole blocks; keys beyond the last are allowed to none.
+    """The mask of one head, padded to whole blocks. Padded keys are masked.
 
-    Of equal `content`, all else the same, they are equal: JAX prepares the blocks once for all layers.
+    Masks of equal `content`, head, lengths and block sizes compare equal, so that JAX builds their
+    blocks only once for all layers.
     """
 
     def __init__(self, mask: Mask | None, content: Hashable, head: int, lengths: Pair, block_sizes: Pair):
@@ -210,13 +214,13 @@ class _HeadMask(splash_masks.Mask):
 
     @cached_property
     def _padded_mask(self) -> Mask:
-        """The mask cut to this head, with keys and queries up to a whole block."""
+        """The mask sliced to this head, with queries and keys padded to whole blocks."""
         assert self.mask is not None
         return self.mask.slice_block(heads=(self.head, 1)).pad_to(queries=self._shape[0], keys=self._shape[1])
 
     @cached_property
     def _block_summary(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each block, whether it may allow some pair, and whether it allows every one."""
+        """Whether each block may allow any pair, and whether it allows all pairs."""
         (block_q, block_kv), (queries, keys) = self.block_sizes, self._shape
         grid = BlockGrid(queries, keys, block_q, block_kv, offset=(0, self.head, 0, 0))
         any_allowed = all_allowed = np.ones(grid.num_blocks, bool)
@@ -226,7 +230,7 @@ class _HeadMask(splash_masks.Mask):
         return any_allowed, all_allowed & (ends <= self.num_keys)[None, :]
 
     def __getitem__(self, at):
-        """The pairs of a block, (queries, keys)."""
+        """Return the allowed pairs of a block, (queries, keys)."""
         q, k = (np.arange(part.start, part.stop) for part in at)
         i, j = q[0] // self.block_sizes[0], k[0] // self.block_sizes[1]
         any_allowed, all_allowed = (x[i, j] for x in self._block_summary)
@@ -239,8 +243,10 @@ class _HeadMask(splash_masks.Mask):
         return np.broadcast_to(allowed, (len(q), len(k)))
 
     def is_empty(self) -> bool:
-        """Whether no pair at all is allowed."""
+        """Return whether the mask allows no pair."""
         block_q, block_kv = self.block_sizes
-        visits = zip(*np.nonzero(self._block_summary[0]), strict=True)
-        blocks = (self[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv] for i, j in visits)
+        indices = zip(*np.nonzero(self._block_summary[0]), strict=True)
+        blocks = (
+            self[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv] for i, j in indices
+        )
         return not any(block.any() for block in blocks)

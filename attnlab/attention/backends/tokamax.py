@@ -1,7 +1,8 @@
-"""Tokamax's attention for NVIDIA's GPUs, a library that may be installed beside this one, as a backend.
+"""Attention of the optional dependency Tokamax, for NVIDIA GPUs, as a backend.
 
-Of its kernels it is the Triton one, which takes scores that add, with their gradient, and any mask; a softcap
-it has without a gradient. It holds mask and bias whole: how much of that is still sensible is a limit.
+The backend uses Tokamax's Triton kernel, which supports additive scores with gradients and any
+mask. Its softcap has no gradient and is not used. Mask and bias are dense; `max_bytes` limits their
+size.
 """
 
 import importlib.util
@@ -28,11 +29,11 @@ from attnlab.attention.masks.dense import (
 
 
 class Tokamax:
-    """Scores that only add, with gradients to what they add, and any mask; in half precision.
+    """Additive scores with gradients, and any mask, in half precision.
 
     Attributes:
-      implementation: what it computes with; "xla" is for any platform.
-      max_bytes: the most bytes of the mask, and of the bias that a score is made to.
+      implementation: implementation argument of Tokamax. "xla" runs on any platform.
+      max_bytes: maximum size in bytes of the dense mask and bias together.
     """
 
     name = "tokamax"
@@ -43,34 +44,38 @@ class Tokamax:
     def unsupported_reason(self, args):
         """See `Backend.unsupported_reason`."""
         if args.platform != "gpu" and self.implementation != "xla":
-            return f"it is for GPUs, and this is for a {args.platform.upper()}"
+            return f"it requires a GPU, not a {args.platform.upper()}"
         if importlib.util.find_spec("tokamax") is None:
             return "tokamax is not installed"
         if reason := sharded_length_reason(args) or softmax_only_reason(args):
             return reason
         if args.return_lse or args.sinks is not None:
-            return "it has no log-sum-exp, which return_lse asks for and sinks need"
+            return "it returns no log-sum-exp, which return_lse and sinks need"
         if args.score is not None and not args.score.is_additive:
-            return "of scores it takes those that only add, as bias and alibi do"
+            return "it supports only additive scores, such as bias and alibi"
         if not isinstance(args.scale, int | float):
-            return "its scale has to be a number"
+            return "scale must be a Python number"
         dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
         if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-            return f"it takes bfloat16 or float16, the same for all three, not {', '.join(sorted(dtypes))}"
+            return (
+                f"query, key and value must all be bfloat16 or all float16, not {', '.join(sorted(dtypes))}"
+            )
         if (size := _num_bytes(args)) > self.max_bytes:
-            return f"its mask and bias would take {format_bytes(size)} as a whole"
+            limit = format_bytes(self.max_bytes)
+            return f"its dense mask and bias would take {format_bytes(size)}; the limit is {limit}"
         return None if self.implementation == "xla" else _unsupported_device_reason()
 
     def run(self, args, offset):
         """See `Backend.run`."""
-        import tokamax  # deferred: takes seconds
+        import tokamax  # deferred: the import takes seconds
 
         bias = None if args.score is None else materialize_bias(args.score, args.score_shape, offset)
         allowed_pairs = has_keys = None
         if not (args.mask is None or _is_causal(args.mask)):
             allowed_pairs = materialize_mask(args.mask, args.score_shape, offset)
             has_keys = allowed_pairs.any(3, keepdims=True)
-            # Without keys a row would get the mean of all values, so it gets some, and is left out after.
+            # Without keys, Tokamax returns the mean of all values. Such rows get all keys here, and
+            # their output is set to 0 below.
             allowed_pairs |= ~has_keys
         out = tokamax.dot_product_attention(
             *(args.query, args.key, args.value, bias, allowed_pairs),
@@ -80,7 +85,7 @@ class Tokamax:
         )
         if has_keys is not None:
             out = jnp.where(jnp.swapaxes(has_keys, 1, 2), out, 0)
-        lse = jnp.full(out.shape[:3], jnp.nan)  # calls that use it are unsupported
+        lse = jnp.full(out.shape[:3], jnp.nan)  # `unsupported_reason` rejects calls that use it
         return AttentionResult(out.astype(args.value.dtype), lse)
 
 
@@ -92,13 +97,14 @@ def _unsupported_device_reason() -> str | None:
         return None
     if device.platform != "gpu" or float(device.compute_capability) < 8:
         return (
-            "its kernel is for GPUs from Ampere on, of which there is none; see tokamax.config.cross_compile"
+            "its kernel requires a GPU of compute capability 8.0 (Ampere) or later; to compile without "
+            "one, set tokamax.config.cross_compile"
         )
     return None
 
 
 def _num_bytes(args: AttentionArgs) -> int:
-    """Bytes of the mask and the bias."""
+    """Return the size in bytes of the dense mask and bias."""
     size = 0 if args.score is None else 4 * math.prod(args.score_shape)
     if args.mask is None or _is_causal(args.mask):
         return size
@@ -106,5 +112,5 @@ def _num_bytes(args: AttentionArgs) -> int:
 
 
 def _is_causal(mask: Mask | None) -> bool:
-    """Whether it is `causal()`, of which the kernel skips the empty blocks."""
+    """Return whether the mask is `causal()`, whose empty blocks the kernel skips."""
     return isinstance(mask, CausalMask) and isinstance(mask.offset, int) and mask.offset == 0

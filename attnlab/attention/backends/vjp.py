@@ -1,4 +1,4 @@
-"""Gradients of the arrays within masks and scores, summed over the parts that these were cut to."""
+"""Cotangents of the arrays in masks and scores, accumulated over blocks."""
 
 from typing import Any
 
@@ -12,34 +12,42 @@ from attnlab.attention.scores import Score
 
 
 def is_floating(x: Any) -> bool:
-    """Whether an array has a gradient."""
+    """Return whether an array has a floating-point dtype, so that it has a gradient."""
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def row_term(out: Array, d_out: Array, d_lse: Array) -> Array:
-    """sum(out * d_out) over the width, less d_lse: what every row's gradient of its weights is less.
+    """Return delta = sum(out * d_out) - d_lse, summed over the head width.
 
-    d scores = weights * (d weights - sum(weights * d weights) + d lse), and the sum is out . d out.
+    d scores = weights * (d weights - sum(weights * d weights) + d lse)
+             = weights * (d weights - delta), since sum(weights * d weights) = out . d out.
     """
     return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
 
 
 def zero_cotangent(tree: Any) -> Any:
-    """The cotangent of what no gradient flows to."""
+    """Return zero cotangents for a pytree: float0 for integers and booleans."""
     return jax.tree.map(
         lambda x: jnp.zeros_like(x) if is_floating(x) else np.zeros(jnp.shape(x), jax.dtypes.float0), tree
     )
 
 
 def init(score: Score | None) -> list[Array]:
-    """Sums to begin with, one for each array of a score; of integers, which have no gradient, a single 0."""
+    """Return zero sums for the arrays of a score: a scalar for integers, which have no gradient."""
     return [jnp.zeros(jnp.shape(x) if is_floating(x) else ()) for x in jax.tree.leaves(score)]
 
 
 def accumulate_block(
     score: Score | None, sums: list[Array], parts: Any, **starts: int | Array
 ) -> list[Array]:
-    """`sums` with the gradient of a cut score added where it was cut from, `cut(queries=(start, length))`."""
+    """Add the gradient of a score's block to `sums`.
+
+    Args:
+      score: the whole score.
+      sums: the sums from `init`.
+      parts: gradient of `score.slice_block(...)`.
+      starts: start of the block in each named dimension, for example `queries=64`.
+    """
     if score is None:
         return sums
 
@@ -47,8 +55,8 @@ def accumulate_block(
         if part.dtype == jax.dtypes.float0 or (total.shape != part.shape and not total.shape):
             return total
         at = [
-            starts.get(name or "", 0) if n < whole else 0
-            for name, n, whole in zip(dims, part.shape, total.shape, strict=True)
+            starts.get(name or "", 0) if n < total_n else 0
+            for name, n, total_n in zip(dims, part.shape, total.shape, strict=True)
         ]
         current = jax.lax.dynamic_slice(total, at, part.shape)
         return jax.lax.dynamic_update_slice(total, current + part, at)
@@ -61,7 +69,7 @@ def accumulate_block(
 
 
 def finalize(score: Score | None, sums: list[Array]) -> Any:
-    """The sums as the cotangent of a score, whose arrays may have been made longer since."""
+    """Return the sums as the cotangent of a score, without the padding that the sums may have."""
     leaves = jax.tree.leaves(score)
 
     def to_cotangent(x, total):
@@ -73,7 +81,7 @@ def finalize(score: Score | None, sums: list[Array]) -> Any:
 
 
 class _DimsLeaf:
-    """The dims where a tree has an array."""
+    """A pytree leaf that holds the dims of an array."""
 
     def __init__(self, dims: Dims):
         self.dims = dims
