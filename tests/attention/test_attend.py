@@ -1,3 +1,5 @@
+"""`attend` on meshes of devices, its results, and its errors."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def on_mesh(mesh_of, text, arrays, spec=None):
 
 @pytest.mark.parametrize("backend", ["blockwise", "reference"])
 @pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2", "fsdp:4"])
-def test_a_mesh_changes_no_number_and_keeps_the_layout(mesh_of, text, backend):
+def test_results_do_not_depend_on_the_mesh_and_keep_sharding(mesh_of, text, backend):
     arrays = qkv(0, b=4, t=7, s=7, h=4, k=2)
     ids = jnp.array([[1] * 4 + [2] * 3, [1] * 7, [0] * 2 + [1] * 5, [1] * 6 + [0]])
 
@@ -40,14 +42,14 @@ def test_a_mesh_changes_no_number_and_keeps_the_layout(mesh_of, text, backend):
     expected = run(*arrays, ids)
     mesh, placed = on_mesh(mesh_of, text, arrays)
     with jax.set_mesh(mesh):
-        got = run(*placed, ids)  # segments whole on every device: attend lays them out
+        got = run(*placed, ids)  # the replicated segments are resharded by `attend`
         assert got[1][0].sharding.spec == P(ROWS, None, "tensor", None)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for actual, desired in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)
 
 
-def test_functions_made_under_a_mesh_run_on_a_part_of_it(mesh_of):
-    """As in a model: mask and score are traced where arrays are whole, and run where they are cut."""
+def test_functions_traced_on_a_mesh_run_on_each_shard(mesh_of):
+    """As in a model, mask and score are traced with global arrays and evaluated on shards."""
     arrays = qkv(0, b=4, t=40, s=40, h=4, k=2)
     ids, slopes = jnp.arange(4 * 40).reshape(4, 40) // 13, jnp.linspace(0.1, 0.4, 4)
 
@@ -71,31 +73,31 @@ def test_functions_made_under_a_mesh_run_on_a_part_of_it(mesh_of):
     mesh, placed = on_mesh(mesh_of, "data:2,fsdp:2,tensor:2", arrays)
     with jax.set_mesh(mesh):
         got = run(*placed, ids, slopes)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    for actual, desired in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-4)
 
 
-def test_one_key_head_may_be_whole_beside_cut_query_heads(mesh_of):
+def test_single_key_head_may_be_replicated(mesh_of):
     query, key, value = qkv(1, b=2, h=4, k=1)
-    mesh, (query_,) = on_mesh(mesh_of, "fsdp:2,tensor:2", [query])
+    mesh, (placed_query,) = on_mesh(mesh_of, "fsdp:2,tensor:2", [query])
     _, others = on_mesh(mesh_of, "fsdp:2,tensor:2", [key, value], P(ROWS, None, None, None))
     with jax.set_mesh(mesh):
-        got = jax.jit(attend)(query_, *others)
+        got = jax.jit(attend)(placed_query, *others)
     np.testing.assert_allclose(got, attend(query, key, value), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "query_spec, key_spec, words",
     [
-        (P(None, "fsdp", None, None), P(), "as the query's"),
-        (P(None, None, None, "fsdp"), P(None, None, None, "fsdp"), "head_dim must be whole"),
-        (P("fsdp", None, None, None), P("fsdp", "tensor", None, None), "as the query's"),
-        (P("fsdp", None, "tensor", None), P("fsdp", None, None, None), "as the query's"),
-        (P("fsdp", None, None, None), P(), "as the query's"),
-        (P(), P("fsdp", None, None, None), "as the query's"),
+        (P(None, "fsdp", None, None), P(), "like the query"),
+        (P(None, None, None, "fsdp"), P(None, None, None, "fsdp"), "head_dim must not be sharded"),
+        (P("fsdp", None, None, None), P("fsdp", "tensor", None, None), "like the query"),
+        (P("fsdp", None, "tensor", None), P("fsdp", None, None, None), "like the query"),
+        (P("fsdp", None, None, None), P(), "like the query"),
+        (P(), P("fsdp", None, None, None), "like the query"),
     ],
 )
-def test_layouts_that_would_mix_up_heads_or_rows_are_refused(mesh_of, refuses, query_spec, key_spec, words):
+def test_mismatched_shardings_are_rejected(mesh_of, refuses, query_spec, key_spec, words):
     query, key, value = qkv(1, b=2, t=4, s=4, h=4, k=2, d=2, dv=2)
     mesh, (query,) = on_mesh(mesh_of, "fsdp:2,tensor:2", [query], query_spec)
     _, (key, value) = on_mesh(mesh_of, "fsdp:2,tensor:2", [key, value], key_spec)
@@ -103,12 +105,12 @@ def test_layouts_that_would_mix_up_heads_or_rows_are_refused(mesh_of, refuses, q
         attend(query, key, value)
 
 
-def test_devices_drop_different_places_and_copies_the_same(mesh_of):
-    one = jnp.ones((4, 6, 4, 2))
-    eye = jnp.broadcast_to(jnp.eye(6)[None, :, None], (4, 6, 4, 6))  # the output shows the weights
+def test_dropout_differs_between_shards_and_agrees_between_replicas(mesh_of):
+    ones = jnp.ones((4, 6, 4, 2))
+    eye = jnp.broadcast_to(jnp.eye(6)[None, :, None], (4, 6, 4, 6))  # the output equals the weights
 
     def run(mesh_text, spec):
-        mesh, arrays = on_mesh(mesh_of, mesh_text, [one, one, eye], spec)
+        mesh, arrays = on_mesh(mesh_of, mesh_text, [ones, ones, eye], spec)
         with jax.set_mesh(mesh):
             f = jax.jit(lambda *a: attend(*a, dropout_rate=0.5, dropout_key=jax.random.key(0)))
             return f(*arrays)
@@ -123,7 +125,7 @@ def test_devices_drop_different_places_and_copies_the_same(mesh_of):
                 np.testing.assert_array_equal(shard.data, other.data)
 
 
-def test_returns_what_is_asked_in_order():
+def test_optional_outputs_are_returned_in_order():
     query, key, value = qkv(2)
     out, lse, weights = attend(query, key, value, return_lse=True, return_weights=True)
     assert (out.shape, lse.shape, weights.shape) == ((2, 5, 4, 3), (2, 5, 4), (2, 4, 5, 7))
@@ -132,7 +134,7 @@ def test_returns_what_is_asked_in_order():
     np.testing.assert_allclose(attend(query * 6**0.5, key, value, scale=1 / 6), out, rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_is_refused_in_one_line(refuses, unchecked):
+def test_invalid_arguments_raise_one_line_errors(refuses, unchecked):
     query, key, value = qkv(3)
     with refuses("(batch, length, heads, head_dim)", "(5, 4, 6)"):
         attend(query[0], key, value)
@@ -140,7 +142,7 @@ def test_what_cannot_be_is_refused_in_one_line(refuses, unchecked):
         attend(query[0, ..., 0], key, value)
     with refuses("batch, length and heads", "(1, 7, 2, 3)"):
         attend(query, key, value[:1])
-    with refuses("one head_dim"):
+    with refuses("the same head_dim"):
         attend(query[..., :2], key, value)
     with refuses("multiple of key heads"):
         attend(query[:, :, :3], key, value)
@@ -149,21 +151,21 @@ def test_what_cannot_be_is_refused_in_one_line(refuses, unchecked):
         "auto, ring, all_to_all, all_gather, splash, flash, cudnn, tokamax, decode, blockwise, blockwise_autodiff",
     ):
         attend(query, key, value, backend="fast")
-    with refuses("'blockwise' cannot do this", "weights", "return_weights"):
+    with refuses("'blockwise' does not support", "weights", "return_weights"):
         attend(query, key, value, backend="blockwise", return_weights=True)
-    with refuses("'blockwise' cannot do this", "weights", "dropout"):
+    with refuses("'blockwise' does not support", "weights", "dropout"):
         attend(query, key, value, backend="blockwise", dropout_rate=0.1, dropout_key=jax.random.key(0))
-    with refuses("(batch, keys) in the mask", "has 6 keys, where the scores have 7"):
+    with refuses("(batch, keys) in the mask", "has 6 keys; the scores have 7"):
         attend(query, key, value, mask=segments(jnp.ones((2, 5), int), jnp.ones((2, 6), int)))
-    with refuses("in the score", "has 3 heads, where the scores have 4"):
+    with refuses("in the score", "has 3 heads; the scores have 4"):
         attend(query, key, value, score=bias(jnp.ones((3, 1, 1))))
     with refuses("one scalar", "float32[2]"):
         attend(query, key, value, score=lambda s, b, h, q, k: s * jnp.ones(2))
-    with refuses("dropout_rate", "under 1"):
+    with refuses("dropout_rate", "less than 1"):
         attend(query, key, value, dropout_rate=1.0, dropout_key=jax.random.key(0))
 
 
-def test_swapped_layout_is_guessed(refuses, unchecked):
+def test_swapped_layout_error_gives_a_hint(refuses, unchecked):
     swapped = [jnp.swapaxes(x, 1, 2) for x in qkv(4, t=5, s=7, h=4, k=2)]
-    with refuses("laid out (batch, heads, length, head_dim)?"):
+    with refuses("not (batch, heads, length, head_dim)"):
         attend(*swapped)

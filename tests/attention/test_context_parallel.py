@@ -1,4 +1,4 @@
-"""Attention over a sharded sequence: each way equals the reference, and moves what it should and no more."""
+"""Attention over a sharded length: results against the reference, and the collectives used."""
 
 import re
 
@@ -14,7 +14,7 @@ from attnlab.attention.block_mask import make_block_mask
 from attnlab.attention.masks.base import BlockGrid
 from tests.attention.inputs import qkv, weighted_sum
 
-WAYS = ["ring", "all_to_all", "all_gather"]
+BACKENDS = ["ring", "all_to_all", "all_gather"]
 B, T, H, K = 2, 48, 8, 4
 IDS = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (B, T)), axis=1))
 SLOPES = jnp.linspace(0.1, 0.8, H)
@@ -27,7 +27,7 @@ CASES = {
         bias(0.01 * jnp.arange(H * T * T).reshape(H, T, T) % 7),
         None,
     ),
-    "a mask and a score of the user": (
+    "user-defined mask and score": (
         mask_fn(lambda b, h, q, k: (IDS[b, q] == IDS[b, k]) & (q >= k) & ((h != 1) | (q - k < 3))),
         score_fn(lambda s, b, h, q, k: s - SLOPES[h] * (q - k)),
         jnp.linspace(-1, 1, H),
@@ -56,75 +56,76 @@ def loss_of(backend):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True, allow_int=True))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_reference_with_all_gradients(mesh, case, way):
+def test_outputs_and_gradients_match_reference(mesh, case, backend):
     mask, score, sinks = CASES[case]
     arrays = qkv(0, b=B, t=T, s=T, h=H, k=K)
     expected = loss_of("reference")(*arrays, score, sinks, mask)
     with jax.set_mesh(mesh):
-        got = loss_of(way)(*placed(mesh, arrays), score, sinks, mask)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        if theirs.dtype != jax.dtypes.float0:
-            theirs = np.asarray(theirs)
-            size = max(1.0, np.abs(theirs[np.isfinite(theirs)]).max())
-            np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-5, atol=1e-5 * size)
+        got = loss_of(backend)(*placed(mesh, arrays), score, sinks, mask)
+    for actual, desired in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        if desired.dtype != jax.dtypes.float0:
+            desired = np.asarray(desired)
+            size = max(1.0, np.abs(desired[np.isfinite(desired)]).max())
+            np.testing.assert_allclose(np.asarray(actual), desired, rtol=1e-5, atol=1e-5 * size)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_collectives(mesh, way):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_collectives(mesh, backend):
     shape = jax.ShapeDtypeStruct(
         (B, T, H, 6), jnp.float32, sharding=jax.NamedSharding(mesh, P("data", "sequence"))
     )
 
     def loss(q, k, v):
-        return attend(q, k, v, mask=causal(), backend=way).sum()
+        return attend(q, k, v, mask=causal(), backend=backend).sum()
 
     with jax.set_mesh(mesh):
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile().as_text()
-    kinds = "collective-permute|all-gather|all-to-all|all-reduce|reduce-scatter"
-    found = set(re.findall(rf"= \S+ ({kinds})(?:-start)?\(", text)) | set(
-        re.findall(rf"\) ({kinds})(?:-start)?\(", text)
+    names = "collective-permute|all-gather|all-to-all|all-reduce|reduce-scatter"
+    collectives = set(re.findall(rf"= \S+ ({names})(?:-start)?\(", text)) | set(
+        re.findall(rf"\) ({names})(?:-start)?\(", text)
     )
     allowed = {
         "ring": {"collective-permute"},
         "all_to_all": {"all-to-all"},
-        "all_gather": {"all-gather", "reduce-scatter", "all-reduce"},  # on CPUs a scatter is a reduction
-    }[way]
-    assert found and found <= allowed, found
+        # XLA:CPU lowers reduce-scatter to all-reduce.
+        "all_gather": {"all-gather", "reduce-scatter", "all-reduce"},
+    }[backend]
+    assert collectives and collectives <= allowed, collectives
 
 
-def test_the_zig_zag_deals_every_device_the_same_work():
-    """Tiles that a causal mask leaves each of 8 devices, over all that meet there."""
+def test_zigzag_gives_every_device_the_same_work():
+    """Count the nonempty blocks of a causal mask on each of 8 devices, over all ring steps."""
     n, length = 8, 8 * 256
     part = length // (2 * n)
 
-    def tiles_of(device):
-        mine = device, 2 * n - 1 - device
+    def blocks_of(device):
+        parts = device, 2 * n - 1 - device
         grids = [
             BlockGrid(part, part, 16, 16, offset=(0, 0, i * part, j * part))
-            for i in mine
+            for i in parts
             for j in range(2 * n)
         ]
         return sum(int(make_block_mask(causal(), grid)[0].kv_num_blocks.sum()) for grid in grids)
 
-    work = [tiles_of(device) for device in range(n)]
+    work = [blocks_of(device) for device in range(n)]
     assert max(work) <= 1.01 * min(work)
-    whole = int(make_block_mask(causal(), BlockGrid(length, length, 16, 16))[0].kv_num_blocks.sum())
-    assert sum(work) == whole
+    total = int(make_block_mask(causal(), BlockGrid(length, length, 16, 16))[0].kv_num_blocks.sum())
+    assert sum(work) == total
 
 
-def test_refusals(mesh, refuses):
+def test_unsupported_calls_are_rejected(mesh, refuses):
     arrays = qkv(0, b=B, t=T, s=T, h=H, k=2)
     odd = qkv(0, b=B, t=12, s=12, h=H, k=K)
     with jax.set_mesh(mesh):
-        with refuses("'all_to_all' cannot do this", "2 key heads", "4 devices"):
+        with refuses("'all_to_all' does not support", "2 key heads", "4 devices"):
             attend(*placed(mesh, arrays), backend="all_to_all")
-        with refuses("'ring' cannot do this", "not even"):
+        with refuses("'ring' does not support", "not even"):
             attend(*placed(mesh, odd), mask=causal(), backend="ring")
-        with refuses("'blockwise' cannot do this", "the length is sharded over sequence"):
+        with refuses("'blockwise' does not support", "the length is sharded over sequence"):
             attend(*placed(mesh, arrays), backend="blockwise")
-        with refuses("no backend can do this", "reference: the length is sharded"):
+        with refuses("no backend supports", "reference: the length is sharded"):
             attend(*placed(mesh, arrays), return_weights=True)
-    with refuses("'ring' cannot do this", "whole on every device"):
+    with refuses("'ring' does not support", "the length is not sharded"):
         attend(*arrays, backend="ring")

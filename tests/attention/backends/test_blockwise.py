@@ -1,3 +1,5 @@
+"""Blockwise attention against the reference: outputs, gradients, visited blocks and memory."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,11 +30,11 @@ def assert_agree(query, key, value, mask, score=None, tolerance=1e-5, block_size
     pairs = zip(
         *(jax.tree.leaves(x) for x in ((out, lse, gradients), (out_r, lse_r, gradients_r))), strict=True
     )
-    for ours, theirs in pairs:
-        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-        finite = theirs[np.isfinite(theirs)]
+    for actual, desired in pairs:
+        actual, desired = np.asarray(actual, np.float32), np.asarray(desired, np.float32)
+        finite = desired[np.isfinite(desired)]
         size = max(1.0, np.abs(finite).max(initial=0))
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * size)
+        np.testing.assert_allclose(actual, desired, rtol=tolerance, atol=tolerance * size)
 
 
 SAME = jnp.arange(150)[None]
@@ -45,7 +47,7 @@ LONG = {
     "segments": causal() & segments(SAME // 37),
     "rows without keys": causal(-70) & ~window(3, 3),
     "or": window(0, 0) | (causal() & segments(SAME % 3)),
-    "a head of its own": mask_fn(lambda b, h, q, k: (q >= k) & ((h == 0) | (q - k < 10))),
+    "differs by head": mask_fn(lambda b, h, q, k: (q >= k) & ((h == 0) | (q - k < 10))),
     "captured": mask_fn(lambda b, h, q, k: SAME[0, q] // 20 == SAME[0, k] // 20),
 }
 
@@ -54,13 +56,14 @@ LONG = {
     "block_sizes", [None, (32, 64), (8, 8)], ids=["default blocks", "few blocks", "many blocks"]
 )
 @pytest.mark.parametrize("name", LONG)
-def test_agrees_at_every_block_size(name, block_sizes):
+def test_blockwise_matches_reference_at_every_block_size(name, block_sizes):
     assert_agree(*qkv(1, b=1, t=150, s=150, h=2, k=1, d=4, dv=5), LONG[name], block_sizes=block_sizes)
 
 
 @pytest.mark.parametrize("name", ["none", "window", "segments"])
-def test_bfloat16_agrees_to_two_of_its_roundings(name):
-    # The reference rounds once, at the end; here weights and score gradients are rounded too (2^-8 each).
+def test_bfloat16_error_is_at_most_two_roundings(name):
+    # The reference rounds once, at the end. `blockwise` also rounds weights and score gradients
+    # (2^-8 each).
     query, key, value = (x / 2 for x in qkv(1, b=1, t=150, s=150, h=2, k=1, d=4, dv=5, dtype=jnp.bfloat16))
     assert_agree(query, key, value, LONG[name], tolerance=2**-7)
 
@@ -69,12 +72,12 @@ def test_bfloat16_agrees_to_two_of_its_roundings(name):
 @pytest.mark.parametrize(
     "shape", [(2, 4, 29, 23), (1, 4, 29, 23), (2, 1, 1, 23), (1, 1, 29, 1), (1, 1, 1, 1)], ids=str
 )
-def test_gradients_reach_a_bias_of_any_shape(shape, block_sizes):
+def test_bias_of_any_shape_has_gradients(shape, block_sizes):
     array = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     assert_agree(*qkv(2, t=29, s=23), causal(-3), bias(array), block_sizes=block_sizes)
 
 
-def test_gradients_reach_what_functions_capture():
+def test_captured_arrays_have_gradients():
     slopes, table = jnp.linspace(0.1, 0.4, 4), jnp.linspace(-1, 1, 60)
     query, key, value = qkv(2, t=29, s=29)
 
@@ -87,13 +90,13 @@ def test_gradients_reach_what_functions_capture():
         return jax.jit(jax.grad(loss, (0, 1)))(slopes, table)
 
     expected = gradients(reference)
-    for ours, theirs in zip(gradients(blockwise, block_sizes=(8, 8)), expected, strict=True):
-        assert np.abs(theirs).max() > 0.1
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    for actual, desired in zip(gradients(blockwise, block_sizes=(8, 8)), expected, strict=True):
+        assert np.abs(desired).max() > 0.1
+        np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", [reference, blockwise, blockwise_autodiff], ids=lambda f: f.__name__)
-def test_a_score_that_is_no_number_where_the_mask_forbids_spoils_no_gradient(attention):
+def test_nan_scores_of_masked_pairs_do_not_affect_gradients(attention):
     def loss(logarithm, query, key, value):
         score = score_fn(lambda s, b, h, q, k: s * logarithm(q - k + 1.0))
         return weighted_sum(*attention(query, key, value, mask=causal(), score=score)[:2])
@@ -102,23 +105,23 @@ def test_a_score_that_is_no_number_where_the_mask_forbids_spoils_no_gradient(att
         return jax.jit(jax.grad(lambda *x: loss(logarithm, *x), (0, 1, 2)))(*qkv(2, t=29, s=29))
 
     expected = gradients(lambda x: jnp.log(jnp.maximum(x, 1)))
-    for ours, theirs in zip(gradients(jnp.log), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for actual, desired in zip(gradients(jnp.log), expected, strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", [reference, blockwise, blockwise_autodiff], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min])
-def test_a_bias_that_forbids_does_what_a_mask_does(attention, low):
+def test_bias_of_minus_infinity_equals_mask(attention, low):
     allowed = np.random.default_rng(0).random((1, 1, 29, 23)) < 0.5
     allowed[..., 4, :] = False
     array = jnp.asarray(np.where(allowed, 0, low), jnp.float32)
     arrays = qkv(2, t=29, s=23)
     got = jax.jit(lambda *x: attention(*x, score=bias(array)))(*arrays)[:2]
-    for ours, theirs in zip(got, reference(*arrays, mask=DenseMask(allowed)), strict=False):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for actual, desired in zip(got, reference(*arrays, mask=DenseMask(allowed)), strict=False):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)
 
 
-def test_under_vmap_with_a_mask_of_each():
+def test_vmap_over_masks():
     examples = [qkv(seed, t=9, s=9) for seed in range(3)]
     ids = jnp.array([[[1] * 9] * 2, [[1] * 4 + [2] * 5] * 2, [[0] * 3 + [1] * 6] * 2])
     stacked = [jnp.stack(x) for x in zip(*examples, strict=True)]
@@ -128,11 +131,11 @@ def test_under_vmap_with_a_mask_of_each():
 
     got = jax.vmap(run(blockwise, block_sizes=(4, 4)))(*stacked, ids)
     expected = jax.vmap(run(reference))(*stacked, ids)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+    for actual, desired in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["rows without keys", "a head of its own"])
+@pytest.mark.parametrize("name", ["rows without keys", "differs by head"])
 def test_forward_mode_and_second_derivatives(name):
     query, key, value = qkv(3, b=1, t=30, s=30, h=2, k=1, d=4, dv=3)
     slope, tangents = jnp.float32(0.3), qkv(4, b=1, t=30, s=30, h=2, k=1, d=4, dv=3)
@@ -146,16 +149,16 @@ def test_forward_mode_and_second_derivatives(name):
         def along(*arrays):
             return jax.jvp(loss, arrays, (*tangents, jnp.float32(1)))[1]
 
-        # Forward mode, reverse mode, and forward over reverse and reverse over forward.
+        # Forward mode, forward over reverse and reverse over forward.
         arrays = query, key, value, slope
         twice = jax.jvp(jax.grad(loss, (0, 1, 2, 3)), arrays, (*tangents, jnp.float32(1)))
         return along(*arrays), twice, jax.grad(along, (0, 1, 2, 3))(*arrays)
 
     got = jax.jit(lambda: derivatives(blockwise_autodiff, block_sizes=(8, 8)))()
     expected = jax.jit(lambda: derivatives(reference))()
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        size = max(1.0, np.abs(theirs).max())
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * size)
+    for actual, desired in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        size = max(1.0, np.abs(desired).max())
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -173,51 +176,51 @@ def test_empty_blocks_are_never_read(traced):
     assert jnp.isnan(out[:, 12:]).any()
 
 
-def test_only_blocks_on_the_border_are_masked():
-    block_mask, known = make_block_mask(causal(), BlockGrid(64, 64, 8, 16))
+def test_only_partial_blocks_are_masked():
+    block_mask, info = make_block_mask(causal(), BlockGrid(64, 64, 8, 16))
     np.testing.assert_array_equal(block_mask.kv_num_blocks, [1, 1, 2, 2, 3, 3, 4, 4])
     np.testing.assert_array_equal(block_mask.kv_num_blocks - block_mask.full_kv_num_blocks, 1)
-    assert (known.has_full, known.has_partial) == (True, True)
+    assert (info.has_full, info.has_partial) == (True, True)
     assert make_block_mask(None, BlockGrid(64, 64, 8, 16))[1].has_partial is False
-    padded = BlockGrid(64, 60, 8, 16)  # the last block of keys is not full
+    padded = BlockGrid(64, 60, 8, 16)  # the last block of keys is padded
     assert make_block_mask(None, padded)[1].has_partial is True
 
 
 def test_blocks_visited_at_4096_with_default_blocks():
-    """What masks save: causal at most 0.6 of all blocks, 8 documents 0.2, and a window as many for each query."""
+    """Upper bounds on the fraction of visited blocks for causal masks, segments and windows."""
 
     def share(mask, length=4096):
         block_mask, _ = make_block_mask(mask, BlockGrid(length, length, *default_block_sizes(length, length)))
         return np.sum(block_mask.kv_num_blocks) / block_mask.kv_indices.size
 
     documents = segments(jnp.arange(4096)[None] // 512 + 1)
-    near = causal() & window(511)
+    sliding = causal() & window(511)
     assert share(None) == 1
     assert share(causal()) < 0.6
     assert share(causal() & documents) < 0.2
-    assert share(near, 16384) < 1.1 / 4 * share(near)
+    assert share(sliding, 16384) < 1.1 / 4 * share(sliding)
 
 
-def test_what_is_known_of_a_mask_is_used_where_the_rest_is_not():
+def test_static_part_of_a_mask_is_used_if_the_rest_is_traced():
     grid = BlockGrid(64, 64, 16, 16, batch=2, heads=4)
-    plans = []
+    unrolled = []
 
     @jax.jit
     def run(ids, row):
-        for mask, first in (
+        for mask, offset in (
             (causal() & segments(ids), (0, 0, 0, 0)),
-            (causal(), (row, row, 0, 0)),  # on a device whose rows are known only when run
+            (causal(), (row, row, 0, 0)),  # on a device whose batch rows are traced
             (mask_fn(lambda b, h, q, k: q >= k + b), (row, row, 0, 0)),
             (causal(row) & causal(), (0, 0, 0, 0)),
             (DenseMask(np.ones((1, 4, 1, 1), bool)) | (lambda b, h, q, k: q >= k + h), (row, row, 0, 0)),
         ):
-            plans.append(make_block_mask(mask, grid._replace(offset=first))[1].unrolled)
+            unrolled.append(make_block_mask(mask, grid._replace(offset=offset))[1].unrolled)
         return ids
 
     run(jnp.ones((2, 64), jnp.int32), 0)
     diagonal = tuple(tuple((j, j == i) for j in range(i + 1)) for i in range(4))
     masked = tuple(tuple((j, True) for j in range(i + 1)) for i in range(4))
-    assert plans == [masked, diagonal, None, masked, None]
+    assert unrolled == [masked, diagonal, None, masked, None]
 
 
 @pytest.mark.parametrize("mask", [causal(), causal() & window(511)], ids=["causal", "window"])

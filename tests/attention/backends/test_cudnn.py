@@ -1,4 +1,4 @@
-"""What is asked of cuDNN, with XLA in its place, and compiled for a GPU that is not here."""
+"""The cuDNN backend: its arguments to JAX, checked with XLA, and compilation for an absent GPU."""
 
 import dataclasses
 import importlib.util
@@ -15,7 +15,7 @@ from attnlab.attention.backends.registry import AttentionArgs
 from tests.attention.inputs import allowed_pairs, masks, qkv
 from tests.programs import told_by
 
-REQUEST = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
+ARGS = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
 
 
 def of_shape(*shape, dtype=jnp.bfloat16):
@@ -25,43 +25,43 @@ def of_shape(*shape, dtype=jnp.bfloat16):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"platform": "tpu"}, "for GPUs"),
+        ({"platform": "tpu"}, "requires a GPU"),
         ({"sequence_axes": ("sequence",)}, "length is sharded over sequence"),
         ({"dropout_rate": 0.1}, "weights"),
         ({"return_weights": True}, "weights"),
-        ({"normalizer": jax.nn.relu}, "softmax alone"),
+        ({"normalizer": jax.nn.relu}, "only the softmax"),
         ({"return_lse": True}, "no gradient"),
         ({"sinks": of_shape(4)}, "no gradient"),
-        ({"score": softcap(3.0)}, "no scores"),
-        ({"scale": jnp.float32(1)}, "number"),
+        ({"score": softcap(3.0)}, "does not support scores"),
+        ({"scale": jnp.float32(1)}, "Python number"),
         ({"query": of_shape(2, 256, 4, 64, dtype=jnp.float32)}, "bfloat16, float32"),
         ({"value": of_shape(2, 256, 4, 32)}, "64 and 32"),
         (dict.fromkeys(("query", "key", "value"), of_shape(2, 256, 4, 160)), "at most 128"),
-        ({"mask": segments(jnp.ones((2, 256), int))}, "of masks it has"),
-        ({"mask": causal(3)}, "of masks it has"),
-        ({"mask": causal(jnp.int32(0))}, "of masks it has"),
-        ({"mask": window(3, 3)}, "of masks it has"),
-        ({"mask": ~causal()}, "of masks it has"),
-        ({"mask": key_lengths(9) | causal()}, "of masks it has"),
-        ({"mask": key_lengths(9) & window(3, 0)}, "no window beside key_lengths()"),
+        ({"mask": segments(jnp.ones((2, 256), int))}, "only the masks"),
+        ({"mask": causal(3)}, "only the masks"),
+        ({"mask": causal(jnp.int32(0))}, "only the masks"),
+        ({"mask": window(3, 3)}, "only the masks"),
+        ({"mask": ~causal()}, "only the masks"),
+        ({"mask": key_lengths(9) | causal()}, "only the masks"),
+        ({"mask": key_lengths(9) & window(3, 0)}, "a window with key_lengths()"),
         ({"mask": causal(), "query": of_shape(2, 257, 4, 64)}, "no more queries than keys"),
     ],
 )
-def test_refuses_what_cudnn_cannot_do(change, words):
-    assert Cudnn().unsupported_reason(REQUEST) is None
-    assert words in Cudnn().unsupported_reason(dataclasses.replace(REQUEST, **change))
+def test_unsupported_reasons(change, words):
+    assert Cudnn().unsupported_reason(ARGS) is None
+    assert words in Cudnn().unsupported_reason(dataclasses.replace(ARGS, **change))
 
 
 @settings(max_examples=50, deadline=None)
 @given(masks(1, 7, 9))
-def test_window_bounds_is_all_of_a_mask(mask):
+def test_window_bounds_describe_the_whole_mask(mask):
     paddings, others = _split_key_lengths(mask)
     assert not paddings
-    reach = _window_bounds(others)
-    if reach is None:
+    bounds = _window_bounds(others)
+    if bounds is None:
         assert any(name in repr(mask) for name in ("NotMask", "OrMask", "SegmentMask"))
         return
-    left, right = reach
+    left, right = bounds
     distance = np.arange(9)[None] - np.arange(7)[:, None]
     expected = (distance >= -(99 if left is None else left)) & (distance <= (99 if right is None else right))
     np.testing.assert_array_equal(allowed_pairs(mask, 1, 7, 9)[0], expected)
@@ -80,25 +80,25 @@ def test_window_bounds_is_all_of_a_mask(mask):
     ],
     ids=str,
 )
-def test_asks_for_what_the_reference_gives(mask, monkeypatch):
-    """By its arguments as JAX's own implementation understands them; that cuDNN does is NVIDIA's to prove."""
+def test_arguments_to_jax_match_the_reference(mask, monkeypatch):
+    """Run JAX's XLA implementation with the arguments for cuDNN, which needs a GPU."""
     xla = jax.nn.dot_product_attention
-    told = {}
+    xla_options = {}
 
-    def instead(*x, implementation, **options):
-        told.update(options)
+    def call_xla(*x, implementation, **options):
+        xla_options.update(options)
         out = xla(*x, **options)
-        # A kernel may leave anything where there is no query.
+        # The output of padded queries is undefined in cuDNN.
         lengths = options.get("query_seq_lengths", jnp.full(len(out), out.shape[1]))
         return jnp.where((jnp.arange(out.shape[1])[None] < lengths[:, None])[..., None, None], out, jnp.nan)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call_xla)
     query, key, value = qkv(0, t=20, s=30, d=8, dv=8, dtype=jnp.float16)
-    request = AttentionArgs(query, key, value, mask, scale=0.3, platform="gpu")
-    assert Cudnn().unsupported_reason(request) is None
+    args = AttentionArgs(query, key, value, mask, scale=0.3, platform="gpu")
+    assert Cudnn().unsupported_reason(args) is None
 
     def cudnn(*x):
-        return Cudnn().run(dataclasses.replace(request, query=x[0], key=x[1], value=x[2]), (0, 0, 0, 0)).out
+        return Cudnn().run(dataclasses.replace(args, query=x[0], key=x[1], value=x[2]), (0, 0, 0, 0)).out
 
     def expected(*x):
         return attend(*x, mask=mask, scale=0.3, backend="reference")
@@ -106,15 +106,15 @@ def test_asks_for_what_the_reference_gives(mask, monkeypatch):
     def output_and_gradients(f):
         return f(query, key, value), *jax.grad(lambda *x: f(*x).sum(), (0, 1, 2))(query, key, value)
 
-    for one, other in zip(output_and_gradients(cudnn), output_and_gradients(expected), strict=True):
-        np.testing.assert_allclose(one, other, atol=2**-6)
-    for name, most in (("query_seq_lengths", 20), ("key_value_seq_lengths", 30)):
-        if name in told:
-            assert told[name].shape == (2,)
-            assert np.all((told[name] > 0) & (told[name] <= most))
+    for actual, desired in zip(output_and_gradients(cudnn), output_and_gradients(expected), strict=True):
+        np.testing.assert_allclose(actual, desired, atol=2**-6)
+    for name, max_length in (("query_seq_lengths", 20), ("key_value_seq_lengths", 30)):
+        if name in xla_options:
+            assert xla_options[name].shape == (2,)
+            assert np.all((xla_options[name] > 0) & (xla_options[name] <= max_length))
 
 
-# The H100 SXM's figures, from NVIDIA's data sheet and deviceQuery.
+# Specification of the H100 SXM, from NVIDIA's data sheet and deviceQuery.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -169,7 +169,7 @@ print(json.dumps({
     "none": calls(lambda ids: None),
     "causal": calls(lambda ids: causal()),
     "window": calls(lambda ids: causal() & window(100)),
-    "whole on every device": calls(lambda ids: causal(), P(None, None, None, None)),
+    "replicated": calls(lambda ids: causal(), P(None, None, None, None)),
     "padding": calls(lambda ids: key_lengths(ids.sum(1))),
     "causal and padding": calls(lambda ids: causal() & key_lengths(ids.sum(1), ids.max(1))),
     "segments": calls(lambda ids: causal() & segments(ids)),
@@ -183,9 +183,9 @@ print(json.dumps({
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the CUDA plugin (extra `cuda`)"
 )
 def test_compiles_for_an_h100():
-    """Forward and backward, with `backend="auto"`: cuDNN's calls where it can, none where it cannot."""
-    # The plugin would have libraries that only a run needs.
-    found = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
-    assert found.pop("segments") == []
-    for name, calls in found.items():
+    """With `backend="auto"`, forward and backward call cuDNN for the supported masks only."""
+    # The CUDA plugin checks for libraries that only execution needs.
+    kernels = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    assert kernels.pop("segments") == []
+    for name, calls in kernels.items():
         assert calls == ["fmhaSoftmax", "fmhaSoftmaxBackward"], name

@@ -1,4 +1,4 @@
-"""One query a row against the full score matrix: results, and gradients of all arrays."""
+"""The decode backend against the reference: outputs, and gradients of all arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tests.attention.test_table import SCORES, assert_agree
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_every_score(score):
+def test_decode_matches_reference_for_every_score(score):
     n = list(SCORES).index(score)
     b = 1 + n % 2
     shape = {"b": b, "t": 1, "s": 9, "h": 6, "k": (6, 2, 1)[n % 3], "d": 4, "dv": 3}
@@ -25,44 +25,44 @@ def test_every_score(score):
         shape,
         sinks=n % 2 == 0,
         block_sizes=None,
-        function=lambda *arrays, block_sizes, **how: decode(*arrays, **how),
+        function=lambda *arrays, block_sizes, **options: decode(*arrays, **options),
     )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_a_row_without_keys_gives_nothing(dtype, tolerance):
+def test_row_without_keys_has_zero_output(dtype, tolerance):
     arrays = qkv(0, b=2, t=1, s=8, h=4, k=2, dtype=jnp.dtype(dtype))
     mask = segments(jnp.array([[3], [0]]), jnp.array([[3] * 5 + [0] * 3, [0] * 8]))
-    got, wanted = decode(*arrays, mask=mask), reference(*arrays, mask=mask)
+    got, expected = decode(*arrays, mask=mask), reference(*arrays, mask=mask)
     assert (got[0][1] == 0).all() and (got[1][1] == -jnp.inf).all()
-    for ours, theirs in zip(got, wanted, strict=False):
-        assert ours.dtype == theirs.dtype
-        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
-        np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=tolerance)
+    for actual, desired in zip(got, expected, strict=False):
+        assert actual.dtype == desired.dtype
+        actual, desired = (np.asarray(x, np.float32) for x in (actual, desired))
+        np.testing.assert_allclose(actual, desired, atol=tolerance, rtol=tolerance)
     gradients = jax.grad(lambda *a: weighted_sum(*decode(*a, mask=mask)), (0, 1, 2))(*arrays)
     assert all(jnp.isfinite(g).all() for g in gradients)
 
 
-def test_it_is_chosen_for_one_query_alone():
+def test_auto_selects_decode_only_for_one_query():
     query, key, value = qkv(0, t=1, s=6)
     assert "decode" in str(explain(query, key, value, mask=causal(5))).splitlines()[0]
-    more = jnp.concatenate([query, query], axis=1)
-    told = str(explain(more, key, value, mask=causal(4)))
-    assert "blockwise" in told.splitlines()[0] and "it takes one query a row, not 2" in told
+    two_queries = jnp.concatenate([query, query], axis=1)
+    text = str(explain(two_queries, key, value, mask=causal(4)))
+    assert "blockwise" in text.splitlines()[0] and "it supports one query per row, not 2" in text
 
 
-def test_a_mesh_changes_no_number(mesh_of):
+def test_results_do_not_depend_on_the_mesh(mesh_of):
     arrays = qkv(0, b=4, t=1, s=9, h=4, k=2)
     term = jnp.linspace(0, 1, 4 * 9).reshape(1, 4, 1, 9)
 
     @jax.jit
     def run(query, key, value, term):
-        how = {"mask": window(4, None, 8), "score": [bias(term), softcap(3.0)]}
-        return attend(query, key, value, **how, backend="decode", return_lse=True)
+        options = {"mask": window(4, None, 8), "score": [bias(term), softcap(3.0)]}
+        return attend(query, key, value, **options, backend="decode", return_lse=True)
 
     expected = run(*arrays, term)
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        where = jax.P(("data", "fsdp"), None, "tensor")
-        got = run(*(jax.device_put(x, where) for x in arrays), term)
-    for ours, theirs in zip(got, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        spec = jax.P(("data", "fsdp"), None, "tensor")
+        got = run(*(jax.device_put(x, spec) for x in arrays), term)
+    for actual, desired in zip(got, expected, strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)

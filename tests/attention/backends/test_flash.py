@@ -1,4 +1,4 @@
-"""Flash attention run as a plain JAX program against the reference."""
+"""Flash attention in Pallas interpret mode against the reference."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 
 from attnlab.attention import alibi, attend, bias, causal, segments, softcap
 from attnlab.attention.backends.flash import Flash
-from tests.attention.backends.test_splash import DOCUMENTS, REQUEST, SHAPE, S, T, assert_equal, long_shape
+from tests.attention.backends.test_splash import ARGS, DOCUMENTS, SHAPE, S, T, assert_equal, long_shape
 from tests.attention.inputs import qkv, weighted_sum
 
 RNG = np.random.default_rng(0)
@@ -17,7 +17,7 @@ BIASED = Flash(max_block_size=128, interpret=True)
 
 
 @pytest.mark.parametrize("name", ["bias", "alibi", "causal"])
-def test_flash_agrees_with_the_reference_and_so_do_gradients_of_the_bias(name):
+def test_flash_and_its_bias_gradients_match_reference(name):
     sinks = jnp.asarray([0.5, -1.0, 3.0, 0.0])
     mask = {
         "bias": causal(-60) & segments(*DOCUMENTS),
@@ -47,14 +47,12 @@ def test_flash_agrees_with_the_reference_and_so_do_gradients_of_the_bias(name):
     assert_equal(run(*arrays, BIASED), run(*arrays, "reference"))
 
 
-def test_flash_refuses_scores_that_do_more_than_add():
-    assert Flash().unsupported_reason(dataclasses.replace(REQUEST, score=alibi(4))) is None
-    assert (
-        Flash().unsupported_reason(dataclasses.replace(REQUEST, score=bias(jnp.ones((4, 256, 256))))) is None
-    )
-    assert "only add" in Flash().unsupported_reason(dataclasses.replace(REQUEST, score=softcap(3.0)))
+def test_flash_rejects_scores_that_are_not_additive():
+    assert Flash().unsupported_reason(dataclasses.replace(ARGS, score=alibi(4))) is None
+    assert Flash().unsupported_reason(dataclasses.replace(ARGS, score=bias(jnp.ones((4, 256, 256))))) is None
+    assert "only additive" in Flash().unsupported_reason(dataclasses.replace(ARGS, score=softcap(3.0)))
 
 
-def test_refuses_a_bias_that_would_take_too_much_memory():
-    long = dataclasses.replace(REQUEST, **dict.fromkeys(("query", "key", "value"), long_shape()))
+def test_flash_rejects_a_bias_over_the_memory_limit():
+    long = dataclasses.replace(ARGS, **dict.fromkeys(("query", "key", "value"), long_shape()))
     assert "32.0 GiB" in Flash().unsupported_reason(long)

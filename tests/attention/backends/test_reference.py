@@ -1,3 +1,5 @@
+"""Reference attention against a loop over queries in NumPy."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from tests.attention.inputs import SHAPES, allowed_pairs, masks, qkv, weighted_s
 
 
 def loop(query, key, value, pairs, scale, cap=None):
-    """Attention one query at a time, in float64 NumPy."""
+    """Compute attention one query at a time, in float64 NumPy."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     b, t, h, _ = query.shape
     group = h // key.shape[2]
@@ -17,33 +19,33 @@ def loop(query, key, value, pairs, scale, cap=None):
     lse = np.full((b, t, h), -np.inf)
     weights = np.zeros((b, h, t, key.shape[1]))
     for row, i, head in np.ndindex(b, t, h):
-        seen = np.flatnonzero(pairs[row, i])
-        if not seen.size:
+        attended = np.flatnonzero(pairs[row, i])
+        if not attended.size:
             continue
-        scores = scale * key[row, seen, head // group] @ query[row, i, head]
+        scores = scale * key[row, attended, head // group] @ query[row, i, head]
         if cap is not None:
             scores = cap * np.tanh(scores / cap)
         top = scores.max()
         lse[row, i, head] = top + np.log(np.exp(scores - top).sum())
-        weights[row, head, i, seen] = np.exp(scores - lse[row, i, head])
-        out[row, i, head] = weights[row, head, i, seen] @ value[row, seen, head // group]
+        weights[row, head, i, attended] = np.exp(scores - lse[row, i, head])
+        out[row, i, head] = weights[row, head, i, attended] @ value[row, attended, head // group]
     return out, lse, weights
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.data(), st.sampled_from(SHAPES), st.none() | st.just(1.5))
-def test_agrees_with_a_loop(data, shape, cap):
+def test_reference_matches_a_numpy_loop(data, shape, cap):
     mask = data.draw(st.none() | masks(shape["b"], shape["t"], shape["s"]))
     query, key, value = qkv(0, **shape)
     b, t, s = shape["b"], shape["t"], shape["s"]
     pairs = np.ones((b, t, s), bool) if mask is None else allowed_pairs(mask, b, t, s)
     score = None if cap is None else softcap(cap)
     got = reference(query, key, value, mask=mask, score=score, scale=0.3)
-    for ours, theirs in zip(got, loop(query, key, value, pairs, 0.3, cap), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for actual, desired in zip(got, loop(query, key, value, pairs, 0.3, cap), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_without_keys_give_nothing_and_finite_gradients():
+def test_rows_without_keys_have_zero_output_and_finite_gradients():
     query, key, value = qkv(1, t=5, s=5)
     mask = causal(-2) & segments(jnp.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]))
 
@@ -81,14 +83,14 @@ def test_dropout_keeps_the_expectation():
     assert (jnp.abs(draws.mean(0) - plain) < 5 * error).all()
 
 
-def test_dropout_drops_its_share_of_the_weights():
+def test_dropout_drops_the_given_fraction_of_weights():
     shape = {"b": 1, "t": 40, "s": 50, "h": 2, "k": 2}
     query, key, _ = qkv(3, **shape)
-    ones = jnp.broadcast_to(jnp.eye(50)[None, :, None], (1, 50, 2, 50))  # the output shows the weights
+    ones = jnp.broadcast_to(jnp.eye(50)[None, :, None], (1, 50, 2, 50))  # the output equals the weights
     out, weights = attend(
         query, key, ones, dropout_rate=0.3, dropout_key=jax.random.key(1), return_weights=True
     )
     out = jnp.swapaxes(out, 1, 2)
-    kept = out != 0
-    np.testing.assert_allclose(kept.mean(), 0.7, atol=0.03)
-    np.testing.assert_allclose(out[kept], weights[kept] / 0.7, rtol=1e-5)
+    is_kept = out != 0
+    np.testing.assert_allclose(is_kept.mean(), 0.7, atol=0.03)
+    np.testing.assert_allclose(out[is_kept], weights[is_kept] / 0.7, rtol=1e-5)

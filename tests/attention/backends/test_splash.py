@@ -1,4 +1,4 @@
-"""Splash attention run as a plain JAX program against the reference, and the masks and sizes it accepts."""
+"""Splash attention in Pallas interpret mode against the reference, and its supported arguments."""
 
 import dataclasses
 
@@ -15,10 +15,10 @@ from tests.attention import definitions
 from tests.attention.inputs import qkv, weighted_sum
 
 KERNEL = Splash(max_block_size=128, interpret=True)
-T, S = 200, 300  # two blocks of 128 and three, the last ones not full
+T, S = 200, 300  # two and three blocks of 128, the last ones padded
 SHAPE = {"b": 2, "t": T, "s": S, "h": 4, "k": 2, "d": 16, "dv": 8}
 RNG = np.random.default_rng(0)
-# In any order, padding (0) here and there, and one that has queries but no keys.
+# Segment ids in random order, with padding (0), and a segment (4) with queries but without keys.
 DOCUMENTS = jnp.asarray(RNG.integers(0, 5, (2, T))), jnp.asarray(RNG.integers(0, 4, (2, S)))
 
 MASKS = {
@@ -26,12 +26,12 @@ MASKS = {
     "window": causal(50) & window(70, None, 50),
     "rows without keys": causal(-60) & window(None, 9),
     "blocks without keys": causal(-150),
-    "nothing at all": causal(-T),
+    "no pair": causal(-T),
     "segments": segments(*DOCUMENTS),
-    "segments between others": causal(40) & segments(*DOCUMENTS) & mask_fn(lambda b, h, q, k: k != 3),
+    "segments within a conjunction": causal(40) & segments(*DOCUMENTS) & mask_fn(lambda b, h, q, k: k != 3),
     "dense": RNG.random((T, S)) < 0.3,
-    "a head of its own": mask_fn(lambda b, h, q, k: (k <= q) & ((h != 1) | (q - k < 20))),
-    "dense by heads": RNG.random((4, T, S)) < 0.3,
+    "differs by head": mask_fn(lambda b, h, q, k: (k <= q) & ((h != 1) | (q - k < 20))),
+    "dense per head": RNG.random((4, T, S)) < 0.3,
 }
 
 
@@ -53,8 +53,8 @@ def gradients_of(backend, mask, score=None):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
 
 
-def assert_equal(ours, theirs, tolerance=1e-5):
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+def assert_equal(actual, desired, tolerance=1e-5):
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
         assert x.dtype == y.dtype
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         size = max(1.0, np.abs(y[np.isfinite(y)]).max(initial=0))
@@ -62,12 +62,14 @@ def assert_equal(ours, theirs, tolerance=1e-5):
 
 
 def assert_agree(arrays, mask, score=None, sinks=None, tolerance=1e-5):
-    ours, theirs = (gradients_of(backend, mask, score)(*arrays, sinks) for backend in (KERNEL, "reference"))
-    assert_equal(ours, theirs, tolerance)
+    actual, desired = (
+        gradients_of(backend, mask, score)(*arrays, sinks) for backend in (KERNEL, "reference")
+    )
+    assert_equal(actual, desired, tolerance)
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_agrees_with_the_reference(name):
+def test_splash_matches_reference(name):
     assert_agree(qkv(0, **SHAPE), MASKS[name])
 
 
@@ -75,14 +77,14 @@ def test_softcap_and_sinks():
     assert_agree(qkv(1, **SHAPE), causal(-60), softcap(2.0), jnp.asarray([0.5, -1.0, 3.0, 0.0]))
 
 
-def test_bfloat16_agrees_to_two_of_its_roundings():
-    # The query is rounded once more when it is scaled, and so are the weights' gradients (2^-8 each).
+def test_bfloat16_error_is_at_most_two_roundings():
+    # The scaled query and the gradients of the weights are rounded as well (2^-8 each).
     arrays = [(x / 2).astype(jnp.bfloat16) for x in qkv(1, **SHAPE)]
     assert_agree(arrays, causal(50), tolerance=2**-7)
 
 
-def test_the_block_size_does_not_change_the_result():
-    """Two blocks, one computed in halves, and three."""
+def test_result_does_not_depend_on_block_size():
+    """The sizes give two blocks, one block computed in halves, and three blocks."""
     arrays = qkv(2, b=1, t=1000, s=1000, h=1, k=1, d=4, dv=4)
     results = [
         jax.jit(lambda *x, size=size: attend(*x, mask=window(300, 0), backend=Splash(size, interpret=True)))(
@@ -96,12 +98,12 @@ def test_the_block_size_does_not_change_the_result():
 
 
 @pytest.mark.parametrize("text", ["data:2,tensor:2", "fsdp:2"])
-def test_a_mesh_changes_no_number(mesh_of, text):
+def test_results_do_not_depend_on_the_mesh(mesh_of, text):
     arrays = qkv(0, b=2, t=T, s=T, h=4, k=2, d=8, dv=8)
     dense, ids = np.tril(RNG.random((T, T)) < 0.9, -1), DOCUMENTS[0]
 
     def gradients(arrays, ids, sinks, backend):
-        # The function and the array are known, the segments are not, and only these have rows.
+        # The function and the array are static. The segments are traced and differ between rows.
         mask = causal() & segments(ids) & dense & mask_fn(lambda b, h, q, k: k != 3)
         return gradients_of(backend, mask)(*arrays, sinks)
 
@@ -115,45 +117,45 @@ def test_a_mesh_changes_no_number(mesh_of, text):
     assert_equal(got, expected)
 
 
-def test_arrays_whole_on_every_device_of_a_mesh(mesh_of):
+def test_arrays_replicated_over_a_mesh(mesh_of):
     arrays = qkv(0, b=1, t=T, s=T, h=2, k=1, d=8, dv=8)
-    mask = RNG.random((2, T, T)) < 0.5  # by heads, all of which every device has
+    mask = RNG.random((2, T, T)) < 0.5  # per head; every device has all heads
     expected = attend(*arrays, mask=mask, backend="reference")
     with jax.set_mesh(mesh_of("fsdp:2")):
         got = jax.jit(lambda *x: attend(*x, mask=mask, backend=KERNEL))(*arrays)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-REQUEST = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="tpu")
+ARGS = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="tpu")
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"platform": "cpu"}, "for TPUs"),
+        ({"platform": "cpu"}, "requires a TPU"),
         ({"sequence_axes": ("sequence",)}, "length is sharded over sequence"),
         ({"dropout_rate": 0.1}, "weights"),
         ({"return_weights": True}, "weights"),
-        ({"normalizer": jax.nn.relu}, "softmax alone"),
+        ({"normalizer": jax.nn.relu}, "only the softmax"),
         ({"value": jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)}, "bfloat16, float32"),
         ({"query": jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.bfloat16)}, "128 queries"),
         ({"score": bias(jnp.ones((4, 256, 256)))}, "softcap"),
         ({"score": softcap(jnp.float32(3))}, "softcap(number)"),
     ],
 )
-def test_refuses_what_the_kernel_cannot_do(change, words):
-    assert Splash().unsupported_reason(REQUEST) is None
-    assert words in Splash().unsupported_reason(dataclasses.replace(REQUEST, **change))
+def test_unsupported_reasons(change, words):
+    assert Splash().unsupported_reason(ARGS) is None
+    assert words in Splash().unsupported_reason(dataclasses.replace(ARGS, **change))
 
 
-def test_refuses_what_would_take_too_much_memory():
-    long = dataclasses.replace(REQUEST, **dict.fromkeys(("query", "key", "value"), long_shape()))
+def test_masks_over_the_memory_limit_are_rejected():
+    long = dataclasses.replace(ARGS, **dict.fromkeys(("query", "key", "value"), long_shape()))
     assert Splash().unsupported_reason(long) is None
     by_row = dataclasses.replace(long, mask=mask_fn(lambda b, h, q, k: k < b))
     assert "8.0 GiB" in Splash().unsupported_reason(by_row)
     assert Splash(max_bytes=2**40).unsupported_reason(by_row) is None
     query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
-    assert "for TPUs" in explain(query, key, value).rejected["splash"]
+    assert "requires a TPU" in explain(query, key, value).rejected["splash"]
 
 
 def long_shape():
@@ -162,7 +164,7 @@ def long_shape():
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_masks_known_only_when_run(rows, heads):
+def test_traced_masks(rows, heads):
     arrays, sinks = qkv(3, **SHAPE), jnp.asarray([0.5, -1.0, 3.0, 0.0])
     allowed = RNG.random((rows, heads, T, S)) < 0.4
     allowed[..., 7, :] = False  # a row without keys
@@ -177,8 +179,8 @@ def test_masks_known_only_when_run(rows, heads):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, name", enumerate(definitions.CASES))
-def test_the_table_of_masks(number, name):
-    """Every kind of mask; heads are grouped in every second one, and softcap and sinks come now and then."""
+def test_every_mask_type(number, name):
+    """Every mask of the table; some cases add grouped heads, a softcap or sinks."""
     case, heads = definitions.CASES[name](), definitions.H
     arrays = qkv(
         0, b=definitions.B, t=case.queries, s=definitions.S, h=heads, k=heads if number % 2 else 1, d=4

@@ -1,4 +1,4 @@
-"""What Tokamax is asked, with its plain program in the kernel's place, and compiled for a GPU that is not here."""
+"""The Tokamax backend with its XLA implementation, and compilation for an absent GPU."""
 
 import dataclasses
 import importlib.util
@@ -15,7 +15,7 @@ from tests.attention.backends.test_cudnn import H100
 from tests.attention.inputs import qkv
 from tests.programs import told_by
 
-REQUEST = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
+ARGS = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
 INSTALLED = importlib.util.find_spec("tokamax") is not None
 needs_tokamax = pytest.mark.skipif(not INSTALLED, reason="needs tokamax")
 IDS = jnp.array([[0, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 3, 3, 3]])
@@ -28,28 +28,28 @@ IDS = jnp.array([[0, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 3, 3, 3]])
         ({"dropout_rate": 0.1}, "weights"),
         ({"return_lse": True}, "log-sum-exp"),
         ({"sinks": jnp.zeros(4)}, "log-sum-exp"),
-        ({"score": softcap(3.0)}, "only add"),
-        ({"scale": jnp.float32(1)}, "number"),
+        ({"score": softcap(3.0)}, "only additive"),
+        ({"scale": jnp.float32(1)}, "Python number"),
         ({"query": jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)}, "bfloat16, float32"),
         (
             {"score": alibi(jnp.ones(4)), "key": jax.ShapeDtypeStruct((2, 2**20, 4, 64), jnp.bfloat16)},
             "8.0 GiB",
         ),
         ({"mask": window(3), "key": jax.ShapeDtypeStruct((2, 2**23, 4, 64), jnp.bfloat16)}, "2.0 GiB"),
-        ({}, "from Ampere on"),
+        ({}, "compute capability 8.0"),
     ],
 )
-def test_refuses_what_tokamax_cannot_do(change, words, monkeypatch):
+def test_unsupported_reasons(change, words, monkeypatch):
     if jax.default_backend() == "gpu" or not (INSTALLED or change):
-        pytest.skip("needs tokamax, and no GPU")
+        pytest.skip("needs tokamax and a machine without a GPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert words in Tokamax().unsupported_reason(dataclasses.replace(REQUEST, **change))
+    assert words in Tokamax().unsupported_reason(dataclasses.replace(ARGS, **change))
 
 
-def test_refuses_without_tokamax(monkeypatch):
+def test_rejected_if_tokamax_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert Tokamax().unsupported_reason(REQUEST) == "tokamax is not installed"
-    assert "for GPUs" in Tokamax().unsupported_reason(dataclasses.replace(REQUEST, platform="tpu"))
+    assert Tokamax().unsupported_reason(ARGS) == "tokamax is not installed"
+    assert "requires a GPU" in Tokamax().unsupported_reason(dataclasses.replace(ARGS, platform="tpu"))
 
 
 @needs_tokamax
@@ -66,8 +66,8 @@ def test_refuses_without_tokamax(monkeypatch):
     ids=lambda mask: type(mask).__name__,
 )
 @pytest.mark.parametrize("biased", [False, True])
-def test_gives_what_the_reference_gives(mask, biased):
-    """Empty rows among them; that the kernel gives what the plain program does is Tokamax's to prove."""
+def test_tokamax_matches_reference(mask, biased):
+    """Includes rows without keys. Runs the XLA implementation, since the kernel needs a GPU."""
     query, key, value = qkv(0, d=8, dv=16, dtype=jnp.bfloat16)
     slopes = jnp.linspace(0.1, 1, 4)
 
@@ -80,10 +80,11 @@ def test_gives_what_the_reference_gives(mask, biased):
         args = query, key, value, table
         return out(*args), *jax.grad(lambda *x: (out(*x) ** 2).sum(), (0, 1, 2, 3))(*args)
 
-    found, expected = output_and_gradients(Tokamax("xla")), output_and_gradients("reference")
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (one, other)), atol=2**-4, rtol=2**-5)
+    got, expected = output_and_gradients(Tokamax("xla")), output_and_gradients("reference")
+    for actual, desired in zip(got, expected, strict=True):
+        assert actual.dtype == desired.dtype
+        actual, desired = (np.asarray(x, np.float32) for x in (actual, desired))
+        np.testing.assert_allclose(actual, desired, atol=2**-4, rtol=2**-5)
 
 
 PROGRAM = """
@@ -136,7 +137,7 @@ print(json.dumps({
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the CUDA plugin (extra `cuda`)"
 )
 def test_compiles_for_an_h100():
-    """Forward and backward, with `backend="auto"`: a kernel each."""
-    found = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
-    for name, calls in found.items():
+    """With `backend="auto"`, forward and backward call one Triton kernel each."""
+    num_kernels = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    for name, calls in num_kernels.items():
         assert calls == 2, name

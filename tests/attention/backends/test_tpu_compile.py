@@ -1,4 +1,4 @@
-"""The two TPU kernels compiled for TPUs that are not here, as `attend` chooses them."""
+"""Compilation of the two TPU kernels for absent TPUs, as `attend` selects them."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from tests.attention.inputs import qkv
 from tests.programs import told_by
 
 
-def test_the_platform_is_the_one_traced_for():
+def test_platform_is_the_one_traced_for():
     query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
 
     def kernels(*arrays):
@@ -35,7 +35,7 @@ from attnlab.attention import alibi, attend, causal, key_lengths, segments, soft
 
 devices = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[:4]
 mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-ROWS, WHOLE = P("data", None, "tensor", None), P(None, None, None, None)
+ROWS, REPLICATED = P("data", None, "tensor", None), P(None, None, None, None)
 
 
 def kernels(mask_of, dtype=jnp.bfloat16, width=128, value_width=128, length=3000, spec=ROWS, **options):
@@ -53,8 +53,8 @@ def kernels(mask_of, dtype=jnp.bfloat16, width=128, value_width=128, length=3000
         compiled = jax.jit(jax.grad(loss, (0, 1, 2, 4))).lower(*arrays, ids, sinks).compile()
     text = compiled.as_text()
     calls = text.count('custom_call_target="tpu_custom_call"')
-    found = "splash_mha_(?:fwd|dq|dkv)|flash_attention|flash_mha_bwd_(?:dq|dkv)"
-    return calls, sorted(set(re.findall(found, text)))
+    names = "splash_mha_(?:fwd|dq|dkv)|flash_attention|flash_mha_bwd_(?:dq|dkv)"
+    return calls, sorted(set(re.findall(names, text)))
 
 
 dense = np.random.default_rng(0).random((1000, 1000)) < 0.5
@@ -62,9 +62,9 @@ print(json.dumps({
     "segments": kernels(lambda ids: causal() & segments(ids)),
     "window, float32, a wide head": kernels(lambda ids: causal() & window(500), jnp.float32, 256, 256),
     "softcap, a narrow head": kernels(lambda ids: causal(), width=64, value_width=32, score=softcap(30.0)),
-    "dense, whole on every device": kernels(lambda ids: dense, length=1000, spec=WHOLE),
+    "dense, replicated": kernels(lambda ids: dense, length=1000, spec=REPLICATED),
     "short, odd": kernels(lambda ids: None, width=80, value_width=80, length=131),
-    "rows known only when run": kernels(lambda ids: causal() & key_lengths(ids[:, 0])),
+    "traced key lengths": kernels(lambda ids: causal() & key_lengths(ids[:, 0])),
     "flash, biased": kernels(lambda ids: causal(), length=2000, score=alibi(8)),
     "flash, float32, a wide head": kernels(
         lambda ids: None, jnp.float32, 256, 192, length=1500, score=alibi(8)
@@ -78,12 +78,12 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_compiles_for(topology):
-    """Forward and backward, with `backend="auto"`: the program names no platform, the mesh does."""
+def test_compiles_for_tpu(topology):
+    """With `backend="auto"`, the mesh determines the platform and its kernels are used."""
     kernels = told_by(
         PROGRAM, topology, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
     )
-    for name, found in kernels.items():
+    for name, calls in kernels.items():
         splash = ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
         flash = ["flash_attention", "flash_mha_bwd_dkv", "flash_mha_bwd_dq"]
-        assert found == [3, flash if name.startswith("flash") else splash], name
+        assert calls == [3, flash if name.startswith("flash") else splash], name
