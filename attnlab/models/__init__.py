@@ -1,4 +1,4 @@
-"""Model families, one file each."""
+"""Model families and their configs, one module per family."""
 
 from attnlab.models.base import GenerationDefaults, ModelConfig, SourceConfig, TokenFlops, TransformerConfig
 from attnlab.models.captioner import Captioner, CaptionerConfig

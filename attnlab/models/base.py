@@ -1,4 +1,4 @@
-"""What the config of every family says of its model, and what all Transformers share."""
+"""Base classes of model configs, and the config that all Transformers share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,14 +18,19 @@ from attnlab.layers.parameters import Dtypes
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Forward operations for one token: a multiply and an add count as two."""
+    """Forward FLOPs per token; a multiply-add counts as two.
+
+    Attributes:
+      weights: FLOPs of products with parameters.
+      attention: FLOPs of attention scores and weighted sums.
+    """
 
     weights: float
     attention: float
 
     @property
     def training(self) -> float:
-        """Forward and backward, which is twice the forward."""
+        """FLOPs of the forward and the backward pass; the backward pass costs twice the forward."""
         return 3 * (self.weights + self.attention)
 
     def __add__(self, other: "TokenFlops") -> "TokenFlops":
@@ -37,15 +42,16 @@ class TokenFlops:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Tokens that generated text begins with, ends with and avoids, named as in Hugging Face's libraries.
+    """Forced and suppressed tokens of generation, named as in Hugging Face's `GenerationConfig`.
 
     Attributes:
-      decoder_start_token_id: the token that comes before all that the decoder writes; None is the tokenizer's
-        own first token.
-      forced_decoder_ids: the first tokens of every text, such as the name of a language.
+      decoder_start_token_id: first input token of the decoder; None means the tokenizer's beginning
+        token.
+      forced_decoder_ids: first tokens of every generated text, such as a language token.
       suppress_tokens: tokens that are never generated.
-      begin_suppress_tokens: tokens that are never generated first, after the forced ones.
-      forced_eos: whether a text of the greatest length ends with the end token (`forced_eos_token_id`).
+      begin_suppress_tokens: tokens that are never generated first after the forced ones.
+      forced_eos: whether a text of maximum length must end with the end token
+        (`forced_eos_token_id`).
     """
 
     decoder_start_token_id: int | None = None
@@ -56,47 +62,50 @@ class GenerationDefaults:
 
 
 class ModelConfig(ABC):
-    """A model, as a frozen dataclass of all that its numbers depend on.
+    """Base class of model configs: frozen dataclasses that determine a model's outputs.
 
-    The module that it builds has `hidden` for activations and `__call__` for logits, of what `Batch.inputs`
-    names, and `loss_terms` of the same and the targets, for what a loss needs; all take `deterministic`.
+    `build` returns a module with three methods that accept `Batch.inputs` and `deterministic`:
+    `hidden` (activations), `__call__` (logits) and `loss_terms`, which also takes the targets.
     """
 
-    # A model that generates from a source has a field of this name.
+    # Models that generate from a source override this with a field.
     generation: GenerationDefaults = GenerationDefaults()
 
     @abstractmethod
     def build(self, vocab_size: int) -> nn.Module:
-        """The module of this config for a tokenizer's vocabulary.
+        """Return the Flax module of this config for a tokenizer with `vocab_size` tokens.
 
         Raises:
-          InputError: a vocabulary that the model has no room for.
+          InputError: the vocabulary is larger than the config allows.
         """
 
     @abstractmethod
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """Operations for each token of full rows of this length."""
+        """Return the forward FLOPs per token of full rows of this length."""
 
     @property
     @abstractmethod
     def uses_dropout(self) -> bool:
-        """Whether training drops anything, and so draws random numbers."""
+        """Whether training uses dropout and needs an rng named "dropout"."""
 
     @property
     def causal(self) -> bool:
-        """Whether no token sees a later one, so that text can be generated."""
+        """Whether no token attends to a later one, as generation requires."""
         return False
 
     @property
     def source_shape(self) -> tuple[int, ...] | None:
-        """Shape of what is read beside the tokens, of one row: an image, say; (1,) is text of any length.
+        """Shape of one row's source, such as an image; (1,) means text of any length.
 
-        None where there is nothing but tokens.
+        None means that the model only takes tokens.
         """
         return None
 
     def sharded_dimensions(self) -> Mapping[str, tuple[str, int]]:
-        """Fields whose sizes a mesh must be able to cut: field -> (logical axis, size); and of its parts."""
+        """Return {field: (logical axis, size)} of every dimension that a mesh may shard.
+
+        Includes the models that are fields of this one.
+        """
         return {
             name.replace("model.", f"model.{part}.", 1): dimension
             for part, config in self._submodels().items()
@@ -104,27 +113,30 @@ class ModelConfig(ABC):
         }
 
     def check_length(self, length: int) -> None:
-        """Checks that the model can read so many tokens.
+        """Check that the model accepts rows of `length` tokens.
 
         Raises:
-          InputError: more than it has positions for.
+          InputError: `length` exceeds the number of positions.
         """
         del length
 
     def check_source_length(self, length: int) -> None:
-        """Checks that the model can read a source of which the first dimension is so long.
+        """Check that the model accepts a source whose first dimension is `length`.
 
         Raises:
-          InputError: longer than it can be.
+          InputError: the source is too long.
         """
         del length
 
     def inactive_expert_params(self) -> int:
-        """Parameters of the experts that a token does not go to, in all layers of all its parts."""
+        """Return the number of expert parameters that one token does not use, over all layers."""
         return sum(part.inactive_expert_params() for part in self._submodels().values())
 
     def learning_rate_multipliers(self) -> Mapping[str, float]:
-        """Factors of the learning rate, by a regular expression of parameters' names; those of its parts."""
+        """Return {regular expression of parameter names: learning-rate multiplier}.
+
+        Includes the models that are fields of this one.
+        """
         return {
             f"^{part}/.*{pattern}": factor
             for part, config in self._submodels().items()
@@ -132,65 +144,65 @@ class ModelConfig(ABC):
         }
 
     def with_vocab_size(self, vocab_size: int) -> Self:
-        """With the vocabulary that `build` would give the model written into it."""
+        """Return the config with the vocabulary size that `build(vocab_size)` would use."""
         del vocab_size
         return self
 
     def with_dtypes(self, dtypes: Dtypes) -> Self:
-        """With other number formats of parameters, computation and logits, in all its parts."""
+        """Return the config with other dtypes, in this model and the models that are its fields."""
         config = self._map_submodels(lambda part: part.with_dtypes(dtypes))
         return replace(config, dtypes=dtypes) if hasattr(config, "dtypes") else config  # type: ignore
 
     def unrolled(self) -> Self:
-        """The same model with the parameters of each layer by themselves, not in one array for all layers.
+        """Return the config of the same model with separate parameters per layer, not stacked ones.
 
-        It takes longer to compile. A step that reads each parameter once, as of text that is generated, is
-        faster on a CPU, where XLA would copy a layer's out of the stack.
+        It takes longer to compile. Decoding steps, which read each parameter once, are faster on a
+        CPU, where XLA would copy every layer's parameters out of the stack.
         """
         return self._map_submodels(lambda part: part.unrolled())
 
     def canonical(self) -> Self:
-        """The same model, defaults written out, and what only training depends on as it is by default.
+        """Return the config with defaults made explicit and training-only options reset.
 
-        Two configs compute the same if these are equal.
+        Two configs compute the same function if their canonical configs are equal.
         """
         return self._map_submodels(lambda part: part.canonical()).with_dtypes(Dtypes())
 
     def _submodels(self) -> dict[str, "ModelConfig"]:
-        """The models that are fields of this one."""
+        """Return the model configs that are fields of this one."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {name: part for name, part in values.items() if isinstance(part, ModelConfig)}
 
     def _map_submodels(self, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
-        """With every model that is a field of this one changed."""
+        """Return the config with `change` applied to every model config that is a field."""
         parts = {name: change(part) for name, part in self._submodels().items()}
         return replace(self, **parts)  # type: ignore[type-var]
 
 
 class SourceConfig(ModelConfig):
-    """A model that can also read a source for a decoder: of text, of images, of sound.
+    """Base class of models that can encode a source (text, images, audio) for a decoder.
 
-    The module that it builds has `encode` besides: of `source`, `source_segments` and `deterministic`, for a
+    The module also has a method `encode(source, source_segments, deterministic)`, which returns an
     `EncoderOutput`.
     """
 
     @property
     def encoder_input_shape(self) -> tuple[int, ...]:
-        """Shape of the source of one row, as of `source_shape`: text, where it has no other."""
+        """Shape of one row of `encode`'s source: `source_shape`, or (1,) for text."""
         return self.source_shape or (1,)
 
     @abstractmethod
     def encoder_output_shape(self, length: int) -> tuple[int, int]:
-        """Length and width of the memory of a source of this length."""
+        """Return the length and the width of the encoder output for a source of this length."""
 
     @abstractmethod
     def source_flops(self, length: int) -> TokenFlops:
-        """Operations for a whole source of this length."""
+        """Return the forward FLOPs of encoding one source of this length."""
 
 
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
-    """A stack of blocks of attention and feed-forward layers.
+    """A stack of Transformer blocks.
 
     Attributes:
       depth: number of layers L.
@@ -198,14 +210,15 @@ class TransformerConfig(ModelConfig):
       attention: heads and options of every attention layer.
       feed_forward: `MLPConfig`, `GatedMLPConfig` or `ExpertsConfig`.
       norm: `RMSNormConfig` or `LayerNormConfig`.
-      placement: where norms stand; see `BlockConfig`.
-      layer_scale: where a learned factor of what each branch adds starts; None is none.
-      pattern: kinds of attention, repeated over the layers: five `Sliding` then one `Causal`, say.
-      dropout: share of embeddings and residual branches dropped in training.
+      placement: placement of norms: "pre", "post", "both" or "branch"; see `BlockConfig`.
+      layer_scale: initial value of a learned scale of each branch; None disables it.
+      pattern: attention patterns repeated over the layers, such as five `Sliding` and one `Causal`.
+      dropout: dropout rate of embeddings and residual branches in training.
       init: `Normal` or `MuP`.
-      dtypes: number formats of parameters, computation and logits.
-      remat: what the backward pass recomputes: nothing, all of a layer, or all but its matrix products.
-      scan: compile one period of the pattern and loop over it, instead of compiling every layer.
+      dtypes: dtypes of parameters, computation and logits.
+      remat: activations recomputed in the backward pass: "none", all of a layer ("full"), or all
+        except matrix products ("dots").
+      scan: compile one repeat of the pattern and loop over it, instead of compiling every layer.
     """
 
     depth: int = 6
@@ -224,14 +237,14 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self):
         if self.depth < 1 or self.width < 1:
-            raise ValueError("depth and width must be at least 1")
+            raise ValueError(f"depth={self.depth} and width={self.width} must be at least 1")
         if self.attention.head_dim is None and self.width % self.attention.heads:
             raise ValueError(
-                f"width={self.width} is no multiple of attention.heads={self.attention.heads}: change one, "
-                "or set attention.head_dim"
+                f"width={self.width} is not a multiple of attention.heads={self.attention.heads}: "
+                "change one, or set attention.head_dim"
             )
         if not self.pattern:
-            raise ValueError("pattern must name at least one kind of attention")
+            raise ValueError("pattern must name at least one kind of attention, such as Causal()")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout must be at least 0 and under 1")
         if self.layer_scale is not None and self.layer_scale <= 0:
@@ -254,12 +267,12 @@ class TransformerConfig(ModelConfig):
 
     @property
     def num_cross_attention_layers(self) -> int:
-        """How many layers look at a memory, in a model whose layers do."""
+        """Number of layers that cross-attend, in a model with cross-attention."""
         return sum(spec.cross_attends for spec in self.layer_specs)
 
     @property
     def causal(self) -> bool:
-        """Whether no layer looks ahead, so that text can be generated."""
+        """Whether no token attends to a later one, as generation requires."""
         return all(spec.causal for spec in self.pattern)
 
     @property
@@ -268,18 +281,18 @@ class TransformerConfig(ModelConfig):
         return self.dropout > 0 or self.attention.dropout > 0
 
     def stack(self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None) -> LayerStack:
-        """The layers.
+        """Return the module of all layers.
 
         Args:
-          positions: how their attention knows of order, where the kind of layer does not say.
-          cross: how they look at a memory, if they do.
+          positions: position embedding of the layers whose spec has none of its own.
+          cross: kind of cross-attention; None disables it.
         """
         return LayerStack(self.block(positions, cross), self.pattern, self.scan, self.remat)
 
     def block(
         self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None
     ) -> BlockConfig:
-        """What the layers share; see `stack`."""
+        """Return the settings that all blocks share; see `stack`."""
         return BlockConfig(
             width=self.width,
             depth=self.depth,
@@ -296,7 +309,10 @@ class TransformerConfig(ModelConfig):
         )
 
     def unrolled(self) -> Self:
-        """See `ModelConfig.unrolled`: a pattern longer than the model has no whole period to stack."""
+        """See `ModelConfig.unrolled`.
+
+        A pattern longer than the depth has no whole repeat, so no parameters are stacked.
+        """
         return replace(self, pattern=(*self.layer_specs, self.layer_specs[0]))
 
     def canonical(self) -> Self:
@@ -333,25 +349,25 @@ class TransformerConfig(ModelConfig):
         return {r"\b(layers|pool)/.*kernel$": factor} if factor != 1 else {}
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """Operations for each token (Kaplan et al. 2020, arXiv 2001.08361, table 1).
+        """Return the forward FLOPs per token (Kaplan et al. 2020, arXiv 2001.08361, table 1).
 
-        Attention counts only the pairs that its masks allow, and experts only those that a token goes to.
+        Attention counts only the pairs that its masks allow, experts only the k that a token uses.
         """
         readout = TokenFlops(2.0 * vocab_size * self.width, 0.0)
         return self.layer_flops(length) + readout
 
     def layer_flops(self, length: int) -> TokenFlops:
-        """Those of `token_flops` that the layers alone do."""
+        """Return the part of `token_flops` that the layers contribute, without the logits."""
         heads, d = self.attention.heads, self.head_dim
         projections = self.width * d * (2 * heads + 2 * self.kv_heads)
         weights = self.depth * (projections + self.feed_forward_weights())
-        # Pairs for each token, counted once for each kind of layer.
-        seen = {spec: length * spec.mask().density(length, length) for spec in set(self.layer_specs)}
-        pairs = sum(seen[spec] for spec in self.layer_specs)
+        # Average number of keys per query; evaluate each distinct mask once.
+        keys = {spec: length * spec.mask().density(length, length) for spec in set(self.layer_specs)}
+        pairs = sum(keys[spec] for spec in self.layer_specs)
         return TokenFlops(2.0 * weights, 4.0 * heads * d * pairs)
 
     def feed_forward_weights(self) -> int:
-        """Weights of a feed-forward layer that a token is multiplied with."""
+        """Return the number of feed-forward weights per layer that one token is multiplied with."""
         layer, matrix = self.feed_forward, self.width * self.feed_forward.hidden(self.width)
         if isinstance(layer, ExpertsConfig):
             return layer.experts * self.width + 3 * layer.top_k * matrix

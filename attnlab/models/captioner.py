@@ -1,4 +1,7 @@
-"""Captioners: what a picture shows, written by a decoder that looks at it (arXiv 1502.03044, 2204.14198)."""
+"""Image captioning with a decoder that cross-attends to image patches.
+
+arXiv 1502.03044; Flamingo, arXiv 2204.14198.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -15,13 +18,13 @@ from attnlab.models.vit import ViTConfig
 
 @dataclass(frozen=True)
 class CaptionerConfig(Seq2SeqConfig):
-    """An encoder of images, and a decoder of text that looks at what it made of them; see `Seq2SeqConfig`.
+    """An image encoder and a text decoder that cross-attends to its output; see `Seq2SeqConfig`.
 
     Attributes:
-      resampler: makes a few latents of an image's patches before the text looks; None is no such thing.
-      projection: whether a linear map makes what is looked at as wide as the decoder.
-      cross: how the decoder's layers attend to the image: `CrossAttentionConfig` or
-        `GatedCrossAttentionConfig`.
+      encoder: encoder of images.
+      resampler: Perceiver resampler between encoder and decoder; None disables it.
+      projection: whether to project the encoder output to the decoder's width.
+      cross: kind of cross-attention: `CrossAttentionConfig` or `GatedCrossAttentionConfig`.
     """
 
     encoder: ViTConfig = field(default_factory=ViTConfig)
@@ -33,7 +36,8 @@ class CaptionerConfig(Seq2SeqConfig):
         super().__post_init__()
         if isinstance(self.cross, GatedCrossAttentionConfig) and self.decoder.placement == "post":
             raise ValueError(
-                "cross=GatedCrossAttention needs a decoder.placement whose residual stream has no norm in it"
+                "cross=GatedCrossAttention needs a decoder.placement without a norm in the residual stream: "
+                "pre, both or branch, not post"
             )
 
     def build(self, vocab_size: int) -> "Captioner":
@@ -41,7 +45,7 @@ class CaptionerConfig(Seq2SeqConfig):
         return Captioner(self, vocab_size)
 
     def encoder_output_shape(self, length: int) -> tuple[int, int]:
-        """Length and width of what is looked at."""
+        """Return the length and the width of the sequence that the decoder cross-attends to."""
         slots, width = super().encoder_output_shape(length)
         slots = slots if self.resampler is None else self.resampler.latents
         return slots, self.decoder.width if self.projection else width
@@ -63,22 +67,22 @@ class CaptionerConfig(Seq2SeqConfig):
         return super().token_flops(vocab_size, length) + image * (1 / length) + TokenFlops(gated, 0.0)
 
     def _resampler_flops(self, resampler: ResamplerConfig, patches: int) -> TokenFlops:
-        """Operations for the latents of an image."""
+        """Return the FLOPs of resampling one image."""
         e, latents = self.encoder, resampler.latents
-        seen = patches + latents
-        weights = 2 * e.width * e.head_dim * (latents * e.attention.heads + seen * e.kv_heads)
+        num_keys = patches + latents
+        weights = 2 * e.width * e.head_dim * (latents * e.attention.heads + num_keys * e.kv_heads)
         weights += latents * e.feed_forward_weights()
-        pairs = 4.0 * e.attention.heads * e.head_dim * latents * seen
+        pairs = 4.0 * e.attention.heads * e.head_dim * latents * num_keys
         return TokenFlops(2.0 * weights, pairs) * resampler.depth
 
 
 class Captioner(Seq2Seq):
-    """An image and the tokens written so far in, logits of the next token out; see `Seq2Seq`."""
+    """A captioning model: maps an image and text tokens to next-token logits; see `Seq2Seq`."""
 
     config: CaptionerConfig
 
     def setup(self):
-        """Declares the encoder, what comes after it, and the decoder."""
+        """Declare the encoder, the resampler, the projection and the decoder."""
         c, encoder = self.config, self.config.encoder
         self.encoder = encoder.build(self.vocab_size)
         self.decoder = c.decoder.build(self.vocab_size, c.cross)
@@ -93,10 +97,12 @@ class Captioner(Seq2Seq):
     def encode(
         self, source: Array, source_segments: Int[Array, "B S"] | None = None, deterministic: bool = True
     ) -> EncoderOutput:
-        """What the decoder is to look at; see `Seq2Seq.encode`."""
+        """Return the sequence that the decoder cross-attends to; see `Seq2Seq.encode`."""
         memory = super().encode(source, source_segments, deterministic)
         if self.is_initializing():
-            self.encoder.pooled(memory)  # a checkpoint's encoder has what pools, though no one reads it
+            # Declare the pooling parameters: encoder checkpoints contain them, although they are
+            # unused.
+            self.encoder.pooled(memory)
         if self.config.resampler is not None:
             memory = self.resampler(memory, deterministic)
         if self.config.projection:

@@ -1,4 +1,4 @@
-"""An image and a text each become a vector, near if they belong together: CLIP and SigLIP."""
+"""Contrastive image-text models: CLIP and SigLIP."""
 
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -23,32 +23,35 @@ from attnlab.sharding import constrain, out_sharding
 
 @dataclass(frozen=True)
 class LastToken:
-    """The last token that is there stands for a text (SigLIP, where padding counts as there)."""
+    """Pools the last non-padding token of a text.
+
+    SigLIP uses this with padding as part of the text, so the text fills the row.
+    """
 
     def token_index(self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, " B"]:
-        """Where it is in each row."""
+        """Return the index of the pooled token in each row."""
         del tokens
         return jnp.max(jnp.where(segments > 0, jnp.arange(segments.shape[1])[None], 0), axis=1)
 
 
 @dataclass(frozen=True)
 class EndOfText:
-    """The first token of this id stands for a text (CLIP); None is that with the highest id of the text."""
+    """Pools the first token with the id `token` (CLIP); None means the highest id of the text."""
 
     token: int | None = None
 
     def token_index(self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, " B"]:
-        """Where it is in each row."""
+        """Return the index of the pooled token in each row."""
         valid_tokens = jnp.where(segments > 0, tokens, -1)
         return jnp.argmax(valid_tokens if self.token is None else valid_tokens == self.token, axis=1)
 
 
 @dataclass(frozen=True)
 class TextTowerConfig(TextConfig):
-    """A Transformer that reads a text to one vector.
+    """A Transformer that encodes a text as one vector.
 
     Attributes:
-      pooling: the token that stands for the text.
+      pooling: token whose activations represent the text: `LastToken` or `EndOfText`.
     """
 
     pooling: LastToken | EndOfText = field(default_factory=LastToken)
@@ -58,12 +61,12 @@ class TextTowerConfig(TextConfig):
     norm: RMSNormConfig | LayerNormConfig = field(default_factory=LayerNormConfig)
 
     def build(self, vocab_size: int) -> "TextTower":
-        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
+        """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
         return TextTower(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
 
 class TextTower(TextModel):
-    """Tokens in, one vector out."""
+    """A text encoder with one output vector per row."""
 
     config: TextTowerConfig
 
@@ -74,7 +77,7 @@ class TextTower(TextModel):
         positions: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B 1 E"]:
-        """The activations of the token that stands for each text."""
+        """Return the activations of each row's pooled token."""
         x, _ = self.forward(tokens, segment_ids, positions, None, deterministic)
         index = self.config.pooling.token_index(
             tokens, jnp.ones_like(tokens) if segment_ids is None else segment_ids
@@ -85,21 +88,22 @@ class TextTower(TextModel):
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """A linear map to the space of both towers."""
+    """A linear map from a tower's output to the shared embedding space."""
 
     bias: bool = False
 
 
 @dataclass(frozen=True)
 class ContrastiveConfig(ModelConfig):
-    """Two towers; the source of a row is its image, and its tokens are its text.
+    """An image tower and a text tower; the source of a row is its image, its tokens are its text.
 
     Attributes:
-      image: the tower of images, without a head.
-      text: the tower of texts.
-      width: of the space that both are projected to.
-      image_projection: how images are projected; None takes them as they are, of that width.
-      text_projection: the same of texts.
+      image: image tower, without a classification head.
+      text: text tower.
+      width: width of the shared embedding space.
+      image_projection: projection of the image tower's output; None uses the output unchanged,
+        which must then have this width.
+      text_projection: projection of the text tower's output; None as for images.
       objective: `ClipLoss` or `SiglipLoss`.
     """
 
@@ -112,16 +116,16 @@ class ContrastiveConfig(ModelConfig):
 
     def __post_init__(self):
         if self.image.classes != 0:
-            raise ValueError("image.classes must be 0: a tower has no head")
+            raise ValueError("image.classes must be 0: an image tower has no classification head")
         for name in ("image", "text"):
             if getattr(self, f"{name}_projection") is None and self._pooled(name) != self.width:
                 raise ValueError(
-                    f"width={self.width} must be {self._pooled(name)}, that of the {name} tower, which is "
-                    "not projected"
+                    f"width={self.width} must be {self._pooled(name)}, that of the {name} tower, because "
+                    f"{name}_projection is none"
                 )
 
     def _pooled(self, name: str) -> int:
-        """Width of what a tower gives."""
+        """Return the width of a tower's output."""
         return self.text.width if name == "text" else pooled_width(self.image.pooling, self.image.width)
 
     def build(self, vocab_size: int) -> "Contrastive":
@@ -147,7 +151,7 @@ class ContrastiveConfig(ModelConfig):
         return replace(self, text=self.text.with_vocab_size(vocab_size))
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """See `ModelConfig.token_flops`; products of pairs, as many as rows in a batch, are left out."""
+        """See `ModelConfig.token_flops`; pair logits, which depend on the batch, are omitted."""
         del vocab_size
         towers = [name for name in ("image", "text") if getattr(self, f"{name}_projection")]
         projections = TokenFlops(sum(2.0 * self._pooled(name) * self.width for name in towers), 0.0)
@@ -156,18 +160,18 @@ class ContrastiveConfig(ModelConfig):
 
 
 class Contrastive(nn.Module):
-    """An image and a text in, two vectors of length 1 out, and how near each is to each other of the batch.
+    """A two-tower model: unit vectors of images and texts, and logits of all pairs of the batch.
 
     Attributes:
       config: see `ContrastiveConfig`.
-      vocab_size: of the tokenizer.
+      vocab_size: number of tokens of the tokenizer.
     """
 
     config: ContrastiveConfig
     vocab_size: int
 
     def setup(self):
-        """Declares the towers, their projections, and the factor and bias of logits."""
+        """Declare the towers, their projections, and the scale and bias of the logits."""
         c = self.config
         self.image, self.text = ViT(c.image), c.text.build(self.vocab_size)
         for name, tower in (("image", c.image), ("text", c.text)):
@@ -190,7 +194,7 @@ class Contrastive(nn.Module):
         segments: Int[Array, "B height"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B width"]:
-        """A vector of length 1 for each image; arguments as of `ViT.encode`."""
+        """Return one unit vector per image; see `ViT.encode` for the arguments."""
         x = self.image.pooled(self.image.encode(images, segments, deterministic=deterministic))
         return _normalised(self.image_projection(x) if self.config.image_projection else x)
 
@@ -201,14 +205,14 @@ class Contrastive(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B width"]:
-        """A vector of length 1 for each text; arguments as of `TextModel.forward`."""
+        """Return one unit vector per text; see `TextModel.forward` for the arguments."""
         x = self.text(tokens, segment_ids, positions, deterministic)
         return _normalised(self.text_projection(x) if self.config.text_projection else x)
 
     def hidden(
         self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
     ) -> tuple[Float[Array, "B width"], Float[Array, "B width"]]:
-        """The vectors of a batch's images and of its texts; arguments as of `Batch.inputs`."""
+        """Return the vectors of a batch's images and texts; the arguments are `Batch.inputs`."""
         images = self.encode_image(source, source_segments, deterministic)
         return images, self.encode_text(tokens, segment_ids, positions, deterministic)
 
@@ -218,23 +222,23 @@ class Contrastive(nn.Module):
         texts: Float[Array, "B width"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> PairLogits:
-        """Logits of all pairs of these vectors; rows without a token are none."""
-        every_image, every_text = (constrain(x, None, None) for x in (images, texts))
+        """Return the logits of all pairs; rows without tokens are padding of the batch."""
+        all_images, all_texts = (constrain(x, None, None) for x in (images, texts))
         if segment_ids is None:
             segment_ids = jnp.ones((len(texts), 1), jnp.int32)
         valid = constrain(jnp.any(segment_ids > 0, axis=1), None)
-        return PairLogits(self._logits(texts, every_image), self._logits(images, every_text), valid)
+        return PairLogits(self._logits(texts, all_images), self._logits(images, all_texts), valid)
 
     def _logits(self, x: Float[Array, "B width"], others: Float[Array, "C width"]) -> Float[Array, "B C"]:
-        where = out_sharding("batch", None)
-        y = jnp.einsum("be,ce->bc", x, others, precision="highest", out_sharding=where)
+        spec = out_sharding("batch", None)
+        y = jnp.einsum("be,ce->bc", x, others, precision="highest", out_sharding=spec)
         y = y * jnp.exp(self.logit_scale.astype(jnp.float32))
         return y + self.logit_bias.astype(jnp.float32) if isinstance(self.config.objective, SiglipLoss) else y
 
     def __call__(
         self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
     ) -> Float[Array, "B 1 B"]:
-        """Logits of which of the batch's images is each text's."""
+        """Return each text's logits over the images of the batch."""
         vectors = self.hidden(tokens, segment_ids, positions, source, source_segments, deterministic)
         return self.pair_logits(*vectors, segment_ids).of_text[:, None]
 
@@ -248,9 +252,10 @@ class Contrastive(nn.Module):
         source_segments=None,
         deterministic=True,
     ) -> LossTerms:
-        """What a loss needs of each row's pairs, the same at all of its tokens: give one a weight.
+        """Return the loss terms of each row, repeated at all of its tokens.
 
-        What is told apart is the batch itself, and no target is read.
+        Give exactly one token of each row a loss weight. `targets` only provides the shape: the
+        target of a row is its own pair.
         """
         vectors = self.hidden(tokens, segment_ids, positions, source, source_segments, deterministic)
         terms = self.config.objective.loss_terms(self.pair_logits(*vectors, segment_ids))
@@ -260,4 +265,4 @@ class Contrastive(nn.Module):
 def _normalised(x: Float[Array, "B 1 width"]) -> Float[Array, "B width"]:
     x = x[:, 0].astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-30))  # a row that is filled may have nothing to show
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-30))  # padding rows can be all zeros

@@ -1,4 +1,4 @@
-"""Decoder language models: one config for GPT-2, Llama and what lies between."""
+"""Decoder-only language models: one config covers GPT-2, Llama and their variants."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ from attnlab.sharding import constrain, out_sharding
 
 @dataclass(frozen=True)
 class DecoderConfig(TextConfig):
-    """A decoder.
+    """A decoder-only language model.
 
     Attributes:
-      tied: whether the logits read from the embedding table.
+      tied: whether the logits use the embedding table as their weights.
       scale_readout: divide activations by sqrt(E) before the logits (T5).
-      readout_bias: add a learned number to each logit.
-      logit_softcap: cap of the logits; None is none.
+      readout_bias: add a learned bias to each logit.
+      logit_softcap: softcap of the logits; None disables it.
     """
 
     tied: bool = True
@@ -37,39 +37,42 @@ class DecoderConfig(TextConfig):
             raise ValueError("logit_softcap must be over 0, or none")
 
     def build(self, vocab_size: int, cross: Cross | None = None) -> "Decoder":
-        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does.
+        """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does.
 
         Args:
-          vocab_size: of the tokenizer.
-          cross: how the layers look at a memory, if they do.
+          vocab_size: number of tokens of the tokenizer.
+          cross: kind of cross-attention; None disables it.
         """
         return Decoder(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size, cross)
 
     def empty_cache(self, batch: int, slots: int, cross: bool = False) -> DecoderCache:
-        """A cache for `slots` tokens of each of `batch` rows; a memory is put in as it is first read."""
-        periods, rest = divmod(self.depth, len(self.pattern))
+        """Return an empty KV cache for `batch` rows of `slots` tokens.
+
+        With `cross`, the first call with an encoder output also caches its keys and values.
+        """
+        repeats, rest = divmod(self.depth, len(self.pattern))
 
         def empty(length: int) -> KVCache:
             return KVCache.empty(batch, length, self.kv_heads, self.head_dim, self.dtypes.compute)
 
-        one = (empty(slots), empty(0)) if cross else empty(slots)
-        where = out_sharding(None, "batch", None, "kv_heads", None)
-        stacked = jax.tree.map(lambda x: jnp.zeros((periods, *x.shape), x.dtype, out_sharding=where), one)
-        single = jax.tree.map(lambda x: constrain(x, "batch", None, "kv_heads", None), one)
-        layers = ((stacked,) * len(self.pattern) if periods else None, (single,) * rest if rest else None)
-        where = out_sharding("batch", None)
-        segment_ids = jnp.zeros((batch, slots), jnp.int32, out_sharding=where)
-        context = jnp.zeros((batch, 0), jnp.int32, out_sharding=where) if cross else None
+        layer = (empty(slots), empty(0)) if cross else empty(slots)
+        spec = out_sharding(None, "batch", None, "kv_heads", None)
+        stacked = jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype, out_sharding=spec), layer)
+        single = jax.tree.map(lambda x: constrain(x, "batch", None, "kv_heads", None), layer)
+        layers = ((stacked,) * len(self.pattern) if repeats else None, (single,) * rest if rest else None)
+        spec = out_sharding("batch", None)
+        segment_ids = jnp.zeros((batch, slots), jnp.int32, out_sharding=spec)
+        context = jnp.zeros((batch, 0), jnp.int32, out_sharding=spec) if cross else None
         return DecoderCache(layers, segment_ids, jnp.zeros((), jnp.int32), context)
 
 
 class Decoder(TextModel):
-    """A language model: tokens in, logits of the next token out."""
+    """A decoder-only language model: maps tokens to next-token logits."""
 
     config: DecoderConfig
 
     def setup(self):
-        """Declares what reads, and the table of logits."""
+        """Declare the layers of `TextModel`, and the table and bias of the logits."""
         super().setup()
         c = self.config
         if not c.tied:
@@ -88,7 +91,7 @@ class Decoder(TextModel):
         embedded: Float[Array, "B T E"] | None = None,
         bidirectional_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
-        """Activations before the logits, and the cache with these tokens in it; see `TextModel.forward`."""
+        """Return activations before the logits, and the updated cache; see `TextModel.forward`."""
         special = {"embedded": embedded, "bidirectional_ids": bidirectional_ids}
         x, cache = self.forward(tokens, segment_ids, positions, cache, deterministic, memory, **special)
         c = self.config
@@ -98,7 +101,7 @@ class Decoder(TextModel):
     def __call__(
         self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True, memory=None
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], DecoderCache | None]:
-        """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
+        """Return next-token logits, with a cache also the updated cache; see `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, memory)
         out = self.logits_of(x)
         return out if cache is None else (out, new_cache)
@@ -106,20 +109,20 @@ class Decoder(TextModel):
     def loss_terms(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, memory=None
     ) -> LossTerms:
-        """What a loss needs of each token's logits, without ever holding all of them."""
+        """Return each token's loss terms without materialising all logits."""
         x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, memory)
         return self.loss_terms_of(x, targets)
 
     def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        """Logits of what `hidden` gives."""
+        """Return the logits of activations from `hidden`."""
         return logits(x, *self._readout())
 
     def loss_terms_of(self, x: Float[Array, "B T E"], targets: Int[Array, "B T"]) -> LossTerms:
-        """`loss_terms` of what `hidden` gives."""
+        """Return the loss terms of activations from `hidden`."""
         return token_loss_terms(x, targets, *self._readout())
 
     def _readout(self):
-        """Table, bias, cap and dtype of the logits."""
+        """Return the table, bias, softcap and dtype of the logits."""
         c = self.config
         table = self.embedding() if c.tied else self.readout()
         return table, self.readout_bias() if c.readout_bias else None, c.logit_softcap, c.dtypes.logits

@@ -1,4 +1,4 @@
-"""Encoders of text: every token sees all others; heads tell masked tokens, labels, or a text's vector."""
+"""Bidirectional text encoders with heads for masked tokens, classification and pooling."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -18,17 +18,18 @@ from attnlab.models.text import TextConfig, TextModel
 
 @dataclass(frozen=True)
 class EncoderConfig(TextConfig, SourceConfig):
-    """An encoder: BERT, ALBERT, ModernBERT and what lies between.
+    """A text encoder: BERT, ALBERT, ModernBERT and their variants.
 
     Attributes:
       head: `MaskedLMConfig`, `ClassifierConfig` or `PooledConfig`.
-      token_types: learned vectors of types of tokens, as of the first and the second of two sentences.
-      embedding_width: width of the tables, from which a map leads to the model's (ALBERT, arXiv 1909.11942,
-        section 3.1); None is the model's.
-      num_param_groups: sets of parameters that layers share, each for as many periods of the pattern in turn
-        (the same section); None shares none.
-      skip_first_attention_norm: no norm before the first layer's attention, for that of the embeddings is
-        just behind (ModernBERT, arXiv 2412.13663, section 2.1).
+      token_types: number of learned token-type embeddings, such as 2 for first and second sentence.
+      embedding_width: width W of the embedding tables, which a linear map projects to the model
+        width (ALBERT, arXiv 1909.11942, section 3.1); None means the model width.
+      num_param_groups: number of parameter sets that the layers share; each is used by the same
+        number of consecutive repeats of the pattern (ALBERT, section 3.1). None shares no
+        parameters.
+      skip_first_attention_norm: omit the norm before the first layer's attention, because the norm
+        of the embeddings directly precedes it (ModernBERT, arXiv 2412.13663, section 2.1).
     """
 
     pattern: tuple[LayerSpec, ...] = (Bidirectional(),)
@@ -45,15 +46,15 @@ class EncoderConfig(TextConfig, SourceConfig):
         groups = self.num_param_groups
         if groups is not None and (groups < 1 or self.depth % (groups * len(self.pattern))):
             raise ValueError(
-                f"depth={self.depth} cannot be cut into num_param_groups={groups} of whole periods of the "
-                "pattern"
+                f"depth={self.depth} must be a multiple of num_param_groups={groups} times the length "
+                f"{len(self.pattern)} of the pattern"
             )
         if self.skip_first_attention_norm and (groups or self.placement not in ("pre", "both")):
             raise ValueError(
-                "skip_first_attention_norm needs a placement of pre or both, and layers that share nothing"
+                "skip_first_attention_norm needs placement=pre or both, and num_param_groups=none"
             )
         if self.embedding_width and isinstance(self.head, MaskedLMConfig) and self.head.dense is None:
-            raise ValueError("with embedding_width, head.dense must map back to it")
+            raise ValueError("with embedding_width, head.dense must not be none: it maps back to that width")
 
     @property
     def table_width(self) -> int:
@@ -62,7 +63,7 @@ class EncoderConfig(TextConfig, SourceConfig):
 
     @property
     def head_width(self) -> int:
-        """Width of what the logits are read from."""
+        """Width of the head's features, from which the logits are computed."""
         return self.table_width if isinstance(self.head, MaskedLMConfig) else self.width
 
     @property
@@ -78,7 +79,7 @@ class EncoderConfig(TextConfig, SourceConfig):
         return replace(config, head=head, pattern=period, num_param_groups=self.num_param_groups)
 
     def unrolled(self) -> Self:
-        """See `ModelConfig.unrolled`; layers that share parameters stay together."""
+        """See `ModelConfig.unrolled`; does not change models whose layers share parameters."""
         return self if self.num_param_groups else super().unrolled()
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
@@ -86,7 +87,7 @@ class EncoderConfig(TextConfig, SourceConfig):
         return {**super().sharded_dimensions(), "model.embedding_width": ("embed", self.table_width)}
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """See `TransformerConfig.token_flops`; pooling is left out."""
+        """See `TransformerConfig.token_flops`; pooling is not counted."""
         weights = self.head.outputs(vocab_size) * self.head_width
         weights += self.width * (self.embedding_width or 0)
         weights += self.width * self.head_width if self.head.dense else 0
@@ -105,7 +106,7 @@ class EncoderConfig(TextConfig, SourceConfig):
         )
 
     def build(self, vocab_size: int) -> "Encoder":
-        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
+        """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
         return Encoder(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
     def encoder_output_shape(self, length: int) -> tuple[int, int]:
@@ -118,12 +119,12 @@ class EncoderConfig(TextConfig, SourceConfig):
 
 
 class Encoder(TextModel):
-    """Tokens in, a vector of each out, and what its head makes of them."""
+    """A text encoder with a head: maps tokens to activations, and to logits or pooled vectors."""
 
     config: EncoderConfig
 
     def setup(self):
-        """Declares what reads, and the head."""
+        """Declare the layers of `TextModel`, the token types, the projection and the head."""
         super().setup()
         c = self.config
         if c.token_types:
@@ -132,11 +133,12 @@ class Encoder(TextModel):
             inputs, std = (c.embedding_width,), c.init.hidden_std(c.width)
             self.projection = Linear(inputs, (c.width,), ("norm", "embed"), std, True, c.dtypes)
         outputs = c.head.outputs(self.vocab_size)
-        # By its own name, so that one table of names can tell the heads of a family's checkpoints apart.
+        # Each kind of head has its own name, so that one table of parameter names covers all of
+        # them.
         self.head = Head(c.head, outputs, c.head_width, c.norm, c.init, c.dtypes, name=c.head.name)
 
     def embed(self, tokens, positions, deterministic, table=None, added=None) -> Float[Array, "B T E"]:
-        """What the layers start from; see `TextModel.embed`."""
+        """Return the input of the first layer; see `TextModel.embed`."""
         x = super().embed(tokens, positions, deterministic, table, added)
         return self.projection(x) if self.config.embedding_width else x
 
@@ -149,7 +151,10 @@ class Encoder(TextModel):
         token_types: Int[Array, "B T"] | None = None,
         table: Float[Array, "V E"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """Activations after the last layer; see `TextModel.forward`. Tokens without a type are of type 0."""
+        """Return activations after the last layer; see `TextModel.forward`.
+
+        `token_types` None means type 0 for every token.
+        """
         added = None
         if self.config.token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
@@ -163,7 +168,7 @@ class Encoder(TextModel):
         deterministic: bool = True,
         table: Float[Array, "V E"] | None = None,
     ) -> EncoderOutput:
-        """The memory of a text, which is padding where its segments are 0."""
+        """Return the encoder output of a text, whose padding has segment 0."""
         positions = jnp.maximum(jnp.cumsum(source_segments, axis=1) - 1, 0)
         x = self.hidden(source, source_segments, positions, deterministic, table=table)
         return EncoderOutput(x, source_segments)
@@ -171,29 +176,29 @@ class Encoder(TextModel):
     def __call__(
         self, tokens, segment_ids=None, positions=None, deterministic=True, token_types=None
     ) -> Float[Array, "B T outputs"]:
-        """Logits of each token, or its document's vector; see the heads. Arguments as of `hidden`."""
+        """Return the head's logits, or pooled vectors, at each token; see `hidden`."""
         x = self._features(tokens, segment_ids, positions, deterministic, token_types)
         return x if isinstance(self.config.head, PooledConfig) else logits(x, *self._readout())
 
     def loss_terms(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, token_types=None
     ) -> LossTerms:
-        """What a loss needs of each token's logits; of a document's, at any of its tokens.
+        """Return each token's loss terms; a document's terms are repeated at all of its tokens.
 
         Raises:
-          InputError: a head without logits.
+          InputError: the head has no logits.
         """
         if isinstance(self.config.head, PooledConfig):
-            raise InputError("model.head=Pooled has no logits to train by: use MaskedLM or Classifier")
+            raise InputError("model.head=Pooled has no logits, so it has no loss: use MaskedLM or Classifier")
         x = self._features(tokens, segment_ids, positions, deterministic, token_types)
         return token_loss_terms(x, targets, *self._readout())
 
     def _features(self, tokens, segment_ids, positions, deterministic, token_types) -> Float[Array, "B T W"]:
-        """What the logits are read from."""
+        """Return the head's features, from which the logits are computed."""
         x = self.hidden(tokens, segment_ids, positions, deterministic, token_types)
         segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         return self.head(x, segments, deterministic)
 
     def _readout(self):
-        """Table, bias, cap and dtype of the logits."""
+        """Return the table, bias, softcap and dtype of the logits."""
         return self.head.table(self.embedding()), self.head.bias(), None, self.config.dtypes.logits

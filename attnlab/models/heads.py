@@ -1,4 +1,4 @@
-"""Heads of encoders: what is made of the activations of a text's tokens."""
+"""Heads of text encoders: masked language modelling, classification and pooling."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -18,7 +18,13 @@ from attnlab.sharding import out_sharding
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """A map in front of a head's own: activation(x W + b), then the model's norm if asked."""
+    """A dense layer of a head: activation(x W + b), optionally followed by the model's norm.
+
+    Attributes:
+      activation: name of the activation function.
+      bias: whether to add the bias b.
+      norm: whether to normalise the result.
+    """
 
     activation: Literal["tanh", "gelu", "gelu_exact", "relu", "silu"] = "tanh"
     bias: bool = True
@@ -27,41 +33,41 @@ class DenseConfig:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """A document's first token stands for it: BERT's class token (arXiv 1810.04805, section 3)."""
+    """Pools the first token of a document: BERT's class token (arXiv 1810.04805, section 3)."""
 
     def pooling_mask(self, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-        """The tokens to take the mean of."""
+        """Return which tokens the mean is over."""
         return segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
 
 
 @dataclass(frozen=True)
 class MeanOfTokens:
-    """The mean of a document's tokens stands for it (Sentence-BERT, arXiv 1908.10084, section 3)."""
+    """Pools the mean of a document's tokens (Sentence-BERT, arXiv 1908.10084, section 3)."""
 
     def pooling_mask(self, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-        """The tokens to take the mean of."""
+        """Return which tokens the mean is over."""
         return segments > 0
 
 
 def pool(
     x: Float[Array, "B T E"], segments: Int[Array, "B T"], pooling: FirstToken | MeanOfTokens
 ) -> Float[Array, "B T E"]:
-    """The vector of each token's document, padding left out; 0 at padding."""
+    """Return the pooled vector of each token's document, and 0 at padding."""
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
-    # In float32, for half precision cannot count.
-    among = (same & pooling.pooling_mask(segments)[:, None, :]).astype(jnp.float32)
-    weights = (among / jnp.maximum(among.sum(-1, keepdims=True), 1)).astype(x.dtype)
+    # Count in float32: half precision cannot represent large counts exactly.
+    pooled = (same & pooling.pooling_mask(segments)[:, None, :]).astype(jnp.float32)
+    weights = (pooled / jnp.maximum(pooled.sum(-1, keepdims=True), 1)).astype(x.dtype)
     return jnp.einsum("bts,bse->bte", weights, x, out_sharding=out_sharding("batch", "sequence", None))
 
 
 @dataclass(frozen=True)
 class MaskedLMConfig:
-    """What each token was before it was masked: logits over the vocabulary (BERT, section 3.1).
+    """Masked language modelling: logits of each token's original id (BERT, section 3.1).
 
     Attributes:
-      dense: what stands before them; None is nothing.
-      tied: whether they read from the table of tokens.
-      bias: add a learned number to each.
+      dense: dense layer before the logits; None omits it.
+      tied: whether the logits use the token embedding table as their weights.
+      bias: add a learned bias to each logit.
     """
 
     dense: DenseConfig | None = field(default_factory=lambda: DenseConfig("gelu_exact", norm=True))
@@ -70,19 +76,19 @@ class MaskedLMConfig:
     name: ClassVar[str] = "masked_lm"
 
     def outputs(self, vocab_size: int) -> int:
-        """How many logits there are."""
+        """Return the number of logits."""
         return vocab_size
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Logits of labels: of each document, the same at all of its tokens, or of each token.
+    """Classification of documents (the logits are repeated at all of their tokens) or of tokens.
 
     Attributes:
-      labels: how many.
-      pooling: what stands for a document; None classifies each token by itself.
-      dense: what stands before the logits; None is nothing.
-      dropout: share of what they are read from that is dropped in training.
+      labels: number of labels.
+      pooling: pooling of a document; None classifies each token separately.
+      dense: dense layer before the logits; None omits it.
+      dropout: dropout rate of the features before the logits in training.
     """
 
     labels: int = 2
@@ -92,28 +98,28 @@ class ClassifierConfig:
 
     def __post_init__(self):
         if self.labels < 1:
-            raise ValueError("labels must be at least 1")
+            raise ValueError(f"labels={self.labels} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout must be at least 0 and under 1")
 
     @property
     def name(self) -> str:
-        """Where its parameters are."""
+        """Name of the head's parameters."""
         return "document_labels" if self.pooling else "token_labels"
 
     def outputs(self, vocab_size: int) -> int:
-        """How many logits there are."""
+        """Return the number of logits."""
         del vocab_size
         return self.labels
 
 
 @dataclass(frozen=True)
 class PooledConfig:
-    """A vector of each document, the same at all of its tokens, and no logits: not to be trained by targets.
+    """One vector per document, repeated at all of its tokens; it has no logits and no loss.
 
     Attributes:
-      pooling: what stands for a document.
-      dense: what it goes through; None is nothing.
+      pooling: pooling of a document.
+      dense: dense layer after the pooling; None omits it.
     """
 
     pooling: FirstToken | MeanOfTokens = field(default_factory=FirstToken)
@@ -121,7 +127,7 @@ class PooledConfig:
     name: ClassVar[str] = "pooled"
 
     def outputs(self, vocab_size: int) -> int:
-        """How many logits there are."""
+        """Return the number of logits."""
         del vocab_size
         return 0
 
@@ -130,7 +136,7 @@ HeadConfig = MaskedLMConfig | ClassifierConfig | PooledConfig
 
 
 class Dense(nn.Module):
-    """Applies the map that `config` describes, to a width W."""
+    """The dense layer of a head, with an output of `width` W."""
 
     config: DenseConfig
     width: int
@@ -140,7 +146,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T W"]:
-        """The mapped activations."""
+        """Return the layer's output."""
         c, inputs = self.config, (x.shape[-1],)
         y = Linear(inputs, (self.width,), ("embed", "norm"), self.std, c.bias, self.dtypes, name="map")(x)
         y = ACTIVATIONS[c.activation](y)
@@ -148,15 +154,15 @@ class Dense(nn.Module):
 
 
 class Head(nn.Module):
-    """A head's own parameters.
+    """The parameters of a head, and its features before the logits.
 
     Attributes:
-      config: the head.
-      outputs: logits that it gives.
-      width: of what they are read from W.
-      norm: of the model.
-      initial: how its weights start.
-      dtypes: of the model.
+      config: kind of head.
+      outputs: number of logits.
+      width: width W of the features from which the logits are computed.
+      norm: norm config of the model.
+      initial: initialisation of the model.
+      dtypes: dtypes of the model.
     """
 
     config: HeadConfig
@@ -167,7 +173,7 @@ class Head(nn.Module):
     dtypes: Dtypes
 
     def setup(self):
-        """Declares the map, and the table and bias of logits."""
+        """Declare the dense layer, and the table and bias of the logits."""
         c, labels = self.config, isinstance(self.config, ClassifierConfig)
         if c.dense:
             std = self.initial.hidden_std(self.width)
@@ -183,7 +189,7 @@ class Head(nn.Module):
     def __call__(
         self, x: Float[Array, "B T E"], segments: Int[Array, "B T"], deterministic: bool
     ) -> Float[Array, "B T W"]:
-        """What the logits are read from; of a document, at all of its tokens."""
+        """Return the features of each token, or those of its document if the head pools."""
         c = self.config
         if not isinstance(c, MaskedLMConfig) and c.pooling:
             x = pool(x, segments, c.pooling)
@@ -193,11 +199,11 @@ class Head(nn.Module):
         return x if isinstance(c, PooledConfig) else x * self.initial.readout_scale(self.width)
 
     def table(self, embedding: Float[Array, "V W"]) -> Float[Array, "outputs W"]:
-        """What the logits are products with, given the table of tokens."""
+        """Return the weights of the logits, given the token embedding table."""
         return embedding if isinstance(self.config, MaskedLMConfig) and self.config.tied else self.readout()
 
     def bias(self) -> Float[Array, " outputs"] | None:
-        """What is added to the logits."""
+        """Return the bias of the logits, or None."""
         return (
             None if isinstance(self.config, MaskedLMConfig) and not self.config.bias else self.readout_bias()
         )

@@ -1,4 +1,4 @@
-"""The world before attention: language models whose whole memory of a text is a state of one size."""
+"""Recurrent language models with LSTM or GRU cells."""
 
 from dataclasses import dataclass, field
 from typing import Literal, Self
@@ -22,18 +22,21 @@ from attnlab.sharding import constrain
 
 @dataclass(frozen=True)
 class RecurrentConfig(ModelConfig):
-    """A recurrent language model (Mikolov et al. 2010; with an LSTM: Zaremba et al. 2014, arXiv 1409.2329).
+    """A recurrent language model.
+
+    Mikolov et al. 2010; with LSTM cells Zaremba et al. 2014, arXiv 1409.2329.
 
     Attributes:
       depth: number of layers L.
-      width: of embeddings and states E.
+      width: width E of embeddings and states.
       cell: `LSTMConfig` or `GRUConfig`.
-      vocab_size: tokens in the tables; None is as many as the tokenizer has.
-      tied: whether the logits read from the embedding table.
-      dropout: share of what each layer and the logits read that is dropped in training.
-      std: deviation of the initial weights; None is 1 / sqrt(E).
-      dtypes: number formats of parameters, computation and logits.
-      remat: what the backward pass recomputes: nothing, all of a layer, or all but its matrix products.
+      vocab_size: number of tokens in the embedding table; None means that of the tokenizer.
+      tied: whether the logits use the embedding table as their weights.
+      dropout: dropout rate of the inputs of each layer and of the logits in training.
+      std: standard deviation of the initial weights; None means 1 / sqrt(E).
+      dtypes: dtypes of parameters, computation and logits.
+      remat: activations recomputed in the backward pass: "none", all of a layer ("full"), or all
+        except matrix products ("dots").
       scan: compile one layer and loop over it, instead of compiling every layer.
     """
 
@@ -50,18 +53,18 @@ class RecurrentConfig(ModelConfig):
 
     def __post_init__(self):
         if self.depth < 1 or self.width < 1:
-            raise ValueError("depth and width must be at least 1")
+            raise ValueError(f"depth={self.depth} and width={self.width} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout must be at least 0 and under 1")
         if self.std is not None and self.std <= 0:
             raise ValueError("std must be over 0, or none")
 
     def build(self, vocab_size: int) -> nn.Module:
-        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
+        """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
         return Recurrent(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
     def with_vocab_size(self, vocab_size: int) -> Self:
-        """With the number of tokens in its tables, for a tokenizer of so many; see `set_vocab_size`."""
+        """See `set_vocab_size`."""
         return set_vocab_size(self, vocab_size)
 
     @property
@@ -76,12 +79,12 @@ class RecurrentConfig(ModelConfig):
 
     @property
     def layers(self) -> RecurrentLayerConfig:
-        """What all layers share."""
+        """Settings that all layers share."""
         return RecurrentLayerConfig(self.cell, self.width, self.dropout, self.initial_std, self.dtypes)
 
     @property
     def initial_std(self) -> float:
-        """Deviation of the initial weights."""
+        """Standard deviation of the initial weights."""
         return self.std or self.width**-0.5
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
@@ -89,7 +92,7 @@ class RecurrentConfig(ModelConfig):
         return {"model.width": ("embed", self.width)}
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """Operations for each token: the matrix products, as of other models; no pair is ever looked at."""
+        """Return the forward FLOPs per token: those of the matrix products, none of attention."""
         layers = self.depth * 2 * self.cell.gates * self.width**2
         return TokenFlops(2.0 * (layers + vocab_size * self.width), 0.0)
 
@@ -97,34 +100,34 @@ class RecurrentConfig(ModelConfig):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RecurrentCache:
-    """All that a recurrent model keeps of what it has read.
+    """Decoding state of a recurrent model, the counterpart of a KV cache.
 
     Attributes:
       layers: states of all layers, (B, L, E) each.
-      memory: what a decoder attends to, if it does.
+      memory: encoder output that the decoder attends to; None in a language model.
     """
 
     layers: State
     memory: EncoderOutput | None = None
 
     def gather_rows(self, rows: Int[Array, "G N"]) -> "States":
-        """With other rows; see `DecoderCache.gather_rows`."""
+        """Return the cache with its rows gathered by index; see `DecoderCache.gather_rows`."""
         return jax.tree.map(lambda x: gather_rows(x, rows), self)
 
 
 class Recurrent(nn.Module):
-    """A language model: tokens in, logits of the next token out.
+    """A recurrent language model: maps tokens to next-token logits.
 
     Attributes:
       config: see `RecurrentConfig`.
-      vocab_size: tokens in the tables V.
+      vocab_size: number of tokens V in the embedding table.
     """
 
     config: RecurrentConfig
     vocab_size: int
 
     def setup(self):
-        """Declares the tables and the layers."""
+        """Declare the embedding tables and the layers."""
         c = self.config
         self.embedding = Embedding(self.vocab_size, c.width, ("vocab", "embed"), c.initial_std, c.dtypes)
         self.drop = Dropout(c.dropout)
@@ -133,12 +136,12 @@ class Recurrent(nn.Module):
         self.declare_layers()
 
     def declare_layers(self):
-        """Declares what is between the tables."""
+        """Declare the recurrent layers; subclasses override it."""
         c = self.config
         self.layers = RecurrentStack(c.layers, c.depth, False, c.scan, c.remat)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """What the layers read."""
+        """Return the token embeddings."""
         return constrain(look_up(self.embedding(), tokens), "batch", "sequence", None)
 
     def hidden(
@@ -149,15 +152,16 @@ class Recurrent(nn.Module):
         cache: RecurrentCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T E"], RecurrentCache | None]:
-        """Activations before the logits, and the cache with these tokens in it.
+        """Return activations before the logits, and the updated cache.
 
         Args:
-          tokens: ids.
-          segment_ids: 0 for padding, which changes no state; None is none.
-          positions: place of each token in its document, which starts from nothing where it is 0; None is
-            one document a row, the one in the cache if there is one.
-          cache: what was read before.
-          deterministic: False drops out, with an rng named "dropout".
+          tokens: token ids.
+          segment_ids: 0 at padding, which does not change the state; None means no padding.
+          positions: position of each token in its document; the state is reset where it is 0. None
+            means that each row is one document, which continues the one in the cache.
+          cache: states after the preceding tokens; None starts from zero states and returns no
+            cache.
+          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
         """
         c = self.config
         valid = jnp.ones_like(tokens) if segment_ids is None else segment_ids
@@ -170,28 +174,28 @@ class Recurrent(nn.Module):
     def __call__(
         self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True, **source
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], RecurrentCache | None]:
-        """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
+        """Return next-token logits, with a cache also the updated cache; see `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
         out = self.logits_of(x)
         return out if cache is None else (out, new_cache)
 
     def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        """Logits of what `hidden` gives."""
+        """Return the logits of activations from `hidden`."""
         return logits(x, *self._readout())
 
     def loss_terms(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, **source
     ) -> LossTerms:
-        """What a loss needs of each token's logits, without ever holding all of them."""
+        """Return each token's loss terms without materialising all logits."""
         x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, **source)
         return token_loss_terms(x, targets, *self._readout())
 
     def _readout(self):
-        """Table, bias, cap and dtype of the logits."""
+        """Return the table, bias, softcap and dtype of the logits."""
         table = self.embedding() if self.config.tied else self.readout()
         return table, None, None, self.config.dtypes.logits
 
     def init_cache(self, batch: int, slots: int) -> RecurrentCache:
-        """An empty cache: the same for any number of tokens to come."""
+        """Return an initial cache; its size does not depend on the number of tokens `slots`."""
         del slots
         return RecurrentCache(self.config.layers.empty(batch, self.config.depth))

@@ -1,4 +1,4 @@
-"""Encoder-decoders of recurrent layers: translation before attention, and with the first there was."""
+"""Recurrent encoder-decoders, without attention or with Bahdanau's or Luong's."""
 
 from dataclasses import dataclass, field
 
@@ -15,14 +15,14 @@ from attnlab.models.recurrent import Recurrent, RecurrentCache, RecurrentConfig
 
 @dataclass(frozen=True)
 class RecurrentSeq2SeqConfig(RecurrentConfig):
-    """An encoder of a source, and a decoder that starts from its last states.
+    """A recurrent encoder, and a decoder whose initial states are the encoder's last states.
 
-    Both have `depth` layers, and read by one table of tokens. The decoder may attend to all that the encoder
-    gave out.
+    Both have `depth` layers and share one embedding table. The decoder can attend to the encoder's
+    outputs.
 
     Attributes:
       attention: `NoAttention`, `AdditiveConfig`, `GeneralConfig` or `DotConfig`.
-      bidirectional: whether the encoder reads the source forwards and backwards, with half the width each.
+      bidirectional: whether the encoder is bidirectional, with half the width in each direction.
     """
 
     attention: NoAttention | AdditiveConfig | GeneralConfig | DotConfig = field(
@@ -33,7 +33,7 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.bidirectional and self.width % 2:
-            raise ValueError(f"bidirectional needs an even width, not {self.width}")
+            raise ValueError(f"bidirectional=true needs an even width, not {self.width}")
 
     def build(self, vocab_size: int) -> "RecurrentSeq2Seq":
         """See `RecurrentConfig.build`."""
@@ -50,7 +50,7 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
         return super().sharded_dimensions() | halves
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """See `RecurrentConfig.token_flops`; the source is taken to be as long as the text written."""
+        """See `RecurrentConfig.token_flops`; assumes a source as long as the target."""
         e, gates, attention = self.width, self.cell.gates, self.attention
         encoder = self.depth * gates * e * e * (1.5 if self.bidirectional else 2)
         weights, pairs = 0, 0
@@ -66,12 +66,12 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
 
 
 class RecurrentSeq2Seq(Recurrent):
-    """A source and the tokens written so far in, logits of the next token out."""
+    """A recurrent encoder-decoder: maps a source and target tokens to next-token logits."""
 
     config: RecurrentSeq2SeqConfig
 
     def declare_layers(self):
-        """Declares both halves."""
+        """Declare the encoder and the decoder."""
         c = self.config
         self.encoder = RecurrentStack(c.layers, c.depth, c.bidirectional, c.scan, c.remat)
         self.decoder = AlignedStack(c.layers, c.depth, c.attention, c.scan, c.remat)
@@ -82,12 +82,12 @@ class RecurrentSeq2Seq(Recurrent):
         source_segments: Int[Array, "B S"] | None = None,
         deterministic: bool = True,
     ) -> RecurrentCache:
-        """What the decoder starts from, and what it is to look at.
+        """Return the decoder's initial states, and the encoder output that it attends to.
 
         Args:
-          source: ids of tokens.
-          source_segments: 0 where it is padding; None is nowhere.
-          deterministic: False drops out, with an rng named "dropout".
+          source: token ids of the source.
+          source_segments: 0 at padding; None means no padding.
+          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
         """
         segment_ids = jnp.ones_like(source) if source_segments is None else source_segments
         valid, states = (segment_ids > 0)[..., None], self.init_cache(len(source), 0).layers
@@ -104,22 +104,26 @@ class RecurrentSeq2Seq(Recurrent):
         source: Int[Array, "B S"] | None = None,
         source_segments: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B T E"], RecurrentCache | None]:
-        """The decoder's activations before the logits, and the cache with these tokens in it.
+        """Return the decoder's activations before the logits, and the updated cache.
 
         Args:
-          tokens: ids.
-          segment_ids: 0 for padding, which changes no state; None is none.
-          positions: not looked at, for a row is one text.
-          cache: what was read before; without a source, the cache has what was made of it.
-          deterministic: False drops out, with an rng named "dropout".
+          tokens: token ids of the target.
+          segment_ids: 0 at padding, which does not change the state; None means no padding.
+          positions: ignored, because each row is one document.
+          cache: states after the preceding tokens, and the encoder output; it is required if
+            `source` is None.
+          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
           source: see `encode`.
           source_segments: see `encode`.
+
+        Raises:
+          InputError: neither a source nor a cache with an encoder output is given.
         """
         del positions
         segments = jnp.ones_like(tokens) if segment_ids is None else (segment_ids > 0).astype(jnp.int32)
         encoded = cache if source is None else self.encode(source, source_segments, deterministic)
         if encoded is None or encoded.memory is None:
-            raise InputError("an encoder-decoder needs a source, or a cache in which there is one")
+            raise InputError("an encoder-decoder needs a source, or a cache with an encoder output")
         x, states = self.decoder(self.embed(tokens), segments, encoded.layers, encoded.memory, deterministic)
         x = self.drop(x, deterministic=deterministic)
         return x, None if cache is None else RecurrentCache(states, encoded.memory)

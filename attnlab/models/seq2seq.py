@@ -1,4 +1,4 @@
-"""Encoder-decoders: what a source says, written by a decoder that attends to it (Vaswani et al. 2017)."""
+"""Transformer encoder-decoders (Vaswani et al. 2017)."""
 
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -20,13 +20,13 @@ from attnlab.sharding import constrain
 
 @dataclass(frozen=True)
 class Seq2SeqConfig(ModelConfig):
-    """An encoder of a source, and a decoder every layer of which also attends to what it made of it.
+    """An encoder, and a decoder that cross-attends to the encoder output in every layer.
 
     Attributes:
-      encoder: what reads the source: text, an image, a sound.
-      decoder: what writes text.
-      shared_embedding: whether the encoder, of text, reads by the decoder's table of tokens.
-      generation: tokens that generated text begins with, ends with and avoids.
+      encoder: encoder of text, images or audio.
+      decoder: decoder of text.
+      shared_embedding: whether a text encoder uses the decoder's embedding table.
+      generation: forced and suppressed tokens of generation.
     """
 
     encoder: SourceConfig = field(default_factory=EncoderConfig)
@@ -37,7 +37,9 @@ class Seq2SeqConfig(ModelConfig):
     def __post_init__(self):
         widths = [part.table_width for part in (self.encoder, self.decoder) if isinstance(part, TextConfig)]
         if self.shared_embedding and (len(widths) < 2 or widths[0] != widths[1]):
-            raise ValueError("shared_embedding needs an encoder of text that is as wide as the decoder")
+            raise ValueError(
+                "shared_embedding needs a text encoder whose tables are as wide as the decoder's"
+            )
 
     def build(self, vocab_size: int) -> "Seq2Seq":
         """See `ModelConfig.build`."""
@@ -76,15 +78,16 @@ class Seq2SeqConfig(ModelConfig):
         )
 
     def encoder_output_shape(self, length: int) -> tuple[int, int]:
-        """Length and width of what the decoder looks at, of a source of this length."""
+        """Return the length and the width of the sequence that the decoder cross-attends to."""
         return self.encoder.encoder_output_shape(length)
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """See `ModelConfig.token_flops`; a source of text is taken to be as long as the text written."""
+        """See `ModelConfig.token_flops`; assumes that a text source is as long as the target."""
         d, (size, *rest) = self.decoder, self.source_shape
         source = size if rest else length
         slots, width = self.encoder_output_shape(source)
-        # Queries and outputs of each token; keys and values of each place of the memory.
+        # Query and output projections of each token; key and value projections of the encoder
+        # output.
         per_row = length * 2 * d.width * d.attention.heads + slots * 2 * width * d.kv_heads
         cross = TokenFlops(
             2.0 * d.num_cross_attention_layers * d.head_dim * per_row / length,
@@ -95,18 +98,18 @@ class Seq2SeqConfig(ModelConfig):
 
 
 class Seq2Seq(nn.Module):
-    """A source and the tokens written so far in, logits of the next token out.
+    """An encoder-decoder: maps a source and target tokens to next-token logits.
 
     Attributes:
       config: see `Seq2SeqConfig`.
-      vocab_size: of the tokenizer.
+      vocab_size: number of tokens of the tokenizer.
     """
 
     config: Seq2SeqConfig
     vocab_size: int
 
     def setup(self):
-        """Declares both halves."""
+        """Declare the encoder and the decoder."""
         self.encoder = self.config.encoder.build(self.vocab_size)
         self.decoder = self.config.decoder.build(self.vocab_size, CrossAttentionConfig())
 
@@ -116,12 +119,12 @@ class Seq2Seq(nn.Module):
         source_segments: Int[Array, "B S"] | None = None,
         deterministic: bool = True,
     ) -> EncoderOutput:
-        """What the decoder is to look at.
+        """Return the encoder output that the decoder cross-attends to.
 
         Args:
-          source: of each row: ids of tokens (B, S), or numbers (B, S, ...).
-          source_segments: 0 where it is padding; None is nowhere.
-          deterministic: False drops out, with an rng named "dropout".
+          source: token ids (B, S), or images or audio features (B, S, ...).
+          source_segments: 0 at padding; None means no padding.
+          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
         """
         if source_segments is None:
             source_segments = jnp.ones_like(source[(..., *(0,) * (source.ndim - 2))], jnp.int32)
@@ -139,9 +142,10 @@ class Seq2Seq(nn.Module):
         source: Array | None = None,
         source_segments: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
-        """The decoder's activations before the logits, and its cache; see `Decoder.hidden` and `encode`.
+        """Return the decoder's activations before the logits, and the updated cache.
 
-        Without a source, the cache has what was made of it.
+        See `Decoder.hidden` and `encode`. If `source` is None, the cache must hold the keys and
+        values of the encoder output.
         """
         memory = None if source is None else self.encode(source, source_segments, deterministic)
         return self.decoder.hidden(tokens, segment_ids, positions, cache, deterministic, memory)
@@ -155,7 +159,7 @@ class Seq2Seq(nn.Module):
         deterministic=True,
         **source,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], DecoderCache | None]:
-        """Logits of the token after each; with a cache, also the new cache. Arguments as of `hidden`."""
+        """Return next-token logits, with a cache also the updated cache; see `hidden`."""
         x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
         out = self.logits_of(x)
         return out if cache is None else (out, new_cache)
@@ -163,12 +167,12 @@ class Seq2Seq(nn.Module):
     def loss_terms(
         self, tokens, targets, segment_ids=None, positions=None, deterministic=True, **source
     ) -> LossTerms:
-        """What a loss needs of each token's logits; see `Decoder.loss_terms`."""
+        """Return each token's loss terms; see `Decoder.loss_terms`."""
         x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, **source)
         return self.decoder.loss_terms_of(x, targets)
 
     def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        """Logits of what `hidden` gives."""
+        """Return the logits of activations from `hidden`."""
         return self.decoder.logits_of(x)
 
     def init_cache(self, batch: int, slots: int) -> DecoderCache:

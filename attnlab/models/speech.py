@@ -1,4 +1,4 @@
-"""Speech encoders: sound that is read as a text is (Whisper, arXiv 2212.04356, section 2.2)."""
+"""Speech encoder over log-mel spectrograms (Whisper, arXiv 2212.04356, section 2.2)."""
 
 from dataclasses import dataclass, field
 
@@ -21,11 +21,13 @@ from attnlab.sharding import constrain
 
 @dataclass(frozen=True)
 class SpeechEncoderConfig(TransformerConfig, SourceConfig):
-    """Whisper's encoder of log-mel frames, as of `attnlab.data.audio`; to write, a `Seq2SeqConfig` has one.
+    """Whisper's encoder of log-mel frames; use it as the encoder of a `Seq2SeqConfig`.
+
+    `attnlab.data.audio` computes the frames.
 
     Attributes:
-      mels: numbers in a frame.
-      frames: the most that are read; positions are of every second.
+      mels: number of mel bins per frame.
+      frames: maximum number of frames; there is one position per two frames.
     """
 
     mels: int = 80
@@ -44,15 +46,19 @@ class SpeechEncoderConfig(TransformerConfig, SourceConfig):
         return self.frames, self.mels
 
     def check_length(self, length: int) -> None:
-        """Refuses to be trained by itself: it writes nothing."""
-        raise InputError("a SpeechEncoderConfig only reads: make it the encoder of a Seq2SeqConfig")
+        """Raise an error: the encoder has no output tokens and cannot be trained alone.
+
+        Raises:
+          InputError: always.
+        """
+        raise InputError("a SpeechEncoder has no logits to train: make it the encoder of a Seq2Seq")
 
     def build(self, vocab_size: int) -> "SpeechEncoder":
-        """The module of this config; it knows no tokens."""
+        """Return the module of this config; `vocab_size` is ignored."""
         return SpeechEncoder(self)
 
     def learning_rate_multipliers(self) -> dict[str, float]:
-        """See `ModelConfig.learning_rate_multipliers`: positions stay as they are."""
+        """See `ModelConfig.learning_rate_multipliers`; the position table is not trained."""
         return super().learning_rate_multipliers() | {"position_embedding$": 0.0}
 
     def encoder_output_shape(self, length: int) -> tuple[int, int]:
@@ -67,7 +73,7 @@ class SpeechEncoderConfig(TransformerConfig, SourceConfig):
 
 
 class SpeechEncoder(nn.Module):
-    """Frames in, a vector of every second out.
+    """A speech encoder with one output vector per two frames.
 
     Attributes:
       config: see `SpeechEncoderConfig`.
@@ -76,7 +82,7 @@ class SpeechEncoder(nn.Module):
     config: SpeechEncoderConfig
 
     def setup(self):
-        """Declares two convolutions, the positions, the stack of blocks and the last norm."""
+        """Declare two convolutions, the position table, the stack of blocks and the final norm."""
         c, std = self.config, self.config.init.std
         self.convolution1 = Convolution1d(
             c.mels, c.width, 3, ("window", "mlp"), std, True, c.dtypes, padding=1
@@ -85,7 +91,7 @@ class SpeechEncoder(nn.Module):
         self.layers = c.stack(NoPositions())
         self.norm = c.norm.build(c.dtypes)
         self.drop = Dropout(c.dropout)
-        # A constant, which checkpoints have among their tensors.
+        # A constant, but a parameter, because Whisper's checkpoints contain it.
         shape, start = (c.frames // 2, c.width), sinusoids(c.frames // 2, c.width)
         self.position_embedding = parameter(
             self, "position_embedding", shape, ("sequence", "embed"), c.dtypes, mean=start
@@ -97,19 +103,20 @@ class SpeechEncoder(nn.Module):
         source_segments: Int[Array, "B S"],
         deterministic: bool = True,
     ) -> EncoderOutput:
-        """The memory of a sound, which is padding where its segments are 0.
+        """Return the encoder output of log-mel frames; `source_segments` is 0 at padding.
 
         Raises:
-          InputError: more frames than there are positions for, or of another number of mels.
+          InputError: there are more frames than positions, or the number of mel bins differs.
         """
         c = self.config
         if source.shape[1] > c.frames or source.shape[2] != c.mels:
             raise InputError(
-                f"the encoder reads at most {c.frames} frames of {c.mels} mels, not {source.shape[1]} of "
+                f"the encoder accepts at most {c.frames} frames of {c.mels} mels, not {source.shape[1]} of "
                 f"{source.shape[2]}"
             )
         gelu, valid = ACTIVATIONS["gelu_exact"], (source_segments > 0)[..., None]
-        # Beyond the end there is nothing: a sound is read as it would be if its row ended with it.
+        # Zero the padding before and between the convolutions, so that it does not affect the
+        # output.
         x = jnp.where(valid, gelu(self.convolution1(jnp.where(valid, source, 0))), 0)
         x = gelu(self.convolution2(x))
         segments = constrain(source_segments[:, ::2], "batch", "sequence")
@@ -121,7 +128,7 @@ class SpeechEncoder(nn.Module):
 
 
 def sinusoids(length: int, width: int) -> Float[np.ndarray, "T E"]:
-    """Sines of every position, then cosines of the same angles, whose speeds fall from 1 to 1/10000."""
-    speeds = 10_000.0 ** -(np.arange(width // 2) / max(width // 2 - 1, 1))
-    angles = np.arange(length)[:, None] * speeds
+    """Return Whisper's position table: sines, then cosines, of frequencies from 1 to 1/10000."""
+    frequencies = 10_000.0 ** -(np.arange(width // 2) / max(width // 2 - 1, 1))
+    angles = np.arange(length)[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Models that read text: tables of tokens and positions, then a stack of blocks."""
+"""Base of Transformers over text: token and position embeddings, and a stack of blocks."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -20,8 +20,11 @@ from attnlab.sharding import constrain
 
 @dataclass(frozen=True)
 class Learned:
-    """A learned vector for each position, added to the embeddings: one of `length` rows of a table, of which
-    the first `offset` are none's (RoBERTa, BART).
+    """Learned absolute position embeddings, added to the token embeddings.
+
+    Attributes:
+      length: rows of the table.
+      offset: first rows that no position uses (RoBERTa, BART).
     """
 
     length: int = 1024
@@ -34,9 +37,12 @@ class Learned:
 
 @dataclass(frozen=True)
 class Sinusoidal:
-    """Sines and cosines of the position, added to the embeddings (Vaswani et al. 2017, section 3.5).
+    """Sinusoidal position embeddings, added to the token embeddings.
 
-    They stand side by side; with `halves`, all sines come first.
+    Vaswani et al. 2017, section 3.5.
+
+    Attributes:
+      halves: order all sines before all cosines, instead of interleaving them.
     """
 
     halves: bool = False
@@ -44,11 +50,11 @@ class Sinusoidal:
 
 @dataclass(frozen=True)
 class TextConfig(TransformerConfig):
-    """A stack of blocks that reads tokens.
+    """A Transformer over text tokens.
 
     Attributes:
       positions: `Rotary`, `Learned`, `Sinusoidal`, `RelativeBias` or `NoPositions`.
-      vocab_size: tokens in the tables; None is as many as the tokenizer has.
+      vocab_size: number of tokens in the embedding table; None means that of the tokenizer.
       scale_embedding: multiply embeddings by sqrt(E) (Vaswani et al. 2017, section 3.4).
       embedding_norm: normalise the sum of the embeddings.
     """
@@ -61,18 +67,21 @@ class TextConfig(TransformerConfig):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.positions, Rotary) and self.head_dim * self.positions.fraction < 2:
-            raise ValueError(f"rotary positions need a head_dim of at least 2 to turn; it is {self.head_dim}")
+            raise ValueError(
+                f"positions=Rotary must rotate at least 2 components of a head, but "
+                f"head_dim={self.head_dim} times fraction={self.positions.fraction} is less"
+            )
 
     def check_length(self, length: int) -> None:
-        """Checks that the model has positions for this many tokens.
+        """Check that the model has positions for `length` tokens.
 
         Raises:
-          InputError: a learned table that is shorter.
+          InputError: the learned position table is shorter.
         """
         if isinstance(self.positions, Learned) and length > self.positions.length - self.positions.offset:
             rows, offset = self.positions.length, self.positions.offset
-            less = f", less offset={offset}," if offset else ""
-            raise InputError(f"length {length} is over positions.length={rows}{less} learned positions")
+            minus = f" minus offset={offset}" if offset else ""
+            raise InputError(f"length {length} exceeds positions.length={rows}{minus} learned positions")
 
     @property
     def table_width(self) -> int:
@@ -80,25 +89,25 @@ class TextConfig(TransformerConfig):
         return self.width
 
     def canonical(self) -> Self:
-        """See `ModelConfig.canonical`; a kind of layer has no positions of its own that are the model's."""
+        """See `ModelConfig.canonical`; specs whose positions equal the model's get None."""
         config = super().canonical()
         pattern = (replace(k, positions=None) if k.positions == self.positions else k for k in config.pattern)
         return replace(config, pattern=tuple(pattern))
 
     def with_vocab_size(self, vocab_size: int) -> Self:
-        """With the number of tokens in its tables, for a tokenizer of so many.
+        """Return the config with `vocab_size` set; see `set_vocab_size`.
 
         Raises:
-          InputError: tables that are smaller.
+          InputError: the config's own `vocab_size` is smaller.
         """
         return set_vocab_size(self, vocab_size)
 
 
 def set_vocab_size(config: Any, vocab_size: int) -> Any:
-    """A config with its `vocab_size` set, for a tokenizer of so many tokens.
+    """Return the config with `vocab_size` set to that of a tokenizer, unless it is set already.
 
     Raises:
-      InputError: tables that are smaller.
+      InputError: the config's own `vocab_size` is smaller.
     """
     if config.vocab_size is not None and config.vocab_size < vocab_size:
         raise InputError(
@@ -108,12 +117,12 @@ def set_vocab_size(config: Any, vocab_size: int) -> Any:
 
 
 class TextModel(nn.Module):
-    """Tokens in, activations out; what families of text models are derived from.
+    """Base module of text models: maps tokens to activations.
 
     Attributes:
       config: see `TextConfig`.
-      vocab_size: tokens in the tables V.
-      cross: how the layers look at a memory, if they do.
+      vocab_size: number of tokens V in the embedding table.
+      cross: kind of cross-attention; None disables it.
     """
 
     config: TextConfig
@@ -121,7 +130,7 @@ class TextModel(nn.Module):
     cross: Cross | None = None
 
     def setup(self):
-        """Declares the tables, the stack of blocks and the last norm."""
+        """Declare the embedding tables, the stack of blocks and the final norm."""
         c = self.config
         self.embedding = self._table(self.vocab_size, "vocab")
         if isinstance(c.positions, Learned):
@@ -132,8 +141,8 @@ class TextModel(nn.Module):
             )
         if c.embedding_norm:
             self.embedding_norm = c.norm.build(c.dtypes)
-        of_layers = isinstance(c.positions, Rotary | RelativeBias)
-        self.layers = c.stack(c.positions if of_layers else NoPositions(), self.cross)
+        in_attention = isinstance(c.positions, Rotary | RelativeBias)
+        self.layers = c.stack(c.positions if in_attention else NoPositions(), self.cross)
         self.norm = c.norm.build(c.dtypes)
         self.drop = Dropout(c.dropout)
 
@@ -149,7 +158,7 @@ class TextModel(nn.Module):
         table: Float[Array, "V E"] | None = None,
         added: Float[Array, "B T W"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """What the layers start from; `added` is one more term of the sum of embeddings."""
+        """Return the input of the first layer; `added` is an additional embedding of each token."""
         c = self.config
         x = look_up(self.embedding() if table is None else table, tokens)
         if c.scale_embedding:
@@ -178,22 +187,22 @@ class TextModel(nn.Module):
         embedded: Float[Array, "B T E"] | None = None,
         bidirectional_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
-        """Activations after the last norm, and the cache with these tokens in it.
+        """Return activations after the final norm, and the updated cache.
 
         Args:
-          tokens: ids.
-          segment_ids: packed document of each token, 0 for padding; None is one document a row.
-          positions: place of each token in its document; None is 0, 1, 2, ..., and after what
-            the cache holds.
-          cache: what was read before.
-          deterministic: False drops out, with an rng named "dropout".
-          memory: what the layers look at beside the tokens, if they have cross-attention. It is kept in a
-            cache that is given: later calls may leave it out.
-          table: of the tokens, where it is another model's; None is its own.
-          added: one more term of the sum of embeddings, of the tables' width W.
-          embedded: what the layers start from; None is what `embed` makes of the tokens.
-          bidirectional_ids: see `SequenceInputs.bidirectional_ids`; only where the cache is
-            empty.
+          tokens: token ids.
+          segment_ids: document id of each token in a packed row, 0 at padding; None means one
+            document per row.
+          positions: position of each token in its document; None counts from 0, or from the number
+            of tokens in the cache.
+          cache: KV cache of the preceding tokens; None returns no cache.
+          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
+          memory: encoder output for cross-attention. A given cache stores its keys and values, so
+            later calls may omit it.
+          table: embedding table of another model; None uses the model's own.
+          added: additional embedding of each token, of the tables' width W.
+          embedded: input of the first layer; None means the output of `embed`.
+          bidirectional_ids: see `SequenceInputs`; supported only with an empty cache or none.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -216,6 +225,6 @@ class TextModel(nn.Module):
             segment_ids, positions, shared, memory, relative_bias_table, bidirectional_ids
         )
         x, layer_caches = self.layers(embedded, layer_caches, inputs, deterministic)
-        if self.config.placement != "post":  # else the last block has ended with one
+        if self.config.placement != "post":  # with "post", the last block already ends with a norm
             x = self.norm(x)
         return x, None if cache is None else replace(cache, layers=layer_caches)

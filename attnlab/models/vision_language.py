@@ -1,4 +1,7 @@
-"""Pictures as tokens of a text, read by one decoder (LLaVA, arXiv 2304.08485; PaliGemma, 2407.07726)."""
+"""Vision-language models: a decoder over projected image patches and text tokens.
+
+LLaVA, arXiv 2304.08485; PaliGemma, arXiv 2407.07726.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,7 +22,13 @@ from attnlab.sharding import constrain
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """What makes patches as wide as the decoder: x W, or activation(x W1) W2 (arXiv 2310.03744)."""
+    """Projection of image patches to the decoder's width.
+
+    Attributes:
+      activation: None means one linear map x W; otherwise the activation of activation(x W1) W2
+        (LLaVA-1.5, arXiv 2310.03744).
+      bias: whether the linear maps have biases.
+    """
 
     activation: Literal["gelu", "gelu_exact", "relu", "silu"] | None = None
     bias: bool = True
@@ -27,15 +36,17 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class VisionLanguageConfig(Seq2SeqConfig):
-    """An encoder of images, and a decoder that reads its patches as tokens; see `Seq2SeqConfig`.
+    """An image encoder, and a decoder over image patches and text tokens; see `Seq2SeqConfig`.
 
     Attributes:
-      projector: makes tokens of patches.
-      encoder_final_norm: whether it reads them after the encoder's last norm.
-      image_token_id: the token that patches replace, one for each; None puts them before the text.
-      prompt_suffix: text after the prompt of a model that reads the image first; None where the prompt itself
-        has the image token.
-      bidirectional_prompt: whether the tokens of an image, and with a cache those of the prompt, attend to
+      encoder: encoder of images.
+      projector: projection of patches to the decoder's width.
+      encoder_final_norm: whether patches are taken after the encoder's final norm.
+      image_token_id: id of the placeholder tokens that patches replace, one patch each; None
+        prepends the patches to the text.
+      prompt_suffix: text appended to the prompt in models whose images precede the text; None if
+        the prompt contains image tokens.
+      bidirectional_prompt: whether image tokens, and with a cache also prompt tokens, attend to
         each other in both directions (prefix LM).
     """
 
@@ -48,12 +59,12 @@ class VisionLanguageConfig(Seq2SeqConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of an image."""
+        """Number of tokens of an image."""
         return self.encoder.encoder_output_shape(self.source_shape[0])[0] - self.encoder.num_prefix_tokens
 
     @property
     def text_offset(self) -> int:
-        """Tokens before those of the text."""
+        """Number of image tokens before the text; 0 if they are within the text."""
         return self.num_image_tokens if self.image_token_id is None else 0
 
     def build(self, vocab_size: int) -> "VisionLanguageModel":
@@ -74,17 +85,17 @@ class VisionLanguageConfig(Seq2SeqConfig):
 
 
 class VisionLanguageModel(Seq2Seq):
-    """An image and a text in, logits of the text's next tokens out.
+    """A vision-language model: maps an image and text tokens to next-token logits.
 
     Attributes:
       config: see `VisionLanguageConfig`.
-      vocab_size: of the tokenizer.
+      vocab_size: number of tokens of the tokenizer.
     """
 
     config: VisionLanguageConfig
 
     def setup(self):
-        """Declares encoder, projector and decoder."""
+        """Declare the encoder, the projector and the decoder."""
         c = self.config
         self.encoder = c.encoder.build(self.vocab_size)
         self.decoder = c.decoder.build(self.vocab_size)
@@ -101,7 +112,7 @@ class VisionLanguageModel(Seq2Seq):
     def encode(
         self, source: Array, source_segments: Int[Array, "B S"] | None = None, deterministic: bool = True
     ) -> EncoderOutput:
-        """The tokens of images; arguments as of `Seq2Seq.encode`."""
+        """Return the image tokens of the decoder; see `Seq2Seq.encode` for the arguments."""
         c, first = self.config, self.config.encoder.num_prefix_tokens
         encoded = self.encoder.encode(
             source, source_segments, deterministic=deterministic, final_norm=c.encoder_final_norm
@@ -122,18 +133,19 @@ class VisionLanguageModel(Seq2Seq):
         source_segments: Int[Array, "B S"] | None = None,
         prompt: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
-        """The decoder's activations of the text before the logits, and its cache; see `Decoder.hidden`.
+        """Return the activations of the text tokens before the logits, and the updated cache.
 
         Args:
-          tokens: ids; the image's own places among them are `config.image_token_id`.
-          segment_ids: 0 for padding.
-          positions: of the text's tokens, if the image is before them.
-          cache: of what was read before, the image too if none is given.
-          deterministic: False drops out, with an rng named "dropout".
+          tokens: token ids, with `config.image_token_id` at the positions of patches.
+          segment_ids: 0 at padding; None means no padding.
+          positions: position of each text token, not counting image tokens before the text.
+          cache: KV cache of the preceding tokens; it must include the image if `source` is None.
+          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
           source: images, (B, height, width, channels).
-          source_segments: 0 where rows of pixels are padding; None is nowhere.
-          prompt: 1 for tokens that see each other, if `config.bidirectional_prompt`; None is those of the
-            image, and with a cache all that are read with it.
+          source_segments: 0 at padding rows of pixels; None means no padding.
+          prompt: 1 at tokens that attend to each other in both directions, if
+            `config.bidirectional_prompt`; None means the image tokens, and with a cache all
+            `tokens`.
         """
         c, n = self.config, self.config.text_offset
         if positions is not None:
@@ -178,5 +190,5 @@ class VisionLanguageModel(Seq2Seq):
         return x[:, n:], cache
 
     def init_cache(self, batch: int, slots: int) -> DecoderCache:
-        """See `DecoderConfig.empty_cache`; with room for an image before the text, if that is where it is."""
+        """See `DecoderConfig.empty_cache`; adds slots for image tokens before the text."""
         return self.config.decoder.empty_cache(batch, slots + self.config.text_offset)

@@ -1,4 +1,4 @@
-"""Vision Transformers: an image cut into patches, read as a text is (ViT, arXiv 2010.11929)."""
+"""Vision Transformers over patches of an image (ViT, arXiv 2010.11929)."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -23,20 +23,22 @@ from attnlab.sharding import batch_zeros, constrain
 
 @dataclass(frozen=True)
 class ViTConfig(TransformerConfig, SourceConfig):
-    """A Vision Transformer; an image is the source of a row, its class the target of the row's one token.
+    """A Vision Transformer; the source of a row is an image, the target of its token the class.
 
     Attributes:
-      image: rows, columns and channels of the images that the table of positions is for; it is interpolated
-        for others.
-      patch: rows and columns of a patch. Pixels left over at the bottom and on the right are not read.
-      patch_bias: whether patches are mapped with a bias.
-      class_tokens: learned tokens before the patches: the class token, and with 2 the distillation token.
-      registers: more of them, that have no position (arXiv 2309.16588, section 2.2).
-      mask_token: a learned token, to stand in for patches that are hidden.
+      image: height, width and channels of the images of the position table, which is interpolated
+        for other sizes.
+      patch: height and width of a patch. Remaining pixels at the bottom and on the right are
+        ignored.
+      patch_bias: whether the patch embedding has a bias.
+      class_tokens: learned tokens before the patches: 1 is the class token, 2 adds the distillation
+        token.
+      registers: number of register tokens, which have no position (arXiv 2309.16588, section 2.2).
+      mask_token: whether there is a learned token that replaces masked patches.
       embedding_norm: normalise the embeddings (CLIP).
-      antialias: interpolate positions by a wider cubic; see `resize_positions`.
-      pooling: how tokens become the one vector that is classified.
-      classes: of the head; None is as many as the tokenizer has words, 0 is no head.
+      antialias: interpolate positions with a wider cubic kernel; see `resize_positions`.
+      pooling: pooling of the tokens to the vector that is classified.
+      classes: number of classes; None means the vocabulary size of the tokenizer, 0 means no head.
     """
 
     image: tuple[int, int, int] = (224, 224, 3)
@@ -55,23 +57,23 @@ class ViTConfig(TransformerConfig, SourceConfig):
     def __post_init__(self):
         super().__post_init__()
         if min(*self.image, *self.patch) < 1 or 0 in self.grid:
-            raise ValueError(f"image={self.image} must have room for at least one patch={self.patch}")
+            raise ValueError(f"image={self.image} must be large enough for at least one patch={self.patch}")
         if not 0 <= self.class_tokens <= 2 or self.registers < 0:
             raise ValueError("class_tokens must be 0, 1 or 2, and registers at least 0")
-        wanted = {ClassToken: 1, ClassAndMean: 1, Distilled: 2}.get(type(self.pooling), 0)
-        if self.class_tokens < wanted:
-            raise ValueError(f"pooling {type(self.pooling).__name__} needs class_tokens of at least {wanted}")
+        needed = {ClassToken: 1, ClassAndMean: 1, Distilled: 2}.get(type(self.pooling), 0)
+        if self.class_tokens < needed:
+            raise ValueError(f"pooling {type(self.pooling).__name__} needs class_tokens of at least {needed}")
         if isinstance(self.feed_forward, ExpertsConfig):
             raise ValueError("feed_forward of a ViT must be MLP or GatedMLP")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Number of rows and columns of patches."""
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches."""
+        """Number of class and register tokens before the patches."""
         return self.class_tokens + self.registers
 
     @property
@@ -82,13 +84,13 @@ class ViTConfig(TransformerConfig, SourceConfig):
     def check_length(self, length: int) -> None:
         """See `ModelConfig.check_length`."""
         if length != 1:
-            raise InputError(f"an image has one class: data.sequence_length must be 1, not {length}")
+            raise InputError(f"an image has one class, so data.sequence_length must be 1, not {length}")
 
     def with_vocab_size(self, vocab_size: int) -> Self:
-        """With the number of classes for a tokenizer of so many words.
+        """Return the config with the number of classes of a tokenizer, unless it is set already.
 
         Raises:
-          InputError: a head of fewer.
+          InputError: the config's own `classes` is smaller.
         """
         if self.classes and self.classes < vocab_size:
             raise InputError(
@@ -97,11 +99,11 @@ class ViTConfig(TransformerConfig, SourceConfig):
         return replace(self, classes=vocab_size if self.classes is None else self.classes)
 
     def build(self, vocab_size: int) -> "ViT":
-        """The module of this config for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
+        """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
         return ViT(self, self.with_vocab_size(vocab_size).classes or 0)
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """See `TransformerConfig.token_flops`: those of a whole image for each token of a row."""
+        """See `ModelConfig.token_flops`; divides the FLOPs of an image by the row's tokens."""
         classes = vocab_size if self.classes is None else self.classes
         readout = TokenFlops(2.0 * classes * pooled_width(self.pooling, self.width), 0.0)
         return (self.source_flops(self.image[0]) + readout) * (1 / length)
@@ -118,18 +120,18 @@ class ViTConfig(TransformerConfig, SourceConfig):
 
 
 class ViT(nn.Module):
-    """An image in, a vector of each patch out, one of them all, and logits of its class.
+    """A Vision Transformer: maps images to patch activations, a pooled vector and class logits.
 
     Attributes:
       config: see `ViTConfig`.
-      classes: of the head, V; 0 is no head.
+      classes: number of classes V of the head; 0 means no head.
     """
 
     config: ViTConfig
     classes: int = 0
 
     def setup(self):
-        """Declares patches, tables, the stack of blocks, the last norm, and what pools and classifies."""
+        """Declare the embeddings, the stack of blocks, the final norm, the pooling and the head."""
         c = self.config
         std = c.init.hidden_std(c.width)
 
@@ -168,7 +170,7 @@ class ViT(nn.Module):
         masked: Bool[Array, "B patches"] | None,
         deterministic: bool,
     ) -> EncoderOutput:
-        """What the layers start from: class tokens, registers, then patches row by row."""
+        """Return the input of the first layer: class tokens, registers, then patches row by row."""
         c = self.config
         b, *sides, _ = images.shape
         rows, columns = (side // p for side, p in zip(sides, c.patch, strict=True))
@@ -182,14 +184,15 @@ class ViT(nn.Module):
         )
         x = x + positions[None, c.class_tokens :]
         if c.num_prefix_tokens:
-            first = self._prefix_tokens(positions[: c.class_tokens])
-            first = jnp.broadcast_to(first[None], (b, *first.shape))
-            x = jnp.concatenate([constrain(first, "batch", "sequence", None), x], axis=1)
+            prefix = self._prefix_tokens(positions[: c.class_tokens])
+            prefix = jnp.broadcast_to(prefix[None], (b, *prefix.shape))
+            x = jnp.concatenate([constrain(prefix, "batch", "sequence", None), x], axis=1)
         if c.embedding_norm:
             x = self.embedding_norm(x)
         if segments is None:
             segments = batch_zeros((b, sides[0]), jnp.int32) + 1
-        patch_segments = segments[:, :: c.patch[0], None][:, :rows]  # as is the first row of its pixels
+        # A patch has the segment of its first row of pixels.
+        patch_segments = segments[:, :: c.patch[0], None][:, :rows]
         patch_segments = jnp.broadcast_to(patch_segments, (b, rows, columns)).reshape(b, rows * columns)
         patch_segments = jnp.concatenate(
             [batch_zeros((b, c.num_prefix_tokens), jnp.int32) + 1, patch_segments], axis=1
@@ -211,43 +214,44 @@ class ViT(nn.Module):
         final_norm: bool = True,
         deterministic: bool = True,
     ) -> EncoderOutput:
-        """The tokens after the last layer, `config.num_prefix_tokens` of them before the patches.
+        """Return the last layer's tokens: `config.num_prefix_tokens` tokens, then the patches.
 
         Args:
-          images: of any size that is at least a patch.
-          segments: 0 where rows of pixels are padding; None is nowhere.
-          masked: patches to put the mask token in place of.
-          final_norm: whether after the last norm too; if not, they are what the last layer gives.
-          deterministic: False drops out, with an rng named "dropout".
+          images: images of any size of at least one patch.
+          segments: 0 at padding rows of pixels; None means no padding.
+          masked: true at patches that the mask token replaces; None masks no patch.
+          final_norm: whether to apply the final norm.
+          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
         """
         tokens = self.embed(images, segments, masked, deterministic)
         positions = jnp.zeros_like(tokens.segments) + jnp.arange(tokens.segments.shape[1])[None]
         x, _ = self.layers(tokens.hidden, None, SequenceInputs(tokens.segments, positions), deterministic)
-        if self.config.placement != "post":  # else the last block has ended with one
-            after = self.norm(x)  # in any case, for a checkpoint has it even if no one reads it
-            x = after if final_norm else x
+        if self.config.placement != "post":  # with "post", the last block already ends with a norm
+            # Always call the norm: checkpoints contain its parameters even where they are unused.
+            normed = self.norm(x)
+            x = normed if final_norm else x
         return replace(tokens, hidden=x)
 
     def pooled(self, tokens: EncoderOutput) -> Float[Array, "B 1 pooled"]:
-        """One vector of what `encode` gives."""
+        """Return one pooled vector per image from the output of `encode`."""
         return self.pool(tokens)
 
     def hidden(
         self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
     ) -> Float[Array, "B patches E"]:
-        """What `encode` gives for the images of a batch, whose tokens are not read."""
+        """Return the activations of `encode` for the images of a batch; its tokens are ignored."""
         del tokens, segment_ids, positions
         return self.encode(source, source_segments, deterministic=deterministic).hidden
 
     def __call__(
         self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
     ) -> Float[Array, "B 1 V"]:
-        """Logits of each image's class; the pooled vector where there is no head."""
+        """Return the class logits of each image, or the pooled vector if there is no head."""
         x = self.pooled(self.encode(source, source_segments, deterministic=deterministic))
         return self.classify(x) if self.classes else x
 
     def classify(self, pooled: Float[Array, "B 1 pooled"]) -> Float[Array, "B 1 V"]:
-        """Logits of what `pooled` gives."""
+        """Return the class logits of vectors from `pooled`."""
         return logits(self._scaled(pooled), *self._readout())
 
     def loss_terms(
@@ -260,13 +264,13 @@ class ViT(nn.Module):
         source_segments=None,
         deterministic=True,
     ) -> LossTerms:
-        """What a loss needs of each image's logits.
+        """Return each image's loss terms.
 
         Raises:
-          InputError: no head.
+          InputError: the model has no head.
         """
         if not self.classes:
-            raise InputError("a ViT of model.classes=0 has no head to train")
+            raise InputError("a ViT with model.classes=0 has no head to train")
         x = self.pooled(self.encode(source, source_segments, deterministic=deterministic))
         return token_loss_terms(self._scaled(x), targets, *self._readout())
 
@@ -274,7 +278,10 @@ class ViT(nn.Module):
         return pooled * jnp.asarray(self.config.init.readout_scale(self.config.width), pooled.dtype)
 
     def _readout(self):
-        """Table, bias, cap and dtype of the logits; two heads are one of twice the width."""
+        """Return the table, bias, softcap and dtype of the logits.
+
+        The two heads of a distilled model are combined into one of twice the width.
+        """
         table, bias = self.readout(), self.readout_bias()
         if isinstance(self.config.pooling, Distilled):
             table = jnp.concatenate([table, self.distillation_readout()], axis=1)

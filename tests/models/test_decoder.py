@@ -292,7 +292,7 @@ def test_mup_keeps_activations_steady_as_width_grows():
 
 def test_configs_that_cannot_be_say_why(refuses):
     for change, words in [
-        ({"width": 18}, "no multiple of attention.heads"),
+        ({"width": 18}, "not a multiple of attention.heads"),
         ({"pattern": ()}, "at least one kind"),
         ({"depth": 0}, "at least 1"),
         ({"dropout": 1.0}, "under 1"),

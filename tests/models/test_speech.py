@@ -77,7 +77,7 @@ def test_what_cannot_be_says_why(refuses):
         model.apply({"params": params}, TOKENS, source=jnp.zeros((2, 14, 4)))
     with refuses("12 frames of 4 mels", "12 of 5"):
         model.apply({"params": params}, TOKENS, source=jnp.zeros((2, 12, 5)))
-    with refuses("only reads", "Seq2SeqConfig"):
+    with refuses("no logits to train", "Seq2Seq"):
         Experiment(model=ENCODER, data=Sounds())
     with pytest.raises(ValueError, match="even"):
         replace(ENCODER, frames=11)
