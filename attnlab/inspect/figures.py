@@ -4,13 +4,14 @@ Every function takes arrays (NumPy, or anything NumPy can read) and returns a `F
 writes it. No pyplot, hence no global state and no display.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -46,17 +47,21 @@ MIN_ARC_WEIGHT = 0.02
 OVERLAY_ALPHA = 0.55
 
 
-def save(figure: Figure, path: str | Path) -> list[Path]:
+def save(figure: Figure, path: epath.PathLike) -> list[epath.Path]:
     """Write a figure as `path`.png (150 dots per inch) and `path`.svg, creating directories.
 
     The same figure gives the same bytes: no date is written, and the SVG's ids are not random.
     """
-    path = Path(path)
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    paths = [path.parent / f"{path.name}.{suffix}" for suffix in ("png", "svg")]
+    png, svg = io.BytesIO(), io.BytesIO()  # matplotlib writes no files in a bucket
     with matplotlib.rc_context({"svg.hashsalt": "attnlab"}):
-        figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
+        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    paths = []
+    for suffix, content in (("png", png), ("svg", svg)):
+        paths.append(path.parent / f"{path.name}.{suffix}")
+        paths[-1].write_bytes(content.getvalue())
     return paths
 
 

@@ -22,7 +22,7 @@ from attnlab.data.batch import source_kind
 from attnlab.errors import InputError
 from attnlab.generation.source_inputs import training_prefix_ids
 from attnlab.models import ViTConfig
-from attnlab.paths import as_json, write_atomically
+from attnlab.paths import as_json, is_remote, write_atomically
 from attnlab.pretrained import import_export, repository
 from attnlab.runner.command import invocation
 from attnlab.runner.request import Request
@@ -79,7 +79,9 @@ def run(request: Request) -> dict[str, float]:
 
 def _remove_if_empty(request: Request) -> None:
     """Leaves no folder behind for a run that never began."""
-    if request.mode in ("train", "import") and request.workdir is not None:
+    if request.workdir is None or is_remote(request.workdir):  # a bucket has no empty folders
+        return
+    if request.mode in ("train", "import"):
         for folder in (request.workdir / CHECKPOINTS_FOLDER, request.workdir):
             with contextlib.suppress(OSError, ValueError):  # epath raises a ValueError where it is not empty
                 folder.rmdir()

@@ -21,6 +21,7 @@ from attnlab.generation import (
     SamplingParams,
     printable,
 )
+from attnlab.paths import absolute
 from attnlab.runner.request import Request
 from attnlab.runner.trained_model import PRETRAINED, TrainedModel
 from attnlab.train.checkpoints import CHECKPOINTS_FOLDER
@@ -132,7 +133,7 @@ def _speculator(
         return None
     folder = epath.Path(options.draft_model)
     if (folder / CHECKPOINTS_FOLDER).exists():
-        other = {"workdir": folder.absolute(), "config": config.load_workdir(folder).config}
+        other = {"workdir": epath.Path(absolute(str(folder))), "config": config.load_workdir(folder).config}
         run = open_run(dataclasses.replace(request, checkpoint="latest", **other))
         return DraftModel(run.generator(), options.num_speculative_tokens)
     loaded, mesh = pretrained.load(options.draft_model, trained.session.mesh), trained.session.mesh

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from attnlab.errors import InputError
 from attnlab.layers.parameters import parameter_name
+from attnlab.paths import absolute, move_folder
 
 CHECKPOINTS_FOLDER = "checkpoints"
 BEST_METRIC = "loss"
@@ -77,7 +78,7 @@ class Checkpoints:
     def __init__(
         self, workdir: str | epath.Path, keep: int | None = None, log: Callable[[str], None] = print
     ):
-        self.root = epath.Path(workdir).absolute() / CHECKPOINTS_FOLDER
+        self.root = epath.Path(absolute(str(workdir))) / CHECKPOINTS_FOLDER
         self._keep, self._log = keep, log
         self._pending: tuple[int, Any] | None = None
         if keep is None and not self.root.exists():
@@ -253,7 +254,7 @@ class Checkpoints:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rmtree()
-        (self.root / str(step)).rename(target)
+        move_folder(self.root / str(step), target)
 
 
 def params_sha256(params: Any) -> str:

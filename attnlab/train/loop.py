@@ -1,18 +1,23 @@
 """The training loop: feed the step, log a step late, evaluate, save, and stop when told to."""
 
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import numpy as np
+from etils import epath
 
 from attnlab.data import Batch
 from attnlab.layers.parameters import parameter_name
+from attnlab.paths import is_remote, write_atomically
 from attnlab.train import flops, optimizers
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.metrics import MetricWriter
@@ -185,12 +190,14 @@ class Tracer:
     def __init__(self, steps: tuple[int, int] | None, folder: str, log: Callable[[str], None]):
         self._steps, self._folder, self._log = steps or (0, 0), folder, log
         self._began: int | None = None
-        self._last = 0
+        self._last, self._local = 0, folder
 
     def before(self, step: int) -> None:
         """Starts with the first of the steps."""
         if self._began is None and step in range(*self._steps):
-            jax.profiler.start_trace(self._folder)
+            # XLA writes local files; a trace for a bucket is copied there at its end.
+            self._local = tempfile.mkdtemp() if is_remote(self._folder) else self._folder
+            jax.profiler.start_trace(self._local)
             self._began = step
 
     def after(self, step: int, metrics: Any) -> None:
@@ -202,6 +209,11 @@ class Tracer:
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
+        if self._local != self._folder:
+            for file in filter(Path.is_file, Path(self._local).rglob("*")):
+                target = epath.Path(self._folder) / str(file.relative_to(self._local))
+                write_atomically(target, file.read_bytes())
+            shutil.rmtree(self._local)
         self._log(f"a trace of steps {self._began} to {self._last} is in {self._folder}")
         self._began, self._steps = None, (0, 0)
 

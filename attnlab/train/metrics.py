@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from attnlab.paths import as_json, write_atomically
+from attnlab.paths import as_json, is_remote, write_atomically
 from attnlab.train.progress import Progress
 from attnlab.train.trackers import open_tracker
 
@@ -118,7 +119,7 @@ class JsonLines:
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Object stores cannot append; there the whole (small) file is written anew each time.
-        self._appends = "://" not in str(path)
+        self._appends = not is_remote(path)
         self._text = self._path.read_text() if self._path.exists() else ""
         if not self._text.endswith("\n"):
             self._text = self._text[: self._text.rfind("\n") + 1]
@@ -187,11 +188,13 @@ class TensorBoard:
         suffix = f".{uuid.uuid4().hex[:8]}"
         with _with_path_in_errors(folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._writer = EventsWriter(str(self._folder / "events"), suffix)
+            # tensorboardX writes local files; one for a bucket is copied there at each flush.
+            self._local = epath.Path(tempfile.mkdtemp()) if is_remote(folder) else self._folder
+            self._writer = EventsWriter(str(self._local / "events"), suffix)
             if resume is not None:
                 # Event files only grow: TensorBoard itself hides the steps from here on that came before.
                 self._add(resume + 1, session_log={"status": 1})
-            self._writer.flush()
+        self._flush()
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
         """Add a point to each curve."""
@@ -204,6 +207,9 @@ class TensorBoard:
         """Close the event file."""
         with _with_path_in_errors(self._folder):
             self._writer.close()
+            self._upload()
+        if self._local != self._folder:
+            self._local.rmtree()
 
     def _add(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -214,4 +220,10 @@ class TensorBoard:
     def _flush(self) -> None:
         with _with_path_in_errors(self._folder):
             self._writer.flush()
+            self._upload()
         self._flushed = time.monotonic()
+
+    def _upload(self) -> None:
+        """Copy the event file to its bucket, if it is for one."""
+        for file in self._local.iterdir() if self._local != self._folder else ():
+            (self._folder / file.name).write_bytes(file.read_bytes())
