@@ -90,10 +90,10 @@ MISTAKES = [
     (["--config.model.feed_forward=MPL"], "MPL"),
     (["--config.model.positions=Learned(length=8)"], "length 16 exceeds positions.length=8"),
     (["--config.optimizer=Adam"], "Adam"),
-    (["--config.optimizer.clip_norm=0"], "clip_norm must be over 0"),
+    (["--config.optimizer.clip_norm=0"], "clip_norm must be greater than 0"),
     (["--config.optimizer.rules=(Rule('nothing_like_it'),)"], "'nothing_like_it' matches no parameter"),
-    (["--config.optimizer.rules=(Rule('(bad'),)"], "'(bad' is no regular expression"),
-    (["--config.train.microbatches=3"], "data.batch_size=8 is no multiple of train.microbatches=3"),
+    (["--config.optimizer.rules=(Rule('(bad'),)"], "'(bad' is not a regular expression"),
+    (["--config.train.microbatches=3"], "data.batch_size=8 is not a multiple of train.microbatches=3"),
     (["--config.train.ema=1"], "ema must be between 0 and 1"),
     (["--config.train.steps=0"], "steps must be at least 1"),
     (["--config.loss.label_smoothing=1"], "label_smoothing"),
@@ -126,10 +126,10 @@ MISTAKES = [
     # other runs
     (["--init_from=nowhere"], "nowhere holds no run"),
     (["--init_from=run", "--init_rules=nothing_like_it->x"], "'nothing_like_it' matches no parameter"),
-    (["--init_from=run", "--init_rules=^->x/"], "no parameter there has a name that is here, such as x/"),
+    (["--init_from=run", "--init_rules=^->x/"], "no parameter with a name of the source run, such as x/"),
     (["--init_from=run", "--init_rules=(up|down)->up"], "two parameters are renamed to"),
-    (["--init_from=run", "--config.model.width=32"], "has shape (257, 16) there and (257, 32) here"),
-    (["--init_from=run", "--checkpoint=3"], "--checkpoint=3: there are latest, best, 2, 4"),
+    (["--init_from=run", "--config.model.width=32"], "has shape (257, 16) in the source run and (257, 32) in this run"),
+    (["--init_from=run", "--checkpoint=3"], "--checkpoint=3: expected one of latest, best, 2, 4"),
 ]  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def test_a_run_that_never_began_leaves_no_folder(place, refused):
         (["--max_new_tokens=0"], "--max_new_tokens=0 is out of bounds"),
         (["--stop="], "--stop is empty"),
         (["--prompt=longer than the context of sixteen"], "the prompt has 35 tokens and the model's context holds 16"),
-        (["--checkpoint=3"], "--checkpoint=3: there are latest, best, 2, 4"),
+        (["--checkpoint=3"], "--checkpoint=3: expected one of latest, best, 2, 4"),
         (["--checkpoint=newest"], "expected latest, best or a step"),
         (["--config.model.depth=3"], "holds a run of another config: model.depth: 2 -> 3"),
         (["--fast_dev_run"], "--fast_dev_run means nothing with --mode=sample"),
@@ -267,7 +267,10 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(place, capfd):
     assert call("--mode=eval", "--workdir=run") == 0  # it only reads, so it moves nothing
     out, err = capfd.readouterr()
     assert (
-        "checkpoint 4 is damaged" in out and "going back to 2" in out and "step 2: loss" in out and err == ""
+        "checkpoint 4 is damaged" in out
+        and "restoring checkpoint 2 instead" in out
+        and "step 2: loss" in out
+        and err == ""
     )
     assert contents(run / "checkpoints" / "4") == before
     assert call("--workdir=run") == 0
@@ -330,7 +333,7 @@ def test_a_full_disk_in_the_middle_keeps_earlier_checkpoints(place, refused, cap
         out = refused(
             *small,
             "--config.train.checkpoint_every=1",
-            said=["could not be written", "No space left on device", "complete ones: 1, 2, "],
+            said=["could not be written", "No space left on device", "complete checkpoints: 1, 2, "],
         )
         assert "done" not in out
         assert call("--mode=eval", f"--workdir={run}") == 0
@@ -381,7 +384,7 @@ def test_a_loss_that_is_no_number_is_one_line_and_exit_code_1(place, capfd):
     assert call("--config=tiny.py", f"--workdir={run}", *big) == 1
     out, err = capfd.readouterr()
     assert err.startswith("error: step ") and err.count("\n") == 1
-    assert "the first bad tensor is the " in err
+    assert "the first non-finite tensor is the " in err
     assert "done" not in out
 
 

@@ -91,7 +91,7 @@ def test_eval_and_describe(lm):
     assert re.search(r"^step \d: loss \d\.\d{4}, accuracy [\d.]+, bits_per_byte [\d.]+$", out, re.MULTILINE)
     out = ran("--mode=describe", "--workdir=run", cwd=folder)
     assert re.search(r"^params_sha256: [0-9a-f]{64}$", out, re.MULTILINE)
-    assert "model.depth" in out and "FLOPs a token" in out
+    assert "model.depth" in out and "FLOPs per token" in out
 
 
 def test_sample(lm):
@@ -183,14 +183,14 @@ def test_one_batch_over_and_over_is_learnt_by_heart(tiny):
 
 def test_a_trace_of_some_steps(tiny, tmp_path, capfd):
     assert call(tiny, "--workdir=run", "--profile=2:4") == 0
-    assert "a trace of steps 2 to 3 is in" in capfd.readouterr().out
+    assert "wrote a profiler trace of steps 2 to 3 to " in capfd.readouterr().out
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def test_another_run_s_parameters_are_a_start(tiny, capfd):
     assert call(tiny, "--workdir=one") == 0
     assert call(tiny, "--workdir=two", "--init_from=one", "--seed=3", "--max_steps=1") == 0
-    assert "started 12 of 12 parameters from the other run" in capfd.readouterr().out
+    assert "initialized 12 of 12 parameters from the source run" in capfd.readouterr().out
     first, last = metrics("two", "train")[0]["loss"], metrics("one", "eval")[-1]["loss"]
     assert first == pytest.approx(last, abs=0.5)
 

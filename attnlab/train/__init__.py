@@ -1,4 +1,4 @@
-"""Training: experiments as typed values, the step, the loop, optimizers, checkpoints."""
+"""Training: experiment configs, the training step and loop, optimizers and checkpoints."""
 
 from attnlab.train.experiment import Experiment, SpikeSkip, Train
 from attnlab.train.lora import LoRA

@@ -1,4 +1,7 @@
-"""Checkpoints of a run: state, data position and metrics, written by Orbax while training goes on."""
+"""Checkpoints of a run: training state, data position and metrics.
+
+Orbax writes them asynchronously while training continues.
+"""
 
 import contextlib
 import hashlib
@@ -20,14 +23,15 @@ from attnlab.paths import absolute, move_folder
 
 CHECKPOINTS_FOLDER = "checkpoints"
 BEST_METRIC = "loss"
-METRICS = "metrics/metrics"  # within a checkpoint; as Orbax has it
+METRICS = "metrics/metrics"  # Orbax's path within a checkpoint
 
-# Of tasks that fail together Orbax tells the first; asyncio would log the others when they are collected.
+# Orbax raises the first of several failed tasks. asyncio would log the others when they are
+# garbage-collected.
 logging.getLogger("asyncio").addFilter(lambda record: "orbax/checkpoint" not in record.getMessage())
 
 
 class DataPosition:
-    """Where this process's input stands, as Orbax saves and loads it: one small JSON file a process."""
+    """Position of this process's input, an Orbax checkpointable: one JSON file per process."""
 
     def __init__(self, state: dict | None = None):
         self.state = state
@@ -37,7 +41,7 @@ class DataPosition:
         return f"process_{jax.process_index()}_of_{jax.process_count()}.json"
 
     async def save(self, directory) -> Awaitable[None]:
-        """Writes the position as it is now, in the background."""
+        """Write the current position in the background."""
         text = json.dumps(self.state)
 
         async def write() -> None:
@@ -47,7 +51,7 @@ class DataPosition:
         return write()
 
     async def load(self, directory) -> Awaitable[None]:
-        """Reads the position that this process saved; None where another number of processes did."""
+        """Read the position of this process; None if the number of processes has changed."""
 
         async def read() -> None:
             path = epath.Path(directory) / self._file
@@ -58,7 +62,13 @@ class DataPosition:
 
 @dataclass(frozen=True)
 class RestoredCheckpoint:
-    """What a checkpoint held."""
+    """The contents of a checkpoint.
+
+    Attributes:
+      step: number of training steps done.
+      state: the training state, in the layout passed to `Checkpoints.restore`.
+      data: position of the input; None if it was saved by another number of processes.
+    """
 
     step: int
     state: Any
@@ -66,13 +76,18 @@ class RestoredCheckpoint:
 
 
 class Checkpoints:
-    """The checkpoints under a run's workdir: the latest `keep`, and the best by validation loss.
+    """Checkpoint manager of a run, which keeps the latest checkpoints and the best one.
+
+    The best checkpoint is the one with the lowest validation loss.
 
     Args:
       workdir: the run's folder.
-      keep: how many of the latest to keep; None only reads, and changes nothing in a folder that a run
-        may be writing to at the same time.
-      log: takes lines for the person.
+      keep: number of latest checkpoints to keep. None opens the folder read-only and changes
+        nothing in it, since a run may be writing to it at the same time.
+      log: called with each message for the user.
+
+    Raises:
+      InputError: `keep` is None and there are no checkpoints, or no checkpoint can be read.
     """
 
     def __init__(
@@ -85,7 +100,8 @@ class Checkpoints:
             raise InputError(f"no checkpoint under {self.root}")
         if keep is not None:
             self._set_unreadable_aside()
-        # A reader does without: Orbax reads the description of every checkpoint before it opens the folder.
+        # Read-only access needs no manager, whose constructor reads the metadata of every
+        # checkpoint.
         self._manager = None if keep is None else self._open()
 
     def _open(self) -> ocp.training.Checkpointer:
@@ -104,7 +120,7 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Steps there are checkpoints of, first to last."""
+        """Return the steps of all checkpoints in ascending order."""
         if self._manager is not None:
             return sorted(c.step for c in self._manager.checkpoints)
         return self._step_folders()
@@ -114,14 +130,14 @@ class Checkpoints:
         return sorted(int(path.name) for path in entries if path.name.isdigit())
 
     def best(self) -> int | None:
-        """The step with the lowest validation loss; None if none was evaluated."""
+        """Return the step with the lowest validation loss; None if no checkpoint was evaluated."""
         losses = {
             step: metrics[BEST_METRIC] for step in self.steps() if (metrics := self._read_metrics(step))
         }
         return min(losses, key=losses.__getitem__) if losses else None
 
     def has_metrics(self, step: int) -> bool:
-        """Whether there is a checkpoint of this step with its validation loss."""
+        """Return whether the checkpoint of this step exists and contains a validation loss."""
         return step in self.steps() and self._read_metrics(step) is not None
 
     def _read_metrics(self, step: int) -> dict[str, float] | None:
@@ -131,8 +147,14 @@ class Checkpoints:
             return None
 
     def save(self, step: int, state: Any, data: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts writing a checkpoint; arrays are copied first, so the state may be donated at once."""
-        assert self._manager is not None, "opened for reading only"
+        """Start writing a checkpoint. Does nothing if this step already has one.
+
+        Arrays are copied before this method returns, so the state may be donated immediately.
+
+        Raises:
+          InputError: this or the previous checkpoint cannot be written.
+        """
+        assert self._manager is not None, "opened read-only"
         self.wait()
         if step in self.steps():
             return
@@ -143,10 +165,11 @@ class Checkpoints:
         self._pending = step, pending
 
     def wait(self) -> None:
-        """Returns when the last save is on disk.
+        """Block until the last save is on disk.
 
         Raises:
-          InputError: it could not be written: the disk is full, say. Earlier checkpoints are whole.
+          InputError: it could not be written, for example because the disk is full. Earlier
+            checkpoints remain intact.
         """
         if self._pending is not None:
             (step, pending), self._pending = self._pending, None
@@ -155,7 +178,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _as_input_error(self, step: int):
-        """Turns what Orbax and TensorStore raise when they cannot write into one line."""
+        """Convert the write errors of Orbax and TensorStore to an InputError of one line."""
         try:
             yield
         except Exception as error:
@@ -165,7 +188,7 @@ class Checkpoints:
             complete = ", ".join(str(s) for s in self.steps() if s != step) or "none"
             raise InputError(
                 f"checkpoint {step} could not be written under {self.root}: {reason}; "
-                f"complete ones: {complete}"
+                f"complete checkpoints: {complete}"
             ) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -175,27 +198,28 @@ class Checkpoints:
         try:
             self.wait()
         except InputError:
-            if kind is None:  # else what went wrong first is what to tell
+            if kind is None:  # an earlier exception takes precedence
                 raise
         finally:
-            # Closing tells of a save that failed once more.
+            # Closing raises the error of a failed save a second time.
             with contextlib.suppress(Exception):
                 if self._manager is not None:
                     self._manager.close()
 
     def close(self) -> None:
-        """Waits, and lets go of the folder."""
+        """Wait for the last save and close the manager."""
         self.__exit__(None)
 
     def restore(self, abstract_state: Any, which: str = "latest") -> RestoredCheckpoint:
-        """Loads a checkpoint onto the mesh that `abstract_state` is laid out on, whatever mesh it came from.
+        """Restore a checkpoint with the shardings of `abstract_state`, whichever mesh saved it.
 
         Args:
-          abstract_state: shapes, dtypes and shardings to load as.
-          which: "latest", "best", or a step. A damaged latest falls back to the one before, and is set aside.
+          abstract_state: shapes, dtypes and shardings of the restored arrays.
+          which: "latest", "best" or a step. If the latest is damaged, the one before it is restored
+            and the damaged one is moved to the run's `damaged` folder.
 
         Raises:
-          InputError: no such checkpoint, or none that can be read.
+          InputError: there is no such checkpoint, or none can be read.
         """
         step = self._select_step(which)
         candidates = [s for s in reversed(self.steps()) if s <= step] if which == "latest" else [step]
@@ -206,12 +230,13 @@ class Checkpoints:
                 loaded = ocp.load_checkpointables(
                     self.root / str(candidate), {"state": abstract_state, "data": data}
                 )
-            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            except Exception as error:  # a damaged file raises many types in Orbax and TensorStore
                 failures.append((candidate, error))
                 continue
             for damaged, error in failures:
                 self._log(
-                    f"checkpoint {damaged} is damaged ({_first_line(error)}): going back to {candidate}"
+                    f"checkpoint {damaged} is damaged ({_first_line(error)}): "
+                    f"restoring checkpoint {candidate} instead"
                 )
                 self._set_aside(damaged)
             return RestoredCheckpoint(candidate, loaded["state"], data.state)
@@ -229,22 +254,24 @@ class Checkpoints:
         if which == "best":
             return self.best() or steps[-1]
         if not which.isdigit() or int(which) not in steps:
-            raise InputError(f"--checkpoint={which}: there are latest, best, {', '.join(map(str, steps))}")
+            raise InputError(
+                f"--checkpoint={which}: expected one of latest, best, {', '.join(map(str, steps))}"
+            )
         return int(which)
 
     def _set_unreadable_aside(self) -> None:
-        """Moves checkpoints out of the way whose description is broken: Orbax would not open the folder."""
+        """Move checkpoints with unreadable metadata away: Orbax could not open the folder."""
         steps = self._step_folders()
         broken = {step: error for step in steps if (error := _metadata_error(self.root / str(step)))}
         if broken and len(broken) == len(steps):
             raise InputError(f"checkpoint {steps[-1]} under {self.root} cannot be read: {broken[steps[-1]]}")
         for step, error in broken.items():
-            self._log(f"checkpoint {step} is damaged ({error}): set aside")
+            self._log(f"checkpoint {step} is damaged ({error}): moved to the damaged folder")
             self._move_to_damaged(step)
 
     def _set_aside(self, step: int) -> None:
-        """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
-        if self._manager is not None:  # a reader leaves everything where it is
+        """Move a damaged checkpoint away, so that its step can be saved again."""
+        if self._manager is not None:  # read-only access moves nothing
             self._move_to_damaged(step)
             self._manager.close()
             self._manager = self._open()
@@ -258,7 +285,7 @@ class Checkpoints:
 
 
 def params_sha256(params: Any) -> str:
-    """SHA-256 over the names and bytes of all parameters, in the order of their names."""
+    """Return the SHA-256 of the names and bytes of all parameters, in the order of their names."""
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for name, leaf in sorted((parameter_name(path), leaf) for path, leaf in leaves):
@@ -268,15 +295,15 @@ def params_sha256(params: Any) -> str:
 
 
 def _system_error(error: Exception) -> str | None:
-    """The operating system's reason for an error of writing; None for an error of another kind."""
+    """Return the operating system's message for a write error; None for any other error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    match = re.search(r"([^:]*)\[os_error_code=", str(error))  # as TensorStore tells it
+    match = re.search(r"([^:]*)\[os_error_code=", str(error))  # TensorStore's format
     return match[1].strip() if match else None
 
 
 def _metadata_error(checkpoint: epath.Path) -> str | None:
-    """What is wrong with the files that describe a checkpoint; None if they can be read."""
+    """Return the error in a checkpoint's metadata files; None if they can be read."""
     for name in ("_CHECKPOINT_METADATA", METRICS):
         try:
             if (file := checkpoint / name).exists():

@@ -1,4 +1,4 @@
-"""What an experiment is, before anything is trained: parameters, operations, memory, input."""
+"""Summary of an experiment before training: parameters, FLOPs, memory and input shapes."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,11 @@ from attnlab.train.session import Session
 
 
 def describe(session: Session) -> str:
-    """Parameters with shape, dtype and PartitionSpec; operations a token; bytes a device; the batch."""
+    """Return a text with the parameters, FLOPs per token, bytes per device and batch of a session.
+
+    Each parameter is listed with its shape, dtype, PartitionSpec and size. The memory of
+    activations comes from the compiled training step.
+    """
     e, state = session.experiment, session.abstract_state
     flops = e.model.token_flops(session.tokenizer.vocab_size, e.data.sequence_length)
     forward = flops.weights + flops.attention
@@ -27,7 +31,7 @@ def describe(session: Session) -> str:
     if state.frozen is not None:
         parameters.append(("trained", "", "", "", f"{sum(x.size for x in jax.tree.leaves(state.params)):,}"))
     if idle := e.model.inactive_expert_params():
-        parameters.append(("active for a token", "", "", "", f"{num_params - idle:,}"))
+        parameters.append(("active per token", "", "", "", f"{num_params - idle:,}"))
     batch: list[tuple[str, ...]] = [
         (name, _dims(shape), str(dtype)) for name, (shape, dtype) in e.data.element_spec().items()
     ]
@@ -43,7 +47,7 @@ def describe(session: Session) -> str:
         ),
         ("parameters", parameters),
         (
-            "FLOPs a token",
+            "FLOPs per token",
             [
                 ("weights, forward", f"{flops.weights:,.0f}", f"{flops.weights / forward:.1%}"),
                 ("attention, forward", f"{flops.attention:,.0f}", f"{flops.attention / forward:.1%}"),
@@ -51,7 +55,7 @@ def describe(session: Session) -> str:
             ],
         ),
         (
-            "bytes a device",
+            "bytes per device",
             [
                 ("parameters", _bytes(per_device((state.params, state.frozen)))),
                 ("optimizer", _bytes(per_device(state.opt_state) + per_device(state.ema))),
@@ -64,12 +68,12 @@ def describe(session: Session) -> str:
 
 
 def per_device(tree) -> int:
-    """Bytes of a tree of abstract arrays on each device."""
+    """Return the bytes that a tree of abstract arrays takes on each device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Rows as aligned columns, numbers to the right."""
+    """Format rows as aligned columns, with numbers right-aligned."""
     rows = list(rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

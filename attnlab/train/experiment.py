@@ -1,4 +1,4 @@
-"""An experiment as one typed value: what `get_config()` of an experiment file returns."""
+"""`Experiment`, the config that `get_config()` of an experiment file returns."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,30 +13,38 @@ from attnlab.train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Schedule
 
 @dataclass(frozen=True)
 class SpikeSkip:
-    """Skips an update whose loss is `sigmas` deviations over its running mean of `window` steps."""
+    """Skips updates whose loss exceeds its running mean by more than `sigmas` standard deviations.
+
+    Attributes:
+      sigmas: threshold in standard deviations of the running statistics.
+      window: number of steps that the running mean and variance cover; none is skipped before that.
+    """
 
     sigmas: float = 6.0
     window: int = 128
 
     def __post_init__(self):
         if self.sigmas <= 0 or self.window < 2:
-            raise ValueError("sigmas must be over 0 and window at least 2")
+            raise ValueError("sigmas must be greater than 0 and window at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long to train, and what happens along the way; lengths in steps.
+    """Length of training, and intervals of logging, evaluation and checkpoints, in steps.
 
     Attributes:
       steps: length of the run and of its learning-rate schedule.
-      microbatches: pieces a batch is cut into, their gradients added: less memory, the same update.
-      ema: decay of an average of the parameters that evaluation then uses; None is none.
-      spike_skip: when to skip an update; None is never.
-      log_every: between lines of metrics.
-      eval_every: between evaluations on the validation split.
-      eval_batches: first batches of the validation split that each evaluation reads; None is all of it.
-      checkpoint_every: between checkpoints; one is always made at the end.
-      keep: latest checkpoints kept, beside the best.
+      microbatches: number of microbatches per batch. Their gradients are accumulated, which needs
+        less memory and gives the same update.
+      ema: decay of an exponential moving average of the parameters, which evaluation then uses.
+        None disables it.
+      spike_skip: skips updates with a loss spike; None disables it.
+      log_every: interval between lines of training metrics.
+      eval_every: interval between evaluations on the validation split.
+      eval_batches: number of validation batches per evaluation, from the start of the split. None
+        uses the whole split.
+      checkpoint_every: interval between checkpoints; the last step always gets one.
+      keep: number of latest checkpoints to keep, in addition to the best.
     """
 
     steps: int = 1000
@@ -54,24 +62,25 @@ class Train:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if self.eval_batches is not None and self.eval_batches < 1:
-            raise ValueError("eval_batches must be at least 1, or none")
+            raise ValueError("eval_batches must be at least 1 or None")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError("ema must be between 0 and 1, or none")
+            raise ValueError("ema must be between 0 and 1, or None")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that decides a run's numbers, apart from the machine it runs on.
+    """Everything that determines the results of a run, except the hardware.
 
     Attributes:
-      model: what is trained; with `init`, as the checkpoint has it.
-      data: what it is trained on; with `init`, by the checkpoint's tokenizer.
-      optimizer: how parameters are updated.
-      loss: what is minimised.
-      train: how long, and what happens along the way.
-      lora: what is trained in place of the parameters; None trains these.
-      init: a checkpoint to start from, in Hugging Face's layout: a folder or a hub id. None starts anew.
-      seed: of parameters, order of data and dropout.
+      model: the model config; with `init`, that of the checkpoint.
+      data: the training and validation data; with `init`, encoded by the checkpoint's tokenizer.
+      optimizer: the optimizer with its learning-rate schedule.
+      loss: the training objective.
+      train: length of training, and intervals of logging, evaluation and checkpoints.
+      lora: low-rank adapters to train instead of the parameters; None trains the parameters.
+      init: a Hugging Face checkpoint to start from, as a folder or a hub id. None initializes the
+        parameters at random.
+      seed: random seed of parameter initialization, data order and dropout.
     """
 
     model: ModelConfig
@@ -84,11 +93,11 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
-        if self.init and Path(self.init).expanduser().is_dir():  # a hub id names no folder
+        if self.init and Path(self.init).expanduser().is_dir():  # otherwise a hub id
             object.__setattr__(self, "init", absolute(self.init))
         if self.data.batch_size % self.train.microbatches:
             rows, pieces = self.data.batch_size, self.train.microbatches
-            raise ValueError(f"data.batch_size={rows} is no multiple of train.microbatches={pieces}")
+            raise ValueError(f"data.batch_size={rows} is not a multiple of train.microbatches={pieces}")
         self.model.check_length(self.data.sequence_length)
         if self.data.source_shape is not None:
             self.model.check_source_length(self.data.source_shape[0])

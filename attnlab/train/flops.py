@@ -1,11 +1,11 @@
-"""What a device can do at best."""
+"""Peak FLOP/s of devices, for model FLOPs utilization (MFU)."""
 
 import time
 
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 matrix products of one device, FLOP/s, from the makers' data sheets.
+# Dense bfloat16 matrix multiplication of one device, in FLOP/s, from the vendors' data sheets.
 PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -23,9 +23,10 @@ PEAK = {
 
 
 def peak_flops(device: jax.Device) -> float:
-    """The most FLOP/s of this device, over all simulated devices together on a CPU; nan where unknown.
+    """Return the peak FLOP/s of a device; NaN if unknown.
 
-    Accelerators are looked up by their kind; a CPU is measured by a float32 matrix product.
+    Accelerators are looked up in `PEAK` by device kind. A CPU is measured with a float32 matrix
+    product, and the result is divided by the number of simulated devices that share the CPU.
     """
     if device.platform == "cpu":
         return _measure_cpu_flops() / len(jax.local_devices(backend="cpu"))

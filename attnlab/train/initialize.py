@@ -1,4 +1,4 @@
-"""Parameters of one run as the start of another."""
+"""Initialize a run from the parameters of another run."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,17 +16,18 @@ from attnlab.train.step import TrainState
 def init_from_run(
     session: Session, source_params: Any, rules: Sequence[tuple[str, str]], log: Callable[[str], None]
 ) -> TrainState:
-    """A new state with the parameters of another run where names agree after renaming.
+    """Return a new state with the parameters of another run whose names match after renaming.
 
     Args:
-      session: of the new state; a parameter that finds no counterpart starts as it would without this.
-      source_params: the other run's parameters.
-      rules: (regular expression, replacement), applied in order to the other run's names.
-      log: takes a line on what was taken.
+      session: the session of the new state. A parameter without a counterpart keeps its random
+        initialization.
+      source_params: the parameters of the source run.
+      rules: pairs (regular expression, replacement), applied in order to the source names.
+      log: called with a message that reports the number of copied parameters.
 
     Raises:
-      InputError: a rule that matches nothing, a name two parameters are renamed to, a shape that differs,
-        or no name in common.
+      InputError: a rule matches no parameter, two parameters are renamed to the same name, shapes
+        differ, or no names match.
     """
     renamed: dict[str, jax.Array] = {}
     matches = dict.fromkeys((pattern for pattern, _ in rules), 0)
@@ -51,17 +52,19 @@ def init_from_run(
             return initial
         if renamed[name].shape != initial.shape:
             raise InputError(
-                f"--init_from: {name} has shape {renamed[name].shape} there and {initial.shape} here"
+                f"--init_from: {name} has shape {renamed[name].shape} in the source run "
+                f"and {initial.shape} in this run"
             )
         copied += 1
-        # Copied, for the new state uses its parameters up.
+        # Copied because `new_state` donates its parameters.
         return jax.device_put(jnp.array(renamed[name], initial.dtype, copy=True), initial.sharding)
 
     params = jax.tree_util.tree_map_with_path(copy_param, session.new_params())
     total = len(jax.tree.leaves(params))
     if not copied:
         raise InputError(
-            f"--init_from: no parameter there has a name that is here, such as {next(iter(renamed))}"
+            f"--init_from: this run has no parameter with a name of the source run, "
+            f"such as {next(iter(renamed))}"
         )
-    log(f"started {copied} of {total} parameters from the other run")
+    log(f"initialized {copied} of {total} parameters from the source run")
     return session.new_state(params)

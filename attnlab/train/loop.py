@@ -1,4 +1,7 @@
-"""The training loop: feed the step, log a step late, evaluate, save, and stop when told to."""
+"""The training loop: training steps, metrics, evaluations, checkpoints and stop conditions.
+
+The metrics of a step are read one step later, so that the device never waits for the host.
+"""
 
 import shutil
 import signal
@@ -26,17 +29,17 @@ from attnlab.train.step import TrainState
 
 
 class Diverged(FloatingPointError):
-    """The loss or a gradient is no longer finite."""
+    """The loss or a gradient is not finite."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Ends of this command, not of the run: the run goes on from there when started again.
+    """Limits of one process; the same command resumes the run from there.
 
     Attributes:
-      max_steps: step to stop at; None is the run's own length.
-      max_time: seconds of training to stop after; None is no limit.
-      profile: steps of a profiler trace, from the first up to but not the second; None is none.
+      max_steps: step to stop at; None trains to the end of the run.
+      max_time: seconds of training after which to stop; None disables this limit.
+      profile: half-open range of steps (start, stop) to trace with the profiler; None disables it.
     """
 
     max_steps: int | None = None
@@ -46,13 +49,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where training ended.
+    """Result of `TrainingLoop.run`.
 
     Attributes:
-      state: after the last step.
-      step: its number.
-      reason: "done", "max_steps", "max_time" or "signal".
-      metrics: of the last evaluation.
+      state: the state after the last step.
+      step: the number of the last step.
+      reason: why training ended: "done", "max_steps", "max_time" or "signal".
+      metrics: the metrics of the last evaluation.
     """
 
     state: TrainState
@@ -63,17 +66,17 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class TrainingLoop:
-    """Trains a session's experiment, with evaluations, checkpoints and metrics on the way.
+    """Trains the experiment of a session, with evaluations, checkpoints and metrics.
 
     Attributes:
-      session: what to train and where.
-      batches: this process's input, with `get_state`.
+      session: the experiment on its mesh.
+      batches: iterator over this process's part of the training batches, with `get_state`.
       validation: the batches of each evaluation.
-      checkpoints: where to save.
-      writer: takes metrics.
-      limits: when to stop before the end of the run.
-      profile_dir: where a profiler trace goes.
-      log: takes lines for the person.
+      checkpoints: the checkpoint manager.
+      writer: receives the metrics.
+      limits: conditions to stop before the end of the run.
+      profile_dir: folder of the profiler trace.
+      log: called with each message for the user.
     """
 
     session: Session
@@ -86,7 +89,10 @@ class TrainingLoop:
     log: Callable[[str], None] = print
 
     def run(self, state: TrainState) -> Outcome:
-        """Train from `state` to the end of the run or to a limit, and save there. Uses `state` up.
+        """Train from `state` to the end of the run or to a limit, and save a checkpoint there.
+
+        `state` is donated. On SIGTERM (preemption) the current step is finished and a checkpoint is
+        written without an evaluation.
 
         Raises:
           Diverged: the loss or a gradient is not finite; the state is not saved.
@@ -113,7 +119,7 @@ class TrainingLoop:
                 if self._step < last:
                     self._evaluate_and_save(final=False)
             if reason == "signal":
-                # The machine is about to go: save, and leave the evaluation to the next start.
+                # The machine is being preempted: save now, and evaluate after the run resumes.
                 self._flush_pending_metrics(force=True)
                 self.checkpoints.save(self._step, self._state, self.batches.get_state())
             else:
@@ -130,13 +136,13 @@ class TrainingLoop:
         with self._meter.dispatching():
             self._state, metrics = self.session.train_step(self._state, self.session.to_devices(batch))
         self._step += 1
-        # The step before: its metrics are there by now, so that the device never waits for the host.
+        # The metrics of the previous step are ready by now, so the device never waits for the host.
         self._flush_pending_metrics()
         self._pending = (self._step, metrics)
         tracer.after(self._step, metrics)
 
     def _flush_pending_metrics(self, force: bool = False) -> None:
-        """Check the metrics of the last step that is not read yet, and write them if a line is due."""
+        """Check the pending metrics of the last step, and write them if a line is due."""
         if self._pending is None:
             return
         step, device_metrics = self._pending
@@ -148,7 +154,7 @@ class TrainingLoop:
             self.writer.write(step, "train", self._meter.read(step, metrics))
 
     def _evaluate_and_save(self, final: bool) -> None:
-        """Evaluate and save what is due at this step; at the end of the run both are."""
+        """Evaluate and save a checkpoint where this step is due; always both if `final`."""
         config, step = self.session.experiment.train, self._step
         evaluate = final or step % config.eval_every == 0
         save = final or step % config.checkpoint_every == 0
@@ -159,7 +165,7 @@ class TrainingLoop:
             if evaluate:
                 params = self.session.eval_params(self._state)
                 self._eval_metrics = self.session.evaluate(params, self.validation)
-                if not self.checkpoints.has_metrics(step):  # else a finished run has its line already
+                if not self.checkpoints.has_metrics(step):  # otherwise the line is already written
                     self.writer.write(step, "eval", self._eval_metrics)
             if save and self._saved_step != step:
                 metrics = self._eval_metrics if evaluate else None
@@ -168,10 +174,10 @@ class TrainingLoop:
 
 
 def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
-    """Checks a step's loss and gradients.
+    """Check that the loss and all gradients of a step are finite.
 
     Raises:
-      Diverged: naming the step and the first tensor, in the order of the parameters, that is not finite.
+      Diverged: with the step and the first non-finite gradient, in the order of the parameters.
     """
     if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
         return
@@ -180,12 +186,12 @@ def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
     where = f"the gradient of {parameter_name(paths[non_finite[0]])}" if non_finite else "the loss itself"
     raise Diverged(
         f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; "
-        f"the first bad tensor is {where}"
+        f"the first non-finite tensor is {where}"
     )
 
 
 class Tracer:
-    """A profiler trace of some steps, written also where the run ends within them."""
+    """Profiler trace of a range of steps, also written if training ends within the range."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: str, log: Callable[[str], None]):
         self._steps, self._folder, self._log = steps or (0, 0), folder, log
@@ -193,15 +199,15 @@ class Tracer:
         self._last, self._local = 0, folder
 
     def before(self, step: int) -> None:
-        """Starts with the first of the steps."""
+        """Start the trace at the first step of the range."""
         if self._began is None and step in range(*self._steps):
-            # XLA writes local files; a trace for a bucket is copied there at its end.
+            # XLA writes only local files; a trace for a bucket is copied there when it stops.
             self._local = tempfile.mkdtemp() if is_remote(self._folder) else self._folder
             jax.profiler.start_trace(self._local)
             self._began = step
 
     def after(self, step: int, metrics: Any) -> None:
-        """Ends with the last of them, when the devices are done with it."""
+        """Stop the trace after the last step of the range, once the devices have finished it."""
         self._last = step
         if self._began is not None and step + 1 == self._steps[1]:
             jax.block_until_ready(metrics)
@@ -214,7 +220,7 @@ class Tracer:
                 target = epath.Path(self._folder) / str(file.relative_to(self._local))
                 write_atomically(target, file.read_bytes())
             shutil.rmtree(self._local)
-        self._log(f"a trace of steps {self._began} to {self._last} is in {self._folder}")
+        self._log(f"wrote a profiler trace of steps {self._began} to {self._last} to {self._folder}")
         self._began, self._steps = None, (0, 0)
 
     def __enter__(self) -> "Tracer":
@@ -227,14 +233,14 @@ class Tracer:
 
 @dataclass
 class StopRequest:
-    """The name of the signal that asked to stop; empty while none did."""
+    """The name of the signal that requested a stop; empty if there was none."""
 
     name: str = ""
 
 
 @contextmanager
 def stop_on_signal():
-    """Turns SIGTERM into a wish to stop, looked at between steps."""
+    """Record SIGTERM in the yielded `StopRequest`, which the loop checks between steps."""
     request = StopRequest()
 
     def handle(number, _):
@@ -242,7 +248,7 @@ def stop_on_signal():
 
     try:
         previous = signal.signal(signal.SIGTERM, handle)
-    except ValueError:  # not the main thread: the program that owns it decides
+    except ValueError:  # only the main thread may set signal handlers
         yield request
         return
     try:
@@ -253,7 +259,7 @@ def stop_on_signal():
 
 @dataclass
 class Meter:
-    """Speed between two readings, without the time of compiling, evaluating and saving."""
+    """Training speed since the last reading, excluding compilation, evaluation and saving."""
 
     session: Session
     step: int
@@ -272,21 +278,21 @@ class Meter:
 
     @contextmanager
     def waiting(self):
-        """Around the wait for input."""
+        """Measure the time spent waiting for input."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextmanager
     def paused(self):
-        """Around what is no training."""
+        """Exclude the enclosed time from the training speed."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     @contextmanager
     def dispatching(self):
-        """Around handing a step to the devices, which compiles it the first time."""
+        """Enclose the dispatch of a step; the first one compiles, and its time is excluded."""
         start = time.perf_counter()
         yield
         if not self._compiled:
@@ -294,15 +300,15 @@ class Meter:
             self._paused += time.perf_counter() - start
 
     def total(self) -> float:
-        """Seconds since the start, everything included."""
+        """Return the seconds since the start, including compilation, evaluation and saving."""
         return time.perf_counter() - self._origin
 
     def count(self, metrics: dict[str, Any]) -> None:
-        """Takes a step's tokens."""
+        """Add the tokens of a step."""
         self._tokens += float(metrics["tokens"])
 
     def read(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        """A step's metrics with the speed since the last reading; starts the next stretch."""
+        """Return the scalar metrics of a step with the training speed, and reset the timers."""
         now = time.perf_counter()
         seconds = max(now - self._started - self._paused, 1e-9)
         tokens_per_second = self._tokens / seconds
@@ -311,7 +317,7 @@ class Meter:
         rate = optimizers.learning_rate(e.optimizer, e.train.steps)(step - 1)
         scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
         if not scalars["bytes"]:
-            del scalars["bits_per_byte"]  # the targets stand for no text
+            del scalars["bits_per_byte"]  # undefined: the targets are not text
         self._started, self._tokens, self._paused = now, 0.0, 0.0
         waited, self._waited = self._waited, 0.0
         return scalars | {

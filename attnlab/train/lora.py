@@ -1,4 +1,4 @@
-"""Low-rank adapters: a matrix that stays, and a product of two thin ones beside it that is trained."""
+"""Low-rank adapters (LoRA): a frozen weight matrix plus a trained product of two thin matrices."""
 
 import math
 import re
@@ -18,17 +18,21 @@ PREFIX = "lora"  # the adapters of x/y/kernel are lora/x/y/kernel/a and lora/x/y
 
 @dataclass(frozen=True)
 class LoRA:
-    """Trains A and B of W + (alpha / rank) A B, and not W (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+    """Low-rank adapters: trains A and B of W + (alpha / rank) A B, while W stays frozen.
 
-    A reads what W reads and starts normal, B writes what W writes and starts at zero: at first the model is
-    as it was. The model is given the sum, so its layers know nothing of it; beside the optimizer's state of
-    A and B a step holds that sum, and its gradient, for the matrices that have adapters.
+    A has the input axes of W and a normal initialization. B has the output axes of W and starts at
+    zero, so the initial model equals the one without adapters (Hu et al. 2021, arXiv 2106.09685,
+    section 4.1).
+
+    The model receives the sum, so its layers need no changes. A training step therefore stores the
+    sums and their gradients for all matrices with adapters, in addition to A, B and their optimizer
+    state.
 
     Attributes:
-      rank: columns of A, rows of B.
+      rank: number of columns of A and rows of B.
       alpha: the product is scaled by alpha / rank.
-      rule: regular expression of the names of the parameters that get adapters.
-      full: regular expression of the names of those that are trained themselves: a new head, say.
+      rule: regular expression that selects the parameters with adapters by name.
+      full: regular expression that selects parameters to train in full, such as a new head.
     """
 
     rank: int = 8
@@ -43,15 +47,16 @@ class LoRA:
         check_pattern("lora.full", self.full or "")
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter of this name is trained."""
+        """Return whether the parameter of this name is trained."""
         return name.startswith(f"{PREFIX}/") or (self.full is not None and bool(re.search(self.full, name)))
 
 
 def add_adapters(config: LoRA, params: Any, key: Array) -> Any:
-    """The parameters with adapters beside them, in float32, each laid out over the mesh as its matrix is.
+    """Return the parameters together with float32 adapters, sharded like their matrices.
 
     Raises:
-      InputError: a rule that finds nothing, or something that is no matrix.
+      InputError: a regular expression matches no parameter, or `rule` matches one that is not a
+        matrix.
     """
     flat = dict(flatten_dict(params))
     names = {path: "/".join(path) for path in flat}
@@ -65,11 +70,11 @@ def add_adapters(config: LoRA, params: Any, key: Array) -> Any:
     for number, path in enumerate(chosen):
         w, axes = flat[path], matrix_axes(names[path], flat[path].ndim)
         if axes is None:
-            raise InputError(f"lora.rule: {config.rule!r} matches {names[path]}, which is no matrix")
+            raise InputError(f"lora.rule: {config.rule!r} matches {names[path]}, which is not a matrix")
         first, middle = axes
 
         def factor_axes(sizes: tuple, rank: int | None, first=first, middle=middle) -> tuple[tuple, tuple]:
-            """What a tuple over the axes of W is for A, and for B."""
+            """Return the entries of a tuple over the axes of W for the axes of A and of B."""
             return (*sizes[:middle], rank), (*sizes[:first], rank, *sizes[middle:])
 
         a_shape, b_shape = factor_axes(w.shape, config.rank)
@@ -83,7 +88,7 @@ def add_adapters(config: LoRA, params: Any, key: Array) -> Any:
 
 
 def merge_adapters(config: LoRA, params: Any) -> Any:
-    """The model's parameters: those with adapters beside them have these added in."""
+    """Return the model's parameters, with (alpha / rank) A B added to each matrix with adapters."""
     flat = flatten_dict(params)
     merged = {}
     for path, w in flat.items():
@@ -99,14 +104,14 @@ def merge_adapters(config: LoRA, params: Any) -> Any:
 
 
 def _product(a: Array, b: Array, first: int, middle: int, spec: jax.P) -> Float[Array, "..."]:
-    """A B, of each of the leading axes, laid out by `spec`."""
+    """Return A B, batched over the leading axes and sharded by `spec`."""
     letters = "abcdefgh"[: len(spec)]
     terms = f"{letters[:middle]}r,{letters[:first]}r{letters[middle:]}->{letters}"
     return jnp.einsum(terms, a, b, precision="highest", out_sharding=_out_sharding(spec))
 
 
 def _spec(w: Array) -> tuple:
-    """How each axis of an array is cut."""
+    """Return the PartitionSpec of an array with one entry per axis."""
     spec = () if jax.sharding.get_abstract_mesh().empty else tuple(jax.typeof(w).sharding.spec)
     return spec + (None,) * (w.ndim - len(spec))
 

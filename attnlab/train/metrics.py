@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard, the terminal, and the trackers that were asked for."""
+"""Metric writers: `metrics.jsonl`, TensorBoard, terminal progress and experiment trackers."""
 
 import contextlib
 import json
@@ -15,37 +15,38 @@ from attnlab.train.progress import Progress
 from attnlab.train.trackers import open_tracker
 
 Metrics = Mapping[str, float]
-FLUSH_SECONDS = 5.0  # between flushes of TensorBoard's file
+FLUSH_SECONDS = 5.0  # interval between flushes of the TensorBoard event file
 
 
 class MetricWriter(Protocol):
-    """Anything that takes metrics."""
+    """Interface of metric writers."""
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """Take the metrics of one step of one split ("train" or "eval")."""
+        """Write the metrics of one step of one split ("train" or "eval")."""
 
 
 class Sink(MetricWriter, Protocol):
-    """One place that metrics go to."""
+    """A metric writer for one destination, which has to be closed."""
 
     def close(self, failed: bool = False) -> None:
-        """Finish, telling whether the run ended by an exception."""
+        """Finish writing; `failed` reports that the run ended with an exception."""
 
 
 class MetricWriters:
-    """All the sinks of a run as one; on every process but the first it does nothing.
+    """Writes metrics to all sinks of a run. Only the primary process writes.
 
     Args:
         workdir: the run's folder, local or gs://.
-        steps: how many steps the run plans, for the bar and its ETA; None where that is open.
-        resume: the step the run goes on from: what was written of later steps is dropped. -1 drops all; None
-            leaves everything as it is, as an evaluation has to.
-        trackers: "wandb", "mlflow".
+        steps: length of the run, for the progress bar and its ETA; None if unknown.
+        resume: the step from which the run resumes. Metrics of later steps are dropped; -1 drops
+            all. None keeps everything, as evaluation requires.
+        trackers: names of trackers, "wandb" or "mlflow".
         config: the run's config by path (`attnlab.config.flatten`), for the trackers.
         progress: whether to show progress on the terminal.
-        primary: whether this process writes; by default the first of JAX's processes does.
+        primary: whether this process writes; defaults to whether its JAX process index is 0.
 
-    Raises InputError where a tracker is not installed.
+    Raises:
+        InputError: a tracker is unknown or not installed.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class MetricWriters:
         if not (_is_first_process() if primary is None else primary):
             return
         workdir = epath.Path(workdir)
-        # The trackers first: they may be missing, and then nothing is to be written. The bar last: it takes
-        # over the terminal.
+        # The trackers come first: if one is not installed, no file is created. The progress bar
+        # comes last because it takes over the terminal.
         self._sinks += [open_tracker(name, workdir, config or {}) for name in trackers]
         lines = JsonLines(workdir / "metrics.jsonl")
         if resume is not None:
@@ -74,9 +75,10 @@ class MetricWriters:
             self._sinks.append(Progress(steps, start=max(resume or 0, 0)))
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
-        """Send the metrics of one step of one split everywhere; scalar arrays are as good as floats.
+        """Write the metrics of one step of one split, floats or scalar arrays, to every sink.
 
-        Raises ValueError for a metric called "step", "split" or "time", which would hide those.
+        Raises:
+            ValueError: a metric has the reserved name "step", "split" or "time".
         """
         if not self._sinks:
             return
@@ -87,7 +89,7 @@ class MetricWriters:
             sink.write(int(step), split, numbers)
 
     def close(self, failed: bool = False) -> None:
-        """Finish every sink, also when one of them cannot; `failed` marks the run so in the trackers."""
+        """Close every sink, even if one raises; `failed` marks the run in the trackers."""
         sinks, self._sinks = self._sinks, []
         with contextlib.ExitStack() as stack:
             for sink in sinks:
@@ -107,18 +109,19 @@ def _is_first_process() -> bool:
 
 
 class JsonLines:
-    """A file of one JSON object a line: step, split, time, then the metrics; on disk when `write` returns.
+    """JSON Lines file with step, split, time and metrics per line, on disk when `write` returns.
 
-    `time` is the time of writing in seconds since 1970 (UTC), as `time.time()` returns it.
+    `time` is the time of writing in seconds since 1970 (UTC), as returned by `time.time()`.
 
-    NaN and the infinities, for which JSON has no numbers, are the strings "NaN", "Infinity" and "-Infinity";
-    `read_metrics` turns them back. A last line that a killed process left unfinished is dropped.
+    NaN and the infinities, which JSON cannot represent, are written as the strings "NaN",
+    "Infinity" and "-Infinity"; `read_metrics` converts them back. An unfinished last line, left by
+    a killed process, is dropped.
     """
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Object stores cannot append; there the whole (small) file is written anew each time.
+        # Object stores cannot append, so the whole (small) file is rewritten each time.
         self._appends = not is_remote(path)
         self._text = self._path.read_text() if self._path.exists() else ""
         if not self._text.endswith("\n"):
@@ -126,7 +129,7 @@ class JsonLines:
             write_atomically(self._path, self._text)
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """Add a line."""
+        """Append a line."""
         numbers = {name: as_json(value) for name, value in metrics.items()}
         row = {"step": step, "split": split, "time": round(time.time(), 3)} | numbers
         line = json.dumps(row, allow_nan=False) + "\n"
@@ -138,7 +141,7 @@ class JsonLines:
             write_atomically(self._path, self._text)
 
     def truncate_after(self, step: int) -> None:
-        """Keep the lines of steps up to `step`; the file is the old one or the new one at every moment."""
+        """Atomically drop the lines of steps after `step`."""
         if not self._path.exists():
             return
         lines = self._path.read_text().splitlines(keepends=True)
@@ -146,12 +149,12 @@ class JsonLines:
         write_atomically(self._path, self._text)
 
     def close(self, failed: bool = False) -> None:
-        """Nothing is left to do: every line is written."""
+        """Do nothing: every line is already on disk."""
 
 
 @contextlib.contextmanager
 def _with_path_in_errors(path: epath.PathLike):
-    """Says of which file an error is: a write to a full disk does not."""
+    """Add the path to an OSError: the error of a write to a full disk has none."""
     try:
         yield
     except OSError as error:
@@ -159,7 +162,7 @@ def _with_path_in_errors(path: epath.PathLike):
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, numbers as they were; an unfinished line is left out."""
+    """Read the lines of a `metrics.jsonl` with their original numbers; skips an unfinished line."""
     return [line for text in epath.Path(path).read_text().splitlines() if (line := _parse_line(text))]
 
 
@@ -174,30 +177,33 @@ def _parse_line(text: str) -> dict[str, Any] | None:
 
 
 class TensorBoard:
-    """Scalars called `split/metric`, on disk in a few seconds; see them with `tensorboard --logdir runs`.
+    """Writes scalars named `split/metric` to a TensorBoard event file, flushed every few seconds.
 
-    Written by the caller's own thread: tensorboardX's `SummaryWriter` waits for ever for its writing
-    thread where that died of a full disk.
+    The calling thread writes the file. tensorboardX's `SummaryWriter` uses a writer thread, and
+    waits forever for it after a full disk has killed it.
     """
 
     def __init__(self, folder: epath.PathLike, resume: int | None = None):
         from tensorboardX.event_file_writer import EventsWriter  # takes a while to import
 
         self._folder, self._flushed = epath.Path(folder), time.monotonic()
-        # File names tell the second only, and a run that goes on at once must not overwrite its own past.
+        # File names contain the time in seconds; a run resumed within the same second must not
+        # overwrite its earlier file.
         suffix = f".{uuid.uuid4().hex[:8]}"
         with _with_path_in_errors(folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            # tensorboardX writes local files; one for a bucket is copied there at each flush.
+            # tensorboardX writes only local files; a file for a bucket is copied there at each
+            # flush.
             self._local = epath.Path(tempfile.mkdtemp()) if is_remote(folder) else self._folder
             self._writer = EventsWriter(str(self._local / "events"), suffix)
             if resume is not None:
-                # Event files only grow: TensorBoard itself hides the steps from here on that came before.
+                # Event files are append-only. After this event TensorBoard hides the earlier values
+                # of these steps.
                 self._add(resume + 1, session_log={"status": 1})
         self._flush()
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """Add a point to each curve."""
+        """Write a scalar for each metric."""
         points = [{"tag": f"{split}/{name}", "simple_value": value} for name, value in metrics.items()]
         self._add(step, summary={"value": points})
         if time.monotonic() - self._flushed > FLUSH_SECONDS:

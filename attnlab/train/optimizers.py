@@ -1,7 +1,8 @@
-"""Optimizers and learning-rate schedules as configs, and the Optax chains they make.
+"""Configs of optimizers and learning-rate schedules, and the Optax transformations they build.
 
-Every optimizer is one chain: direction, weight decay, factors by parameter name, learning rate.
-Clipping by the global norm comes before it, in the training step, which needs the norm anyway.
+Every optimizer is one chain: direction, weight decay, learning-rate multipliers by parameter name,
+learning rate. The training step clips the gradient by its global norm before the chain, since it
+reports the norm anyway.
 """
 
 import math
@@ -20,25 +21,25 @@ from attnlab.layers.parameters import parameter_name
 
 @dataclass(frozen=True)
 class Constant:
-    """A rise over `warmup` steps, then the same rate."""
+    """Linear warmup over `warmup` steps, then a constant rate."""
 
     warmup: int = 0
 
     def factor(self, steps: int) -> optax.Schedule:
-        """Step -> factor of the learning rate."""
+        """Return the schedule that maps a step to its multiplier of the peak rate."""
         del steps
         return _after_warmup(self.warmup, optax.constant_schedule(1.0))
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """A rise over `warmup` steps, then half a cosine down to `final` of the rate (arXiv 1608.03983)."""
+    """Linear warmup, then cosine decay to `final` times the peak rate (arXiv 1608.03983)."""
 
     warmup: int = 50
     final: float = 0.1
 
     def factor(self, steps: int) -> optax.Schedule:
-        """Step -> factor of the learning rate."""
+        """Return the schedule that maps a step to its multiplier of the peak rate."""
         return _after_warmup(
             self.warmup, optax.cosine_decay_schedule(1.0, max(1, steps - self.warmup), self.final)
         )
@@ -46,14 +47,20 @@ class Cosine:
 
 @dataclass(frozen=True)
 class WarmupStableDecay:
-    """A rise, a plateau, and a straight fall to `final` over the last `decay` share (arXiv 2404.06395)."""
+    """Linear warmup, constant rate, then linear decay (arXiv 2404.06395).
+
+    Attributes:
+      warmup: number of warmup steps.
+      decay: fraction of all steps that the final decay takes.
+      final: multiplier of the peak rate at the end.
+    """
 
     warmup: int = 50
     decay: float = 0.2
     final: float = 0.0
 
     def factor(self, steps: int) -> optax.Schedule:
-        """Step -> factor of the learning rate."""
+        """Return the schedule that maps a step to its multiplier of the peak rate."""
         fall = max(1, round(steps * self.decay))
         tail = optax.linear_schedule(1.0, self.final, fall)
         stable = max(0, steps - self.warmup - fall)
@@ -64,24 +71,27 @@ class WarmupStableDecay:
 
 @dataclass(frozen=True)
 class InverseSquareRoot:
-    """A rise over `warmup` steps, then sqrt(warmup / step) (Vaswani et al. 2017, equation 3, scaled)."""
+    """Linear warmup over `warmup` steps, then sqrt(warmup / step) times the peak rate.
+
+    Vaswani et al. 2017, equation 3, scaled to the peak rate.
+    """
 
     warmup: int = 100
 
     def factor(self, steps: int) -> optax.Schedule:
-        """Step -> factor of the learning rate."""
+        """Return the schedule that maps a step to its multiplier of the peak rate."""
         del steps
         start = max(1, self.warmup)
-        # Within the rise a joined schedule asks this one too, for steps below 0, and drops the answer.
+        # During warmup `join_schedules` evaluates this schedule at negative steps and discards the
+        # value.
         return _after_warmup(self.warmup, lambda step: (start / (jnp.maximum(step, 0) + start)) ** 0.5)
 
 
 def _after_warmup(warmup: int, schedule: optax.Schedule) -> optax.Schedule:
     if warmup == 0:
         return schedule
-    rise = optax.linear_schedule(
-        1 / warmup, 1.0, max(1, warmup - 1)
-    )  # the last of its steps is at the full rate
+    # The last warmup step has the full rate.
+    rise = optax.linear_schedule(1 / warmup, 1.0, max(1, warmup - 1))
     return optax.join_schedules([rise, schedule], [warmup])
 
 
@@ -90,9 +100,14 @@ Schedule = Constant | Cosine | WarmupStableDecay | InverseSquareRoot
 
 @dataclass(frozen=True)
 class Rule:
-    """Factors of the learning rate and weight decay of parameters whose path the pattern is found in.
+    """Multipliers of the learning rate and weight decay of the parameters that match a pattern.
 
-    Those with a learning rate of 0 stay as they are, and cost neither a gradient nor moments.
+    A learning rate of 0 freezes a parameter: it needs neither a gradient nor optimizer state.
+
+    Attributes:
+      pattern: regular expression to search for in the parameter's name.
+      learning_rate: multiplier of the learning rate.
+      weight_decay: multiplier of the weight decay.
     """
 
     pattern: str
@@ -104,27 +119,28 @@ class Rule:
 
 
 def check_pattern(field: str, pattern: str) -> None:
-    """Checks a regular expression.
+    """Check that `pattern` is a regular expression.
 
     Raises:
-      InputError: naming the field that it is of.
+      InputError: it is not; the message names `field`.
     """
     try:
         re.compile(pattern)
     except re.error as error:
-        raise InputError(f"{field}: {pattern!r} is no regular expression: {error}") from error
+        raise InputError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What all optimizers have.
+    """Base class of the optimizer configs.
 
     Attributes:
-      learning_rate: the peak rate.
-      schedule: how it changes over the run.
-      weight_decay: decoupled decay, times the learning rate each step.
-      clip_norm: largest global norm of the gradient; None is no limit.
-      rules: factors by parameter name, layers/periods/block0/attention/out/kernel; all that match apply.
+      learning_rate: peak learning rate.
+      schedule: learning-rate schedule over the run.
+      weight_decay: decoupled weight decay, multiplied by the learning rate.
+      clip_norm: maximum global norm of the gradient; None disables clipping.
+      rules: multipliers by parameter name, such as layers/periods/block0/attention/out/kernel. The
+        multipliers of all matching rules are multiplied.
     """
 
     learning_rate: float = 1e-3
@@ -137,18 +153,23 @@ class Optimizer:
         if self.learning_rate < 0 or self.weight_decay < 0:
             raise ValueError("learning_rate and weight_decay must be at least 0")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError("clip_norm must be over 0, or none")
+            raise ValueError("clip_norm must be greater than 0, or None")
 
     def direction(self) -> optax.GradientTransformation:
-        """The transformation from gradients to a direction of unit learning rate, uphill."""
+        """Return the transformation from gradients to an ascent direction of unit learning rate."""
         raise NotImplementedError
 
     def chain(self, rate: optax.Schedule, factors: dict[str, Any]) -> optax.GradientTransformation:
-        """The whole transformation from clipped gradients to updates."""
+        """Return the transformation from clipped gradients to updates.
+
+        Args:
+          rate: the learning-rate schedule.
+          factors: trees of multipliers under "learning_rate" and "weight_decay".
+        """
         return optax.chain(self.direction(), *_decay_and_rate(self, rate, factors))
 
     def eval_params(self, opt_state, params):
-        """The parameters to evaluate with."""
+        """Return the parameters to evaluate."""
         del opt_state
         return params
 
@@ -170,7 +191,10 @@ def _decay_and_rate(config: Optimizer, rate: optax.Schedule, factors: dict[str, 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+    """Adam with decoupled weight decay.
+
+    Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
+    """
 
     b1: float = 0.9
     b2: float = 0.95
@@ -183,7 +207,7 @@ class AdamW(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Lion(Optimizer):
-    """The sign of a momentum (Chen et al. 2023, arXiv 2302.06675, algorithm 2)."""
+    """Lion, the sign of the momentum (Chen et al. 2023, arXiv 2302.06675, algorithm 2)."""
 
     learning_rate: float = 1e-4
     b1: float = 0.9
@@ -196,7 +220,7 @@ class Lion(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor(Optimizer):
-    """Factored second moments, steps relative to the parameters' size (arXiv 1804.04235)."""
+    """Adafactor: factored second moments, updates scaled by parameter norm (arXiv 1804.04235)."""
 
     learning_rate: float = 1e-2
     decay_rate: float = 0.8
@@ -229,11 +253,10 @@ class SGD(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Optimizer):
-    """Orthogonalised momentum for the weights inside blocks, Adam for all others (Jordan et al. 2024).
+    """Muon: orthogonalized momentum for the matrices of blocks, Adam for all other parameters.
 
-    The momentum of both is Nesterov's.
-    Updates are scaled to a root mean square of 0.2 (Liu et al. 2025, arXiv 2502.16982, section 2.2), so
-    one learning rate serves both.
+    Jordan et al. 2024. Both use Nesterov momentum. Updates are scaled to a root mean square of 0.2
+    (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both can use the same learning rate.
     """
 
     momentum: float = 0.95
@@ -256,7 +279,7 @@ class Muon(Optimizer):
 
 
 def _muon_dimension_numbers(params):
-    """Which axes of each block weight are its inputs and outputs; None for what is no matrix."""
+    """Return the input and output axes of each matrix of a block; None for all other parameters."""
 
     def numbers(path, leaf):
         name = parameter_name(path)
@@ -270,22 +293,28 @@ def _muon_dimension_numbers(params):
 
 
 def matrix_axes(name: str, ndim: int) -> tuple[int, int] | None:
-    """Where a matrix's inputs and outputs begin, after the axes that count matrices; None of what is none.
+    """Return the first input axis and first output axis of a matrix; None if it is not a matrix.
+
+    The axes before the first input axis are batch axes (stacked layers, experts).
 
     Args:
-      name: of the parameter.
-      ndim: how many axes it has.
+      name: name of the parameter.
+      ndim: its number of axes.
     """
     names = name.split("/")
     if not name.endswith(("kernel", "table")):
         return None
-    # A feed-forward layer has one matrix, or one for each of its experts. What writes heads has two axes.
+    # Feed-forward kernels may have an expert axis. The output of a projection to heads has two
+    # axes.
     first = ndim - 2 if "feed_forward" in names else int("periods" in names)
     return first, first + 1 if names[-2] in ("query", "key", "value") else ndim - 1
 
 
 def _with_auto_sharding(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets the compiler lay out products that know nothing of sharding; results lie as the arguments do."""
+    """Run an update under automatic sharding; its results get the shardings of its arguments.
+
+    The products inside have no `out_sharding`, which Explicit mesh axes would require.
+    """
 
     def update(updates, state, params):
         mesh = jax.sharding.get_abstract_mesh()
@@ -299,7 +328,10 @@ def _with_auto_sharding(transformation: optax.GradientTransformation) -> optax.G
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFree(Optimizer):
-    """Adam on one sequence of points, evaluated on their average (Defazio et al. 2024, arXiv 2405.15682)."""
+    """Schedule-free Adam, evaluated at the averaged iterate.
+
+    Defazio et al. 2024, arXiv 2405.15682.
+    """
 
     schedule: Constant | Cosine | WarmupStableDecay | InverseSquareRoot = field(
         default_factory=lambda: Constant(warmup=50)
@@ -316,12 +348,12 @@ class ScheduleFree(Optimizer):
         return contrib.schedule_free(base, rate, self.interpolation)
 
     def eval_params(self, opt_state, params):
-        """The average, which is what converges."""
+        """Return the averaged parameters, the sequence that converges."""
         return contrib.schedule_free_eval_params(opt_state, params)
 
 
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
-    """Step -> learning rate over a run of this length."""
+    """Return the learning-rate schedule of a run of `steps` steps."""
     factor = config.schedule.factor(steps)
     return lambda step: config.learning_rate * factor(step)
 
@@ -329,17 +361,17 @@ def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: Optimizer, params, steps: int, model_rules: tuple[Rule, ...] = (), frozen=None
 ) -> optax.GradientTransformation:
-    """The transformation that `config` describes, for parameters of these names.
+    """Build the Optax transformation of `config` for a tree of parameters.
 
     Args:
       config: the optimizer.
       params: the parameters to train, or their shapes.
       steps: length of the run.
-      model_rules: rules that the model's own initialisation asks for.
-      frozen: parameters that are not trained, whose names rules may match as well.
+      model_rules: rules that the model's initialization requires (muP).
+      frozen: the frozen parameters; rules of `config` may match their names as well.
 
     Raises:
-      InputError: a rule that matches no parameter.
+      InputError: a rule of `config` matches no parameter.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(frozen)
     names = [parameter_name(path) for path, _ in leaves]

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and which stay: two trees that are the model's parameters together."""
+"""Partition of a model's parameters into trained and frozen ones, and the way back."""
 
 import re
 from typing import Any
@@ -12,17 +12,18 @@ from attnlab.train.lora import add_adapters, merge_adapters
 
 
 def partition_trainable(experiment: Experiment, params: Any, key: Array) -> tuple[Any, Any]:
-    """What is trained of a model's parameters, adapters included, and what stays; None where all are trained.
+    """Return the trained parameters, including adapters, and the frozen ones; None if none are.
 
-    A parameter stays by a rule of the optimizer whose learning rate is 0, or for having adapters beside it.
+    An optimizer rule with a learning rate of 0 freezes the parameters that it matches. With LoRA,
+    all parameters are frozen except the adapters and those that match `lora.full`.
 
     Args:
-      experiment: whose rules and adapters.
-      params: of the model.
-      key: of the adapters.
+      experiment: provides the optimizer rules and LoRA config.
+      params: the model's parameters.
+      key: PRNG key for the initialization of the adapters.
 
     Raises:
-      InputError: nothing is left to train, or what `add_adapters` refuses.
+      InputError: no parameter is left to train, or `add_adapters` raises it.
     """
     lora = experiment.lora
     if lora is not None:
@@ -42,13 +43,13 @@ def partition_trainable(experiment: Experiment, params: Any, key: Array) -> tupl
 
 
 def combine(trained: Any, frozen: Any) -> Any:
-    """One tree of the two that `partition_trainable` made."""
+    """Merge the two trees of `partition_trainable` into one tree that keeps adapters separate."""
     if frozen is None:
         return trained
     return unflatten_dict(flatten_dict(trained) | flatten_dict(frozen))
 
 
 def merged_params(experiment: Experiment, trained: Any, frozen: Any) -> Any:
-    """The model's parameters, of what `partition_trainable` made: adapters are added to their matrices."""
+    """Return the model's parameters from the two trees, with adapters added to their matrices."""
     params = combine(trained, frozen)
     return params if experiment.lora is None else merge_adapters(experiment.lora, params)

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar where someone watches, a line every so often where a file does."""
+"""Training progress: a bar on a terminal, periodic lines in a file or pipe."""
 
 import datetime
 import math
@@ -13,11 +13,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Step, loss, tokens/s (the metrics "loss" and "tokens_per_second") and the time that is left.
+    """Prints step, loss, tokens/s (metrics "loss" and "tokens_per_second") and remaining time.
 
-    On a terminal the training split moves a bar, which shows "compiling" until the first write, and other
-    splits are lines above it. Elsewhere training is a line every ten seconds, at the first write and at the
-    last step.
+    On a terminal, the training split updates a bar, which shows "compiling" until the first write;
+    other splits are printed as lines above it. Otherwise, a line of the training split is printed
+    at the first write, then at most every ten seconds, and at the last step.
     """
 
     def __init__(self, steps: int | None = None, start: int = 0, console: Console | None = None):
@@ -55,7 +55,7 @@ class Progress:
         )
 
     def close(self, failed: bool = False) -> None:
-        """Leave the bar as it stands and give the terminal back."""
+        """Stop the bar, leaving its last state on the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -66,7 +66,7 @@ class Progress:
 
 
 class _Clock:
-    """Time left, by the pace since the first write: what came before it was compilation."""
+    """Remaining time, from the pace since the first write, so that compilation does not count."""
 
     def __init__(self, steps: int | None):
         self._steps = steps
@@ -103,7 +103,7 @@ def _bar(console: Console, steps: int | None, start: int) -> Bar:
 
 
 def _numbers(metrics: Mapping[str, float], others: int) -> list[str]:
-    """The loss and the speed, and the first few other metrics; three where there is neither."""
+    """Format loss, speed and the first `others` other metrics; three without loss and speed."""
     known = {"loss": lambda x: f"loss {x:.4f}", "tokens_per_second": lambda x: f"{_short(x):>6} tokens/s"}
     main = [form(metrics[name]) for name, form in known.items() if name in metrics]
     rest = [f"{name} {value:.4g}" for name, value in metrics.items() if name not in known]

@@ -1,4 +1,4 @@
-"""An experiment made ready to run: its model, optimizer and compiled steps on a mesh."""
+"""`Session`: the model, optimizer and compiled steps of an experiment on a mesh."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ from attnlab.train.step import (
 
 @dataclass(frozen=True)
 class Session:
-    """One experiment on one mesh, with nothing trained yet.
+    """An experiment on a device mesh. It holds no arrays; the training state is passed around.
 
     Attributes:
-      experiment: what to run.
-      mesh: where to run it.
-      tokenizer: how its text becomes tokens.
+      experiment: the experiment config.
+      mesh: the device mesh.
+      tokenizer: the tokenizer, whose vocabulary size the model gets.
     """
 
     experiment: Experiment
@@ -50,21 +50,22 @@ class Session:
             "data.batch_size": ("batch", e.data.batch_size // e.train.microbatches),
         }
         sharding.check_divisible(dict(self.mesh.shape), dimensions)
-        model_reads, data_gives = _source_words(e.model.source_shape), _source_words(e.data.source_shape)
-        if model_reads != data_gives:
+        model_source, data_source = _source_name(e.model.source_shape), _source_name(e.data.source_shape)
+        if model_source != data_source:
             model, data = short_name(type(e.model)), short_name(type(e.data))
             raise InputError(
-                f"the {model} reads {model_reads} beside tokens, and {data} gives {data_gives}: change one"
+                f"model={model} takes {model_source} in addition to tokens, but data={data} provides "
+                f"{data_source}: change one"
             )
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model for the tokenizer's vocabulary."""
+        """The Flax module, built for the tokenizer's vocabulary."""
         return self.experiment.model.build(self.tokenizer.vocab_size)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """The optimizer, its rules checked against the parameters' names."""
+        """The Optax transformation, with rules checked against the parameter names."""
         e = self.experiment
         with jax.set_mesh(self.mesh):
             params, frozen = jax.eval_shape(lambda: init_trainable(self.model, e))
@@ -74,7 +75,7 @@ class Session:
 
     @cached_property
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state."""
+        """Shapes, dtypes and shardings of the training state."""
         optimizer = self.optimizer
         return self._abstract(lambda: init_state(self.model, self.experiment, optimizer))
 
@@ -88,17 +89,18 @@ class Session:
             shapes = jax.eval_shape(function)
 
         def with_sharding(x):
-            # A constant such as an optimizer's count says nothing of where it lies, which is everywhere.
+            # A constant, such as the step count of an optimizer, has no sharding and is replicated.
             where = sharding.named_sharding(self.mesh, x.sharding.spec if x.sharding else P())
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
         return jax.tree.map(with_sharding, shapes)
 
     def new_state(self, params: Any = None) -> TrainState:
-        """The state before the first step, each array made where it is to lie.
+        """Return the state before the first step, with each array created on its own devices.
 
         Args:
-          params: the model's, to start from, which are used up; None draws them by the seed.
+          params: initial parameters of the model, which are donated. None initializes them from the
+            experiment's seed.
         """
         optimizer = self.optimizer
         init = jax.jit(
@@ -107,19 +109,19 @@ class Session:
         return self._on_mesh(init)(params)
 
     def new_params(self) -> Any:
-        """The model's parameters of this seed."""
+        """Return the model's parameters, initialized from the experiment's seed."""
         return self._on_mesh(jax.jit(lambda: init_params(self.model, self.experiment)))()
 
     @cached_property
     def train_step(self):
-        """The compiled training step; the state it is given is used up."""
+        """The jitted training step, (state, batch) -> (state, metrics), which donates the state."""
         step = make_train_step(self.model, self.experiment, self.optimizer)
-        donated = () if jax.config.jax_debug_nans else (0,)  # the search for a NaN runs the step again
+        donated = () if jax.config.jax_debug_nans else (0,)  # jax_debug_nans reruns the step
         return self._on_mesh(jax.jit(step, donate_argnums=donated))
 
     @cached_property
     def eval_step(self):
-        """The compiled evaluation step."""
+        """The jitted evaluation step, (params, batch) -> sums over tokens."""
         return self._on_mesh(jax.jit(make_eval_step(self.model)))
 
     def _on_mesh(self, function):
@@ -130,7 +132,7 @@ class Session:
         return call
 
     def compile_train_step(self) -> jax.stages.Compiled:
-        """The training step compiled for this mesh, whose devices need not be here."""
+        """Compile the training step ahead of time; the mesh's devices need not be available."""
         step = make_train_step(self.model, self.experiment, self.optimizer)
         state, batch = self.abstract_state, self.abstract_batch
         with jax.set_mesh(self.mesh):
@@ -149,13 +151,13 @@ class Session:
         return sharding.named_sharding(self.mesh, P(sharding.spec("batch")[0], *(None,) * (ndim - 1)))
 
     def to_devices(self, batch: Batch) -> Batch:
-        """A host's part of a batch, laid out over the mesh."""
+        """Return this host's part of a batch as global arrays, sharded over the mesh."""
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self._batch_sharding(x.ndim), x), batch
         )
 
     def eval_params(self, state: TrainState) -> Any:
-        """The model's parameters to evaluate: of averages where the run keeps them, adapters added in."""
+        """Return the model's parameters to evaluate: the EMA if enabled, with adapters merged."""
         trained = state.ema
         if trained is None:
             with jax.set_mesh(self.mesh):
@@ -167,23 +169,25 @@ class Session:
         return self._on_mesh(jax.jit(partial(merged_params, self.experiment)))
 
     def evaluate(self, params: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss in nats a token, accuracy and bits per byte over these batches.
+        """Return the loss in nats per token, accuracy and bits per byte over `batches`.
+
+        Bits per byte is absent if the targets are not text.
 
         Raises:
-          InputError: no batch has a token to predict.
+          InputError: the batches contain no target token.
         """
         sums: dict[str, float] = {}
         for batch in batches:
             for name, value in jax.device_get(self.eval_step(params, self.to_devices(batch))).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         if not sums.get("tokens"):
-            raise InputError("nothing to evaluate: the split has no token to predict")
+            raise InputError("cannot evaluate: the split contains no target token")
         metrics = {"loss": sums["nats"] / sums["tokens"], "accuracy": sums["correct"] / sums["tokens"]}
         if sums["bytes"]:
             metrics["bits_per_byte"] = sums["nats"] / np.log(2) / sums["bytes"]
         return metrics
 
 
-def _source_words(source_shape: tuple[int, ...] | None) -> str:
-    words = {None: "nothing", "text": "texts", "audio": "sounds", "image": "images"}
-    return words[source_kind(source_shape)]
+def _source_name(source_shape: tuple[int, ...] | None) -> str:
+    names = {None: "no source", "text": "text", "audio": "audio", "image": "images"}
+    return names[source_kind(source_shape)]

@@ -1,4 +1,4 @@
-"""One training step: (state, batch) -> (state, metrics), a pure function."""
+"""The training step, a pure function (state, batch) -> (state, metrics)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ StepMetrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossHistory:
-    """Running mean and variance of the loss, and how many steps they are of."""
+    """Running mean and variance of the loss, and the number of steps they cover."""
 
     mean: Array
     variance: Array
@@ -34,16 +34,16 @@ class LossHistory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and all that a checkpoint of the model holds.
+    """The training state, which a checkpoint saves completely.
 
     Attributes:
-      step: steps done.
-      params: nested dict of the parameters that are trained.
-      opt_state: the optimizer's own.
-      ema: averages of these, or None.
-      history: of the loss, to tell a spike by, or None.
-      rng: raw key data; each step folds its number in.
-      frozen: nested dict of the parameters that stay, or None.
+      step: number of steps done.
+      params: nested dict of the trained parameters.
+      opt_state: optimizer state.
+      ema: exponential moving average of `params`, or None.
+      history: loss statistics for the detection of spikes, or None.
+      rng: raw PRNG key data; each step folds in its step number.
+      frozen: nested dict of the frozen parameters, or None.
     """
 
     step: Array
@@ -56,26 +56,29 @@ class TrainState:
 
 
 def init_params(model: nn.Module, experiment: Experiment):
-    """The model's parameters that a run of this seed starts from, laid out over the mesh."""
+    """Initialize the model's parameters from the experiment's seed, sharded over the mesh."""
     batch = batch_from_spec(experiment.data.element_spec(), sharding.batch_zeros)
     return model.init(_keys(experiment)[0], **batch.inputs)["params"]
 
 
 def init_trainable(model: nn.Module, experiment: Experiment, params: Any = None) -> tuple[Any, Any]:
-    """The trained and the frozen parameters, of these or of the seed's; see `partition_trainable`."""
+    """Partition `params`, or new parameters if None, into trained and frozen ones.
+
+    See `partition_trainable`.
+    """
     params = init_params(model, experiment) if params is None else params
     return partition_trainable(experiment, params, jax.random.fold_in(_keys(experiment)[0], 0))
 
 
 def _keys(experiment: Experiment):
-    """The keys of the parameters, and of the steps."""
+    """Return the PRNG keys of parameter initialization and of the training steps."""
     return jax.random.split(jax.random.key(experiment.seed))
 
 
 def init_state(
     model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation, params: Any = None
 ) -> TrainState:
-    """The state before the first step, of these parameters of the model or those of the seed."""
+    """Return the state before the first step, with `params` or, if None, new parameters."""
     params, frozen = init_trainable(model, experiment, params)
     train = experiment.train
     zero = jnp.zeros((), jnp.float32)
@@ -93,10 +96,11 @@ def init_state(
 def make_train_step(
     model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The training step of an experiment; `jax.jit` it with the state donated.
+    """Return the training step of an experiment, to be jitted with the state donated.
 
-    The gradient is that of the mean over the whole batch's weighted tokens, however many microbatches it
-    is added up from. An update whose loss or gradient is not finite, or whose loss is a spike, is skipped.
+    The gradient is that of the weighted mean loss over the tokens of the whole batch, for any
+    number of microbatches. An update is skipped if its loss or gradient is not finite, or if its
+    loss is a spike.
     """
     train, clip = experiment.train, experiment.optimizer.clip_norm
 
@@ -117,7 +121,7 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
-                # The first steps average over all there is: decay min(ema, (1 + t) / (10 + t)).
+                # A smaller decay in the first steps: min(ema, (1 + t) / (10 + t)).
                 decay = jnp.minimum(train.ema or 0.0, (1 + state.step) / (10 + state.step))
                 ema = jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
             new = dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
@@ -145,7 +149,7 @@ def make_train_step(
 
 
 def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], StepMetrics]:
-    """Sums over a batch's tokens, to be added over batches: nats, correct, tokens, bytes."""
+    """Return the evaluation step, which sums nats, correct predictions, tokens and bytes."""
 
     def eval_step(params, batch: Batch) -> StepMetrics:
         terms, _ = _loss_terms(model, params, batch, None)
@@ -155,7 +159,7 @@ def make_eval_step(model: nn.Module) -> Callable[[Any, Batch], StepMetrics]:
 
 
 def _gradients(model, experiment: Experiment, state: TrainState, batch: Batch, key):
-    """Gradient of the batch's mean loss, its sums, and what layers add, over one or more microbatches."""
+    """Accumulate over microbatches: gradient of the mean loss, token sums, and losses of layers."""
     params = state.params
     counts = _counts(batch)
     count = experiment.train.microbatches
@@ -173,7 +177,8 @@ def _gradients(model, experiment: Experiment, state: TrainState, batch: Batch, k
         grads, (sums, layer_losses) = gradient(params, batch, key)
         return grads, sums | counts, layer_losses
 
-    # Rows i, i + count, i + 2 count, ... make a microbatch, so that each stays spread over all devices.
+    # Microbatch i has rows i, i + count, i + 2 count, ..., so that it stays sharded over all
+    # devices.
     pieces = jax.tree.map(lambda x: jnp.moveaxis(_to_microbatches(x, count), 1, 0), batch)
 
     def add(carry, piece):
@@ -195,7 +200,7 @@ def _to_microbatches(x: Array, count: int) -> Array:
 
 
 def _loss_terms(model, params, batch: Batch, dropout_key):
-    """Statistics of the batch's tokens, and the losses that layers sow: by name, added over layers."""
+    """Return the `LossTerms` of a batch and the sown losses, by name and summed over layers."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     terms, sown = model.apply(
         {"params": params},
@@ -208,7 +213,7 @@ def _loss_terms(model, params, batch: Batch, dropout_key):
     )
     layer_losses: StepMetrics = {}
     for path, value in jax.tree_util.tree_leaves_with_path(sown.get("losses", {})):
-        name = path[-2].key  # the last is a place in a tuple, which Flax makes of what is sown
+        name = path[-2].key  # path[-1] indexes the tuple in which Flax collects sown values
         layer_losses[name] = layer_losses.get(name, 0.0) + value.sum()
     return terms, layer_losses
 
@@ -230,13 +235,13 @@ def _tree_norm(tree) -> Array:
 
 
 def _detect_spike(config: SpikeSkip | None, history: LossHistory | None, loss: Array, finite: Array):
-    """Whether this loss is a spike, and the history with it in it, unless it is one."""
+    """Return whether the loss is a spike, and the history, updated unless spike or not finite."""
     if config is None or history is None:
         return jnp.zeros((), bool), history
     deviation = jnp.sqrt(history.variance)
     is_full = history.count >= config.window
     spike = is_full & (loss > history.mean + config.sigmas * deviation)
-    rate = jnp.maximum(1 / config.window, 1 / (history.count + 1))  # a plain mean until the window is full
+    rate = jnp.maximum(1 / config.window, 1 / (history.count + 1))  # plain mean until the window is full
     difference = loss - history.mean
     new = LossHistory(
         history.mean + rate * difference,

@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow as sinks. A run that goes on is the same run there, not a new one."""
+"""Weights & Biases and MLflow as metric sinks. A resumed run continues the same tracker run."""
 
 import importlib
 import json
@@ -17,23 +17,26 @@ IDS = "trackers.json"
 
 
 def open_tracker(name: str, workdir: epath.Path, config: Mapping[str, Any]) -> "WandB | MLflow":
-    """The tracker called "wandb" or "mlflow", going on with the run that `workdir` has there.
+    """Return the tracker "wandb" or "mlflow", resuming the tracker run recorded in `workdir`.
 
-    Raises InputError for another name, or where its package is not installed.
+    Raises:
+      InputError: the name is unknown, or its package is not installed.
     """
-    kinds: dict[str, type[WandB] | type[MLflow]] = {"wandb": WandB, "mlflow": MLflow}
-    if name not in kinds:
-        raise InputError(f"no tracker {name!r}; there are {', '.join(kinds)}")
+    trackers: dict[str, type[WandB] | type[MLflow]] = {"wandb": WandB, "mlflow": MLflow}
+    if name not in trackers:
+        raise InputError(f"unknown tracker {name!r}: expected one of {', '.join(trackers)}")
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"--tracker={name} needs a package that is not here: pip install {name}") from error
+        raise InputError(
+            f"--tracker={name} requires the package {name}, which is not installed: pip install {name}"
+        ) from error
     plain = {k: v if isinstance(v, bool | int | float | str) else render(v) for k, v in config.items()}
-    return kinds[name](module, workdir, plain)
+    return trackers[name](module, workdir, plain)
 
 
 class WandB:
-    """Weights & Biases, in the project of $WANDB_PROJECT or "attnlab"."""
+    """Weights & Biases, in the project $WANDB_PROJECT or "attnlab"."""
 
     def __init__(self, wandb: Any, workdir: epath.Path, config: Mapping[str, Any]):
         saved = _saved_id(workdir, "wandb")
@@ -45,13 +48,13 @@ class WandB:
             resume="allow",
             config=dict(config),
         )
-        # Its own step may only grow, and would refuse what a resumed run repeats.
+        # W&B's built-in step must increase, but a resumed run repeats steps.
         self._run.define_metric("*", step_metric="step")
         if saved is None:
             _save_id(workdir, "wandb", identity)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Log the metrics as `split/metric`, with the step beside them."""
+        """Log the metrics as `split/metric`, with the step as its own metric."""
         self._run.log({"step": step} | {f"{split}/{name}": value for name, value in metrics.items()})
 
     def close(self, failed: bool = False) -> None:
@@ -60,17 +63,17 @@ class WandB:
 
 
 class MLflow:
-    """MLflow, in the experiment of $MLFLOW_EXPERIMENT_NAME or "attnlab"."""
+    """MLflow, in the experiment $MLFLOW_EXPERIMENT_NAME or "attnlab"."""
 
     def __init__(self, mlflow: Any, workdir: epath.Path, config: Mapping[str, Any]):
         self._mlflow = mlflow
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "attnlab"))
         if saved := _saved_id(workdir, "mlflow"):
             mlflow.start_run(run_id=saved)
-            return  # its parameters are set, and MLflow refuses to change one
+            return  # parameters of an MLflow run cannot be changed once logged
         run = mlflow.start_run(run_name=workdir.name)
         items = list(config.items())
-        for start in range(0, len(items), 100):  # the most that one call takes
+        for start in range(0, len(items), 100):  # MLflow's limit per call
             mlflow.log_params(dict(items[start : start + 100]))
         _save_id(workdir, "mlflow", run.info.run_id)
 

@@ -65,7 +65,7 @@ def test_keeps_the_latest_and_the_best(tmp_path):
         assert reader.restore(like, "best").step == 2
         assert reader.restore(like, "latest").step == 6
         assert reader.restore(like, "5").step == 5
-        with pytest.raises(InputError, match="there are latest, best, 2, 5, 6"):
+        with pytest.raises(InputError, match="expected one of latest, best, 2, 5, 6"):
             reader.restore(like, "4")
 
 

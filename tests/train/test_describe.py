@@ -41,7 +41,7 @@ def test_describe_names_every_parameter_with_its_place():
     made = session(experiment(), "fsdp:4,tensor:2")
     text = describe(made)
     sections = dict(part.split("\n", 1) for part in text.split("\n\n"))
-    assert list(sections) == ["mesh", "parameters", "FLOPs a token", "bytes a device", "batch"]
+    assert list(sections) == ["mesh", "parameters", "FLOPs per token", "bytes per device", "batch"]
     assert "fsdp:4,tensor:2" in sections["mesh"]
     lines = sections["parameters"].splitlines()
     assert len(lines) == len(jax.tree.leaves(made.abstract_state.params)) + 1
@@ -51,8 +51,8 @@ def test_describe_names_every_parameter_with_its_place():
     count = sum(x.size for x in jax.tree.leaves(made.abstract_state.params))
     assert lines[-1].split()[-1] == f"{count:,}"
     counted = made.experiment.model.token_flops(257, 16)
-    assert f"{counted.training:,.0f}" in sections["FLOPs a token"]
-    assert re.search(r"activations and temporaries +[\d.,]+ [KM]iB", sections["bytes a device"])
+    assert f"{counted.training:,.0f}" in sections["FLOPs per token"]
+    assert re.search(r"activations and temporaries +[\d.,]+ [KM]iB", sections["bytes per device"])
     assert "(8, 16)" in sections["batch"]
 
 

@@ -172,7 +172,7 @@ def test_sigterm_saves_without_evaluating(made):
 def test_a_trace_is_written_also_where_the_run_ends_within_it(made, tmp_path, steps, stop, told):
     said = []
     train(made, Limits(profile=steps, max_steps=stop), log=said.append, profile_dir=str(tmp_path))
-    assert said == ["compiling the training step", f"a trace of steps {told} is in {tmp_path}"]
+    assert said == ["compiling the training step", f"wrote a profiler trace of steps {told} to {tmp_path}"]
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 

@@ -168,11 +168,11 @@ def test_a_rate_of_nothing_freezes_and_costs_no_moments():
 def test_refusals(refuses):
     with refuses("lora.rule: 'nothing' matches no parameter; names are like embedding/table"):
         session(tuned(LoRA(rule="nothing"))).optimizer  # noqa: B018
-    with refuses("lora.rule: 'norm' matches", "which is no matrix"):
+    with refuses("lora.rule: 'norm' matches", "which is not a matrix"):
         session(tuned(LoRA(rule="norm"))).optimizer  # noqa: B018
     with refuses("lora.full: 'nothing' matches no parameter"):
         session(tuned(LoRA(full="nothing"))).optimizer  # noqa: B018
-    with refuses("lora.rule: '(' is no regular expression"):
+    with refuses("lora.rule: '(' is not a regular expression"):
         LoRA(rule="(")
     with pytest.raises(ValueError, match="rank"):
         LoRA(rank=0)

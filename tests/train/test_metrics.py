@@ -264,7 +264,7 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
         MetricWriters(tmp_path, trackers=["wandb"], primary=True)
-    with pytest.raises(InputError, match="no tracker 'sacred'; there are wandb, mlflow"):
+    with pytest.raises(InputError, match="unknown tracker 'sacred': expected one of wandb, mlflow"):
         MetricWriters(tmp_path, trackers=["sacred"], primary=True)
     assert list(tmp_path.iterdir()) == []
 

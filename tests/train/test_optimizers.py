@@ -121,7 +121,7 @@ def test_rules_that_match_nothing_are_refused():
         InputError, match="'nothing' matches no parameter; names are like layers/up/bias, norm/scale"
     ):
         updates(AdamW(rules=(Rule("nothing"),)))
-    with pytest.raises(InputError, match="'\\(' is no regular expression"):
+    with pytest.raises(InputError, match="'\\(' is not a regular expression"):
         updates(AdamW(rules=(Rule("("),)))
     updates(AdamW(rules=()), rules=(Rule("nothing"),))  # the model's own rules may
 
