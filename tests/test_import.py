@@ -229,7 +229,7 @@ def test_a_model_that_no_family_has(place, tmp_path, capfd):
         (["--mode=train", "--output_dir=x"], "--output_dir means nothing with --mode=train"),
         ([FINE], "which checkpoint? Say with --config.init"),
         ([FINE, "--config.init={llama}", "--config.model.vocab_size=9"], "model.vocab_size=9 is less than"),
-        ([FINE, "--config.init={llama}", "--config.model.width=32"], "misshapen"),
+        ([FINE, "--config.init={llama}", "--config.model.width=32"], "wrong shape"),
     ],
 )
 def test_what_is_refused(place, tmp_path, monkeypatch, capfd, arguments, said):

@@ -1,7 +1,7 @@
-"""Checkpoints that people have, in and out: Hugging Face's layout of a folder.
+"""Import and export of checkpoints in Hugging Face's format.
 
-`load` gives a model, its parameters and its tokenizer; `run.py --mode=import` and `--mode=export` are the
-same for runs.
+`load` returns a model, its parameters and its tokenizer. `run.py --mode=import` and `--mode=export`
+do the same for runs.
 """
 
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from attnlab.pretrained.repository import resolve
 
 
 class Pretrained(NamedTuple):
-    """A checkpoint in hand.
+    """A loaded checkpoint.
 
     Attributes:
-      model: the module.
-      params: its parameters.
-      tokenizer: None where the checkpoint has none.
+      model: the Flax module.
+      params: the parameters of `model`.
+      tokenizer: the tokenizer, or None if the checkpoint has none.
     """
 
     model: nn.Module
@@ -31,7 +31,7 @@ class Pretrained(NamedTuple):
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """The config of the model."""
         return self.model.config
 
 
@@ -41,18 +41,19 @@ def load(
     dtypes: Dtypes = Dtypes(),  # noqa: B008 - frozen
     unrolled: bool = False,
 ) -> Pretrained:
-    """A checkpoint's model, read tensor by tensor straight to where it is to lie.
+    """Load a checkpoint, one tensor at a time, directly onto its devices.
 
     Args:
-      name: a folder, or an id of the Hugging Face hub.
-      mesh: where to put the parameters, to be used under `jax.set_mesh`; None is one device, and no mesh.
-      dtypes: number formats of parameters, computation and logits.
-      unrolled: keep each layer's parameters by themselves, to generate faster on a CPU; see
-        `ModelConfig.unrolled`.
+      name: a folder, or a Hugging Face hub id.
+      mesh: shards the parameters over this mesh; use the model under `jax.set_mesh(mesh)`. None
+        puts all parameters on one device.
+      dtypes: dtypes of parameters, computation and logits.
+      unrolled: store the parameters of each layer separately instead of stacked, which makes
+        generation on a CPU faster; see `ModelConfig.unrolled`.
 
     Raises:
-      InputError: no such checkpoint, a model or a setting that there is nothing here for, no safetensors, or
-        tensors that do not fit the config, all by name.
+      InputError: the checkpoint does not exist, its model type or a config field is not supported,
+        it has no safetensors, or its tensors do not match the config (all are listed).
     """
     folder = resolve(name)
     family, config = import_export.read_config(folder)

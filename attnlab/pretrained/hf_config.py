@@ -1,4 +1,4 @@
-"""What a checkpoint's `config.json` says, in this project's words."""
+"""Typed access to the fields of a checkpoint's `config.json`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +19,7 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 
-
-# What a checkpoint says of all texts that it writes.
+# Fields of `generation_config.json` that constrain every generated text.
 GENERATION_FIELDS = (
     "forced_bos_token_id",
     "forced_eos_token_id",
@@ -32,11 +31,11 @@ HF_ACTIVATION_NAMES = {param: hf_name for hf_name, param in reversed(ACTIVATIONS
 
 
 class HFConfig(Mapping):
-    """The fields of a `config.json`, and the few that families share in our words.
+    """The fields of a `config.json`, with conversions that several families share.
 
     Args:
-      fields: as read.
-      where: the file, for messages.
+      fields: the parsed JSON object.
+      where: the file name for error messages.
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str):
@@ -58,37 +57,38 @@ class HFConfig(Mapping):
         return len(self._fields)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field, or the default where it is absent or null."""
+        """Return a field, or the default if it is absent or null."""
         value = self._fields.get(name)
         return default if value is None else value
 
     def part(self, name: str, defaults: Mapping[str, Any] | None = None, **changes: Any) -> "HFConfig":
-        """The fields of a model within this one.
+        """Return the nested config of a submodel, such as `text_config`.
 
         Args:
-          name: of the field that has them.
-          defaults: what those are that it does not name.
-          **changes: what some are, whatever it says.
+          name: the field with the nested config.
+          defaults: values of fields that the nested config omits.
+          **changes: values that override those of the nested config.
         """
         return HFConfig({**(defaults or {}), **self[name], **changes}, f"{self._where}: {name}")
 
     def require(self, name: str, *allowed: Any) -> None:
-        """Refuses a field that is there with a value that the family's model here cannot have.
+        """Check that a field is absent or has one of the supported values.
 
         Raises:
-          InputError: naming the field and the values that would do.
+          InputError: the value is not supported; the message lists the allowed values.
         """
         if name in self._fields and self._fields[name] not in allowed:
-            would_do = " or ".join(map(repr, allowed))
+            supported = " or ".join(map(repr, allowed))
             raise InputError(
-                f"{self._where}: {name}={self._fields[name]!r} is not supported; it may be {would_do}"
+                f"{self._where}: {name}={self._fields[name]!r} is not supported; it may be {supported}"
             )
 
     def generation_defaults(self, decoder_start_token_id: int | None = None) -> GenerationDefaults:
-        """Return what generated text begins with, ends with and avoids.
+        """Return the token constraints of generation: forced, suppressed and end tokens.
 
         Raises:
-          InputError: `bad_words_ids` of several tokens, or a forced last token other than the end token.
+          InputError: `bad_words_ids` with a sequence of several tokens, or a forced last token
+            other than the end token.
         """
         end, words = self.get("eos_token_id"), self.get("bad_words_ids", ())
         ends = end if isinstance(end, list) else [end]
@@ -105,15 +105,15 @@ class HFConfig(Mapping):
         )
 
     def activation(self, *names: str) -> Any:
-        """The activation under the first of these names that is there."""
+        """Return the activation named by the first of these fields that is present."""
         name = next((name for name in names if name in self._fields), names[0])
         if self[name] not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise InputError(f"{self._where}: {name}={self[name]!r} is not supported; there are {known}")
+            raise InputError(f"{self._where}: {name}={self[name]!r} is not supported; supported: {known}")
         return ACTIVATIONS[self[name]]
 
     def pattern(self, *default: str) -> tuple[LayerSpec, ...]:
-        """The kinds of a decoder's layers: `layer_types`, or the default."""
+        """Return a decoder's layer specs from `layer_types`, or from the default types."""
         sliding: LayerSpec = Causal()
         if self.get("sliding_window") is not None:
             name = "sliding_attention"
@@ -121,23 +121,31 @@ class HFConfig(Mapping):
             sliding = Sliding(self["sliding_window"], positions=self.rotary(name) if own else None)
         return self.layer_specs({"full_attention": Causal(), "sliding_attention": sliding}, *default)
 
-    def layer_specs(self, of_types: Mapping[str, LayerSpec], *default: str) -> tuple[LayerSpec, ...]:
-        """The kinds of layers, as few as repeat: of `layer_types`, or of the default."""
-        types = tuple(self.get("layer_types") or default)
-        for name in types:
-            if name not in of_types:
-                raise InputError(f"{self._where}: layer_types has {name!r}, which is not supported")
-        kinds = tuple(of_types[name] for name in types)
-        lengths = range(1, len(kinds) + 1)
-        shortest = next(n for n in lengths if all(k == kinds[i % n] for i, k in enumerate(kinds)))
-        return kinds[:shortest]
-
-    def rotary(self, layer_type: str = "full_attention", theta: float = 10_000.0) -> Rotary:
-        """Rotary positions of layers of this type: `rope_parameters`, or the older `rope_theta` and its kin.
+    def layer_specs(self, spec_of_type: Mapping[str, LayerSpec], *default: str) -> tuple[LayerSpec, ...]:
+        """Return the shortest repeating pattern of layer specs.
 
         Args:
-          layer_type: where types differ in their positions.
-          theta: where the config names none.
+          spec_of_type: the layer spec of each name that may occur in `layer_types`.
+          *default: the types of all layers if the config has no `layer_types`.
+        """
+        types = tuple(self.get("layer_types") or default)
+        for name in types:
+            if name not in spec_of_type:
+                raise InputError(f"{self._where}: layer_types has {name!r}, which is not supported")
+        specs = tuple(spec_of_type[name] for name in types)
+        lengths = range(1, len(specs) + 1)
+        shortest = next(n for n in lengths if all(s == specs[i % n] for i, s in enumerate(specs)))
+        return specs[:shortest]
+
+    def rotary(self, layer_type: str = "full_attention", theta: float = 10_000.0) -> Rotary:
+        """Return the rotary embedding of a layer type.
+
+        Reads `rope_parameters`, or the fields of older configs (`rope_theta`, `rope_scaling`,
+        `rope_local_base_freq`).
+
+        Args:
+          layer_type: selects the parameters in configs where layer types differ.
+          theta: the base frequency if the config has none.
         """
         rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
         rope = rope.get(layer_type) or rope
@@ -166,8 +174,8 @@ class HFConfig(Mapping):
             short, long = (tuple(map(float, rope[name])) for name in ("short_factor", "long_factor"))
             return positions.LongRoPE(short, long, original, factor or length / original)
         raise InputError(
-            f"{self._where}: rope_type={kind!r} is not supported; there are default, linear, dynamic, "
-            "llama3, yarn and longrope"
+            f"{self._where}: rope_type={kind!r} is not supported; supported: default, linear, dynamic, "
+            "llama3, yarn, longrope"
         )
 
     def _yarn(self, rope: Mapping[str, Any], factor: float, original: int) -> positions.YaRN:

@@ -1,4 +1,4 @@
-"""A checkpoint of the Hugging Face layout as a model here, and a model here as such a checkpoint."""
+"""Conversion between Hugging Face checkpoints and this library's models."""
 
 import contextlib
 import dataclasses
@@ -35,12 +35,12 @@ from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
 class FromScratch(NamedTuple):
-    """What a model that was made here was trained with.
+    """The files to export with a model that was trained from scratch.
 
     Attributes:
-      tokenizer: of the run.
-      length: of its context, tokens.
-      preprocessor: how its sources are prepared, as of `Data.preprocessor`.
+      tokenizer: the tokenizer of the run.
+      length: the context length, in tokens.
+      preprocessor: the settings of its images or audio, in the format of `Data.preprocessor`.
     """
 
     tokenizer: Tokenizer
@@ -52,15 +52,15 @@ Origin: TypeAlias = epath.Path | FromScratch
 
 
 def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
-    """The family and the config of the model in a folder.
+    """Return the family and the model config of a checkpoint folder.
 
     Raises:
-      InputError: a model_type or a setting that there is nothing here for.
+      InputError: an unknown `model_type`, or an unsupported value of a field.
     """
     fields = repository.read_json(folder / repository.CONFIG_FILE) | _read_generation_config(folder)
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
-        known = f"{did_you_mean(str(model_type), FAMILIES)} There are {', '.join(sorted(FAMILIES))}"
+        known = f"{did_you_mean(str(model_type), FAMILIES)} Supported: {', '.join(sorted(FAMILIES))}"
         raise InputError(f"{folder / repository.CONFIG_FILE}: no model_type {model_type!r}{known}")
     hf_config = HFConfig(fields, str(folder / repository.CONFIG_FILE))
     try:
@@ -68,14 +68,16 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
         return FAMILIES[model_type].for_config(config), config
     except InputError:
         raise
-    except ValueError as error:  # of a config's own checks
+    except ValueError as error:  # raised by the config class
         raise InputError(f"{folder / repository.CONFIG_FILE}: {error}") from error
 
 
 def _read_generation_config(folder: epath.Path) -> dict[str, Any]:
-    """How a model's texts are written, which newer checkpoints keep apart from their config.
+    """Return the generation fields of `generation_config.json`, or {} without such a file.
 
-    Where there is such a file, it alone has the rules; what begins a text the config may say just as well.
+    Newer checkpoints store these fields there and not in `config.json`. If the file exists, its
+    `GENERATION_FIELDS` replace all of those in `config.json`, even absent ones.
+    `decoder_start_token_id` may be in either file.
     """
     file = folder / repository.GENERATION_CONFIG_FILE
     if not file.exists():
@@ -86,15 +88,16 @@ def _read_generation_config(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
-    """The parameters in a folder, each made where it is to lie.
+    """Load the parameters of a checkpoint folder with the given shardings.
 
     Args:
-      folder: of the checkpoint.
-      family: whose table of names to use.
+      folder: the checkpoint.
+      family: the family with the tensor names.
       abstract: shapes, dtypes and shardings of the model's parameters.
 
     Raises:
-      InputError: files that cannot be read, or tensors that do not fit the config: all of them, by name.
+      InputError: files that cannot be read, or tensors that do not match the config; the message
+        lists all of them.
     """
     reader = repository.SafetensorsReader(folder)
     shapes = reader.shapes()
@@ -110,7 +113,7 @@ def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
 
 
 def _with_checkpoint_name(mapping: TensorMapping, family: Family, names: Collection[str]) -> TensorMapping:
-    """Rename a tensor as a checkpoint without a head, or an older one, names it."""
+    """Adapt a mapping to the tensor names of a checkpoint without a head or of an older version."""
     hf_name = mapping.hf_name
     if not any(name.startswith(family.prefix) for name in names):
         hf_name = hf_name.removeprefix(family.prefix)
@@ -121,7 +124,7 @@ def _with_checkpoint_name(mapping: TensorMapping, family: Family, names: Collect
 
 
 def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
-    """The tokenizer in a folder, with its chat template; None where there is no file of one.
+    """Return the tokenizer of a folder with its chat template, or None without tokenizer files.
 
     Raises:
       InputError: files that cannot be read.
@@ -150,14 +153,14 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
 
 
 def _eos_by_id(folder: epath.Path, backend: tokenizers.Tokenizer) -> str | None:
-    """The token that ends a text where only the model's config tells, by its number."""
-    number = repository.read_json(folder / repository.CONFIG_FILE).get("eos_token_id")
-    number = number[0] if isinstance(number, list) else number
-    return None if number is None else backend.id_to_token(number)
+    """Return the end-of-text token from `eos_token_id` of the model's config."""
+    eos_id = repository.read_json(folder / repository.CONFIG_FILE).get("eos_token_id")
+    eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
+    return None if eos_id is None else backend.id_to_token(eos_id)
 
 
 def copy_non_tensor_files(source: epath.Path, target: epath.Path) -> None:
-    """Copies all of a checkpoint but its tensors: its config, and its tokenizer's and processors' files."""
+    """Copy the config, tokenizer and preprocessor files of a checkpoint, without its tensors."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if (
@@ -165,52 +168,52 @@ def copy_non_tensor_files(source: epath.Path, target: epath.Path) -> None:
             and file.name != repository.INDEX_FILE
         ):
             file.copy(target / file.name, overwrite=True)
-    for file in source.glob(f"*_*/{repository.CONFIG_FILE}"):  # of the parts of a sentence encoder
+    for file in source.glob(f"*_*/{repository.CONFIG_FILE}"):  # modules of a sentence encoder
         (target / file.parent.name).mkdir(exist_ok=True)
         file.copy(target / file.parent.name / file.name, overwrite=True)
 
 
 def hf_config_fields(config: ModelConfig, length: int) -> dict[str, Any]:
-    """The fields of a `config.json` that say what a model is, of the first family that can say all of it.
+    """Return the `config.json` of the first family that can express a model.
+
+    A family can express a model if importing the fields gives an equivalent config.
 
     Args:
-      config: of the model, its `vocab_size` set.
-      length: of the context, tokens.
+      config: the model config, with `vocab_size` set.
+      length: the context length, in tokens.
 
     Raises:
-      InputError: no family that has such a model.
+      InputError: no family can express the model; the message lists the fields that differ from the
+        closest family.
     """
     tried: list[tuple[bool, int, str, list[str]]] = []
-    for kind, family in FAMILIES.items():
+    for model_type, family in FAMILIES.items():
         if family.fields is None or type(config) is not family.config_class:
             continue
-        named = {"model_type": kind, "architectures": [family.architecture_of(config)]}
+        named = {"model_type": model_type, "architectures": [family.architecture_of(config)]}
         fields = named | family.fields(config, length)
         try:
-            changed = _config_differences(config, family.config(HFConfig(fields, kind)))
-        except ValueError as error:  # what the family needs to be told besides, or cannot be told
-            tried.append((True, 1, kind, [str(error)]))
+            changed = _config_differences(config, family.config(HFConfig(fields, model_type)))
+        except ValueError as error:  # a required field is missing, or a value is not supported
+            tried.append((True, 1, model_type, [str(error)]))
             continue
         if not changed:
             return fields
-        tried.append((False, len(changed), kind, changed))
+        tried.append((False, len(changed), model_type, changed))
     if not tried:
-        raise InputError(
-            f"no config.json can say what this model is: no model type here is a {_class_name(config)}"
-        )
+        raise InputError(f"no supported model type can express this model: none is a {_class_name(config)}")
     *_, nearest, changed = min(tried)
-    changed = [
-        line for line in changed if "absent" not in line
-    ]  # the fields of a part whose type is told itself
+    # Fields of a nested config are redundant when the type of that config differs too.
+    changed = [line for line in changed if "absent" not in line]
     rest = f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
     raise InputError(
-        f"no config.json can say what this model is; the nearest is {nearest}'s, which would need "
+        f"no supported model type can express this model; the closest is {nearest}, which would need "
         f"{'; '.join(changed[:6])}{rest}"
     )
 
 
 def _config_differences(before: ModelConfig, after: ModelConfig) -> list[str]:
-    """Where two models differ in what they compute; a field left to its default is what it then means."""
+    """List the config fields in which two models differ, with defaults filled in."""
     if type(before) is not type(after):
         return [f"model: {_class_name(before)} -> {_class_name(after)}"]
     return differences(before.canonical(), after.canonical())
@@ -221,17 +224,17 @@ def _class_name(config: ModelConfig) -> str:
 
 
 def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origin: Origin) -> None:
-    """Writes a model as a checkpoint, whole or not at all.
+    """Write a model as a checkpoint folder, atomically.
 
     Args:
-      folder: to make.
-      config: of the model, its `vocab_size` set.
-      params: its parameters.
-      origin: the folder with the small files of the checkpoint that it began as; or what a model that
-        was made here was trained with.
+      folder: the folder to create.
+      config: the model config, with `vocab_size` set.
+      params: the parameters.
+      origin: for an imported model, the folder with the config and tokenizer files of the original
+        checkpoint; for a model trained from scratch, its tokenizer and settings.
 
     Raises:
-      InputError: a folder with something in it, or a model that the checkpoint's config cannot describe.
+      InputError: the folder is not empty, or `config.json` cannot express the model.
     """
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty")
@@ -253,7 +256,7 @@ def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origi
         if changed := _config_differences(imported, config):
             message = "; ".join(changed)
             raise InputError(
-                f"{origin / repository.CONFIG_FILE} cannot say what was changed since: {message}"
+                f"{origin / repository.CONFIG_FILE} cannot express the changes since the import: {message}"
             )
         copy_non_tensor_files(origin, temporary)
         fields = repository.read_json(temporary / repository.CONFIG_FILE)
@@ -269,10 +272,9 @@ def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origi
 
 
 def _with_start_token(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """With the token written out that a model which writes of a source begins with."""
-    prompts = (
-        isinstance(config, VisionLanguageConfig) and config.prompt_suffix is None
-    )  # which the tokenizer begins
+    """Return the config of an encoder-decoder with an explicit `decoder_start_token_id`."""
+    # With the image inside the prompt, the tokenizer adds the first token.
+    prompts = isinstance(config, VisionLanguageConfig) and config.prompt_suffix is None
     if (
         not isinstance(config, Seq2SeqConfig)
         or prompts
@@ -284,7 +286,7 @@ def _with_start_token(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def _label_names(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """The names of a model's classes of images, which are the words of its tokenizer."""
+    """Return the class names of an image classifier, which are the tokens of its tokenizer."""
     if not isinstance(config, ViTConfig) or config.classes != tokenizer.vocab_size:
         return {}
     names = {i: tokenizer.token_text(i) for i in range(tokenizer.vocab_size)}
@@ -292,7 +294,7 @@ def _label_names(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
 
 
 def _template(config: ModelConfig) -> str:
-    """What stands around a text A that a model made here reads: for encoders nothing, else its end."""
+    """Return the tokenizer template of a model trained from scratch: where `EOS` is added."""
     if isinstance(config, EncoderConfig):
         return "$A"
     pooling = config.text.pooling if isinstance(config, ContrastiveConfig) else None
@@ -301,28 +303,31 @@ def _template(config: ModelConfig) -> str:
 
 
 def dtype_of(params: Any) -> str:
-    """The number format of the parameters."""
+    """Return the name of the parameters' dtype."""
     return jax.tree.leaves(params)[0].dtype.name
 
 
 def write_params(folder: epath.Path, family: Family, params: Any) -> None:
-    """Writes parameters under the names and in the layouts of a family."""
+    """Write parameters as safetensors with the tensor names and layouts of a family."""
     repository.write_safetensors(
         folder, tensors.to_tensors(tensor_mapping.tensor_slices(family.tensors, params), params)
     )
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Any:
-    """Shapes, dtypes and shardings of a checkpoint's parameters on a mesh, or on one device without one."""
+    """Return the shapes, dtypes and shardings of a model's parameters.
 
-    def laid_out(x):
-        alone = SingleDeviceSharding(jax.local_devices()[0])
-        where = alone if mesh is None else sharding.named_sharding(mesh, x.sharding.spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    Without a mesh, all parameters are on the first local device.
+    """
+
+    def with_sharding(x):
+        one_device = SingleDeviceSharding(jax.local_devices()[0])
+        placed = one_device if mesh is None else sharding.named_sharding(mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
 
     rows = 1 if mesh is None else mesh.size
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         inputs = batch_from_spec(batch_spec(rows, 1, config.source_shape), sharding.batch_zeros).inputs
         model = config.build(1)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
-    return jax.tree.map(laid_out, shapes)
+    return jax.tree.map(with_sharding, shapes)

@@ -1,4 +1,4 @@
-"""Folders of a checkpoint: a config, tensors in safetensors files, and a tokenizer's files."""
+"""Files of a checkpoint folder: JSON configs and safetensors, local or from the hub."""
 
 import json
 import os
@@ -20,52 +20,55 @@ MAX_SHARD_BYTES = 4 << 30  # bytes of tensors in one file
 
 
 def resolve(name: str) -> epath.Path:
-    """The folder of a checkpoint: as given, or fetched from the Hugging Face hub by its id.
+    """Return a checkpoint's folder, downloading it from the Hugging Face hub if `name` is a hub id.
 
     Raises:
-      InputError: neither a folder nor an id that can be fetched.
+      InputError: `name` is neither a folder nor a hub id that can be downloaded.
     """
     folder = epath.Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(
-            f"no checkpoint at {name}: expected a folder with {CONFIG_FILE}, or a hub id as in org/model"
+            f"no checkpoint at {name}: expected a folder with {CONFIG_FILE}, or a hub id such as org/model"
         )
-    import huggingface_hub  # takes a second, which only an id needs
+    import huggingface_hub  # imported late: it takes a second, and folders do not need it
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.spm", "*.txt"]
     try:
         return epath.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # no network, no such repository, no permission: the library's own kinds
+    except Exception as error:  # the library raises many types: no network, repository or permission
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{name} is no folder here, and the hub does not give it: {reason}") from error
+        raise InputError(
+            f"{name} is not a local folder and cannot be downloaded from the hub: {reason}"
+        ) from error
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint's folder.
+    """Read a JSON object from a file of a checkpoint folder.
 
     Raises:
-      InputError: no such file, or no JSON object in it.
+      InputError: the file does not exist or does not contain a JSON object.
     """
     try:
         fields = json.loads(file.read_text())
     except FileNotFoundError:
-        raise InputError(f"{file.parent} is no checkpoint: it has no {file.name}") from None
+        raise InputError(f"{file.parent} is not a checkpoint: it has no {file.name}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{file} is no JSON object")
+        raise InputError(f"{file} is not a JSON object")
     return fields
 
 
 class SafetensorsReader:
-    """The tensors of a folder's safetensors files, read one at a time.
+    """A reader of a folder's safetensors files, one tensor at a time.
 
-    A file is opened anew for each: while it is open, all that was read of it counts as memory of the process.
+    Each read opens and closes the file, because the pages of an open memory-mapped file count as
+    memory of the process.
 
     Raises:
-      InputError: no safetensors, or files that cannot be read.
+      InputError: the folder has no safetensors, or files that cannot be read.
     """
 
     def __init__(self, folder: epath.Path):
@@ -74,18 +77,18 @@ class SafetensorsReader:
         for file in _tensor_files(folder):
             try:
                 with _open(file) as opened:
-                    for name in opened.keys():  # noqa: SIM118 - no dict
+                    for name in opened.keys():  # noqa: SIM118 - not a dict
                         self._files[name] = file
                         self._shapes[name] = tuple(opened.get_slice(name).get_shape())
             except (OSError, safetensors.SafetensorError) as error:
                 raise InputError(f"{file} cannot be read: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor."""
+        """Return the shape of every tensor by name."""
         return dict(self._shapes)
 
     def read(self, name: str) -> np.ndarray:
-        """The values of a tensor."""
+        """Read one tensor."""
         with _open(self._files[name]) as opened:
             return opened.get_tensor(name)
 
@@ -100,7 +103,7 @@ def _tensor_files(folder: epath.Path) -> list[epath.Path]:
         absent = sorted(name for name in names if not (folder / name).exists())
         if absent or not names:
             raise InputError(
-                f"{folder / INDEX_FILE} names files that are not there: {', '.join(absent) or 'none'}"
+                f"{folder / INDEX_FILE} names missing files: {', '.join(absent) or 'no files at all'}"
             )
         return [folder / name for name in sorted(names)]
     if (folder / SAFETENSORS_FILE).exists():
@@ -108,14 +111,14 @@ def _tensor_files(folder: epath.Path) -> list[epath.Path]:
     pickles = [name for name in PICKLE_FILES if (folder / name).exists()]
     if pickles:
         raise InputError(
-            f"{folder / pickles[0]}: only {SAFETENSORS_FILE} is read, for a pickle can run any code as it is "
-            "opened; convert it with transformers' save_pretrained"
+            f"{folder / pickles[0]}: only {SAFETENSORS_FILE} is read, because loading a pickle can "
+            "run arbitrary code; convert it with transformers' save_pretrained"
         )
     raise InputError(f"{folder} has no {SAFETENSORS_FILE} and no {INDEX_FILE}")
 
 
 def write_safetensors(folder: epath.Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write tensors as transformers reads them: one file, or shards of `MAX_SHARD_BYTES` and an index."""
+    """Write tensors as one safetensors file, or as shards of `MAX_SHARD_BYTES` with an index."""
     files: list[epath.Path] = []
     total, weight_map = 0, dict[str, int]()
     for shard in _shards(tensors):
@@ -134,7 +137,7 @@ def write_safetensors(folder: epath.Path, tensors: Iterable[tuple[str, np.ndarra
 
 
 def _shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """The tensors of each file."""
+    """Yield the tensors of each file."""
     shard: dict[str, np.ndarray] = {}
     for name, tensor in tensors:
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD_BYTES:

@@ -1,4 +1,4 @@
-"""Sentences as vectors: encoders in the layout of sentence-transformers (Sentence-BERT, arXiv 1908.10084)."""
+"""Sentence embeddings from sentence-transformers folders (Sentence-BERT, arXiv 1908.10084)."""
 
 import contextlib
 import json
@@ -33,16 +33,16 @@ POOLINGS: dict[str, FirstToken | MeanOfTokens] = {
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """Texts in, a vector of each out.
+    """A sentence encoder: a callable from texts to embeddings.
 
     Attributes:
-      model: an encoder.
-      params: its parameters.
-      tokenizer: of its texts.
-      pooling: which tokens' activations a vector is the mean of.
-      normalize: whether vectors are of length 1, so that their products are cosines.
-      length: tokens that are read of a text; the rest is cut off.
-      mesh: where the parameters are; None is one device, and no mesh.
+      model: the encoder module.
+      params: the parameters of `model`.
+      tokenizer: the tokenizer.
+      pooling: the tokens whose activations are averaged.
+      normalize: whether embeddings have length 1, so that dot products are cosines.
+      length: the maximum number of tokens; longer texts are truncated.
+      mesh: the mesh of the parameters, or None for one device.
     """
 
     model: nn.Module
@@ -54,7 +54,7 @@ class SentenceEncoder:
     mesh: Mesh | None = None
 
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> Float[np.ndarray, "N E"]:
-        """The vectors, float32, so many texts of like length at a time."""
+        """Return float32 embeddings, computed in batches of texts of similar length."""
         documents = [self.tokenizer.encode_document(text, self.length) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(documents[i]))
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
@@ -64,10 +64,10 @@ class SentenceEncoder:
         return np.concatenate(vectors)[np.argsort(order)]
 
     def _vectors(self, documents: Sequence[Sequence[int]]) -> Float[np.ndarray, "N E"]:
-        # Lengths in steps and rows in powers of two, so that few programs are compiled.
+        # Round lengths up to multiples of 16 and rows to powers of two, to compile few programs.
         length = min(-(-max(map(len, documents)) // 16) * 16, self.length)
-        pieces = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        count = -(-(1 << (len(documents) - 1).bit_length()) // pieces) * pieces
+        shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        count = -(-(1 << (len(documents) - 1).bit_length()) // shards) * shards
         tokens, segments = np.zeros((2, count, length), np.int32)
         for i, document in enumerate(documents):
             tokens[i, : len(document)], segments[i, : len(document)] = document, 1
@@ -77,8 +77,8 @@ class SentenceEncoder:
                 jax.device_put, device=sharding.named_sharding(self.mesh, P(("data", "fsdp"), None))
             )
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            how = (self.model, self.pooling, self.normalize)
-            return np.asarray(_pooled(*how, self.params, put(tokens), put(segments)))[: len(documents)]
+            static = (self.model, self.pooling, self.normalize)
+            return np.asarray(_pooled(*static, self.params, put(tokens), put(segments)))[: len(documents)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -91,22 +91,22 @@ def _pooled(model, pooling, normalize: bool, params, tokens, segments) -> Float[
 
 
 def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> SentenceEncoder:  # noqa: B008
-    """A sentence encoder, with what its folder says of pooling, lengths and norms.
+    """Load a sentence encoder with the pooling, length and normalization of its folder.
 
     Args:
-      name: a folder, or an id of the Hugging Face hub.
-      mesh: where to put the parameters; None is one device, and no mesh.
-      dtypes: number formats of parameters and computation.
+      name: a folder, or a Hugging Face hub id.
+      mesh: shards the parameters over this mesh; None puts them on one device.
+      dtypes: dtypes of parameters and computation.
 
     Raises:
-      InputError: no sentence encoder, a part of one that there is nothing here for, or what `pretrained.load`
-        refuses.
+      InputError: the folder is not a sentence encoder, one of its modules is not supported, or
+        `pretrained.load` fails.
     """
     folder = repository.resolve(name)
     pooling, normalize = _parts(folder)
     checkpoint = pretrained.load(str(folder), mesh, dtypes)
     if not isinstance(checkpoint.config, EncoderConfig) or checkpoint.tokenizer is None:
-        raise InputError(f"{folder} has no encoder of texts, or no tokenizer")
+        raise InputError(f"{folder} is not a text encoder with a tokenizer")
     limit = _hf_config(folder / "sentence_bert_config.json")
     limit.require("do_lower_case", False)
     _hf_config(folder / "config_sentence_transformers.json").require("default_prompt_name", None)
@@ -114,23 +114,23 @@ def load(name: str, mesh: Mesh | None = None, dtypes: Dtypes = Dtypes()) -> Sent
     if isinstance(positions, Learned):
         length = min(length or positions.length, positions.length - positions.offset)
     if length is None:
-        raise InputError(f"{folder}: nothing says how long texts may be")
+        raise InputError(f"{folder}: max_seq_length is missing, and the positions set no maximum text length")
     return SentenceEncoder(
         checkpoint.model, checkpoint.params, checkpoint.tokenizer, pooling, normalize, length, mesh
     )
 
 
 def _parts(folder: epath.Path) -> tuple[FirstToken | MeanOfTokens, bool]:
-    """How vectors are pooled, and whether they are normalised."""
+    """Return the pooling, and whether embeddings are normalized."""
     file = folder / "modules.json"
     if not file.exists():
-        raise InputError(f"{folder} is no sentence encoder: it has no {file.name}")
+        raise InputError(f"{folder} is not a sentence encoder: it has no {file.name}")
     parts = json.loads(file.read_text())
-    kinds = [part["type"].rpartition(".")[2] for part in parts]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or parts[0]["path"]:
-        names = ", ".join(kinds)
+    types = [part["type"].rpartition(".")[2] for part in parts]
+    if types not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or parts[0]["path"]:
+        names = ", ".join(types)
         raise InputError(
-            f"{file}: parts {names} are not supported; there are Transformer, Pooling, Normalize"
+            f"{file}: modules {names} are not supported; supported: Transformer, Pooling, Normalize"
         )
     file = folder / parts[1]["path"] / repository.CONFIG_FILE
     chosen = [
@@ -139,7 +139,7 @@ def _parts(folder: epath.Path) -> tuple[FirstToken | MeanOfTokens, bool]:
     if len(chosen) != 1 or chosen[0] not in POOLINGS:
         names = " and ".join(chosen) or "none"
         raise InputError(f"{file}: pooling by {names} is not supported; it may be {' or '.join(POOLINGS)}")
-    return POOLINGS[chosen[0]], kinds[-1] == "Normalize"
+    return POOLINGS[chosen[0]], types[-1] == "Normalize"
 
 
 def _hf_config(file: epath.Path) -> HFConfig:

@@ -1,7 +1,7 @@
-"""Tables of names: which tensor of a checkpoint is which parameter of a model, and how it lies there.
+"""Mapping between checkpoint tensors and model parameters: names, slices and layouts.
 
-A family's table is a list of `TensorMapping` rows. The model's own parameters decide which rows apply and how
-often: a row of a parameter that this model does without is passed over, a row of a layer counts for each.
+A family's table is a list of `TensorMapping` rows. Rows of parameters that a model does not have
+are skipped, and a row with `{layer}` expands to one tensor for each layer of the model.
 """
 
 import math
@@ -22,16 +22,16 @@ PART = "part"
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """A parameter, and the checkpoint tensor that holds it, whole or as a part.
+    """A parameter and the checkpoint tensor that contains it.
 
     Attributes:
       param: the parameter's name; `{layer}` stands for the layers of a stack.
-      hf_name: the tensor's name; `{layer}` is the number of the layer, from 0, where layers that share
-        parameters count as one; `{period}` is the number of its period, `{block}` its number in the period;
-        `{expert}` is the number of an expert, the parameter's first dimension.
-      layout: an einops pattern "checkpoint -> parameter", or "" where both are the same. Parameters that
-        share a tensor have an axis `part` on the left, first or last in its brackets; they follow each other
-        in the tensor as in the table.
+      hf_name: the tensor's name. `{layer}` is the index of the layer, where layers that share
+        parameters count as one; `{period}` is the index of its period and `{block}` its index
+        within the period; `{expert}` is the index of an expert, the parameter's first dimension.
+      layout: an einops pattern "checkpoint -> parameter", or "" if both layouts are the same. If
+        several parameters share a tensor, the left side has an axis `part`, first or last within
+        its parentheses; the order in the tensor is the order of the rows.
     """
 
     param: str
@@ -41,15 +41,16 @@ class TensorMapping:
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A checkpoint tensor, or a part of one, and the piece of a parameter that it holds.
+    """A slice of a parameter and the checkpoint tensor, or part of one, that contains it.
 
     Attributes:
       param: the parameter's name.
-      index: of the piece in the parameter's leading dimensions: scanned layers, experts.
+      index: the index in the parameter's leading dimensions: scanned layers, experts.
       hf_name: the tensor's name.
       layout: see `TensorMapping`.
-      shape: of the piece, as in the parameter.
-      part: which part of the tensor, of how many, and how much of its axis comes before.
+      shape: the shape of the slice, in the parameter's layout.
+      part: the index of the part of the tensor, the number of parts, and the offset of the part
+        along `part_axis`.
     """
 
     param: str
@@ -60,14 +61,14 @@ class TensorSlice:
     part: tuple[int, int, int] = (0, 1, 0)
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
-        """The piece of the parameter that is in the tensor."""
+        """Return the parameter's slice from the tensor."""
         if not self.layout:
             return tensor
         source, target = self._axes
         return einops.rearrange(tensor[self._slice], f"{source} -> {target}", **self._sizes)
 
     def write(self, piece: np.ndarray, tensor: np.ndarray) -> None:
-        """Puts the piece of the parameter into the tensor."""
+        """Write the parameter's slice into the tensor, in place."""
         source, target = self._axes
         tensor[self._slice] = (
             einops.rearrange(piece, f"{target} -> {source}", **self._sizes) if self.layout else piece
@@ -75,26 +76,26 @@ class TensorSlice:
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor, or of what this part adds to it."""
+        """The shape of this part of the tensor."""
         if not self.layout:
             return self.shape
         return tuple(math.prod(self._sizes.get(axis, 1) for axis in group) for group in self._groups)
 
     @property
     def part_axis(self) -> int | None:
-        """The tensor's axis that is cut into parts; None if it is not."""
+        """The tensor's axis that is split into parts, or None."""
         return next((i for i, group in enumerate(self._groups) if PART in group), None)
 
     @property
     def _groups(self) -> list[list[str]]:
-        """The axes within each dimension of the tensor."""
+        """The einops axes of each dimension of the tensor."""
         return [
             part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", self.layout.partition("->")[0])
         ]
 
     @property
     def _axes(self) -> tuple[str, str]:
-        """Axes in the checkpoint, without the part, and in the parameter."""
+        """The einops axes in the checkpoint, without `part`, and in the parameter."""
         source, _, target = self.layout.partition("->")
         return re.sub(rf"\b{PART}\b", "", source).strip(), target.strip()
 
@@ -104,27 +105,27 @@ class TensorSlice:
 
     @property
     def _slice(self) -> tuple[slice, ...]:
-        """Where this part is in the tensor."""
-        axis, (number, count, before) = self.part_axis, self.part
+        """The index of this part in the tensor."""
+        axis, (number, count, offset) = self.part_axis, self.part
         if axis is None:
             return ()
         size = self.hf_shape[axis]
-        between = self._groups[axis][-1] == PART
-        here = slice(number, None, count) if between else slice(before, before + size)
-        return (*(slice(None) for _ in range(axis)), here)
+        interleaved = self._groups[axis][-1] == PART
+        part = slice(number, None, count) if interleaved else slice(offset, offset + size)
+        return (*(slice(None) for _ in range(axis)), part)
 
 
 def tensor_slices(mappings: Iterable[TensorMapping], params: Any) -> list[TensorSlice]:
-    """Return the slices of every parameter, the parts of one tensor numbered.
+    """Return the slices of every parameter, with the parts of shared tensors numbered.
 
     Args:
-      mappings: a family's rows.
+      mappings: the rows of a family.
       params: the model's parameters, or their shapes.
     """
     shapes = {parameter_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
     slices = [piece for row in mappings for piece in _expand(row, shapes)]
     unnamed = shapes.keys() - {piece.param for piece in slices}
-    assert not unnamed, f"the table names no tensor for {sorted(unnamed)}"
+    assert not unnamed, f"no tensor mapping for {sorted(unnamed)}"
     return _number_parts(slices)
 
 
@@ -147,7 +148,7 @@ def _expand(row: TensorMapping, shapes: Mapping[str, tuple[int, ...]]) -> Iterab
 
 
 def _layers(stack: str, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
-    """Where each layer of a stack has its parameters: a prefix, and its index if layers are scanned over.
+    """Return each layer's parameter prefix, and its index in the leading dimension if scanned.
 
     Layers that share parameters count as one.
     """
@@ -159,41 +160,41 @@ def _layers(stack: str, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str
 
 
 def _blocks(prefix: str, shapes: Iterable[str]) -> list[str]:
-    """The blocks under a prefix, first to last."""
+    """Return the prefixes of the blocks under a prefix, in order."""
     matches = (re.match(rf"({re.escape(prefix)}/(?:shared/)?block)(\d+)/", name) for name in shapes)
     blocks = {(m[1], int(m[2])) for m in matches if m}
     return [f"{block}{number}" for block, number in sorted(blocks)]
 
 
 def _number_parts(slices: list[TensorSlice]) -> list[TensorSlice]:
-    """Slices with their part's number, of how many, and what comes before it."""
+    """Set `TensorSlice.part` of slices that share a tensor."""
     shared: dict[str, list[TensorSlice]] = {}
     for piece in slices:
         shared.setdefault(piece.hf_name, []).append(piece)
     numbered = []
     for parts in shared.values():
-        before = 0
+        offset = 0
         for number, piece in enumerate(parts):
             axis = piece.part_axis
             assert axis is not None or len(parts) == 1, f"{piece.hf_name} belongs to several parameters"
-            numbered.append(replace(piece, part=(number, len(parts), before)))
-            before += piece.hf_shape[axis] if axis is not None else 0
+            numbered.append(replace(piece, part=(number, len(parts), offset)))
+            offset += piece.hf_shape[axis] if axis is not None else 0
     return numbered
 
 
 def tensor_shapes(slices: Iterable[TensorSlice]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint."""
+    """Return the shape of every checkpoint tensor by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in slices:
-        shape, axis, (*_, before) = piece.hf_shape, piece.part_axis, piece.part
-        if axis is not None:  # the last of the parts ends where the tensor does
-            shape = (*shape[:axis], before + shape[axis], *shape[axis + 1 :])
+        shape, axis, (*_, offset) = piece.hf_shape, piece.part_axis, piece.part
+        if axis is not None:  # the last part ends at the end of the tensor
+            shape = (*shape[:axis], offset + shape[axis], *shape[axis + 1 :])
         shapes[piece.hf_name] = shape
     return shapes
 
 
 def matches(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of these regular expressions is of the whole name."""
+    """Return whether one of the regular expressions matches the whole name."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
@@ -203,29 +204,29 @@ def check(
     ignored: Iterable[str],
     where: str,
 ) -> None:
-    """Checks that a checkpoint has the tensors that a model needs, and no others.
+    """Check that a checkpoint has exactly the tensors of a model, with the same shapes.
 
     Args:
-      slices: of the model's parameters.
-      checkpoint_shapes: name and shape of every tensor in the checkpoint.
-      ignored: regular expressions of names that mean nothing to the model.
-      where: the checkpoint, for the message.
+      slices: the slices of the model's parameters.
+      checkpoint_shapes: the shape of every tensor in the checkpoint by name.
+      ignored: regular expressions of tensor names to ignore.
+      where: the checkpoint's name for the error message.
 
     Raises:
-      InputError: with all tensors that are missing, too many, or of another shape.
+      InputError: lists all tensors that are missing, unexpected or of the wrong shape.
     """
     expected = tensor_shapes(slices)
-    surplus = [n for n in checkpoint_shapes if n not in expected and not matches(ignored, n)]
-    misshapen = [
-        f"{name} {checkpoint_shapes[name]} in place of {shape}"
+    unexpected = [n for n in checkpoint_shapes if n not in expected and not matches(ignored, n)]
+    wrong_shapes = [
+        f"{name} {checkpoint_shapes[name]} instead of {shape}"
         for name, shape in expected.items()
         if name in checkpoint_shapes and checkpoint_shapes[name] != shape
     ]
     problems = {
         "missing": [n for n in expected if n not in checkpoint_shapes],
-        "too many": surplus,
-        "misshapen": misshapen,
+        "unexpected": unexpected,
+        "wrong shape": wrong_shapes,
     }
-    message = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    message = [f"{kind}: {', '.join(sorted(names))}" for kind, names in problems.items() if names]
     if message:
-        raise InputError(f"{where} does not fit its config; {'; '.join(message)}")
+        raise InputError(f"{where} does not match its config; {'; '.join(message)}")

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as parameters on a mesh, and back, one at a time."""
+"""Conversion between checkpoint tensors and sharded parameters, one tensor at a time."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,11 +15,11 @@ from attnlab.pretrained.tensor_mapping import TensorSlice, tensor_shapes
 def load_params(reader: SafetensorsReader, slices: Iterable[TensorSlice], abstract: Any) -> Any:
     """Read parameters onto their devices, each shard from the tensors that it needs.
 
-    On the host there is never more than a tensor and a shard.
+    The host holds at most one tensor and one shard at a time.
 
     Args:
-      reader: whose tensors have been checked.
-      slices: of the parameters; one that has none is zeros.
+      reader: the checkpoint's tensors, already checked against `slices`.
+      slices: the slices of the parameters; a parameter without slices is zero.
       abstract: shapes, dtypes and shardings of the parameters.
     """
     slices_of = defaultdict(list)
@@ -38,7 +38,7 @@ def load_params(reader: SafetensorsReader, slices: Iterable[TensorSlice], abstra
 def _shard(
     reader: SafetensorsReader, pieces: list[TensorSlice], x, at: tuple[slice, ...] | None
 ) -> np.ndarray:
-    """The part of a parameter that one device holds."""
+    """Return the shard of a parameter at index `at`."""
     at = tuple(slice(*s.indices(size)) for s, size in zip(at or (), x.shape, strict=True))
     shard = np.zeros([s.stop - s.start for s in at], x.dtype)
     for piece in pieces:

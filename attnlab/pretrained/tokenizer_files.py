@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints without a `tokenizer.json`: built from their vocabulary files."""
+"""Tokenizers of checkpoints without a `tokenizer.json`, built from their vocabulary files."""
 
 import json
 import re
@@ -15,30 +15,31 @@ TokenizerConfig = dict[str, Any]
 
 
 class TokenizerParts(NamedTuple):
-    """What a `Tokenizer` is made of."""
+    """The constructor arguments of `Tokenizer`."""
 
     backend: tokenizers.Tokenizer
     settings: TokenizerConfig
     source_target_tokenizers: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
 
 
-SPACE = "\u2581"  # what SentencePiece writes for a space
-# Whether a tokenizer of SentencePiece puts the tokens of begin and end around a text, by its class.
+SPACE = "\u2581"  # SentencePiece's symbol for a space
+# Whether the tokenizer class adds a BOS and an EOS token by default.
 ADDED_ENDS = {"Llama": (True, False), "CodeLlama": (True, False), "Gemma": (True, False), "T5": (False, True)}
 BERT_CLASSES = ("Bert", "DistilBert", "Electra")
 
 
 def read(folder: epath.Path, settings: TokenizerConfig, model_type: str) -> TokenizerParts | None:
-    """The tokenizer of a folder, and its settings with what its class takes for granted; None without files.
+    """Build the tokenizer of a folder, or return None without vocabulary files.
+
+    The returned settings include the defaults of the tokenizer class.
 
     Args:
-      folder: of a checkpoint.
-      settings: its `tokenizer_config.json`, as far as there is one.
-      model_type: of the checkpoint's model.
+      folder: the checkpoint.
+      settings: the fields of its `tokenizer_config.json`, or {}.
+      model_type: the `model_type` of its config.
 
     Raises:
-      InputError: files of a class of tokenizers that there is nothing here for, or without the package that
-        reads them.
+      InputError: the tokenizer class is not supported, or sentencepiece is not installed.
     """
     kind = re.sub("Tokenizer(Fast)?$", "", settings.get("tokenizer_class") or "")
     for name, usual, make in (
@@ -63,7 +64,7 @@ def read(folder: epath.Path, settings: TokenizerConfig, model_type: str) -> Toke
 def _unsupported(file: epath.Path, kind: str, known: Sequence[str]) -> InputError:
     supported = ", ".join(f"{k}Tokenizer" for k in known)
     return InputError(
-        f"{file}: of a {kind}Tokenizer only a tokenizer.json can be read; there are {supported}"
+        f"{file}: {kind}Tokenizer needs a tokenizer.json; without one, {supported} are supported"
     )
 
 
@@ -72,7 +73,7 @@ def _text(token: Any) -> str:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: TokenizerConfig) -> None:
-    """Tokens beyond the vocabulary, where their numbers are told, and which tokens are special."""
+    """Add the tokens that the settings list with ids, and mark the special tokens."""
     special = {_text(v) for k, v in settings.items() if k.endswith("_token") and isinstance(v, str | Mapping)}
     for name in ("additional_special_tokens", "extra_special_tokens"):
         special |= {_text(token) for token in settings.get(name) or ()}
@@ -88,13 +89,13 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Tok
         backend.add_tokens([AddedToken(token, normalized=False, special=token in special)])
         if backend.token_to_id(token) != number:
             actual = backend.token_to_id(token)
-            raise InputError(f"{folder}: the token {token} is to be number {number}, and would be {actual}")
+            raise InputError(f"{folder}: token {token} must have id {number}, but would get {actual}")
     inside = [token for token in sorted(special) if backend.token_to_id(token) is not None]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in inside])
 
 
 def _set_template(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
-    """Puts tokens around a text, and around each of two."""
+    """Add a first and a last token to each text of a single or a pair."""
     ends = [token for token in (first, last) if token]
     numbers = [(token, backend.token_to_id(token)) for token in dict.fromkeys(ends)]
     single = [*filter(None, (first, "$A", last))]
@@ -102,11 +103,11 @@ def _set_template(backend: tokenizers.Tokenizer, first: str | None, last: str | 
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=numbers)
 
 
-# SentencePiece ------------------------------------------------------------------------------------------
+# SentencePiece ----------------------------------------------------------------------------------
 
 
 def _sentencepiece(file: epath.Path, kind: str, settings: TokenizerConfig) -> TokenizerParts:
-    """What the file's own model says, and where its class has other ways with spaces, these."""
+    """Build a tokenizer from a SentencePiece model with the space handling of its class."""
     if kind not in ADDED_ENDS:
         raise _unsupported(file, kind, tuple(ADDED_ENDS))
     proto = _read_proto(file)
@@ -134,14 +135,21 @@ def _sentencepiece(file: epath.Path, kind: str, settings: TokenizerConfig) -> To
 
 
 def _set_space_handling(backend: tokenizers.Tokenizer, spec, prefix: bool, everywhere: bool) -> None:
-    """A normalizer and a decoder as a model says; a space before a text, or before every stretch of it."""
-    # In the order of SentencePiece's own normalisation.
+    """Set the normalizer and the decoder of a SentencePiece model.
+
+    Args:
+      backend: the tokenizer to change.
+      spec: the `NormalizerSpec` of the model.
+      prefix: add a space before the text.
+      everywhere: also add it after each special token (the `legacy` behaviour).
+    """
+    # In the order of SentencePiece's normalization.
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if prefix and everywhere:  # between special tokens
+    if prefix and everywhere:  # each segment between special tokens is normalized separately
         steps.append(normalizers.Prepend(SPACE))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     if prefix and not everywhere:
@@ -157,25 +165,25 @@ def _read_proto(file: epath.Path):
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise InputError(
-            f"{file} is read by the package sentencepiece, which is not here: "
+            f"{file} requires the package sentencepiece, which is not installed: "
             'pip install "attnlab[sentencepiece]"'
         ) from error
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(file.read_bytes())
-    except Exception as error:  # protobuf's implementations raise kinds of their own
-        raise InputError(f"{file} cannot be read as a model of SentencePiece: {error}") from error
+    except Exception as error:  # exception types depend on the protobuf implementation
+        raise InputError(f"{file} cannot be read as a SentencePiece model: {error}") from error
     return proto
 
 
 def _model(proto, added: Sequence[str], file: epath.Path) -> models.Model:
-    """The model of the pieces, with added tokens after them."""
+    """Return the `tokenizers` model of a SentencePiece model, with added tokens at the end."""
     spec = proto.trainer_spec
     scored = [(p.piece, p.score) for p in proto.pieces] + [(token, 0.0) for token in added]
     if spec.model_type == spec.UNIGRAM:
         return models.Unigram(scored, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
     if spec.model_type != spec.BPE:
-        raise InputError(f"{file} is a model of words or characters; only unigrams and BPE can be read")
+        raise InputError(f"{file} is a word or character model; only unigram and BPE models are supported")
     return models.BPE(
         vocab={piece: number for number, (piece, _) in enumerate(scored)},
         merges=_merges({p.piece: p.score for p in proto.pieces if p.type == p.NORMAL}),
@@ -186,7 +194,7 @@ def _model(proto, added: Sequence[str], file: epath.Path) -> models.Model:
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, the piece of the highest score first."""
+    """Return all pairs of pieces whose concatenation is a piece, by falling score of that piece."""
     ranked = []
     for number, (piece, score) in enumerate(scores.items()):
         splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
@@ -195,11 +203,11 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _marian(file: epath.Path, kind: str, settings: TokenizerConfig) -> TokenizerParts:
-    """Marian's: a model of pieces for each language, which `vocab.json` numbers together."""
+    """Build Marian's tokenizer: a SentencePiece model per language and a joint `vocab.json`."""
     if kind != "Marian":
         raise _unsupported(file, kind, ("Marian",))
     if settings.get("separate_vocabs"):
-        raise InputError(f"{file.parent}: separate_vocabs=True is not supported: one vocab.json for both")
+        raise InputError(f"{file.parent}: separate_vocabs=True is not supported, only a joint vocab.json")
     known = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
     vocabulary = json.loads((file.parent / "vocab.json").read_text())
     unknown = _text(settings.get("unk_token") or known["unk_token"])
@@ -212,11 +220,11 @@ def _marian(file: epath.Path, kind: str, settings: TokenizerConfig) -> Tokenizer
 
 
 def _piece_tokenizer(file: epath.Path) -> tokenizers.Tokenizer:
-    """What cuts a text into the pieces of a model; those that control it are none of a text's."""
+    """Return a tokenizer into the pieces of a model; text never yields control pieces."""
     proto = _read_proto(file)
     for number, piece in enumerate(proto.pieces):
         if piece.type == piece.CONTROL:
-            piece.piece = f"\uffff{number}"  # which is no character
+            piece.piece = f"\uffff{number}"  # not a valid character, so no text contains it
     backend = tokenizers.Tokenizer(_model(proto, (), file))
     own = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
     backend.add_tokens([AddedToken(piece, normalized=False) for piece in own])
@@ -224,11 +232,11 @@ def _piece_tokenizer(file: epath.Path) -> tokenizers.Tokenizer:
     return backend
 
 
-# Lists of words -----------------------------------------------------------------------------------------
+# WordPiece and byte-level BPE ---------------------------------------------------------------
 
 
 def _word_piece(file: epath.Path, kind: str, settings: TokenizerConfig) -> TokenizerParts:
-    """BERT's (arXiv 1810.04805, section 3): words cut greedily, between [CLS] and [SEP]."""
+    """Build BERT's WordPiece tokenizer, with [CLS] and [SEP] (arXiv 1810.04805, section 3)."""
     if kind not in BERT_CLASSES:
         raise _unsupported(file, kind, BERT_CLASSES)
     known = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
@@ -248,7 +256,7 @@ def _word_piece(file: epath.Path, kind: str, settings: TokenizerConfig) -> Token
 
 
 def _byte_level(file: epath.Path, kind: str, settings: TokenizerConfig) -> TokenizerParts:
-    """A byte-level BPE: `vocab.json`, and merges in the order in which they are made."""
+    """Build a byte-level BPE tokenizer from `vocab.json` and `merges.txt`."""
     makers: dict[str, Callable[..., TokenizerParts]] = {
         "GPT2": _gpt2,
         "Roberta": _roberta,
@@ -284,7 +292,7 @@ def _roberta(vocabulary, merges, settings: TokenizerConfig) -> TokenizerParts:
 
 
 def _clip(vocabulary, merges, settings: TokenizerConfig) -> TokenizerParts:
-    """CLIP's: lower case, and the end of a word is part of its last token."""
+    """Build CLIP's tokenizer: lower case, with an end-of-word suffix on each word's last token."""
     known = {"bos_token": "<|startoftext|>"}
     known |= dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
     token = {k: _text(settings.get(k) or v) for k, v in known.items()}

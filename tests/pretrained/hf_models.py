@@ -1,4 +1,4 @@
-"""Models of transformers with random weights, saved, and what they compute, as NumPy arrays."""
+"""transformers models with random weights, imported, and helpers to compare outputs."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,24 +13,24 @@ from safetensors.numpy import load_file
 from attnlab import sharding
 from attnlab.pretrained import import_export, tensor_mapping, tensors
 
-LENGTHS = (11, 7)  # tokens in the rows of a batch, padded on the right
+LENGTHS = (11, 7)  # number of tokens in each row of a batch
 
 
 def random_weights(model):
-    """Weights so large that attention is far from even, norms' scales around one included."""
+    """Draw weights large enough for uneven attention; scales of norms stay near one."""
     torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            near = p if p.ndim == 1 and "bias" not in name else 0.0
-            p.copy_(near + noise * (0.3 if p.ndim == 1 else 0.15))
+            mean = p if p.ndim == 1 and "bias" not in name else 0.0
+            p.copy_(mean + noise * (0.3 if p.ndim == 1 else 0.15))
     return model.eval()
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A saved model of transformers, and the same read here."""
+    """A saved transformers model and the same model imported."""
 
     hf_model: object
     folder: Path
@@ -64,66 +64,62 @@ class Imported:
         return import_export.read_params(self.folder, self.family, self.abstract)
 
     def named(self, tree):
-        """Our parameters, or gradients of them, under their names and in their layouts."""
+        """Return parameters, or their gradients, with the names and layouts of the checkpoint."""
         return dict(tensors.to_tensors(tensor_mapping.tensor_slices(self.family.tensors, self.params), tree))
 
 
-def saved(model, folder):
-    """`Imported` of a model of transformers with random weights."""
+def save_and_import(model, folder):
+    """Set random weights, save the model and return it with its import."""
     random_weights(model).save_pretrained(folder)
     return Imported(model, folder)
 
 
-def assert_written_again(peer, folder):
-    """Holds that what is written again loads in transformers with the same bits."""
-    import_export.write_params(folder, peer.family, peer.params)
-    peer.hf_model.config.save_pretrained(folder)
-    again = type(peer.hf_model).from_pretrained(folder)
-    for name, tensor in peer.hf_model.state_dict().items():
-        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+def assert_export_roundtrip(imported, folder):
+    """Assert that transformers loads the exported parameters with the same bits."""
+    import_export.write_params(folder, imported.family, imported.params)
+    imported.hf_model.config.save_pretrained(folder)
+    reloaded = type(imported.hf_model).from_pretrained(folder)
+    for name, tensor in imported.hf_model.state_dict().items():
+        np.testing.assert_array_equal(reloaded.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
 
 
 def batch(vocab, lengths=LENGTHS, seed=1, left=False):
-    """Token ids (B, T) and which of them are there, padded on the right or the left."""
+    """Return token ids (B, T) and their mask (B, T), padded on the right or the left."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, vocab, (len(lengths), max(lengths)))
-    there = np.arange(max(lengths))[None] < np.asarray(lengths)[:, None]
+    valid = np.arange(max(lengths))[None] < np.asarray(lengths)[:, None]
     if left:
-        there = there[:, ::-1]
-    return np.where(there, ids, 0), there.astype(np.int32).copy()
+        valid = valid[:, ::-1]
+    return np.where(valid, ids, 0), valid.astype(np.int32).copy()
 
 
 def saved_gradients(model, folder):
-    """A model's gradients under the names, and in the layouts, that its parameters have in a file."""
+    """Return a model's gradients with the names and layouts of its safetensors file."""
     values = {name: p.data for name, p in model.named_parameters()}
     for p in model.parameters():
-        p.data = p.new_zeros(p.shape) if p.grad is None else p.grad  # none of what is frozen
+        p.data = p.new_zeros(p.shape) if p.grad is None else p.grad  # frozen parameters have none
     model.save_pretrained(folder)
     for name, p in model.named_parameters():
         p.data = values[name]
     return load_file(folder / "model.safetensors")
 
 
-def positions_of(there):
-    """The position of each token among those of its row."""
-    return np.maximum(np.cumsum(there, axis=1) - 1, 0)
+def positions_of(valid):
+    """Return the position of each token among the valid tokens of its row."""
+    return np.maximum(np.cumsum(valid, axis=1) - 1, 0)
 
 
-def close(ours, theirs, tolerance=1e-4):
-    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=tolerance, atol=tolerance)
+def assert_close(actual, expected, tolerance=1e-4):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)
 
 
-def program(peer, **options):
-    """The model applied to tokens (B, T) and which of them are there, compiled once for all of a shape."""
-    run = jax.jit(partial(peer.model.apply, **options))
+def compiled_apply(imported, **options):
+    """Return the jitted model as a function of tokens (B, T) and their mask (B, T)."""
+    run = jax.jit(partial(imported.model.apply, **options))
 
-    def apply(ids, there):
-        with jax.set_mesh(peer.mesh):
-            found = run({"params": peer.params}, *map(jnp.asarray, (ids, there, positions_of(there))))
-        return jax.tree.map(np.asarray, found)
+    def apply(ids, valid):
+        with jax.set_mesh(imported.mesh):
+            outputs = run({"params": imported.params}, *map(jnp.asarray, (ids, valid, positions_of(valid))))
+        return jax.tree.map(np.asarray, outputs)
 
     return apply
-
-
-def applied(peer, ids, there, **options):
-    return program(peer, **options)(ids, there)

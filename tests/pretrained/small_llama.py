@@ -1,4 +1,4 @@
-"""A small checkpoint in Hugging Face's layout, made here."""
+"""A small Llama checkpoint in Hugging Face's format, written without transformers."""
 
 import json
 
@@ -27,7 +27,7 @@ TEXTS = ["the cat sat on the mat because it was tired"] * 4
 
 
 def write(folder, config=LLAMA, seed=0):
-    """The folder, with random weights and a tokenizer in it."""
+    """Write a checkpoint with random weights and a tokenizer; return the parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     family, model = import_export.read_config(folder)

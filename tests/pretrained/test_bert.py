@@ -1,4 +1,4 @@
-"""Folders of BERT: written of a model made here, read by older names, and refused by name."""
+"""BERT checkpoints: export from scratch, older tensor names, and unsupported settings."""
 
 import json
 from dataclasses import replace
@@ -25,21 +25,21 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_what_was_made_here_is_described(name):
+def test_config_fields_of_model_from_scratch(name):
     config = replace(CONFIG, vocab_size=13, head=HEADS[name], positions=replace(CONFIG.positions, offset=0))
     fields = import_export.hf_config_fields(config, 16)
     assert (fields["model_type"], fields["architectures"]) == ("bert", [name])
 
 
-def test_what_no_bert_is(refuses):
+def test_unsupported_models_are_rejected_on_export(refuses):
     for config in (CONFIG, ALBERT, replace(CONFIG, head=MaskedLMConfig(None))):
-        with refuses("no config.json can say what this model is"):
+        with refuses("no supported model type can express this model"):
             import_export.hf_config_fields(replace(config, vocab_size=13), 14)
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A folder of a model of masked words, and its parameters."""
+def checkpoint(tmp_path):
+    """A folder with a masked LM, and its parameters."""
     (tmp_path / "config.json").write_text(json.dumps(BERT | {"architectures": ["BertForMaskedLM"]}))
     folder = epath.Path(tmp_path)
     family, config = import_export.read_config(folder)
@@ -54,14 +54,14 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_older_names_buffers_and_other_tasks(made):
-    """As google-bert/bert-base-uncased has them."""
-    folder, params = made
+def test_older_names_and_ignored_tensors(checkpoint):
+    """google-bert/bert-base-uncased has these names, buffers and heads."""
+    folder, params = checkpoint
     older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
     def change(tensors):
-        for now, before in older.items():
-            tensors = {name.replace(now, before): tensor for name, tensor in tensors.items()}
+        for new, old in older.items():
+            tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
         extra = ("bert.embeddings.position_ids", "cls.seq_relationship.weight", "bert.pooler.dense.bias")
         return tensors | dict.fromkeys(extra, np.zeros(3, np.float32))
 
@@ -69,15 +69,15 @@ def test_older_names_buffers_and_other_tasks(made):
     jax.tree.map(np.testing.assert_array_equal, load(str(folder)).params, params)
 
 
-def test_what_lacks_and_what_is_too_much_is_told(made, refuses):
-    folder, _ = made
+def test_missing_and_unexpected_tensors_are_reported(checkpoint, refuses):
+    folder, _ = checkpoint
     rewrite(folder, lambda t: t | {"adapter.weight": t.pop("cls.predictions.transform.dense.bias")})
-    with refuses("missing: cls.predictions.transform.dense.bias", "too many: adapter.weight"):
+    with refuses("missing: cls.predictions.transform.dense.bias", "unexpected: adapter.weight"):
         load(str(folder))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"architectures": ["BertForPreTraining"]}, "architectures=['BertForPreTraining'] is not supported"),
         ({"problem_type": "regression"}, "problem_type='regression' is not supported"),
@@ -86,9 +86,9 @@ def test_what_lacks_and_what_is_too_much_is_told(made, refuses):
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
     ],
 )
-def test_what_is_refused(made, refuses, changes, said):
-    folder, _ = made
+def test_unsupported_settings_are_rejected(checkpoint, refuses, changes, message):
+    folder, _ = checkpoint
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | changes))
-    with refuses(said):
+    with refuses(message):
         load(str(folder))

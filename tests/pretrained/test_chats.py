@@ -1,4 +1,4 @@
-"""Chats as transformers writes them, by templates of the shapes that checkpoints come with."""
+"""Chat templates give the same token ids as transformers."""
 
 import json
 
@@ -61,16 +61,16 @@ CHATS = [
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_same_tokens(tmp_path, name):
+def test_chat_tokens_equal_transformers(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     write(epath.Path(tmp_path))
     settings = {"eos_token": "<eos>", "bos_token": "<eos>", "chat_template": TEMPLATES[name]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = import_export.read_tokenizer(epath.Path(tmp_path))
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer = import_export.read_tokenizer(epath.Path(tmp_path))
+    hf_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for chat in CHATS:
-        expected = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-        assert ours.encode_chat(chat) == expected
+        expected = hf_tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert tokenizer.encode_chat(chat) == expected
     several = [{"name": "default", "template": TEMPLATES[name]}, {"name": "tool_use", "template": "x"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several}))
     assert import_export.read_tokenizer(epath.Path(tmp_path)).encode_chat(chat) == expected

@@ -1,4 +1,4 @@
-"""Decoders of transformers with random weights, read, compared and written again."""
+"""transformers decoders with random weights: outputs, gradients and export."""
 
 from functools import cache
 
@@ -9,12 +9,12 @@ import pytest
 
 from attnlab.inspect.maps import in_order
 from tests.pretrained.hf_models import (
-    assert_written_again,
+    assert_close,
+    assert_export_roundtrip,
     batch,
-    close,
+    compiled_apply,
     positions_of,
-    program,
-    saved,
+    save_and_import,
     saved_gradients,
 )
 
@@ -85,74 +85,74 @@ CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 def decoder(case, folder):
-    """`Imported` of one of CASES."""
+    """Return the `Imported` model of a case."""
     transformers = pytest.importorskip("transformers")
     family, settings = CASES[case]
     config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**settings)
     config._attn_implementation = "eager"
     head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    return saved(getattr(transformers, f"{family}{head}")(config), folder)
+    return save_and_import(getattr(transformers, f"{family}{head}")(config), folder)
 
 
 @pytest.fixture(scope="module")
-def peer(tmp_path_factory):
-    return cache(lambda case: decoder(case, tmp_path_factory.mktemp("peer")))
+def imported(tmp_path_factory):
+    return cache(lambda case: decoder(case, tmp_path_factory.mktemp("imported")))
 
 
-def theirs(peer, ids, there, **options):
+def hf_outputs(imported, ids, valid, **options):
     torch = pytest.importorskip("torch")
     with torch.no_grad():
-        ids, mask, positions = map(torch.tensor, (ids, there, positions_of(there)))
-        return peer.hf_model(ids, attention_mask=mask, position_ids=positions, **options)
+        ids, mask, positions = map(torch.tensor, (ids, valid, positions_of(valid)))
+        return imported.hf_model(ids, attention_mask=mask, position_ids=positions, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_hidden_states_and_maps(peer, case):
-    peer = peer(case)
-    # One program for all: what the last norm gives is captured beside what blocks keep.
-    last = {"capture_intermediates": lambda module, _: module.name == "norm"}
-    run = program(peer, mutable=["intermediates"], **last)
+def test_logits_hidden_states_and_maps(imported, case):
+    imported = imported(case)
+    # Capture the output of the last norm too; blocks sow the other hidden states.
+    last_norm = {"capture_intermediates": lambda module, _: module.name == "norm"}
+    run = compiled_apply(imported, mutable=["intermediates"], **last_norm)
     for left in (False, True):
-        ids, there = batch(67, left=left)
-        expected = theirs(peer, ids, there, output_hidden_states=True, output_attentions=True)
-        found, captured = run(ids, there)
-        kept, real = captured["intermediates"], there.astype(bool)
-        close(found[real], expected.logits.numpy()[real])
-        hidden = [*in_order(kept["layers"], "hidden"), kept["norm"]["__call__"][0]]
-        for ours, wanted in zip(hidden, expected.hidden_states, strict=True):
-            close(np.asarray(ours)[real], wanted.numpy()[real])
-        maps = in_order(kept["layers"], "attention", "attention_weights")
-        for ours, wanted in zip(np.asarray(maps), expected.attentions, strict=True):
-            rows = np.broadcast_to(real[:, None, :], ours.shape[:-1])
-            close(ours[rows], wanted.numpy()[rows])
+        ids, valid = batch(67, left=left)
+        expected = hf_outputs(imported, ids, valid, output_hidden_states=True, output_attentions=True)
+        logits, captured = run(ids, valid)
+        sown, real = captured["intermediates"], valid.astype(bool)
+        assert_close(logits[real], expected.logits.numpy()[real])
+        hidden = [*in_order(sown["layers"], "hidden"), sown["norm"]["__call__"][0]]
+        for actual, wanted in zip(hidden, expected.hidden_states, strict=True):
+            assert_close(np.asarray(actual)[real], wanted.numpy()[real])
+        maps = in_order(sown["layers"], "attention", "attention_weights")
+        for actual, wanted in zip(np.asarray(maps), expected.attentions, strict=True):
+            rows = np.broadcast_to(real[:, None, :], actual.shape[:-1])
+            assert_close(actual[rows], wanted.numpy()[rows])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients(peer, case, tmp_path):
+def test_loss_and_gradients(imported, case, tmp_path):
     torch = pytest.importorskip("torch")
-    peer = peer(case)
-    ids, there = batch(67)
-    labels = torch.tensor(np.where(there, ids, -100))
-    peer.hf_model.zero_grad()
-    loss = peer.hf_model(torch.tensor(ids), attention_mask=torch.tensor(there), labels=labels).loss
+    imported = imported(case)
+    ids, valid = batch(67)
+    labels = torch.tensor(np.where(valid, ids, -100))
+    imported.hf_model.zero_grad()
+    loss = imported.hf_model(torch.tensor(ids), attention_mask=torch.tensor(valid), labels=labels).loss
     loss.backward()
 
-    targets, weights = np.roll(ids, -1, axis=1), np.roll(there, -1, axis=1)
+    targets, weights = np.roll(ids, -1, axis=1), np.roll(valid, -1, axis=1)
     weights[:, -1] = 0
 
-    def ours(params):
-        s = peer.model.apply(
-            {"params": params}, *map(jnp.asarray, (ids, targets, there)), method="loss_terms"
+    def loss_fn(params):
+        s = imported.model.apply(
+            {"params": params}, *map(jnp.asarray, (ids, targets, valid)), method="loss_terms"
         )
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 
-    with jax.set_mesh(peer.mesh):
-        value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
-    close(value, loss.detach().numpy(), 1e-5)
-    wanted = saved_gradients(peer.hf_model, tmp_path)
-    found = peer.named(grads)
-    assert found.keys() == wanted.keys()
-    for name, grad in found.items():
+    with jax.set_mesh(imported.mesh):
+        value, grads = jax.jit(jax.value_and_grad(loss_fn))(imported.params)
+    assert_close(value, loss.detach().numpy(), 1e-5)
+    wanted = saved_gradients(imported.hf_model, tmp_path)
+    actual = imported.named(grads)
+    assert actual.keys() == wanted.keys()
+    for name, grad in actual.items():
         expected = wanted[name]
         np.testing.assert_allclose(
             grad, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max(), err_msg=name
@@ -160,5 +160,5 @@ def test_loss_and_gradients(peer, case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_written_again_it_is_the_same(peer, case, tmp_path):
-    assert_written_again(peer(case), tmp_path)
+def test_export_reproduces_checkpoint(imported, case, tmp_path):
+    assert_export_roundtrip(imported(case), tmp_path)

@@ -1,4 +1,4 @@
-"""Encoders of transformers with random weights and each of their heads: read, compared and written again."""
+"""transformers encoders with random weights and each head: outputs, gradients and export."""
 
 from functools import cache, cached_property
 
@@ -10,9 +10,9 @@ import pytest
 from attnlab.inspect.maps import in_order
 from tests.pretrained.hf_models import (
     Imported,
-    assert_written_again,
+    assert_close,
+    assert_export_roundtrip,
     batch,
-    close,
     positions_of,
     random_weights,
     saved_gradients,
@@ -82,131 +82,134 @@ CASES = {
 
 
 class Encoder(Imported):
-    """A peer, and all that is computed here of it, by one program."""
+    """An imported encoder with a jitted function that returns all outputs."""
 
     @cached_property
     def run(self):
-        def run(params, ids, there, positions, types):
-            given, options = ({"params": params}, ids, there, positions), {"token_types": types}
-            keep = {"mutable": ["intermediates"], "capture_intermediates": lambda _, name: name == "hidden"}
-            logits, captured = self.model.apply(*given, **options, **keep)
-            kept = captured["intermediates"]
-            maps = in_order(kept["layers"], "attention", "attention_weights")
-            return logits, kept["hidden"][0], in_order(kept["layers"], "hidden"), maps
+        def run(params, ids, valid, positions, types):
+            inputs, options = ({"params": params}, ids, valid, positions), {"token_types": types}
+            capture = {
+                "mutable": ["intermediates"],
+                "capture_intermediates": lambda _, name: name == "hidden",
+            }
+            logits, captured = self.model.apply(*inputs, **options, **capture)
+            sown = captured["intermediates"]
+            maps = in_order(sown["layers"], "attention", "attention_weights")
+            return logits, sown["hidden"][0], in_order(sown["layers"], "hidden"), maps
 
         return jax.jit(run)
 
 
 @pytest.fixture(scope="module")
-def peer(tmp_path_factory):
+def imported(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
 
     @cache
-    def made(case):
+    def make(case):
         family, head, settings = CASES[case]
         config = getattr(transformers, f"{family}Config")(**settings)
         config._attn_implementation = "eager"
-        folder = tmp_path_factory.mktemp("peer")
+        folder = tmp_path_factory.mktemp("imported")
         model = random_weights(getattr(transformers, f"{family}{head}")(config))
         model.save_pretrained(folder)
         return Encoder(model, folder)
 
-    return made
+    return make
 
 
 def inputs(case, left=False):
-    """Tokens, which are there, positions, and types (or none) of a batch of unequal rows."""
-    ids, there = batch(67, left=left)
+    """Return tokens, mask, positions and token types (or None) of rows of unequal lengths."""
+    ids, valid = batch(67, left=left)
     types = np.random.default_rng(5).integers(0, CASES[case][2].get("type_vocab_size", 1), ids.shape)
-    return ids, there, positions_of(there), types if "type_vocab_size" in CASES[case][2] else None
+    return ids, valid, positions_of(valid), types if "type_vocab_size" in CASES[case][2] else None
 
 
-def theirs(peer, ids, there, positions, types, **options):
-    """What transformers computes; RoBERTa's kin is told positions as it counts them."""
+def hf_outputs(imported, ids, valid, positions, types, **options):
+    """Return the outputs of transformers; RoBERTa-like models count positions from an offset."""
     torch = pytest.importorskip("torch")
-    config = peer.hf_model.config
+    config = imported.hf_model.config
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions = positions + config.pad_token_id + 1
     named = {"token_type_ids": torch.tensor(types)} if types is not None else {}
-    ids, mask, positions = map(torch.tensor, (ids, there, positions))
-    return peer.hf_model(ids, attention_mask=mask, position_ids=positions, **named, **options)
+    ids, mask, positions = map(torch.tensor, (ids, valid, positions))
+    return imported.hf_model(ids, attention_mask=mask, position_ids=positions, **named, **options)
 
 
-def ours(peer, *arrays):
-    """Logits, hidden states, those before each layer, and maps."""
-    with jax.set_mesh(peer.mesh):
-        return jax.tree.map(np.asarray, peer.run(peer.params, *jax.tree.map(jnp.asarray, arrays)))
+def outputs(imported, *arrays):
+    """Return logits, final hidden states, the inputs of each layer and attention maps."""
+    with jax.set_mesh(imported.mesh):
+        return jax.tree.map(np.asarray, imported.run(imported.params, *jax.tree.map(jnp.asarray, arrays)))
 
 
-def first(there):
-    """The rows, and the first token that is there in each."""
-    return np.arange(len(there)), there.argmax(1)
+def first(valid):
+    """Return the index of the first valid token of each row."""
+    return np.arange(len(valid)), valid.argmax(1)
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_hidden_states_and_maps(peer, case, left):
+def test_logits_hidden_states_and_maps(imported, case, left):
     torch = pytest.importorskip("torch")
-    peer, head = peer(case), CASES[case][1]
+    imported, head = imported(case), CASES[case][1]
     given = inputs(case, left)
     real = given[1].astype(bool)
-    got, hidden, before, maps = ours(peer, *given)
+    got, hidden, before, maps = outputs(imported, *given)
     with torch.no_grad():
-        expected = theirs(peer, *given, output_hidden_states=True, output_attentions=True)
-    for found, wanted in zip([*before, hidden], expected.hidden_states, strict=True):
-        close(found[real], wanted.numpy()[real])
-    for found, wanted in zip(maps, expected.attentions, strict=True):
-        rows = np.broadcast_to(real[:, None, :], found.shape[:-1])
-        close(found[rows], wanted.numpy()[rows])
+        expected = hf_outputs(imported, *given, output_hidden_states=True, output_attentions=True)
+    for actual, wanted in zip([*before, hidden], expected.hidden_states, strict=True):
+        assert_close(actual[real], wanted.numpy()[real])
+    for actual, wanted in zip(maps, expected.attentions, strict=True):
+        rows = np.broadcast_to(real[:, None, :], actual.shape[:-1])
+        assert_close(actual[rows], wanted.numpy()[rows])
     if head == "Model":
-        close(hidden[real], expected.last_hidden_state.numpy()[real])
+        assert_close(hidden[real], expected.last_hidden_state.numpy()[real])
         pooled = expected.get("pooler_output", expected.last_hidden_state[:, 0])
-        if not left:  # transformers pools the first token, though it be padding
-            close(got[first(given[1])], pooled.numpy())
+        if not left:  # transformers pools the first token even if it is padding
+            assert_close(got[first(given[1])], pooled.numpy())
     elif head == DOCUMENTS:
-        if not left or peer.hf_model.config.to_dict().get("classifier_pooling") == "mean":
-            close(got[first(given[1])], expected.logits.numpy())
+        if not left or imported.hf_model.config.to_dict().get("classifier_pooling") == "mean":
+            assert_close(got[first(given[1])], expected.logits.numpy())
             assert (got[real] == np.repeat(got[first(given[1])], given[1].sum(1), axis=0)).all()
     else:
-        close(got[real], expected.logits.numpy()[real])
+        assert_close(got[real], expected.logits.numpy()[real])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1] != "Model" and "xlm" not in case])
-def test_loss_and_gradients(peer, case, tmp_path):
+def test_loss_and_gradients(imported, case, tmp_path):
     torch = pytest.importorskip("torch")
-    peer, head = peer(case), CASES[case][1]
+    imported, head = imported(case), CASES[case][1]
     given = inputs(case)
-    there = given[1]
-    targets = np.random.default_rng(7).integers(0, 67 if head == LM else 3, there.shape)
-    weights = there.copy()
+    valid = given[1]
+    targets = np.random.default_rng(7).integers(0, 67 if head == LM else 3, valid.shape)
+    weights = valid.copy()
     if head == DOCUMENTS:
-        weights = np.zeros_like(there)
-        weights[first(there)] = 1
-        labels = torch.tensor(targets[first(there)])
+        weights = np.zeros_like(valid)
+        weights[first(valid)] = 1
+        labels = torch.tensor(targets[first(valid)])
     else:
         weights[:, ::3] = 0
         labels = torch.tensor(np.where(weights, targets, -100))
-    peer.hf_model.zero_grad()
-    loss = theirs(peer, *given, labels=labels).loss
+    imported.hf_model.zero_grad()
+    loss = hf_outputs(imported, *given, labels=labels).loss
     loss.backward()
 
     def objective(params):
-        ids, there, positions, types = jax.tree.map(jnp.asarray, given)
+        ids, valid, positions, types = jax.tree.map(jnp.asarray, given)
         options = {"token_types": types, "method": "loss_terms"}
-        s = peer.model.apply({"params": params}, ids, jnp.asarray(targets), there, positions, **options)
+        s = imported.model.apply({"params": params}, ids, jnp.asarray(targets), valid, positions, **options)
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 
-    with jax.set_mesh(peer.mesh):
-        value, grads = jax.jit(jax.value_and_grad(objective))(peer.params)
-    close(value, loss.detach().numpy(), 1e-5)
-    wanted, found = saved_gradients(peer.hf_model, tmp_path), peer.named(grads)
-    assert found.keys() == wanted.keys()
-    for name, grad in found.items():
-        # A bias of the keys alone has no gradient, but for rounding.
+    with jax.set_mesh(imported.mesh):
+        value, grads = jax.jit(jax.value_and_grad(objective))(imported.params)
+    assert_close(value, loss.detach().numpy(), 1e-5)
+    wanted, actual = saved_gradients(imported.hf_model, tmp_path), imported.named(grads)
+    assert actual.keys() == wanted.keys()
+    for name, grad in actual.items():
+        # A bias of the keys alone has no gradient except for rounding.
         bound = 1e-8 if "key.bias" in name or "k_lin.bias" in name else 1e-3 * np.abs(wanted[name]).max()
         np.testing.assert_allclose(grad, wanted[name], rtol=1e-3, atol=bound, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_written_again_it_is_the_same(peer, case, tmp_path):
-    assert_written_again(peer(case), tmp_path)
+def test_export_reproduces_checkpoint(imported, case, tmp_path):
+    assert_export_roundtrip(imported(case), tmp_path)

@@ -1,4 +1,4 @@
-"""Models that were made here, written for transformers: the same outputs there, the same parameters back."""
+"""Models trained from scratch have the same outputs in transformers after export."""
 
 from dataclasses import replace
 
@@ -36,19 +36,19 @@ from attnlab.models import (
 from attnlab.models.contrastive import LastToken, ProjectionConfig, TextTowerConfig
 from attnlab.models.heads import DenseConfig
 from attnlab.pretrained import import_export, load
-from tests.pretrained.hf_models import close
+from tests.pretrained.hf_models import assert_close
 from tests.programs import ROOT
 
 pytestmark = pytest.mark.parity
 
-# Constants that Pegasus makes by itself, and yet misses.
+# Constants that Pegasus computes itself but reports as missing.
 SINES = {f"model.{half}.embed_positions.weight" for half in ("encoder", "decoder")}
-LENGTH = 10  # of which the speech experiment's model has 8
+LENGTH = 10  # context length; the speech experiment's model has 8
 TOKENIZER = Words().train([" ".join(f"w{i}" for i in range(40))])
 
 
 def experiment(name):
-    """The model of an experiment."""
+    """Return the model config of an experiment."""
     return configs.load(str(ROOT / "experiments" / f"{name}.py")).config.model
 
 
@@ -132,7 +132,7 @@ CASES = {
 
 
 def random_params(config, seed=0):
-    """Parameters of the model, all of them far from even; but for a constant."""
+    """Draw parameters with large variance; scales have mean 1."""
     abstract, rng = import_export.abstract_params(config), np.random.default_rng(seed)
 
     def draw(path, x):
@@ -142,8 +142,8 @@ def random_params(config, seed=0):
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def ours(model, config, tokens, written, source):
-    """What the model makes of texts, of images or sounds, or of both."""
+def outputs(model, config, tokens, targets, source):
+    """Return the outputs for text, for images or audio, or for both."""
     if isinstance(config, EncoderConfig):
         return model(tokens)[:, 0] if isinstance(config.head, ClassifierConfig) else model(tokens)
     if isinstance(config, ViTConfig):
@@ -152,34 +152,34 @@ def ours(model, config, tokens, written, source):
         return model(tokens, source=source)[:, 0]
     if isinstance(config, VisionLanguageConfig):
         return model(tokens.at[:, :4].set(config.image_token_id), source=source)
-    return model(written, source=tokens if config.source_shape == (1,) else source)
+    return model(targets, source=tokens if config.source_shape == (1,) else source)
 
 
-def theirs(model, config, tokens, written, source):
-    """The same of transformers'."""
+def hf_outputs(model, config, tokens, targets, source):
+    """Return the same outputs of a transformers model."""
     torch = pytest.importorskip("torch")
-    text, written = torch.tensor(tokens), torch.tensor(written)
+    text, targets = torch.tensor(tokens), torch.tensor(targets)
     if isinstance(config, EncoderConfig):
         return model(text).logits
     if config.source_shape == (1,):
-        return model(text, decoder_input_ids=written).logits
-    seen = torch.tensor(np.moveaxis(source, -1, 1))
+        return model(text, decoder_input_ids=targets).logits
+    pixels = torch.tensor(np.moveaxis(source, -1, 1))
     if isinstance(config, ViTConfig):
-        found = model(seen)
-        return found.logits if config.classes != 0 else found.pooler_output
+        result = model(pixels)
+        return result.logits if config.classes != 0 else result.pooler_output
     if isinstance(config, ContrastiveConfig):
-        return model(text, seen).logits_per_text
+        return model(text, pixels).logits_per_text
     if isinstance(config, VisionLanguageConfig):
         text[:, :4] = config.image_token_id
         prompt = (
             {"token_type_ids": (text != config.image_token_id).long()} if config.bidirectional_prompt else {}
         )
-        return model(text, seen, attention_mask=torch.ones_like(text), **prompt).logits
-    return model(seen, decoder_input_ids=written).logits
+        return model(text, pixels, attention_mask=torch.ones_like(text), **prompt).logits
+    return model(pixels, decoder_input_ids=targets).logits
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_it_gives_the_same_and_comes_back(case, tmp_path):
+def test_export_matches_transformers_and_reimports(case, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     architecture, config = CASES[case]
     config, folder = config.with_vocab_size(TOKENIZER.vocab_size), epath.Path(tmp_path) / "out"
@@ -187,17 +187,17 @@ def test_there_it_gives_the_same_and_comes_back(case, tmp_path):
     import_export.write_checkpoint(folder, config, params, import_export.FromScratch(TOKENIZER, LENGTH))
 
     rng = np.random.default_rng(1)
-    tokens, written = rng.integers(6, TOKENIZER.vocab_size, (2, 3, 8))
+    tokens, targets = rng.integers(6, TOKENIZER.vocab_size, (2, 3, 8))
     tokens[:, -1] = TOKENIZER.eos_id
     source = rng.normal(size=(3, *(config.source_shape or ()))).astype(np.float32)
-    arrays = jnp.asarray(tokens), jnp.asarray(written), jnp.asarray(source)
+    arrays = jnp.asarray(tokens), jnp.asarray(targets), jnp.asarray(source)
     model = config.build(TOKENIZER.vocab_size)
-    wanted = model.apply({"params": params}, config, *arrays, method=ours)
-    there, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    wanted = model.apply({"params": params}, config, *arrays, method=outputs)
+    hf_model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
     report["missing_keys"] -= SINES
     assert not any(report.values()), report
     with torch.no_grad():
-        close(theirs(there.eval(), config, tokens, written, source), wanted)
+        assert_close(hf_outputs(hf_model.eval(), config, tokens, targets, source), wanted)
 
-    back = load(str(folder))
-    jax.tree.map(np.testing.assert_array_equal, back.params, params)
+    reloaded = load(str(folder))
+    jax.tree.map(np.testing.assert_array_equal, reloaded.params, params)

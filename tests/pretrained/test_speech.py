@@ -1,4 +1,4 @@
-"""Whisper of transformers with random weights, read, compared, generated from and written again."""
+"""transformers Whisper with random weights: outputs, generation and export."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from attnlab.pretrained import load
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
 from tests.generation.models import assert_same, until_end
-from tests.pretrained.hf_models import assert_written_again, close, saved, saved_gradients
+from tests.pretrained.hf_models import assert_close, assert_export_roundtrip, save_and_import, saved_gradients
 
 pytestmark = pytest.mark.parity
 
@@ -39,7 +39,7 @@ SMALL = {
 }
 CASES = {
     "whisper": SMALL,
-    "uneven halves, untied": SMALL
+    "unequal halves, untied": SMALL
     | {"encoder_layers": 3, "decoder_attention_heads": 2, "decoder_ffn_dim": 40, "max_source_positions": 7}
     | {"activation_function": "relu", "tie_word_embeddings": False},
 }
@@ -49,86 +49,90 @@ LABELS = np.where(np.arange(9) < [[9], [6]], RNG.integers(4, 67, (2, 9)), -100)
 
 
 @pytest.fixture(scope="module", params=CASES)
-def peer(request, tmp_path_factory):
+def imported(request, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     config = transformers.WhisperConfig(**CASES[request.param])
     config._attn_implementation = "eager"
-    return saved(transformers.WhisperForConditionalGeneration(config), tmp_path_factory.mktemp("peer"))
+    return save_and_import(
+        transformers.WhisperForConditionalGeneration(config), tmp_path_factory.mktemp("imported")
+    )
 
 
-def sounds(peer):
-    """Features (B, frames, mels), as many frames as the checkpoint is for, and the same for torch."""
+def audio_features(imported):
+    """Return features (B, frames, mels) of the checkpoint's length, and the same for torch."""
     torch = pytest.importorskip("torch")
-    features = np.random.default_rng(1).normal(size=(2, *peer.config.source_shape)).astype(np.float32)
+    features = np.random.default_rng(1).normal(size=(2, *imported.config.source_shape)).astype(np.float32)
     return jnp.asarray(features), torch.tensor(features.transpose(0, 2, 1))
 
 
-def test_logits_hidden_states_and_maps(peer):
+def test_logits_hidden_states_and_maps(imported):
     torch = pytest.importorskip("torch")
-    features, theirs = sounds(peer)
+    features, hf_features = audio_features(imported)
     tokens = np.random.default_rng(2).integers(4, 67, (2, 9))
     with torch.no_grad():
         options = {"output_hidden_states": True, "output_attentions": True}
-        expected = peer.hf_model(theirs, decoder_input_ids=torch.tensor(tokens), **options)
-    with jax.set_mesh(peer.mesh):
-        run = jax.jit(partial(peer.model.apply, mutable=["intermediates"]))
-        logits, captured = run({"params": peer.params}, jnp.asarray(tokens), source=features)
-    close(logits, expected.logits)
+        expected = imported.hf_model(hf_features, decoder_input_ids=torch.tensor(tokens), **options)
+    with jax.set_mesh(imported.mesh):
+        run = jax.jit(partial(imported.model.apply, mutable=["intermediates"]))
+        logits, captured = run({"params": imported.params}, jnp.asarray(tokens), source=features)
+    assert_close(logits, expected.logits)
     encoder, decoder = (captured["intermediates"][half]["layers"] for half in ("encoder", "decoder"))
     for layers, branch, maps in [
         (encoder, "attention", expected.encoder_attentions),
         (decoder, "attention", expected.decoder_attentions),
         (decoder, "cross_attention", expected.cross_attentions),
     ]:
-        close(in_order(layers, branch, "attention_weights"), torch.stack(maps))
-    # The last of theirs is what the logits are read from, normed.
-    close(in_order(encoder, "hidden"), torch.stack(expected.encoder_hidden_states[:-1]))
-    close(in_order(decoder, "hidden"), torch.stack(expected.decoder_hidden_states[:-1]))
-    with jax.set_mesh(peer.mesh):
-        memory = jax.jit(partial(peer.model.apply, method="encode"))({"params": peer.params}, features)
-    close(memory.hidden, expected.encoder_last_hidden_state)
+        assert_close(in_order(layers, branch, "attention_weights"), torch.stack(maps))
+    # The last hidden state of transformers is after the final norm.
+    assert_close(in_order(encoder, "hidden"), torch.stack(expected.encoder_hidden_states[:-1]))
+    assert_close(in_order(decoder, "hidden"), torch.stack(expected.decoder_hidden_states[:-1]))
+    with jax.set_mesh(imported.mesh):
+        memory = jax.jit(partial(imported.model.apply, method="encode"))(
+            {"params": imported.params}, features
+        )
+    assert_close(memory.hidden, expected.encoder_last_hidden_state)
 
 
-def test_loss_and_gradients(peer, tmp_path):
+def test_loss_and_gradients(imported, tmp_path):
     torch = pytest.importorskip("torch")
-    features, theirs = sounds(peer)
-    peer.hf_model.zero_grad()
-    loss = peer.hf_model(theirs, labels=torch.tensor(LABELS)).loss
+    features, hf_features = audio_features(imported)
+    imported.hf_model.zero_grad()
+    loss = imported.hf_model(hf_features, labels=torch.tensor(LABELS)).loss
     loss.backward()
-    frozen = peer.hf_model.model.encoder.embed_positions.weight
+    frozen = imported.hf_model.model.encoder.embed_positions.weight
     assert frozen.grad is None
     frozen.grad = torch.zeros_like(frozen)
     targets, weights = np.maximum(LABELS, 0), LABELS >= 0
     tokens = np.concatenate([np.full((2, 1), START), targets[:, :-1]], axis=1)
 
-    def ours(params):
-        s = peer.model.apply(
+    def loss_fn(params):
+        s = imported.model.apply(
             {"params": params}, *map(jnp.asarray, (tokens, targets)), method="loss_terms", source=features
         )
         return jnp.sum((s.lse - s.target_logit) * weights) / weights.sum()
 
-    with jax.set_mesh(peer.mesh):
-        value, grads = jax.jit(jax.value_and_grad(ours))(peer.params)
-    close(value, loss.detach().numpy(), 1e-5)
-    wanted, found = saved_gradients(peer.hf_model, tmp_path), peer.named(grads)
-    assert found.keys() == wanted.keys()
-    for name, grad in found.items():
-        most = np.abs(wanted[name]).max()
-        np.testing.assert_allclose(grad, wanted[name], rtol=1e-3, atol=1e-3 * most, err_msg=name)
+    with jax.set_mesh(imported.mesh):
+        value, grads = jax.jit(jax.value_and_grad(loss_fn))(imported.params)
+    assert_close(value, loss.detach().numpy(), 1e-5)
+    wanted, actual = saved_gradients(imported.hf_model, tmp_path), imported.named(grads)
+    assert actual.keys() == wanted.keys()
+    for name, grad in actual.items():
+        largest = np.abs(wanted[name]).max()
+        np.testing.assert_allclose(grad, wanted[name], rtol=1e-3, atol=1e-3 * largest, err_msg=name)
 
 
-def test_written_again_it_is_the_same(peer, tmp_path):
-    assert_written_again(peer, tmp_path)
+def test_export_reproduces_checkpoint(imported, tmp_path):
+    assert_export_roundtrip(imported, tmp_path)
 
 
-def generate(peer, features, begin, **options):
-    """By transformers' own loop: Whisper's `generate` has rules of its own, for time stamps and silence."""
+def generate(imported, features, begin, **options):
+    """Run the generic `generate`: Whisper overrides it with rules for timestamps and silence."""
     import torch
     from transformers.generation import GenerationConfig, GenerationMixin
 
     config = GenerationConfig(max_new_tokens=STEPS, pad_token_id=EOS, decoder_start_token_id=START, **options)
     return GenerationMixin.generate(
-        peer.hf_model,
+        imported.hf_model,
         features,
         decoder_input_ids=torch.tensor(begin),
         generation_config=config,
@@ -137,40 +141,40 @@ def generate(peer, features, begin, **options):
     )
 
 
-def start(peer, features):
+def start(imported, features):
     tokens = jnp.array([[START, 5]] * 2)
-    there = jnp.ones(features.shape[:2], jnp.int32)
+    valid = jnp.ones(features.shape[:2], jnp.int32)
     return prefill(
-        peer.model,
+        imported.model,
         2 + STEPS,
-        peer.params,
+        imported.params,
         tokens,
         jnp.ones_like(tokens),
         source=features,
-        source_segments=there,
+        source_segments=valid,
     )
 
 
-def test_greedy(peer):
-    features, theirs = sounds(peer)
-    expected = generate(peer, theirs, [[START, 5]] * 2, eos_token_id=None).sequences[:, 2:].tolist()
+def test_greedy_generation(imported):
+    features, hf_features = audio_features(imported)
+    expected = generate(imported, hf_features, [[START, 5]] * 2, eos_token_id=None).sequences[:, 2:].tolist()
     got = []
-    with jax.set_mesh(peer.mesh):
-        read = jax.jit(lambda prefix, params, new: prefix.read(peer.model, params, new))
-        prefix = start(peer, features)
+    with jax.set_mesh(imported.mesh):
+        decode = jax.jit(lambda prefix, params, new: prefix.decode(imported.model, params, new))
+        prefix = start(imported, features)
         for _ in range(STEPS):
             got.append(np.asarray(prefix.logits).argmax(-1))
-            prefix = read(prefix, peer.params, got[-1])
+            prefix = decode(prefix, imported.params, got[-1])
     assert np.transpose(got).tolist() == expected
 
 
-def test_beams(peer):
-    features, theirs = sounds(peer)
+def test_beam_search(imported):
+    features, hf_features = audio_features(imported)
     options = {"num_beams": 3, "num_return_sequences": 3, "early_stopping": False, "eos_token_id": EOS}
-    found = generate(peer, theirs, [[START, 5]] * 2, **options)
-    expected = found.sequences[:, 2:].reshape(2, 3, -1).tolist()
-    scores = found.sequences_scores.reshape(2, 3).tolist()
-    with jax.set_mesh(peer.mesh):
+    output = generate(imported, hf_features, [[START, 5]] * 2, **options)
+    expected = output.sequences[:, 2:].reshape(2, 3, -1).tolist()
+    scores = output.sequences_scores.reshape(2, 3).tolist()
+    with jax.set_mesh(imported.mesh):
         options = {
             "num_beams": 3,
             "length_penalty": PowerLengthPenalty(1.0),
@@ -178,33 +182,33 @@ def test_beams(peer):
             "slots": STEPS,
             "steps": STEPS,
         }
-        texts = beam_search(peer.model, peer.params, start(peer, features), **options)
+        hypotheses = beam_search(imported.model, imported.params, start(imported, features), **options)
     for i in range(2):
-        ours = [until_end(text, EOS) for text in texts.tokens[i].tolist()]
+        tokens = [until_end(text, EOS) for text in hypotheses.tokens[i].tolist()]
         wanted = [until_end(text, EOS) for text in expected[i]]
         assert_same(
-            [*zip(ours, texts.scores[i].tolist(), strict=True)], [*zip(wanted, scores[i], strict=True)]
+            [*zip(tokens, hypotheses.scores[i].tolist(), strict=True)], [*zip(wanted, scores[i], strict=True)]
         )
 
 
-def test_a_language_that_is_not_named_is_not_forced(peer):
-    told = peer.hf_model.config.to_dict() | {"forced_decoder_ids": [[1, None], [2, 9]]}
-    assert FAMILIES["whisper"].config(HFConfig(told, "config.json")).generation.forced_decoder_ids == ()
+def test_language_detection_ends_forced_tokens(imported):
+    fields = imported.hf_model.config.to_dict() | {"forced_decoder_ids": [[1, None], [2, 9]]}
+    assert FAMILIES["whisper"].config(HFConfig(fields, "config.json")).generation.forced_decoder_ids == ()
 
 
-def test_from_sound_to_text(tmp_path):
-    """By the numbers and the files of the checkpoint alone."""
+def test_transcribe_audio(tmp_path):
+    """Audio to text with only the files of the checkpoint."""
     transformers = pytest.importorskip("transformers")
     sizes = {"feature_size": 16, "sampling_rate": 16_000, "hop_length": 160, "chunk_length": 1, "n_fft": 400}
     extractor = transformers.WhisperFeatureExtractor(**sizes)
     tokenizer = Bytes().train([])
-    own = {
+    changes = {
         "vocab_size": 257,
         "num_mel_bins": 16,
         "max_source_positions": 50,
         "eos_token_id": tokenizer.eos_id,
     }
-    config = transformers.WhisperConfig(**SMALL | own, forced_decoder_ids=[[1, 5], [2, 9]])
+    config = transformers.WhisperConfig(**SMALL | changes, forced_decoder_ids=[[1, 5], [2, 9]])
     config._attn_implementation = "eager"
     model = transformers.WhisperForConditionalGeneration(config)
     rules = {
@@ -212,20 +216,22 @@ def test_from_sound_to_text(tmp_path):
         "begin_suppress_tokens": [217, tokenizer.eos_id],
     }
     model.generation_config.update(**rules)
-    there = saved(model, tmp_path)
+    imported = save_and_import(model, tmp_path)
     extractor.save_pretrained(tmp_path)
     tokenizer.with_hf_settings().save(tmp_path / "tokenizer.json")
 
-    sound = np.random.default_rng(0).normal(size=12_000).astype(np.float32) * 0.1
-    theirs = extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features
-    expected = generate(there, theirs, [[START, 5, 9]], eos_token_id=tokenizer.eos_id, **rules)
-    model, params, tokens = load(str(tmp_path), there.mesh)
-    features = LogMel.from_settings(preprocessor.read(tmp_path))(jnp.asarray(sound)[None])
-    close(features[0], theirs[0].T)
-    generator = Generator(model, params, tokens, model.config.decoder.positions.length, there.mesh)
+    waveform = np.random.default_rng(0).normal(size=12_000).astype(np.float32) * 0.1
+    hf_features = extractor(waveform, sampling_rate=16_000, return_tensors="pt").input_features
+    expected = generate(imported, hf_features, [[START, 5, 9]], eos_token_id=tokenizer.eos_id, **rules)
+    model, params, loaded_tokenizer = load(str(tmp_path), imported.mesh)
+    features = LogMel.from_settings(preprocessor.read(tmp_path))(jnp.asarray(waveform)[None])
+    assert_close(features[0], hf_features[0].T)
+    generator = Generator(
+        model, params, loaded_tokenizer, model.config.decoder.positions.length, imported.mesh
+    )
     (row,) = generator(sources=[features[0]], sampling=SamplingParams(0.0), max_new_tokens=STEPS + 2)
     assert row.tokens == until_end(expected.sequences[0, 1:].tolist(), tokenizer.eos_id)[: len(row.tokens)]
     assert row.tokens[:2] == [5, 9] and len(row.tokens) > 8
     rules = {name: [] for name in rules}
-    free = generate(there, theirs, [[START, 5, 9]], eos_token_id=tokenizer.eos_id, **rules)
+    free = generate(imported, hf_features, [[START, 5, 9]], eos_token_id=tokenizer.eos_id, **rules)
     assert row.tokens != free.sequences[0, 1:].tolist()[: len(row.tokens)]

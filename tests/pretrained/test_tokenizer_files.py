@@ -1,4 +1,4 @@
-"""Tokenizers of folders without a tokenizer.json, held against those of transformers and of SentencePiece."""
+"""Tokenizers without tokenizer.json give the ids of transformers and SentencePiece."""
 
 import json
 
@@ -21,17 +21,17 @@ ODD = [
 ]  # fmt: skip
 
 
-def folder(path, model_type, settings=None, **more):
-    """The small files of a checkpoint."""
+def folder(path, model_type, settings=None, **fields):
+    """Write the config files of a checkpoint."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"model_type": model_type} | more))
+    (path / "config.json").write_text(json.dumps({"model_type": model_type} | fields))
     if settings is not None:
         (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return epath.Path(path)
 
 
 def trained(path, kind, texts=TEXTS, **options):
-    """A model of SentencePiece."""
+    """Train and save a SentencePiece model; return its processor."""
     spm = pytest.importorskip("sentencepiece")
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), model_type=kind,
@@ -52,30 +52,32 @@ GEMMA = LLAMA | {
 T5 = {"vocab_size": 150, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
 
 
-def same(ours, theirs, texts=ODD):
+def assert_same_ids(tokenizer, hf_tokenizer, texts=ODD):
     for text in texts:
-        assert ours.encode_document(text) == theirs(text)["input_ids"], text
-        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert tokenizer.encode_document(text) == hf_tokenizer(text)["input_ids"], text
+        assert tokenizer.encode(text).tolist() == hf_tokenizer(text, add_special_tokens=False)["input_ids"], (
+            text
+        )
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parity
-def test_llama(tmp_path, legacy):
+def test_llama_equals_sentencepiece(tmp_path, legacy):
     (tmp_path / "llama").mkdir()
-    peer = trained(tmp_path / "llama" / "tokenizer.model", "bpe", **LLAMA)
+    processor = trained(tmp_path / "llama" / "tokenizer.model", "bpe", **LLAMA)
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "chat_template": "{{ bos_token }}x"}
-    ours = import_export.read_tokenizer(folder(tmp_path / "llama", "llama", settings))
+    tokenizer = import_export.read_tokenizer(folder(tmp_path / "llama", "llama", settings))
     for text in ODD if legacy else [text for text in ODD if not text.startswith((" ", "\u2581"))]:
-        assert ours.encode(text).tolist() == peer.encode(text), text
-        assert ours.decode(peer.encode(text)) == text.replace("\u2581", " ")
-    assert ours.encode_document("the") == ours.encode_prompt("the") == [1, *peer.encode("the")]
-    assert (ours.eos_id, ours.bos_tokens, ours.encode_chat([])[0]) == (2, [1], 1)
-    assert ours.token_bytes[peer.encode("é")].sum() == 3  # and a space before it
+        assert tokenizer.encode(text).tolist() == processor.encode(text), text
+        assert tokenizer.decode(processor.encode(text)) == text.replace("\u2581", " ")
+    assert tokenizer.encode_document("the") == tokenizer.encode_prompt("the") == [1, *processor.encode("the")]
+    assert (tokenizer.eos_id, tokenizer.bos_tokens, tokenizer.encode_chat([])[0]) == (2, [1], 1)
+    assert tokenizer.token_bytes[processor.encode("é")].sum() == 3  # two bytes of é and the space before it
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
 @pytest.mark.parity
-def test_sentencepiece_as_transformers_reads_it(tmp_path, name):
+def test_sentencepiece_files_equal_transformers(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     options, file, kind = {
         "llama": (LLAMA, "tokenizer.model", "bpe"),
@@ -89,10 +91,10 @@ def test_sentencepiece_as_transformers_reads_it(tmp_path, name):
     settings = {"tokenizer_class": cls} | (
         {} if name == "t5" else {"add_bos_token": True, "add_eos_token": name == "llama"}
     )
-    ours = import_export.read_tokenizer(folder(path, name, settings))
-    theirs = getattr(transformers, cls).from_pretrained(path)
-    same(ours, theirs)
-    assert ours.vocab_size == len(theirs)
+    tokenizer = import_export.read_tokenizer(folder(path, name, settings))
+    hf_tokenizer = getattr(transformers, cls).from_pretrained(path)
+    assert_same_ids(tokenizer, hf_tokenizer)
+    assert tokenizer.vocab_size == len(hf_tokenizer)
 
 
 GERMAN = "die Katze saß auf der Matte weil sie müde war und dann rannte der Hund mit 3 Freunden nach Hause"
@@ -101,15 +103,15 @@ CODES = [">>deu<<", ">>fra<<"]
 
 
 def opus(path):
-    """The files of a translator's tokenizer: pieces of two languages, but a few, numbered together."""
+    """Write a Marian tokenizer: two SentencePiece models and an incomplete joint vocabulary."""
     path = folder(path, "marian", {"source_lang": "eng", "target_lang": "deu"}, eos_token_id=0)
     pieces = {"</s>": 0, "<unk>": 1}
     for name, texts in {"source": TEXTS, "target": [GERMAN, GERMAN.title(), GERMAN[::-1]] * 20}.items():
         spm = trained(path / f"{name}.spm", "unigram", texts=texts, **OPUS)
-        own = [spm.id_to_piece(i) for i in range(len(spm))]
+        spm_pieces = [spm.id_to_piece(i) for i in range(len(spm))]
         pieces |= {
             piece: len(pieces) + i
-            for i, piece in enumerate(p for p in own if p not in {*pieces, "q", "R", "\u2581the"})
+            for i, piece in enumerate(p for p in spm_pieces if p not in {*pieces, "q", "R", "\u2581the"})
         }
     pieces |= {token: len(pieces) + i for i, token in enumerate([*CODES, "<pad>"])}
     (path / "vocab.json").write_text(json.dumps(pieces))
@@ -117,14 +119,14 @@ def opus(path):
 
 
 @pytest.fixture(scope="module")
-def translators(tmp_path_factory):
-    """Our tokenizer of such files, what a run keeps of it, and that of transformers."""
+def marian_tokenizers(tmp_path_factory):
+    """Return the imported tokenizer, the same saved and reloaded, and that of transformers."""
     transformers = pytest.importorskip("transformers")
     path = opus(tmp_path_factory.mktemp("opus"))
-    ours = import_export.read_tokenizer(path)
-    ours.save(tmp_path_factory.mktemp("run") / "tokenizer.json")
-    kept = Tokenizer.load(tmp_path_factory.getbasetemp() / "run0" / "tokenizer.json")
-    return ours, kept, transformers.MarianTokenizer.from_pretrained(path)
+    tokenizer = import_export.read_tokenizer(path)
+    tokenizer.save(tmp_path_factory.mktemp("run") / "tokenizer.json")
+    reloaded = Tokenizer.load(tmp_path_factory.getbasetemp() / "run0" / "tokenizer.json")
+    return tokenizer, reloaded, transformers.MarianTokenizer.from_pretrained(path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -136,31 +138,33 @@ def translators(tmp_path_factory):
     )
 )
 @pytest.mark.parity
-def test_marian(translators, words):
-    """A source, a target, and the text of what is written."""
-    *both, theirs = translators
+def test_marian_equals_transformers(marian_tokenizers, words):
+    """Ids of a source and a target, and their decoded texts."""
+    *both, hf_tokenizer = marian_tokenizers
     for text in (" ".join(words), "".join(words), *ODD):
-        if any(token in text for token in theirs.all_special_tokens):
-            continue  # of which there the text would be made, and here it has their letters
-        for ours in both:
-            source, target = theirs(text)["input_ids"], theirs(text_target=text)["input_ids"]
-            assert ours.encode_source(text) == source, text
-            assert ours.encode_document(text) == target and ours.encode(text).tolist() == target[:-1], text
+        if any(token in text for token in hf_tokenizer.all_special_tokens):
+            continue  # transformers parses special tokens in texts; here they are plain text
+        for tokenizer in both:
+            source, target = hf_tokenizer(text)["input_ids"], hf_tokenizer(text_target=text)["input_ids"]
+            assert tokenizer.encode_source(text) == source, text
+            assert (
+                tokenizer.encode_document(text) == target and tokenizer.encode(text).tolist() == target[:-1]
+            ), text
             for ids in (source, target):
-                assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+                assert tokenizer.decode(ids) == hf_tokenizer.decode(ids, skip_special_tokens=True), text
 
 
 @pytest.mark.parity
-def test_marian_by_hand(translators, tmp_path, refuses):
-    ours, _, theirs = translators
+def test_marian_expected_values(marian_tokenizers, tmp_path, refuses):
+    tokenizer, _, hf_tokenizer = marian_tokenizers
     assert (
-        ours.encode_source(">>deu<< the cat")[0] == theirs.convert_tokens_to_ids(">>deu<<")
-        and ours.bos_tokens == []
+        tokenizer.encode_source(">>deu<< the cat")[0] == hf_tokenizer.convert_tokens_to_ids(">>deu<<")
+        and tokenizer.bos_tokens == []
     )
-    unknown = ours.encode_source("日")
-    assert ours.encode_source("ß") != unknown and 1 in unknown  # the other language's is known
-    assert (ours.eos_id, ours.decode(ours.encode_document(GERMAN))) == (0, GERMAN)
-    assert ours.token_bytes[ours.encode_document("müde")].sum() == 6
+    unknown = tokenizer.encode_source("日")
+    assert tokenizer.encode_source("ß") != unknown and 1 in unknown  # ß is a piece of the other language
+    assert (tokenizer.eos_id, tokenizer.decode(tokenizer.encode_document(GERMAN))) == (0, GERMAN)
+    assert tokenizer.token_bytes[tokenizer.encode_document("müde")].sum() == 6
     path = opus(tmp_path)
     folder(path, "marian", {"separate_vocabs": True})
     with refuses("separate_vocabs=True is not supported"):
@@ -174,20 +178,22 @@ BERT = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on mat ##s ##at a na ##ive do
     "settings", [{}, {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False}]
 )
 @pytest.mark.parity
-def test_word_pieces(tmp_path, settings):
+def test_word_piece_equals_transformers(tmp_path, settings):
     transformers = pytest.importorskip("transformers")
     path = folder(tmp_path, "bert", {"tokenizer_class": "BertTokenizer", **settings})
     (path / "vocab.txt").write_text("\n".join(BERT) + "\n")
-    ours = import_export.read_tokenizer(path)
-    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
-    same(ours, theirs, [text for text in ODD if "[" not in text])
-    assert ours.encode_document("the cats") == [2, 5, 6, 10, 3] and ours.encode_prompt("the cat") == [2, 5, 6]
-    assert ours.decode(ours.encode_document("the cats")) == "the cats"
+    tokenizer = import_export.read_tokenizer(path)
+    hf_tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path)
+    assert_same_ids(tokenizer, hf_tokenizer, [text for text in ODD if "[" not in text])
+    assert tokenizer.encode_document("the cats") == [2, 5, 6, 10, 3] and tokenizer.encode_prompt(
+        "the cat"
+    ) == [2, 5, 6]
+    assert tokenizer.decode(tokenizer.encode_document("the cats")) == "the cats"
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Roberta", "CLIP"])
 @pytest.mark.parity
-def test_bytes(tmp_path, name):
+def test_byte_level_bpe_equals_transformers(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     path = folder(tmp_path, {"GPT2": "gpt2", "Roberta": "roberta", "CLIP": "clip"}[name])
     special = {"GPT2": ["<|endoftext|>"], "Roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}
@@ -204,28 +210,28 @@ def test_bytes(tmp_path, name):
     )  # fmt: skip
     backend.train_from_iterator([t.lower() for t in TEXTS], trainer)
     backend.model.save(str(tmp_path))
-    ours = import_export.read_tokenizer(path)
-    same(ours, getattr(transformers, f"{name}Tokenizer").from_pretrained(tmp_path))
+    tokenizer = import_export.read_tokenizer(path)
+    assert_same_ids(tokenizer, getattr(transformers, f"{name}Tokenizer").from_pretrained(tmp_path))
     if name != "CLIP":
-        assert all(ours.decode(ours.encode_document(text)) == text for text in ODD)
+        assert all(tokenizer.decode(tokenizer.encode_document(text)) == text for text in ODD)
 
 
-def test_tokens_beyond_the_vocabulary_and_what_is_refused(tmp_path, refuses, monkeypatch):
+def test_added_tokens_and_unsupported_files(tmp_path, refuses, monkeypatch):
     settings = {"added_tokens_decoder": {len(BERT): {"content": "[USER]", "special": True}}}
     path = folder(tmp_path / "bert", "bert", settings)
     (path / "vocab.txt").write_text("\n".join(BERT))
-    ours = import_export.read_tokenizer(path)
-    assert ours.vocab_size == len(BERT) + 1 and ours.token_bytes[-1] == 0
+    tokenizer = import_export.read_tokenizer(path)
+    assert tokenizer.vocab_size == len(BERT) + 1 and tokenizer.token_bytes[-1] == 0
     (path / "added_tokens.json").write_text(json.dumps({"[OTHER]": len(BERT) + 2}))
-    with refuses("the token [OTHER] is to be number"):
+    with refuses("token [OTHER] must have id"):
         import_export.read_tokenizer(path)
     folder(path, "bert", {"tokenizer_class": "MPNetTokenizer"})
-    with refuses("vocab.txt: of a MPNetTokenizer only a tokenizer.json can be read; there are BertTokenizer"):
+    with refuses("vocab.txt: MPNetTokenizer needs a tokenizer.json; without one, BertTokenizer"):
         import_export.read_tokenizer(path)
     path = folder(tmp_path / "llama", "llama")
     (path / "tokenizer.model").write_bytes(b"nothing")
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with refuses(
-        "tokenizer.model is read by the package sentencepiece", 'pip install "attnlab[sentencepiece]"'
+        "tokenizer.model requires the package sentencepiece", 'pip install "attnlab[sentencepiece]"'
     ):
         import_export.read_tokenizer(path)

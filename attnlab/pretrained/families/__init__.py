@@ -1,4 +1,4 @@
-"""The families of checkpoints, by the `model_type` of their `config.json`."""
+"""Checkpoint families by the `model_type` of `config.json`."""
 
 from attnlab.pretrained.families import (
     albert,

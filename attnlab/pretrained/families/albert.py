@@ -1,4 +1,4 @@
-"""ALBERT: BERT with layers that share their parameters, and narrower tables."""
+"""ALBERT: BERT with shared layer parameters and factorized embeddings."""
 
 from attnlab.layers import Bidirectional
 from attnlab.models import DenseConfig, EncoderConfig
@@ -8,19 +8,19 @@ from attnlab.pretrained.families.encoders import classifier, family, head, layer
 from attnlab.pretrained.hf_config import HFConfig
 
 
-def albert(s: HFConfig) -> EncoderConfig:
+def albert(hf: HFConfig) -> EncoderConfig:
     """ALBERT (Lan et al. 2019, arXiv 1909.11942, section 3.1)."""
-    s.require("tie_word_embeddings", True)
-    masked = DenseConfig(s.activation("hidden_act"), norm=True)
-    dropouts = (s.get("classifier_dropout_prob", 0.1),) * 2
-    inner = s.get("inner_group_num", 1)
+    hf.require("tie_word_embeddings", True)
+    masked = DenseConfig(hf.activation("hidden_act"), norm=True)
+    dropouts = (hf.get("classifier_dropout_prob", 0.1),) * 2
+    inner = hf.get("inner_group_num", 1)
     return encoder(
-        s,
-        head(s, "Albert", pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts),
-        depth=s["num_hidden_layers"] * inner,
+        hf,
+        head(hf, "Albert", pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts),
+        depth=hf["num_hidden_layers"] * inner,
         pattern=(Bidirectional(),) * inner,
-        num_param_groups=s.get("num_hidden_groups", 1),
-        embedding_width=s["embedding_size"],
+        num_param_groups=hf.get("num_hidden_groups", 1),
+        embedding_width=hf["embedding_size"],
     )
 
 

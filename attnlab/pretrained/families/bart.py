@@ -1,4 +1,4 @@
-"""BART and what has grown from it: encoder-decoders with layer norms and biases throughout."""
+"""BART, mBART, Marian and Pegasus: encoder-decoders with layer norms and biases."""
 
 from typing import Any
 
@@ -9,35 +9,35 @@ from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def bart(s: HFConfig) -> Seq2SeqConfig:
-    """BART: norms after branches, learned positions (Lewis et al. 2020, arXiv 1910.13461, section 2.1)."""
-    return _config(s, placement="post", positions=_learned(s), embedding_norm=True)
+def bart(hf: HFConfig) -> Seq2SeqConfig:
+    """BART: post-norm, learned positions (Lewis et al. 2020, arXiv 1910.13461, section 2.1)."""
+    return _config(hf, placement="post", positions=_learned(hf), embedding_norm=True)
 
 
-def mbart(s: HFConfig) -> Seq2SeqConfig:
-    """mBART: norms before branches, and after each half (Liu et al. 2020, arXiv 2001.08210, section 2.2)."""
-    return _config(s, placement="pre", positions=_learned(s), embedding_norm=True)
+def mbart(hf: HFConfig) -> Seq2SeqConfig:
+    """mBART: pre-norm, learned positions (Liu et al. 2020, arXiv 2001.08210, section 2.2)."""
+    return _config(hf, placement="pre", positions=_learned(hf), embedding_norm=True)
 
 
-def marian(s: HFConfig) -> Seq2SeqConfig:
-    """Marian's Transformer: that of 2017, sines and cosines apart (arXiv 1804.00344)."""
-    shared = s.get("share_encoder_decoder_embeddings", True)
-    return _config(s, shared_embedding=shared, placement="post", positions=Sinusoidal(halves=True))
+def marian(hf: HFConfig) -> Seq2SeqConfig:
+    """Marian: the 2017 Transformer with sines and cosines in separate halves (arXiv 1804.00344)."""
+    shared = hf.get("share_encoder_decoder_embeddings", True)
+    return _config(hf, shared_embedding=shared, placement="post", positions=Sinusoidal(halves=True))
 
 
-def pegasus(s: HFConfig) -> Seq2SeqConfig:
-    """Pegasus: norms before branches, and after each half (Zhang et al. 2020, arXiv 1912.08777)."""
-    return _config(s, placement="pre", positions=Sinusoidal(halves=True))
+def pegasus(hf: HFConfig) -> Seq2SeqConfig:
+    """Pegasus: pre-norm, sinusoidal positions (Zhang et al. 2020, arXiv 1912.08777)."""
+    return _config(hf, placement="pre", positions=Sinusoidal(halves=True))
 
 
 def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
-    """What the `config.json` of all of them says of an encoder-decoder."""
-    reads = config.encoder if isinstance(config.encoder, EncoderConfig) else EncoderConfig()
-    d = config.decoder
-    positions = d.positions.length - 2 if isinstance(d.positions, Learned) else length
+    """Return the `config.json` of all these families for an encoder-decoder."""
+    encoder = config.encoder if isinstance(config.encoder, EncoderConfig) else EncoderConfig()
+    decoder = config.decoder
+    positions = decoder.positions.length - 2 if isinstance(decoder.positions, Learned) else length
     halves = {
         f"{half}_{name}": value
-        for half, part in (("encoder", reads), ("decoder", d))
+        for half, part in (("encoder", encoder), ("decoder", decoder))
         for name, value in {
             "layers": part.depth,
             "attention_heads": part.attention.heads,
@@ -45,54 +45,54 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
         }.items()
     }
     return halves | {
-        "d_model": d.width,
-        "activation_function": HF_ACTIVATION_NAMES.get(d.feed_forward.activation),
+        "d_model": decoder.width,
+        "activation_function": HF_ACTIVATION_NAMES.get(decoder.feed_forward.activation),
         "max_position_embeddings": positions,
-        "scale_embedding": d.scale_embedding,
+        "scale_embedding": decoder.scale_embedding,
         "share_encoder_decoder_embeddings": config.shared_embedding,
-        "vocab_size": reads.vocab_size,
-        **({} if config.shared_embedding else {"decoder_vocab_size": d.vocab_size}),
-        "tie_word_embeddings": d.tied,
+        "vocab_size": encoder.vocab_size,
+        **({} if config.shared_embedding else {"decoder_vocab_size": decoder.vocab_size}),
+        "tie_word_embeddings": decoder.tied,
         "decoder_start_token_id": config.generation.decoder_start_token_id,
         "forced_bos_token_id": next(iter(config.generation.forced_decoder_ids), None),
         "forced_eos_token_id": None,
     }
 
 
-def _learned(s: HFConfig) -> Learned:
-    return Learned(s["max_position_embeddings"] + 2, offset=2)
+def _learned(hf: HFConfig) -> Learned:
+    return Learned(hf["max_position_embeddings"] + 2, offset=2)
 
 
-def _config(s: HFConfig, shared_embedding: bool = True, **changes: Any) -> Seq2SeqConfig:
-    s.require("tie_word_embeddings", True)
+def _config(hf: HFConfig, shared_embedding: bool = True, **changes: Any) -> Seq2SeqConfig:
+    hf.require("tie_word_embeddings", True)
     for half in ("encoder", "decoder"):
-        s.require(f"{half}_layerdrop", 0.0)
+        hf.require(f"{half}_layerdrop", 0.0)
 
-    def of(half: str) -> dict[str, Any]:
+    def half_fields(half: str) -> dict[str, Any]:
         return changes | {
-            "depth": s[f"{half}_layers"],
-            "width": s["d_model"],
+            "depth": hf[f"{half}_layers"],
+            "width": hf["d_model"],
             "attention": AttentionConfig(
-                s[f"{half}_attention_heads"], bias=True, dropout=s.get("attention_dropout", 0.0)
+                hf[f"{half}_attention_heads"], bias=True, dropout=hf.get("attention_dropout", 0.0)
             ),
-            "feed_forward": MLPConfig(s[f"{half}_ffn_dim"], s.activation("activation_function")),
+            "feed_forward": MLPConfig(hf[f"{half}_ffn_dim"], hf.activation("activation_function")),
             "norm": LayerNormConfig(),
-            "scale_embedding": s.get("scale_embedding", False),
-            "vocab_size": s["vocab_size"],
-            "dropout": s.get("dropout", 0.0),
+            "scale_embedding": hf.get("scale_embedding", False),
+            "vocab_size": hf["vocab_size"],
+            "dropout": hf.get("dropout", 0.0),
         }
 
-    decoder = of("decoder") | {"vocab_size": s.get("decoder_vocab_size", s["vocab_size"])}
+    decoder = half_fields("decoder") | {"vocab_size": hf.get("decoder_vocab_size", hf["vocab_size"])}
     return Seq2SeqConfig(
-        EncoderConfig(**of("encoder")),
+        EncoderConfig(**half_fields("encoder")),
         DecoderConfig(readout_bias=True, **decoder),
         shared_embedding=shared_embedding,
-        generation=s.generation_defaults(s.get("decoder_start_token_id")),
+        generation=hf.generation_defaults(hf.get("decoder_start_token_id")),
     )
 
 
 def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
-    """The names of a model; of one whose halves have tables apart, these are others."""
+    """Return the tensor mappings; separate embedding tables have other names than a shared one."""
     shared = config is None or config.shared_embedding
     return (
         TensorMapping(
@@ -106,7 +106,7 @@ def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
 
 
 def half(param: str, hf_name: str) -> list[TensorMapping]:
-    """The rows of an encoder or a decoder but for its table of tokens."""
+    """Return the mappings of an encoder or a decoder without its token embeddings."""
     rows = [
         TensorMapping(f"{param}/position_embedding/table", f"{hf_name}.embed_positions.weight"),
         *norm(f"{param}/embedding_norm", f"{hf_name}.layernorm_embedding"),

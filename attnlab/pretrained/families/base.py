@@ -1,4 +1,4 @@
-"""What a family of checkpoints must say of itself."""
+"""The definition of a checkpoint family, and rows that many families share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,23 +12,25 @@ from attnlab.pretrained.tensor_mapping import PART, TensorMapping
 
 @dataclass(frozen=True)
 class Family:
-    """Checkpoints of one `model_type`: their config in our words, and their tensors' names.
+    """The import and export of one `model_type`: config conversion and tensor names.
 
     Attributes:
-      config: the model's config from the fields of `config.json`.
-      tensors: the table of names, as in a model with its head.
-      prefix: what names lack in a checkpoint of a model without its head.
-      architecture: the class of transformers that an exported checkpoint loads as; a function of the model's
-        config where a model may have one of several heads.
-      fields: of `config.json`, for a model that was made here and a context of so many tokens, where the
-        family may be able to say what it is. Whether it is, is seen by reading them back.
-      ignored: regular expressions of tensors that mean nothing: buffers, and copies of tied tables.
+      config: returns the model config for the fields of a `config.json`.
+      tensors: the tensor mappings of a model with its head.
+      prefix: the prefix that names do not have in a checkpoint without a head.
+      architecture: the class of transformers that loads an exported checkpoint, or a function
+        from the model config to it if a model can have one of several heads.
+      fields: for models trained from scratch: returns the fields of `config.json` for a model
+        config and a context length. Export checks that importing them gives an equivalent config.
+        None if the family does not support this.
+      ignored: regular expressions of tensors to ignore: buffers and copies of tied tables.
       config_class: the class of configs that `fields` accepts.
-      renamed_prefixes: parts of names, and what older checkpoints have in their place.
-      tensors_of: the table of a model with this config, where names depend on it; it stands in for `tensors`.
-      optional_zero_tensors: regular expressions of tensors that are zero where a checkpoint has none.
-      keep_on_export: for a model that leaves out some layers of its checkpoint, the exported `config.json`,
-        made of the model's config and the checkpoint's fields.
+      renamed_prefixes: pairs of a part of a tensor name and its name in older checkpoints.
+      tensors_of: replaces `tensors` if tensor names depend on the config: a function from the model
+        config to the mappings.
+      optional_zero_tensors: regular expressions of tensors that are zero if absent.
+      keep_on_export: for a model that uses only some layers of its checkpoint: a function from the
+        model config and the checkpoint's fields to the exported `config.json`.
     """
 
     config: Callable[[HFConfig], ModelConfig]
@@ -44,22 +46,22 @@ class Family:
     keep_on_export: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
 
     def for_config(self, config: ModelConfig) -> "Family":
-        """With the table of names of a model."""
+        """Return the family with the tensor mappings of a model."""
         return self if self.tensors_of is None else replace(self, tensors=self.tensors_of(config))
 
     def architecture_of(self, config: ModelConfig) -> str:
-        """The class of transformers for a model."""
+        """Return the name of the transformers class for a model."""
         return self.architecture if isinstance(self.architecture, str) else self.architecture(config)
 
 
 def nested_tensors(family: Family, param: str, hf_name: str, bare: bool = False) -> tuple[TensorMapping, ...]:
-    """The table of a family's model that is a part of another.
+    """Return the tensor mappings of a model nested in another.
 
     Args:
-      family: of the part.
-      param: the part's name.
-      hf_name: the same there.
-      bare: whether it is there without its head.
+      family: the family of the nested model.
+      param: the parameter prefix of the nested model.
+      hf_name: its tensor prefix in the checkpoint.
+      bare: whether the checkpoint has the nested model without its head.
     """
     prefix = family.prefix if bare else ""
     return tuple(
@@ -69,7 +71,7 @@ def nested_tensors(family: Family, param: str, hf_name: str, bare: bool = False)
 
 
 def size_fields(config: TransformerConfig) -> dict[str, int]:
-    """The sizes of a stack of layers, as most `config.json` files say them."""
+    """Return the sizes of a layer stack under the field names of most families."""
     return {
         "num_hidden_layers": config.depth,
         "hidden_size": config.width,
@@ -79,13 +81,13 @@ def size_fields(config: TransformerConfig) -> dict[str, int]:
 
 
 def label_fields(count: int) -> dict[str, dict]:
-    """The names of so many classes, as transformers gives them."""
+    """Return the default label names of transformers for `count` classes."""
     names = [f"LABEL_{i}" for i in range(count)]
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def linear(param: str, hf_name: str, layout: str = "f e -> e f") -> tuple[TensorMapping, TensorMapping]:
-    """Weight and bias of a torch Linear, whose weight is (outputs, inputs)."""
+    """Return the mappings of a torch Linear, whose weight is (outputs, inputs)."""
     bias = layout.partition(" e ->")[0]
     axes = " ".join(axis for axis in bias.strip("()").split() if axis != PART)
     return (
@@ -97,14 +99,14 @@ def linear(param: str, hf_name: str, layout: str = "f e -> e f") -> tuple[Tensor
 def convolution(
     param: str, hf_name: str, layout: str = "e c h w -> h w c e"
 ) -> tuple[TensorMapping, TensorMapping]:
-    """Weight and bias of a torch convolution."""
+    """Return the mappings of a torch convolution."""
     return TensorMapping(f"{param}/kernel", f"{hf_name}.weight", layout), TensorMapping(
         f"{param}/bias", f"{hf_name}.bias"
     )
 
 
 def norm(param: str, hf_name: str) -> tuple[TensorMapping, TensorMapping]:
-    """Weight and bias of a torch LayerNorm, or the weight of a norm that has no other."""
+    """Return the mappings of a torch LayerNorm, or of a norm that has only a weight."""
     return TensorMapping(f"{param}/scale", f"{hf_name}.weight"), TensorMapping(
         f"{param}/bias", f"{hf_name}.bias"
     )

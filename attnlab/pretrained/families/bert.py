@@ -1,4 +1,4 @@
-"""BERT, and encoders whose layers have its names: RoBERTa and its kin, and ELECTRA."""
+"""BERT, and encoders with BERT's layer names: RoBERTa, XLM-R, CamemBERT and ELECTRA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,45 +20,47 @@ from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 POOLER = DenseConfig("tanh")
 
 
-def encoder(s: HFConfig, head: HeadConfig, **changes: Any) -> EncoderConfig:
-    """What BERT and its kin have in common; `changes` are fields that one has otherwise."""
-    s.require("position_embedding_type", "absolute")
-    s.require("is_decoder", False)
-    s.require("add_cross_attention", False)
-    s.require("pruned_heads", None, {})
+def encoder(hf: HFConfig, head: HeadConfig, **changes: Any) -> EncoderConfig:
+    """Return the encoder config that BERT-like models share; `changes` replace fields."""
+    hf.require("position_embedding_type", "absolute")
+    hf.require("is_decoder", False)
+    hf.require("add_cross_attention", False)
+    hf.require("pruned_heads", None, {})
     config: dict[str, Any] = {
-        "depth": s["num_hidden_layers"],
-        "width": s["hidden_size"],
+        "depth": hf["num_hidden_layers"],
+        "width": hf["hidden_size"],
         "attention": AttentionConfig(
-            s["num_attention_heads"], bias=True, dropout=s.get("attention_probs_dropout_prob", 0.0)
+            hf["num_attention_heads"], bias=True, dropout=hf.get("attention_probs_dropout_prob", 0.0)
         ),
-        "feed_forward": MLPConfig(s["intermediate_size"], s.activation("hidden_act")),
-        "norm": LayerNormConfig(s.get("layer_norm_eps", 1e-12)),
+        "feed_forward": MLPConfig(hf["intermediate_size"], hf.activation("hidden_act")),
+        "norm": LayerNormConfig(hf.get("layer_norm_eps", 1e-12)),
         "placement": "post",
-        "positions": Learned(s["max_position_embeddings"]),
-        "vocab_size": s["vocab_size"],
+        "positions": Learned(hf["max_position_embeddings"]),
+        "vocab_size": hf["vocab_size"],
         "embedding_norm": True,
-        "token_types": s["type_vocab_size"],
+        "token_types": hf["type_vocab_size"],
         "head": head,
-        "dropout": s.get("hidden_dropout_prob", 0.0),
+        "dropout": hf.get("hidden_dropout_prob", 0.0),
     }
     return EncoderConfig(**config | changes)
 
 
-def dropouts(s: HFConfig) -> tuple[float, float]:
-    """Of what the logits of documents, and of tokens, are read from."""
-    return (s.get("classifier_dropout", s.get("hidden_dropout_prob", 0.0)),) * 2
+def dropouts(hf: HFConfig) -> tuple[float, float]:
+    """Return the dropout rates before the document and the token classifier."""
+    return (hf.get("classifier_dropout", hf.get("hidden_dropout_prob", 0.0)),) * 2
 
 
-def bert(s: HFConfig) -> EncoderConfig:
+def bert(hf: HFConfig) -> EncoderConfig:
     """BERT (Devlin et al. 2018, arXiv 1810.04805, section 3)."""
-    s.require("tie_word_embeddings", True)
-    masked = DenseConfig(s.activation("hidden_act"), norm=True)
-    return encoder(s, head(s, "Bert", pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(s)))
+    hf.require("tie_word_embeddings", True)
+    masked = DenseConfig(hf.activation("hidden_act"), norm=True)
+    return encoder(
+        hf, head(hf, "Bert", pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(hf))
+    )
 
 
 def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
-    """What BERT's `config.json` says of an encoder."""
+    """Return BERT's `config.json` for an encoder."""
     positions = config.positions.length if isinstance(config.positions, Learned) else length
     count = config.head.labels if isinstance(config.head, ClassifierConfig) else 2
     return {
@@ -73,25 +75,31 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
 
 
 def roberta(classes: str) -> Callable[[HFConfig], EncoderConfig]:
-    """The config function of RoBERTa or one of its kin, by what the names of its classes begin with."""
+    """Return the config function of a RoBERTa-like model with this class name prefix."""
 
-    def config(s: HFConfig) -> EncoderConfig:
-        """RoBERTa (Liu et al. 2019, arXiv 1907.11692, section 3); positions come after the padding's."""
-        s.require("tie_word_embeddings", True)
+    def config(hf: HFConfig) -> EncoderConfig:
+        """RoBERTa (Liu et al. 2019, arXiv 1907.11692, section 3).
+
+        Position ids start after the padding id.
+        """
+        hf.require("tie_word_embeddings", True)
         masked = DenseConfig("gelu_exact", norm=True)
-        model_head = head(s, classes, pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(s))
-        offset = s.get("pad_token_id", 1) + 1
-        return encoder(s, model_head, positions=Learned(s["max_position_embeddings"], offset))
+        model_head = head(hf, classes, pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(hf))
+        offset = hf.get("pad_token_id", 1) + 1
+        return encoder(hf, model_head, positions=Learned(hf["max_position_embeddings"], offset))
 
     return config
 
 
-def electra(s: HFConfig) -> EncoderConfig:
-    """ELECTRA (Clark et al. 2020, arXiv 2003.10555, section 3.2): narrower tables, no pooler."""
+def electra(hf: HFConfig) -> EncoderConfig:
+    """ELECTRA (Clark et al. 2020, arXiv 2003.10555, section 3.2): no pooler.
+
+    The embeddings may be narrower than the layers.
+    """
     exact, masked = DenseConfig("gelu_exact"), DenseConfig("gelu_exact", norm=True)
-    model_head = head(s, "Electra", pooler=None, masked=masked, documents=exact, dropouts=dropouts(s))
-    narrow = s["embedding_size"] if s["embedding_size"] != s["hidden_size"] else None
-    return encoder(s, model_head, embedding_width=narrow)
+    model_head = head(hf, "Electra", pooler=None, masked=masked, documents=exact, dropouts=dropouts(hf))
+    narrow = hf["embedding_size"] if hf["embedding_size"] != hf["hidden_size"] else None
+    return encoder(hf, model_head, embedding_width=narrow)
 
 
 NAMES = {
@@ -104,12 +112,12 @@ NAMES = {
     "down": "output.dense",
     "feed_forward_norm": "output.LayerNorm",
 }
-WORDS = "cls.predictions"
+MASKED_LM = "cls.predictions"
 BERT = (
     *tables("bert.embeddings"),
     *layers("bert.encoder.layer.{layer}", NAMES),
     *linear("pooled/dense/map", "bert.pooler.dense"),
-    *masked_lm(f"{WORDS}.transform.dense", f"{WORDS}.transform.LayerNorm", f"{WORDS}.bias"),
+    *masked_lm(f"{MASKED_LM}.transform.dense", f"{MASKED_LM}.transform.LayerNorm", f"{MASKED_LM}.bias"),
     *classifier("document_labels", "classifier", "bert.pooler.dense"),
     *classifier("token_labels", "classifier"),
 )
@@ -132,7 +140,7 @@ ELECTRA = (
 )
 COPIES = r"lm_head\.decoder\.(weight|bias)"
 FAMILIES = {
-    # The head that told whether a sentence follows another has no part in any of these.
+    # The next-sentence head is ignored.
     "bert": family(
         bert,
         "Bert",

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP: a tower of images and one of texts."""
+"""CLIP and SigLIP: an image tower and a text tower."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from attnlab.pretrained.families.vit import TOWER, clip_vision, layer, siglip_vi
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
-# What a part of a config means that says only where it differs, as those of SigLIP on the hub do.
+# Defaults of transformers' config classes: configs on the hub may omit fields equal to them.
 COMMON = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 IMAGE = COMMON | {"image_size": 224, "patch_size": 16, "num_channels": 3}
 CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -26,39 +26,39 @@ SIGLIP_IMAGE = IMAGE | SIGLIP
 SIGLIP_TEXT = COMMON | SIGLIP | {"vocab_size": 32000, "max_position_embeddings": 64}
 
 
-def _text(s: HFConfig, kind: LayerSpec, pooling: EndOfText | LastToken) -> TextTowerConfig:
+def _text(hf: HFConfig, spec: LayerSpec, pooling: EndOfText | LastToken) -> TextTowerConfig:
     return TextTowerConfig(
-        depth=s["num_hidden_layers"],
-        width=s["hidden_size"],
+        depth=hf["num_hidden_layers"],
+        width=hf["hidden_size"],
         attention=AttentionConfig(
-            s["num_attention_heads"], bias=True, dropout=s.get("attention_dropout", 0.0)
+            hf["num_attention_heads"], bias=True, dropout=hf.get("attention_dropout", 0.0)
         ),
-        feed_forward=MLPConfig(s["intermediate_size"], s.activation("hidden_act")),
-        norm=LayerNormConfig(s["layer_norm_eps"]),
-        positions=Learned(s["max_position_embeddings"]),
-        pattern=(kind,),
-        vocab_size=s["vocab_size"],
+        feed_forward=MLPConfig(hf["intermediate_size"], hf.activation("hidden_act")),
+        norm=LayerNormConfig(hf["layer_norm_eps"]),
+        positions=Learned(hf["max_position_embeddings"]),
+        pattern=(spec,),
+        vocab_size=hf["vocab_size"],
         pooling=pooling,
     )
 
 
-def clip(s: HFConfig) -> ContrastiveConfig:
+def clip(hf: HFConfig) -> ContrastiveConfig:
     """CLIP (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
-    text = s.part("text_config", CLIP_TEXT)
+    text = hf.part("text_config", CLIP_TEXT)
     end = text["eos_token_id"]
     return ContrastiveConfig(
-        image=clip_vision(s.part("vision_config", CLIP_IMAGE)),
-        # 2 is what configs were written with when the end was the highest id.
+        image=clip_vision(hf.part("vision_config", CLIP_IMAGE)),
+        # Older configs have eos_token_id=2, which means that the end token is the highest id.
         text=_text(text, Causal(), EndOfText(None if end == 2 else end)),
-        width=s.get("projection_dim", 512),
-        objective=ClipLoss(s.get("logit_scale_init_value", 2.6592)),
+        width=hf.get("projection_dim", 512),
+        objective=ClipLoss(hf.get("logit_scale_init_value", 2.6592)),
     )
 
 
-def siglip(s: HFConfig) -> ContrastiveConfig:
-    """SigLIP (Zhai et al. 2023, arXiv 2303.15343): all tokens of a text see each other, padding too."""
-    image = siglip_vision(s.part("vision_config", SIGLIP_IMAGE))
-    text = s.part("text_config", SIGLIP_TEXT)
+def siglip(hf: HFConfig) -> ContrastiveConfig:
+    """SigLIP (Zhai et al. 2023, arXiv 2303.15343): bidirectional text, padding included."""
+    image = siglip_vision(hf.part("vision_config", SIGLIP_IMAGE))
+    text = hf.part("text_config", SIGLIP_TEXT)
     text.require("projection_size", None, image.width)
     return ContrastiveConfig(
         image=image,
@@ -71,7 +71,7 @@ def siglip(s: HFConfig) -> ContrastiveConfig:
 
 
 def fields(config: ContrastiveConfig, length: int) -> dict[str, Any]:
-    """What the `config.json` of both says of two towers."""
+    """Return the `config.json` of both for two towers."""
     text = config.text
     end = text.pooling.token if isinstance(text.pooling, EndOfText) else None
     positions = text.positions.length if isinstance(text.positions, Learned) else length
@@ -83,7 +83,7 @@ def fields(config: ContrastiveConfig, length: int) -> dict[str, Any]:
             "layer_norm_eps": text.norm.epsilon,
             "max_position_embeddings": positions,
             "vocab_size": text.vocab_size,
-            # 2 is read as the highest id; see `clip`.
+            # Importers read 2 as the highest id; see `clip`.
             **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 2 if end is None else end),
             "projection_size": config.width,
         },
@@ -93,7 +93,12 @@ def fields(config: ContrastiveConfig, length: int) -> dict[str, Any]:
 
 
 def _tensors(projection: str, logit: str) -> tuple[TensorMapping, ...]:
-    """The table, by what a text is projected by and the layout of the logits' factor and bias."""
+    """Return the tensor mappings.
+
+    Args:
+      projection: the tensor name of the text projection.
+      logit: the layout of the logit scale and bias.
+    """
     text = "text_model."
     return (
         TensorMapping("text/embedding/table", f"{text}embeddings.token_embedding.weight"),

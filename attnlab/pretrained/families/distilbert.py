@@ -1,4 +1,4 @@
-"""DistilBERT: BERT without types of tokens and without a pooler."""
+"""DistilBERT: BERT without token types and without a pooler."""
 
 from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
 from attnlab.models import DenseConfig, EncoderConfig, Learned
@@ -6,26 +6,26 @@ from attnlab.pretrained.families.encoders import classifier, family, head, layer
 from attnlab.pretrained.hf_config import HFConfig
 
 
-def distilbert(s: HFConfig) -> EncoderConfig:
+def distilbert(hf: HFConfig) -> EncoderConfig:
     """DistilBERT (Sanh et al. 2019, arXiv 1910.01108, section 3)."""
-    activation, dropout = s.activation("activation"), s.get("dropout", 0.1)
+    activation, dropout = hf.activation("activation"), hf.get("dropout", 0.1)
     return EncoderConfig(
-        depth=s["n_layers"],
-        width=s["dim"],
-        attention=AttentionConfig(s["n_heads"], bias=True, dropout=s.get("attention_dropout", 0.1)),
-        feed_forward=MLPConfig(s["hidden_dim"], activation),
+        depth=hf["n_layers"],
+        width=hf["dim"],
+        attention=AttentionConfig(hf["n_heads"], bias=True, dropout=hf.get("attention_dropout", 0.1)),
+        feed_forward=MLPConfig(hf["hidden_dim"], activation),
         norm=LayerNormConfig(1e-12),
         placement="post",
-        positions=Learned(s["max_position_embeddings"]),
-        vocab_size=s["vocab_size"],
+        positions=Learned(hf["max_position_embeddings"]),
+        vocab_size=hf["vocab_size"],
         embedding_norm=True,
         head=head(
-            s,
+            hf,
             "DistilBert",
             pooler=None,
             masked=DenseConfig(activation, norm=True),
             documents=DenseConfig("relu"),
-            dropouts=(s.get("seq_classif_dropout", 0.2), dropout),
+            dropouts=(hf.get("seq_classif_dropout", 0.2), dropout),
         ),
         dropout=dropout,
     )

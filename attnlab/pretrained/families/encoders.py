@@ -1,4 +1,4 @@
-"""What the checkpoints of encoders have in common: heads by the names of classes, and rows of tables."""
+"""Heads and tensor mappings shared by encoder families."""
 
 from collections.abc import Callable, Mapping
 
@@ -16,13 +16,13 @@ from attnlab.pretrained.families.base import Family, linear, norm
 from attnlab.pretrained.hf_config import HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
-# What the names of transformers' classes end with.
+# Suffixes of transformers' class names.
 MODEL, MASKED_LM = "Model", "ForMaskedLM"
 DOCUMENTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 
 
 def head(
-    s: HFConfig,
+    hf: HFConfig,
     classes: str,
     *,
     pooler: DenseConfig | None,
@@ -33,33 +33,33 @@ def head(
     dropouts: tuple[float, float] = (0.0, 0.0),
     bias: bool = True,
 ) -> HeadConfig:
-    """The head that a checkpoint's `architectures` names.
+    """Return the head for the class in a checkpoint's `architectures`.
 
     Args:
-      s: its settings.
-      classes: what the names of the family's classes begin with.
-      pooler: what the first token goes through in a model without logits.
-      masked: what stands before the logits of masked tokens.
-      documents: what stands before the logits of documents.
-      tokens: what stands before the logits of tokens.
-      pooling: of documents, for their logits.
-      dropouts: of what logits of documents, and of tokens, are read from.
-      bias: whether the logits of masked tokens have one.
+      hf: the checkpoint's config.
+      classes: the prefix of the family's class names.
+      pooler: the dense layer on the first token of a model without a task head.
+      masked: the dense layer before the masked LM logits.
+      documents: the dense layer before the document logits.
+      tokens: the dense layer before the token logits.
+      pooling: how the document classifier pools tokens.
+      dropouts: the dropout rates before the document and the token classifier.
+      bias: whether the masked LM logits have a bias.
     """
-    s.require("problem_type", None, "single_label_classification")
-    labels = len(s["id2label"]) if s.get("id2label") else s.get("num_labels", 2)
+    hf.require("problem_type", None, "single_label_classification")
+    labels = len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 2)
     heads: dict[str, HeadConfig] = {
         f"{classes}{MODEL}": PooledConfig(FirstToken(), pooler),
-        f"{classes}{MASKED_LM}": MaskedLMConfig(masked, s.get("tie_word_embeddings", True), bias),
+        f"{classes}{MASKED_LM}": MaskedLMConfig(masked, hf.get("tie_word_embeddings", True), bias),
         f"{classes}{DOCUMENTS}": ClassifierConfig(labels, pooling, documents, dropouts[0]),
         f"{classes}{TOKENS}": ClassifierConfig(labels, None, tokens, dropouts[1]),
     }
-    s.require("architectures", *([name] for name in heads))
-    return heads[s["architectures"][0]]
+    hf.require("architectures", *([name] for name in heads))
+    return heads[hf["architectures"][0]]
 
 
 def architecture(classes: str) -> Callable[[EncoderConfig], str]:
-    """The class of transformers for a model of a family whose classes' names begin so."""
+    """Return a function from a config to its transformers class with this prefix."""
 
     def name(config: EncoderConfig) -> str:
         if isinstance(config.head, ClassifierConfig):
@@ -70,7 +70,7 @@ def architecture(classes: str) -> Callable[[EncoderConfig], str]:
 
 
 def tables(hf_name: str) -> tuple[TensorMapping, ...]:
-    """The tables of tokens, positions and types, and their norm, under the names that BERT has."""
+    """Return the mappings of BERT's embeddings: tokens, positions, token types and the norm."""
     return (
         TensorMapping("embedding/table", f"{hf_name}.word_embeddings.weight"),
         TensorMapping("position_embedding/table", f"{hf_name}.position_embeddings.weight"),
@@ -80,11 +80,11 @@ def tables(hf_name: str) -> tuple[TensorMapping, ...]:
 
 
 def layers(hf_name: str, names: Mapping[str, str]) -> tuple[TensorMapping, ...]:
-    """The rows of the layers.
+    """Return the mappings of the layers.
 
     Args:
-      hf_name: what the names of a layer begin with.
-      names: how they go on, by our own.
+      hf_name: the tensor prefix of a layer.
+      names: the tensor names within a layer by parameter name.
     """
     param = "layers/{layer}"
     rows = [
@@ -103,7 +103,7 @@ def layers(hf_name: str, names: Mapping[str, str]) -> tuple[TensorMapping, ...]:
 
 
 def masked_lm(dense: str, dense_norm: str, bias: str, decoder: str = "") -> tuple[TensorMapping, ...]:
-    """The rows of `MaskedLMConfig`, by the names of its parts; `decoder` is a table that may be untied."""
+    """Return the mappings of a `MaskedLMConfig`; `decoder` names the output table if untied."""
     return (
         *linear("masked_lm/dense/map", dense),
         *norm("masked_lm/dense/norm", dense_norm),
@@ -113,7 +113,7 @@ def masked_lm(dense: str, dense_norm: str, bias: str, decoder: str = "") -> tupl
 
 
 def classifier(param: str, readout: str, dense: str = "", dense_norm: str = "") -> tuple[TensorMapping, ...]:
-    """The rows of a `ClassifierConfig`, by its own name and the names of its parts."""
+    """Return the mappings of a `ClassifierConfig`."""
     return (
         *linear(f"{param}/dense/map", dense),
         *norm(f"{param}/dense/norm", dense_norm),
@@ -130,7 +130,7 @@ def family(
     ignored: tuple[str, ...] = (),
     fields: Callable[[EncoderConfig, int], dict] | None = None,
 ) -> Family:
-    """A family of encoders; a pooler is ignored where the head does without."""
+    """Return a family of encoders; pooler tensors are ignored if the head has no pooler."""
     ignored = (r".*\bposition_ids", r".*\bpooler\..*", *ignored)
     renamed_prefixes = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
     return Family(

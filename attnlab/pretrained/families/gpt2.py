@@ -1,4 +1,4 @@
-"""GPT-2: the decoder with learned positions, layer norms and biases."""
+"""GPT-2: a decoder with learned positions, layer norms and biases."""
 
 from typing import Any
 
@@ -9,31 +9,31 @@ from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def gpt2(s: HFConfig) -> DecoderConfig:
+def gpt2(hf: HFConfig) -> DecoderConfig:
     """GPT-2 (Radford et al. 2019)."""
-    s.require("add_cross_attention", False)
-    return decoder(s)
+    hf.require("add_cross_attention", False)
+    return decoder(hf)
 
 
-def decoder(s: HFConfig) -> DecoderConfig:
-    """GPT-2, or what it is in a model whose layers look at a memory besides."""
-    s.require("scale_attn_by_inverse_layer_idx", False)
-    s.require("scale_attn_weights", True)
+def decoder(hf: HFConfig) -> DecoderConfig:
+    """Return the decoder config of GPT-2, with or without cross-attention."""
+    hf.require("scale_attn_by_inverse_layer_idx", False)
+    hf.require("scale_attn_weights", True)
     return DecoderConfig(
-        depth=s["n_layer"],
-        width=s["n_embd"],
-        attention=AttentionConfig(heads=s["n_head"], bias=True, dropout=s.get("attn_pdrop", 0.0)),
-        feed_forward=MLPConfig(s.get("n_inner"), s.activation("activation_function")),
-        norm=LayerNormConfig(s["layer_norm_epsilon"]),
-        positions=Learned(s["n_positions"]),
-        vocab_size=s["vocab_size"],
-        tied=s.get("tie_word_embeddings", True),
-        dropout=s.get("resid_pdrop", 0.0),
+        depth=hf["n_layer"],
+        width=hf["n_embd"],
+        attention=AttentionConfig(heads=hf["n_head"], bias=True, dropout=hf.get("attn_pdrop", 0.0)),
+        feed_forward=MLPConfig(hf.get("n_inner"), hf.activation("activation_function")),
+        norm=LayerNormConfig(hf["layer_norm_epsilon"]),
+        positions=Learned(hf["n_positions"]),
+        vocab_size=hf["vocab_size"],
+        tied=hf.get("tie_word_embeddings", True),
+        dropout=hf.get("resid_pdrop", 0.0),
     )
 
 
 def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
-    """What GPT-2's `config.json` says of a decoder."""
+    """Return GPT-2's `config.json` for a decoder."""
     positions = config.positions.length if isinstance(config.positions, Learned) else length
     return {
         "n_layer": config.depth,
@@ -62,11 +62,11 @@ def _tensors() -> tuple[TensorMapping, ...]:
             ),
         )
     ]
-    cross, looks = f"{param}/cross_attention", f"{hf_name}.crossattention"
+    cross, hf_cross = f"{param}/cross_attention", f"{hf_name}.crossattention"
     for name in ("key", "value"):
         attention += [
-            TensorMapping(f"{cross}/{name}/kernel", f"{looks}.c_attn.weight", "e (part h d) -> e h d"),
-            TensorMapping(f"{cross}/{name}/bias", f"{looks}.c_attn.bias", "(part h d) -> h d"),
+            TensorMapping(f"{cross}/{name}/kernel", f"{hf_cross}.c_attn.weight", "e (part h d) -> e h d"),
+            TensorMapping(f"{cross}/{name}/bias", f"{hf_cross}.c_attn.bias", "(part h d) -> h d"),
         ]
     return (
         TensorMapping("embedding/table", "transformer.wte.weight"),
@@ -76,10 +76,10 @@ def _tensors() -> tuple[TensorMapping, ...]:
         TensorMapping(f"{param}/attention/out/kernel", f"{hf_name}.attn.c_proj.weight", "(h d) e -> h d e"),
         TensorMapping(f"{param}/attention/out/bias", f"{hf_name}.attn.c_proj.bias"),
         *norm(f"{cross}_norm", f"{hf_name}.ln_cross_attn"),
-        TensorMapping(f"{cross}/query/kernel", f"{looks}.q_attn.weight", "e (h d) -> e h d"),
-        TensorMapping(f"{cross}/query/bias", f"{looks}.q_attn.bias", "(h d) -> h d"),
-        TensorMapping(f"{cross}/out/kernel", f"{looks}.c_proj.weight", "(h d) e -> h d e"),
-        TensorMapping(f"{cross}/out/bias", f"{looks}.c_proj.bias"),
+        TensorMapping(f"{cross}/query/kernel", f"{hf_cross}.q_attn.weight", "e (h d) -> e h d"),
+        TensorMapping(f"{cross}/query/bias", f"{hf_cross}.q_attn.bias", "(h d) -> h d"),
+        TensorMapping(f"{cross}/out/kernel", f"{hf_cross}.c_proj.weight", "(h d) e -> h d e"),
+        TensorMapping(f"{cross}/out/bias", f"{hf_cross}.c_proj.bias"),
         *norm(f"{param}/feed_forward_norm", f"{hf_name}.ln_2"),
         TensorMapping(f"{param}/feed_forward/up/kernel", f"{hf_name}.mlp.c_fc.weight"),
         TensorMapping(f"{param}/feed_forward/up/bias", f"{hf_name}.mlp.c_fc.bias"),

@@ -1,4 +1,4 @@
-"""Llama, and decoders that differ from it in a few settings: one config function and one table each."""
+"""Llama and decoders that differ from it in a few settings."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,35 +11,37 @@ from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def llama(s: HFConfig) -> DecoderConfig:
+def llama(hf: HFConfig) -> DecoderConfig:
     """Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2)."""
-    heads = s["num_attention_heads"]
+    heads = hf["num_attention_heads"]
     return DecoderConfig(
-        depth=s["num_hidden_layers"],
-        width=s["hidden_size"],
+        depth=hf["num_hidden_layers"],
+        width=hf["hidden_size"],
         attention=AttentionConfig(
             heads,
-            kv_heads=s.get("num_key_value_heads", heads),
-            head_dim=s.get("head_dim", s["hidden_size"] // heads),
-            bias=s.get("attention_bias", False),
-            dropout=s.get("attention_dropout", 0.0),
+            kv_heads=hf.get("num_key_value_heads", heads),
+            head_dim=hf.get("head_dim", hf["hidden_size"] // heads),
+            bias=hf.get("attention_bias", False),
+            dropout=hf.get("attention_dropout", 0.0),
         ),
         feed_forward=GatedMLPConfig(
-            s["intermediate_size"], s.activation("hidden_act", "hidden_activation"), s.get("mlp_bias", False)
+            hf["intermediate_size"],
+            hf.activation("hidden_act", "hidden_activation"),
+            hf.get("mlp_bias", False),
         ),
-        norm=RMSNormConfig(s["rms_norm_eps"]),
-        positions=s.rotary(),
-        vocab_size=s["vocab_size"],
-        tied=s.get("tie_word_embeddings", False),
+        norm=RMSNormConfig(hf["rms_norm_eps"]),
+        positions=hf.rotary(),
+        vocab_size=hf["vocab_size"],
+        tied=hf.get("tie_word_embeddings", False),
     )
 
 
 def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
-    """What the `config.json` of Llama and its nearest kin says of a decoder."""
+    """Return the `config.json` of Llama, Mistral, Qwen and similar decoders."""
     types = [
-        "sliding_attention" if isinstance(kind, Sliding) else "full_attention" for kind in config.layer_specs
+        "sliding_attention" if isinstance(spec, Sliding) else "full_attention" for spec in config.layer_specs
     ]
-    windows = [kind.window for kind in config.layer_specs if isinstance(kind, Sliding)]
+    windows = [spec.window for spec in config.layer_specs if isinstance(spec, Sliding)]
     theta = config.positions.theta if isinstance(config.positions, Rotary) else 10_000.0
     return {
         **size_fields(config),
@@ -59,89 +61,89 @@ def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
     }
 
 
-def mistral(s: HFConfig) -> DecoderConfig:
-    """Mistral: every layer slides, if any (arXiv 2310.06825, section 2)."""
-    window = s.get("sliding_window")
-    return replace(llama(s), pattern=(Causal() if window is None else Sliding(window),))
+def mistral(hf: HFConfig) -> DecoderConfig:
+    """Mistral: all layers have a sliding window, or none (arXiv 2310.06825, section 2)."""
+    window = hf.get("sliding_window")
+    return replace(llama(hf), pattern=(Causal() if window is None else Sliding(window),))
 
 
-def qwen2(s: HFConfig) -> DecoderConfig:
-    """Qwen 2: biases of queries, keys and values (arXiv 2407.10671, section 2.2)."""
-    config = _llama_of_kinds(s)
+def qwen2(hf: HFConfig) -> DecoderConfig:
+    """Qwen 2: biases in the query, key and value projections (arXiv 2407.10671, section 2.2)."""
+    config = _llama_with_layer_types(hf)
     return replace(config, attention=replace(config.attention, bias="qkv"))
 
 
-def qwen3(s: HFConfig) -> DecoderConfig:
-    """Qwen 3: queries and keys are normalised (arXiv 2505.09388, section 2)."""
-    config = _llama_of_kinds(s)
+def qwen3(hf: HFConfig) -> DecoderConfig:
+    """Qwen 3: QK norm (arXiv 2505.09388, section 2)."""
+    config = _llama_with_layer_types(hf)
     return replace(config, attention=replace(config.attention, qk_norm=True))
 
 
-def _llama_of_kinds(s: HFConfig) -> DecoderConfig:
-    """Llama with layers of the kinds that `layer_types` names, or that slide from a certain layer on."""
-    config = llama(s)
-    first = s.get("max_window_layers", 28) if s.get("use_sliding_window", False) else config.depth
+def _llama_with_layer_types(hf: HFConfig) -> DecoderConfig:
+    """Return Llama with `layer_types`, or with sliding windows from `max_window_layers` on."""
+    config = llama(hf)
+    first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window", False) else config.depth
     types = ("sliding_attention" if i >= first else "full_attention" for i in range(config.depth))
-    return replace(config, pattern=s.pattern(*types))
+    return replace(config, pattern=hf.pattern(*types))
 
 
-def olmo2(s: HFConfig) -> DecoderConfig:
-    """OLMo 2: norms after each branch, and of all heads' queries and keys together (arXiv 2501.00656)."""
-    config = llama(s)
+def olmo2(hf: HFConfig) -> DecoderConfig:
+    """OLMo 2: norms after each branch, QK norm over all heads together (arXiv 2501.00656)."""
+    config = llama(hf)
     return replace(config, attention=replace(config.attention, qk_norm="whole"), placement="branch")
 
 
-def phi3(s: HFConfig) -> DecoderConfig:
-    """Phi-3: projections joined in one tensor (arXiv 2404.14219)."""
-    return replace(mistral(s), dropout=s.get("resid_pdrop", 0.0))
+def phi3(hf: HFConfig) -> DecoderConfig:
+    """Phi-3: fused projections (arXiv 2404.14219)."""
+    return replace(mistral(hf), dropout=hf.get("resid_pdrop", 0.0))
 
 
-def gemma(s: HFConfig) -> DecoderConfig:
-    """Gemma: embeddings times sqrt(E), scales from one, GeGLU (arXiv 2403.08295, section 2)."""
+def gemma(hf: HFConfig) -> DecoderConfig:
+    """Gemma (arXiv 2403.08295, section 2): scaled embeddings, zero-centered scales, GeGLU."""
     norm, tied = (
-        RMSNormConfig(s["rms_norm_eps"], zero_centered_scale=True),
-        s.get("tie_word_embeddings", True),
+        RMSNormConfig(hf["rms_norm_eps"], zero_centered_scale=True),
+        hf.get("tie_word_embeddings", True),
     )
-    return replace(llama(s), norm=norm, scale_embedding=True, tied=tied)
+    return replace(llama(hf), norm=norm, scale_embedding=True, tied=tied)
 
 
-def gemma2(s: HFConfig) -> DecoderConfig:
-    """Gemma 2: norms before and after branches, capped scores and logits (arXiv 2408.00118, section 2)."""
-    config = gemma(s)
-    s.require("use_bidirectional_attention", None, False)
+def gemma2(hf: HFConfig) -> DecoderConfig:
+    """Gemma 2: norms before and after branches, softcaps (arXiv 2408.00118, section 2)."""
+    config = gemma(hf)
+    hf.require("use_bidirectional_attention", None, False)
     attention = replace(
         config.attention,
-        scale=s["query_pre_attn_scalar"] ** -0.5,
-        softcap=s.get("attn_logit_softcapping"),
+        scale=hf["query_pre_attn_scalar"] ** -0.5,
+        softcap=hf.get("attn_logit_softcapping"),
     )
     return replace(
         config,
         attention=attention,
         placement="both",
-        pattern=s.pattern("sliding_attention", "full_attention"),
-        logit_softcap=s.get("final_logit_softcapping"),
+        pattern=hf.pattern("sliding_attention", "full_attention"),
+        logit_softcap=hf.get("final_logit_softcapping"),
     )
 
 
-def gemma3(s: HFConfig) -> DecoderConfig:
-    """Gemma 3: five sliding layers, with positions of their own, to a full one (arXiv 2503.19786)."""
-    config = gemma2(s)
+def gemma3(hf: HFConfig) -> DecoderConfig:
+    """Gemma 3: five sliding layers, with their own RoPE, per full layer (arXiv 2503.19786)."""
+    config = gemma2(hf)
     return replace(
         config,
         attention=replace(config.attention, qk_norm=True),
-        positions=s.rotary(theta=1_000_000.0),
-        pattern=s.pattern(
-            *["sliding_attention"] * (s.get("sliding_window_pattern", 6) - 1), "full_attention"
+        positions=hf.rotary(theta=1_000_000.0),
+        pattern=hf.pattern(
+            *["sliding_attention"] * (hf.get("sliding_window_pattern", 6) - 1), "full_attention"
         ),
     )
 
 
 HEADS = "(h d) e -> e h d"
-JOINED = {  # Phi-3's
+FUSED = {  # Phi-3
     **dict.fromkeys(("query", "key", "value"), ("self_attn.qkv_proj", "(part h d) e -> e h d")),
     **dict.fromkeys(("gate", "up"), ("mlp.gate_up_proj", "(part f) e -> e f")),
 }
-APART = {
+SEPARATE = {
     **{name: (f"self_attn.{name[0]}_proj", HEADS) for name in ("query", "key", "value")},
     **{name: (f"mlp.{name}_proj", "f e -> e f") for name in ("gate", "up")},
 }
@@ -157,15 +159,15 @@ def _dense(projections) -> list[TensorMapping]:
 
 
 def llama_tensors(
-    norms: dict[str, str], qk_norm: str = "", projections=APART, feed_forward: Sequence[TensorMapping] = ()
+    norms: dict[str, str], qk_norm: str = "", projections=SEPARATE, feed_forward: Sequence[TensorMapping] = ()
 ) -> tuple[TensorMapping, ...]:
-    """The names of Llama and its kin.
+    """Return the tensor mappings of Llama and similar decoders.
 
     Args:
-      norms: the parameters' names, with the names that they have there.
-      qk_norm: layout of the norms of queries and keys.
-      projections: name and layout of each.
-      feed_forward: its rows; none given are those of a gated MLP.
+      norms: the tensor names of the norms by parameter name.
+      qk_norm: the layout of the query and key norms.
+      projections: the tensor name and layout of each projection.
+      feed_forward: the mappings of the feed-forward layer; by default those of a gated MLP.
     """
     param, hf_name = "layers/{layer}", "model.layers.{layer}"
     rows = [TensorMapping("embedding/table", "model.embed_tokens.weight")]
@@ -201,7 +203,7 @@ BOTH = BRANCH | {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_
 
 
 def family(config, architecture: str, tensors: tuple[TensorMapping, ...] = llama_tensors(PRE)) -> Family:
-    """A family of Llama's kin, by its config function and its table."""
+    """Return a family of Llama-like decoders."""
     ignored = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
     return Family(config, tensors, "model.", architecture, fields, ignored)
 
@@ -212,7 +214,7 @@ FAMILIES = {
     "qwen2": family(qwen2, "Qwen2ForCausalLM"),
     "qwen3": family(qwen3, "Qwen3ForCausalLM"),
     "olmo2": family(olmo2, "Olmo2ForCausalLM", llama_tensors(BRANCH, "(h d) -> h d")),
-    "phi3": family(phi3, "Phi3ForCausalLM", llama_tensors(PRE, projections=JOINED)),
+    "phi3": family(phi3, "Phi3ForCausalLM", llama_tensors(PRE, projections=FUSED)),
     "gemma": family(gemma, "GemmaForCausalLM"),
     "gemma2": family(gemma2, "Gemma2ForCausalLM", llama_tensors(BOTH)),
     "gemma3_text": family(gemma3, "Gemma3ForCausalLM", llama_tensors(BOTH)),

@@ -1,4 +1,4 @@
-"""Decoders of Llama's kin whose feed-forward layers are mixtures of experts."""
+"""Mixtral and gpt-oss: Llama-like decoders with mixture-of-experts layers."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,34 +11,34 @@ from attnlab.pretrained.hf_config import HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def mixtral(s: HFConfig) -> DecoderConfig:
+def mixtral(hf: HFConfig) -> DecoderConfig:
     """Mixtral: Mistral with a mixture of experts in each layer (arXiv 2401.04088, section 2.1)."""
-    return replace(mistral(s), feed_forward=_experts(s))
+    return replace(mistral(hf), feed_forward=_experts(hf))
 
 
-def _experts(s: HFConfig, **changes: Any) -> ExpertsConfig:
-    """The experts of a config; they are balanced only where it asks for the router's loss."""
-    s.require("router_jitter_noise", 0.0)
+def _experts(hf: HFConfig, **changes: Any) -> ExpertsConfig:
+    """Return the experts; they have a balance loss only with `output_router_logits`."""
+    hf.require("router_jitter_noise", 0.0)
     experts = ExpertsConfig(
-        s["num_local_experts"],
-        s["num_experts_per_tok"],
-        s["intermediate_size"],
-        s.activation("hidden_act"),
-        balance_loss_weight=s["router_aux_loss_coef"] if s.get("output_router_logits", False) else 0.0,
+        hf["num_local_experts"],
+        hf["num_experts_per_tok"],
+        hf["intermediate_size"],
+        hf.activation("hidden_act"),
+        balance_loss_weight=hf["router_aux_loss_coef"] if hf.get("output_router_logits", False) else 0.0,
     )
     return replace(experts, **changes)
 
 
-def gpt_oss(s: HFConfig) -> DecoderConfig:
-    """gpt-oss: sinks, biases, layers that slide in turn, clamped experts (arXiv 2508.10925, section 2)."""
-    s.require("swiglu_alpha", 1.702)
-    s.require("swiglu_limit", 7.0)
-    config = llama(s)
+def gpt_oss(hf: HFConfig) -> DecoderConfig:
+    """gpt-oss (arXiv 2508.10925, section 2): sinks, biases, sliding layers, clamped experts."""
+    hf.require("swiglu_alpha", 1.702)
+    hf.require("swiglu_limit", 7.0)
+    config = llama(hf)
     return replace(
         config,
         attention=replace(config.attention, sinks=True),
-        feed_forward=_experts(s, bias=True, activation="clamped_swiglu"),
-        pattern=s.pattern("sliding_attention", "full_attention"),
+        feed_forward=_experts(hf, bias=True, activation="clamped_swiglu"),
+        pattern=hf.pattern("sliding_attention", "full_attention"),
     )
 
 
@@ -58,9 +58,9 @@ def _gpt_oss_experts() -> list[TensorMapping]:
     param, hf_name = "layers/{layer}/feed_forward", "model.layers.{layer}.mlp"
     rows = [*linear(f"{param}/router", f"{hf_name}.router", "x e -> e x")]
     for name in ("gate", "up"):
-        joined = f"{hf_name}.experts.gate_up_proj"
-        rows.append(TensorMapping(f"{param}/{name}/kernel", joined, "x e (f part) -> x e f"))
-        rows.append(TensorMapping(f"{param}/{name}/bias", f"{joined}_bias", "x (f part) -> x f"))
+        fused = f"{hf_name}.experts.gate_up_proj"
+        rows.append(TensorMapping(f"{param}/{name}/kernel", fused, "x e (f part) -> x e f"))
+        rows.append(TensorMapping(f"{param}/{name}/bias", f"{fused}_bias", "x (f part) -> x f"))
     rows.append(TensorMapping(f"{param}/down/kernel", f"{hf_name}.experts.down_proj"))
     rows.append(TensorMapping(f"{param}/down/bias", f"{hf_name}.experts.down_proj_bias"))
     return rows

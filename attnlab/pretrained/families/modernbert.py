@@ -1,4 +1,4 @@
-"""ModernBERT: an encoder with rotary positions, gated feed-forward layers and sliding layers in turn."""
+"""ModernBERT: an encoder with RoPE, gated MLPs and alternating sliding layers."""
 
 from typing import Any
 
@@ -12,59 +12,59 @@ from attnlab.pretrained.tensor_mapping import TensorMapping
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def modernbert(s: HFConfig) -> EncoderConfig:
+def modernbert(hf: HFConfig) -> EncoderConfig:
     """ModernBERT (Warner et al. 2024, arXiv 2412.13663, section 2.1)."""
     for name in ("attention_dropout", "embedding_dropout", "mlp_dropout"):
-        s.require(name, 0.0)
-    s.require("sparse_prediction", False)
-    s.require("classifier_pooling", "cls", "mean")
-    depth, every = s["num_hidden_layers"], s.get("global_attn_every_n_layers", 3)
-    half = s.get("local_attention", 128) // 2
-    kinds = {
+        hf.require(name, 0.0)
+    hf.require("sparse_prediction", False)
+    hf.require("classifier_pooling", "cls", "mean")
+    depth, every = hf["num_hidden_layers"], hf.get("global_attn_every_n_layers", 3)
+    half = hf.get("local_attention", 128) // 2
+    specs = {
         FULL: Bidirectional(),
-        SLIDING: Bidirectional(half, half, positions=_rotary(s, SLIDING, "local_rope_theta", 10_000.0)),
+        SLIDING: Bidirectional(half, half, positions=_rotary(hf, SLIDING, "local_rope_theta", 10_000.0)),
     }
-    dense = DenseConfig(s.activation("classifier_activation"), s.get("classifier_bias", False), norm=True)
+    dense = DenseConfig(hf.activation("classifier_activation"), hf.get("classifier_bias", False), norm=True)
     return EncoderConfig(
         depth=depth,
-        width=s["hidden_size"],
-        attention=AttentionConfig(s["num_attention_heads"], bias=s.get("attention_bias", False)),
+        width=hf["hidden_size"],
+        attention=AttentionConfig(hf["num_attention_heads"], bias=hf.get("attention_bias", False)),
         feed_forward=GatedMLPConfig(
-            s["intermediate_size"], s.activation("hidden_activation"), s.get("mlp_bias", False)
+            hf["intermediate_size"], hf.activation("hidden_activation"), hf.get("mlp_bias", False)
         ),
-        norm=LayerNormConfig(s.get("norm_eps", 1e-5), s.get("norm_bias", False)),
-        positions=_rotary(s, FULL, "global_rope_theta", 160_000.0),
-        pattern=s.layer_specs(kinds, *(SLIDING if i % every else FULL for i in range(depth))),
-        vocab_size=s["vocab_size"],
+        norm=LayerNormConfig(hf.get("norm_eps", 1e-5), hf.get("norm_bias", False)),
+        positions=_rotary(hf, FULL, "global_rope_theta", 160_000.0),
+        pattern=hf.layer_specs(specs, *(SLIDING if i % every else FULL for i in range(depth))),
+        vocab_size=hf["vocab_size"],
         embedding_norm=True,
         skip_first_attention_norm=True,
         head=head(
-            s,
+            hf,
             "ModernBert",
             pooler=None,
             masked=dense,
             documents=dense,
             tokens=dense,
-            pooling=MeanOfTokens() if s.get("classifier_pooling") == "mean" else FirstToken(),
-            dropouts=(s.get("classifier_dropout", 0.0),) * 2,
-            bias=s.get("decoder_bias", True),
+            pooling=MeanOfTokens() if hf.get("classifier_pooling") == "mean" else FirstToken(),
+            dropouts=(hf.get("classifier_dropout", 0.0),) * 2,
+            bias=hf.get("decoder_bias", True),
         ),
     )
 
 
-def _rotary(s: HFConfig, layer_type: str, older: str, theta: float) -> Rotary:
-    """Positions of layers of a type, whose theta older configs name by itself."""
-    return s.rotary(layer_type, s.get(older, theta))
+def _rotary(hf: HFConfig, layer_type: str, theta_field: str, theta: float) -> Rotary:
+    """Return the rotary embedding of a layer type; older configs have `theta_field`."""
+    return hf.rotary(layer_type, hf.get(theta_field, theta))
 
 
 def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
-    """What ModernBERT's `config.json` says of an encoder."""
-    narrow = next(
-        (k for k in config.layer_specs if isinstance(k, Bidirectional) and k.left is not None), None
+    """Return ModernBERT's `config.json` for an encoder."""
+    specs = config.layer_specs
+    sliding = next(
+        (spec for spec in specs if isinstance(spec, Bidirectional) and spec.left is not None), None
     )
-    types = [SLIDING if kind == narrow else FULL for kind in config.layer_specs]
-    whole = config.positions
-    turned = {FULL: whole, SLIDING: (narrow and narrow.positions) or whole}
+    types = [SLIDING if spec == sliding else FULL for spec in specs]
+    positions = {FULL: config.positions, SLIDING: (sliding and sliding.positions) or config.positions}
     dense = config.head.dense or DenseConfig()
     pooling = getattr(config.head, "pooling", None)
     return {
@@ -75,10 +75,10 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
         "norm_eps": config.norm.epsilon,
         "norm_bias": isinstance(config.norm, LayerNormConfig) and config.norm.bias,
         "layer_types": types,
-        "local_attention": 2 * (narrow.left or 0) if narrow else 128,
+        "local_attention": 2 * (sliding.left or 0) if sliding else 128,
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": p.theta if isinstance(p, Rotary) else 10_000.0}
-            for kind, p in turned.items()
+            layer_type: {"rope_type": "default", "rope_theta": p.theta if isinstance(p, Rotary) else 10_000.0}
+            for layer_type, p in positions.items()
         },
         "max_position_embeddings": length,
         "classifier_activation": HF_ACTIVATION_NAMES.get(dense.activation),
@@ -92,20 +92,20 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
     }
 
 
-OURS, THEIRS = "layers/{layer}", "model.layers.{layer}"
+PARAM, HF = "layers/{layer}", "model.layers.{layer}"
 TENSORS = (
     TensorMapping("embedding/table", "model.embeddings.tok_embeddings.weight"),
     *norm("embedding_norm", "model.embeddings.norm"),
-    *norm(f"{OURS}/attention_norm", f"{THEIRS}.attn_norm"),
-    *linear(f"{OURS}/attention/query", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
-    *linear(f"{OURS}/attention/key", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
-    *linear(f"{OURS}/attention/value", f"{THEIRS}.attn.Wqkv", "(part h d) e -> e h d"),
-    TensorMapping(f"{OURS}/attention/out/kernel", f"{THEIRS}.attn.Wo.weight", "e (h d) -> h d e"),
-    TensorMapping(f"{OURS}/attention/out/bias", f"{THEIRS}.attn.Wo.bias"),
-    *norm(f"{OURS}/feed_forward_norm", f"{THEIRS}.mlp_norm"),
-    *linear(f"{OURS}/feed_forward/gate", f"{THEIRS}.mlp.Wi", "(part f) e -> e f"),
-    *linear(f"{OURS}/feed_forward/up", f"{THEIRS}.mlp.Wi", "(part f) e -> e f"),
-    *linear(f"{OURS}/feed_forward/down", f"{THEIRS}.mlp.Wo"),
+    *norm(f"{PARAM}/attention_norm", f"{HF}.attn_norm"),
+    *linear(f"{PARAM}/attention/query", f"{HF}.attn.Wqkv", "(part h d) e -> e h d"),
+    *linear(f"{PARAM}/attention/key", f"{HF}.attn.Wqkv", "(part h d) e -> e h d"),
+    *linear(f"{PARAM}/attention/value", f"{HF}.attn.Wqkv", "(part h d) e -> e h d"),
+    TensorMapping(f"{PARAM}/attention/out/kernel", f"{HF}.attn.Wo.weight", "e (h d) -> h d e"),
+    TensorMapping(f"{PARAM}/attention/out/bias", f"{HF}.attn.Wo.bias"),
+    *norm(f"{PARAM}/feed_forward_norm", f"{HF}.mlp_norm"),
+    *linear(f"{PARAM}/feed_forward/gate", f"{HF}.mlp.Wi", "(part f) e -> e f"),
+    *linear(f"{PARAM}/feed_forward/up", f"{HF}.mlp.Wi", "(part f) e -> e f"),
+    *linear(f"{PARAM}/feed_forward/down", f"{HF}.mlp.Wo"),
     *norm("norm", "model.final_norm"),
     *masked_lm("head.dense", "head.norm", "decoder.bias", "decoder"),
     *classifier("document_labels", "classifier", "head.dense", "head.norm"),

@@ -1,4 +1,4 @@
-"""T5 and mT5: encoder-decoders that know of order by a learned term of the scores."""
+"""T5 and mT5: encoder-decoders with a relative position bias."""
 
 from typing import Any
 
@@ -9,78 +9,79 @@ from attnlab.pretrained.hf_config import ACTIVATIONS, HF_ACTIVATION_NAMES, HFCon
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def t5(s: HFConfig) -> Seq2SeqConfig:
-    """T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1), and T5 1.1, whose logits have their own table.
+def t5(hf: HFConfig) -> Seq2SeqConfig:
+    """T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1) and T5 1.1.
 
-    Only the former scales what they are read from. Transformers writes the latter as scaling nothing.
+    T5 reads logits from the embedding table, with scaled decoder outputs. T5 1.1 has a separate
+    output table without scaling, which transformers exports as `scale_decoder_outputs=False`.
     """
-    return _t5(s, tied=s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True)))
+    return _t5(hf, tied=hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True)))
 
 
-def mt5(s: HFConfig) -> Seq2SeqConfig:
+def mt5(hf: HFConfig) -> Seq2SeqConfig:
     """mT5 (Xue et al. 2021, arXiv 2010.11934, section 3.2)."""
-    return _t5(s, tied=False)
+    return _t5(hf, tied=False)
 
 
-def _t5(s: HFConfig, tied: bool) -> Seq2SeqConfig:
+def _t5(hf: HFConfig, tied: bool) -> Seq2SeqConfig:
     half: dict[str, Any] = {
-        "width": s["d_model"],
+        "width": hf["d_model"],
         "attention": AttentionConfig(
-            s["num_heads"], head_dim=s["d_kv"], scale=1.0, dropout=s.get("dropout_rate", 0.0)
+            hf["num_heads"], head_dim=hf["d_kv"], scale=1.0, dropout=hf.get("dropout_rate", 0.0)
         ),
-        "feed_forward": _feed_forward(s),
-        "norm": RMSNormConfig(s["layer_norm_epsilon"]),
+        "feed_forward": _feed_forward(hf),
+        "norm": RMSNormConfig(hf["layer_norm_epsilon"]),
         "positions": RelativeBias(
-            s["relative_attention_num_buckets"], s.get("relative_attention_max_distance", 128)
+            hf["relative_attention_num_buckets"], hf.get("relative_attention_max_distance", 128)
         ),
-        "vocab_size": s["vocab_size"],
-        "dropout": s.get("dropout_rate", 0.0),
+        "vocab_size": hf["vocab_size"],
+        "dropout": hf.get("dropout_rate", 0.0),
     }
-    depth = s["num_layers"]
+    depth = hf["num_layers"]
     return Seq2SeqConfig(
         EncoderConfig(depth=depth, **half),
-        DecoderConfig(depth=s.get("num_decoder_layers", depth), tied=tied, scale_readout=tied, **half),
+        DecoderConfig(depth=hf.get("num_decoder_layers", depth), tied=tied, scale_readout=tied, **half),
         shared_embedding=True,
-        generation=s.generation_defaults(s.get("decoder_start_token_id", s.get("pad_token_id", 0))),
+        generation=hf.generation_defaults(hf.get("decoder_start_token_id", hf.get("pad_token_id", 0))),
     )
 
 
-def _feed_forward(s: HFConfig) -> MLPConfig | GatedMLPConfig:
-    kind = s["feed_forward_proj"]
+def _feed_forward(hf: HFConfig) -> MLPConfig | GatedMLPConfig:
+    kind = hf["feed_forward_proj"]
     gated, name = kind.startswith("gated-"), kind.removeprefix("gated-")
     if kind == "gated-gelu":
-        name = "gelu_new"  # which is what it has always meant
-    s.require("feed_forward_proj", *(f"{gate}{known}" for gate in ("", "gated-") for known in ACTIVATIONS))
+        name = "gelu_new"  # T5's "gated-gelu" means the tanh approximation
+    hf.require("feed_forward_proj", *(f"{gate}{known}" for gate in ("", "gated-") for known in ACTIVATIONS))
     activation: Any = ACTIVATIONS[name]
-    return (GatedMLPConfig if gated else MLPConfig)(s["d_ff"], activation, bias=False)
+    return (GatedMLPConfig if gated else MLPConfig)(hf["d_ff"], activation, bias=False)
 
 
 def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
-    """What the `config.json` of both says of an encoder-decoder."""
+    """Return the `config.json` of both for an encoder-decoder."""
     del length
-    reads = config.encoder if isinstance(config.encoder, EncoderConfig) else EncoderConfig()
-    d = config.decoder
-    buckets = d.positions if isinstance(d.positions, RelativeBias) else RelativeBias()
-    gate = "gated-" if isinstance(d.feed_forward, GatedMLPConfig) else ""
+    encoder = config.encoder if isinstance(config.encoder, EncoderConfig) else EncoderConfig()
+    decoder = config.decoder
+    buckets = decoder.positions if isinstance(decoder.positions, RelativeBias) else RelativeBias()
+    gate = "gated-" if isinstance(decoder.feed_forward, GatedMLPConfig) else ""
     return {
-        "num_layers": reads.depth,
-        "num_decoder_layers": d.depth,
-        "d_model": d.width,
-        "num_heads": d.attention.heads,
-        "d_kv": d.head_dim,
-        "d_ff": d.feed_forward.hidden(d.width),
-        "feed_forward_proj": f"{gate}{HF_ACTIVATION_NAMES.get(d.feed_forward.activation)}",
-        "layer_norm_epsilon": d.norm.epsilon,
+        "num_layers": encoder.depth,
+        "num_decoder_layers": decoder.depth,
+        "d_model": decoder.width,
+        "num_heads": decoder.attention.heads,
+        "d_kv": decoder.head_dim,
+        "d_ff": decoder.feed_forward.hidden(decoder.width),
+        "feed_forward_proj": f"{gate}{HF_ACTIVATION_NAMES.get(decoder.feed_forward.activation)}",
+        "layer_norm_epsilon": decoder.norm.epsilon,
         "relative_attention_num_buckets": buckets.buckets,
         "relative_attention_max_distance": buckets.max_distance,
-        "vocab_size": d.vocab_size,
-        "tie_word_embeddings": d.tied,
+        "vocab_size": decoder.vocab_size,
+        "tie_word_embeddings": decoder.tied,
         "decoder_start_token_id": config.generation.decoder_start_token_id,
     }
 
 
 def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
-    """The names of a model; of its feed-forward layers with a gate, they are others."""
+    """Return the tensor mappings; gated feed-forward layers have other names than plain ones."""
     gated = config is not None and isinstance(config.decoder.feed_forward, GatedMLPConfig)
     return (
         TensorMapping("decoder/embedding/table", "shared.weight"),
@@ -91,7 +92,7 @@ def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
 
 
 def _half(half: str, branches: tuple[str, ...], gated: bool) -> list[TensorMapping]:
-    """The rows of one half; the branches of its layers are numbered there."""
+    """Return the mappings of one half; the checkpoint numbers the branches of a layer."""
     first = f"{half}.block.0.layer.0.SelfAttention"
     rows = [TensorMapping(f"{half}/relative/table", f"{first}.relative_attention_bias.weight")]
     for number, branch in enumerate(branches):

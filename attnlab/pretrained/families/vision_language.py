@@ -1,4 +1,4 @@
-"""Decoders that read patches of an image as tokens: LLaVA and PaliGemma."""
+"""LLaVA and PaliGemma: decoders that take image patches as tokens."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ from attnlab.pretrained.families.contrastive import CLIP_IMAGE, SIGLIP_IMAGE
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
-# What the parts' configs mean where they do not say, as old ones of LLaVA and PaliGemma do not.
+# Defaults of transformers' config classes, which older nested configs omit.
 LLAMA = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -24,67 +24,70 @@ LLAMA = {
 GEMMA = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
 
 
-def llava(s: HFConfig) -> VisionLanguageConfig:
-    """LLaVA 1.5: a layer of CLIP's tower, two maps, and Llama (Liu et al. 2023, arXiv 2310.03744)."""
-    image, text = s.part("vision_config", CLIP_IMAGE), s.part("text_config", LLAMA)
+def llava(hf: HFConfig) -> VisionLanguageConfig:
+    """LLaVA 1.5: a layer of CLIP's tower, an MLP and Llama (Liu et al. 2023, arXiv 2310.03744)."""
+    image, text = hf.part("vision_config", CLIP_IMAGE), hf.part("text_config", LLAMA)
     image.require("model_type", "clip_vision_model")
     text.require("model_type", "llama")
-    s.require("vision_feature_select_strategy", "default")
-    encoder, layer = vit.clip_vision(image), s.get("vision_feature_layer", -2)
-    s.require("vision_feature_layer", *range(-encoder.depth, 0), *range(1, encoder.depth + 1))
+    hf.require("vision_feature_select_strategy", "default")
+    encoder, layer = vit.clip_vision(image), hf.get("vision_feature_layer", -2)
+    hf.require("vision_feature_layer", *range(-encoder.depth, 0), *range(1, encoder.depth + 1))
     return VisionLanguageConfig(
         encoder=replace(encoder, depth=layer if layer > 0 else encoder.depth + 1 + layer),
         decoder=llama.llama(text),
         projector=ProjectorConfig(
-            s.activation("projector_hidden_act"), s.get("multimodal_projector_bias", True)
+            hf.activation("projector_hidden_act"), hf.get("multimodal_projector_bias", True)
         ),
         encoder_final_norm=False,
-        image_token_id=s["image_token_index"],
-        generation=s.generation_defaults(),
+        image_token_id=hf["image_token_index"],
+        generation=hf.generation_defaults(),
     )
 
 
 def keep_on_export(config: VisionLanguageConfig, fields: dict[str, Any]) -> dict[str, Any]:
-    """LLaVA's `config.json` with as many layers of the tower as are read, which is the last of them."""
+    """Return LLaVA's `config.json` with only the used layers of the tower.
+
+    The selected feature layer is then the last one.
+    """
     tower = fields["vision_config"] | {"num_hidden_layers": config.encoder.depth}
     return fields | {"vision_config": tower, "vision_feature_layer": -1}
 
 
-def paligemma(s: HFConfig) -> VisionLanguageConfig:
-    """PaliGemma: SigLIP's tower, a map, and Gemma, whose prompt sees itself whole (arXiv 2407.07726)."""
-    image = s.part("vision_config", SIGLIP_IMAGE)
+def paligemma(hf: HFConfig) -> VisionLanguageConfig:
+    """PaliGemma: SigLIP's tower, a projection and a prefix-LM Gemma (arXiv 2407.07726)."""
+    image = hf.part("vision_config", SIGLIP_IMAGE)
     image.require("model_type", "siglip_vision_model")
     image.require("vision_use_head", False)
-    text = s.part("text_config", GEMMA)
+    text = hf.part("text_config", GEMMA)
     text.require("model_type", "gemma")
     text.require("use_bidirectional_attention", None, True)
     decoder = llama.gemma(text)
-    s.require("projection_dim", decoder.width)
+    hf.require("projection_dim", decoder.width)
     return VisionLanguageConfig(
-        encoder=vit.siglip_vision(s.part("vision_config", SIGLIP_IMAGE, vision_use_head=True)),
+        encoder=vit.siglip_vision(hf.part("vision_config", SIGLIP_IMAGE, vision_use_head=True)),
         decoder=decoder,
-        image_token_id=s["image_token_index"],
+        image_token_id=hf["image_token_index"],
         prompt_suffix="\n",
         bidirectional_prompt=True,
-        generation=s.generation_defaults(s.get("bos_token_id", text.get("bos_token_id"))),
+        generation=hf.generation_defaults(hf.get("bos_token_id", text.get("bos_token_id"))),
     )
 
 
 def fields(config: VisionLanguageConfig, length: int, vision: str, text: str) -> dict[str, Any]:
-    """What the `config.json` of both says of a model, whose halves are of these types."""
-    reads, writes, projector = config.encoder, config.decoder, config.projector
+    """Return the `config.json` of both for a model with these encoder and decoder types."""
+    encoder, decoder, projector = config.encoder, config.decoder, config.projector
     start = config.generation.decoder_start_token_id
     return {
-        "vision_config": {"model_type": vision, "vision_use_head": False, **vit.fields(reads, length)},
-        "text_config": {"model_type": text, **llama.fields(writes, length)},
+        "vision_config": {"model_type": vision, "vision_use_head": False, **vit.fields(encoder, length)},
+        "text_config": {"model_type": text, **llama.fields(decoder, length)},
         **({} if start is None else {"bos_token_id": start}),
-        "image_token_index": writes.vocab_size if config.image_token_id is None else config.image_token_id,
+        "image_token_index": decoder.vocab_size if config.image_token_id is None else config.image_token_id,
         "vision_feature_layer": -1,
         "projector_hidden_act": HF_ACTIVATION_NAMES.get(projector.activation or ""),
         "multimodal_projector_bias": projector.bias,
-        "projection_dim": writes.width,
-        "hidden_size": writes.width,
-        "tie_word_embeddings": writes.tied,
+        "projection_dim": decoder.width,
+        "hidden_size": decoder.width,
+        "tie_word_embeddings": decoder.tied,
     }
 
 
@@ -124,7 +127,7 @@ FAMILIES = {
         "clip_vision_model",
         "llama",
         (*linear("projection", f"{LINEAR}_1"), *linear("projection_out", f"{LINEAR}_2")),
-        # Layers of the tower after the one that is read.
+        # Layers of the tower after the selected feature layer.
         r"vision_tower\.(vision_model\.)?encoder\.layers\..*",
         keep_on_export=keep_on_export,
     ),

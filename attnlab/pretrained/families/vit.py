@@ -1,4 +1,4 @@
-"""Vision Transformers: ViT, DeiT, DINOv2 with registers and without, and the towers of CLIP and SigLIP."""
+"""Vision Transformers: ViT, DeiT, DINOv2, and the image towers of CLIP and SigLIP."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,19 +13,19 @@ from attnlab.pretrained.tensor_mapping import TensorMapping
 MODEL, CLASSIFIER, DISTILLED = "Model", "ForImageClassification", "ForImageClassificationWithTeacher"
 
 
-def _common(s: HFConfig, **changes: Any) -> ViTConfig:
-    """What the configs of all of them say in the same words."""
+def _common(hf: HFConfig, **changes: Any) -> ViTConfig:
+    """Return a config with the fields that all of them name alike."""
     fields = {
-        "depth": s["num_hidden_layers"],
-        "width": s["hidden_size"],
+        "depth": hf["num_hidden_layers"],
+        "width": hf["hidden_size"],
         "attention": AttentionConfig(
-            s["num_attention_heads"],
-            bias=True if s.get("qkv_bias", True) else "o",
-            dropout=s.get("attention_probs_dropout_prob", s.get("attention_dropout", 0.0)),
+            hf["num_attention_heads"],
+            bias=True if hf.get("qkv_bias", True) else "o",
+            dropout=hf.get("attention_probs_dropout_prob", hf.get("attention_dropout", 0.0)),
         ),
-        "norm": LayerNormConfig(s["layer_norm_eps"]),
-        "image": (*_pair(s["image_size"]), s["num_channels"]),
-        "patch": _pair(s["patch_size"]),
+        "norm": LayerNormConfig(hf["layer_norm_eps"]),
+        "image": (*_pair(hf["image_size"]), hf["num_channels"]),
+        "patch": _pair(hf["patch_size"]),
         "classes": 0,
     }
     return ViTConfig(**(fields | changes))
@@ -35,78 +35,78 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _mlp(s: HFConfig) -> MLPConfig:
-    return MLPConfig(s["intermediate_size"], s.activation("hidden_act"))
+def _mlp(hf: HFConfig) -> MLPConfig:
+    return MLPConfig(hf["intermediate_size"], hf.activation("hidden_act"))
 
 
-def _classes(s: HFConfig, name: str, *kinds: str) -> int:
-    """Classes of the head; 0 of a model without one, which must be one of these kinds."""
-    s.require("architectures", *([f"{name}{kind}"] for kind in kinds))
-    s.require("problem_type", None, "single_label_classification")
-    if s["architectures"] == [f"{name}{MODEL}"]:
+def _classes(hf: HFConfig, name: str, *suffixes: str) -> int:
+    """Return the number of classes, or 0 without a head; check the transformers class."""
+    hf.require("architectures", *([f"{name}{suffix}"] for suffix in suffixes))
+    hf.require("problem_type", None, "single_label_classification")
+    if hf["architectures"] == [f"{name}{MODEL}"]:
         return 0
-    return len(s["id2label"]) if s.get("id2label") else s.get("num_labels", 2)
+    return len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 2)
 
 
-def vit(s: HFConfig, name: str = "ViT", class_tokens: int = 1) -> ViTConfig:
-    """ViT (Dosovitskiy et al. 2020, arXiv 2010.11929, section 3.1); without a head it has a pooler."""
-    classes = _classes(s, name, MODEL, CLASSIFIER, *([DISTILLED] if class_tokens == 2 else []))
+def vit(hf: HFConfig, name: str = "ViT", class_tokens: int = 1) -> ViTConfig:
+    """ViT (Dosovitskiy et al. 2020, arXiv 2010.11929, section 3.1); a pooler if no head."""
+    classes = _classes(hf, name, MODEL, CLASSIFIER, *([DISTILLED] if class_tokens == 2 else []))
     if not classes:
-        s.require("pooler_act", "tanh")
-        s.require("pooler_output_size", None, s["hidden_size"])
-    distilled = s["architectures"] == [f"{name}{DISTILLED}"]
+        hf.require("pooler_act", "tanh")
+        hf.require("pooler_output_size", None, hf["hidden_size"])
+    distilled = hf["architectures"] == [f"{name}{DISTILLED}"]
     return _common(
-        s,
-        feed_forward=_mlp(s),
-        dropout=s.get("hidden_dropout_prob", 0.0),
+        hf,
+        feed_forward=_mlp(hf),
+        dropout=hf.get("hidden_dropout_prob", 0.0),
         class_tokens=class_tokens,
         pooling=Distilled() if distilled else ClassToken(dense=not classes),
         classes=classes,
     )
 
 
-def deit(s: HFConfig) -> ViTConfig:
+def deit(hf: HFConfig) -> ViTConfig:
     """DeiT: a ViT with a distillation token (Touvron et al. 2020, arXiv 2012.12877, section 4)."""
-    return vit(s, "DeiT", class_tokens=2)
+    return vit(hf, "DeiT", class_tokens=2)
 
 
-def dinov2(s: HFConfig, name: str = "Dinov2") -> ViTConfig:
-    """DINOv2 (Oquab et al. 2023, arXiv 2304.07193): layer scale, and SwiGLU in the largest."""
-    s.require("hidden_dropout_prob", 0.0)
-    s.require("drop_path_rate", 0.0)
-    classes = _classes(s, name, MODEL, CLASSIFIER)
-    hidden = int(s["hidden_size"] * s["mlp_ratio"])
+def dinov2(hf: HFConfig, name: str = "Dinov2") -> ViTConfig:
+    """DINOv2 (Oquab et al. 2023, arXiv 2304.07193): layer scale; SwiGLU in the largest."""
+    hf.require("hidden_dropout_prob", 0.0)
+    hf.require("drop_path_rate", 0.0)
+    classes = _classes(hf, name, MODEL, CLASSIFIER)
+    hidden = int(hf["hidden_size"] * hf["mlp_ratio"])
     gated = GatedMLPConfig((int(hidden * 2 / 3) + 7) // 8 * 8, bias=True)
     return _common(
-        s,
-        feed_forward=gated if s.get("use_swiglu_ffn") else MLPConfig(hidden, s.activation("hidden_act")),
-        layer_scale=s.get("layerscale_value", 1.0),
-        registers=s.get("num_register_tokens", 0),
-        mask_token=s.get("use_mask_token", True),
-        antialias="num_register_tokens" in s,
+        hf,
+        feed_forward=gated if hf.get("use_swiglu_ffn") else MLPConfig(hidden, hf.activation("hidden_act")),
+        layer_scale=hf.get("layerscale_value", 1.0),
+        registers=hf.get("num_register_tokens", 0),
+        mask_token=hf.get("use_mask_token", True),
+        antialias="num_register_tokens" in hf,
         pooling=ClassAndMean() if classes else ClassToken(),
         classes=classes,
     )
 
 
-def dinov2_with_registers(s: HFConfig) -> ViTConfig:
+def dinov2_with_registers(hf: HFConfig) -> ViTConfig:
     """DINOv2 with registers (Darcet et al. 2023, arXiv 2309.16588, section 2.2)."""
-    return dinov2(s, "Dinov2WithRegisters")
+    return dinov2(hf, "Dinov2WithRegisters")
 
 
-def siglip_vision(s: HFConfig) -> ViTConfig:
-    """SigLIP's tower: no class token, and a probe that pools (Zhai et al. 2023, arXiv 2303.15343)."""
-    s.require("vision_use_head", True)
-    return _common(s, feed_forward=_mlp(s), class_tokens=0, pooling=Probe())
+def siglip_vision(hf: HFConfig) -> ViTConfig:
+    """SigLIP's tower: no class token, attention pooling (Zhai et al. 2023, arXiv 2303.15343)."""
+    hf.require("vision_use_head", True)
+    return _common(hf, feed_forward=_mlp(hf), class_tokens=0, pooling=Probe())
 
 
-def clip_vision(s: HFConfig) -> ViTConfig:
-    """CLIP's tower: a norm before the layers too (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
-    return _common(s, feed_forward=_mlp(s), patch_bias=False, embedding_norm=True)
+def clip_vision(hf: HFConfig) -> ViTConfig:
+    """CLIP's tower: a norm after the embeddings (Radford et al. 2021, 2103.00020, section 2.4)."""
+    return _common(hf, feed_forward=_mlp(hf), patch_bias=False, embedding_norm=True)
 
 
 def fields(config: ViTConfig, length: int) -> dict[str, Any]:
-    """What the `config.json` of all of them says in the same words, which is all that a tower's says."""
+    """Return the fields of `config.json` that all of them name alike: all fields of a tower."""
     del length
     return {
         **size_fields(config),
@@ -119,12 +119,12 @@ def fields(config: ViTConfig, length: int) -> dict[str, Any]:
 
 
 def _size(pair: tuple[int, ...]) -> int | list[int]:
-    """A number where both sides are the same, which is all that a tower can be told."""
+    """Return one number for a square, the only form that towers accept, else a list."""
     return pair[0] if pair[0] == pair[1] else list(pair)
 
 
 def classifier_fields(config: ViTConfig, length: int) -> dict[str, Any]:
-    """What that of ViT and DeiT says."""
+    """Return the `config.json` of ViT and DeiT."""
     return (
         fields(config, length)
         | {"qkv_bias": config.attention.bias is True}
@@ -132,14 +132,14 @@ def classifier_fields(config: ViTConfig, length: int) -> dict[str, Any]:
     )
 
 
-# Their names of a layer's parts -----------------------------------------------------------------------------
+# Tensor names within a layer -----------------------------------------------------------------
 
 HEADS = "(h d) e -> e h d"
 QKV = ("query", "key", "value")
 
 
 def layer(param: str, hf_name: str, names: dict[str, str]) -> list[TensorMapping]:
-    """The rows of a stack's layers, by their names of our parts."""
+    """Return the mappings of the layers; `names` has the tensor names by parameter name."""
     rows = [
         *norm(f"{param}/attention_norm", f"{hf_name}.{names['attention_norm']}"),
         *norm(f"{param}/feed_forward_norm", f"{hf_name}.{names['feed_forward_norm']}"),
@@ -178,7 +178,7 @@ TOWER = {
 
 
 def _tensors(prefix: str, names: dict[str, str]) -> tuple[TensorMapping, ...]:
-    """The table of ViT, DeiT and DINOv2."""
+    """Return the tensor mappings of ViT, DeiT and DINOv2."""
     param, hf_name, embeddings = "layers/{layer}", prefix + "encoder.layer.{layer}", f"{prefix}embeddings"
     return (
         TensorMapping("class_token/table", f"{embeddings}.cls_token", "1 n e -> n e"),
@@ -203,7 +203,7 @@ def _classifier(name: str = "", classifier: str = "classifier") -> tuple[TensorM
 
 
 def deit_tensors(config: ViTConfig) -> tuple[TensorMapping, ...]:
-    """DeiT's table: a head is named otherwise where there are two."""
+    """Return DeiT's tensor mappings; heads have other names if there are two."""
     rows = _tensors("deit.", PLAIN)
     if not isinstance(config.pooling, Distilled):
         return rows + _classifier()
@@ -212,7 +212,7 @@ def deit_tensors(config: ViTConfig) -> tuple[TensorMapping, ...]:
 
 
 def dino_tensors(prefix: str) -> Callable[[ViTConfig], tuple[TensorMapping, ...]]:
-    """DINOv2's table: gated layers have names of their own."""
+    """Return a function to DINOv2's tensor mappings; gated layers have other names."""
 
     def tensors(config: ViTConfig) -> tuple[TensorMapping, ...]:
         gated = isinstance(config.feed_forward, GatedMLPConfig)
@@ -222,8 +222,8 @@ def dino_tensors(prefix: str) -> Callable[[ViTConfig], tuple[TensorMapping, ...]
 
 
 def tower(param: str = "", hf_name: str = "vision_model.") -> tuple[TensorMapping, ...]:
-    """The table of CLIP's and SigLIP's towers."""
-    head, joined = f"{hf_name}head", f"{hf_name}head.attention.in_proj_"
+    """Return the tensor mappings of CLIP's and SigLIP's image towers."""
+    head, fused = f"{hf_name}head", f"{hf_name}head.attention.in_proj_"
     return (
         TensorMapping(f"{param}class_token/table", f"{hf_name}embeddings.class_embedding", "(n e) -> n e"),
         TensorMapping(f"{param}position_embedding/table", f"{hf_name}embeddings.position_embedding.weight"),
@@ -233,11 +233,11 @@ def tower(param: str = "", hf_name: str = "vision_model.") -> tuple[TensorMappin
         *norm(f"{param}norm", f"{hf_name}post_layernorm"),
         TensorMapping(f"{param}pool/probe/table", f"{head}.probe", "1 n e -> n e"),
         *(
-            TensorMapping(f"{param}pool/attention/{name}/kernel", f"{joined}weight", "(part h d) e -> e h d")
+            TensorMapping(f"{param}pool/attention/{name}/kernel", f"{fused}weight", "(part h d) e -> e h d")
             for name in QKV
         ),
         *(
-            TensorMapping(f"{param}pool/attention/{name}/bias", f"{joined}bias", "(part h d) -> h d")
+            TensorMapping(f"{param}pool/attention/{name}/bias", f"{fused}bias", "(part h d) -> h d")
             for name in QKV
         ),
         TensorMapping(
@@ -251,7 +251,7 @@ def tower(param: str = "", hf_name: str = "vision_model.") -> tuple[TensorMappin
 
 
 def _named(name: str) -> Callable[[ViTConfig], str]:
-    """The class of transformers for a model of a family whose classes' names begin so."""
+    """Return a function from a config to its transformers class with this prefix."""
 
     def architecture(config: ViTConfig) -> str:
         if isinstance(config.pooling, Distilled):

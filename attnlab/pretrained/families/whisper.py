@@ -1,4 +1,4 @@
-"""Whisper: an encoder of sound and a decoder of text."""
+"""Whisper: an audio encoder and a text decoder."""
 
 import itertools
 from dataclasses import replace
@@ -11,36 +11,36 @@ from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
 
-def whisper(s: HFConfig) -> Seq2SeqConfig:
+def whisper(hf: HFConfig) -> Seq2SeqConfig:
     """Whisper (Radford et al. 2022, arXiv 2212.04356, section 2.2)."""
     for name in ("encoder_layerdrop", "decoder_layerdrop", "activation_dropout"):
-        s.require(name, 0.0)
-    s.require("apply_spec_augment", False)
+        hf.require(name, 0.0)
+    hf.require("apply_spec_augment", False)
     both: dict[str, Any] = {
-        "width": s["d_model"],
+        "width": hf["d_model"],
         "norm": LayerNormConfig(),
-        "dropout": s.get("dropout", 0.0),
+        "dropout": hf.get("dropout", 0.0),
     }
-    # A null is a language to be found out; what comes after it cannot be forced without.
-    forced = [token for _, token in s.get("forced_decoder_ids") or ()]
+    # A null asks for language detection, which is not supported; drop it and all later tokens.
+    forced = [token for _, token in hf.get("forced_decoder_ids") or ()]
     forced_ids = tuple(itertools.takewhile(lambda token: token is not None, forced))
-    generation = s.generation_defaults(s["decoder_start_token_id"])
+    generation = hf.generation_defaults(hf["decoder_start_token_id"])
     return Seq2SeqConfig(
         SpeechEncoderConfig(
-            depth=s["encoder_layers"],
-            attention=_attention(s, "encoder"),
-            feed_forward=MLPConfig(s["encoder_ffn_dim"], s.activation("activation_function")),
-            mels=s["num_mel_bins"],
-            frames=2 * s["max_source_positions"],
+            depth=hf["encoder_layers"],
+            attention=_attention(hf, "encoder"),
+            feed_forward=MLPConfig(hf["encoder_ffn_dim"], hf.activation("activation_function")),
+            mels=hf["num_mel_bins"],
+            frames=2 * hf["max_source_positions"],
             **both,
         ),
         DecoderConfig(
-            depth=s["decoder_layers"],
-            attention=_attention(s, "decoder"),
-            feed_forward=MLPConfig(s["decoder_ffn_dim"], s.activation("activation_function")),
-            positions=Learned(s["max_target_positions"]),
-            vocab_size=s["vocab_size"],
-            tied=s.get("tie_word_embeddings", True),
+            depth=hf["decoder_layers"],
+            attention=_attention(hf, "decoder"),
+            feed_forward=MLPConfig(hf["decoder_ffn_dim"], hf.activation("activation_function")),
+            positions=Learned(hf["max_target_positions"]),
+            vocab_size=hf["vocab_size"],
+            tied=hf.get("tie_word_embeddings", True),
             **both,
         ),
         generation=replace(generation, forced_decoder_ids=forced_ids),
@@ -48,34 +48,36 @@ def whisper(s: HFConfig) -> Seq2SeqConfig:
 
 
 def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
-    """What Whisper's `config.json` says of an encoder of sound and a decoder."""
-    reads = config.encoder if isinstance(config.encoder, SpeechEncoderConfig) else SpeechEncoderConfig()
-    writes = config.decoder
-    positions = writes.positions.length if isinstance(writes.positions, Learned) else length
+    """Return Whisper's `config.json` for an audio encoder and a decoder."""
+    encoder = config.encoder if isinstance(config.encoder, SpeechEncoderConfig) else SpeechEncoderConfig()
+    decoder = config.decoder
+    positions = decoder.positions.length if isinstance(decoder.positions, Learned) else length
     return {
-        "d_model": writes.width,
-        "encoder_layers": reads.depth,
-        "decoder_layers": writes.depth,
-        "encoder_attention_heads": reads.attention.heads,
-        "decoder_attention_heads": writes.attention.heads,
-        "encoder_ffn_dim": reads.feed_forward.hidden(reads.width),
-        "decoder_ffn_dim": writes.feed_forward.hidden(writes.width),
-        "activation_function": HF_ACTIVATION_NAMES.get(writes.feed_forward.activation),
-        "num_mel_bins": reads.mels,
-        "max_source_positions": reads.frames // 2,
+        "d_model": decoder.width,
+        "encoder_layers": encoder.depth,
+        "decoder_layers": decoder.depth,
+        "encoder_attention_heads": encoder.attention.heads,
+        "decoder_attention_heads": decoder.attention.heads,
+        "encoder_ffn_dim": encoder.feed_forward.hidden(encoder.width),
+        "decoder_ffn_dim": decoder.feed_forward.hidden(decoder.width),
+        "activation_function": HF_ACTIVATION_NAMES.get(decoder.feed_forward.activation),
+        "num_mel_bins": encoder.mels,
+        "max_source_positions": encoder.frames // 2,
         "max_target_positions": positions,
-        "vocab_size": writes.vocab_size,
-        "tie_word_embeddings": writes.tied,
+        "vocab_size": decoder.vocab_size,
+        "tie_word_embeddings": decoder.tied,
         "decoder_start_token_id": config.generation.decoder_start_token_id,
     }
 
 
-def _attention(s: HFConfig, half: str) -> AttentionConfig:
-    return AttentionConfig(s[f"{half}_attention_heads"], bias="qvo", dropout=s.get("attention_dropout", 0.0))
+def _attention(hf: HFConfig, half: str) -> AttentionConfig:
+    return AttentionConfig(
+        hf[f"{half}_attention_heads"], bias="qvo", dropout=hf.get("attention_dropout", 0.0)
+    )
 
 
 def _half(half: str, branches: dict[str, str]) -> list[TensorMapping]:
-    """The rows of one half, whose attention branches have these names there."""
+    """Return the mappings of one half; `branches` has the tensor names of attention branches."""
     param, hf_name = f"{half}/layers/{{layer}}", f"model.{half}.layers.{{layer}}"
     rows: list[TensorMapping] = []
     for branch, name in branches.items():
