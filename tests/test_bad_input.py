@@ -82,7 +82,7 @@ MISTAKES = [
     # the config
     (["--config.model.dpeth=2"], "no field 'dpeth'; did you mean 'depth'?"),
     (["--config.model.depth=two"], "config.model.depth=two: expected int"),
-    (["--config.model.depth=0"], "depth=0 and width="),
+    (["--config.model.depth=0"], "depth=0 and width=16 must be at least 1"),
     (["--config.model.width=18"], "width=18 is not a multiple of attention.heads=4"),
     (["--config.model.attention.kv_heads=3"], "kv_heads must divide heads=4: one of 1, 2, 4"),
     (["--config.model.dropout=1.5"], "dropout must be"),

@@ -1,4 +1,7 @@
-"""Every family trains: its experiment on 8 simulated devices, and compiled for a TPU slice that is not here."""
+"""Each model family trains on 8 simulated devices and compiles for a TPU slice.
+
+The compilation needs libtpu, but no TPU.
+"""
 
 import dataclasses
 import os
@@ -14,7 +17,8 @@ from attnlab import sharding
 from attnlab.train.session import Session
 from tests.programs import ROOT
 
-# The experiment of each family, and what makes it smaller: widths that a mesh can cut, short rows.
+# Experiment of each family, with overrides that make it small: short rows, and widths that the mesh
+# divides.
 EXPERIMENTS = {
     "lm_docs": ["model.width=64", "model.depth=4", "data.sequence_length=64"],
     "recurrent_lm": ["model.width=64", "data.sequence_length=32"],
@@ -29,40 +33,40 @@ EXPERIMENTS = {
     "digits": ["model.depth=2"],
     "contrastive": ["model.image.width=32", "model.text.width=32", "model.image.depth=2"],
 }
-NEEDS = {"digits": "sklearn", "speech": "espeakng_loader"}  # beside what the library needs
-EVERYWHERE = ["data.batch_size=16", "train.steps=20", "train.microbatches=1"]
+OPTIONAL_DEPENDENCIES = {"digits": "sklearn", "speech": "espeakng_loader"}
+COMMON_OVERRIDES = ["data.batch_size=16", "train.steps=20", "train.microbatches=1"]
 
 
-def recomputed(config):
-    """The same model, every stack in it scanned over and recomputed in the backward pass."""
+def with_scan_and_remat(config):
+    """Return the config with `scan=True` and `remat="full"` in every stack."""
     changed = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in ("remat", "scan"):
             changed[field.name] = {"remat": "full", "scan": True}[field.name]
         elif dataclasses.is_dataclass(value):
-            changed[field.name] = recomputed(value)
+            changed[field.name] = with_scan_and_remat(value)
     return dataclasses.replace(config, **changed)
 
 
-def made(name):
-    """The experiment of a family, small."""
-    pairs = [tuple(text.split("=", 1)) for text in (*EVERYWHERE, *EXPERIMENTS[name])]
+def small_experiment(name):
+    """Return the experiment of a family with overrides that make it small."""
+    pairs = [tuple(text.split("=", 1)) for text in (*COMMON_OVERRIDES, *EXPERIMENTS[name])]
     file, colon, argument = name.partition(":")
     spec = f"{ROOT / 'experiments' / file}.py{colon}{argument}"
     e = configs.override_all(configs.load(spec).config, pairs)
-    return dataclasses.replace(e, model=recomputed(e.model))
+    return dataclasses.replace(e, model=with_scan_and_remat(e.model))
 
 
 @pytest.fixture(params=EXPERIMENTS)
 def name(request):
-    if request.param in NEEDS:
-        pytest.importorskip(NEEDS[request.param])
+    if request.param in OPTIONAL_DEPENDENCIES:
+        pytest.importorskip(OPTIONAL_DEPENDENCIES[request.param])
     return request.param
 
 
-def test_it_trains(name, mesh_of):
-    e = made(name)
+def test_family_trains_on_mesh(name, mesh_of):
+    e = small_experiment(name)
     session = Session(e, mesh_of("data:2,fsdp:2,tensor:2"), e.data.build_tokenizer())
     state, losses = session.new_state(), []
     batches = e.data.train_iterator(session.tokenizer, seed=0, num_batches=2)
@@ -75,26 +79,26 @@ def test_it_trains(name, mesh_of):
 
 @pytest.mark.preflight
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
-def test_it_compiles_for_a_slice_of_sixteen(name):
-    """In a process of its own: libtpu complains of the missing TPU on stderr."""
+def test_family_compiles_for_tpu_slice(name):
+    """Compile in a subprocess, because libtpu prints warnings about the missing TPU to stderr."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     command = [sys.executable, "-m", "tests.test_families", name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    devices, state, aliased = map(int, done.stdout.split()[-3:])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    devices, state, aliased = map(int, result.stdout.split()[-3:])
     assert devices == 16
     assert aliased >= state > 0  # the state is updated in place
 
 
 def compile_for_tpu(name):
-    """Compiles the training step for a v5e slice; prints its devices, bytes of state, and those in place."""
+    """Compile the training step for a v5e slice; print devices, state bytes and aliased bytes."""
     from jax.experimental import topologies
 
     from attnlab.train.describe import per_device
 
     devices = topologies.get_topology_desc(topology_name="v5e:4x4", platform="tpu").devices
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 2}, devices=devices)
-    e = made(name)
+    e = small_experiment(name)
     session = Session(e, mesh, e.data.build_tokenizer())
     memory = session.compile_train_step().memory_analysis()
     print(len(devices), per_device(session.abstract_state), memory.alias_size_in_bytes)

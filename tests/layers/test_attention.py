@@ -1,4 +1,4 @@
-"""Attention to a memory, and scores that know of distance, in a decoder's layers."""
+"""Cross-attention and relative position bias in the layers of a decoder."""
 
 import dataclasses
 
@@ -25,24 +25,24 @@ MEMORY = EncoderOutput(
 
 
 def decoder(config=CONFIG):
-    """A decoder that reads MEMORY, with weights so large that attention is far from even."""
+    """Return a decoder that cross-attends to MEMORY; large weights make attention non-uniform."""
     model = config.build(30, cross=CrossAttentionConfig())
     params = model.init(jax.random.key(0), TOKENS, memory=MEMORY)["params"]
     return model, jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)
 
 
-def test_padding_of_the_memory_is_not_seen_and_all_else_is():
+def test_cross_attention_attends_to_all_but_padding():
     model, params = decoder()
 
     def loss(values):
         out = model.apply({"params": params}, TOKENS, memory=dataclasses.replace(MEMORY, hidden=values))
         return jnp.sum(jnp.sin(out))
 
-    seen = np.abs(jax.grad(loss)(MEMORY.hidden)).max(-1) > 1e-6
-    np.testing.assert_array_equal(seen, MEMORY.segments == 1)
+    attended = np.abs(jax.grad(loss)(MEMORY.hidden)).max(-1) > 1e-6
+    np.testing.assert_array_equal(attended, MEMORY.segments == 1)
 
 
-def test_documents_of_a_row_look_at_their_own_part_of_the_memory():
+def test_cross_attention_keeps_packed_documents_apart():
     model, params = decoder()
     segments = jnp.array([[1] * 4 + [2] * 5])
     memory = EncoderOutput(MEMORY.hidden[:1], jnp.array([[1, 1, 2, 2, 2]]))
@@ -55,7 +55,7 @@ def test_documents_of_a_row_look_at_their_own_part_of_the_memory():
 
 
 @pytest.mark.parametrize("config", [CONFIG, SLIDING], ids=["causal", "sliding"])
-def test_a_cache_keeps_the_memory(config):
+def test_cross_attention_cache_repeats_full_forward(config):
     model, params = decoder(config)
     whole = model.apply({"params": params}, TOKENS, memory=MEMORY)
     cache = model.init_cache(2, 9)
@@ -65,31 +65,32 @@ def test_a_cache_keeps_the_memory(config):
         out, cache = model.apply({"params": params}, TOKENS[:, i : i + 1], cache=cache)
         outs.append(out)
     np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, rtol=1e-4, atol=1e-4)
-    # Rows that change places take their memory with them.
+    # Gathering rows also gathers their encoder output.
     swapped = cache.gather_rows(jnp.array([[1, 0]]))
     np.testing.assert_array_equal(swapped.context, cache.context[::-1])
     assert not np.array_equal(swapped.layers[0][0][1].key, cache.layers[0][0][1].key)
 
 
-def test_distance_is_all_that_is_known_of_order():
-    """With a bias for how far a key is, and nothing else, a shift of all positions changes nothing."""
+def test_relative_bias_is_invariant_to_position_shift():
+    """Relative bias is the only source of order, so a shift of all positions has no effect."""
     model, params = decoder()
-    at = jnp.arange(9)[None] + jnp.zeros((2, 1), jnp.int32)
-    ours = model.apply({"params": params}, TOKENS, None, at, memory=MEMORY)
-    np.testing.assert_array_equal(ours, model.apply({"params": params}, TOKENS, None, at + 5, memory=MEMORY))
+    positions = jnp.arange(9)[None] + jnp.zeros((2, 1), jnp.int32)
+    expected = model.apply({"params": params}, TOKENS, None, positions, memory=MEMORY)
+    shifted = model.apply({"params": params}, TOKENS, None, positions + 5, memory=MEMORY)
+    np.testing.assert_array_equal(shifted, expected)
 
-    def without(table):
+    def with_table(table):
         changed = {**params, "relative": {"table": table}}
         return model.apply({"params": changed}, TOKENS, memory=MEMORY)
 
     table = params["relative"]["table"]
-    assert np.abs(without(0 * table) - ours).max() > 1e-3
-    grads = jax.grad(lambda table: jnp.sum(jnp.sin(without(table))))(table)
-    assert (np.abs(grads).max(-1) > 0).sum() >= 6  # of eight buckets, those that nine tokens have
+    assert np.abs(with_table(0 * table) - expected).max() > 1e-3
+    grads = jax.grad(lambda table: jnp.sum(jnp.sin(with_table(table))))(table)
+    assert (np.abs(grads).max(-1) > 0).sum() >= 6  # nine tokens use at least six of the eight buckets
 
 
 @pytest.mark.parametrize("mesh", ["data:2", "fsdp:2,tensor:2"])
-def test_a_mesh_changes_no_number(mesh, mesh_of):
+def test_cross_attention_on_mesh_repeats_logits(mesh, mesh_of):
     model, params = decoder()
     expected = model.apply({"params": params}, TOKENS, memory=MEMORY)
     with jax.set_mesh(mesh_of(mesh)):

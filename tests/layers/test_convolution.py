@@ -21,7 +21,7 @@ def convolution(size, stride, padding, bias=True, axes=("window", "embed"), dtyp
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size, stride, padding", CASES)
-def test_it_is_the_sum_over_taps(size, stride, padding, bias):
+def test_convolution_sums_over_taps(size, stride, padding, bias):
     module, x = convolution(size, stride, padding, bias), normal(2, 11, 6)
     params = module.init(jax.random.key(0), x)["params"]
     assert params["kernel"].shape == (size, 6, 4) and ("bias" in params) == bias
@@ -43,28 +43,28 @@ def test_it_is_the_sum_over_taps(size, stride, padding, bias):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("size, stride, padding", CASES)
-def test_values_and_gradients_are_those_of_torch(size, stride, padding):
+def test_convolution_matches_torch(size, stride, padding):
     torch = pytest.importorskip("torch")
-    theirs = torch.nn.Conv1d(6, 4, size, stride, padding)
+    torch_module = torch.nn.Conv1d(6, 4, size, stride, padding)
     module, x = convolution(size, stride, padding), normal(2, 11, 6)
-    weight, bias = (p.detach().numpy() for p in theirs.parameters())
+    weight, bias = (p.detach().numpy() for p in torch_module.parameters())
     params = {"kernel": jnp.asarray(weight.transpose(2, 1, 0)), "bias": jnp.asarray(bias)}
     y, pull = jax.vjp(lambda params, x: module.apply({"params": params}, x), params, x)
     g = normal(*y.shape)
-    their_x = torch.tensor(np.asarray(x.transpose(0, 2, 1)), requires_grad=True)
-    their_y = theirs(their_x)
-    their_y.backward(torch.tensor(np.asarray(g.transpose(0, 2, 1))))
-    np.testing.assert_allclose(y, their_y.detach().numpy().transpose(0, 2, 1), rtol=1e-5, atol=1e-5)
+    torch_x = torch.tensor(np.asarray(x.transpose(0, 2, 1)), requires_grad=True)
+    torch_y = torch_module(torch_x)
+    torch_y.backward(torch.tensor(np.asarray(g.transpose(0, 2, 1))))
+    np.testing.assert_allclose(y, torch_y.detach().numpy().transpose(0, 2, 1), rtol=1e-5, atol=1e-5)
     d_params, d_x = pull(g)
-    np.testing.assert_allclose(d_x, their_x.grad.numpy().transpose(0, 2, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_x, torch_x.grad.numpy().transpose(0, 2, 1), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-        d_params["kernel"], theirs.weight.grad.numpy().transpose(2, 1, 0), rtol=1e-5, atol=1e-5
+        d_params["kernel"], torch_module.weight.grad.numpy().transpose(2, 1, 0), rtol=1e-5, atol=1e-5
     )
-    np.testing.assert_allclose(d_params["bias"], theirs.bias.grad.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_params["bias"], torch_module.bias.grad.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("axes", [("window", "embed"), ("window", "mlp"), ("mlp", "embed"), ("embed", "mlp")])
-def test_sharded_equals_single(mesh_of, axes):
+def test_convolution_sharded_matches_single_device(mesh_of, axes):
     module, x = convolution(3, 2, 1, axes=axes), normal(8, 11, 6)
 
     def loss(params, x):
@@ -89,14 +89,14 @@ def test_sharded_equals_single(mesh_of, axes):
         np.testing.assert_allclose(got_gradients[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_it_computes_in_its_own_dtype():
+def test_convolution_computes_in_compute_dtype():
     module, x = convolution(3, 1, 1, dtypes=Dtypes(compute="bfloat16")), normal(1, 5, 6)
     params = module.init(jax.random.key(0), x)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert module.apply(params, x).dtype == jnp.bfloat16
 
 
-def test_too_short_a_sequence_is_refused():
+def test_convolution_rejects_too_short_sequence():
     module = convolution(5, 1, 1)
     params = module.init(jax.random.key(0), normal(1, 3, 6))
     with pytest.raises(InputError, match="5 taps needs a length of at least 3, not 2"):

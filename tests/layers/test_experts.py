@@ -1,4 +1,4 @@
-"""Mixtures of experts: against a loop, over a mesh, in training, and against two libraries' layers."""
+"""Mixture of experts: compared with a loop and a dense sum, on meshes, and in training."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ EMBED, MESH = 8, "data:2,fsdp:2,tensor:2"
 
 
 def started(config, seed=0):
-    """The layer, its parameters large enough to reach every clamp, and activations (B, T, E)."""
+    """Return the layer, parameters large enough to reach every clamp, and activations (B, T, E)."""
     layer, rng = Experts(config, 0.5, 0.5, Dtypes()), np.random.default_rng(seed)
     x = jnp.asarray(3 * rng.normal(size=(4, 6, EMBED)), jnp.float32)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x, jnp.ones((4, 6), bool))["params"]
@@ -35,7 +35,7 @@ def started(config, seed=0):
 
 
 def by_loop(config, params, x):
-    """Token by token and expert by expert, in float64."""
+    """Compute the layer token by token and expert by expert, in float64."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     out = np.zeros(x.shape)
     for at in np.ndindex(x.shape[:2]):
@@ -45,10 +45,10 @@ def by_loop(config, params, x):
             return y @ p[name]["kernel"][expert] + (p[name]["bias"][expert] if config.bias else 0)
 
         logits = token @ p["router"]["kernel"] + (p["router"]["bias"] if config.bias else 0)
-        chosen = sorted(range(config.experts), key=lambda i: -logits[i])[: config.top_k]
-        over = chosen if config.renormalize else range(config.experts)
-        total = sum(np.exp(logits[i]) for i in over)
-        for i in chosen:
+        selected = sorted(range(config.experts), key=lambda i: -logits[i])[: config.top_k]
+        normalized_over = selected if config.renormalize else range(config.experts)
+        total = sum(np.exp(logits[i]) for i in normalized_over)
+        for i in selected:
             gate, up = linear("gate", i, token), linear("up", i, token)
             if config.activation == "clamped_swiglu":
                 gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
@@ -60,7 +60,7 @@ def by_loop(config, params, x):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_with_a_loop(name):
+def test_experts_match_loop(name):
     layer, params, x = started(CASES[name])
     got = layer.apply({"params": params}, x, jnp.ones(x.shape[:2], bool))
     want = by_loop(CASES[name], params, x)
@@ -68,7 +68,7 @@ def test_agrees_with_a_loop(name):
 
 
 def dense(config, params, x):
-    """The same as one sum over all experts, for gradients: nothing is sorted, nothing ragged."""
+    """Compute the layer as a dense sum over all experts, without sorting or ragged products."""
 
     def linear(name, y, into):
         out = jnp.einsum(into, y, params[name]["kernel"])
@@ -84,131 +84,130 @@ def dense(config, params, x):
 
 @pytest.mark.parametrize("text", ["none", "single", MESH, "tensor:4"])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_on_any_mesh(name, text, mesh_of):
+def test_experts_match_dense_sum_on_meshes(name, text, mesh_of):
     config = CASES[name]
     layer, params, x = started(config)
     cotangent = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
 
-    def loss(apply, params, x, cotangent):
-        return jnp.sum(apply(params, x) * cotangent)
+    def loss(function, params, x, cotangent):
+        return jnp.sum(function(params, x) * cotangent)
 
-    def ours(params, x):
-        real = jnp.ones_like(x[..., 0], bool)
-        return layer.apply({"params": params}, x, real)
+    def apply(params, x):
+        valid = jnp.ones_like(x[..., 0], bool)
+        return layer.apply({"params": params}, x, valid)
 
     want = jax.value_and_grad(lambda p, x: loss(lambda p, x: dense(config, p, x), p, x, cotangent), (0, 1))(
         params, x
     )
     if text == "none":
-        got = jax.value_and_grad(lambda p, x: loss(ours, p, x, cotangent), (0, 1))(params, x)
+        got = jax.value_and_grad(lambda p, x: loss(apply, p, x, cotangent), (0, 1))(params, x)
     else:
         with jax.set_mesh(mesh_of(text)):
-            laid = laid_out(layer, params, x)
+            sharded = sharded_params(layer, params, x)
             x, cotangent = (constrain(a, "batch", "sequence", None) for a in (x, cotangent))
-            step = jax.jit(jax.value_and_grad(lambda p, x: loss(ours, p, x, cotangent), (0, 1)))
-            got = step(laid, x)
+            step = jax.jit(jax.value_and_grad(lambda p, x: loss(apply, p, x, cotangent), (0, 1)))
+            got = step(sharded, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.asarray(a), b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
-def laid_out(layer, params, x):
-    """The parameters as a mesh has them."""
+def sharded_params(layer, params, x):
+    """Return the parameters, sharded over the current mesh."""
     x = constrain(x, "batch", "sequence", None)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x, jnp.ones_like(x[..., 0], bool))["params"]
     return jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), params, shapes)
 
 
-def test_experts_stay_where_they_are(mesh_of):
-    """Each device keeps its own; what goes round are tokens' activations, added up."""
+def test_experts_are_not_gathered(mesh_of):
+    """Devices keep their own experts: only activations are communicated, by one all-reduce."""
     layer, params, x = started(CASES["two of four"])
     with jax.set_mesh(mesh_of("tensor:4")):
-        laid = laid_out(layer, params, x)
-        assert laid["up"]["kernel"].sharding.spec == P("tensor", "fsdp", None)
-        assert laid["down"]["kernel"].sharding.spec == P("tensor", None, "fsdp")
+        sharded = sharded_params(layer, params, x)
+        assert sharded["up"]["kernel"].sharding.spec == P("tensor", "fsdp", None)
+        assert sharded["down"]["kernel"].sharding.spec == P("tensor", None, "fsdp")
         x = constrain(x, "batch", "sequence", None)
-        real = jnp.ones_like(x[..., 0], bool)
-        text = jax.jit(layer.apply).lower({"params": laid}, x, real).compile().as_text()
+        valid = jnp.ones_like(x[..., 0], bool)
+        text = jax.jit(layer.apply).lower({"params": sharded}, x, valid).compile().as_text()
     assert not re.findall(r" all-gather(?:-start)?\(", text)
     assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
 
 
-def test_balance_is_least_where_all_get_the_same():
+def test_balance_loss_is_minimal_for_uniform_routing():
     even = jnp.eye(4)[None]
-    real = jnp.ones((1, 4), bool)
-    np.testing.assert_allclose(balance_loss(0 * even, route(even, 1, False)[1], real), 1.0, rtol=1e-6)
+    valid = jnp.ones((1, 4), bool)
+    np.testing.assert_allclose(balance_loss(0 * even, route(even, 1, False)[1], valid), 1.0, rtol=1e-6)
     one = jnp.zeros((1, 4, 4)).at[:, :, 2].set(9.0)
-    assert balance_loss(one, route(one, 1, False)[1], real) > 3.9
+    assert balance_loss(one, route(one, 1, False)[1], valid) > 3.9
     padded = one.at[:, 1:].set(even[:, 1:])
-    only = jnp.arange(4)[None] == 0
+    first_only = jnp.arange(4)[None] == 0
     np.testing.assert_allclose(
-        balance_loss(padded, route(padded, 1, False)[1], only),
-        balance_loss(one, route(one, 1, False)[1], real),
+        balance_loss(padded, route(padded, 1, False)[1], first_only),
+        balance_loss(one, route(one, 1, False)[1], valid),
         rtol=1e-6,
     )
 
 
 def trained(balance):
-    """Losses and unbalance of 20 steps on a mesh, with scan and remat, from routers that prefer one expert."""
+    """Return losses and balance losses of 20 training steps on a mesh, with scan and remat.
+
+    The initial routers prefer one expert.
+    """
     experts = ExpertsConfig(4, 2, width=16, bias=True, balance_loss_weight=balance)
     model = {"feed_forward": experts, "remat": "full", "attention": AttentionConfig(4, 2)}
-    made = session(
-        experiment(model=model, optimizer=AdamW(learning_rate=0.02, schedule=Constant(), weight_decay=0.0)),
-        MESH,
-    )
-    state, batch = made.new_state(), made.to_devices(random_batch())
+    optimizer = AdamW(learning_rate=0.02, schedule=Constant(), weight_decay=0.0)
+    run = session(experiment(model=model, optimizer=optimizer), MESH)
+    state, batch = run.new_state(), run.to_devices(random_batch())
     router = state.params["layers"]["periods"]["block0"]["feed_forward"]["router"]
     uneven = jnp.broadcast_to(jnp.array([2.0, 0.0, 0.0, 0.0]), router["bias"].shape)
     router["bias"] = jax.device_put(uneven, router["bias"].sharding)
-    losses, unbalance = [], []
+    losses, imbalance = [], []
     for _ in range(20):
-        state, metrics = made.train_step(state, batch)
+        state, metrics = run.train_step(state, batch)
         losses.append(float(metrics["loss"]))
-        unbalance.append(float(metrics["balance"]) / balance)
-    return losses, unbalance
+        imbalance.append(float(metrics["balance"]) / balance)
+    return losses, imbalance
 
 
-def test_it_trains_on_a_mesh_and_balances():
-    """The weight of the balance loss decides how soon what the routers prefer is evened out."""
-    losses, unbalance = trained(0.1)
+def test_experts_training_on_mesh_balances_routing():
+    """A larger weight of the balance loss balances the routing in fewer steps."""
+    losses, imbalance = trained(0.1)
     assert losses[-1] < losses[0] - 0.5
-    assert unbalance[-1] < unbalance[0] - 0.2
-    assert unbalance[-1] < trained(1e-6)[1][-1] - 0.1
+    assert imbalance[-1] < imbalance[0] - 0.2
+    assert imbalance[-1] < trained(1e-6)[1][-1] - 0.1
 
 
-def test_the_balance_loss_counts_as_much_in_microbatches():
+def test_balance_loss_has_same_weight_with_microbatches():
     model = {"feed_forward": ExpertsConfig(4, 2, width=16, balance_loss_weight=0.1)}
-    found = []
+    metrics = []
     for count in (1, 2):
-        made = session(experiment(model=model, microbatches=count))
-        _, metrics = made.train_step(made.new_state(), made.to_devices(random_batch()))
-        found.append(metrics)
-    np.testing.assert_allclose(found[0]["loss"], found[1]["loss"], rtol=1e-5)
-    np.testing.assert_allclose(
-        found[0]["balance"], found[1]["balance"], rtol=0.05
-    )  # of rows, not of the batch
+        run = session(experiment(model=model, microbatches=count))
+        _, step_metrics = run.train_step(run.new_state(), run.to_devices(random_batch()))
+        metrics.append(step_metrics)
+    np.testing.assert_allclose(metrics[0]["loss"], metrics[1]["loss"], rtol=1e-5)
+    # The balance loss is per microbatch, so it differs slightly.
+    np.testing.assert_allclose(metrics[0]["balance"], metrics[1]["balance"], rtol=0.05)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"top_k": 9}, "top_k=9 must be at least 1 and at most experts=8"),
         ({"top_k": 1}, "renormalize with top_k=1"),
         ({"balance_loss_weight": -1.0}, "balance_loss_weight=-1.0 must be at least 0"),
     ],
 )
-def test_configs_that_are_refused(fields, said):
-    with pytest.raises(ValueError, match=said):
+def test_experts_config_rejects_invalid_values(fields, message):
+    with pytest.raises(ValueError, match=message):
         ExpertsConfig(**fields)
 
 
-def test_a_mesh_that_cannot_cut_the_experts(refuses):
+def test_mesh_must_divide_number_of_experts(refuses):
     model = {"feed_forward": ExpertsConfig(3, 2, width=16)}
     with refuses("model.feed_forward.experts=3 cannot be cut into 2 pieces"):
         session(experiment(model=model), "tensor:2")
 
 
-def test_flops_and_active_parameters_count_chosen_experts_only():
-
+def test_flops_and_active_parameters_count_selected_experts_only():
     few = DecoderConfig(
         depth=2, width=16, attention=AttentionConfig(4), feed_forward=ExpertsConfig(8, 2, width=16)
     )

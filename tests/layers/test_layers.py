@@ -17,18 +17,19 @@ def normal(*shape, dtype=jnp.float32):
     return jnp.asarray(RNG.normal(size=shape), dtype)
 
 
-def test_gelu_and_its_gradient():
+def test_gelu_matches_jax():
     x = jnp.linspace(-9, 9, 301)
 
-    def both(f):
+    def value_and_grad(f):
         return jax.vmap(jax.value_and_grad(f))(x)
 
-    for ours, theirs in zip(both(gelu), both(lambda x: jax.nn.gelu(x, approximate=True)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    expected = value_and_grad(lambda x: jax.nn.gelu(x, approximate=True))
+    for a, b in zip(value_and_grad(gelu), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert jax.grad(lambda x: gelu(x).astype(jnp.float32))(jnp.bfloat16(0.3)).dtype == jnp.bfloat16
 
 
-def test_activations_are_what_they_are_called():
+def test_activations_match_definitions():
     x = jnp.array([-1.3, 0.0, 2.1])
     exact = jax.scipy.special.ndtr(x) * x
     np.testing.assert_allclose(ACTIVATIONS["gelu_exact"](x), exact, rtol=1e-5)
@@ -37,7 +38,7 @@ def test_activations_are_what_they_are_called():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_is_an_einsum(bias):
+def test_linear_matches_einsum(bias):
     cases = [
         (((6,), (2, 3), ("embed", "heads", "head_dim")), "bte,ehd->bthd"),
         (((2, 3), (6,), ("heads", "head_dim", "embed")), "bthd,hde->bte"),
@@ -55,7 +56,7 @@ def test_linear_is_an_einsum(bias):
         np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_initial_deviation_is_what_was_asked():
+def test_linear_initial_std():
     params = Linear((64,), (64,), ("embed", "mlp"), 0.3, False, F32).init(
         jax.random.key(0), jnp.ones((1, 1, 64))
     )
@@ -63,7 +64,7 @@ def test_initial_deviation_is_what_was_asked():
     np.testing.assert_allclose([kernel.mean(), kernel.std()], [0, 0.3], atol=0.02)
 
 
-def test_feed_forward_by_hand():
+def test_feed_forward_matches_equations():
     x = normal(1, 3, 4)
     module = MLPConfig(activation="relu").build(0.5, 0.5, F32)
     p = module.init(jax.random.key(0), x)["params"]
@@ -78,7 +79,7 @@ def test_feed_forward_by_hand():
 
 
 @pytest.mark.parametrize("config", [RMSNormConfig(), LayerNormConfig(), LayerNormConfig(bias=False)])
-def test_norms_of_any_scale(config):
+def test_norms_normalise_large_inputs(config):
     x = 1e3 * normal(2, 3, 8) + 50
     module = config.build(F32)
     params = module.init(jax.random.key(0), x)
@@ -89,7 +90,7 @@ def test_norms_of_any_scale(config):
     assert ("bias" in params["params"]) == (config == LayerNormConfig())
 
 
-def test_bfloat16_is_normalised_in_float32():
+def test_rms_norm_computes_bfloat16_in_float32():
     x = normal(1, 1, 64, dtype=jnp.bfloat16)
     module = RMSNormConfig().build(Dtypes(compute="bfloat16"))
     y = module.apply(module.init(jax.random.key(0), x), x)
@@ -100,19 +101,19 @@ def test_bfloat16_is_normalised_in_float32():
 
 
 @pytest.mark.parity
-def test_norms_agree_with_torch():
+def test_norms_match_torch():
     torch = pytest.importorskip("torch")
     x, scale, bias = normal(2, 3, 8), normal(8), normal(8)
-    theirs = [torch.tensor(np.asarray(a)) for a in (x, scale, bias)]
+    tensors = [torch.tensor(np.asarray(a)) for a in (x, scale, bias)]
     got = LayerNormConfig().build(F32).apply({"params": {"scale": scale, "bias": bias}}, x)
-    expected = torch.nn.functional.layer_norm(theirs[0], (8,), theirs[1], theirs[2], eps=1e-5)
+    expected = torch.nn.functional.layer_norm(tensors[0], (8,), tensors[1], tensors[2], eps=1e-5)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
     got = RMSNormConfig().build(F32).apply({"params": {"scale": scale}}, x)
-    expected = torch.nn.functional.rms_norm(theirs[0], (8,), theirs[1], eps=1e-6)
+    expected = torch.nn.functional.rms_norm(tensors[0], (8,), tensors[1], eps=1e-6)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_dtypes_are_kept_apart():
+def test_linear_separates_param_and_compute_dtypes():
     dtypes = Dtypes(param="float32", compute="bfloat16")
     module = Linear((4,), (3,), ("embed", "mlp"), 0.5, True, dtypes)
     params = module.init(jax.random.key(0), jnp.ones((1, 1, 4), jnp.bfloat16))
@@ -122,7 +123,7 @@ def test_dtypes_are_kept_apart():
         Dtypes(compute="int8")
 
 
-def test_look_up_takes_rows():
+def test_look_up_returns_table_rows():
     module = Embedding(7, 3, ("vocab", "embed"), 1.0, F32)
     params = module.init(jax.random.key(0))
     ids = jnp.array([[6, 0], [3, 3]])
@@ -131,7 +132,7 @@ def test_look_up_takes_rows():
 
 
 @pytest.mark.parametrize("text", ["single", "data:2,fsdp:2,tensor:2"])
-def test_dropout_on_a_mesh(mesh_of, text):
+def test_dropout_on_mesh_repeats_single_device(mesh_of, text):
     mesh = mesh_of(text)
     module = Dropout(0.3)
     rngs = {"dropout": jax.random.key(0)}

@@ -16,7 +16,7 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize("sides, size", CASES)
-def test_tokens_are_the_patches_row_by_row(sides, size):
+def test_patchify_orders_patches_row_by_row(sides, size):
     x = normal(2, *sides, 3)
     each = (size,) * len(sides) if isinstance(size, int) else size
     grid = [side // p for side, p in zip(sides, each, strict=True)]
@@ -29,19 +29,20 @@ def test_tokens_are_the_patches_row_by_row(sides, size):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("size", [2, (2, 3), (4, 6)])
-def test_it_is_the_convolution_of_torch(size):
+def test_patch_embedding_matches_torch_convolution(size):
     torch = pytest.importorskip("torch")
-    theirs = torch.nn.Conv2d(3, 5, size, stride=size)
+    torch_module = torch.nn.Conv2d(3, 5, size, stride=size)
     x = normal(2, 8, 12, 3)
-    expected = theirs(torch.tensor(np.asarray(x.transpose(0, 3, 1, 2)))).detach().flatten(2).transpose(1, 2)
-    weight, bias = (p.detach().numpy() for p in theirs.parameters())
+    channels_first = torch.tensor(np.asarray(x.transpose(0, 3, 1, 2)))
+    expected = torch_module(channels_first).detach().flatten(2).transpose(1, 2)
+    weight, bias = (p.detach().numpy() for p in torch_module.parameters())
     params = {"kernel": jnp.asarray(weight.transpose(2, 3, 1, 0)), "bias": jnp.asarray(bias)}
     got = PatchEmbedding(size, 5, 0.5, True, Dtypes()).apply({"params": params}, x)
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_sharded_equals_single(mesh_of, bias):
+def test_patch_embedding_sharded_matches_single_device(mesh_of, bias):
     module, x = PatchEmbedding((2, 3), 6, 0.5, bias, Dtypes()), normal(8, 4, 9, 3)
 
     def loss(params, x):
@@ -64,20 +65,20 @@ def test_sharded_equals_single(mesh_of, bias):
         np.testing.assert_allclose(got_gradients[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_it_computes_in_its_own_dtype():
+def test_patch_embedding_computes_in_compute_dtype():
     module, x = PatchEmbedding(2, 5, 0.5, True, Dtypes(compute="bfloat16")), normal(1, 4, 4, 3)
     params = module.init(jax.random.key(0), x)
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert module.apply(params, x).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("sides, size, named", [
+@pytest.mark.parametrize("sides, size, message", [
     ((8, 9), 4, "cannot split 8 x 9 pixels into patches of 4 x 4"),
     ((8, 8), (4, 3), "cannot split 8 x 8 pixels into patches of 4 x 3"),
     ((8, 8), (4, 4, 4), "cannot split 8 x 8 pixels into patches of 4 x 4 x 4"),
 ])  # fmt: skip
-def test_sides_that_do_not_divide_are_refused(sides, size, named):
-    with pytest.raises(InputError, match=named):
+def test_patchify_rejects_indivisible_sides(sides, size, message):
+    with pytest.raises(InputError, match=message):
         patchify(normal(1, *sides, 3), size)
 
 
@@ -94,17 +95,17 @@ GRIDS = [
 @pytest.mark.parity
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("old, new", GRIDS)
-def test_positions_are_interpolated_as_by_torch(old, new, antialias):
+def test_resize_positions_matches_torch(old, new, antialias):
     torch = pytest.importorskip("torch")
     table, g = normal(2 + old[0] * old[1], 6), normal(2 + new[0] * new[1], 6)
     got, pull = jax.vjp(lambda table: resize_positions(table, old, new, 2, antialias), table)
-    theirs = torch.tensor(np.asarray(table), requires_grad=True)
-    grid = theirs[2:].reshape(1, *old, 6).permute(0, 3, 1, 2)
+    torch_table = torch.tensor(np.asarray(table), requires_grad=True)
+    grid = torch_table[2:].reshape(1, *old, 6).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=new, mode="bicubic", antialias=antialias)
-    expected = torch.cat([theirs[:2], grid.permute(0, 2, 3, 1).reshape(-1, 6)])
+    expected = torch.cat([torch_table[:2], grid.permute(0, 2, 3, 1).reshape(-1, 6)])
     np.testing.assert_allclose(got, expected.detach().numpy(), rtol=1e-5, atol=1e-5)
     expected.backward(torch.tensor(np.asarray(g)))
-    np.testing.assert_allclose(pull(g)[0], theirs.grad.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pull(g)[0], torch_table.grad.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parity
@@ -112,7 +113,7 @@ def test_positions_are_interpolated_as_by_torch(old, new, antialias):
     ("ViT", 1, False), ("Dinov2", 1, False), ("Dinov2WithRegisters", 1, True), ("SiglipVision", 0, False),
 ])  # fmt: skip
 @pytest.mark.parametrize("height, width", [(40, 24), (16, 16), (32, 32)])
-def test_positions_are_those_of_transformers(name, prefix, antialias, height, width):
+def test_resize_positions_matches_transformers(name, prefix, antialias, height, width):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -123,13 +124,13 @@ def test_positions_are_those_of_transformers(name, prefix, antialias, height, wi
         table.normal_()
         tokens = torch.zeros(1, prefix + height // 8 * (width // 8), 8)
         expected = embeddings.interpolate_pos_encoding(tokens, height, width)[0].numpy()
-    ours = jnp.asarray(table.detach().numpy().reshape(-1, 8))
-    got = resize_positions(ours, (4, 4), (height // 8, width // 8), prefix, antialias)
+    rows = jnp.asarray(table.detach().numpy().reshape(-1, 8))
+    got = resize_positions(rows, (4, 4), (height // 8, width // 8), prefix, antialias)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("antialias", [False, True])
-def test_positions_that_are_equal_stay_so(antialias):
+def test_resize_positions_keeps_constant_table(antialias):
     table = jnp.concatenate([normal(3, 4), jnp.full((12, 4), 0.7)])
     got = resize_positions(table, (3, 4), (5, 2), 3, antialias)
     np.testing.assert_array_equal(got[:3], table[:3])
@@ -137,7 +138,7 @@ def test_positions_that_are_equal_stay_so(antialias):
     assert resize_positions(table, (3, 4), (3, 4), 3, antialias) is table
 
 
-def test_positions_on_a_mesh(mesh_of):
+def test_resize_positions_on_mesh_repeats_single_device(mesh_of):
     table = normal(17, 4)
     expected = resize_positions(table, (4, 4), (6, 3), 1)
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
@@ -147,6 +148,6 @@ def test_positions_on_a_mesh(mesh_of):
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_table_of_another_grid_is_refused():
+def test_resize_positions_rejects_wrong_row_count():
     with pytest.raises(InputError, match="17 positions does not match 4 x 4 patches and 0 prefix tokens"):
         resize_positions(normal(17, 4), (4, 4), (2, 2))

@@ -29,22 +29,22 @@ def pool(kind, x, segments=SEGMENTS):
 
 
 @pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: type(kind).__name__)
-def test_it_is_what_it_says(kind):
+def test_pooling_matches_definition(kind):
     got, params = pool(kind, X)
     np.testing.assert_allclose(got[:, 0], EXPECTED[kind], rtol=1e-6)
     assert got.shape == (2, 1, pooled_width(kind, 8)) and not params
 
 
-def test_dense():
+def test_class_token_with_dense_layer():
     got, params = pool(ClassToken(dense=True), X)
     dense = params["params"]["dense"]
     np.testing.assert_allclose(got[:, 0], np.tanh(X[:, 0] @ dense["kernel"] + dense["bias"][None]), rtol=1e-5)
 
 
-def test_a_probe_sees_all_tokens_that_are_there_in_no_order():
+def test_probe_ignores_order_and_padding():
     got, _ = pool(Probe(), X)
     assert got.shape == (2, 1, 8)
-    turned, _ = pool(Probe(), X[:, ::-1], SEGMENTS[:, ::-1])
-    np.testing.assert_allclose(turned, got, rtol=1e-5, atol=1e-6)
+    reversed_order, _ = pool(Probe(), X[:, ::-1], SEGMENTS[:, ::-1])
+    np.testing.assert_allclose(reversed_order, got, rtol=1e-5, atol=1e-6)
     changed, _ = pool(Probe(), X + np.where(SEGMENTS == 0, 5.0, 0.0)[..., None].astype(np.float32))
     np.testing.assert_array_equal(changed, got)

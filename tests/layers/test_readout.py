@@ -14,7 +14,7 @@ TARGETS = jnp.asarray(RNG.integers(0, 11, (2, 6)))
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
-def test_statistics_are_of_the_logits(cap):
+def test_loss_terms_match_logits(cap):
     y = np.asarray(X, np.float64) @ np.asarray(TABLE, np.float64).T + np.asarray(BIAS)
     y = y if cap is None else cap * np.tanh(y / cap)
     np.testing.assert_allclose(logits(X, TABLE, BIAS, cap, "float32"), y, rtol=1e-5, atol=1e-5)
@@ -28,21 +28,21 @@ def test_statistics_are_of_the_logits(cap):
     assert (right.correct == 1).all()
 
 
-@pytest.mark.parametrize("most, stretches", [(2 * 3 * 11, 2), (2 * 2 * 11 + 1, 3), (1, 6)])
-def test_stretches_change_nothing(monkeypatch, most, stretches):
+@pytest.mark.parametrize("max_logits, num_chunks", [(2 * 3 * 11, 2), (2 * 2 * 11 + 1, 3), (1, 6)])
+def test_chunks_do_not_change_loss_terms(monkeypatch, max_logits, num_chunks):
     def run(x, table):
         stats = token_loss_terms(x, TARGETS, table, None, 2.0, "float32")
         return sum(jnp.sum(jnp.sin(a + i)) for i, a in enumerate(stats)), stats
 
     whole = jax.value_and_grad(run, (0, 1), has_aux=True)(X, TABLE)
-    monkeypatch.setattr(readout, "MAX_LOGITS", most)
-    assert readout._num_chunks(X, 11) == stretches
+    monkeypatch.setattr(readout, "MAX_LOGITS", max_logits)
+    assert readout._num_chunks(X, 11) == num_chunks
     parts = jax.value_and_grad(run, (0, 1), has_aux=True)(X, TABLE)
-    for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_logits_dtype_is_its_own():
+def test_logits_have_logits_dtype():
     x, table = X.astype(jnp.bfloat16), TABLE.astype(jnp.bfloat16)
     exact = jnp.einsum("bte,ve->btv", x.astype(jnp.float32), table.astype(jnp.float32))
     assert logits(x, table, None, None, "bfloat16").dtype == jnp.bfloat16
@@ -52,7 +52,7 @@ def test_logits_dtype_is_its_own():
     assert all(a.dtype == jnp.float32 for a in token_loss_terms(x, TARGETS, table, None, None, "bfloat16"))
 
 
-def test_all_logits_are_never_held(monkeypatch):
+def test_loss_terms_do_not_materialise_all_logits(monkeypatch):
     b, t, e, v = 2, 64, 4, 5000
     shapes = (
         jax.ShapeDtypeStruct((b, t, e), jnp.float32),

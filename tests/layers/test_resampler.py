@@ -1,4 +1,4 @@
-"""Flamingo's ways of looking at images: a resampler before the text, gated layers within it."""
+"""Perceiver resampler and gated cross-attention of Flamingo."""
 
 import dataclasses
 
@@ -44,12 +44,12 @@ TOKENS = jnp.asarray(RNG.integers(1, 30, (2, 7)), jnp.int32)
 
 
 def drawn(module, *args, **options):
-    """Parameters with noise on what starts from zeros and ones."""
+    """Return initial parameters plus noise, so that none is exactly zero or one."""
     params = jax.jit(module.init)(jax.random.key(0), *args, **options)["params"]
     return jax.tree.map(lambda x: x + RNG.normal(size=x.shape).astype(np.float32) * 0.2, params)
 
 
-def test_resampler_by_hand():
+def test_resampler_matches_equations():
     module = Resampler(ResamplerConfig(latents=3, depth=2), BLOCK, scan=True, remat="none")
     params = drawn(module, MEMORY)
     got = jax.jit(module.apply)({"params": params}, MEMORY)
@@ -59,10 +59,10 @@ def test_resampler_by_hand():
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
 
-    def attended(x, both, p):
+    def attended(x, keys, p):
         q, k, v = (
             np.einsum("te,ehd->htd", y, p[name]["kernel"]) + p[name]["bias"][:, None]
-            for name, y in (("query", x), ("key", both), ("value", both))
+            for name, y in (("query", x), ("key", keys), ("value", keys))
         )
         scores = np.exp(np.einsum("htd,hsd->hts", q, k) / 2)
         weights = scores / scores.sum(-1, keepdims=True)
@@ -73,25 +73,25 @@ def test_resampler_by_hand():
 
     p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     for row, length in enumerate((5, 3)):
-        x, seen = p64["Embedding_0"]["table"], np.asarray(MEMORY.hidden[row, :length], np.float64)
+        x, memory = p64["Embedding_0"]["table"], np.asarray(MEMORY.hidden[row, :length], np.float64)
         for layer in range(2):
             p = jax.tree.map(lambda x, layer=layer: x[layer], p64["layers"]["periods"]["block0"])
-            own = norm(x, p["attention_norm"])
-            both = np.concatenate([norm(seen, p["attention"]["memory_norm"]), own])
-            x = x + attended(own, both, p["attention"])
+            latents = norm(x, p["attention_norm"])
+            keys = np.concatenate([norm(memory, p["attention"]["memory_norm"]), latents])
+            x = x + attended(latents, keys, p["attention"])
             hidden = dense(norm(x, p["feed_forward_norm"]), p["feed_forward"]["up"])
             x = x + dense(np.maximum(hidden, 0), p["feed_forward"]["down"])
         np.testing.assert_allclose(got.hidden[row], norm(x, p64["norm"]), rtol=1e-4, atol=1e-4)
 
 
-def test_gates_start_shut_and_learn():
+def test_gated_cross_attention_starts_closed_and_learns():
     plain = TEXT.build(30)
     gated = TEXT.build(30, cross=GatedCrossAttentionConfig())
     params = jax.jit(gated.init)(jax.random.key(0), TOKENS, memory=MEMORY)["params"]
     without = jax.eval_shape(plain.init, jax.random.key(0), TOKENS)["params"]
 
-    def common(ours, theirs):
-        return {k: common(ours[k], v) if isinstance(v, dict) else ours[k] for k, v in theirs.items()}
+    def common(tree, shapes):
+        return {k: common(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in shapes.items()}
 
     @jax.jit
     def run(params):
@@ -109,16 +109,16 @@ def test_gates_start_shut_and_learn():
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
     named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(grads)}
     gates = {name: x for name, x in named.items() if "gate" in name}
-    assert len(gates) == 2 and all("block1" in name for name in gates)  # of the kind that looks
+    assert len(gates) == 2 and all("block1" in name for name in gates)  # the layer that cross-attends
     assert all((np.abs(x) > 1e-6).all() for x in gates.values())
-    # Behind shut gates nothing learns, behind open ones all does.
-    for tree, moves in ((grads, False), (opened, True)):
-        found = tree["layers"]["periods"]["block1"]
-        assert all((np.abs(x) > 0).any() == moves for x in jax.tree.leaves(found["cross_attention"]))
-        assert (np.abs(found["cross_feed_forward"]["up"]["kernel"]) > 0).any() == moves
+    # Parameters behind closed gates have zero gradients, those behind open gates do not.
+    for tree, is_open in ((grads, False), (opened, True)):
+        block = tree["layers"]["periods"]["block1"]
+        assert all((np.abs(x) > 0).any() == is_open for x in jax.tree.leaves(block["cross_attention"]))
+        assert (np.abs(block["cross_feed_forward"]["up"]["kernel"]) > 0).any() == is_open
 
 
-def test_text_looks_at_the_last_image_before_it():
+def test_media_mask_attends_to_last_preceding_image():
     model = TEXT.build(30, cross=CrossAttentionConfig())
     images = EncoderOutput(MEMORY.hidden[:, :4], jnp.ones((2, 4), jnp.int32))
     markers = jnp.array([[0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1]], bool)
@@ -133,21 +133,21 @@ def test_text_looks_at_the_last_image_before_it():
 
         return jax.jacrev(at)(values)[jnp.array([0, 3, 6])]
 
-    # What is read by the last layer, the only one that looks.
-    seen = np.abs(run(images.hidden)).max(-1) > 0
+    # Only the last layer cross-attends, so gradients show which image tokens it attends to.
+    attended = np.abs(run(images.hidden)).max(-1) > 0
     first, second, none = [True, True, False, False], [False, False, True, True], [False] * 4
-    assert seen.tolist() == [[none, first], [first, first], [second, second]]
+    assert attended.tolist() == [[none, first], [first, first], [second, second]]
 
 
-def test_a_mesh_changes_no_number(mesh_of):
+def test_resampler_on_mesh_repeats_gradients(mesh_of):
     resampler = Resampler(ResamplerConfig(latents=4, depth=2), BLOCK, scan=True, remat="full")
     text = TEXT.build(30, cross=GatedCrossAttentionConfig())
     params = drawn(resampler, MEMORY), drawn(text, TOKENS, memory=MEMORY)
 
     def run(params, memory, tokens):
         def loss(params):
-            seen = resampler.apply({"params": params[0]}, memory)
-            return jnp.mean(jnp.sin(text.apply({"params": params[1]}, tokens, memory=seen)))
+            latents = resampler.apply({"params": params[0]}, memory)
+            return jnp.mean(jnp.sin(text.apply({"params": params[1]}, tokens, memory=latents)))
 
         return jax.value_and_grad(loss)(params)
 
@@ -161,13 +161,13 @@ def test_a_mesh_changes_no_number(mesh_of):
                 text.init(jax.random.key(0), tokens, memory=memory)["params"],
             )
         )
-        laid = jax.tree.map(lambda x, s: jax.reshard(x, s.sharding.spec), params, specs)
-        got = jax.jit(run)(laid, memory, tokens)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        sharded = jax.tree.map(lambda x, s: jax.reshard(x, s.sharding.spec), params, specs)
+        got = jax.jit(run)(sharded, memory, tokens)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_that_cannot_be():
+def test_resampler_config_rejects_zero_latents():
     with pytest.raises(ValueError, match="at least 1"):
         ResamplerConfig(latents=0)
     assert dataclasses.replace(TEXT, pattern=(Causal(),)).layer_specs[0].cross_attends
