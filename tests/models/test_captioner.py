@@ -1,4 +1,4 @@
-"""Captioners: caches, meshes and loops change no number, and what they cost."""
+"""Captioning models: cached decoding, meshes, recomputation and FLOPs."""
 
 from dataclasses import replace
 from functools import partial
@@ -36,26 +36,26 @@ def draw(path, x):
 
 
 def start(config):
-    """The model, and parameters so large that attention is far from even and gates are open."""
+    """Return the model, parameter shapes, and random parameters with open gates."""
     model = config.build(VOCAB)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS, source=IMAGES))["params"]
     return model, shapes, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def check_cache(config):
-    """Token by token, the image read first, is as all at once."""
+    """Check that decoding with a cache repeats the full forward pass."""
     model, _, params = start(config)
     run = jax.jit(partial(model.apply, {"params": params}))
     whole = run(TOKENS, source=IMAGES)
     cache, parts = model.init_cache(4, 9), []
-    for cut, source in ((slice(0, 6), {"source": IMAGES}), (slice(6, 7), {})):
-        out, cache = run(TOKENS[:, cut], cache=cache, **source)
+    for chunk, source in ((slice(0, 6), {"source": IMAGES}), (slice(6, 7), {})):
+        out, cache = run(TOKENS[:, chunk], cache=cache, **source)
         parts.append(out)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-4)
 
 
 def check_mesh(config, mesh):
-    """Loss and gradients on a mesh, recomputed, are as they are on one device."""
+    """Check that loss and gradients on a mesh, with remat, equal those on one device."""
     model, _, params = start(config)
 
     def run(model):
@@ -71,45 +71,45 @@ def check_mesh(config, mesh):
     with jax.set_mesh(mesh):
         rows = jax.device_put((TOKENS, IMAGES), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
         shapes = jax.eval_shape(lambda: other.init(jax.random.key(0), rows[0], source=rows[1]))["params"]
-        laid = jax.tree.map(
+        sharded = jax.tree.map(
             lambda x, s: jax.device_put(x, jax.NamedSharding(mesh, s.sharding.spec)), params, shapes
         )
-        found = run(other)(laid, *rows)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+        got = run(other)(sharded, *rows)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
-def test_a_cache_keeps_what_is_looked_at():
+def test_captioner_cached_decoding_repeats_full_forward():
     check_cache(FLAMINGO)
 
 
-def test_a_mesh_changes_no_number(mesh_of):
+def test_captioner_on_mesh_repeats_gradients(mesh_of):
     check_mesh(FLAMINGO, mesh_of("data:2,fsdp:2,tensor:2"))
 
 
-def test_the_text_depends_on_the_image_and_only_through_its_latents():
+def test_captioner_text_depends_on_own_image():
     model, shapes, params = start(FLAMINGO)
     assert shapes["resampler"]["Embedding_0"]["table"].shape == (4, 12)
     kernel = shapes["decoder"]["layers"]["periods"]["block1"]["cross_attention"]["key"]["kernel"]
-    assert kernel.shape == (1, 16, 2, 4)  # as wide as the projection makes it
+    assert kernel.shape == (1, 16, 2, 4)  # the projection has the decoder's width
     assert "cross_attention" not in shapes["decoder"]["layers"]["periods"]["block0"]
     run = jax.jit(lambda images: model.apply({"params": params}, TOKENS, source=images))
     changed = np.abs(run(IMAGES) - run(IMAGES.at[:2].add(1.0))).max((1, 2)) > 1e-4
     assert changed.tolist() == [True, True, False, False]
 
 
-def test_operations_are_those_of_the_matrices():
-    """By hand, for each of 8 tokens of a row: 6 patches and the class token, read to 4 latents."""
-    found = FLAMINGO.token_flops(VOCAB, 8)
+def test_captioner_flops_match_hand_count():
+    """Count per token of a row of 8: 6 patches and the class token, resampled to 4 latents."""
+    flops = FLAMINGO.token_flops(VOCAB, 8)
     encoder = 7 * 2 * (4 * 12 * 12 + 2 * 12 * 20) + 6 * 16 * 12
     resampler = 2 * (4 * (2 * 12 * 12 + 2 * 12 * 20) + (7 + 4) * 2 * 12 * 12)
     projection = 4 * 12 * 16
     decoder = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 2 * 16 * 24) + VOCAB * 16
     gated = 2 * 16 * 16 + 2 * 16 * 24 + 4 * 2 * 16 * 8 / 8
-    assert found.weights == pytest.approx(2 * ((encoder + resampler + projection) / 8 + decoder + gated))
+    assert flops.weights == pytest.approx(2 * ((encoder + resampler + projection) / 8 + decoder + gated))
     pairs = 12 * (2 * 7 * 7 + 2 * 4 * (7 + 4)) / 8 + 16 * (2 * (8 + 1) / 2 + 4)
-    assert found.attention == pytest.approx(4 * pairs)
+    assert flops.attention == pytest.approx(4 * pairs)
 
 
-def test_gates_need_a_stream_without_norms():
+def test_gated_cross_attention_rejects_post_norm():
     with pytest.raises(ValueError, match="cross=GatedCrossAttention needs"):
         replace(FLAMINGO, decoder=replace(DECODER, placement="post"))

@@ -1,4 +1,4 @@
-"""Two towers: what the loss of a batch is, over a mesh, and with rows that are no pairs."""
+"""Contrastive models: loss over all pairs, batch padding, meshes and pooling."""
 
 from dataclasses import replace
 
@@ -35,30 +35,31 @@ B, T = 8, 5
 IMAGES = jnp.asarray(RNG.normal(size=(B, 8, 8, 1)), jnp.float32)
 TOKENS = jnp.asarray(RNG.integers(1, 11, (B, T)), jnp.int32)
 SEGMENTS = jnp.asarray(np.arange(T) < RNG.integers(1, T + 1, (B, 1)), jnp.int32).at[-2:].set(0)
-THERE = np.arange(B) < B - 2
-IMAGE_ROWS = jnp.asarray(np.repeat(THERE[:, None], 8, axis=1), jnp.int32)
+VALID = np.arange(B) < B - 2
+IMAGE_ROWS = jnp.asarray(np.repeat(VALID[:, None], 8, axis=1), jnp.int32)
 
 
-def made(config):
+def start(config):
+    """Return the model and random parameters."""
     model = config.build(11)
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS, source=IMAGES)["params"]
     return model, jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape) * 0.3, p.dtype), params)
 
 
-def by_definition(config, params, images, texts):
-    """Loss of each row, and the share of both ways in which its own is nearest."""
+def expected_loss(config, params, images, texts):
+    """Return the loss of each row, and the fraction of its two directions that are correct."""
     y = np.exp(params["logit_scale"]) * np.asarray(texts, np.float64) @ np.asarray(images, np.float64).T
-    nearest = ((y.argmax(0) == np.arange(len(y))) * 0.5) + ((y.argmax(1) == np.arange(len(y))) * 0.5)
+    correct = ((y.argmax(0) == np.arange(len(y))) * 0.5) + ((y.argmax(1) == np.arange(len(y))) * 0.5)
     if isinstance(config.objective, ClipLoss):
-        return 0.5 * (np.log(np.exp(y).sum(0)) + np.log(np.exp(y).sum(1))) - np.diag(y), nearest
+        return 0.5 * (np.log(np.exp(y).sum(0)) + np.log(np.exp(y).sum(1))) - np.diag(y), correct
     signs = 2 * np.eye(len(y)) - 1
-    return np.log1p(np.exp(-signs * (y + np.asarray(params["logit_bias"])))).sum(1), nearest
+    return np.log1p(np.exp(-signs * (y + np.asarray(params["logit_bias"])))).sum(1), correct
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_of_all_pairs_and_a_mesh_changes_nothing(mesh_of, kind):
+def test_contrastive_loss_matches_definition_also_on_mesh(mesh_of, kind):
     config = KINDS[kind]
-    model, params = made(config)
+    model, params = start(config)
 
     def loss(params, tokens, segments, images, rows):
         inputs = {"tokens": tokens, "segment_ids": segments, "source": images, "source_segments": rows}
@@ -71,18 +72,18 @@ def test_the_loss_is_of_all_pairs_and_a_mesh_changes_nothing(mesh_of, kind):
 
     compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, (s, vectors)), gradients = compute(params, TOKENS, SEGMENTS, IMAGES, IMAGE_ROWS)
-    np.testing.assert_allclose([np.linalg.norm(x[THERE], axis=-1) for x in vectors], 1.0, rtol=1e-6)
-    expected, nearest = by_definition(config, params, *(x[THERE] for x in vectors))
-    np.testing.assert_allclose((s.lse - s.target_logit)[THERE], np.tile(expected[:, None], T), rtol=1e-4)
-    np.testing.assert_allclose(s.correct[THERE], np.tile(nearest[:, None], T))
+    np.testing.assert_allclose([np.linalg.norm(x[VALID], axis=-1) for x in vectors], 1.0, rtol=1e-6)
+    expected, correct = expected_loss(config, params, *(x[VALID] for x in vectors))
+    np.testing.assert_allclose((s.lse - s.target_logit)[VALID], np.tile(expected[:, None], T), rtol=1e-4)
+    np.testing.assert_allclose(s.correct[VALID], np.tile(correct[:, None], T))
     assert all(np.all(np.isfinite(x)) for x in s)
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradients))
 
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
         inputs = [jax.device_put(x, jax.P(("data", "fsdp"))) for x in (TOKENS, SEGMENTS, IMAGES, IMAGE_ROWS)]
         like = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs[0], source=inputs[2]))["params"]
-        spread = jax.tree.map(lambda p, x: jax.device_put(p, x.sharding.spec), params, like)
-        (got, (s, _)), got_gradients = compute(spread, *inputs)
+        sharded = jax.tree.map(lambda p, x: jax.device_put(p, x.sharding.spec), params, like)
+        (got, (s, _)), got_gradients = compute(sharded, *inputs)
         assert jax.typeof(s.lse).sharding.spec[0] == ("data", "fsdp")
     np.testing.assert_allclose(got, value, rtol=1e-5)
     jax.tree.map(
@@ -95,14 +96,14 @@ def test_the_loss_is_of_all_pairs_and_a_mesh_changes_nothing(mesh_of, kind):
     (EndOfText(), [1, 0, 2]),
     (EndOfText(7), [0, 0, 3]),
 ])  # fmt: skip
-def test_the_token_that_stands_for_a_text(pooling, expected):
+def test_text_pooling_token_index(pooling, expected):
     tokens = jnp.array([[7, 9, 7, 11, 0], [3, 0, 0, 0, 0], [1, 2, 9, 7, 7]])
     segments = jnp.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
     assert pooling.place(tokens, segments).tolist() == expected
 
 
-def test_maps_of_both_towers():
-    model, params = made(CLIP)
+def test_attention_maps_of_both_towers():
+    model, params = start(CLIP)
     maps = {
         stack: attention_maps(model, params, stack, tokens=TOKENS, segment_ids=SEGMENTS, source=IMAGES)
         for stack in ("image/layers", "text/layers")
@@ -110,7 +111,7 @@ def test_maps_of_both_towers():
     assert maps["image/layers"].shape == (2, B, 4, 4, 4) and maps["text/layers"].shape == (2, B, 4, T, T)
 
 
-def test_what_a_mesh_cuts_and_what_learns_at_another_rate_is_named_by_tower():
+def test_contrastive_config_prefixes_names_with_tower():
     config = replace(CLIP, image=replace(CLIP.image, init=MuP()))
     assert config.sharded_dimensions()["model.text.width"] == ("embed", 8)
     (pattern,) = config.learning_rate_multipliers()
@@ -118,11 +119,11 @@ def test_what_a_mesh_cuts_and_what_learns_at_another_rate_is_named_by_tower():
     assert config.token_flops(11, T).weights > CLIP.text.layer_flops(T).weights
 
 
-def test_what_cannot_be_is_refused():
-    for wrong, told in (
+def test_contrastive_config_rejects_invalid_values():
+    for change, message in (
         ({"image": replace(CLIP.image, classes=None)}, "image.classes must be 0"),
         ({"text_projection": None}, "must be 8, that of the text tower"),
         ({"image_projection": None}, "must be 16, that of the image tower"),
     ):
-        with pytest.raises(ValueError, match=told):
-            replace(CLIP, **wrong)
+        with pytest.raises(ValueError, match=message):
+            replace(CLIP, **change)

@@ -48,7 +48,7 @@ def tokens_of(b=2, t=9, seed=0):
 
 @cache
 def start(config, scale=0.2, vocab=VOCAB):
-    """The model, and parameters so large that attention is far from even."""
+    """Return the model and random parameters, large enough for non-uniform attention."""
     model, rng = config.build(vocab), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_of())["params"]
 
@@ -64,9 +64,9 @@ def forward(model):
 
 
 def dependence(config, t=8):
-    """Whether the output at i (rows) has a gradient by the embedding at j (columns), (t, t)."""
+    """Return the size of the gradient of output i (rows) by the embedding of token j (columns)."""
     model, params = start(config, vocab=t)
-    tokens = jnp.arange(t)[None]  # each position has a row of the table of its own
+    tokens = jnp.arange(t)[None]  # each position has its own row of the table
 
     def rows(table):
         x, _ = model.apply({"params": params | {"embedding": {"table": table}}}, tokens, method="hidden")
@@ -75,28 +75,28 @@ def dependence(config, t=8):
     return np.asarray(jnp.abs(jax.jit(jax.jacrev(rows))(params["embedding"]["table"])).max(-1))
 
 
-DISTANCE = np.arange(8)[:, None] - np.arange(8)[None]  # query after key
+DISTANCE = np.arange(8)[:, None] - np.arange(8)[None]  # query position minus key position
 
 
 @pytest.mark.parametrize(
-    "pattern, depth, sees",
+    "pattern, depth, attends",
     [
         ((Causal(),), 2, DISTANCE >= 0),
         ((Sliding(2),), 1, (DISTANCE >= 0) & (DISTANCE < 2)),
-        ((Sliding(2),), 3, (DISTANCE >= 0) & (DISTANCE < 4)),  # one more back with each layer
+        ((Sliding(2),), 3, (DISTANCE >= 0) & (DISTANCE < 4)),  # each layer reaches one token further
         ((Sliding(3), Causal(positions=NoPositions())), 3, DISTANCE >= 0),
         ((Bidirectional(),), 1, DISTANCE == DISTANCE),
         ((Bidirectional(left=2, right=2),), 1, abs(DISTANCE) <= 2),
     ],
 )
-def test_outputs_depend_on_what_a_pattern_sees_and_nothing_else(pattern, depth, sees):
+def test_outputs_depend_exactly_on_attended_tokens(pattern, depth, attends):
     got = dependence(replace(SMALL, pattern=pattern, depth=depth))
-    assert (got[~sees] == 0).all()
-    assert (got[sees] > 1e-6).all()
+    assert (got[~attends] == 0).all()
+    assert (got[attends] > 1e-6).all()
 
 
 @pytest.mark.parametrize("config", [SMALL, GPT2], ids=["small", "gpt2"])
-def test_padding_and_neighbours_in_a_row_change_nothing(config):
+def test_packing_and_padding_do_not_change_logits(config):
     model, params = start(config)
     run = forward(model)
     a, b = tokens_of(1, 4), tokens_of(1, 5, seed=1)
@@ -125,34 +125,34 @@ def loss(config, params, dropout):
 
 
 @pytest.mark.slow
-def test_scan_and_remat_change_no_number():
-    config = replace(SMALL, depth=5, dropout=0.2)  # two periods, and one block of a third
+def test_scan_and_remat_do_not_change_gradients():
+    config = replace(SMALL, depth=5, dropout=0.2)  # two whole repeats of the pattern and one more layer
     _, params = start(config, scale=0.1)
     assert set(params["layers"]) == {"periods", "tail"}
     key = jax.random.key(7)
 
-    def both(config):
+    def value_and_grad(config):
         return jax.jit(jax.value_and_grad(lambda params: loss(config, params, key)))(params)
 
-    expected = both(config)
+    expected = value_and_grad(config)
     for change in ({"scan": False}, {"remat": "full"}, {"remat": "dots"}):
         other = replace(config, **change)
         tree = jax.eval_shape(other.build(VOCAB).init, jax.random.key(0), tokens_of())["params"]
         assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tree)
-        for ours, theirs in zip(jax.tree.leaves(both(other)), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        for a, b in zip(jax.tree.leaves(value_and_grad(other)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_drawn_by_its_key():
+def test_dropout_depends_on_key():
     config = replace(SMALL, dropout=0.2, attention=AttentionConfig(heads=4, dropout=0.2))
     _, params = start(config, scale=0.1)
     run = jax.jit(lambda key: loss(config, params, key))
-    first, again, other = (run(jax.random.key(i)) for i in (0, 0, 1))
-    assert first == again != other
+    first, repeated, other = (run(jax.random.key(i)) for i in (0, 0, 1))
+    assert first == repeated != other
     assert first != jax.jit(lambda: loss(config, params, None))()
 
 
-def test_layers_of_a_scan_start_apart():
+def test_scanned_layers_have_different_initial_values():
     model = replace(SMALL, depth=4).build(VOCAB)
     params = jax.jit(model.init)(jax.random.key(0), tokens_of())["params"]
     kernel = params["layers"]["periods"]["block0"]["attention"]["query"]["kernel"]
@@ -161,21 +161,21 @@ def test_layers_of_a_scan_start_apart():
 
 
 @pytest.mark.parametrize("config", [SMALL, GPT2, MQA], ids=["sliding", "learned", "mqa"])
-def test_cached_decoding_is_the_full_forward(config):
+def test_cached_decoding_repeats_full_forward(config):
     model, params = start(config)
     tokens = tokens_of(2, 9)
-    lengths, prompt = (9, 7), 5  # the second row starts two tokens later
+    lengths, prompt = (9, 7), 5  # the second row has two tokens of padding on the left
     full = forward(model)(params, tokens)
     short = forward(model)(params, tokens[1:, : lengths[1]])
     padded = jnp.stack([tokens[0], jnp.concatenate([jnp.zeros(2, jnp.int32), tokens[1, :7]])])
     segments = jnp.array([[1] * 9, [0] * 2 + [1] * 7])
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     step = jax.jit(lambda params, *a: model.apply({"params": params}, *a))
-    for given in (positions, None):  # None: as many as the cache holds
+    for given in (positions, None):  # None: positions are counted from the tokens in the cache
         cache, parts = model.init_cache(2, 11), []
-        for cut in (slice(0, prompt), *(slice(i, i + 1) for i in range(prompt, 9))):
-            where = None if given is None else given[:, cut]
-            out, cache = step(params, padded[:, cut], segments[:, cut], where, cache)
+        for chunk in (slice(0, prompt), *(slice(i, i + 1) for i in range(prompt, 9))):
+            chunk_positions = None if given is None else given[:, chunk]
+            out, cache = step(params, padded[:, chunk], segments[:, chunk], chunk_positions, cache)
             parts.append(out)
         got = jnp.concatenate(parts, axis=1)
         np.testing.assert_allclose(got[0], full[0], rtol=1e-4, atol=1e-4)
@@ -183,7 +183,7 @@ def test_cached_decoding_is_the_full_forward(config):
         assert int(cache.index) == 9
 
 
-def test_dtypes_of_a_whole_model():
+def test_decoder_dtypes():
     config = replace(SMALL, dtypes=Dtypes(compute="bfloat16"))
     model, params = start(config)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
@@ -193,14 +193,14 @@ def test_dtypes_of_a_whole_model():
     assert model.init_cache(1, 4).layers[0][0].key.dtype == jnp.bfloat16
 
 
-def test_tied_models_have_one_table():
+def test_tied_decoder_has_one_table():
     assert "readout" not in start(SMALL)[1]
     assert start(replace(SMALL, tied=False))[1]["readout"]["table"].shape == (VOCAB, 16)
 
 
 @pytest.mark.parametrize("text", ["fsdp:8", "tensor:2", "data:2,fsdp:2,tensor:2"])
 @pytest.mark.parametrize("vocab", [64, 257])
-def test_parameters_are_stored_as_the_table_says(mesh_of, text, vocab):
+def test_parameters_follow_logical_axis_rules(mesh_of, text, vocab):
     config = replace(
         SMALL, tied=False, positions=Learned(8), attention=AttentionConfig(heads=4, kv_heads=2, bias=True)
     )
@@ -208,9 +208,9 @@ def test_parameters_are_stored_as_the_table_says(mesh_of, text, vocab):
         tokens = jnp.zeros((8, 4), jnp.int32, out_sharding=out_sharding("batch", None))
         shapes = jax.eval_shape(config.build(vocab).init, jax.random.key(0), tokens)["params"]
     got = jax.tree.map(lambda x: x.sharding.spec, shapes)
-    # With one device on the tensor axis, 257 divides as well.
-    whole = None if vocab == 257 and "tensor" in text else "tensor"
-    assert got["embedding"]["table"] == got["readout"]["table"] == P(whole, "fsdp")
+    # A tensor axis of size 1 also divides a vocabulary of 257; one of size 2 does not.
+    vocab_axis = None if vocab == 257 and "tensor" in text else "tensor"
+    assert got["embedding"]["table"] == got["readout"]["table"] == P(vocab_axis, "fsdp")
     assert got["position_embedding"]["table"] == P(None, "fsdp")
     block = got["layers"]["periods"]["block1"]
     assert block["attention"]["query"]["kernel"] == P(None, "fsdp", "tensor", None)
@@ -225,7 +225,7 @@ def test_parameters_are_stored_as_the_table_says(mesh_of, text, vocab):
 
 
 @pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2", pytest.param("fsdp:8", marks=pytest.mark.slow)])
-def test_a_mesh_changes_no_number(mesh_of, text):
+def test_decoder_on_mesh_repeats_gradients(mesh_of, text):
     config = replace(SMALL, depth=2, dropout=0.1)
     model, tokens = config.build(257), tokens_of(8, 5)
 
@@ -255,15 +255,15 @@ def test_a_mesh_changes_no_number(mesh_of, text):
 
 
 @pytest.mark.slow
-def test_mup_keeps_activations_steady_as_width_grows():
-    """The coordinate check of arXiv 2203.03466, appendix D.1: sizes after a step of Adam, by width."""
+def test_mup_updates_are_independent_of_width():
+    """Compare updates of one Adam step by width: coordinate check of arXiv 2203.03466, app. D.1."""
 
     def sizes(init, width):
         config = DecoderConfig(depth=1, width=width, attention=AttentionConfig(heads=width // 16), init=init)
         model, tokens = config.build(VOCAB), tokens_of(4, 8)
         params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
 
-        def change(path, p, g):
+        def sign_update(path, p, g):
             hidden = jax.tree_util.keystr(path, simple=True).endswith("kernel")
             return p - 0.02 * (init.learning_rate(width) if hidden else 1.0) * jnp.sign(g)
 
@@ -273,7 +273,7 @@ def test_mup_keeps_activations_steady_as_width_grows():
                 stats = model.apply({"params": params}, tokens, tokens, method="loss_terms")
                 return jnp.mean(stats.lse - stats.target_logit)
 
-            return jax.tree_util.tree_map_with_path(change, params, jax.grad(loss)(params))
+            return jax.tree_util.tree_map_with_path(sign_update, params, jax.grad(loss)(params))
 
         @jax.jit
         def outputs(params):
@@ -287,11 +287,11 @@ def test_mup_keeps_activations_steady_as_width_grows():
     narrow, wide = (np.array(sizes(MuP(base_width=64, base_head_dim=16), w)) for w in (64, 256))
     assert ((wide / narrow > 0.5) & (wide / narrow < 2)).all()
     narrow, wide = (np.array(sizes(Normal(), w)) for w in (64, 256))
-    assert (wide / narrow > 2.5).any()  # what it is there to prevent
+    assert (wide / narrow > 2.5).any()  # without muP, updates grow with the width
 
 
-def test_configs_that_cannot_be_say_why(refuses):
-    for change, words in [
+def test_decoder_config_rejects_invalid_values(refuses):
+    for change, message in [
         ({"width": 18}, "not a multiple of attention.heads"),
         ({"pattern": ()}, "at least one kind"),
         ({"depth": 0}, "at least 1"),
@@ -299,7 +299,7 @@ def test_configs_that_cannot_be_say_why(refuses):
         ({"logit_softcap": 0.0}, "over 0"),
         ({"positions": Rotary(fraction=0.25)}, "head_dim"),
     ]:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             replace(SMALL, **change)
     with pytest.raises(ValueError, match="one of 1, 2, 4"):
         AttentionConfig(heads=4, kv_heads=3)
@@ -315,10 +315,10 @@ def test_parity_with_gpt2():
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": VOCAB}
     config = transformers.GPT2Config(**sizes, initializer_range=0.3)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    # Biases and norms start at 0 and 1 there: random ones can be mistaken for no others.
+    hf_model = transformers.GPT2LMHeadModel(config).eval()
+    # Initial biases are 0 and norm scales are 1: random values reveal swapped parameters.
     rng = np.random.default_rng(0)
-    state = theirs.state_dict()
+    state = hf_model.state_dict()
     for name, value in state.items():
         if value.ndim == 1:
             value.copy_(torch.tensor(rng.normal(size=value.shape) + name.count("ln") * name.count("weight")))
@@ -350,7 +350,7 @@ def test_parity_with_gpt2():
         "norm": {"scale": w["transformer.ln_f.weight"], "bias": w["transformer.ln_f.bias"]},
         "layers": {"periods": {"block0": jax.tree.map(lambda *x: np.stack(x), *blocks)}},
     }
-    assert_same_logits(GPT2, params, theirs)
+    assert_same_logits(GPT2, params, hf_model)
 
 
 @pytest.mark.parity
@@ -369,9 +369,9 @@ def test_parity_with_llama():
         initializer_range=0.3,
         rms_norm_eps=1e-6,
     )
-    theirs = transformers.LlamaForCausalLM(config).eval()
+    hf_model = transformers.LlamaForCausalLM(config).eval()
     rng = np.random.default_rng(0)
-    state = theirs.state_dict()
+    state = hf_model.state_dict()
     for value in state.values():
         if value.ndim == 1:
             value.copy_(torch.tensor(rng.normal(size=value.shape)))
@@ -406,7 +406,7 @@ def test_parity_with_llama():
         "norm": {"scale": w["model.norm.weight"]},
         "layers": {"periods": {"block0": jax.tree.map(lambda *x: np.stack(x), *blocks)}},
     }
-    ours = replace(
+    decoder = replace(
         SMALL,
         depth=2,
         attention=AttentionConfig(heads=4, kv_heads=2),
@@ -414,15 +414,15 @@ def test_parity_with_llama():
         pattern=(Causal(),),
         tied=False,
     )
-    assert_same_logits(ours, params, theirs)
+    assert_same_logits(decoder, params, hf_model)
 
 
-def assert_same_logits(config, params, theirs):
+def assert_same_logits(config, params, hf_model):
     import torch
 
     tokens = tokens_of(2, 11)
     with torch.no_grad():
-        expected = theirs(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.numpy()
+        expected = hf_model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.numpy()
     model = config.build(VOCAB)
     tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tree)

@@ -32,7 +32,7 @@ BERT = EncoderConfig(
 )
 ALBERT = replace(BERT, depth=4, num_param_groups=2, embedding_width=8, head=ClassifierConfig(3))
 MODERN = EncoderConfig(
-    depth=4,  # the first by itself, a period of two, and one more
+    depth=4,  # the first layer, one repeat of the pattern of two, and one more layer
     width=16,
     attention=AttentionConfig(heads=2),
     feed_forward=GatedMLPConfig(24),
@@ -50,10 +50,10 @@ CONFIGS = {"bert": BERT, "albert": ALBERT, "modernbert": MODERN}
     [MaskedLMConfig(tied=False), ClassifierConfig(3), PooledConfig(MeanOfTokens(), None)],
     ids=lambda h: h.name,
 )
-def test_every_token_depends_on_all_of_its_text(head):
+def test_encoder_outputs_depend_on_whole_document(head):
     config = replace(BERT, head=head, depth=1)
     model, params = start(config)
-    tokens = jnp.arange(6)[None]  # each position has a row of the table of its own
+    tokens = jnp.arange(6)[None]  # each position has its own row of the table
 
     def rows(table):
         y = model.apply({"params": params | {"embedding": {"table": table}}}, tokens)[0]
@@ -64,8 +64,8 @@ def test_every_token_depends_on_all_of_its_text(head):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_padding_and_neighbours_in_a_row_change_nothing(config):
-    """Nor of which text of a row a pooled head speaks."""
+def test_packing_and_padding_do_not_change_outputs(config):
+    """Documents of a packed row are independent, also for heads that pool a document."""
     model, params = start(config)
     run = forward(model)
     a, b = tokens_of(1, 4), tokens_of(1, 4, seed=1)
@@ -92,7 +92,7 @@ def value_and_grad(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["albert", "modernbert"])
-def test_scan_and_remat_change_no_number(name):
+def test_scan_and_remat_do_not_change_gradients(name):
     config = CONFIGS[name]
     _, params = start(config, scale=0.1)
     run, tokens = value_and_grad(config)
@@ -105,7 +105,7 @@ def test_scan_and_remat_change_no_number(name):
 
 
 @pytest.mark.parametrize("name", ["albert", "modernbert"])
-def test_a_mesh_changes_no_number(mesh_of, name):
+def test_encoder_on_mesh_repeats_gradients(mesh_of, name):
     _, params = start(CONFIGS[name], scale=0.1)
     run, tokens = value_and_grad(CONFIGS[name])
     expected = run(params, tokens)
@@ -113,53 +113,53 @@ def test_a_mesh_changes_no_number(mesh_of, name):
     with jax.set_mesh(mesh):
         like = jnp.zeros_like(tokens, out_sharding=rows)
         shapes = jax.eval_shape(CONFIGS[name].build(VOCAB).init, jax.random.key(0), like)["params"]
-        where = jax.tree.map(lambda x: jax.NamedSharding(mesh, x.sharding.spec), shapes)
-        got = run(jax.device_put(params, where), jax.device_put(tokens, jax.NamedSharding(mesh, rows)))
+        shardings = jax.tree.map(lambda x: jax.NamedSharding(mesh, x.sharding.spec), shapes)
+        got = run(jax.device_put(params, shardings), jax.device_put(tokens, jax.NamedSharding(mesh, rows)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
-def test_shared_layers_are_the_same_layers_again():
-    """Two groups of one period twice each: as a model that shares nothing, its layers copied."""
+def test_shared_layers_match_copied_layers():
+    """Two groups, each applied twice, equal a model without sharing whose parameters are copied."""
     model, params = start(ALBERT)
     shared = params["layers"]["periods"]["shared"]
     assert {x.shape[0] for x in jax.tree.leaves(shared)} == {2}
     copied = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), shared)
-    apart = replace(ALBERT, num_param_groups=None).build(VOCAB)
-    got = forward(apart)(params | {"layers": {"periods": copied}}, tokens_of())
+    unshared = replace(ALBERT, num_param_groups=None).build(VOCAB)
+    got = forward(unshared)(params | {"layers": {"periods": copied}}, tokens_of())
     np.testing.assert_allclose(forward(model)(params, tokens_of()), got, rtol=1e-5, atol=1e-6)
 
 
-def test_types_of_tokens_are_told_apart():
+def test_token_types_change_logits():
     model, params = start(BERT)
     run = jax.jit(lambda types: model.apply({"params": params}, tokens_of(), token_types=types))
-    none = jax.jit(lambda: model.apply({"params": params}, tokens_of()))()
+    default = jax.jit(lambda: model.apply({"params": params}, tokens_of()))()
     zero, one = (run(jnp.full_like(tokens_of(), n)) for n in (0, 1))
-    np.testing.assert_allclose(none, zero, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(default, zero, rtol=1e-5, atol=1e-6)
     assert jnp.abs(one - zero).max() > 1e-3
 
 
-def test_a_head_without_logits_is_not_trained(refuses):
+def test_pooled_head_has_no_loss(refuses):
     model, params = start(replace(BERT, head=PooledConfig()))
     with refuses("model.head=Pooled has no logits"):
         model.apply({"params": params}, tokens_of(), tokens_of(), method="loss_terms")
 
 
-def test_operations_are_those_of_the_matrices():
+def test_encoder_flops_match_hand_count():
     config = replace(ALBERT, head=MaskedLMConfig())
     layers = config.layer_flops(32)
     head = config.token_flops(100, 32) + replace(layers, weights=-layers.weights, attention=-layers.attention)
     assert head.weights == 2 * (8 * 16 + 16 * 8 + 8 * 100)
 
 
-def test_configs_that_cannot_be_say_why(refuses):
-    for config, change, words in [
+def test_encoder_config_rejects_invalid_values(refuses):
+    for config, change, message in [
         (BERT, {"token_types": -1}, "token_types"),
         (ALBERT, {"depth": 5}, "num_param_groups=2"),
         (ALBERT, {"skip_first_attention_norm": True}, "skip_first_attention_norm"),
         (BERT, {"skip_first_attention_norm": True}, "skip_first_attention_norm"),
         (ALBERT, {"head": MaskedLMConfig(None)}, "head.dense"),
     ]:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             replace(config, **change)
     with pytest.raises(ValueError, match="labels"):
         ClassifierConfig(0)

@@ -22,7 +22,7 @@ def tokens_of(b=2, t=7, seed=0):
 
 @cache
 def start(config, scale=0.5):
-    """The model, and parameters so large that the state is far from 0."""
+    """Return the model and random parameters, large enough for states far from 0."""
     model, rng = config.build(VOCAB), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_of())["params"]
     return model, jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), shapes)
@@ -37,8 +37,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def by_hand(cell, params, x):
-    """The last layer's outputs for the embeddings (T, E) of one text, in float64, one number after another."""
+def reference_outputs(cell, params, x):
+    """Return the last layer's outputs for embeddings (T, E) of one text, in float64."""
     layers = params["layers"]["periods"]["forward"]
     for layer in range(len(layers["input"]["kernel"])):
         w = jax.tree.map(lambda p, layer=layer: np.asarray(p[layer], np.float64), layers)
@@ -59,65 +59,67 @@ def by_hand(cell, params, x):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_are_those_of_the_equations(name):
+def test_logits_match_equations(name):
     config, tokens = CONFIGS[name], tokens_of()
     model, params = start(config)
     table = np.asarray(params["embedding"]["table"], np.float64)
     readout = np.asarray(params["embedding" if config.tied else "readout"]["table"], np.float64)
     got = forward(model, params, tokens)
     for row, text in zip(got, np.asarray(tokens), strict=True):
-        np.testing.assert_allclose(row, by_hand(config.cell, params, table[text]) @ readout.T, atol=1e-5)
+        np.testing.assert_allclose(
+            row, reference_outputs(config.cell, params, table[text]) @ readout.T, atol=1e-5
+        )
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", CONFIGS)
-def test_values_and_gradients_are_those_of_torch(name):
+def test_recurrent_outputs_and_gradients_match_torch(name):
     torch = pytest.importorskip("torch")
     config, tokens = CONFIGS[name], tokens_of()
     model, params = start(config)
-    theirs = getattr(torch.nn, type(config.cell).__name__)(8, 8, config.depth, batch_first=True)
+    torch_module = getattr(torch.nn, type(config.cell).__name__)(8, 8, config.depth, batch_first=True)
     layers = params["layers"]["periods"]["forward"]
     with torch.no_grad():
         for i in range(config.depth):
-            ours = {
+            weights = {
                 "weight_ih": layers["input"]["kernel"][i].T,
                 "weight_hh": layers["state"]["kernel"][i].T,
                 "bias_ih": layers["input"]["bias"][i],
                 "bias_hh": np.zeros(8 * config.cell.gates),
             }
             if isinstance(config.cell, LSTMConfig):
-                ours["bias_hh"][8:16] = config.cell.forget_bias
+                weights["bias_hh"][8:16] = config.cell.forget_bias
             else:
-                ours["bias_hh"][16:] = layers["state"]["bias"][i]
-            for key, value in ours.items():
-                getattr(theirs, f"{key}_l{i}").copy_(torch.tensor(np.array(value)))
+                weights["bias_hh"][16:] = layers["state"]["bias"][i]
+            for key, value in weights.items():
+                getattr(torch_module, f"{key}_l{i}").copy_(torch.tensor(np.array(value)))
     x = params["embedding"]["table"][tokens]
-    expected, _ = theirs(torch.tensor(np.array(x)))
-    weights = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
-    (expected * torch.tensor(weights)).sum().backward()
+    expected, _ = torch_module(torch.tensor(np.array(x)))
+    cotangent = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
+    (expected * torch.tensor(cotangent)).sum().backward()
 
     @jax.jit
-    def ours(params):
+    def loss(params):
         x, _ = model.apply({"params": params}, tokens, method="hidden")
-        return jnp.sum(x * weights), x
+        return jnp.sum(x * cotangent), x
 
-    gradients, got = jax.grad(ours, has_aux=True)(params)
+    gradients, got = jax.grad(loss, has_aux=True)(params)
     np.testing.assert_allclose(got, expected.detach().numpy(), atol=1e-5)
     layers = gradients["layers"]["periods"]["forward"]
     for i in range(config.depth):
-        of_theirs = {
-            k: getattr(theirs, f"{k}_l{i}").grad.numpy()
+        torch_gradients = {
+            k: getattr(torch_module, f"{k}_l{i}").grad.numpy()
             for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         }
-        np.testing.assert_allclose(layers["input"]["kernel"][i].T, of_theirs["weight_ih"], atol=1e-4)
-        np.testing.assert_allclose(layers["state"]["kernel"][i].T, of_theirs["weight_hh"], atol=1e-4)
-        np.testing.assert_allclose(layers["input"]["bias"][i], of_theirs["bias_ih"], atol=1e-4)
+        np.testing.assert_allclose(layers["input"]["kernel"][i].T, torch_gradients["weight_ih"], atol=1e-4)
+        np.testing.assert_allclose(layers["state"]["kernel"][i].T, torch_gradients["weight_hh"], atol=1e-4)
+        np.testing.assert_allclose(layers["input"]["bias"][i], torch_gradients["bias_ih"], atol=1e-4)
         if "bias" in layers["state"]:
-            np.testing.assert_allclose(layers["state"]["bias"][i], of_theirs["bias_hh"][16:], atol=1e-4)
+            np.testing.assert_allclose(layers["state"]["bias"][i], torch_gradients["bias_hh"][16:], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_padding_and_neighbours_in_a_row_change_nothing(name):
+def test_packing_and_padding_do_not_change_logits(name):
     model, params = start(CONFIGS[name])
     a, b = tokens_of(1, 3), tokens_of(1, 4, seed=1)
     row = jnp.concatenate([tokens_of(1, 2, seed=2), a, b, tokens_of(1, 2, seed=3)], axis=1)
@@ -129,7 +131,7 @@ def test_padding_and_neighbours_in_a_row_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_read_in_parts_it_is_the_whole(name):
+def test_cached_chunks_repeat_full_forward(name):
     model, params = start(CONFIGS[name])
     tokens, (rows, segments) = (
         tokens_of(2, 7),
@@ -145,7 +147,7 @@ def test_read_in_parts_it_is_the_whole(name):
     np.testing.assert_allclose(got[1, 3:], whole[1][0], atol=1e-6)
 
 
-def test_generation_is_the_argmax_of_full_forwards(mesh_of):
+def test_greedy_generation_matches_full_forwards(mesh_of):
     config, prompts = RecurrentConfig(depth=1, width=48, cell=GRUConfig(), tied=False), ["abcdefgh", "de"]
     g, on_mesh = generator(mesh_of("single"), config), generator(mesh_of("data:2,fsdp:2,tensor:2"), config)
     rows = g(prompts, max_new_tokens=8, sampling=GREEDY)
@@ -155,8 +157,8 @@ def test_generation_is_the_argmax_of_full_forwards(mesh_of):
     assert on_mesh(prompts, max_new_tokens=8, sampling=GREEDY) == rows
 
 
-def test_beams_carry_their_states():
-    """One beam is greedy; of several, each text scores what a forward pass gives it."""
+def test_beam_search_gathers_states():
+    """The score of each beam is the mean log-probability of its tokens in a forward pass."""
     model, params = start(CONFIGS["lstm"])
     for text, score in search(model, params, [[3, 1, 4]], 5, 3, eos_id=0)[0]:
         logits = np.asarray(forward(model, params, jnp.array([[3, 1, 4, *text]])), np.float64)[0]
@@ -166,7 +168,7 @@ def test_beams_carry_their_states():
 
 
 def run(config, tokens):
-    """Parameters, logits, and loss with gradients, dropout included."""
+    """Return initial parameters, logits, and loss and gradients with dropout."""
     model = config.build(16)
     params = model.init(jax.random.key(0), tokens)["params"]
 
@@ -180,12 +182,12 @@ def run(config, tokens):
     return params, model.apply({"params": params}, tokens), jax.value_and_grad(loss)(params)
 
 
-def test_a_mesh_scan_and_remat_change_no_number(mesh_of):
+def test_mesh_scan_and_remat_do_not_change_gradients(mesh_of):
     config, tokens = replace(CONFIGS["gru"], depth=2, dropout=0.2), tokens_of(8, 3)
     expected = jax.jit(partial(run, config))(tokens)
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        laid_out = jax.device_put(tokens, jax.P(("data", "fsdp"), None))
-        got = jax.jit(partial(run, config))(laid_out)
+        sharded_tokens = jax.device_put(tokens, jax.P(("data", "fsdp"), None))
+        got = jax.jit(partial(run, config))(sharded_tokens)
         layer = got[0]["layers"]["periods"]["forward"]
         assert layer["input"]["kernel"].sharding.spec == jax.P(None, "fsdp", None)
         assert layer["state"]["kernel"].sharding.spec == jax.P(None, "fsdp", None)
@@ -196,25 +198,25 @@ def test_a_mesh_scan_and_remat_change_no_number(mesh_of):
         jax.tree.map(close, jax.jit(partial(run, replace(config, **change)))(tokens), expected)
 
 
-def test_configs_that_cannot_be_say_why(refuses):
-    for change, words in [
+def test_recurrent_config_rejects_invalid_values(refuses):
+    for change, message in [
         ({"depth": 0}, "at least 1"),
         ({"dropout": 1.0}, "under 1"),
         ({"std": 0.0}, "over 0"),
     ]:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             replace(SMALL, **change)
     with refuses("vocab_size=7", "13 tokens"):
         replace(SMALL, vocab_size=7).build(13)
 
 
-def products(jaxpr):
-    """Operations of the matrix products in a program, those in a scan once for each turn."""
+def matmul_flops(jaxpr):
+    """Count the FLOPs of the matrix products of a jaxpr, including every iteration of scans."""
     count = 0
     for equation in jaxpr.eqns:
         inner = [x for x in jax.tree.leaves(equation.params) if hasattr(x, "jaxpr") or hasattr(x, "eqns")]
-        turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        count += turns * sum(products(getattr(x, "jaxpr", x)) for x in inner)
+        iterations = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        count += iterations * sum(matmul_flops(getattr(x, "jaxpr", x)) for x in inner)
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
@@ -223,9 +225,9 @@ def products(jaxpr):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_operations_are_those_of_the_program(name):
+def test_recurrent_flops_match_jaxpr(name):
     config, tokens = CONFIGS[name], tokens_of()
     model, params = start(config)
     program = jax.make_jaxpr(partial(model.apply, {"params": params}))(tokens)
     counted = config.token_flops(VOCAB, tokens.shape[1])
-    assert counted.weights * tokens.size == products(program.jaxpr) and counted.attention == 0
+    assert counted.weights * tokens.size == matmul_flops(program.jaxpr) and counted.attention == 0

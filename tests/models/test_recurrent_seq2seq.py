@@ -10,7 +10,7 @@ from attnlab.inspect.maps import attention_maps
 from attnlab.layers import GRUConfig, LSTMConfig
 from attnlab.layers.alignment import AdditiveConfig, DotConfig, GeneralConfig, NoAttention
 from attnlab.models import RecurrentSeq2SeqConfig
-from tests.models.test_recurrent import VOCAB, products, sigmoid, tokens_of
+from tests.models.test_recurrent import VOCAB, matmul_flops, sigmoid, tokens_of
 
 SMALL = RecurrentSeq2SeqConfig(depth=2, width=8, cell=GRUConfig())
 CONFIGS = {
@@ -21,7 +21,7 @@ CONFIGS = {
     "dot": replace(SMALL, attention=DotConfig(), cell=LSTMConfig(0.0)),
 }
 SOURCE = tokens_of(2, 6, seed=5)
-THERE = jnp.array([[1] * 6, [1] * 4 + [0] * 2])
+SOURCE_SEGMENTS = jnp.array([[1] * 6, [1] * 4 + [0] * 2])
 TOKENS = tokens_of(2, 5)
 
 
@@ -37,7 +37,7 @@ def forward(model, params, *args, **source):
 
 
 def advance(cell, w, gates, state):
-    """One token by the equations, where W x + b is given."""
+    """Return the state after one token by the equations; `gates` is W x + b."""
     h, *rest = state
     x, u = np.split(gates, cell.gates), np.split(h @ w["state"]["kernel"], cell.gates)
     if isinstance(cell, LSTMConfig):
@@ -48,7 +48,7 @@ def advance(cell, w, gates, state):
     return ((1 - z) * np.tanh(x[2] + r * (u[2] + w["state"]["bias"])) + z * h,)
 
 
-def read(cell, w, x, state):
+def scan(cell, w, x, state):
     outputs = []
     for token in x:
         state = advance(cell, w, token @ w["input"]["kernel"] + w["input"]["bias"], state)
@@ -57,7 +57,7 @@ def read(cell, w, x, state):
 
 
 def encoded(config, layers, x):
-    """The memory of a source (S, E), and the last states of each layer."""
+    """Return the encoder outputs of a source (S, E), and the last state of each layer."""
     states, sizes = [], {"forward": config.width, "backward": 0}
     if config.bidirectional:
         sizes = dict.fromkeys(sizes, config.width // 2)
@@ -66,24 +66,24 @@ def encoded(config, layers, x):
         for name, size in sizes.items():
             if size:
                 w = jax.tree.map(lambda p, i=i: p[i], layers[name])
-                turn = slice(None, None, -1 if name == "backward" else 1)
-                out, state = read(config.cell, w, x[turn], (np.zeros(size),) * config.cell.arrays)
-                outputs.append(out[turn])
+                direction = slice(None, None, -1 if name == "backward" else 1)
+                out, state = scan(config.cell, w, x[direction], (np.zeros(size),) * config.cell.arrays)
+                outputs.append(out[direction])
                 last.append(state)
         x = np.concatenate(outputs, axis=-1)
         states.append(tuple(np.concatenate(parts) for parts in zip(*last, strict=True)))
     return x, states
 
 
-def by_hand(config, params, source, tokens):
-    """Logits (T, V) and what each token looks at (T, S), one number after another in float64."""
+def reference_logits(config, params, source, tokens):
+    """Return logits (T, V) and attention weights (T, S), computed token by token in float64."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     table, decoder, attention = params["embedding"]["table"], params["decoder"], config.attention
     memory, states = encoded(config, params["encoder"]["periods"], table[source])
-    x, looks = table[tokens], []
+    x, weights_of_tokens = table[tokens], []
     for i in range(config.depth - isinstance(attention, AdditiveConfig)):
         w = jax.tree.map(lambda p, i=i: p[i], decoder["layers"]["periods"]["forward"])
-        x, _ = read(config.cell, w, x, states[i])
+        x, _ = scan(config.cell, w, x, states[i])
     outputs, state = [], states[-1]
     for token in x:
         w = decoder.get("attention", {})
@@ -94,68 +94,68 @@ def by_hand(config, params, source, tokens):
             outputs.append(token)
             continue
         else:
-            asked = token @ w["query"]["kernel"] if isinstance(attention, GeneralConfig) else token
-            scores = memory @ asked
+            query = token @ w["query"]["kernel"] if isinstance(attention, GeneralConfig) else token
+            scores = memory @ query
         weights = np.exp(scores - scores.max())
-        looks.append(weights / weights.sum())
-        context = looks[-1] @ memory
+        weights_of_tokens.append(weights / weights.sum())
+        context = weights_of_tokens[-1] @ memory
         if isinstance(attention, AdditiveConfig):
             gates = token @ w["input"]["kernel"] + w["input"]["bias"] + context @ w["context_kernel"]
             state = advance(config.cell, w, gates, state)
             token = state[0]
         outputs.append(np.tanh(np.concatenate([token, context]) @ decoder["out"]["kernel"]))
     readout = params["embedding" if config.tied else "readout"]["table"]
-    return np.array(outputs) @ readout.T, looks
+    return np.array(outputs) @ readout.T, weights_of_tokens
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_maps_are_those_of_the_equations(name):
+def test_logits_and_attention_maps_match_equations(name):
     config = CONFIGS[name]
     model, params = start(config)
-    inputs = {"tokens": TOKENS, "source": SOURCE, "source_segments": THERE}
+    inputs = {"tokens": TOKENS, "source": SOURCE, "source_segments": SOURCE_SEGMENTS}
     got = forward(model, params, **inputs)
     maps = None
     if not isinstance(config.attention, NoAttention):
         maps = attention_maps(model, params, stack="decoder", **inputs)
         assert maps.shape == (1, 2, 1, 5, 6)
     for row, length in enumerate((6, 4)):
-        logits, looks = by_hand(config, params, SOURCE[row, :length], TOKENS[row])
+        logits, weights_of_tokens = reference_logits(config, params, SOURCE[row, :length], TOKENS[row])
         np.testing.assert_allclose(got[row], logits, rtol=1e-4, atol=1e-4)
         if maps is not None:
-            np.testing.assert_allclose(maps[0, row, 0, :, :length], looks, atol=1e-5)
+            np.testing.assert_allclose(maps[0, row, 0, :, :length], weights_of_tokens, atol=1e-5)
             assert (maps[0, row, 0, :, length:] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["none", "additive"])
-def test_read_in_parts_it_is_the_whole(name):
-    """Also of a row that starts later, beside which an empty source changes nothing."""
+def test_cached_chunks_repeat_full_forward(name):
+    """Also for a row with padding on the left; an empty source does not affect the other rows."""
     model, params = start(CONFIGS[name])
-    whole = forward(model, params, TOKENS, source=SOURCE, source_segments=THERE)
-    late = jnp.stack([TOKENS[0], jnp.roll(TOKENS[1], 2)])
+    whole = forward(model, params, TOKENS, source=SOURCE, source_segments=SOURCE_SEGMENTS)
+    padded = jnp.stack([TOKENS[0], jnp.roll(TOKENS[1], 2)])
     segments = jnp.array([[1] * 5, [0, 0, 1, 1, 1]])
     cache, parts = model.init_cache(2, 0), []
-    given = {"source": SOURCE, "source_segments": THERE}
+    given = {"source": SOURCE, "source_segments": SOURCE_SEGMENTS}
     for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
-        out, cache = forward(model, params, late[:, part], segments[:, part], None, cache, **given)
+        out, cache = forward(model, params, padded[:, part], segments[:, part], None, cache, **given)
         parts.append(out)
         given = {}
     got = np.concatenate(parts, axis=1)
     np.testing.assert_allclose(got[0], whole[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got[1, 2:], whole[1, :3], rtol=1e-4, atol=1e-5)
-    empty = forward(model, params, TOKENS, source=SOURCE, source_segments=THERE.at[1].set(0))
+    empty = forward(model, params, TOKENS, source=SOURCE, source_segments=SOURCE_SEGMENTS.at[1].set(0))
     np.testing.assert_array_equal(empty[0], whole[0])
     assert jnp.isfinite(empty).all()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_operations_are_those_of_the_program(name):
+def test_recurrent_seq2seq_flops_match_jaxpr(name):
     config = CONFIGS[name]
     model, params = start(config)
     program = jax.make_jaxpr(partial(model.apply, {"params": params}))(TOKENS, source=tokens_of(2, 5))
     counted = config.token_flops(VOCAB, 5)
-    # The program of `attend` has its products twice, for tiles that a mask cuts and for those it does not.
+    # The program of `attend` contains each product twice: for partial and for full mask blocks.
     times = 2 if isinstance(config.attention, GeneralConfig | DotConfig) else 1
-    assert (counted.weights + times * counted.attention) * TOKENS.size == products(program.jaxpr)
+    assert (counted.weights + times * counted.attention) * TOKENS.size == matmul_flops(program.jaxpr)
 
 
 def run(config, inputs):
@@ -172,7 +172,7 @@ def run(config, inputs):
 
 
 @pytest.mark.parametrize("name", ["one additive layer", pytest.param("general", marks=pytest.mark.slow)])
-def test_a_mesh_scan_and_remat_change_no_number(mesh_of, name):
+def test_mesh_scan_and_remat_do_not_change_gradients(mesh_of, name):
     config = replace(CONFIGS[name], dropout=0.2)
     inputs = {
         "tokens": tokens_of(8, 3),
@@ -182,43 +182,43 @@ def test_a_mesh_scan_and_remat_change_no_number(mesh_of, name):
     expected = jax.jit(partial(run, config))(inputs)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        laid_out = jax.device_put(inputs, jax.P(("data", "fsdp"), None))
+        sharded_inputs = jax.device_put(inputs, jax.P(("data", "fsdp"), None))
         other = replace(config, scan=False, remat="full")
-        jax.tree.map(close, jax.jit(partial(run, other))(laid_out), expected)
+        jax.tree.map(close, jax.jit(partial(run, other))(sharded_inputs), expected)
 
 
 @pytest.mark.parity
-def test_an_encoder_bidirectional_is_that_of_torch():
+def test_bidirectional_encoder_matches_torch():
     torch = pytest.importorskip("torch")
     config = replace(CONFIGS["additive"], cell=LSTMConfig(0.0))
     model, params = start(config)
-    theirs = torch.nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True)
+    torch_module = torch.nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True)
     with torch.no_grad():
         for ending, name in (("", "forward"), ("_reverse", "backward")):
             layers = params["encoder"]["periods"][name]
             for i in range(2):
                 w = jax.tree.map(lambda p, i=i: torch.tensor(np.array(p[i])), layers)
-                getattr(theirs, f"weight_ih_l{i}{ending}").copy_(w["input"]["kernel"].T)
-                getattr(theirs, f"weight_hh_l{i}{ending}").copy_(w["state"]["kernel"].T)
-                getattr(theirs, f"bias_ih_l{i}{ending}").copy_(w["input"]["bias"])
-                getattr(theirs, f"bias_hh_l{i}{ending}").zero_()
+                getattr(torch_module, f"weight_ih_l{i}{ending}").copy_(w["input"]["kernel"].T)
+                getattr(torch_module, f"weight_hh_l{i}{ending}").copy_(w["state"]["kernel"].T)
+                getattr(torch_module, f"bias_ih_l{i}{ending}").copy_(w["input"]["bias"])
+                getattr(torch_module, f"bias_hh_l{i}{ending}").zero_()
     x = torch.tensor(np.array(params["embedding"]["table"][SOURCE]))
     rows = torch.nn.utils.rnn.pack_padded_sequence(x, [6, 4], batch_first=True)
-    outputs, last = theirs(rows)
+    outputs, last = torch_module(rows)
     outputs, _ = torch.nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True)
     got = forward_encode(model, params)
-    real = np.asarray(THERE, bool)
-    np.testing.assert_allclose(got.memory.hidden[real], outputs.detach().numpy()[real], atol=1e-5)
-    for ours, their in zip(got.layers, last, strict=True):
-        their = their.detach().numpy().reshape(2, 2, 2, 4).transpose(2, 0, 1, 3).reshape(2, 2, 8)
-        np.testing.assert_allclose(ours, their, atol=1e-5)
+    valid = np.asarray(SOURCE_SEGMENTS, bool)
+    np.testing.assert_allclose(got.memory.hidden[valid], outputs.detach().numpy()[valid], atol=1e-5)
+    for state, expected in zip(got.layers, last, strict=True):
+        expected = expected.detach().numpy().reshape(2, 2, 2, 4).transpose(2, 0, 1, 3).reshape(2, 2, 8)
+        np.testing.assert_allclose(state, expected, atol=1e-5)
 
 
 def forward_encode(model, params):
-    return jax.jit(partial(model.apply, method="encode"))({"params": params}, SOURCE, THERE)
+    return jax.jit(partial(model.apply, method="encode"))({"params": params}, SOURCE, SOURCE_SEGMENTS)
 
 
-def test_what_cannot_be_says_why(refuses):
+def test_recurrent_seq2seq_rejects_invalid_configs_and_inputs(refuses):
     with pytest.raises(ValueError, match="an even width, not 9"):
         replace(SMALL, width=9)
     with pytest.raises(ValueError, match="at least 1"):

@@ -1,4 +1,4 @@
-"""Encoder-decoders: what they see of a source, and that caches, meshes and loops change no number."""
+"""Encoder-decoders: source padding, cached decoding, meshes, scan, remat and FLOPs."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -29,7 +29,7 @@ POST = HALF | {
     "scale_embedding": True,
 }
 PAPER = Seq2SeqConfig(EncoderConfig(**POST), DecoderConfig(**POST), shared_embedding=True)
-# Halves of different depths, widths and patterns; one head of keys and values; tables apart.
+# Encoder and decoder differ in depth, width and pattern, and do not share the embedding table.
 ODD = Seq2SeqConfig(
     EncoderConfig(**HALF | {"depth": 3, "width": 12, "attention": AttentionConfig(3), "pattern": (Bidirectional(1, 1), Bidirectional()), "positions": RelativeBias(8, 16)}),
     DecoderConfig(**HALF | {"depth": 3, "attention": AttentionConfig(4, kv_heads=2, qk_norm=True), "pattern": (Sliding(3), Causal()), "positions": RelativeBias(8, 16), "tied": False}),
@@ -42,12 +42,12 @@ def ids(b, length, seed=0):
 
 
 TOKENS, SOURCE = ids(2, 7), ids(2, 5, seed=1)
-THERE = jnp.array([[1] * 5, [1] * 3 + [0] * 2])
+SOURCE_SEGMENTS = jnp.array([[1] * 5, [1] * 3 + [0] * 2])
 
 
 @cache
 def start(config, scale=0.2):
-    """The model, and parameters so large that attention is far from even."""
+    """Return the model and random parameters, large enough for non-uniform attention."""
     model, rng = config.build(VOCAB), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS, source=SOURCE))["params"]
 
@@ -67,34 +67,34 @@ close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_padding_of_the_source_changes_nothing_and_all_else_does(name):
+def test_logits_depend_on_source_but_not_its_padding(name):
     model, params = start(CONFIGS[name])
-    found = run(model, params, TOKENS, source=SOURCE, source_segments=THERE)
+    padded = run(model, params, TOKENS, source=SOURCE, source_segments=SOURCE_SEGMENTS)
     alone = run(model, params, TOKENS[1:], source=SOURCE[1:, :3])
-    close(found[1:], alone)
+    close(padded[1:], alone)
     other = SOURCE.at[:, 3:].set(7)
-    changed = run(model, params, TOKENS, source=other, source_segments=THERE)
-    np.testing.assert_array_equal(changed[1], found[1])
-    assert (abs(changed[0] - found[0]).max(-1) > 1e-4).all()
+    changed = run(model, params, TOKENS, source=other, source_segments=SOURCE_SEGMENTS)
+    np.testing.assert_array_equal(changed[1], padded[1])
+    assert (abs(changed[0] - padded[0]).max(-1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_cached_decoding_is_the_full_forward(name):
+def test_cached_decoding_repeats_full_forward(name):
     model, params = start(CONFIGS[name])
-    source = {"source": SOURCE, "source_segments": THERE}
+    source = {"source": SOURCE, "source_segments": SOURCE_SEGMENTS}
     whole = run(model, params, TOKENS, **source)
     cache, parts = model.init_cache(2, 9), []
-    for cut in (slice(0, 3), *(slice(i, i + 1) for i in range(3, 7))):
-        out, cache = run(model, params, TOKENS[:, cut], cache=cache, **source)
+    for chunk in (slice(0, 3), *(slice(i, i + 1) for i in range(3, 7))):
+        out, cache = run(model, params, TOKENS[:, chunk], cache=cache, **source)
         parts.append(out)
         source = {}
     close(jnp.concatenate(parts, axis=1), whole)
 
 
-def test_a_shared_table_is_one_parameter():
-    tables = [name for name, _ in flat(start(PAPER)[1]) if name.endswith("table")]
+def test_shared_embedding_is_one_parameter():
+    tables = [name for name, _ in named_leaves(start(PAPER)[1]) if name.endswith("table")]
     assert tables == ["decoder/embedding/table"]
-    tables = [name for name, _ in flat(start(ODD)[1]) if name.endswith("table")]
+    tables = [name for name, _ in named_leaves(start(ODD)[1]) if name.endswith("table")]
     relative = ["decoder/relative/table", "encoder/relative/table"]
     assert sorted(set(tables) - set(relative)) == [
         "decoder/embedding/table",
@@ -105,18 +105,23 @@ def test_a_shared_table_is_one_parameter():
         replace(ODD, shared_embedding=True)
 
 
-def flat(params):
+def named_leaves(params):
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves]
 
 
-def gradients(config, params, tokens, source, there):
-    """Loss and gradients, as of training."""
+def gradients(config, params, tokens, source, source_segments):
+    """Return the loss and its gradients."""
 
     def loss(params):
         model = config.build(VOCAB)
         s = model.apply(
-            {"params": params}, tokens, tokens, source=source, source_segments=there, method="loss_terms"
+            {"params": params},
+            tokens,
+            tokens,
+            source=source,
+            source_segments=source_segments,
+            method="loss_terms",
         )
         return (s.lse - s.target_logit).mean()
 
@@ -125,41 +130,41 @@ def gradients(config, params, tokens, source, there):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"scan": False}, {"remat": "full"}], ids=str)
-def test_scan_and_remat_change_no_number(change):
+def test_scan_and_remat_do_not_change_gradients(change):
     _, params = start(ODD)
-    expected = gradients(ODD, params, TOKENS, SOURCE, THERE)
+    expected = gradients(ODD, params, TOKENS, SOURCE, SOURCE_SEGMENTS)
     halves = {half: replace(getattr(ODD, half), **change) for half in ("encoder", "decoder")}
-    found = gradients(replace(ODD, **halves), params, TOKENS, SOURCE, THERE)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+    got = gradients(replace(ODD, **halves), params, TOKENS, SOURCE, SOURCE_SEGMENTS)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
-def test_a_mesh_changes_no_number(mesh_of):
+def test_seq2seq_on_mesh_repeats_gradients(mesh_of):
     model, params = start(PAPER)
-    arrays = [jnp.tile(x, (4, 1)) for x in (TOKENS, SOURCE, THERE)]
+    arrays = [jnp.tile(x, (4, 1)) for x in (TOKENS, SOURCE, SOURCE_SEGMENTS)]
     expected = gradients(PAPER, params, *arrays)
     mesh = mesh_of("data:2,fsdp:2,tensor:2")
     rows = jax.NamedSharding(mesh, P(("data", "fsdp")))
     with jax.set_mesh(mesh):
         arrays = jax.device_put(arrays, rows)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), arrays[0], source=arrays[1]))["params"]
-        there = jax.tree.map(
+        sharded = jax.tree.map(
             lambda x, like: jax.device_put(x, jax.NamedSharding(mesh, like.sharding.spec)), params, shapes
         )
-        found = gradients(PAPER, there, *arrays)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+        got = gradients(PAPER, sharded, *arrays)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
-def test_operations_are_those_of_the_matrices(mesh_of):
-    """By hand: a layer of each half, of width 16 with 4 heads of 4 and an inner width of 24."""
+def test_seq2seq_flops_match_hand_count(mesh_of):
+    """Count one encoder and one decoder layer: width 16, 4 heads of 4, inner width 24."""
     config = replace(PAPER, encoder=replace(PAPER.encoder, depth=1), decoder=replace(PAPER.decoder, depth=1))
-    found = config.token_flops(VOCAB, 8)
+    flops = config.token_flops(VOCAB, 8)
     layer = 4 * 16 * 16 + 2 * 16 * 24
-    assert found.weights == 2 * (layer + layer + 4 * 16 * 16 + VOCAB * 16)
-    # The encoder and cross-attention see all 8, the decoder half of the pairs and the diagonal.
-    assert found.attention == 4 * 16 * (8 + 8 + (8 + 1) / 2)
+    assert flops.weights == 2 * (layer + layer + 4 * 16 * 16 + VOCAB * 16)
+    # Encoder and cross-attention use all 8 keys, causal self-attention (8 + 1) / 2 on average.
+    assert flops.attention == 4 * 16 * (8 + 8 + (8 + 1) / 2)
 
 
-def test_lengths_that_a_half_cannot_read_are_refused(refuses):
+def test_seq2seq_checks_source_length(refuses):
     config = replace(ODD, encoder=replace(ODD.encoder, positions=Learned(16)))
     config.check_source_length(16)
     with refuses("length 17", "positions.length=16"):

@@ -1,4 +1,4 @@
-"""Vision Transformers: their tokens, other sizes of image, pooling, and the mesh."""
+"""Vision Transformers: token order, image sizes, padding, pooling and meshes."""
 
 from dataclasses import replace
 
@@ -34,15 +34,16 @@ TOKENS = jnp.zeros((8, 1), jnp.int32)
 TARGETS = jnp.asarray(RNG.integers(0, 5, (8, 1)), jnp.int32)
 
 
-def made(config):
+def start(config):
+    """Return the model and random parameters."""
     model = config.build(5)
     params = model.init(jax.random.key(0), TOKENS, source=IMAGES)["params"]
     return model, jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape), p.dtype) * 0.3, params)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_statistics_are_of_the_logits_and_a_mesh_changes_nothing(mesh_of, kind):
-    model, params = made(KINDS[kind])
+def test_loss_terms_match_logits_also_on_mesh(mesh_of, kind):
+    model, params = start(KINDS[kind])
 
     def loss(params, images):
         s = model.apply({"params": params}, TOKENS, TARGETS, source=images, method="loss_terms")
@@ -59,8 +60,8 @@ def test_statistics_are_of_the_logits_and_a_mesh_changes_nothing(mesh_of, kind):
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
         images = jax.device_put(IMAGES, jax.P(("data", "fsdp")))
         like = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS, source=images))["params"]
-        spread = jax.tree.map(lambda p, x: jax.device_put(p, x.sharding.spec), params, like)
-        (_, got), got_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(spread, images)
+        sharded = jax.tree.map(lambda p, x: jax.device_put(p, x.sharding.spec), params, like)
+        (_, got), got_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(sharded, images)
         assert jax.typeof(got).sharding.spec[0] == ("data", "fsdp")
     np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-5)
     jax.tree.map(
@@ -68,37 +69,37 @@ def test_statistics_are_of_the_logits_and_a_mesh_changes_nothing(mesh_of, kind):
     )
 
 
-def test_tokens_stand_in_order():
-    """The class token, the distillation token, registers, then patches: only patches depend on the image."""
-    model, params = made(ODD)
+def test_embed_orders_prefix_tokens_before_patches():
+    """Class and distillation token, registers, then patches; only patches depend on the image."""
+    model, params = start(ODD)
     embed = jax.jit(lambda p, images: model.apply({"params": p}, images, None, None, True, method="embed"))
     a, b = embed(params, IMAGES), embed(params, IMAGES.at[:, :4, 2:4].add(1.0))
     assert a.hidden.shape == (8, 5 + 2 * 6, 16)
     assert np.array_equal(np.nonzero(np.any(a.hidden != b.hidden, axis=(0, 2)))[0], [5 + 1])
-    # Registers have no position: they alone are the same if positions are others.
-    moved = jax.tree.map(lambda p: p + 1 + jnp.arange(16.0)[None], params["position_embedding"])
-    c = embed(params | {"position_embedding": moved}, IMAGES)
-    same = np.all(a.hidden == c.hidden, axis=(0, 2))
-    assert same.tolist() == [False, False, True, True, True] + [False] * 12
+    # Registers have no position, so they alone do not depend on the position table.
+    other_positions = jax.tree.map(lambda p: p + 1 + jnp.arange(16.0)[None], params["position_embedding"])
+    c = embed(params | {"position_embedding": other_positions}, IMAGES)
+    unchanged = np.all(a.hidden == c.hidden, axis=(0, 2))
+    assert unchanged.tolist() == [False, False, True, True, True] + [False] * 12
 
 
-def test_rows_of_padding_are_not_seen():
+def test_padding_rows_of_pixels_do_not_change_logits():
     config = replace(ODD, pooling=ClassAndMean(), image=(8, 12, 3))
-    model, params = made(config)
-    there = jnp.asarray([[1] * 4 + [0] * 4] * 8, jnp.int32)
+    model, params = start(config)
+    segments = jnp.asarray([[1] * 4 + [0] * 4] * 8, jnp.int32)
 
     @jax.jit
-    def run(images, there):
-        return model.apply({"params": params}, TOKENS, source=images, source_segments=there)
+    def run(images, segments):
+        return model.apply({"params": params}, TOKENS, source=images, source_segments=segments)
 
-    expected = run(IMAGES, there)
-    np.testing.assert_array_equal(run(IMAGES.at[:, 4:].set(7.0), there), expected)
-    assert np.all(np.isfinite(run(IMAGES, jnp.zeros_like(there))))
-    assert not np.allclose(run(IMAGES, jnp.ones_like(there)), expected)
+    expected = run(IMAGES, segments)
+    np.testing.assert_array_equal(run(IMAGES.at[:, 4:].set(7.0), segments), expected)
+    assert np.all(np.isfinite(run(IMAGES, jnp.zeros_like(segments))))
+    assert not np.allclose(run(IMAGES, jnp.ones_like(segments)), expected)
 
 
-def test_hidden_patches_are_not_seen():
-    model, params = made(ODD)
+def test_masked_patches_do_not_change_output():
+    model, params = start(ODD)
     masked = jnp.zeros((8, 12), bool).at[:, 3].set(True)
     encode = jax.jit(
         lambda images: model.apply({"params": params}, images, None, masked, method="encode").hidden
@@ -107,8 +108,8 @@ def test_hidden_patches_are_not_seen():
     assert not np.array_equal(encode(IMAGES), encode(IMAGES.at[:, :4, 8:].add(1.0)))
 
 
-def test_maps_of_an_image_of_another_size_and_pixels_left_over():
-    model, params = made(SMALL)
+def test_attention_maps_of_other_size_ignore_remaining_pixels():
+    model, params = start(SMALL)
     bigger = jnp.asarray(RNG.normal(size=(8, 13, 7, 3)), jnp.float32)
     maps = attention_maps(model, params, tokens=TOKENS, source=bigger)
     assert maps.shape == (2, 8, 4, 1 + 3 * 3, 1 + 3 * 3)
@@ -117,7 +118,7 @@ def test_maps_of_an_image_of_another_size_and_pixels_left_over():
     np.testing.assert_array_equal(maps, cropped)
 
 
-def test_operations_are_those_of_a_whole_image():
+def test_vit_flops_match_hand_count():
     counted = SMALL.token_flops(5, 1)
     projections, feed_forward, tokens = 4 * 16 * 16, 2 * 16 * 24, 13
     weights = 2 * (2 * tokens * (projections + feed_forward) + 12 * 24 * 16 + 5 * 16)
@@ -125,7 +126,7 @@ def test_operations_are_those_of_a_whole_image():
     assert counted.attention == 2 * 4 * 16 * tokens * tokens
 
 
-def test_what_cannot_be_is_refused(refuses):
+def test_vit_rejects_invalid_configs_and_lengths(refuses):
     with refuses("one class", "must be 1, not 4"):
         SMALL.check_length(4)
     with refuses("model.classes=5", "9 words"):
@@ -133,12 +134,12 @@ def test_what_cannot_be_is_refused(refuses):
     headless = replace(SMALL, classes=0).build(9)
     with refuses("no head"):
         headless.apply({"params": {}}, TOKENS, TARGETS, source=IMAGES, method="loss_terms")
-    for wrong, told in (
+    for change, message in (
         ({"patch": (16, 2)}, "at least one patch"),
         ({"class_tokens": 3}, "0, 1 or 2"),
         ({"class_tokens": 0}, "needs class_tokens of at least 1"),
         ({"pooling": Distilled()}, "needs class_tokens of at least 2"),
         ({"layer_scale": 0.0}, "over 0"),
     ):
-        with pytest.raises(ValueError, match=told):
-            replace(SMALL, **wrong)
+        with pytest.raises(ValueError, match=message):
+            replace(SMALL, **change)
