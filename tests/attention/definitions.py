@@ -1,4 +1,4 @@
-"""Every kind of mask beside its definition: a plain function of one batch row, head, query and key."""
+"""Every mask with its definition: a plain Python function of one batch row, head, query and key."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ B, H, T, S = 2, 3, 7, 12  # self-attention has S queries
 
 
 class Case(NamedTuple):
-    """A mask, whether it allows a pair (b, h, i, j), and its number of queries; keys are always S."""
+    """A mask, its definition `allows(b, h, i, j)`, and its number of queries. There are S keys."""
 
     mask: Mask
     allows: Callable[[int, int, int, int], bool]
@@ -26,7 +26,7 @@ CASES: dict[str, Callable[[], Case]] = {}
 
 
 def case(function):
-    """Enters a function that returns a mask and its definition, of S queries, or as many as it says."""
+    """Register a function that returns a mask, its definition and optionally its query count."""
 
     @functools.cache
     def make():
@@ -37,18 +37,18 @@ def case(function):
     return make
 
 
-def pairs(allows, batch, heads, queries, keys) -> np.ndarray:
-    """What a definition says of every pair of these indices, (B, H, T, S)."""
+def evaluate_pairs(allows, batch, heads, queries, keys) -> np.ndarray:
+    """Evaluate a definition at every pair of these indices, (B, H, T, S)."""
     return np.array(
         [[[[bool(allows(b, h, i, j)) for j in keys] for i in queries] for h in heads] for b in batch]
     )
 
 
 @functools.cache
-def whole(name: str) -> np.ndarray:
-    """What the definition of a case says of every pair, (B, H, T, S)."""
+def expected_mask(name: str) -> np.ndarray:
+    """Evaluate the definition of a case at every pair, (B, H, T, S)."""
     _, allows, queries = CASES[name]()
-    return pairs(allows, range(B), range(H), range(queries), range(S))
+    return evaluate_pairs(allows, range(B), range(H), range(queries), range(S))
 
 
 @case
@@ -58,12 +58,12 @@ def causal():
 
 @case
 def causal_aligned_at_the_end():
-    # The last query sees every key.
+    # The last query attends to every key.
     return a.causal(S - T), lambda b, h, i, j: (T - 1 - i) <= (S - 1 - j), T
 
 
 @case
-def causal_whose_first_queries_see_nothing():
+def causal_with_fully_masked_first_queries():
     return a.causal(-3), lambda b, h, i, j: j <= i - 3
 
 
@@ -140,7 +140,7 @@ def block_causal():
 
 @case
 def block_diffusion():
-    # Six noised tokens, then the same six clean, in blocks of two.
+    # Six noised tokens, then the same six tokens clean, in blocks of two.
     def allows(b, h, i, j):
         clean_query, clean_key = i >= 6, j >= 6
         query, key = i % 6 // 2, j % 6 // 2
@@ -250,7 +250,7 @@ def blocks():
 
 
 @case
-def blocks_of_fewer_tokens_than_there_are():
+def blocks_that_cover_part_of_the_tokens():
     chosen = [[True, False], [True, True]]
     mask = a.blocks(np.array(chosen), 4)
     return mask, lambda b, h, i, j: i < 8 and j < 8 and chosen[i // 4][j // 4]
@@ -259,27 +259,31 @@ def blocks_of_fewer_tokens_than_there_are():
 PARENTS = [[-1, 0, 0, 1, 2, 2, 4], [-1, -1, 1, 2, 3, 0, 5]]
 
 
-def lineage(parents, node):
-    """A node and all that it follows."""
-    return [] if node < 0 else [node, *lineage(parents, parents[node])]
+def self_and_ancestors(parents, node):
+    """Return a node and its ancestors."""
+    return [] if node < 0 else [node, *self_and_ancestors(parents, parents[node])]
 
 
 @case
 def tree():
-    return a.tree(tuple(PARENTS[0]), 5), lambda b, h, i, j: j < 5 or j - 5 in lineage(PARENTS[0], i), T
+    return (
+        a.tree(tuple(PARENTS[0]), 5),
+        lambda b, h, i, j: j < 5 or j - 5 in self_and_ancestors(PARENTS[0], i),
+        T,
+    )
 
 
 @case
 def tree_of_each_row():
     prefixes = [5, 2]
     mask = a.tree(jnp.array(PARENTS), jnp.array(prefixes))
-    return mask, lambda b, h, i, j: j < prefixes[b] or j - prefixes[b] in lineage(PARENTS[b], i), T
+    return mask, lambda b, h, i, j: j < prefixes[b] or j - prefixes[b] in self_and_ancestors(PARENTS[b], i), T
 
 
 def near(cells, window, step, i, j):
-    """Whether j is in the run of `window` cells, `step` apart and i among their like, that is centred best."""
-    like = range(i % step, cells, step)
-    runs = [like[n : n + window] for n in range(len(like) - window + 1)]
+    """Return whether j is in the `window` cells, `step` apart, whose centre is nearest to i."""
+    reachable = range(i % step, cells, step)
+    runs = [reachable[n : n + window] for n in range(len(reachable) - window + 1)]
     return j in min(runs, key=lambda run: abs(run[0] + run[-1] - 2 * i))
 
 
@@ -320,7 +324,7 @@ def neighbourhood_in_three_dimensions():
 
 @case
 def sliding_tile():
-    # Tiles of two by one in a grid of six by two: tokens are numbered tile by tile.
+    # Tiles of two by one cells in a grid of six by two; tokens are ordered tile by tile.
     def allows(b, h, i, j):
         at_i, at_j = (np.unravel_index(x // 2, (3, 2)) for x in (i, j))
         return near(3, 1, 1, at_i[0], at_j[0])
@@ -330,8 +334,8 @@ def sliding_tile():
 
 @case
 def per_head():
-    one, other = a.causal(), a.window(1, 1)
-    return a.per_head([one, other, one]), lambda b, h, i, j: abs(i - j) <= 1 if h == 1 else j <= i
+    causal, window = a.causal(), a.window(1, 1)
+    return a.per_head([causal, window, causal]), lambda b, h, i, j: abs(i - j) <= 1 if h == 1 else j <= i
 
 
 @case

@@ -1,4 +1,4 @@
-"""Random attention inputs, masks as strategies, and gradients of whatever a function returns."""
+"""Random attention inputs, Hypothesis strategies for masks, and a scalar loss of all outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def qkv(seed, b=2, t=5, s=7, h=4, k=2, d=6, dv=3, dtype=jnp.float32):
     return tuple(jnp.asarray(2 * rng.normal(size=shape), dtype) for shape in shapes)
 
 
-# A few shapes and not any: JAX compiles every operation once for each.
+# A fixed list, because JAX compiles every operation once per shape.
 SHAPES = (
     {"b": 2, "t": 5, "s": 9, "h": 6, "k": 2, "d": 3, "dv": 4},
     {"b": 1, "t": 1, "s": 7, "h": 3, "k": 1, "d": 5, "dv": 2},
@@ -46,7 +46,7 @@ def masks(draw, b, t, s, depth=2) -> Mask:
 
 
 def allowed_pairs(mask, b, t, s):
-    """A mask as (b, t, s) booleans, one pair at a time, by the definitions and not by `block`."""
+    """Return a mask as (b, t, s) booleans, evaluated pair by pair without `Mask.evaluate`."""
 
     def allows(m, row, i, j):
         match type(m).__name__:
@@ -70,7 +70,7 @@ def allowed_pairs(mask, b, t, s):
 
 
 def weighted_sum(out, lse):
-    """A number that depends on every output and finite log-sum-exp in its own way."""
+    """Return a scalar that weights every output and every finite log-sum-exp differently."""
     finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
     a = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
     b = jnp.sin(jnp.arange(lse.size, dtype=jnp.float32)).reshape(lse.shape)

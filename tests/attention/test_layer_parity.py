@@ -1,4 +1,4 @@
-"""`attend` beside the attention layers of transformers, forward and backward; see `test_parity`."""
+"""Parity of `attend` with the attention layers of transformers; see `test_parity`."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,20 +22,20 @@ from tests.attention.test_parity import B, H, K, S, T, assert_same, normal, torc
 pytestmark = pytest.mark.parity
 
 
-WIDTH = 32  # of the layers of transformers, whose heads are WIDTH / H wide
+WIDTH = 32  # model width of the layers; the head width is WIDTH / H unless set
 EAGER = {"attn_implementation": "eager"}
 
 
-def weights_of(layer, **more):
-    """Random weights of a layer of torch by name, and other arrays."""
+def weights_of(layer, **kwargs):
+    """Return random weights of a PyTorch layer by name, and other arrays."""
     weights = {n: 0.3 * normal(*w.shape, seed=i) for i, (n, w) in enumerate(layer.named_parameters())}
-    return {**weights, "hidden": normal(B, T, WIDTH), **more}
+    return {**weights, "hidden": normal(B, T, WIDTH), **kwargs}
 
 
-def called(layer, x, *args, **more):
-    """What a layer of torch returns first, its weights being those of `x`."""
+def call_layer(layer, x, *args, **kwargs):
+    """Call a PyTorch layer with the weights in x; return its first result."""
     weights = {n: x[n] for n, _ in layer.named_parameters()}
-    return torch.func.functional_call(layer.eval(), weights, args, more)[0]
+    return torch.func.functional_call(layer.eval(), weights, args, kwargs)[0]
 
 
 def dense(x, name, tokens):
@@ -43,11 +43,11 @@ def dense(x, name, tokens):
     return out + x[f"{name}.bias"][None, None] if f"{name}.bias" in x else out
 
 
-def split(tokens, heads):
+def split_heads(tokens, heads):
     return tokens.reshape(*tokens.shape[:2], heads, -1)
 
 
-def joined(out):
+def merge_heads(out):
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -56,33 +56,33 @@ def test_gpt2(inverse):
     gpt2 = pytest.importorskip("transformers.models.gpt2.modeling_gpt2")
     config = gpt2.GPT2Config(n_embd=WIDTH, n_head=H, scale_attn_by_inverse_layer_idx=inverse, **EAGER)
     layer = gpt2.GPT2Attention(config, layer_idx=2)
-    seen = torch.full((T, T), -torch.inf).triu(1)
+    mask_bias = torch.full((T, T), -torch.inf).triu(1)
 
-    def ours(x, backend):
+    def attnlab_results(x, backend):
         query, key, value = (
-            split(y, H)
+            split_heads(y, H)
             for y in jnp.split(x["hidden"] @ x["c_attn.weight"] + x["c_attn.bias"][None, None], 3, axis=-1)
         )
         scale = (WIDTH / H) ** -0.5 / (3 if inverse else 1)
-        out = joined(attend(query, key, value, mask=causal(), scale=scale, backend=backend))
+        out = merge_heads(attend(query, key, value, mask=causal(), scale=scale, backend=backend))
         return (out @ x["c_proj.weight"] + x["c_proj.bias"][None, None],)
 
-    def theirs(x):
-        return (called(layer, x, x["hidden"], attention_mask=seen),)
+    def torch_results(x):
+        return (call_layer(layer, x, x["hidden"], attention_mask=mask_bias),)
 
-    assert_same(ours, theirs, weights_of(layer))
+    assert_same(attnlab_results, torch_results, weights_of(layer))
 
 
-def rotated_attention(x, positions, rope, **how):
-    """Attention of a layer that turns its queries and keys, its projections named as Llama's are."""
+def rotated_attention(x, positions, rope, **kwargs):
+    """Attention layer with rotary embeddings and the parameter names of Llama."""
     query, key, value = (
-        split(dense(x, f"{n}_proj", x["hidden"]), heads) for n, heads in (("q", H), ("k", K), ("v", K))
+        split_heads(dense(x, f"{n}_proj", x["hidden"]), heads) for n, heads in (("q", H), ("k", K), ("v", K))
     )
     query, key = (rotary(y, jnp.asarray(positions), **rope) for y in (query, key))
-    return dense(x, "o_proj", joined(attend(query, key, value, **how)))
+    return dense(x, "o_proj", merge_heads(attend(query, key, value, **kwargs)))
 
 
-EACH = np.arange(T)[None]  # positions of rows without padding
+POSITIONS = np.arange(T)[None]  # positions of rows without padding
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPES = {
     "plain": ({"rope_type": "default", "rope_theta": 10_000.0}, {}),
@@ -94,31 +94,31 @@ ROPES = {
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_llama_padded_on_the_left(rope):
+def test_llama_with_left_padding(rope):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    theirs_rope, rope = ROPES[rope]
+    hf_rope, rope = ROPES[rope]
     config = llama.LlamaConfig(
-        hidden_size=WIDTH, num_attention_heads=H, num_key_value_heads=K, rope_parameters=theirs_rope, **EAGER
+        hidden_size=WIDTH, num_attention_heads=H, num_key_value_heads=K, rope_parameters=hf_rope, **EAGER
     )
     layer = llama.LlamaAttention(config, layer_idx=0)
-    real = np.arange(T) >= np.array([[0], [23]])
-    positions = np.maximum(real.cumsum(1) - 1, 0)
+    is_token = np.arange(T) >= np.array([[0], [23]])
+    positions = np.maximum(is_token.cumsum(1) - 1, 0)
 
-    def ours(x, backend):
-        mask = causal() & segments(jnp.asarray(real, jnp.int32))
-        return (rotated_attention(x, positions, rope, mask=mask, backend=backend) * real[..., None],)
+    def attnlab_results(x, backend):
+        mask = causal() & segments(jnp.asarray(is_token, jnp.int32))
+        return (rotated_attention(x, positions, rope, mask=mask, backend=backend) * is_token[..., None],)
 
-    def theirs(x):
-        turns = llama.LlamaRotaryEmbedding(config)(x["hidden"], torch.tensor(positions))
-        mask = llama.create_causal_mask(config, x["hidden"], torch.tensor(real), None)
-        # There a padded query, which nobody reads, sees all keys alike; here it sees none.
-        return (called(layer, x, x["hidden"], turns, mask) * torch.tensor(real)[..., None],)
+    def torch_results(x):
+        cos_sin = llama.LlamaRotaryEmbedding(config)(x["hidden"], torch.tensor(positions))
+        mask = llama.create_causal_mask(config, x["hidden"], torch.tensor(is_token), None)
+        # In transformers a padding query attends uniformly to all keys; in attnlab its output is 0.
+        return (call_layer(layer, x, x["hidden"], cos_sin, mask) * torch.tensor(is_token)[..., None],)
 
-    assert_same(ours, theirs, weights_of(layer))
+    assert_same(attnlab_results, torch_results, weights_of(layer))
 
 
-@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
-def test_gemma2(kind):
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+def test_gemma2(layer_type):
     gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
     config = gemma.Gemma2Config(
         hidden_size=WIDTH,
@@ -129,34 +129,36 @@ def test_gemma2(kind):
         attn_logit_softcapping=3.0,
         sliding_window=20,
         num_hidden_layers=1,
-        layer_types=[kind],
+        layer_types=[layer_type],
         **EAGER,
     )
     layer = gemma.Gemma2Attention(config, layer_idx=0)
-    near = window(19) if kind == "sliding_attention" else window()
-    how = {"mask": causal() & near, "score": softcap(3.0), "scale": 5**-0.5}
+    local = window(19) if layer_type == "sliding_attention" else window()
+    kwargs = {"mask": causal() & local, "score": softcap(3.0), "scale": 5**-0.5}
 
-    def ours(x, backend):
-        return (rotated_attention(x, EACH, {}, backend=backend, **how),)
+    def attnlab_results(x, backend):
+        return (rotated_attention(x, POSITIONS, {}, backend=backend, **kwargs),)
 
-    def theirs(x):
-        turns = gemma.Gemma2RotaryEmbedding(config)(x["hidden"], torch.tensor(EACH))
-        return (called(layer, x, x["hidden"], turns, text_mask(gemma, kind, config, x["hidden"])),)
+    def torch_results(x):
+        cos_sin = gemma.Gemma2RotaryEmbedding(config)(x["hidden"], torch.tensor(POSITIONS))
+        return (
+            call_layer(layer, x, x["hidden"], cos_sin, text_mask(gemma, layer_type, config, x["hidden"])),
+        )
 
-    assert_same(ours, theirs, weights_of(layer))
+    assert_same(attnlab_results, torch_results, weights_of(layer))
 
 
-def text_mask(module, kind, config, hidden):
-    """The mask that a model of transformers gives to its layers of a kind."""
+def text_mask(module, layer_type, config, hidden):
+    """Return the mask that a transformers model passes to its layers of this type."""
     make = {
         "sliding_attention": module.create_sliding_window_causal_mask,
         "full_attention": module.create_causal_mask,
     }
-    return make[kind](config, hidden, None, None)
+    return make[layer_type](config, hidden, None, None)
 
 
-@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
-def test_gpt_oss(kind):
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+def test_gpt_oss(layer_type):
     oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
     config = oss.GptOssConfig(
         hidden_size=WIDTH,
@@ -165,26 +167,26 @@ def test_gpt_oss(kind):
         head_dim=12,
         sliding_window=20,
         num_hidden_layers=1,
-        layer_types=[kind],
+        layer_types=[layer_type],
         **EAGER,
     )
     layer = oss.GptOssAttention(config, layer_idx=0)
     rope = {"theta": 150_000.0, "scaling": YaRN(32.0, 4096, truncate=False)}
-    near = window(19) if kind == "sliding_attention" else window()
+    local = window(19) if layer_type == "sliding_attention" else window()
 
-    def ours(x, backend):
-        how = {"mask": causal() & near, "sinks": x["sinks"], "backend": backend}
-        return (rotated_attention(x, EACH, rope, **how),)
+    def attnlab_results(x, backend):
+        kwargs = {"mask": causal() & local, "sinks": x["sinks"], "backend": backend}
+        return (rotated_attention(x, POSITIONS, rope, **kwargs),)
 
-    def theirs(x):
-        turns = oss.GptOssRotaryEmbedding(config)(x["hidden"], torch.tensor(EACH))
-        return (called(layer, x, x["hidden"], turns, text_mask(oss, kind, config, x["hidden"])),)
+    def torch_results(x):
+        cos_sin = oss.GptOssRotaryEmbedding(config)(x["hidden"], torch.tensor(POSITIONS))
+        return (call_layer(layer, x, x["hidden"], cos_sin, text_mask(oss, layer_type, config, x["hidden"])),)
 
-    assert_same(ours, theirs, weights_of(layer))
+    assert_same(attnlab_results, torch_results, weights_of(layer))
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
-def test_t5(kind):
+@pytest.mark.parametrize("layer_type", ["encoder", "decoder", "cross"])
+def test_t5(layer_type):
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     config = t5.T5Config(
         d_model=WIDTH,
@@ -193,29 +195,29 @@ def test_t5(kind):
         relative_attention_num_buckets=12,
         relative_attention_max_distance=50,
         dropout_rate=0.0,
-        is_decoder=kind != "encoder",
+        is_decoder=layer_type != "encoder",
         **EAGER,
     )
-    layer = t5.T5Attention(config, has_relative_attention_bias=kind != "cross", layer_idx=0)
-    seen = torch.full((T, T), -torch.inf).triu(1)[None, None] if kind == "decoder" else None
-    memory = {"memory": normal(B, S, WIDTH)} if kind == "cross" else {}
+    layer = t5.T5Attention(config, has_relative_attention_bias=layer_type != "cross", layer_idx=0)
+    mask_bias = torch.full((T, T), -torch.inf).triu(1)[None, None] if layer_type == "decoder" else None
+    memory = {"memory": normal(B, S, WIDTH)} if layer_type == "cross" else {}
 
-    def ours(x, backend):
-        score, read = None, x.get("memory", x["hidden"])
-        if kind != "cross":
+    def attnlab_results(x, backend):
+        score, kv_input = None, x.get("memory", x["hidden"])
+        if layer_type != "cross":
             table = x["relative_attention_bias.weight"]
-            score = t5_bias(table, bidirectional=kind == "encoder", max_distance=50)
+            score = t5_bias(table, bidirectional=layer_type == "encoder", max_distance=50)
         query, key, value = (
-            split(dense(x, n, y), H) for n, y in (("q", x["hidden"]), ("k", read), ("v", read))
+            split_heads(dense(x, n, y), H) for n, y in (("q", x["hidden"]), ("k", kv_input), ("v", kv_input))
         )
-        mask = causal() if kind == "decoder" else None
+        mask = causal() if layer_type == "decoder" else None
         out = attend(query, key, value, mask=mask, score=score, scale=1.0, backend=backend)
-        return (dense(x, "o", joined(out)),)
+        return (dense(x, "o", merge_heads(out)),)
 
-    def theirs(x):
-        return (called(layer, x, x["hidden"], mask=seen, key_value_states=x.get("memory")),)
+    def torch_results(x):
+        return (call_layer(layer, x, x["hidden"], mask=mask_bias, key_value_states=x.get("memory")),)
 
-    assert_same(ours, theirs, weights_of(layer, **memory))
+    assert_same(attnlab_results, torch_results, weights_of(layer, **memory))
 
 
 def test_longformer():
@@ -228,22 +230,22 @@ def test_longformer():
     is_global = (np.arange(T) == chosen[:, :, None]).any(1)
     is_padding = np.arange(T) >= lengths[:, None]
 
-    def ours(x, backend):
-        lengths_given = key_lengths(jnp.asarray(lengths), jnp.asarray(lengths))
-        mask = (window(7, 7) | global_tokens(jnp.asarray(chosen))) & lengths_given
+    def attnlab_results(x, backend):
+        padding_mask = key_lengths(jnp.asarray(lengths), jnp.asarray(lengths))
+        mask = (window(7, 7) | global_tokens(jnp.asarray(chosen))) & padding_mask
 
         def attention(names):
-            projected = (split(dense(x, n, x["hidden"]), H) for n in names)
-            return joined(attend(*projected, mask=mask, backend=backend))
+            projected = (split_heads(dense(x, n, x["hidden"]), H) for n in names)
+            return merge_heads(attend(*projected, mask=mask, backend=backend))
 
-        # Global queries, and they alone, go by projections of their own, of themselves and of all keys.
-        whole = attention(("query_global", "key_global", "value_global"))
-        return (jnp.where(is_global[..., None], whole, attention(("query", "key", "value"))),)
+        # Global queries, and no others, use separate projections of the queries and of all keys.
+        global_out = attention(("query_global", "key_global", "value_global"))
+        return (jnp.where(is_global[..., None], global_out, attention(("query", "key", "value"))),)
 
-    def theirs(x):
+    def torch_results(x):
         masks = {"is_index_masked": is_padding, "is_index_global_attn": is_global}
         masks = {n: torch.tensor(m) for n, m in masks.items()}
-        sorts = 10_000.0 * (masks["is_index_global_attn"].float() - masks["is_index_masked"].float())
-        return (called(layer, x, x["hidden"], sorts, is_global_attn=True, **masks),)
+        token_kinds = 10_000.0 * (masks["is_index_global_attn"].float() - masks["is_index_masked"].float())
+        return (call_layer(layer, x, x["hidden"], token_kinds, is_global_attn=True, **masks),)
 
-    assert_same(ours, theirs, weights_of(layer))
+    assert_same(attnlab_results, torch_results, weights_of(layer))

@@ -17,7 +17,7 @@ NORMALIZERS = {
     "top_k": top_k(3),
 }
 QKV = (2, 7, 4, 6), (2, 7, 2, 6), (2, 7, 2, 3)
-every_one = pytest.mark.parametrize("name", NORMALIZERS)
+every_normalizer = pytest.mark.parametrize("name", NORMALIZERS)
 
 
 def normal(seed, *shapes):
@@ -26,7 +26,7 @@ def normal(seed, *shapes):
 
 
 def bisect(excess):
-    """Where the falling function `excess` of a threshold is 0."""
+    """Return the root of the decreasing function `excess`."""
     low, high = -100.0, 100.0
     for _ in range(200):
         middle = (low + high) / 2
@@ -35,7 +35,7 @@ def bisect(excess):
 
 
 def by_definition(name, row):
-    """Weights and normaliser of the allowed scores of one row, in float64."""
+    """Return the weights and the second result for the allowed scores of a row, in float64."""
     if not row.size:
         return row, 0.0 if name == "off_by_one" else -np.inf
     match name:
@@ -57,7 +57,7 @@ def by_definition(name, row):
 
 
 def rows():
-    """Scores of several scales with some forbidden; the last row has none that is allowed."""
+    """Return scores of several scales, some of them masked; the last row is fully masked."""
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(12, S)) * np.geomspace(0.1, 30, 12)[:, None]
     scores[rng.random(scores.shape) < 0.3] = -np.inf
@@ -67,20 +67,20 @@ def rows():
     return scores
 
 
-@every_one
-def test_agrees_with_its_definition(name):
+@every_normalizer
+def test_matches_definition(name):
     scores = rows()
     weights, norm = map(np.asarray, jax.jit(NORMALIZERS[name])(jnp.asarray(scores, jnp.float32)))
-    for row, ours, our_norm in zip(scores, weights, norm, strict=True):
+    for row, actual, actual_norm in zip(scores, weights, norm, strict=True):
         allowed = np.isfinite(row)
-        theirs, their_norm = by_definition(name, row[allowed])
-        assert (ours[~allowed] == 0).all()
-        np.testing.assert_allclose(ours[allowed], theirs, rtol=1e-5, atol=2e-6)
-        np.testing.assert_allclose(our_norm, their_norm, rtol=1e-5, atol=2e-6)
+        desired, desired_norm = by_definition(name, row[allowed])
+        assert (actual[~allowed] == 0).all()
+        np.testing.assert_allclose(actual[allowed], desired, rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(actual_norm, desired_norm, rtol=1e-5, atol=2e-6)
 
 
-@every_one
-def test_gradients_agree_with_finite_differences(name):
+@every_normalizer
+def test_gradients_match_finite_differences(name):
     scores = rows()[:-1]
     rng = np.random.default_rng(1)
     along, by_weight, by_norm = (
@@ -98,14 +98,12 @@ def test_gradients_agree_with_finite_differences(name):
         high, low = (np.asarray(loss(jnp.asarray(scores + d * along))[1]) for d in (1e-6, -1e-6))
     gradient, differences = np.asarray(gradient), (high - low) / 2e-6
     assert (gradient[np.isneginf(scores)] == 0).all()
-    kinked = 1 if name == "top_k" else 0  # where all are equal, another key becomes the k-th
-    np.testing.assert_allclose(
-        (gradient * along).sum(-1)[kinked:], differences[kinked:], rtol=1e-6, atol=1e-6
-    )
+    skip = 1 if name == "top_k" else 0  # equal scores: a step changes which key is the k-th
+    np.testing.assert_allclose((gradient * along).sum(-1)[skip:], differences[skip:], rtol=1e-6, atol=1e-6)
 
 
-@every_one
-def test_a_row_of_nothing_has_no_weight_and_no_gradient(name):
+@every_normalizer
+def test_masked_row_has_zero_weights_and_gradient(name):
     scores = jnp.full((1, S), -jnp.inf)
 
     def loss(scores):
@@ -116,18 +114,18 @@ def test_a_row_of_nothing_has_no_weight_and_no_gradient(name):
     assert (weights == 0).all() and (gradient == 0).all()
 
 
-def test_off_by_one_is_a_sink_of_zero():
+def test_off_by_one_matches_zero_sink():
     query, key, value = normal(0, *QKV)
     mask = causal(-1)  # the first query has no key
     run = partial(attend, mask=mask, return_lse=True)
-    ours = jax.jit(partial(run, normalizer=off_by_one))(query, key, value)
+    actual = jax.jit(partial(run, normalizer=off_by_one))(query, key, value)
     sink = jax.jit(partial(run, sinks=jnp.zeros(4)))(query, key, value)
-    for a, b in zip(ours, sink, strict=True):
+    for a, b in zip(actual, sink, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalizer", [sparsemax, entmax15])
-def test_weights_are_a_point_of_the_simplex_with_zeros(normalizer):
+def test_sparse_weights_sum_to_one(normalizer):
     scores = 4 * np.random.default_rng(2).normal(size=(50, 20))
     weights, _ = jax.jit(normalizer)(jnp.asarray(scores, jnp.float32))
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
@@ -135,30 +133,30 @@ def test_weights_are_a_point_of_the_simplex_with_zeros(normalizer):
     assert (weights == 0).any(-1).all() and (weights > 0).sum() > 60
 
 
-def test_sparsemax_is_the_nearest_point_of_the_simplex():
+def test_sparsemax_is_simplex_projection():
     rng = np.random.default_rng(3)
     scores = rng.normal(size=(20, 6))
     weights = np.asarray(jax.jit(sparsemax)(jnp.asarray(scores, jnp.float32))[0], np.float64)
     others = rng.dirichlet(np.full(6, 0.3), size=(2000, 1))
-    # The nearest point of a convex set: no other lies on the scores' side of it.
+    # w is the projection of s onto a convex set if (v - w) . (s - w) <= 0 for all points v of it.
     assert ((others - weights) * (scores - weights)).sum(-1).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
-def test_far_scores_do_not_overflow(name):
+def test_large_scores_do_not_overflow(name):
     row = np.array([3e4, 3e4 - 0.5, -3e4])
     weights, _ = jax.jit(NORMALIZERS[name])(jnp.asarray(row, jnp.float32))
     expected, _ = by_definition(name, row - 3e4)
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
 
-def test_top_k_of_more_than_there_are_is_softmax():
+def test_top_k_beyond_row_length_is_softmax():
     scores = jnp.asarray(rows(), jnp.float32)
     weights, _ = jax.jit(top_k(50))(scores)
     np.testing.assert_allclose(weights[:-1], jax.nn.softmax(scores, -1)[:-1], rtol=1e-5)
 
 
-def test_refuses_what_is_not_positive(refuses):
+def test_rejects_non_positive_arguments(refuses):
     with refuses("top_k", "at least 1"):
         top_k(0)
     with refuses("sigmoid", "at least 1"):

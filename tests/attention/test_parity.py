@@ -1,6 +1,7 @@
-"""`attend` beside torch's attention, forward and backward: FlexAttention and scaled dot products.
+"""Parity of `attend` with PyTorch: FlexAttention and scaled_dot_product_attention.
 
-Both sides get the same arrays, and return the same results; all gradients of a sum of these are compared too.
+Both get the same arrays; their results and all gradients of a weighted sum of the results are
+compared.
 """
 
 import math
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 flex = pytest.importorskip("torch.nn.attention.flex_attention")
 
-# Lengths of several tiles each, that no tile divides, and which differ.
+# Different lengths, each several blocks long and no multiple of a block.
 B, T, S, H, K, D, DV = 2, 70, 93, 4, 2, 6, 3
 
 
@@ -46,23 +47,24 @@ def qkv(s=S, k=K):
     return {"query": 2 * normal(B, T, H, D), "key": normal(B, s, k, D), "value": normal(B, s, k, DV)}
 
 
-def assert_same(ours, theirs, arrays, tolerance=1e-5):
-    """Holds `ours(x, backend)` to `theirs(x)`, tuples of results of the named arrays, on two backends.
+def assert_same(attnlab_results, torch_results, arrays, tolerance=1e-5):
+    """Compare `attnlab_results(x, backend)` with `torch_results(x)` on two backends.
 
-    An error may be so great beside the greatest number of its array, or beside 1.
+    Both return tuples of results of the arrays x. Errors are relative to the greatest absolute
+    value of each array, or to 1 if that is greater.
     """
     leaves = {name: torch.tensor(x, requires_grad=True) for name, x in arrays.items()}
-    expected = theirs(leaves)
+    expected = torch_results(leaves)
     weights = [normal(*x.shape) for x in expected]
     zero = torch.zeros(())
     loss = sum(
         (torch.where(x.isfinite(), x, zero) * torch.tensor(w)).sum()
         for x, w in zip(expected, weights, strict=True)
     )
-    slopes = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    torch_gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     def run(arrays, backend):
-        results = ours(arrays, backend)
+        results = attnlab_results(arrays, backend)
         parts = zip(results, weights, strict=True)
         return sum(jnp.sum(jnp.where(jnp.isfinite(x), x, 0) * w) for x, w in parts), results
 
@@ -73,12 +75,12 @@ def assert_same(ours, theirs, arrays, tolerance=1e-5):
         ]
 
     for (_, results), gradients in both({name: jnp.asarray(x) for name, x in arrays.items()}):
-        found = {**dict(enumerate(results)), **gradients}
-        for name, exact in {**dict(enumerate(expected)), **slopes}.items():
+        actual = {**dict(enumerate(results)), **gradients}
+        for name, exact in {**dict(enumerate(expected)), **torch_gradients}.items():
             exact = exact.detach().numpy()
             size = np.abs(exact[np.isfinite(exact)]).max()
             bound = tolerance * max(size, 1)
-            np.testing.assert_allclose(found[name], exact, rtol=0, atol=bound, err_msg=str(name))
+            np.testing.assert_allclose(actual[name], exact, rtol=0, atol=bound, err_msg=str(name))
 
 
 IDS = np.sort(np.random.default_rng(0).integers(1, 5, (B, S)))
@@ -86,12 +88,13 @@ LENGTHS = np.array([40, 81])
 
 
 def near(i, j, cells, size, xp):
-    """Whether j is in the run of `size` cells around i, which is shifted to end where the cells do."""
+    """Return whether j is in the window of `size` cells around i, shifted inwards at the edges."""
     middle = xp.clip(i, size // 2, cells - 1 - size // 2)
     return abs(middle - j) <= size // 2
 
 
-# Of each mask: it as flex_attention takes it, of arrays and the library of both sides; it as attnlab names it.
+# For each mask: the mask_mod of flex_attention, given arrays and the array library; and the mask of
+# attnlab.
 MASKS = {
     "all": (lambda x, xp: lambda b, h, i, j: i + j >= 0, None),
     "causal": (lambda x, xp: lambda b, h, i, j: i >= j, causal()),
@@ -127,13 +130,14 @@ MASKS = {
 
 @pytest.fixture
 def flex_attention(monkeypatch):
-    """torch's `flex_attention` of (batch, length, heads, width): output and log-sum-exp, with gradients.
+    """Return `flex_attention` for (batch, length, heads, width) arrays: output and log-sum-exp.
 
-    It refuses them on CPUs, for which torch compiles no backward pass; uncompiled it has one.
+    PyTorch rejects gradients on CPUs, because it cannot compile the backward pass there. The
+    uncompiled function has a backward pass, so the check is disabled.
     """
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
 
-    def run(query, key, value, mask=None, score=None, **more):
+    def run(query, key, value, mask=None, score=None, **kwargs):
         if mask is not None:
             mask = flex.create_block_mask(mask, B, H, query.shape[1], key.shape[1], device="cpu")
         out, aux = flex.flex_attention(
@@ -142,7 +146,7 @@ def flex_attention(monkeypatch):
             mask,
             enable_gqa=True,
             return_aux=flex.AuxRequest(lse=True),
-            **more,
+            **kwargs,
         )
         return out.transpose(1, 2), aux.lse.transpose(1, 2)
 
@@ -151,24 +155,24 @@ def flex_attention(monkeypatch):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_of_flex_attention(name, flex_attention):
-    written, named = MASKS[name]
+    formula, builtin = MASKS[name]
     length = T if name == "neighbourhood" else S
-    known = {"ids": IDS, "lengths": LENGTHS}
+    constants = {"ids": IDS, "lengths": LENGTHS}
 
-    def theirs(x):
-        mask = written(SimpleNamespace(**{n: torch.tensor(a) for n, a in known.items()}), torch)
+    def torch_results(x):
+        mask = formula(SimpleNamespace(**{n: torch.tensor(a) for n, a in constants.items()}), torch)
         return flex_attention(x["query"], x["key"], x["value"], mask) * 2
 
-    def ours(x, backend):
-        same = written(SimpleNamespace(**{n: jnp.asarray(a) for n, a in known.items()}), jnp)
-        how = {"backend": backend, "return_lse": True}
+    def attnlab_results(x, backend):
+        same = formula(SimpleNamespace(**{n: jnp.asarray(a) for n, a in constants.items()}), jnp)
+        kwargs = {"backend": backend, "return_lse": True}
         arrays = x["query"], x["key"], x["value"]
-        return attend(*arrays, mask=same, **how) + attend(*arrays, mask=named, **how)
+        return attend(*arrays, mask=same, **kwargs) + attend(*arrays, mask=builtin, **kwargs)
 
-    assert_same(ours, theirs, qkv(s=length))
+    assert_same(attnlab_results, torch_results, qkv(s=length))
 
 
-# Of each score: its arrays; it as flex_attention takes it; it as attnlab names it.
+# For each score: its arrays; the score_mod of flex_attention; and the score of attnlab.
 SCORES = {
     "alibi": (
         {"slopes": normal(H) ** 2},
@@ -214,28 +218,28 @@ SCORES = {
 
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_of_flex_attention(name, flex_attention):
-    arrays, written, named = SCORES[name]
+    arrays, formula, builtin = SCORES[name]
 
-    def theirs(x):
+    def torch_results(x):
         x = SimpleNamespace(**x)
-        return flex_attention(x.query, x.key, x.value, lambda b, h, i, j: i >= j, written(x, torch)) * 2
+        return flex_attention(x.query, x.key, x.value, lambda b, h, i, j: i >= j, formula(x, torch)) * 2
 
-    def ours(x, backend):
+    def attnlab_results(x, backend):
         x = SimpleNamespace(**x)
-        how = {"mask": causal(), "backend": backend, "return_lse": True}
+        kwargs = {"mask": causal(), "backend": backend, "return_lse": True}
         arrays = x.query, x.key, x.value
-        return attend(*arrays, score=written(x, jnp), **how) + attend(*arrays, score=named(x), **how)
+        return attend(*arrays, score=formula(x, jnp), **kwargs) + attend(*arrays, score=builtin(x), **kwargs)
 
-    assert_same(ours, theirs, {**qkv(), **arrays})
+    assert_same(attnlab_results, torch_results, {**qkv(), **arrays})
 
 
-def test_forgetting_and_a_scale_of_flex_attention(flex_attention):
-    def theirs(x):
+def test_forgetting_and_scale_of_flex_attention(flex_attention):
+    def torch_results(x):
         sums = torch.nn.functional.logsigmoid(x["gates"]).cumsum(1)
         score = lambda s, b, h, i, j: s + sums[b, i, h] - sums[b, j, h]  # noqa: E731
         return flex_attention(x["query"], x["key"], x["value"], lambda b, h, i, j: i >= j, score, scale=0.7)
 
-    def ours(x, backend):
+    def attnlab_results(x, backend):
         return attend(
             *(x[n] for n in ("query", "key", "value")),
             mask=causal(),
@@ -245,13 +249,14 @@ def test_forgetting_and_a_scale_of_flex_attention(flex_attention):
             return_lse=True,
         )
 
-    assert_same(ours, theirs, {**qkv(s=T), "gates": normal(B, T, H)})
+    assert_same(attnlab_results, torch_results, {**qkv(s=T), "gates": normal(B, T, H)})
 
 
 ALLOWED = np.random.default_rng(0).random((B, H, T, S)) < 0.5
 ALLOWED[:, :, 3] = False  # a query with no key
 
-# Of each case: its arrays, but for query, key and value; what scaled_dot_product_attention takes, and what attend.
+# For each case: its arrays besides query, key and value; the arguments of
+# scaled_dot_product_attention; and the arguments of attend.
 CASES = {
     "all": ({}, lambda x: {}, lambda x: {}),
     "scale": ({}, lambda x: {"scale": 0.3}, lambda x: {"scale": 0.3}),
@@ -282,17 +287,17 @@ CASES = {
 @pytest.mark.parametrize("kv_heads", [H, K])
 @pytest.mark.parametrize("name", CASES)
 def test_scaled_dot_product_attention(name, kv_heads):
-    arrays, how_theirs, how_ours = CASES[name]
+    arrays, torch_kwargs, attnlab_kwargs = CASES[name]
 
-    def theirs(x):
+    def torch_results(x):
         out = torch.nn.functional.scaled_dot_product_attention(
             *(x[n].transpose(1, 2) for n in ("query", "key", "value")),
             enable_gqa=kv_heads < H,
-            **how_theirs(x),
+            **torch_kwargs(x),
         )
         return (out.transpose(1, 2),)
 
-    def ours(x, backend):
-        return (attend(x["query"], x["key"], x["value"], backend=backend, **how_ours(x)),)
+    def attnlab_results(x, backend):
+        return (attend(x["query"], x["key"], x["value"], backend=backend, **attnlab_kwargs(x)),)
 
-    assert_same(ours, theirs, {**qkv(k=kv_heads), **arrays})
+    assert_same(attnlab_results, torch_results, {**qkv(k=kv_heads), **arrays})

@@ -31,27 +31,27 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2, 8)), jnp.float32)
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500), st.sampled_from([0.25, 0.5, 0.8, 1.0]))
-def test_products_depend_on_the_distance_alone(i, j, shift, fraction):
+def test_rotary_products_depend_only_on_distance(i, j, shift, fraction):
     def product(i, j):
-        turned = [rotary(x, jnp.full((2, 3), at), fraction=fraction) for x, at in ((X, i), (X[::-1], j))]
-        return (turned[0] * turned[1]).sum(-1)
+        rotated = [rotary(x, jnp.full((2, 3), at), fraction=fraction) for x, at in ((X, i), (X[::-1], j))]
+        return (rotated[0] * rotated[1]).sum(-1)
 
     np.testing.assert_allclose(product(i, j), product(i + shift, j + shift), rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
-def test_turns_its_fraction_and_keeps_the_norm(fraction):
+def test_rotary_rotates_fraction_and_preserves_norm(fraction):
     positions = jnp.array([[0, 3, 70], [5, 1, 9]])
-    turned = rotary(X, positions, fraction=fraction)
+    rotated = rotary(X, positions, fraction=fraction)
     width = int(8 * fraction)
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(X, axis=-1), rtol=1e-5)
-    np.testing.assert_array_equal(turned[..., width:], X[..., width:])
-    np.testing.assert_array_equal(turned[0, 0], X[0, 0])
-    assert (turned[1, 0, :, :width] != X[1, 0, :, :width]).all()
+    np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(X, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(rotated[..., width:], X[..., width:])
+    np.testing.assert_array_equal(rotated[0, 0], X[0, 0])
+    assert (rotated[1, 0, :, :width] != X[1, 0, :, :width]).all()
 
 
-def test_bfloat16_is_turned_by_float32_angles():
-    positions = jnp.full((2, 3), 1001)  # no bfloat16
+def test_rotary_uses_float32_angles_for_bfloat16():
+    positions = jnp.full((2, 3), 1001)  # 1001 is not representable in bfloat16
     exact = rotary(X.astype(jnp.bfloat16).astype(jnp.float32), positions)
     got = rotary(X.astype(jnp.bfloat16), positions)
     assert got.dtype == jnp.bfloat16
@@ -59,7 +59,7 @@ def test_bfloat16_is_turned_by_float32_angles():
 
 
 @pytest.mark.parametrize("width", [6, 5])
-def test_sinusoidal_by_hand(width):
+def test_sinusoidal_matches_formula(width):
     got = sinusoidal(jnp.array([[0, 1, 7]]), width)
     assert got.shape == (1, 3, width)
     for t, position in enumerate((0, 1, 7)):
@@ -68,30 +68,32 @@ def test_sinusoidal_by_hand(width):
             np.testing.assert_allclose(got[0, t, i], [np.sin(angle), np.cos(angle)][i % 2], atol=1e-6)
 
 
-SPLIT = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # where the numbers of interleaved pairs stand in halves
+HALVES_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # interleaved order -> order of halves
 
 
-def test_the_orders_of_pairs_are_one_another_rearranged():
+def test_interleaved_is_permutation_of_halves():
     positions = jnp.array([[0, 3, 70], [5, 1, 9]])
     interleaved = rotary(X, positions, interleaved=True)
-    np.testing.assert_allclose(interleaved[..., SPLIT], rotary(X[..., SPLIT], positions), rtol=1e-6)
+    np.testing.assert_allclose(
+        interleaved[..., HALVES_ORDER], rotary(X[..., HALVES_ORDER], positions), rtol=1e-6
+    )
     assert (interleaved[0, 1] != rotary(X, positions)[0, 1]).any()
 
 
-def test_interleaved_pairs_are_turned_as_complex_numbers():
+def test_interleaved_pairs_rotate_as_complex_numbers():
     angles = np.random.default_rng(1).uniform(-9, 9, size=(2, 3, 3)).astype(np.float32)
     factor = np.random.default_rng(2).uniform(0.5, 2, size=(2, 3, 3)).astype(np.float32)
     pairs = np.asarray(X, np.float64)[..., :6].reshape(2, 3, 2, 3, 2)
-    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (factor * np.exp(1j * angles))[:, :, None]
+    rotated = (pairs[..., 0] + 1j * pairs[..., 1]) * (factor * np.exp(1j * angles))[:, :, None]
     got = rotate(X, jnp.asarray(angles), factor=jnp.asarray(factor), interleaved=True)
-    np.testing.assert_allclose(got[..., :6:2], turned.real, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(got[..., 1:6:2], turned.imag, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[..., :6:2], rotated.real, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[..., 1:6:2], rotated.imag, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(got[..., 6:], X[..., 6:])
 
 
 GRID = np.array([[[0, 3], [2, 9], [5, 1]], [[1, 1], [4, 0], [0, 7]]])
 VIDEO = np.concatenate([GRID, GRID[..., :1] + 3], axis=-1)
-TURNS = {
+ROTATIONS = {
     "interleaved": (partial(rotary, interleaved=True), GRID[..., 0]),
     "axial": (axial, GRID),
     "axial, interleaved": (partial(axial, interleaved=True), GRID),
@@ -100,25 +102,25 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize("name", TURNS)
-def test_only_distances_along_each_axis_count(name):
-    turn, positions = TURNS[name]
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_products_depend_only_on_distances_along_each_axis(name):
+    embed, positions = ROTATIONS[name]
 
     def products(shift):
         queries, keys = (
-            turn(X, jnp.asarray(positions + shift)),
-            turn(X[::-1], jnp.asarray(positions[::-1] + shift)),
+            embed(X, jnp.asarray(positions + shift)),
+            embed(X[::-1], jnp.asarray(positions[::-1] + shift)),
         )
         return np.einsum("bthd,bshd->bhts", queries, keys)
 
     shift = np.array([31, 7, 12])[: positions.shape[-1]] if positions.ndim == 3 else 31
     np.testing.assert_allclose(products(shift), products(0), rtol=1e-4, atol=1e-4)
-    turned = turn(X, jnp.asarray(positions))
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(X, axis=-1), rtol=1e-5)
+    rotated = embed(X, jnp.asarray(positions))
+    np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(X, axis=-1), rtol=1e-5)
     assert (np.abs(products(0) - np.einsum("bthd,bshd->bhts", X, X[::-1])) > 1e-2).any()
 
 
-def test_rows_turn_the_first_half_of_the_pairs_and_columns_the_second():
+def test_axial_rows_rotate_first_half_and_columns_second_half():
     rows, columns = jnp.asarray(GRID[..., 0]), jnp.asarray(GRID[..., 1])
     for interleaved in (False, True):
         halves = (slice(4), slice(4, 8)) if interleaved else (np.array([0, 1, 4, 5]), np.array([2, 3, 6, 7]))
@@ -128,7 +130,7 @@ def test_rows_turn_the_first_half_of_the_pairs_and_columns_the_second():
             np.testing.assert_allclose(got[..., half], expected, rtol=1e-6)
 
 
-def test_each_section_of_the_spectrum_follows_its_axis():
+def test_multimodal_sections_use_positions_of_their_axis():
     got = multimodal(X, jnp.asarray(VIDEO), (1, 1, 2), interleaved=True)
     for pair, axis in enumerate((0, 1, 2, 2)):
         expected = rotary(X, jnp.asarray(VIDEO[..., axis]), interleaved=True)
@@ -136,7 +138,7 @@ def test_each_section_of_the_spectrum_follows_its_axis():
         np.testing.assert_allclose(got[..., at], expected[..., at], rtol=1e-6)
 
 
-def test_products_of_xpos_fade_by_their_distance():
+def test_xpos_products_decay_with_distance():
     queries, keys = jnp.array([[900, 2, 40]] * 2), jnp.array([[100, 1, 65]] * 2)
     q = np.asarray(xpos(X, queries, keys=False, base=64.0, interleaved=True), np.float64)
     k = np.asarray(xpos(X[::-1], keys, keys=True, base=64.0, interleaved=True), np.float64)
@@ -147,14 +149,14 @@ def test_products_of_xpos_fade_by_their_distance():
         expected = 0
         for i in range(4):
             rate = (2 * i / 8 + 0.4) / 1.4
-            turned = (
+            rotated = (
                 x[b, t, h, i] * np.conj(x[1 - b, t, h, i]) * np.exp(1j * distance * 10_000 ** (-2 * i / 8))
             )
-            expected += turned.real * rate ** (distance / 64)
+            expected += rotated.real * rate ** (distance / 64)
         np.testing.assert_allclose(got[b, t, h], expected, rtol=1e-3, atol=1e-4)
 
 
-def speeds(scaling, width=64, theta=10_000.0, length=1):
+def scaled_frequencies(scaling, width=64, theta=10_000.0, length=1):
     return np.asarray(scaling(width, theta, jnp.arange(length)[None]), np.float64)
 
 
@@ -164,38 +166,40 @@ def test_linear_scaling_divides_positions():
     np.testing.assert_allclose(got, rotary(X, positions // 4), rtol=1e-5, atol=1e-5)
 
 
-def test_ntk_scaling_is_a_greater_theta():
-    got = speeds(NTK(8.0))
+def test_ntk_scaling_increases_theta():
+    got = scaled_frequencies(NTK(8.0))
     np.testing.assert_allclose(got, (10_000 * 8 ** (64 / 62)) ** (-np.arange(0, 64, 2) / 64), rtol=1e-5)
     plain = np.asarray(frequencies(64))
     np.testing.assert_allclose(got[[0, -1]], plain[[0, -1]] / [1, 8], rtol=1e-5)
-    np.testing.assert_array_equal(speeds(NTK(8.0), width=2), 1)
+    np.testing.assert_array_equal(scaled_frequencies(NTK(8.0), width=2), 1)
 
 
-def test_dynamic_scaling_begins_beyond_the_original_length():
+def test_dynamic_ntk_starts_beyond_original_length():
     scaling = DynamicNTK(2.0, 100)
-    np.testing.assert_array_equal(speeds(scaling, length=100), frequencies(64))
-    np.testing.assert_allclose(speeds(scaling, length=250), speeds(NTK(1 + 2 * 1.5)), rtol=1e-5)
+    np.testing.assert_array_equal(scaled_frequencies(scaling, length=100), frequencies(64))
+    np.testing.assert_allclose(
+        scaled_frequencies(scaling, length=250), scaled_frequencies(NTK(1 + 2 * 1.5)), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("truncate", [True, False])
-def test_yarn_slows_pairs_that_turn_rarely(truncate):
+def test_yarn_scales_only_low_frequencies(truncate):
     turns = 4096 / (2 * np.pi) * np.asarray(frequencies(64), np.float64)
-    slowed = np.asarray(frequencies(64), np.float64) / speeds(YaRN(16.0, 4096, truncate=truncate))
+    slowed = np.asarray(frequencies(64), np.float64) / scaled_frequencies(YaRN(16.0, 4096, truncate=truncate))
     often, rarely = np.flatnonzero(turns > 32), np.flatnonzero(turns < 1)
     assert often.size and rarely.size
-    # Whole ends of the ramp lie outside of it by less than a pair.
+    # Truncation widens the ramp by less than one pair on each side.
     often, rarely = (often[:-1], rarely[1:]) if truncate else (often, rarely)
     np.testing.assert_allclose(slowed[often], 1, rtol=1e-5)
     np.testing.assert_allclose(slowed[rarely], 16, rtol=1e-5)
-    # Between, speeds fall from all to a sixteenth by equal steps.
+    # Within the ramp, frequencies decrease linearly from the full value to a sixteenth.
     share = (1 / slowed[often[-1] + 2 : rarely[0] - 1] - 1 / 16) / (1 - 1 / 16)
     assert share.size > 5 and (share > 0).all() and (share < 1).all()
     np.testing.assert_allclose(np.diff(share), np.diff(share)[0], rtol=1e-3)
 
 
-def test_llama_slows_by_the_number_of_turns():
-    got = speeds(Llama3(8.0, 8192, slow=1.0, fast=4.0), theta=500_000.0)
+def test_llama3_scaling_depends_on_turns():
+    got = scaled_frequencies(Llama3(8.0, 8192, slow=1.0, fast=4.0), theta=500_000.0)
     kinds = set()
     for i in range(32):
         plain = 500_000.0 ** (-2 * i / 64)
@@ -207,11 +211,11 @@ def test_llama_slows_by_the_number_of_turns():
     assert kinds == {"often", "rarely", "between"}
 
 
-def test_longrope_has_factors_for_short_and_long():
+def test_longrope_uses_short_and_long_factors():
     scaling = LongRoPE((1.0, 1.5, 2.0, 3.0), (1.0, 4.0, 8.0, 9.0), 100, 4.0)
     plain = np.asarray(frequencies(8), np.float64)
-    np.testing.assert_allclose(speeds(scaling, 8, length=100), plain / scaling.short, rtol=1e-6)
-    np.testing.assert_allclose(speeds(scaling, 8, length=101), plain / scaling.long, rtol=1e-6)
+    np.testing.assert_allclose(scaled_frequencies(scaling, 8, length=100), plain / scaling.short, rtol=1e-6)
+    np.testing.assert_allclose(scaled_frequencies(scaling, 8, length=101), plain / scaling.long, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -224,17 +228,17 @@ def test_longrope_has_factors_for_short_and_long():
         (LinearScaling(16.0), 1),
     ],
 )
-def test_the_attention_factor_is_of_what_is_turned(scaling, factor):
-    turned = rotary(X, jnp.array([[0, 3, 70], [5, 1, 9]]), fraction=0.5, scaling=scaling)
-    norms, before = (jnp.linalg.norm(x[..., :4], axis=-1) for x in (turned, X))
+def test_attention_factor_scales_only_rotated_elements(scaling, factor):
+    rotated = rotary(X, jnp.array([[0, 3, 70], [5, 1, 9]]), fraction=0.5, scaling=scaling)
+    norms, before = (jnp.linalg.norm(x[..., :4], axis=-1) for x in (rotated, X))
     np.testing.assert_allclose(norms, factor * before, rtol=1e-5)
-    np.testing.assert_array_equal(turned[..., 4:], X[..., 4:])
+    np.testing.assert_array_equal(rotated[..., 4:], X[..., 4:])
 
 
 TABLE = jnp.asarray(np.random.default_rng(3).normal(size=(5, 3)), jnp.float32)
 
 
-def test_learned_positions_are_rows_whose_gradient_goes_to_them_alone():
+def test_learned_positions_gather_rows_and_their_gradients():
     positions = jnp.array([[0, 4, 4], [2, 0, 4]])
     np.testing.assert_array_equal(learned(positions, TABLE), np.asarray(TABLE)[np.asarray(positions)])
     gradient = jax.grad(lambda table: learned(positions, table).sum())(TABLE)
@@ -242,7 +246,7 @@ def test_learned_positions_are_rows_whose_gradient_goes_to_them_alone():
 
 
 @pytest.mark.parametrize("outside", [5, -1])
-def test_positions_outside_the_table_are_told(refuses, outside):
+def test_learned_rejects_positions_outside_table(refuses, outside):
     positions = jnp.array([[0, outside, 4]])
     with refuses("rows 0 to 4", str(outside)):
         learned(positions, TABLE)
@@ -251,7 +255,7 @@ def test_positions_outside_the_table_are_told(refuses, outside):
     np.testing.assert_array_equal(got[0, ::2], TABLE[jnp.array([0, 4])])
 
 
-def test_what_cannot_be_is_told(refuses):
+def test_rejects_invalid_arguments(refuses):
     with refuses("10 rotary pairs", "head_dim of at least 20", "it is 8"):
         rotate(X, jnp.zeros((1, 3, 10)))
     with refuses("axial", "3 axes", "divisible by 6", "it is 8"):
@@ -264,8 +268,8 @@ def test_what_cannot_be_is_told(refuses):
         rotary(X, jnp.asarray(GRID[..., 0]), scaling=LongRoPE((1.0,) * 4, (1.0,) * 3, 10, 2.0))
 
 
-def test_results_are_laid_out_as_their_tokens(mesh_of):
-    def turned(x, positions, video, table):
+def test_outputs_keep_sharding_of_tokens(mesh_of):
+    def rotated(x, positions, video, table):
         scaled = rotary(x, positions, scaling=DynamicNTK(2.0, 4))
         return (
             scaled,
@@ -276,12 +280,12 @@ def test_results_are_laid_out_as_their_tokens(mesh_of):
 
     arrays = X, jnp.asarray(GRID[..., 0]) % 5, jnp.asarray(VIDEO), TABLE
     specs = P("data", None, "tensor", None), P("data", None), P("data", None, None), P()
-    expected = turned(*arrays)
+    expected = rotated(*arrays)
     with jax.set_mesh(mesh_of("data:2,tensor:2")):
-        got = jax.jit(turned)(*map(jax.device_put, arrays, specs))
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.sharding.spec[0] == "data"
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        got = jax.jit(rotated)(*map(jax.device_put, arrays, specs))
+    for actual, desired in zip(got, expected, strict=True):
+        assert actual.sharding.spec[0] == "data"
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parity
@@ -302,7 +306,7 @@ SCALED = {
     "dynamic": (DynamicNTK(3.0, 64), {"rope_type": "dynamic", "factor": 3.0}, 200),
     "dynamic, short": (DynamicNTK(3.0, 64), {"rope_type": "dynamic", "factor": 3.0}, 20),
     "yarn": (YaRN(8.0, 64), {"rope_type": "yarn", "factor": 8.0}, 1),
-    "yarn, its ends given": (
+    "yarn with all options": (
         YaRN(8.0, 64, fast=7.0, slow=2.0, truncate=False, temperature=1.5),
         {
             "rope_type": "yarn",
@@ -352,8 +356,8 @@ def test_parity_of_scalings(name):
     width = 8 if name.startswith("longrope") else 64
     parameters = {**parameters, "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
     config = llama.LlamaConfig(head_dim=width, max_position_embeddings=64, rope_parameters=parameters)
-    theirs, factor = rope.ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, None, seq_len=length)
-    np.testing.assert_allclose(speeds(scaling, width, length=length), theirs, rtol=1e-5)
+    desired, factor = rope.ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, None, seq_len=length)
+    np.testing.assert_allclose(scaled_frequencies(scaling, width, length=length), desired, rtol=1e-5)
     np.testing.assert_allclose(scaling.attention_factor, factor, rtol=1e-6)
 
 

@@ -53,7 +53,7 @@ def product(x, b, h, i, j):
 
 
 def contextual(x, b, h, i, j):
-    """CoPE's change, from the definition: gates of the keys from j to the last that query i may see."""
+    """Return CoPE's bias from its definition; the gates are those of keys j to i + OFFSET."""
     gates = [1 / (1 + math.exp(-product(x, b, h, i, m))) for m in range(j, i + OFFSET + 1)]
     position = min(sum(gates), len(x.table) - 1)
     low = int(position)
@@ -62,7 +62,8 @@ def contextual(x, b, h, i, j):
     return x.query[b, i, h] @ embedding
 
 
-# Of each score: its arrays; the score of them and the inputs; and score(s, b, h, i, j) of one pair by definition.
+# For each score: its arrays; a function that makes it from them and the inputs; and its definition
+# for one pair, (x, s, b, h, i, j).
 CASES = {
     "softcap": ({}, lambda x: softcap(1.5), lambda x, s, b, h, i, j: 1.5 * math.tanh(s / 1.5)),
     "bias": (
@@ -75,7 +76,7 @@ CASES = {
         lambda x: alibi(H, OFFSET),
         lambda x, s, b, h, i, j: s - slope(h) * abs(j - i - OFFSET),
     ),
-    "alibi, its slopes given": (
+    "alibi with given slopes": (
         {"slopes": draw(H) ** 2},
         lambda x: alibi(x.slopes, OFFSET - 2),
         lambda x, s, b, h, i, j: s - x.slopes[h] * abs(j - i - OFFSET + 2),
@@ -105,7 +106,7 @@ CASES = {
         lambda x: log_temperature(jnp.asarray(POSITIONS), 1 / math.log(8)),
         lambda x, s, b, h, i, j: s * math.log(POSITIONS[b, i] + 1, 8),
     ),
-    "log temperature that learns": (
+    "log temperature with a scale per head": (
         {"scale": draw(H)},
         lambda x: log_temperature(jnp.asarray(POSITIONS), x.scale),
         lambda x, s, b, h, i, j: s * x.scale[h] * math.log(POSITIONS[b, i] + 1),
@@ -136,19 +137,19 @@ CASES = {
 
 
 def oracle(x, change):
-    """The loss of attention one pair at a time, by float64."""
+    """Return the loss of attention, computed pair by pair in float64."""
     loss = 0.0
     for b, i, h in np.ndindex(B, T, H):
-        seen = range(i + OFFSET + 1)
-        scores = np.array([change(x, product(x, b, h, i, j), b, h, i, j) for j in seen])
+        keys = range(i + OFFSET + 1)
+        scores = np.array([change(x, product(x, b, h, i, j), b, h, i, j) for j in keys])
         lse = scores.max() + np.log(np.exp(scores - scores.max()).sum())
-        out = np.exp(scores - lse) @ x.value[b, : len(seen), h // (H // K)]
+        out = np.exp(scores - lse) @ x.value[b, : len(keys), h // (H // K)]
         loss += out @ LOSS[b, i, h, :-1] + lse * LOSS[b, i, h, -1]
     return loss
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_with_a_loop_and_its_derivatives(name):
+def test_values_and_gradients_match_loop(name):
     arrays, make, change = CASES[name]
     arrays = {n: np.float32(x) for n, x in {**INPUTS, **arrays}.items()}
 
@@ -177,23 +178,26 @@ def test_agrees_with_a_loop_and_its_derivatives(name):
         np.testing.assert_allclose(tiled[n], whole[n], rtol=1e-4, atol=1e-5, err_msg=n)
 
 
-def changed(score, heads, queries, keys, batch=1):
-    """What a score makes of scores of 0."""
+def apply_to_zeros(score, heads, queries, keys, batch=1):
+    """Return a score applied to scores of 0."""
     return np.asarray(
         score(jnp.zeros((batch, heads, queries, keys)), pair_indices(batch, heads, queries, keys))
     )
 
 
-def test_gates_between_a_key_and_the_query_add_up():
+def test_forgetting_multiplies_gates_between_key_and_query():
     gates = np.random.default_rng(0).uniform(0.1, 1, size=(2, 6, 3))
-    got = changed(forgetting(jnp.asarray(np.log(gates), jnp.float32)), 3, 6, 6, batch=2)
+    got = apply_to_zeros(forgetting(jnp.asarray(np.log(gates), jnp.float32)), 3, 6, 6, batch=2)
     for b, h, i in np.ndindex(2, 3, 6):
         for j in range(i + 1):
             np.testing.assert_allclose(np.exp(got[b, h, i, j]), gates[b, j + 1 : i + 1, h].prod(), rtol=1e-5)
 
 
 def bucket(distance, count, most):
-    """T5's bucket of a distance of 0 or more, by whole numbers: exact * (most / exact)^(n / rest) <= distance."""
+    """Return T5's bucket of a distance >= 0, in integer arithmetic.
+
+    The logarithmic buckets start at exact * (most / exact)^(n / rest).
+    """
     exact = count // 2
     rest = count - exact
     if distance < exact:
@@ -203,10 +207,12 @@ def bucket(distance, count, most):
 
 
 @pytest.mark.parametrize("buckets, most", [(32, 128), (8, 20), (14, 50)])
-def test_t5_buckets_by_definition(buckets, most):
+def test_t5_buckets_match_definition(buckets, most):
     table = jnp.arange(buckets, dtype=jnp.float32)[:, None]
     for bidirectional in (True, False):
-        got = changed(t5_bias(table, bidirectional=bidirectional, max_distance=most, offset=60), 1, 9, 220)
+        got = apply_to_zeros(
+            t5_bias(table, bidirectional=bidirectional, max_distance=most, offset=60), 1, 9, 220
+        )
         count = buckets // 2 if bidirectional else buckets
         for i, j in np.ndindex(9, 220):
             ahead = j - i - 60
@@ -216,19 +222,19 @@ def test_t5_buckets_by_definition(buckets, most):
             assert got[0, 0, i, j] == expected, (i, j)
 
 
-def test_slopes_of_a_power_of_two_are_a_geometric_sequence():
+def test_alibi_slopes_of_power_of_two():
     np.testing.assert_array_equal(alibi(8).slopes, 0.5 ** np.arange(1, 9))
 
 
 @pytest.mark.parametrize("heads", [3, 12, 15])
-def test_slopes_of_other_numbers_are_of_the_powers_of_two_around_it(heads):
+def test_alibi_slopes_of_other_numbers_of_heads(heads):
     below = 2 ** math.floor(math.log2(heads))
-    of = {n: [2 ** (-8 * i / n) for i in range(1, n + 1)] for n in (below, 2 * below)}
-    expected = of[below] + of[2 * below][::2][: heads - below]
+    slopes = {n: [2 ** (-8 * i / n) for i in range(1, n + 1)] for n in (below, 2 * below)}
+    expected = slopes[below] + slopes[2 * below][::2][: heads - below]
     np.testing.assert_allclose(alibi(heads).slopes, expected, rtol=1e-6)
 
 
-def test_offsets_may_be_traced():
+def test_traced_offset():
     query, key, value = (jnp.asarray(x, jnp.float32) for x in INPUTS.values())
     table = jnp.asarray(draw(7, H), jnp.float32)
 
@@ -241,7 +247,7 @@ def test_offsets_may_be_traced():
         np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_devices_get_their_own_rows_and_heads(mesh_of):
+def test_scores_with_sharded_rows_and_heads(mesh_of):
     arrays = {n: jnp.asarray(x, jnp.float32) for n, x in INPUTS.items()}
     arrays |= {"bias": draw(B, H, T, S), "slopes": draw(H) ** 2, "table": draw(7, H), "shaw": draw(7, D)}
     arrays |= {"scale": draw(H), "cope": draw(4, D), "queries": draw(B, H, T, 1), "keys": draw(B, H, 1, S)}
@@ -267,7 +273,7 @@ def test_devices_get_their_own_rows_and_heads(mesh_of):
         np.testing.assert_allclose(got[n], expected[n], rtol=1e-4, atol=1e-5, err_msg=n)
 
 
-def test_what_cannot_be_is_told(refuses):
+def test_rejects_invalid_arguments(refuses):
     with refuses("alibi", "at least 1", "0"):
         alibi(0)
     with refuses("relative_bias", "2m + 1", "6"):
@@ -282,11 +288,11 @@ def test_what_cannot_be_is_told(refuses):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("heads", [1, 2, 3, 8, 12, 20, 31])
-def test_parity_of_slopes_with_bloom(heads):
+def test_alibi_slopes_match_bloom(heads):
     torch = pytest.importorskip("torch")
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
-    theirs = bloom.build_alibi_tensor(torch.ones(1, 4, dtype=torch.int64), heads, torch.float32)
-    np.testing.assert_allclose(alibi(heads).slopes, theirs[:, 0, 1], rtol=1e-6)
+    hf_alibi = bloom.build_alibi_tensor(torch.ones(1, 4, dtype=torch.int64), heads, torch.float32)
+    np.testing.assert_allclose(alibi(heads).slopes, hf_alibi[:, 0, 1], rtol=1e-6)
 
 
 @pytest.mark.parity
@@ -294,16 +300,16 @@ def test_parity_with_bloom():
     torch = pytest.importorskip("torch")
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
     query, key, value = np.random.default_rng(0).normal(size=(3, B, S, H, D)).astype(np.float32)
-    theirs = bloom.build_alibi_tensor(torch.ones(B, S, dtype=torch.int64), H, torch.float32)
+    hf_alibi = bloom.build_alibi_tensor(torch.ones(B, S, dtype=torch.int64), H, torch.float32)
     q, k, v = (torch.tensor(x).transpose(1, 2) for x in (query, key, value))
-    mask = theirs.reshape(B, H, 1, S) + torch.full((S, S), -torch.inf).triu(1)
+    mask = hf_alibi.reshape(B, H, 1, S) + torch.full((S, S), -torch.inf).triu(1)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     got = attend(*map(jnp.asarray, (query, key, value)), mask=causal(), score=alibi(H))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parity
-def test_parity_of_shaw_with_a_loop_of_torch():
+def test_parity_of_shaw_with_torch_loop():
     torch = pytest.importorskip("torch")
     query, key, value = (torch.tensor(x, requires_grad=True) for x in INPUTS.values())
     table = torch.tensor(draw(7, D), requires_grad=True)
@@ -323,5 +329,5 @@ def test_parity_of_shaw_with_a_loop_of_torch():
     arrays = [jnp.asarray(x.detach().numpy(), jnp.float32) for x in (query, key, value, table)]
     gradients, got = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*arrays)
     np.testing.assert_allclose(got, expected.detach(), rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(gradients, (query, key, value, table), strict=True):
-        np.testing.assert_allclose(ours, theirs.grad, rtol=1e-4, atol=1e-4)
+    for gradient, leaf in zip(gradients, (query, key, value, table), strict=True):
+        np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-4)

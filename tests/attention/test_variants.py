@@ -40,7 +40,10 @@ def softmax(scores):
 
 
 def check_gradients(function, oracle, arguments):
-    """A random derivative of `function` against the slope of the oracle, for each argument alone."""
+    """Check the gradient of each argument against finite differences of `oracle`.
+
+    The gradients are compared along one random direction per argument.
+    """
     out = oracle(*float64(*arguments))
     weight, *along = float64(*normal(99, out.shape, *[x.shape for x in arguments]))
     gradients = jax.jit(jax.grad(lambda *xs: (function(*xs) * weight).sum(), tuple(range(len(arguments)))))(
@@ -78,15 +81,15 @@ def test_talking_heads_agree_with_a_loop(backend):
     check_gradients(run, talking_loop, arguments)
 
 
-def test_heads_that_do_not_talk_are_plain_attention():
+def test_talking_heads_with_identity_matrices_match_attend():
     query, key, value = normal(1, QUERY, KEY, VALUE)
-    how = {"mask": causal(), "score": lambda s, b, h, q, k: s + 0.3 * h * (q - k)}
-    ours = jax.jit(partial(talking_heads, **how))(query, key, value, jnp.eye(H), jnp.eye(H))
-    theirs = jax.jit(partial(attend, **how))(query, key, value)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    kwargs = {"mask": causal(), "score": lambda s, b, h, q, k: s + 0.3 * h * (q - k)}
+    actual = jax.jit(partial(talking_heads, **kwargs))(query, key, value, jnp.eye(H), jnp.eye(H))
+    desired = jax.jit(partial(attend, **kwargs))(query, key, value)
+    np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6)
 
 
-def test_heads_talk_where_rows_are_sharded_but_not_where_heads_are(refuses, mesh_of):
+def test_talking_heads_accepts_sharded_rows_and_rejects_sharded_heads(refuses, mesh_of):
     arguments = normal(2, QUERY, KEY, VALUE, (H, H), (H, H))
 
     @jax.jit
@@ -95,15 +98,15 @@ def test_heads_talk_where_rows_are_sharded_but_not_where_heads_are(refuses, mesh
 
     with jax.set_mesh(mesh_of("data:2,tensor:2")):
         rows = [jax.reshard(x, P("data", None, None, None)) for x in arguments[:3]]
-        ours = run(*rows, *arguments[3:])
+        actual = run(*rows, *arguments[3:])
         heads = [jax.reshard(x, P(None, None, "tensor", None)) for x in arguments[:3]]
         with refuses("talking_heads", "must not be sharded"):
             run(*heads, *arguments[3:])
-    np.testing.assert_allclose(ours, run(*arguments), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual, run(*arguments), rtol=1e-5, atol=1e-6)
 
 
 def layer_loop(query, key, value, first, gate, query_scale, key_scale, weights):
-    """Attention whose queries and keys are normalised, whose values are mixed, and whose output is gated."""
+    """Attention with normalized queries and keys, a value residual and a gated output."""
     out = np.zeros((B, T, H, DV))
     for row, i, h in np.ndindex(B, T, H):
         n = h // (H // K)
@@ -115,7 +118,7 @@ def layer_loop(query, key, value, first, gate, query_scale, key_scale, weights):
 
 
 @pytest.mark.parametrize("width", [1, DV], ids=["a gate of each head", "a gate of each element"])
-def test_norms_mixed_values_and_gates_around_attention_agree_with_a_loop(width):
+def test_qk_norm_value_residual_and_gate_match_loop(width):
     arguments = normal(3, QUERY, KEY, VALUE, VALUE, (B, T, H, width), (D,), (D,), (2,))
 
     def run(query, key, value, first, gate, query_scale, key_scale, weights):
@@ -193,29 +196,29 @@ def test_latent_attention_agrees_with_a_loop(form):
     check_gradients(run, latent_loop, arguments)
 
 
-def test_latent_forms_agree_with_a_scale_of_their_own():
+def test_latent_forms_agree_with_custom_scale():
     arguments = normal(8, *LATENT)
     forms = (jax.jit(partial(form, scale=0.7, mask=causal(-1))) for form in (latent, latent_expanded))
-    ours, theirs = (form(*arguments) for form in forms)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert (ours[:, 0] == 0).all()
+    actual, desired = (form(*arguments) for form in forms)
+    np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-5)
+    assert (actual[:, 0] == 0).all()
 
 
 def selective_loop(query, key, value, allowed=None):
     allowed = np.tril(np.ones((B, T, T), bool)) if allowed is None else allowed
     out = np.zeros((B, T, H, DV))
     for row, i in np.ndindex(B, T):
-        seen = np.flatnonzero(allowed[row, i])
-        if not seen.size:
+        attended = np.flatnonzero(allowed[row, i])
+        if not attended.size:
             continue
-        taken = np.zeros(T)
+        reductions = np.zeros(T)
         for earlier in range(i):
             for j in range(1, earlier):
                 if allowed[row, earlier, j]:
-                    taken[j] += max(0, query[row, earlier, 0] @ key[row, j, 0] / np.sqrt(D))
+                    reductions[j] += max(0, query[row, earlier, 0] @ key[row, j, 0] / np.sqrt(D))
         for h in range(H):
-            scores = key[row, seen, h // (H // K)] @ query[row, i, h] / np.sqrt(D) - taken[seen]
-            out[row, i, h] = softmax(scores) @ value[row, seen, h // (H // K)]
+            scores = key[row, attended, h // (H // K)] @ query[row, i, h] / np.sqrt(D) - reductions[attended]
+            out[row, i, h] = softmax(scores) @ value[row, attended, h // (H // K)]
     return out
 
 
@@ -228,7 +231,7 @@ def test_selective_attention_agrees_with_a_loop():
     assert not np.allclose(expected, plain, atol=0.01)
 
 
-def test_selective_attention_keeps_the_mask():
+def test_selective_attention_applies_mask():
     arguments = normal(10, QUERY, KEY, VALUE)
     documents = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]])
     allowed = (documents[:, :, None] == documents[:, None, :]) & (documents[:, None, :] > 0)
@@ -238,18 +241,18 @@ def test_selective_attention_keeps_the_mask():
     check_gradients(run, loop, arguments)
 
 
-def test_selective_attention_is_of_one_sequence(refuses):
+def test_selective_attention_rejects_different_lengths(refuses):
     query, key, value = normal(11, (1, 2, 1, 3), (1, 4, 1, 3), (1, 4, 1, 3))
     with refuses("same sequence", "2", "4"):
         selective(query, key, value)
 
 
-def test_rms_norm_agrees_with_its_equation_and_bounds_the_scores():
+def test_qk_norm_matches_rms_norm_and_bounds_scores():
     query, key, scale = normal(12, QUERY, KEY, (D,))
     got = qk_norm(1e4 * query, key, scale, 2 * scale)
-    for x, factor, ours in zip(float64(query, key), (1, 2), got, strict=True):
+    for x, factor, actual in zip(float64(query, key), (1, 2), got, strict=True):
         root = np.sqrt((x**2).mean(-1, keepdims=True))
-        np.testing.assert_allclose(ours, factor * np.asarray(scale) * x / root, rtol=1e-4)
+        np.testing.assert_allclose(actual, factor * np.asarray(scale) * x / root, rtol=1e-4)
     ones = jnp.ones(D)
     q, k = qk_norm(1e4 * query, 1e4 * key, ones, ones)
     assert jnp.abs(jnp.einsum("bthd,bshd->bhts", q[:, :, :K], k)).max() <= D * (1 + 1e-5)

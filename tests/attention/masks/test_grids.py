@@ -4,14 +4,14 @@ import pytest
 from attnlab.attention import neighbourhood, sliding_tile, tile_order
 
 
-def test_every_query_has_as_many_keys():
+def test_neighbourhood_has_equal_key_counts():
     for shape, window, dilation in (((5, 6), (3, 5), 1), ((4, 7), (1, 3), (2, 2)), ((3, 4, 5), (3, 1, 3), 1)):
         size = int(np.prod(shape))
         allowed = np.asarray(neighbourhood(shape, window, dilation).materialize(size, size))[0, 0]
         assert set(allowed.sum(1)) == {int(np.prod(window))}
 
 
-def test_sliding_tiles_are_a_neighbourhood_of_tiles_in_the_order_of_tokens():
+def test_sliding_tile_in_row_major_order():
     shape, tile, window = (4, 6), (2, 3), (1, 1)
     order = tile_order(shape, tile)
     assert sorted(order) == list(range(24))
@@ -33,11 +33,11 @@ def test_sliding_tiles_are_a_neighbourhood_of_tiles_in_the_order_of_tokens():
         (((8, 8), (3,)), ("the same number of axes", "(3,)")),
     ],
 )
-def test_windows_that_do_not_fit(refuses, arguments, words):
+def test_neighbourhood_rejects_invalid_windows(refuses, arguments, words):
     with refuses("neighbourhood", *words):
         neighbourhood(*arguments)
 
 
-def test_tiles_that_do_not_fill_the_grid(refuses):
+def test_sliding_tile_rejects_tiles_that_do_not_divide_grid(refuses):
     with refuses("(3, 2)", "(8, 8)"):
         sliding_tile((8, 8), (3, 2), (1, 1))

@@ -1,4 +1,4 @@
-"""Shapes, random inputs and checks that the tests of MoBA and native sparse attention share."""
+"""Shapes, random inputs and checks shared by the tests of MoBA and native sparse attention."""
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,15 @@ def softmax(scores):
 
 
 def attention_of_query(query, keys, values):
-    """Attention of one query to some keys."""
+    """Return the attention output of one query."""
     return softmax(keys @ query / np.sqrt(D)) @ values
 
 
 def check_gradients(function, oracle, arguments):
-    """A random derivative of `function` against the slope of the oracle, for each argument alone."""
+    """Check the gradient of each argument against finite differences of `oracle`.
+
+    The gradients are compared along one random direction per argument.
+    """
     arguments = [np.asarray(x, np.float64) for x in arguments]
     weight, *along = (
         np.asarray(x, np.float64) for x in normal(9, (B, T, H, DV), *(x.shape for x in arguments))

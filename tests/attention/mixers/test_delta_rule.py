@@ -4,7 +4,7 @@ import numpy as np
 from attnlab.attention.mixers import gated_delta_rule
 
 
-def test_the_delta_rule_of_share_one_recalls_what_it_wrote_last():
+def test_delta_rule_with_beta_one_stores_last_value():
     key = jnp.broadcast_to(jnp.eye(4)[jnp.array([0, 1, 0, 2, 0])][None, :, None, :], (1, 5, 1, 4))
     value = jnp.arange(10.0).reshape(1, 5, 1, 2)
     ones = jnp.ones((1, 5, 1))

@@ -29,8 +29,8 @@ def moba_loop(query, key, value, top):
         means = [key[row, m * SIZE : (m + 1) * SIZE, n].mean(0) for m in range(own)]
         best = sorted(range(own), key=lambda m: -(query[row, i, h] @ means[m]))[: top - 1]
         chosen[row, i, h] = {own, *best}
-        seen = [j for j in range(i + 1) if j // SIZE in chosen[row, i, h]]
-        out[row, i, h] = attention_of_query(query[row, i, h], key[row, seen, n], value[row, seen, n])
+        attended = [j for j in range(i + 1) if j // SIZE in chosen[row, i, h]]
+        out[row, i, h] = attention_of_query(query[row, i, h], key[row, attended, n], value[row, attended, n])
     return out
 
 
@@ -42,12 +42,12 @@ def test_moba_agrees_with_a_loop(backend):
     np.testing.assert_allclose(jax.jit(run)(*arguments), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_moba_has_the_gradient_of_its_choice():
+def test_moba_gradients_match_finite_differences():
     check_gradients(partial(moba, size=SIZE, top=3), partial(moba_loop, top=3), normal(1, QUERY, KEY, VALUE))
 
 
-def test_moba_of_all_blocks_is_causal_attention():
+def test_moba_with_all_blocks_matches_causal_attention():
     arguments = normal(2, QUERY, KEY, VALUE)
-    ours = jax.jit(partial(moba, size=SIZE, top=50))(*arguments)
-    theirs = jax.jit(partial(attend, mask=causal()))(*arguments)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    actual = jax.jit(partial(moba, size=SIZE, top=50))(*arguments)
+    desired = jax.jit(partial(attend, mask=causal()))(*arguments)
+    np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-5)
