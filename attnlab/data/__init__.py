@@ -1,4 +1,4 @@
-"""Text in, batches out: data sets, tokenizers, and the pipeline that packs documents into rows."""
+"""Data sets, tokenizers, and the input pipeline that packs documents into batches."""
 
 from attnlab.data.base import Data
 from attnlab.data.batch import Batch, Example

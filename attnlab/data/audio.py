@@ -1,4 +1,4 @@
-"""Sound as the log-mel spectrogram that Whisper reads."""
+"""Log-mel spectrograms of audio, as in Whisper."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from jaxtyping import Array, Float
 from attnlab.data import preprocessor
 from attnlab.errors import InputError
 
-TOP_HZ = 8000.0  # where the highest filter ends, at any sample rate
-FLOOR = 1e-10  # power that silence counts as
+TOP_HZ = 8000.0  # upper edge of the highest filter, at any sampling rate
+FLOOR = 1e-10  # minimum power, that of silence
 
-# Setting -> field; the others are known when they have the one value that is done.
+# Setting -> field. Other settings must have the only supported value.
 _FIELDS = {
     "feature_size": "mels",
     "sampling_rate": "sample_rate",
@@ -24,20 +24,20 @@ _FIELDS = {
     "n_fft": "n_fft",
 }
 _ONLY = {"dither": 0.0, "padding_value": 0.0, "padding_side": "right", "do_normalize": False}
-_DERIVED = {"mel_filters", "n_samples", "nb_max_frames"}  # older files repeat what follows from the others
+_DERIVED = {"mel_filters", "n_samples", "nb_max_frames"}  # in older files, computed from the others
 
 
 @dataclass(frozen=True)
 class LogMel:
-    """The log-mel spectrogram of sound (Whisper, arXiv 2212.04356, section 2.2).
+    """Log-mel spectrogram of audio (Whisper, arXiv 2212.04356, section 2.2).
 
     Attributes:
-      mels: number of mel filters; 80, or 128 from large-v3 on.
-      sample_rate: samples a second.
-      n_fft: samples in a frame, all of which the window weighs.
-      hop: samples from one frame to the next.
-      chunk_seconds: length that sound is cut or filled with silence to.
-      decades: powers of ten that are kept below the loudest of the chunk.
+      mels: number of mel filters; 80, or 128 since large-v3.
+      sample_rate: samples per second.
+      n_fft: samples per frame and length of the window.
+      hop: samples between consecutive frames.
+      chunk_seconds: length of a chunk; audio is truncated or padded with silence.
+      decades: dynamic range below the maximum of the chunk, in powers of ten.
     """
 
     mels: int = 80
@@ -64,14 +64,14 @@ class LogMel:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "LogMel":
-        """The numbers of a checkpoint, from what `preprocessor.read` gives.
+        """Return the feature extractor of a checkpoint from the settings of `preprocessor.read`.
 
         Raises:
-          InputError: settings of another feature extractor than Whisper's, or that are not done here.
+          InputError: the feature extractor is not Whisper's, or a setting is not supported.
         """
         kind = preprocessor.processor_class(settings)
         if kind not in (None, "Whisper"):
-            raise InputError(f"the sound features of {kind} are not supported, only those of Whisper")
+            raise InputError(f"the audio features of {kind} are not supported, only those of Whisper")
         preprocessor.check_known(settings, {*_FIELDS, *_ONLY, *_DERIVED})
         for name, value in _ONLY.items():
             if settings.get(name) not in (None, value):
@@ -81,28 +81,28 @@ class LogMel:
         return cls(**{field: settings[name] for name, field in _FIELDS.items() if name in settings})
 
     def settings(self) -> dict[str, Any]:
-        """What `from_settings` makes these numbers of, for others to do the same."""
+        """Return the settings from which `from_settings` makes this object."""
         named = {name: getattr(self, field) for name, field in _FIELDS.items()}
         return {"feature_extractor_type": "WhisperFeatureExtractor", **named, **_ONLY}
 
     @property
     def samples(self) -> int:
-        """Samples in a chunk."""
+        """Samples per chunk."""
         return self.chunk_seconds * self.sample_rate
 
     @property
     def frames(self) -> int:
-        """Frames in a chunk, the length of the result."""
+        """Frames per chunk, the length of the result."""
         return self.samples // self.hop
 
-    def __call__(self, sound: Float[Array, "B samples"]) -> Float[Array, "B frames mels"]:
-        """Features of the first chunk of each sound, which lies in -1 to 1; can be compiled.
+    def __call__(self, audio: Float[Array, "B samples"]) -> Float[Array, "B frames mels"]:
+        """Return the features of the first chunk of each row of audio in [-1, 1]; can be jitted.
 
-        max(log10(mel power), greatest of the chunk - decades), moved to about -1 to 1 by (x + 4) / 4.
+        x = max(log10(mel power), maximum of the chunk - decades), rescaled by (x + 4) / 4.
         """
-        sound = sound[:, : self.samples]
-        sound = jnp.pad(sound, ((0, 0), (0, self.samples - sound.shape[1])))
-        power = _power(sound, self.n_fft, self.hop)
+        audio = audio[:, : self.samples]
+        audio = jnp.pad(audio, ((0, 0), (0, self.samples - audio.shape[1])))
+        power = _power(audio, self.n_fft, self.hop)
         filters = mel_filters(self.mels, self.n_fft, self.sample_rate).astype(np.float32)
         mel = jnp.einsum("btf,fm->btm", power, filters, precision=jax.lax.Precision.HIGHEST)
         x = jnp.log10(jnp.maximum(mel, FLOOR))
@@ -110,23 +110,23 @@ class LogMel:
         return (x + 4) / 4
 
 
-def _power(sound: Float[Array, "B samples"], n_fft: int, hop: int) -> Float[Array, "B frames bins"]:
-    """|DFT|^2 of frames weighed by a periodic Hann window; frame i is centred at sample i * hop."""
-    b, n = sound.shape
-    count = n // hop  # of 1 + n // hop frames Whisper leaves out the last
-    sound = jnp.pad(sound, ((0, 0), (n_fft // 2, n_fft // 2)), mode="reflect")
-    # A frame is a few stretches of `hop` samples side by side: slices, where a gather would be slow.
-    stretches = -(-n_fft // hop)
-    size = (count + stretches - 1) * hop
-    sound = jnp.pad(sound, ((0, 0), (0, max(size - sound.shape[1], 0))))[:, :size].reshape(b, -1, hop)
-    frames = jnp.concatenate([sound[:, i : i + count] for i in range(stretches)], axis=-1)[..., :n_fft]
+def _power(audio: Float[Array, "B samples"], n_fft: int, hop: int) -> Float[Array, "B frames bins"]:
+    """Return |DFT|^2 of Hann-windowed frames; frame i is centred at sample i * hop."""
+    b, n = audio.shape
+    count = n // hop  # Whisper drops the last of 1 + n // hop frames
+    audio = jnp.pad(audio, ((0, 0), (n_fft // 2, n_fft // 2)), mode="reflect")
+    # A frame is a concatenation of slices of `hop` samples, because a gather would be slow.
+    slices = -(-n_fft // hop)
+    size = (count + slices - 1) * hop
+    audio = jnp.pad(audio, ((0, 0), (0, max(size - audio.shape[1], 0))))[:, :size].reshape(b, -1, hop)
+    frames = jnp.concatenate([audio[:, i : i + count] for i in range(slices)], axis=-1)[..., :n_fft]
     window = np.sin(np.pi * np.arange(n_fft) / n_fft) ** 2
     dft = jnp.fft.rfft(frames * window[None, None].astype(np.float32))
     return dft.real**2 + dft.imag**2
 
 
 def mel_filters(mels: int, n_fft: int, sample_rate: int) -> Float[np.ndarray, "bins mels"]:
-    """Triangles of area 1 over frequency, evenly spaced in mels from 0 Hz to `TOP_HZ`.
+    """Return triangular filters of area 1, evenly spaced in mels from 0 Hz to `TOP_HZ`.
 
     The scale and the areas are those of Slaney's Auditory Toolbox (1998), as in librosa.
     """
@@ -138,7 +138,7 @@ def mel_filters(mels: int, n_fft: int, sample_rate: int) -> Float[np.ndarray, "b
     return np.maximum(0, np.minimum(rising, falling)) * 2 / (high - low)
 
 
-# Slaney's mel scale: 200/3 Hz each up to 1000 Hz, and from there 27 mels for a factor of 6.4.
+# Slaney's mel scale: 200/3 Hz per mel up to 1000 Hz, then 27 mels per factor of 6.4.
 _KNEE_MEL, _KNEE_HZ = 15.0, 1000.0
 _TOP_MEL = _KNEE_MEL + 27 * np.log(TOP_HZ / _KNEE_HZ) / np.log(6.4)
 

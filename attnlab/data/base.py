@@ -1,4 +1,4 @@
-"""`Data`: what a data set must say of itself, and the pipeline it gets for it."""
+"""`Data`: the base class of data sets, with the input pipeline that they share."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,22 +22,23 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A data set and how it is batched. Override `records`, and `encode` unless it is plain text.
+    """A data set with its batching. Override `records`, and `encode` unless it is plain text.
 
-    Raises `InputError` for values out of range.
+    Raises:
+      InputError: a value is out of range.
     """
 
     path_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that hold a path: a relative path is resolved from the current folder and saved absolute."""
+    """Names of path fields. Relative paths become absolute, from the current folder."""
 
     tokenizer: Bytes | BPE | Words = BPE()  # noqa: RUF009 - frozen, so safe to share
-    """How text becomes tokens."""
+    """The tokenizer that is trained on the training split."""
     sequence_length: int = 256
-    """Tokens in a row."""
+    """Tokens per row."""
     batch_size: int = 8
     """Rows of a global batch, over all processes."""
     prefetch: int = 4
-    """Batches kept ready ahead of the step; 0 makes them in the step's own thread."""
+    """Batches prepared ahead of the step; 0 prepares them in the thread of the step."""
 
     def __post_init__(self) -> None:
         for name in self.path_fields:
@@ -51,39 +52,39 @@ class Data:
                 raise InputError(f"data.{name} must be {least} or more, not {getattr(self, name)}")
 
     def records(self, split: str) -> Sequence[Any]:
-        """The records of "train" or "validation": anything with `len` and `[i]`. To override."""
+        """Return the records of "train" or "validation", with `len` and `[i]`. Override this."""
         raise NotImplementedError(f"{type(self).__name__} must define records(split)")
 
     def text(self, record: Any) -> str:
-        """The text of a record, for the tokenizer to learn from and for `encode`."""
+        """Return the text of a record, for training the tokenizer and for `encode`."""
         return record["text"]
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
-        """A record as an example; here, predict each next token and then the end."""
+        """Return a record as an example. The default predicts each next token, then the end."""
         start = tokenizer.prefix_tokens
         own = np.append(tokenizer.encode(self.text(record)), tokenizer.eos_id).astype(np.int32)
         stream = np.concatenate([start, own]).astype(np.int32)
-        before = np.zeros(len(start) - 1)  # of which some may be no tokens of the tokenizer's
+        before = np.zeros(len(start) - 1)  # a prefix token may be outside the tokenizer's vocabulary
         weights, sizes = (np.append(before, x) for x in (np.ones(len(own)), tokenizer.token_bytes[own]))
         return Example(stream[:-1], stream[1:], weights.astype(np.float32), sizes)
 
     @property
     def source_shape(self) -> tuple[int, ...] | None:
-        """Shape of an example's source, the most of its first dimension; None without one. To override."""
+        """The largest shape of the source of an example; None without sources. Override this."""
         return None
 
     @property
     def preprocessor(self) -> Mapping[str, Any] | None:
-        """The `preprocessor_config.json` by which others prepare sources alike; None without. To override."""
+        """The content of `preprocessor_config.json` for sources; None to write no file."""
         return None
 
     @property
     def packs(self) -> bool:
-        """Whether examples share a row, and are cut where they are longer; not if they have sources."""
+        """Whether examples share rows and are split if too long. False if examples have sources."""
         return self.source_shape is None
 
     def build_tokenizer(self) -> Tokenizer:
-        """The tokenizer, trained on the training split alone; the same in every process."""
+        """Train the tokenizer on the training split only, with the same result in every process."""
         return self.tokenizer.train(self._training_texts())
 
     def train_iterator(
@@ -96,19 +97,20 @@ class Data:
         process_count: int = 1,
         num_batches: int | None = None,
     ) -> grain.DatasetIterator[Batch]:
-        """This process's rows of endless packed batches, every epoch in a new order.
+        """Return an endless iterator over this process's rows of packed batches.
 
-        `get_state()` is a small dict of numbers, and `set_state()` continues from it bit for bit.
-        `num_batches` repeats the first so many batches for ever.
+        Each epoch has a new order. `get_state()` returns a small dict of numbers, from which
+        `set_state()` continues with the same bits. `num_batches` repeats that number of batches.
         """
         rows = self._rows(batch_size, process_index, process_count)
         if seed < 0:
             raise InputError(f"seed must be 0 or more, not {seed}")
         documents = self._documents("train", tokenizer)
-        # Grain counts seeds up by epoch: without mixing, seed 1 would begin with seed 0's second epoch.
+        # Grain adds the epoch to the seed: without mixing, seed 1 would begin with the second epoch
+        # of seed 0.
         shuffle_seed, pick_seed = map(int, np.random.SeedSequence((seed, 0)).generate_state(2))
         stream = documents.shuffle(shuffle_seed).repeat()[process_index::process_count]
-        # No more than an epoch in the pool, lest a small set be drawn as if with replacement.
+        # At most one epoch in the pool; otherwise a small set is sampled as if with replacement.
         pool = min(len(documents), POOL_CHUNKS)
         packed = self._in_rows(stream, seed=pick_seed + process_index, pool=pool)
         batches = packed.batch(rows, batch_fn=partial(batching.stack_rows, num_rows=rows))
@@ -129,15 +131,17 @@ class Data:
         process_count: int = 1,
         limit: int | None = None,
     ) -> Iterable[Batch]:
-        """This process's rows of batches that hold every target of the split once, in a fixed order.
+        """Return this process's rows of the batches of a split, in fixed order.
 
-        The last batch is filled with empty rows, so all have one shape and every process sees as
-        many. At most `limit` batches. Can be iterated again.
+        Every target occurs once.
+
+        Empty rows fill the last batch, so that all batches have the same shape and every process
+        has the same number of batches. There are at most `limit` batches. Iterating again restarts.
         """
         rows = self._rows(batch_size, process_index, process_count)
         size = rows * process_count
-        # Every process packs the whole split and keeps its own rows: sharding the documents
-        # instead would give processes different numbers of batches, and a collective would hang.
+        # Every process packs the whole split and keeps its own rows. If documents were sharded,
+        # processes would have different numbers of batches, and a collective would hang.
         packed = self._in_rows(self._documents(split, tokenizer), seed=None)
         batches = packed.batch(
             size, drop_remainder=False, batch_fn=partial(batching.stack_rows, num_rows=size)
@@ -148,12 +152,12 @@ class Data:
         return self._prefetched(batches.map(lambda batch: batch.map(lambda array: array[own])))
 
     def element_spec(self, batch_size: int | None = None) -> batching.Spec:
-        """Name, shape and dtype of each array of a global batch."""
+        """Return name, shape and dtype of each array of a global batch."""
         return batching.batch_spec(batch_size or self.batch_size, self.sequence_length, self.source_shape)
 
     def _training_texts(self) -> Iterator[str]:
         records = self.records("train")
-        # In an order of its own, so that the first of them are a fair sample of a large set.
+        # Shuffled, so that the first texts are a fair sample of a large set.
         for index in grain.MapDataset.range(len(records)).shuffle(seed=0):
             yield self.text(records[index])
 

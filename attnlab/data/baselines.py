@@ -1,4 +1,4 @@
-"""What a general compressor makes of the validation text: a floor to compare a model's loss with."""
+"""Compression baselines for the loss of a language model."""
 
 import bz2
 import lzma
@@ -7,7 +7,10 @@ from attnlab.data.base import Data
 
 
 def compressed_bits_per_byte(data: Data) -> dict[str, float]:
-    """Bits per byte of bz2 and xz, both at their strongest, on all validation texts joined by newlines."""
+    """Return the bits per byte of bz2 and xz at their highest level on the validation texts.
+
+    The texts are joined by newlines.
+    """
     text = "\n".join(data.text(record) for record in data.records("validation")).encode()
     packed = {"bz2": bz2.compress(text, 9), "xz": lzma.compress(text, preset=9)}
     return {name: 8 * len(content) / len(text) for name, content in packed.items()}

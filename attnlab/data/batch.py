@@ -1,4 +1,4 @@
-"""What a document becomes: an example, its chunks, a packed row, a batch."""
+"""Examples, chunks, packed rows and batches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -9,56 +9,56 @@ from attnlab.errors import InputError
 
 
 class Example(NamedTuple):
-    """One document ready to learn from, before chunking and packing: four 1-D arrays of one length."""
+    """One encoded document before chunking and packing: 1-D arrays of the same length n."""
 
     tokens: np.ndarray
-    """What the model reads, integers (n,)."""
+    """Input token ids, integers (n,)."""
     targets: np.ndarray
-    """What each position must predict, integers (n,)."""
+    """Target token ids, integers (n,)."""
     weights: np.ndarray
-    """How much each target counts, floats (n,); 0 leaves it out."""
+    """Loss weight of each target, floats (n,); 0 excludes it."""
     num_bytes: np.ndarray
-    """UTF-8 bytes of text that each target stands for, numbers (n,)."""
+    """UTF-8 bytes of text that each target covers, numbers (n,)."""
     source: np.ndarray | None = None
-    """What is read beside the tokens: other tokens, integers (s,); an image or a sound, floats (s, ...)."""
+    """Encoder input: token ids, integers (s,); image or audio features, floats (s, ...)."""
 
 
 class Batch(NamedTuple):
-    """B rows of T tokens as NumPy arrays; a pytree. A single row is the same without the B."""
+    """B rows of T tokens as NumPy arrays; a pytree. A single row has no dimension B."""
 
     tokens: np.ndarray
-    """What the model reads, int32 (B, T); 0 at padding."""
+    """Input token ids, int32 (B, T); 0 at padding."""
     targets: np.ndarray
-    """What each position must predict, int32 (B, T); 0 at padding."""
+    """Target token ids, int32 (B, T); 0 at padding."""
     weights: np.ndarray
-    """How much each target counts, float32 (B, T); 0 at padding."""
+    """Loss weight of each target, float32 (B, T); 0 at padding."""
     segments: np.ndarray
-    """Which packed document a token belongs to, int32 (B, T): 1, 2, 3, ...; 0 is padding."""
+    """Id of the packed document of each token, int32 (B, T): 1, 2, 3, ...; 0 is padding."""
     positions: np.ndarray
-    """Place of a token inside its segment, int32 (B, T), from 0; 0 at padding."""
+    """Position of a token in its segment, int32 (B, T), from 0; 0 at padding."""
     num_bytes: np.ndarray
-    """UTF-8 bytes of text that the weighted targets of a row stand for, float32 (B,)."""
+    """UTF-8 bytes of text that the weighted targets of a row cover, float32 (B,)."""
     source: np.ndarray | None = None
-    """What a row reads beside its tokens, int32 (B, S) of tokens, float32 (B, S, ...) of all else."""
+    """Encoder input: int32 (B, S) token ids, or float32 (B, S, ...) images or audio features."""
     source_segments: np.ndarray | None = None
-    """1 where the source of a row is, 0 where it is padding, int32 (B, S); None without a source."""
+    """1 at the source of a row and 0 at its padding, int32 (B, S); None without a source."""
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The arguments of a model."""
+        """The keyword arguments of a model."""
         named = {"tokens": self.tokens, "segment_ids": self.segments, "positions": self.positions}
         if self.source is not None and self.source_segments is not None:
             named |= {"source": self.source, "source_segments": self.source_segments}
         return named
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Batch":
-        """A function applied to each array."""
+        """Apply a function to each array."""
         mapped: Any = (None if array is None else function(array) for array in self)
         return Batch(*mapped)
 
 
 def source_kind(source_shape: tuple[int, ...] | None) -> Literal["text", "audio", "image"] | None:
-    """Return the kind of a source by its shape: tokens (S,), frames (S, mels) or an image (H, W, C)."""
+    """Return the kind of a source of shape: tokens (S,), frames (S, mels) or image (H, W, C)."""
     if source_shape is None:
         return None
     return {1: "text", 2: "audio"}.get(len(source_shape), "image")  # type: ignore[return-value]
@@ -68,12 +68,12 @@ Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 def batch_spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None = None) -> Spec:
-    """Shape and dtype of every array of a batch of `num_rows` rows of `length` tokens.
+    """Return shape and dtype of every array of a batch of `num_rows` rows of `length` tokens.
 
     Args:
       num_rows: B.
       length: T.
-      source_shape: of the source of a row, its first dimension the most that it may have; None without one.
+      source_shape: the largest shape of the source of a row; None without sources.
     """
     integer, number = np.dtype(np.int32), np.dtype(np.float32)
     tokens = (num_rows, length)
@@ -93,33 +93,37 @@ def batch_spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None 
 
 
 def batch_from_spec(spec: Spec, make: Callable[[tuple[int, ...], np.dtype], Any]) -> Batch:
-    """A batch of what is made of each shape and dtype."""
+    """Return a batch whose arrays are `make(shape, dtype)`."""
     return Batch(**{name: make(*array) for name, array in spec.items()})
 
 
 def split_example(example: Example, length: int) -> list[Example]:
-    """Cut an example into pieces of at most `length`, so that each target is in exactly one of them.
+    """Split an example into chunks of at most `length`, with each target in exactly one chunk.
 
-    An example that fits in a row stays whole. In next-token prediction the inputs run one
-    behind the targets, so a piece begins with the last token that the piece before predicted.
-    Raises `InputError` if the example is empty or its arrays differ in length.
+    An example that fits in a row is not split. In next-token prediction the inputs are one token
+    behind the targets, so a chunk begins with the last target of the previous chunk.
+
+    Raises:
+      InputError: the example is empty or its arrays differ in length.
     """
     arrays = _arrays(example)
     return [Example(*(a[at : at + length] for a in arrays)) for at in range(0, len(arrays[0]), length)]
 
 
 def _arrays(example: Example) -> list[np.ndarray]:
-    """The arrays of an example but its source, checked."""
+    """Return the arrays of an example without its source, after checking their lengths."""
     named = {name: np.asarray(array) for name, array in example._asdict().items() if name != "source"}
     lengths = {len(array) for array in named.values()}
     if len(lengths) != 1 or 0 in lengths:
         lengths_text = ", ".join(f"{name} {len(array)}" for name, array in named.items())
-        raise InputError(f"encode() must return arrays of one length, at least 1; it returned {lengths_text}")
+        raise InputError(
+            f"encode() must return arrays of the same length, at least 1; it returned {lengths_text}"
+        )
     return list(named.values())
 
 
 def pack_row(examples: Sequence[Example], length: int) -> Batch:
-    """Lay examples one after the other into a row of `length` tokens, a segment each."""
+    """Concatenate examples to a row of `length` tokens, one segment per example."""
     row = batch_from_spec(batch_spec(1, length), lambda shape, dtype: np.zeros(shape[1:], dtype))
     at = 0
     for segment, example in enumerate(examples, start=1):
@@ -135,22 +139,22 @@ def pack_row(examples: Sequence[Example], length: int) -> Batch:
 
 
 def unpacked_row(example: Example, length: int, source_shape: tuple[int, ...] | None) -> Batch:
-    """A row of `length` tokens of one example alone, with its source.
+    """Return a row of `length` tokens with a single example and its source.
 
     Raises:
-      InputError: an example or a source that does not fit.
+      InputError: the example or its source does not fit.
     """
     arrays = _arrays(example)
     if len(arrays[0]) > length:
         raise InputError(
-            f"encode() returned {len(arrays[0])} tokens, and data.sequence_length={length} is a whole row"
+            f"encode() returned {len(arrays[0])} tokens, but a row has data.sequence_length={length}"
         )
     row = pack_row([Example(*arrays)], length)
     if source_shape is None:
         return row
     source = np.asarray(example.source)
     if source.shape[1:] != source_shape[1:] or len(source) > source_shape[0]:
-        raise InputError(f"encode() returned a source of {source.shape}; there is room for {source_shape}")
+        raise InputError(f"encode() returned a source of {source.shape}; the largest is {source_shape}")
     room = [(0, source_shape[0] - len(source))]
     padded = np.pad(source, room + [(0, 0)] * (source.ndim - 1))
     dtype = np.int32 if source.ndim == 1 else np.float32
@@ -159,7 +163,7 @@ def unpacked_row(example: Example, length: int, source_shape: tuple[int, ...] | 
 
 
 def stack_rows(rows: Sequence[Batch], num_rows: int) -> Batch:
-    """Stack rows to a batch of `num_rows`, the missing ones empty."""
+    """Stack rows to a batch of `num_rows` rows, and add empty rows if there are fewer."""
     rows = [*rows, *[rows[0].map(np.zeros_like)] * (num_rows - len(rows))]
     fields: Any = zip(*rows, strict=True)
     stacked: Any = (None if arrays[0] is None else np.stack(arrays) for arrays in fields)

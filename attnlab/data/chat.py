@@ -1,4 +1,4 @@
-"""Chats as text, by the template that a checkpoint's tokenizer comes with."""
+"""Chat templates of checkpoints."""
 
 import datetime
 import json
@@ -12,23 +12,21 @@ from attnlab.errors import InputError
 
 
 class _Generation(Extension):
-    """{% generation %}, around what an assistant says: only training on chats would look at it."""
+    """The tag {% generation %} around assistant turns, which only training on chats would use."""
 
     tags = {"generation"}
 
     def parse(self, parser):
-        """The statements within."""
+        """Parse the statements inside the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def render(template: str, **values: Any) -> str:
-    """A chat template (Jinja, in the sandbox of that library) with its values put in.
-
-    Templates ask whether there are tools and documents, of which there are none.
+    """Render a chat template in Jinja's sandbox, without tools and documents.
 
     Raises:
-      InputError: what the template says is wrong with its values.
+      InputError: the template refuses its values or cannot be rendered.
     """
 
     def refuse(message: str):

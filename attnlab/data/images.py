@@ -1,4 +1,4 @@
-"""Images as the numbers that vision towers read: resized, cut, scaled and normalised."""
+"""Image preprocessing of vision models: resize, crop, rescale, normalise."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,17 +17,17 @@ Triple: TypeAlias = tuple[float, ...]
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What is done to an image, in this order.
+    """The preprocessing of an image, applied in this order.
 
     Attributes:
-      rgb: whether it is first made one of three colours.
-      size: rows and columns that it is resized to, or one number: the pixels of its shorter side, the other
-        keeping its proportion; None leaves it as it is.
-      filter: that it is resized by, averaging over what a smaller image leaves out; Pillow's.
-      crop: rows and columns that are cut out of its middle, black where it has none; None is all of it.
-      scale: factor of pixels, which are from 0 to 255.
-      mean: taken from each channel after that; one for all, or one each.
-      std: that each channel is then divided by.
+      rgb: convert to RGB.
+      size: rows and columns after resizing, or one number for the shorter side, which keeps the
+        aspect ratio; None does not resize.
+      filter: resampling filter of Pillow.
+      crop: rows and columns of the center crop, padded with black; None does not crop.
+      scale: factor of pixels, which are in [0, 255].
+      mean: subtracted from each channel; one value, or one per channel.
+      std: divisor of each channel; one value, or one per channel.
     """
 
     rgb: bool = True
@@ -48,12 +48,12 @@ class ImageProcessor:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "ImageProcessor":
-        """The numbers of a checkpoint, from what `preprocessor.read` gives.
+        """Return the preprocessing of a checkpoint from the settings of `preprocessor.read`.
 
         Raises:
-          InputError: settings of another image processor than those here, or that are not done here.
+          InputError: the image processor or a setting is not supported.
         """
-        name = preprocessor.processor_class(settings) or "ViT"  # whose first files did not say
+        name = preprocessor.processor_class(settings) or "ViT"  # its first files have no class
         if name not in _PROCESSORS:
             raise InputError(f"the images of {name} are not supported; those of {', '.join(_PROCESSORS)} are")
         preprocessor.check_known(settings, _KNOWN_SETTINGS)
@@ -77,7 +77,7 @@ class ImageProcessor:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What `from_settings` makes these numbers of, for others to do the same."""
+        """Return the settings from which `from_settings` makes this object."""
         short = isinstance(self.size, int)
         normal = self.mean != (0.0,) or self.std != (1.0,)
         return {
@@ -96,29 +96,29 @@ class ImageProcessor:
         }
 
     def __call__(self, image: ImageLike) -> Float[np.ndarray, "rows columns channels"]:
-        """The numbers of an image.
+        """Return the preprocessed pixels of an image, float32.
 
         Raises:
-          InputError: no 8-bit image, or one with other channels than it is to be normalised by.
+          InputError: the image is not 8-bit, or `mean` and `std` have another number of channels.
         """
-        picture = image if isinstance(image, Image.Image) else _to_pil(image)
-        picture = picture.convert("RGB") if self.rgb else picture
+        resized = image if isinstance(image, Image.Image) else _to_pil(image)
+        resized = resized.convert("RGB") if self.rgb else resized
         if self.size is not None:
-            rows, columns = _resized_shape(picture, self.size)
-            picture = picture.resize((columns, rows), Image.Resampling[self.filter.upper()])
-        pixels = np.atleast_3d(np.asarray(picture))
+            rows, columns = _resized_shape(resized, self.size)
+            resized = resized.resize((columns, rows), Image.Resampling[self.filter.upper()])
+        pixels = np.atleast_3d(np.asarray(resized))
         if self.crop is not None:
             pixels = _center_crop(pixels, self.crop)
         if not {1, pixels.shape[-1]} >= {len(self.mean), len(self.std)}:
             raise InputError(
-                f"an image of {pixels.shape[-1]} channels, to be normalised by {len(self.mean)} means and "
-                f"{len(self.std)} deviations"
+                f"an image has {pixels.shape[-1]} channels, but the preprocessor has {len(self.mean)} means "
+                f"and {len(self.std)} deviations"
             )
         scaled = (pixels * np.float64(self.scale)).astype(np.float32)
         return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
 
-# What the processors do that files say nothing of.
+# Defaults of the processors for settings that a file omits.
 _SQUARE = ImageProcessor()
 _CLIP = ImageProcessor(
     size=224,
@@ -139,15 +139,15 @@ _KNOWN_SETTINGS = {
 }
 
 
-def _size(said: Any, usual: Any) -> tuple[int, int] | int:
-    """A size as files say it: by name, or one number, which is of a square where the usual size is one."""
-    if isinstance(said, int):
-        return (said, said) if isinstance(usual, tuple) else said
-    if set(said) == {"height", "width"}:
-        return said["height"], said["width"]
-    if set(said) == {"shortest_edge"}:
-        return said["shortest_edge"]
-    raise InputError(f"{preprocessor.CONFIG_FILE}: a size of {', '.join(said)} is not supported")
+def _size(setting: Any, default: Any) -> tuple[int, int] | int:
+    """Parse a size: an object, or a number, which is a square if the default is a pair."""
+    if isinstance(setting, int):
+        return (setting, setting) if isinstance(default, tuple) else setting
+    if set(setting) == {"height", "width"}:
+        return setting["height"], setting["width"]
+    if set(setting) == {"shortest_edge"}:
+        return setting["shortest_edge"]
+    raise InputError(f"{preprocessor.CONFIG_FILE}: a size of {', '.join(setting)} is not supported")
 
 
 def _sides(size: tuple[int, int] | None) -> dict[str, int] | None:
@@ -172,17 +172,17 @@ def _to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 
-def _resized_shape(picture: Image.Image, size: tuple[int, int] | int) -> tuple[int, int]:
-    """Rows and columns of a picture that is resized."""
+def _resized_shape(image: Image.Image, size: tuple[int, int] | int) -> tuple[int, int]:
+    """Return rows and columns of the resized image."""
     if isinstance(size, tuple):
         return size
-    columns, rows = picture.size
+    columns, rows = image.size
     short = min(columns, rows)
     return int(size * rows / short), int(size * columns / short)
 
 
 def _center_crop(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """The middle of an image, with zeros around it if that is larger; what is odd is more above and left."""
+    """Crop the center, padding with zeros; an odd remainder of padding goes above and left."""
     for axis, wanted in enumerate(crop):
         actual = pixels.shape[axis]
         if wanted <= actual:

@@ -1,4 +1,4 @@
-"""Images and sounds in files, as the numbers that a model reads."""
+"""Read image and audio files as inputs of a model."""
 
 from collections.abc import Mapping
 from math import gcd
@@ -20,51 +20,52 @@ from attnlab.errors import InputError
 def read(
     path: epath.PathLike, settings: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Float[np.ndarray, "..."]:
-    """The image (rows, columns, channels) or the sound (frames, mels) in a file, prepared as a model's are.
+    """Return a preprocessed image (rows, columns, channels) or audio features (frames, mels).
 
     Args:
-      path: an image of any format that Pillow reads, made grey or coloured as the model's are; or a WAV file,
-        whose channels are averaged.
-      settings: of a `preprocessor_config.json`.
+      path: an image in any format of Pillow, converted to grey or RGB as the model needs; or a WAV
+        file, whose channels are averaged.
+      settings: the content of a `preprocessor_config.json`.
       shape: `ModelConfig.source_shape`, of an image or of audio.
 
     Raises:
-      InputError: no such file, one of another kind, or a sound longer than the model hears at once.
+      InputError: the file does not exist, has another format, or has more audio than the model's
+        input length.
     """
     file = epath.Path(path)
     if not file.exists():
         raise InputError(f"there is no file {path}")
     if source_kind(shape) == "audio":
-        return _sound(file, LogMel.from_settings(settings))
+        return _audio_features(file, LogMel.from_settings(settings))
     try:
         with file.open("rb") as stream, Image.open(stream) as image:
-            picture = image.convert("L" if shape[-1] == 1 else "RGB")
+            converted = image.convert("L" if shape[-1] == 1 else "RGB")
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image of a kind that can be read") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from None
-    return ImageProcessor.from_settings(settings)(picture)
+    return ImageProcessor.from_settings(settings)(converted)
 
 
-def _sound(file: epath.Path, features: LogMel) -> Float[np.ndarray, "frames mels"]:
+def _audio_features(file: epath.Path, features: LogMel) -> Float[np.ndarray, "frames mels"]:
     try:
         with file.open("rb") as stream:
             rate, samples = wavfile.read(stream)
     except (ValueError, EOFError) as error:
         raise InputError(f"{file} cannot be read as a WAV file: {error}") from None
-    sound = _as_floats(samples).reshape(len(samples), -1).mean(axis=1)
+    audio = _as_floats(samples).reshape(len(samples), -1).mean(axis=1)
     common = gcd(rate, features.sample_rate)
-    sound = resample_poly(sound, features.sample_rate // common, rate // common)
-    if len(sound) > features.samples:
+    audio = resample_poly(audio, features.sample_rate // common, rate // common)
+    if len(audio) > features.samples:
         raise InputError(
-            f"{file} lasts {len(sound) / features.sample_rate:.1f} s, and the model hears "
-            f"{features.chunk_seconds} at once"
+            f"{file} lasts {len(audio) / features.sample_rate:.1f} s; the model accepts at most "
+            f"{features.chunk_seconds} s"
         )
-    return np.asarray(features(sound.astype(np.float32)[None])[0])
+    return np.asarray(features(audio.astype(np.float32)[None])[0])
 
 
 def _as_floats(samples: np.ndarray) -> np.ndarray:
-    """Samples from -1 to 1; those of 8 bits are from 0 to 255."""
+    """Return samples in [-1, 1]. Samples of 8 bits are unsigned."""
     if samples.dtype.kind == "f":
         return samples
     middle = 128 if samples.dtype == np.uint8 else 0

@@ -1,14 +1,14 @@
-"""Pack chunks of documents into rows with next to no padding, resumable from a few numbers.
+"""Pack chunks of documents into rows with little padding and a small resumable state.
 
-    pool    [aaaaaaaa] [bbbbb] [cccc] [ddd] [ee] [f] ...     chunks of many documents, refilled as it is used
-    row     pick one at random: bbbbb, then the longest that still fits, until none does
+    pool    [aaaaaaaa] [bbbbb] [cccc] [ddd] [ee] [f] ...     chunks of many documents, refilled
+    row     pick one at random: bbbbb, then the longest that still fits, until none fits
             b b b b b d d d         tokens
             1 1 1 1 1 2 2 2         segments
             0 1 2 3 4 0 1 2         positions
 
-Packers that come with Grain close a group of rows at a time and hand them out in a burst; a row
-from a pool costs the same every time, wastes less, and shuffles the chunks of long documents on
-the way. The state is where the pool's chunks come from, not the chunks: reading them again is cheap.
+The packers of Grain close a group of rows at a time and return them in a burst. A pool has a
+constant cost per row, wastes less, and also shuffles the chunks of long documents. The state holds
+the origins of the pool's chunks and not the chunks, because reading them again is cheap.
 """
 
 import bisect
@@ -19,20 +19,20 @@ import numpy as np
 
 from attnlab.data.batch import Batch, Example, pack_row
 
-# The pool is refilled up to whichever comes first. More chunks mix better and leave less padding;
-# the tokens bound memory (16 bytes each) and the time to the first batch where rows are long.
+# The pool is refilled up to the first of these limits. More chunks mix better and leave less
+# padding. The tokens bound memory (16 bytes each) and the time to the first batch of long rows.
 POOL_CHUNKS = 1024
 POOL_TOKENS = 2**18
 
-# Enough to hide the latency of storage far away; on a local disk one thread does the work.
+# Hides the latency of remote storage; on a local disk one thread is enough.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
 
 
 class Pack(grain.IterDataset[Batch]):
-    """Rows of `length` tokens packed from documents, each given as the list of its chunks.
+    """Rows of `length` tokens packed from documents, each a list of chunks.
 
-    With a `seed`, rows begin with a random chunk of the pool, else with the oldest; either way
-    every chunk is used once. The pool holds at most `pool` chunks, plus the rest of a document.
+    With a `seed`, a row begins with a random chunk of the pool, otherwise with the oldest. Every
+    chunk is used once. The pool holds at most `pool` chunks, plus the rest of a document.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class _PackIterator(grain.DatasetIterator[Batch]):
         self._read = read  # documents read so far
         self._row = row  # rows made so far
         self._tokens = 0  # tokens in the pool
-        # Chunks by (length, -document, -chunk), sorted: of those of one length the oldest comes last.
+        # Sorted by (length, -document, -chunk): among chunks of the same length the oldest is last.
         self._pool: list[tuple[int, int, int]] = []
         self._chunks: dict[tuple[int, int], Example] = {}
 
@@ -121,7 +121,7 @@ class _PackIterator(grain.DatasetIterator[Batch]):
         return self._chunks.pop((-document, -index))
 
     def get_state(self) -> dict[str, Any]:
-        # A string, since Grain makes a deep copy of the state with every batch, number by number.
+        # A string, because Grain deep-copies the state with every batch, number by number.
         pool = " ".join(f"{-document}:{-index}" for _, document, index in self._pool)
         return {"reader": self._reader.get_state(), "read": self._read, "row": self._row, "pool": pool}
 

@@ -1,4 +1,4 @@
-"""Two helpers that keep the step from waiting for data: encode once, and prefetch."""
+"""A cache of encoded examples and a prefetching iterator."""
 
 import atexit
 import weakref
@@ -10,12 +10,12 @@ import numpy as np
 
 from attnlab.data.batch import Batch, Example
 
-# Bytes of encoded documents to keep: small sets are encoded in the first epoch only.
+# Bytes of cached encoded documents: small sets are encoded in the first epoch only.
 CACHE_BYTES = 2**26
 
 
 class EncodedExampleCache(Sequence[Example]):
-    """Records encoded when asked for, the first `CACHE_BYTES` of them kept."""
+    """Lazily encoded records, with a cache of `CACHE_BYTES` bytes for the first ones."""
 
     def __init__(self, records: Sequence[Any], encode: Callable[[Any], Example]):
         self._records = records
@@ -27,7 +27,7 @@ class EncodedExampleCache(Sequence[Example]):
         return len(self._records)
 
     def __getitem__(self, index):
-        # Threads may both encode a document; they get the same, and either may be kept.
+        # Two threads may encode the same document; the results are equal, and either is cached.
         if index in self._examples:
             return self._examples[index]
         example = self._encode(self._records[index])
@@ -39,7 +39,7 @@ class EncodedExampleCache(Sequence[Example]):
 
 
 class Prefetch(grain.IterDataset[Batch]):
-    """Up to `size` batches made ahead in a thread, which ends before the interpreter does."""
+    """Up to `size` batches prepared ahead in a thread that ends before the interpreter."""
 
     def __init__(self, batches: grain.IterDataset[Batch], size: int):
         super().__init__(batches)
@@ -57,7 +57,7 @@ class _PrefetchIterator(grain.experimental.ThreadPrefetchDatasetIterator[Batch])
         _running.add(self)
 
     def close(self) -> None:
-        # Once only: a second call, from Grain's __del__, may come when its modules are gone.
+        # Only once: Grain's __del__ may call it again after its modules are unloaded.
         if not self._ended:
             self._ended = True
             super().close()

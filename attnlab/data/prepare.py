@@ -1,4 +1,4 @@
-"""Sets that are made here and not downloaded: written once, where every run finds them."""
+"""Preparation of data sets that need no download, written once for all runs."""
 
 import contextlib
 import io
@@ -12,22 +12,24 @@ import tensorflow_datasets as tfds
 
 from attnlab.errors import InputError
 
-FORMAT = 1  # counts up when what a record says changes, so that no cache keeps the old
+FORMAT = 1  # increases when the content of records changes, so that no cache keeps the old content
 
 T = TypeVar("T", bound=tfds.core.GeneratorBasedBuilder)
 
 
 def data_dir() -> Path:
-    """Where prepared sets are kept: `ATTNLAB_DATA_DIR`, else `~/.cache/attnlab/data`."""
+    """Return the folder of prepared sets: `ATTNLAB_DATA_DIR`, else `~/.cache/attnlab/data`."""
     return Path(os.environ.get("ATTNLAB_DATA_DIR") or "~/.cache/attnlab/data").expanduser()
 
 
 def prepared(builder_class: type[T]) -> T:
-    """The builder with its files written.
+    """Return the builder after its files are written.
 
-    They are written aside and then renamed to their place in one step: whoever is killed leaves
-    no half of a set, and of two that start at once the second finds the first one's.
-    Raises `InputError` if the directory cannot be written.
+    The files are written to a temporary folder that is then renamed, so a killed process leaves no
+    partial set, and the second of two simultaneous processes finds the set of the first.
+
+    Raises:
+      InputError: the folder cannot be written.
     """
     root = data_dir() / f"format-{FORMAT}"
     try:
@@ -49,13 +51,13 @@ def _write(builder_class: type[T], root: Path, place: Path) -> None:
         try:
             os.rename(builder.data_dir, place)
         except OSError:
-            if not place.exists():  # else another process was first, with the same text
+            if not place.exists():  # otherwise another process was first, with the same content
                 raise
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the progress bars and banners of TFDS from the terminal."""
+    """Hide the progress bars and banners of TFDS."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

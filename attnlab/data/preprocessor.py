@@ -1,4 +1,4 @@
-"""A checkpoint's `preprocessor_config.json`: the numbers its pictures or sound are prepared by."""
+"""The `preprocessor_config.json` of a checkpoint: settings that prepare images or audio."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -9,10 +9,10 @@ from etils import epath
 from attnlab.errors import InputError
 
 CONFIG_FILE = "preprocessor_config.json"
-# Newer, of models that read texts as well: the same settings are a part of it.
+# The newer file of multimodal models, which contains the same settings.
 PROCESSOR_CONFIG_FILE = "processor_config.json"
 
-# Who wrote the file, and how the library that wrote it hands arrays out: nothing of what is computed.
+# Settings that do not change computed values: the class that wrote the file, and array types.
 _NO_EFFECT = {
     "data_format",
     "feature_extractor_type",
@@ -25,10 +25,10 @@ _NO_EFFECT = {
 
 
 def read(path: epath.PathLike) -> dict[str, Any]:
-    """The settings in a checkpoint's folder, local or gs://.
+    """Return the settings in the folder of a checkpoint, local or gs://.
 
     Raises:
-      InputError: no such file, or one that is not a JSON object.
+      InputError: there is no such file, or it is not a JSON object.
     """
     files = [epath.Path(path) / name for name in (CONFIG_FILE, PROCESSOR_CONFIG_FILE)]
     file = next((file for file in files if file.exists()), files[0])
@@ -41,12 +41,12 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     if isinstance(settings, dict) and file.name == PROCESSOR_CONFIG_FILE:
         settings = settings.get("image_processor") or settings.get("feature_extractor")
     if not isinstance(settings, dict):
-        raise InputError(f"{file} must be a JSON object, with what reads images or sound")
+        raise InputError(f"{file} must be a JSON object with settings for images or audio")
     return settings
 
 
 def processor_class(settings: Mapping[str, Any]) -> str | None:
-    """The class that wrote the settings, "CLIP" of "CLIPImageProcessorFast"; None where they do not say."""
+    """Return the processor class without suffix ("CLIP" for "CLIPImageProcessorFast"), or None."""
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type")
     for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
         name = name and name.removesuffix(ending)
@@ -54,11 +54,11 @@ def processor_class(settings: Mapping[str, Any]) -> str | None:
 
 
 def check_known(settings: Mapping[str, Any], known: Collection[str]) -> None:
-    """Checks that nothing is asked for beyond what is known; what is null or false asks for nothing.
+    """Check that all settings are known, except those that are null or false.
 
     Raises:
-      InputError: naming the settings that are not known.
+      InputError: names the unknown settings.
     """
     asked = {name for name, value in settings.items() if value is not None and value is not False}
     if unknown := sorted(asked - _NO_EFFECT - set(known)):
-        raise InputError(f"{CONFIG_FILE} asks for what attnlab does not do: {', '.join(unknown)}")
+        raise InputError(f"{CONFIG_FILE} has unsupported settings: {', '.join(unknown)}")

@@ -13,7 +13,11 @@ FORMS = "stdlib_docs, stdlib_code, tfds:NAME[/CONFIG][#FEATURE], text:GLOB"
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Data):
-    """Plain text to predict token by token. Raises `InputError` for a name of none of the forms."""
+    """Plain text for next-token prediction.
+
+    Raises:
+      InputError: the name has none of the known forms.
+    """
 
     name: str = "stdlib_docs"
     """"stdlib_docs", "stdlib_code", "tfds:NAME[/CONFIG][#FEATURE]" or "text:GLOB" (becomes absolute)."""
@@ -29,8 +33,8 @@ class Text(Data):
             object.__setattr__(self, "name", f"text:{absolute(rest)}")
 
     def records(self, split: str) -> Sequence[Any]:
-        """Records with a "text" each, read when asked for."""
-        # Imported here: TFDS takes a second that data sets of another kind need not wait for.
+        """Return records with a "text" each, read lazily."""
+        # Imported here, because importing TFDS takes a second that other data sets do not need.
         kind, _, rest = self.name.partition(":")
         if kind == "tfds":
             from attnlab.data import tfds_text

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from attnlab.errors import InputError
 
-# A file is cut into documents of about so many bytes, at ends of lines, so that one long file still
-# gives many to shuffle and to share among processes.
+# Size of documents. A file is split at ends of lines, so that a single long file gives many
+# documents to shuffle and to distribute over processes.
 DOCUMENT_BYTES = 2**15
-VALIDATION_SHARE = 10  # one in so many bytes, or files
+VALIDATION_SHARE = 10  # validation has one byte, or file, in ten
 FILES_TO_SPLIT_BY_FILE = 10
 
 
@@ -25,14 +25,14 @@ class ByteRange:
     stop: int
 
     def read(self) -> str:
-        """The text of these bytes."""
+        """Return the text of these bytes."""
         with self.path.open("rb") as file:
             file.seek(self.start)
             return file.read(self.stop - self.start).decode()
 
 
 class TextRecords(Sequence[dict[str, str]]):
-    """Records read from their files when asked for."""
+    """Records read lazily from their files."""
 
     def __init__(self, ranges: list[ByteRange]):
         self._ranges = ranges
@@ -46,11 +46,14 @@ class TextRecords(Sequence[dict[str, str]]):
 
 
 def records(pattern: str, split: str) -> TextRecords:
-    """Documents of the files that match a glob.
+    """Return the documents of the files that match a glob.
 
-    Of ten files or more a tenth is for validation, chosen by a hash of their names; of fewer, the
-    last tenth of each. Raises `InputError` naming the file that is missing, empty, unreadable or
-    not UTF-8, and if nothing is left for validation.
+    With ten or more files, a hash of their names selects a tenth for validation. With fewer files,
+    the last tenth of each is for validation.
+
+    Raises:
+      InputError: a file is missing, empty, unreadable or not UTF-8, or nothing is left for
+        validation.
     """
     paths = _matches(pattern)
     contents = {path: _read(path) for path in paths}
@@ -98,7 +101,7 @@ def _read(path: Path) -> bytes:
 
 def _held_out(paths: list[Path]) -> set[Path]:
     root = os.path.commonpath([path.parent for path in paths])
-    # By name below the root they share, so that moving the directory changes nothing.
+    # Names relative to the common root, so that moving the folder changes nothing.
     ranked = sorted(paths, key=lambda path: hashlib.sha256(os.path.relpath(path, root).encode()).digest())
     return set(ranked[: len(paths) // VALIDATION_SHARE])
 
@@ -113,7 +116,7 @@ def _documents(path: Path, content: bytes, start: int, stop: int) -> list[ByteRa
 
 
 def _line_end(content: bytes, near: int) -> int:
-    """The first end of a line from `near` on, or if that is far the end of the character there."""
+    """Return the first end of a line after `near`, or the end of the character if that is far."""
     newline = content.find(b"\n", near - 1, near + DOCUMENT_BYTES // 4)
     if 0 <= newline < len(content) - 1:
         return newline + 1

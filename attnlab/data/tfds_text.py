@@ -1,4 +1,4 @@
-"""Text sets by their TensorFlow Datasets names, read without TensorFlow: `tfds:NAME[/CONFIG][#FEATURE]`."""
+"""Text sets of TensorFlow Datasets, read without TensorFlow: `tfds:NAME[/CONFIG][#FEATURE]`."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from attnlab.errors import InputError
 
 SPLITS = ("train", "validation")
 
-# Share of the training split that is held out where a set has neither validation nor test.
+# Share of the training split that is held out if a set has neither validation nor test.
 VALIDATION_SHARE = 20
 
 
 class TextColumn(Sequence[dict[str, str]]):
-    """One text feature of a data source, from `start` to `stop`, as records."""
+    """One text feature of a data source from `start` to `stop`, as records."""
 
     def __init__(self, source: Sequence[Any], feature: str, start: int = 0, stop: int | None = None):
         self._source = source
@@ -32,11 +32,13 @@ class TextColumn(Sequence[dict[str, str]]):
 
 
 def records(name: str, split: str) -> TextColumn:
-    """The records of a prepared set.
+    """Return the records of a prepared set.
 
-    Validation is its split of that name, else "test", else the last twentieth of "train".
-    Raises `InputError` for a name or config that TFDS does not know, for a set that is not prepared
-    here (with the command to do so), and for a set without a text feature or with a choice of them.
+    Validation is the split of that name, else "test", else the last twentieth of "train".
+
+    Raises:
+      InputError: TFDS does not know the name or config, the set is not prepared (the message has
+        the command), it has no text feature, or it has several.
     """
     name, _, feature = name.partition("#")
     builder = _builder(name)

@@ -1,4 +1,4 @@
-"""Tokenizers: three kinds to train, those that checkpoints come with, one object to use."""
+"""Tokenizers: three trainable kinds, and those of checkpoints, with one interface."""
 
 import copy
 import itertools
@@ -21,12 +21,12 @@ EOS = "<eos>"
 CONFIG_FILE = "tokenizer_config.json"
 SOURCE_TARGET_FILES = ("source.tokenizer.json", "target.tokenizer.json")
 
-# Characters of text that a BPE learns from: merges settle long before, and memory stays small.
+# Characters of training text for a BPE: merges converge long before, and memory stays small.
 TRAINING_CHARACTERS = 2**25
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers write for each of the 256 bytes."""
+    """Return the printable character that byte-level tokenizers use for each of the 256 bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = itertools.count(0x100)
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
@@ -37,14 +37,14 @@ BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARA
 
 
 class Tokenizer:
-    """Text to token ids and back; saved and loaded as a `tokenizer.json` of the `tokenizers` library.
+    """Text to token ids and back, saved as a `tokenizer.json` of the `tokenizers` library.
 
     Args:
-      backend: the library's tokenizer.
-      settings: of a tokenizer that was made elsewhere, its `tokenizer_config.json`, kept beside the other
-        file: which token ends a text, and how chats are written. None is one of this module's.
-      source_target_tokenizers: one splits sources, the other all other texts, into pieces that `backend` maps
-        to ids, for a translator whose two languages share only the vocabulary (Marian). None: `backend`.
+      backend: the tokenizer of the library.
+      settings: the `tokenizer_config.json` of a checkpoint's tokenizer, with its special tokens and
+        chat template. None for a tokenizer of this module.
+      source_target_tokenizers: a tokenizer of sources and one of all other texts, whose pieces
+        `backend` maps to ids (Marian: two languages share only the vocabulary). None for `backend`.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Tokenizer:
         settings: Mapping[str, Any] | None = None,
         source_target_tokenizers: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None,
     ):
-        # Bytewise, "<eos>" in a text is five characters like any other and never becomes the token.
+        # "<eos>" in a text is ordinary characters and never becomes the token.
         backend.encode_special_tokens = True
         self._backend, self.settings, self._source_target = backend, settings, source_target_tokenizers
         for part in source_target_tokenizers or ():
             part.encode_special_tokens = True
-        # How whoever saved it made batches is no part of a text.
+        # The saved padding and truncation are settings of batching, not of the text.
         backend.no_padding()
         backend.no_truncation()
         self._bytewise = isinstance(backend.decoder, decoders.ByteLevel)
@@ -66,9 +66,11 @@ class Tokenizer:
         eos = EOS if settings is None else _token_text(settings.get("eos_token") or settings.get("sep_token"))
         if eos not in vocabulary:
             problem = (
-                "was not made by attnlab: it" if settings is None else "names no eos_token, or one that it"
+                f"was not made by attnlab: it has no token {eos}"
+                if settings is None
+                else f"has no eos_token, or its eos_token {eos} is not in its vocabulary"
             )
-            raise InputError(f"this tokenizer {problem} has no token {eos}")
+            raise InputError(f"this tokenizer {problem}")
         self.vocab_size = max(vocabulary.values()) + 1
         self._names = [""] * self.vocab_size
         for name, token in vocabulary.items():
@@ -77,19 +79,19 @@ class Tokenizer:
 
     @cached_property
     def mask_id(self) -> int:
-        """What stands for a token that is to be found: BERT's [MASK], or the end, which stands in no text."""
+        """The id of the mask token (BERT's [MASK]), or `eos_id`, which occurs in no text."""
         mask = (self.settings or {}).get("mask_token")
         return self.eos_id if mask is None else self._names.index(_token_text(mask))
 
     def same_vocabulary(self, other: "Tokenizer") -> bool:
-        """Whether each number is the same token."""
+        """Return whether every id is the same token in both."""
         return self._backend.get_vocab() == other._backend.get_vocab()
 
     def token_id(self, name: str) -> int:
-        """The id of a token by its name, `<|de|>` say, special or not.
+        """Return the id of a token by its name, such as `<|de|>`, special or not.
 
         Raises:
-          InputError: no such token.
+          InputError: there is no such token.
         """
         token = self._backend.token_to_id(name)
         if token is None:
@@ -97,9 +99,10 @@ class Tokenizer:
         return token
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, int32 (n,), without any `eos_id`.
+        """Return the token ids of a text, int32 (n,), without `eos_id`.
 
-        Raises `InputError` naming the word if a `Words` tokenizer has not met it in training.
+        Raises:
+          InputError: a word is not in the vocabulary of a `Words` tokenizer.
         """
         if self._source_target is not None:
             return np.asarray(self._piece_ids(self._source_target[1], text), np.int32)
@@ -109,21 +112,19 @@ class Tokenizer:
             unknown = next((w for w in text.split() if self._backend.token_to_id(w) is None), None)
             if self._bytewise or unknown is None:
                 raise
-            raise InputError(
-                f"the word {unknown!r} is not in the vocabulary, made of the training split"
-            ) from None
+            raise InputError(f"the word {unknown!r} is not in the vocabulary of the training split") from None
         return np.asarray(ids, np.int32)
 
     def _piece_ids(self, pieces_of: tokenizers.Tokenizer, text: str) -> list[int]:
-        """Numbers of a text's pieces, and before them of the language that it begins with, as >>deu<<."""
+        """Return the ids of a text's pieces, after the language token at its start (>>deu<<)."""
         language = re.match("(>>.*?<<)?", text, re.DOTALL)[0]  # type: ignore[index]
         pieces = [*filter(None, [language]), *pieces_of.encode(text[len(language) :]).tokens]
-        number, unknown = self._backend.token_to_id, self._backend.model.unk_token
-        return [number(unknown) if (token := number(piece)) is None else token for piece in pieces]
+        to_id, unknown = self._backend.token_to_id, self._backend.model.unk_token
+        return [to_id(unknown) if (token := to_id(piece)) is None else token for piece in pieces]
 
     @cached_property
     def bos_tokens(self) -> list[int]:
-        """What a document begins with: the end of another, or what a tokenizer made elsewhere puts first."""
+        """The first tokens of a document: `eos_id`, or those of a checkpoint's tokenizer."""
         if self.settings is None:
             return [self.eos_id]
         encoded = self._backend.encode("a")
@@ -131,31 +132,31 @@ class Tokenizer:
 
     @cached_property
     def prefix_tokens(self) -> list[int]:
-        """What a text to learn begins with."""
+        """The first tokens of a training text."""
         return self.bos_tokens or [self.eos_id]
 
     def with_prefix_tokens(self, *tokens: int) -> "Tokenizer":
-        """The same for a model whose texts to learn begin otherwise."""
+        """Return a copy with other first tokens of training texts."""
         other = copy.copy(self)
         vars(other)["prefix_tokens"] = list(tokens)
         return other
 
     def encode_prompt(self, text: str, marker: int | None = None) -> list[int]:
-        """Token ids of a text to go on from, after those that a document begins with.
+        """Return the token ids of a prompt, after the first tokens of a document.
 
         Args:
-          text: of which no part is a special token,
-          marker: but for this one, wherever it is written.
+          text: the prompt. Special tokens in it are ordinary text.
+          marker: a special token that is recognised in the text (the image token).
         """
         tokenizer = self if marker is None else _with_image_token(self, marker)
         return [*self.bos_tokens, *tokenizer.encode(text).tolist()] or [self.eos_id]
 
     def encode_document(self, text: str, length: int | None = None) -> list[int]:
-        """Token ids of a whole text, between those that a tokenizer made elsewhere puts around it.
+        """Return the token ids of a text between the special tokens of a checkpoint's tokenizer.
 
         Args:
           text: the document.
-          length: the most tokens that there may be: the text is cut, not what is around it.
+          length: maximum number of tokens. The text is truncated, not the special tokens.
         """
         if self.settings is None or self._source_target is not None:
             ids = self.encode(text)[: None if length is None else max(length - len(self.bos_tokens) - 1, 0)]
@@ -166,7 +167,7 @@ class Tokenizer:
         return self._backend.post_process(encoded).ids
 
     def encode_source(self, text: str) -> list[int]:
-        """Token ids of a text to be read whole: with its end, or what others' tokenizers put around."""
+        """Return the token ids of a source: with `eos_id`, or a checkpoint's special tokens."""
         if self.settings is None:
             return [*self.encode(text).tolist(), self.eos_id]
         if self._source_target is not None:
@@ -174,37 +175,37 @@ class Tokenizer:
         return self._backend.encode(text).ids or [self.eos_id]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a chat, up to where its answer begins.
+        """Return the token ids of a chat up to the start of the answer.
 
         Args:
           messages: each with "role" and "content".
 
         Raises:
-          InputError: a tokenizer without a chat template, or messages that it refuses.
+          InputError: the tokenizer has no chat template, or the template refuses the messages.
         """
         template = (self.settings or {}).get("chat_template")
-        if isinstance(template, list):  # several of them, by name
+        if isinstance(template, list):  # several named templates
             template = {each["name"]: each["template"] for each in template}.get("default")
         if not isinstance(template, str):
-            raise InputError("this tokenizer has no chat template: give it plain text")
+            raise InputError("this tokenizer has no chat template: use plain text")
         tokens = {
             k: _token_text(v)
             for k, v in (self.settings or {}).items()
             if k.endswith("_token") and v is not None
         }
         text = render(template, messages=messages, add_generation_prompt=True, **tokens)
-        parsing = tokenizers.Tokenizer.from_str(self._backend.to_str())  # of which special tokens are tokens
+        parsing = tokenizers.Tokenizer.from_str(self._backend.to_str())  # parses special tokens
         return parsing.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, without any `eos_id`; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of token ids without `eos_id`. Bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int32 (V,); 0 for `eos_id` and its like.
+        """UTF-8 bytes of each token, int32 (V,); 0 for special tokens.
 
-        A token of `Words` stands for the word and the space after it.
+        A token of `Words` covers the word and the space after it.
         """
         sizes = [self._num_bytes(name) for name in self._names]
         for token, added in self._backend.get_added_tokens_decoder().items():
@@ -223,9 +224,9 @@ class Tokenizer:
         return len(name.replace("\u2581", " ").encode())  # as SentencePiece writes a space
 
     def token_text(self, token: int) -> str:
-        r"""How to show a token in a figure; part of a character as `\xe2`, the end as `<eos>`.
+        r"""Return the label of a token in a figure, such as `\xe2` for a part of a character.
 
-        A model may have more tokens than its tokenizer: these are shown by their number.
+        A model may have more tokens than its tokenizer; their label is the id.
         """
         name = self._names[token] if token < self.vocab_size else f"<{token}>"
         if not self._bytewise or not all(c in BYTE_OF_CHARACTER for c in name) or token == self.eos_id:
@@ -233,7 +234,7 @@ class Tokenizer:
         return bytes(BYTE_OF_CHARACTER[c] for c in name).decode("utf-8", errors="backslashreplace")
 
     def with_hf_settings(self, template: str = f"{EOS} $A") -> "Tokenizer":
-        """The same for those who read a tokenizer's settings, with what they are to put around a text A."""
+        """Return a copy with Hugging Face settings; `template` adds special tokens to a text A."""
         if self.settings is not None:
             return self
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
@@ -244,7 +245,7 @@ class Tokenizer:
         return Tokenizer(backend, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     def save(self, path: epath.PathLike) -> None:
-        """Write the tokenizer to a file, local or in a bucket; its settings beside it."""
+        """Write the tokenizer to a file, local or in a bucket, and its settings beside it."""
         file = epath.Path(path)
         file.write_text(self._backend.to_str(pretty=True))
         if self.settings is not None:
@@ -254,7 +255,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
-        """Read a tokenizer that `save` wrote, or a `tokenizer.json` with its settings beside it."""
+        """Read a tokenizer written by `save`, or a `tokenizer.json` with settings in its folder."""
         file = epath.Path(path)
         settings = file.parent / CONFIG_FILE
         try:
@@ -268,9 +269,9 @@ class Tokenizer:
             raise InputError(f"there is no tokenizer at {path}") from None
 
 
-@lru_cache(maxsize=1)  # a whole vocabulary is written and read, which is not for every prompt
+@lru_cache(maxsize=1)  # writes and reads the whole vocabulary, too slow for every prompt
 def _with_image_token(tokenizer: Tokenizer, marker: int) -> Tokenizer:
-    """With one token less that is special, and so no part of a text."""
+    """Return a tokenizer that recognises the token `marker` in texts."""
     backend = json.loads(tokenizer._backend.to_str())
     for token in backend["added_tokens"]:
         token["special"] &= token["id"] != marker
@@ -282,29 +283,30 @@ def _read_backend(file: epath.Path) -> tokenizers.Tokenizer:
 
 
 def _token_text(token: Any) -> str:
-    """The text of a special token, which settings have as text or as an object around it."""
+    """Return the text of a special token, which settings store as text or in an object."""
     return token["content"] if isinstance(token, Mapping) else str(token)
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """A token for each of the 256 bytes, and the end: 257 in all. Nothing to train, nothing lost."""
+    """One token per byte, and the end token: 257 in all. Lossless, without training."""
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
-        """The tokenizer; texts are not looked at."""
+        """Return the tokenizer; `texts` are ignored."""
         del texts
         return Tokenizer(_bytewise(models.BPE(vocab=dict(BYTE_OF_CHARACTER), merges=[])))
 
 
 @dataclass(frozen=True)
 class BPE:
-    """Byte-pair encoding over bytes: any text comes back exactly (Sennrich et al. 2016, arXiv:1508.07909).
+    """Lossless byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Raises `InputError` if the vocabulary has no room for all bytes and the end.
+    Raises:
+      InputError: the vocabulary is too small for all bytes and the end token.
     """
 
     vocab_size: int = 4096
-    """Tokens in all; fewer come out if the text has not as many pairs to merge."""
+    """Number of tokens; smaller if the text has too few pairs to merge."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
@@ -327,7 +329,7 @@ class BPE:
 
 @dataclass(frozen=True)
 class Words:
-    """A token for each word between white space, for small grammars; white space itself is lost."""
+    """One token per whitespace-separated word, for small grammars. Whitespace is not preserved."""
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """Collect every word of the texts, in alphabetical order."""

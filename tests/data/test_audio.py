@@ -125,7 +125,7 @@ def test_settings_of_a_checkpoint(tmp_path):
     ({"padding_value": 1.0}, "has padding_value=1.0; only 0.0"),
     ({"padding_side": "left"}, "has padding_side=left; only right"),
     ({"do_normalize": True}, "has do_normalize=True; only False"),
-    ({"preemphasis": 0.97, "hop_length": 10}, "does not do: preemphasis$"),
+    ({"preemphasis": 0.97, "hop_length": 10}, "has unsupported settings: preemphasis$"),
     ({"feature_extractor_type": "Wav2Vec2FeatureExtractor"}, "of Wav2Vec2 are not supported, only those of Whisper"),
 ])  # fmt: skip
 def test_settings_that_are_not_done_are_refused(settings, told):

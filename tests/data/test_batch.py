@@ -93,5 +93,5 @@ def test_processes_share_a_batch():
 def test_what_does_not_fit_is_refused(refuses):
     with refuses("3 tokens", "data.sequence_length=2"):
         list(Toy(sequence_length=2).eval_batches("validation", TOKENIZER))
-    with refuses("a source of (4,)", "room for (3,)"):
+    with refuses("a source of (4,)", "the largest is (3,)"):
         list(Toy(shape=(3,)).eval_batches("validation", TOKENIZER))

@@ -96,7 +96,7 @@ def test_what_cannot_be_chatted(foreign, refuses):
         render("{{ raise_exception('only users') }}")
     with refuses("cannot be used"):
         render("{% for %}")
-    with refuses("names no eos_token"):
+    with refuses("has no eos_token"):
         Tokenizer(foreign._backend, {"eos_token": "</s>"})
 
 

@@ -88,7 +88,7 @@ def test_grey_images():
 
 @pytest.mark.parametrize(("settings", "told"), [
     ({"image_processor_type": "Mask2FormerImageProcessor"}, "the images of Mask2Former are not supported"),
-    ({"do_pad": True}, "does not do: do_pad"),
+    ({"do_pad": True}, "has unsupported settings: do_pad"),
     ({"size": {"longest_edge": 5}}, "a size of longest_edge"),
     ({"resample": 9}, "resample=9"),
     ({"do_center_crop": True, "crop_size": {"shortest_edge": 5}}, "must have a height and a width"),

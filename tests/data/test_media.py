@@ -69,5 +69,5 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path, refuses):
             media.read(tmp_path / name, SQUARE, SEEN)
         with refuses(f"{name} cannot be read as a WAV file"):
             media.read(tmp_path / name, SHORT, HEARD)
-    with refuses("lasts 2.5 s, and the model hears 1 at once"):
+    with refuses("lasts 2.5 s; the model accepts at most 1 s"):
         media.read(tmp_path / "long.wav", SHORT, HEARD)

@@ -1,4 +1,4 @@
-"""Speech from text, by espeak-ng: a synthesiser of formants, whose voices differ but are nobody's."""
+"""Synthetic speech by espeak-ng, a formant synthesiser."""
 
 import _ctypes
 import ctypes
@@ -12,17 +12,17 @@ from scipy import signal
 from attnlab.errors import InputError
 
 SAMPLE_RATE = 16_000
-_RETRIEVE, _UTF8, _RATE, _PITCH = 2, 1, 1, 3  # numbers of speak_lib.h
-_LOCK = threading.Lock()  # the library speaks one text at a time
+_RETRIEVE, _UTF8, _RATE, _PITCH = 2, 1, 1, 3  # constants of speak_lib.h
+_LOCK = threading.Lock()  # the library synthesises one text at a time
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
 @dataclass(frozen=True)
 class Voice:
-    """How a text is spoken.
+    """A voice of espeak-ng.
 
     Attributes:
-      name: a language of espeak-ng and perhaps a variant, "en-us+f2".
+      name: a language and optionally a variant, "en-us+f2".
       words_per_minute: from 80 to 450.
       pitch: from 0 to 100.
     """
@@ -37,17 +37,17 @@ class Voice:
 
 
 def speak(text: str, voice: Voice = Voice()) -> Float[np.ndarray, " samples"]:
-    """A text as sound in -1 to 1, 16,000 samples a second; the same each time.
+    """Return a text as audio in [-1, 1] with 16,000 samples per second, always the same samples.
 
     Raises:
-      InputError: no espeak-ng (extra `speech`), or no such voice.
+      InputError: espeak-ng is not installed (extra `speech`), or has no such voice.
     """
     try:
         import espeakng_loader
     except ImportError:
-        raise InputError("speech is made by espeak-ng: pip install 'attnlab[speech]'") from None
+        raise InputError("speech needs espeak-ng: pip install 'attnlab[speech]'") from None
     with _LOCK:
-        # Loaded anew, for it never forgets at what phase of its flutter a voice stopped.
+        # Reloaded for each text, because the library keeps the phase of a voice's flutter.
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         try:
             sound, rate = _spoken(library, espeakng_loader.get_data_path(), text, voice)
@@ -58,7 +58,7 @@ def speak(text: str, voice: Voice = Voice()) -> Float[np.ndarray, " samples"]:
 
 
 def _spoken(library: ctypes.CDLL, data: str, text: str, voice: Voice) -> tuple[np.ndarray, int]:
-    """Samples, and how many are a second."""
+    """Return samples and the sampling rate."""
     rate = library.espeak_Initialize(_RETRIEVE, 0, data.encode(), 0)
     if rate <= 0:
         raise InputError(f"espeak-ng does not start: it finds no data in {data}")

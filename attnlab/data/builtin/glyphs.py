@@ -1,4 +1,4 @@
-"""Captioned pictures that need no download: the characters of the DejaVu fonts and their Unicode names."""
+"""Captioned images without a download: characters of the DejaVu fonts and their Unicode names."""
 
 import hashlib
 import io
@@ -23,8 +23,8 @@ from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
 SIZE, FONT_SIZE, BASELINE = 32, 22, 24  # pixels; all but a dozen characters fit
 LONGEST = 11  # words of a name
 IMAGE_PROCESSOR = ImageProcessor(rgb=False, size=(SIZE, SIZE), mean=(0.0,), std=(1.0,))
-# Three families, each upright and slanted, light and bold. Bold and slanted letters without serifs are seen
-# apart in training, and together only in validation.
+# Three families, each upright and slanted, light and bold. Training has bold and slanted sans-serif
+# letters only separately; their combination is only in validation.
 STYLES = [
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
     *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),
@@ -35,9 +35,9 @@ HELD_OUT_PERCENT, KNOWN = 10, 4
 
 
 class DejavuGlyphs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Characters in white on black on a line of writing: capitals stand taller than small letters."""
+    """Characters in white on black, aligned to a baseline."""
 
-    VERSION = tfds.core.Version("{}.{}.{}".format(*matplotlib.__version_info__))  # whose fonts they are
+    VERSION = tfds.core.Version("{}.{}.{}".format(*matplotlib.__version_info__))  # it ships the fonts
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -65,12 +65,12 @@ class DejavuGlyphs(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         for style, named in styles.items():
             font = ImageFont.truetype(_file(style), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
             for character, name in named.items():
-                # Neither a held-out style nor a held-out name in training, and both in validation.
+                # Training has neither the held-out style nor held-out names; validation has both.
                 if (style == HELD_OUT_STYLE) == (name in unseen) == validation and (
-                    picture := draw(character, font)
+                    image := draw(character, font)
                 ):
                     labels = {"name": name, "character": character, "style": style}
-                    yield f"{style}:{ord(character):x}", {"image": picture, **labels}
+                    yield f"{style}:{ord(character):x}", {"image": image, **labels}
 
 
 def _file(style: str) -> str:
@@ -78,13 +78,16 @@ def _file(style: str) -> str:
 
 
 def characters(style: str) -> dict[str, str]:
-    """The characters of a style and their names in small letters; control characters have none."""
+    """Return the characters of a style with lower-case names, without control characters."""
     every = map(chr, sorted(FT2Font(_file(style)).get_charmap()))
     return {c: unicodedata.name(c).lower() for c in every if unicodedata.name(c, "")}
 
 
 def held_out(names: Iterable[str]) -> set[str]:
-    """About a tenth of the names, by a hash, if their every word is in some names that are not held out."""
+    """Return about a tenth of the names, selected by a hash.
+
+    Each of their words occurs in at least `KNOWN` names that are not held out.
+    """
 
     def chosen(name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % 100 < HELD_OUT_PERCENT
@@ -94,21 +97,21 @@ def held_out(names: Iterable[str]) -> set[str]:
 
 
 def draw(character: str, font: ImageFont.FreeTypeFont) -> io.BytesIO | None:
-    """A PNG of a character; None if there is nothing to see, as of a space."""
-    picture = Image.new("L", (SIZE, SIZE))
-    ImageDraw.Draw(picture).text((SIZE // 2, BASELINE), character, fill=255, font=font, anchor="ms")
-    if picture.getbbox() is None:
+    """Return a PNG of a character, or None if it is blank, such as a space."""
+    image = Image.new("L", (SIZE, SIZE))
+    ImageDraw.Draw(image).text((SIZE // 2, BASELINE), character, fill=255, font=font, anchor="ms")
+    if image.getbbox() is None:
         return None
-    picture.save(file := io.BytesIO(), "PNG")
+    image.save(file := io.BytesIO(), "PNG")
     file.seek(0)
     return file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Glyphs(Data):
-    """Characters as pictures to read, ink 1 and paper 0, and their names to tell.
+    """Images of characters, ink 1 and paper 0, with their names as targets.
 
-    Validation has characters that training never shows, made of words that it knows, in a style of its own.
+    Validation has characters that are not in training, named by training words, in its own style.
     """
 
     tokenizer: Bytes | BPE | Words = Words()  # noqa: RUF009 - frozen, so safe to share
@@ -126,18 +129,18 @@ class Glyphs(Data):
 
     def records(self, split: str) -> Sequence[Any]:
         """Records with "image", "name", "character" and "style" as bytes, prepared on first use."""
-        encoded = {"image": tfds.decode.SkipDecoding()}  # the tokenizer learns of the names alone
+        encoded = {"image": tfds.decode.SkipDecoding()}  # training the tokenizer needs no images
         return prepared(DejavuGlyphs).as_data_source(split=split, decoders=encoded)
 
     def text(self, record: Any) -> str:
-        """The name alone."""
+        """Return the name."""
         return record["name"].decode()
 
     def build_tokenizer(self) -> Tokenizer:
-        """See `Data.build_tokenizer`; so small a set is learned from in its own order."""
+        """Train the tokenizer on all names in their order; the set is small."""
         return self.tokenizer.train(self.text(record) for record in self.records("train"))
 
     def encode(self, record: Any, tokenizer: Tokenizer) -> Example:
-        """The name, word by word, beside the picture."""
-        picture = IMAGE_PROCESSOR(Image.open(io.BytesIO(record["image"])))
-        return super().encode(record, tokenizer)._replace(source=picture)
+        """Return the tokens of the name with the image as source."""
+        image = IMAGE_PROCESSOR(Image.open(io.BytesIO(record["image"])))
+        return super().encode(record, tokenizer)._replace(source=image)

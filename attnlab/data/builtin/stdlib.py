@@ -1,4 +1,4 @@
-"""Two text sets that Python itself carries: the standard library's documentation and its code."""
+"""Two text sets of the running Python: documentation and code of the standard library."""
 
 import ast
 import hashlib
@@ -16,8 +16,9 @@ from attnlab.data.prepare import prepared
 from attnlab.data.tfds_text import TextColumn
 
 VALIDATION_PERCENT = 8
-# Some orders of hashing give validation to three giants (tkinter, idlelib, distutils). Under this one it
-# is 25 to 30 packages and topics, none above an eighth of the bytes, with no docstring of the training split.
+# With some salts validation consists of three large packages (tkinter, idlelib, distutils). With
+# this one it has 25 to 30 packages and topics, none above an eighth of the bytes, and no docstring
+# of the training split.
 SALT = 11184
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data"}
 
@@ -25,13 +26,13 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def records(name: str, split: str) -> TextColumn:
-    """Records of "stdlib_docs" or "stdlib_code", prepared on first use."""
+    """Return the records of "stdlib_docs" or "stdlib_code", prepared on first use."""
     builder = prepared({"stdlib_docs": StdlibDocs, "stdlib_code": StdlibCode}[name])
     return TextColumn(builder.as_data_source(split=split), "text")
 
 
 class _Stdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    # Another Python has another library: its text is another version of the set.
+    # Another Python version has another standard library, which is another version of the set.
     VERSION = tfds.core.Version("{}.{}.{}".format(*sys.version_info))
     DESCRIPTION = ""
 
@@ -54,12 +55,12 @@ class _Stdlib(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
 
 class StdlibDocs(_Stdlib):
-    """English: a document per module, its docstrings under their signatures, and one per help topic."""
+    """English: one document per module (docstrings with signatures) and one per help topic."""
 
     DESCRIPTION = "Docstrings and help topics of the Python standard library."
 
     def documents(self, split: str) -> Iterator[tuple[str, str]]:
-        """Pairs of module (or topic:NAME) and text."""
+        """Yield pairs of module (or topic:NAME) and text."""
         for module, path in modules():
             if split_of(module) == split and (text := module_docs(module, source(path))):
                 yield module, text
@@ -71,19 +72,19 @@ class StdlibDocs(_Stdlib):
 
 
 class StdlibCode(_Stdlib):
-    """Python: a document per module, its source."""
+    """Python: one document per module, its source."""
 
     DESCRIPTION = "Source code of the Python standard library."
 
     def documents(self, split: str) -> Iterator[tuple[str, str]]:
-        """Pairs of module and source."""
+        """Yield pairs of module and source."""
         for module, path in modules():
             if split_of(module) == split and (text := source(path)).strip():
                 yield module, text
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Name and file of every module of the standard library, without tests and generated tables."""
+    """Yield name and file of every standard module, without tests and generated tables."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -93,21 +94,24 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def source(path: Path) -> str:
-    """The text of a Python file in its declared encoding."""
+    """Return the text of a Python file in its declared encoding."""
     with tokenize.open(path) as file:
         return file.read()
 
 
 def split_of(module: str) -> str:
-    """The split of a module or topic: by a hash of its top-level name, so that a package stays together."""
-    # _pydecimal repeats the docstrings of decimal word for word: it goes where that goes.
+    """Return the split of a module or topic by a hash of its top-level name.
+
+    A package is therefore in one split.
+    """
+    # _pydecimal repeats the docstrings of decimal, so both must be in the same split.
     top = re.sub(r"^_+(py_?)?", "", module.split(".")[0])
     digest = hashlib.sha256(f"{SALT}:{top}".encode()).digest()
     return "validation" if int.from_bytes(digest[:4]) % 100 < VALIDATION_PERCENT else "train"
 
 
 def module_docs(module: str, code: str) -> str:
-    """Every docstring of a module under its name and signature, in order of appearance."""
+    """Return every docstring of a module under its name and signature, in order of appearance."""
     parts = [
         f"{title}\n\n{doc}" for title, node in _definitions(module, ast.parse(code)) if (doc := _doc(node))
     ]
@@ -115,7 +119,7 @@ def module_docs(module: str, code: str) -> str:
 
 
 def _doc(node: Definition) -> str:
-    # Characters that no encoding can write stand in a docstring here and there.
+    # Some docstrings contain characters that no encoding can write.
     return (ast.get_docstring(node) or "").encode("utf-8", errors="replace").decode().strip()
 
 
