@@ -62,7 +62,10 @@ class RelativeBias:
 
     def __post_init__(self):
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
-            raise ValueError("buckets must be at least 4, and max_distance over half of buckets")
+            raise ValueError(
+                f"buckets={self.buckets} must be at least 4, and "
+                f"max_distance={self.max_distance} over half of that"
+            )
 
     def __call__(self, table: Float[Array, "buckets H"], spec: "LayerSpec", offset: Index) -> Score:
         """Return the bias of a layer of this spec; its first query is at key index `offset`."""
@@ -133,7 +136,7 @@ class Bidirectional(LayerSpec):
 
     def __post_init__(self):
         if min(self.left or 0, self.right or 0) < 0:
-            raise ValueError("left and right must be at least 0, or none")
+            raise ValueError(f"left={self.left} and right={self.right} must be at least 0, or none")
 
     def mask(self, offset=0):
         """See `LayerSpec.mask`."""
@@ -181,11 +184,11 @@ class AttentionConfig:
                 f"kv_heads must divide heads={self.heads}: one of {', '.join(map(str, divisors))}"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be at least 0 and under 1")
+            raise ValueError(f"dropout must be at least 0 and under 1, not {self.dropout}")
         if self.softcap is not None and self.softcap <= 0:
-            raise ValueError("softcap must be over 0, or none")
+            raise ValueError(f"softcap must be over 0, or none, not {self.softcap}")
         if self.scale is not None and self.scale <= 0:
-            raise ValueError("scale must be over 0, or none")
+            raise ValueError(f"scale must be over 0, or none, not {self.scale}")
 
 
 @jax.tree_util.register_dataclass

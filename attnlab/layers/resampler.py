@@ -30,7 +30,7 @@ class ResamplerConfig:
 
     def __post_init__(self):
         if self.latents < 1 or self.depth < 1:
-            raise ValueError("latents and depth must be at least 1")
+            raise ValueError(f"latents={self.latents} and depth={self.depth} must be at least 1")
 
 
 class Resampler(nn.Module):

@@ -246,9 +246,9 @@ class TransformerConfig(ModelConfig):
         if not self.pattern:
             raise ValueError("pattern must name at least one kind of attention, such as Causal()")
         if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be at least 0 and under 1")
+            raise ValueError(f"dropout must be at least 0 and under 1, not {self.dropout}")
         if self.layer_scale is not None and self.layer_scale <= 0:
-            raise ValueError("layer_scale must be over 0, or none")
+            raise ValueError(f"layer_scale must be over 0, or none, not {self.layer_scale}")
 
     @property
     def head_dim(self) -> int:

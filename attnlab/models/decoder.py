@@ -34,7 +34,7 @@ class DecoderConfig(TextConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.logit_softcap is not None and self.logit_softcap <= 0:
-            raise ValueError("logit_softcap must be over 0, or none")
+            raise ValueError(f"logit_softcap must be over 0, or none, not {self.logit_softcap}")
 
     def build(self, vocab_size: int, cross: Cross | None = None) -> "Decoder":
         """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does.

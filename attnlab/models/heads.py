@@ -100,7 +100,7 @@ class ClassifierConfig:
         if self.labels < 1:
             raise ValueError(f"labels={self.labels} must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be at least 0 and under 1")
+            raise ValueError(f"dropout must be at least 0 and under 1, not {self.dropout}")
 
     @property
     def name(self) -> str:

@@ -55,9 +55,9 @@ class RecurrentConfig(ModelConfig):
         if self.depth < 1 or self.width < 1:
             raise ValueError(f"depth={self.depth} and width={self.width} must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be at least 0 and under 1")
+            raise ValueError(f"dropout must be at least 0 and under 1, not {self.dropout}")
         if self.std is not None and self.std <= 0:
-            raise ValueError("std must be over 0, or none")
+            raise ValueError(f"std must be over 0, or none, not {self.std}")
 
     def build(self, vocab_size: int) -> nn.Module:
         """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does."""

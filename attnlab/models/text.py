@@ -32,7 +32,7 @@ class Learned:
 
     def __post_init__(self):
         if not 0 <= self.offset < self.length:
-            raise ValueError("length must be at least 1, and offset at least 0 and under length")
+            raise ValueError(f"offset={self.offset} must be at least 0 and under length={self.length}")
 
 
 @dataclass(frozen=True)

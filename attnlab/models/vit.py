@@ -59,7 +59,10 @@ class ViTConfig(TransformerConfig, SourceConfig):
         if min(*self.image, *self.patch) < 1 or 0 in self.grid:
             raise ValueError(f"image={self.image} must be large enough for at least one patch={self.patch}")
         if not 0 <= self.class_tokens <= 2 or self.registers < 0:
-            raise ValueError("class_tokens must be 0, 1 or 2, and registers at least 0")
+            raise ValueError(
+                f"class_tokens={self.class_tokens} must be 0, 1 or 2, and "
+                f"registers={self.registers} at least 0"
+            )
         needed = {ClassToken: 1, ClassAndMean: 1, Distilled: 2}.get(type(self.pooling), 0)
         if self.class_tokens < needed:
             raise ValueError(f"pooling {type(self.pooling).__name__} needs class_tokens of at least {needed}")
