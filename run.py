@@ -1,4 +1,4 @@
-"""Train, evaluate, sample from or describe an experiment: `python run.py --help`."""
+"""Train, evaluate, sample from, import, export or describe a run: `python run.py --help`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""attnlab: a laboratory for the attention mechanism, in JAX and Flax.
+"""attnlab: a research library for the attention mechanism, in JAX and Flax.
 
 Shapes in signatures and docstrings use one legend throughout:
 

@@ -1,4 +1,4 @@
-"""`python -m attnlab` is the console command `attnlab`."""
+"""Entry point of `python -m attnlab`, equivalent to the console command `attnlab`."""
 
 import sys
 

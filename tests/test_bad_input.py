@@ -64,19 +64,19 @@ def refused(capfd):
 
 MISTAKES = [
     # flags
-    (["--wrokdir=x"], "no flag --wrokdir; did you mean 'workdir'?"),
+    (["--wrokdir=x"], "unknown flag --wrokdir; did you mean 'workdir'?"),
     (["--mode=trian"], "trian"),
     (["--config=experiments/lm_dosc.py"], "lm_dosc"),
     (["--max_steps=many"], "max_steps"),
     (["--max_steps=0"], "--max_steps=0 is out of bounds"),
-    (["--max_time=soon"], "--max_time=soon: expected seconds"),
+    (["--max_time=soon"], "--max_time=soon: expected a duration"),
     (["--seed=-1"], "--seed=-1 is out of bounds"),
     (["--overfit_batches=0"], "--overfit_batches=0 is out of bounds"),
-    (["--profile=5:3"], "--profile=5:3: expected the steps start:stop"),
-    (["--profile=0:3"], "--profile=0:3: expected the steps start:stop"),
+    (["--profile=5:3"], "--profile=5:3: expected start:stop"),
+    (["--profile=0:3"], "--profile=0:3: expected start:stop"),
     (["--profile=10:13"], "--profile=10:13: the last step is 4"),
-    (["--temperature=0.5"], "--temperature means nothing with --mode=train"),
-    (["--init_rules=a->b"], "say which with --init_from"),
+    (["--temperature=0.5"], "--temperature does not apply to --mode=train"),
+    (["--init_rules=a->b"], "--init_rules requires --init_from"),
     (["--init_from=run", "--init_rules=(->b"], "--init_rules=(->b"),
     (["--tracker=tensorbored"], "tensorbored"),
     # the config
@@ -166,8 +166,8 @@ def test_a_run_that_never_began_leaves_no_folder(place, refused):
         (["--prompt=longer than the context of sixteen"], "the prompt has 35 tokens and the model's context holds 16"),
         (["--checkpoint=3"], "--checkpoint=3: expected one of latest, best, 2, 4"),
         (["--checkpoint=newest"], "expected latest, best or a step"),
-        (["--config.model.depth=3"], "holds a run of another config: model.depth: 2 -> 3"),
-        (["--fast_dev_run"], "--fast_dev_run means nothing with --mode=sample"),
+        (["--config.model.depth=3"], "holds a run with a different config: model.depth: 2 -> 3"),
+        (["--fast_dev_run"], "--fast_dev_run does not apply to --mode=sample"),
     ],
 )  # fmt: skip
 def test_mistakes_in_sampling(place, refused, arguments, said):
@@ -200,7 +200,7 @@ def test_a_damaged_workdir(place, refused, damage, said, mode):
 
 
 def test_a_workdir_of_another_config(place, refused):
-    said = "run holds a run of another config: model.width: 16 -> 32"
+    said = "run holds a run with a different config: model.width: 16 -> 32"
     refused("--config=tiny.py", "--workdir=run", "--config.model.width=32", said=said, keeps=place / "run")
     refused("--workdir=run", "--seed=7", said="another config: seed: 0 -> 7", keeps=place / "run")
 
@@ -208,23 +208,23 @@ def test_a_workdir_of_another_config(place, refused):
 @pytest.mark.parametrize("mode", ["eval", "sample"])
 def test_a_workdir_without_a_run(place, refused, mode):
     (place / "hollow").mkdir()
-    refused(f"--mode={mode}", "--workdir=hollow", said="hollow holds none (it has no config.json)")
-    refused(f"--mode={mode}", said="say which with --workdir")
+    refused(f"--mode={mode}", "--workdir=hollow", said="hollow holds no run (it has no config.json)")
+    refused(f"--mode={mode}", said="set --workdir")
     shutil.rmtree(place / "run" / "checkpoints")
     refused(f"--mode={mode}", "--workdir=run", said="no checkpoint under", keeps=place / "run")
 
 
 def test_a_workdir_that_is_a_file_or_cannot_be_made(place, refused):
-    refused("--config=tiny.py", "--workdir=words.txt", said="cannot make the folder", keeps=place)
-    refused("--config=tiny.py", "--workdir=words.txt/in/it", said="cannot make the folder", keeps=place)
-    refused("--config=tiny.py", "--workdir=/proc/run", said="cannot make the folder /proc/run")
+    refused("--config=tiny.py", "--workdir=words.txt", said="cannot create the folder", keeps=place)
+    refused("--config=tiny.py", "--workdir=words.txt/in/it", said="cannot create the folder", keeps=place)
+    refused("--config=tiny.py", "--workdir=/proc/run", said="cannot create the folder /proc/run")
 
 
 def test_checkpoints_of_another_number_of_processes(place, refused):
     for step in (2, 4):
         data = place / "run" / "checkpoints" / str(step) / "data"
         (data / "process_0_of_1.json").rename(data / "process_0_of_2.json")
-    refused("--workdir=run", said="was saved by another number of processes than 1", keeps=place / "run")
+    refused("--workdir=run", said="was saved by a number of processes other than 1", keeps=place / "run")
     assert call("--mode=eval", "--workdir=run") == 0  # which needs no position in the training data
 
 
@@ -234,7 +234,7 @@ EXPERIMENTS = {
     "def get_config():\n    return {}": "get_config",
     "def get_config():\n    return None": "get_config",
     "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass C:\n  a: int = 1\ndef get_config():\n  return C()": (
-        "get_config() has to return an attnlab.train.Experiment, not a "
+        "get_config() must return an attnlab.train.Experiment, not a "
     ),
     "from attnlab.train import Experiment\ndef get_config():\n    return Experiment(model=None, data=None)": "broken.py",
     "import nothing_like_it\ndef get_config(): pass": "nothing_like_it",
@@ -275,7 +275,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(place, capfd):
     assert contents(run / "checkpoints" / "4") == before
     assert call("--workdir=run") == 0
     out, err = capfd.readouterr()
-    assert "checkpoint 4 is damaged" in out and "going on at step 2" in out and err == ""
+    assert "checkpoint 4 is damaged" in out and "resuming at step 2" in out and err == ""
     assert {p.relative_to(run / "damaged" / "4"): x for p, x in contents(run / "damaged").items()} == {
         p.relative_to(run / "checkpoints" / "4"): x for p, x in before.items()
     }

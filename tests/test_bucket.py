@@ -173,7 +173,7 @@ def test_a_run_trains_resumes_and_is_evaluated_in_a_bucket(emulator, tmp_path):
 
     config = f"--config={tmp_path / 'mine' / 'tiny.py'}"
     assert "max steps at step 2" in ran(config, "--max_steps=2", "--profile=1:2")
-    assert "going on at step 2" in ran()
+    assert "resuming at step 2" in ran()
     assert re.search(r"^step 4: loss \d", ran("--mode=eval"), re.MULTILINE)
     assert list((tmp_path / "elsewhere").iterdir()) == []
     listing = "from etils import epath; print(*(p.name for p in epath.Path('gs://bucket/run').iterdir()))"

@@ -40,7 +40,7 @@ def test_a_run_is_made_and_written_again(place, tmp_path, capfd):
     folder, _ = place
     out = tmp_path / "again"
     assert call("--mode=export", f"--workdir={folder / 'run'}", f"--output_dir={out}") == 0
-    assert f"step 0 is in {out}" in capfd.readouterr().out
+    assert f"exported step 0 to {out}" in capfd.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (folder / "llama").iterdir())
     before, after = (load_file(p / "model.safetensors") for p in (folder / "llama", out))
     assert before.keys() == after.keys()
@@ -222,12 +222,12 @@ def test_a_model_that_no_family_has(place, tmp_path, capfd):
     [
         (["--mode=import"], "--mode=import needs --checkpoint"),
         (["--mode=import", "--checkpoint=nowhere"], "no checkpoint at nowhere"),
-        (["--mode=import", "--checkpoint={llama}", "--workdir={run}"], "holds a run already"),
+        (["--mode=import", "--checkpoint={llama}", "--workdir={run}"], "already holds a run"),
         (["--mode=export", "--workdir={run}"], "--mode=export needs --output_dir"),
         (["--mode=export", "--workdir={run}", "--output_dir={run}"], "is not empty"),
-        (["--mode=export", "--output_dir=x"], "--mode=export needs a run that was trained"),
-        (["--mode=train", "--output_dir=x"], "--output_dir means nothing with --mode=train"),
-        ([FINE], "which checkpoint? Say with --config.init"),
+        (["--mode=export", "--output_dir=x"], "--mode=export needs a trained run"),
+        (["--mode=train", "--output_dir=x"], "--output_dir does not apply to --mode=train"),
+        ([FINE], "set --config.init to a folder"),
         ([FINE, "--config.init={llama}", "--config.model.vocab_size=9"], "model.vocab_size=9 is less than"),
         ([FINE, "--config.init={llama}", "--config.model.width=32"], "wrong shape"),
     ],

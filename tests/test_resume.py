@@ -83,7 +83,7 @@ def test_killed_three_times_ends_bit_for_bit_the_same(tiny, tmp_path, mesh):
     assert within[1], "the kill that was to fall within a save left nothing half written"
     done = program(*arguments, f"--workdir={killed}")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "going on at step" in done.stdout
+    assert "resuming at step" in done.stdout
     assert not being_written(killed)
 
     assert curve(killed) == curve(straight)
@@ -110,11 +110,11 @@ def test_sigterm_saves_and_tells_how_to_go_on(tiny, tmp_path):
     step = int(re.search(r"stopped by a signal at step (\d+), saved", out)[1])
     assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
     assert [line["step"] for line in metrics("run", "train")] == list(range(1, step + 1))
-    told = shlex.split(re.search(r"go on with: (.*)", out)[1])
+    told = shlex.split(re.search(r"resume with: (.*)", out)[1])
     assert told[0] == "python"
     done = program(*told[2:], f"--max_steps={step + 2}")
     assert done.returncode == 0, done.stderr
-    assert f"going on at step {step} " in done.stdout
+    assert f"resuming at step {step} " in done.stdout
     assert [line["step"] for line in metrics("run", "train")] == list(range(1, step + 3))
 
 
@@ -138,7 +138,7 @@ def test_max_steps_stops_cleanly_and_the_rest_follows(tiny, capfd):
     assert call("--workdir=run", "--max_steps=2") == 0  # which is past: nothing to do, nothing lost
     assert "max steps at step 4" in capfd.readouterr().out
     assert call("--workdir=run", "--max_steps=7") == 0
-    assert "going on at step 4" in capfd.readouterr().out
+    assert "resuming at step 4" in capfd.readouterr().out
     assert [line["step"] for line in metrics("run", "train")] == list(range(1, 8))
     assert [line["step"] for line in metrics("run", "eval")] == [4, 7]
 

@@ -49,7 +49,7 @@ def test_a_quick_run_goes_through_every_stage(lm):
     assert set(report) == {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz", "claims"}
     assert out.startswith(f"new run of lm_docs ({ROOT}/experiments/lm_docs.py) in run\n")
     assert (
-        "training in" in out and "done at step 2" in out and "go on, evaluate or sample with: python " in out
+        "training in" in out and "done at step 2" in out and "resume, evaluate or sample with: python " in out
     )
 
 
@@ -80,7 +80,7 @@ def test_the_workdir_alone_goes_on(lm):
     folder, _ = lm
     before = metrics(folder / "run")
     out = ran("--workdir=run", "--config.train.steps=4", cwd=folder)
-    assert "going on at step 2" in out and "done at step 4" in out
+    assert "resuming at step 2" in out and "done at step 4" in out
     assert metrics(folder / "run")[: len(before)] == before
     assert metrics(folder / "run")[-1]["step"] == 4
 
@@ -127,7 +127,7 @@ def test_images_in_files_are_told_of(tmp_path, capfd):
     assert call(*sample, f"--source={cat}", "--num_beams=2", "--num_samples=2") == 0
     assert "score" in capfd.readouterr().out
     for wrong, said in (
-        ([], "give its file with --source"),
+        ([], "set --source to a file"),
         ([f"--source={tmp_path / 'nowhere.png'}"], "there is no file"),
         ([f"--source={ROOT / 'README.md'}"], "README.md is not an image"),
         (

@@ -1,4 +1,4 @@
-"""Claims: an experiment compares a measured number with the threshold that its docstring states."""
+"""Claims: comparisons of a measured number with the threshold that an experiment states."""
 
 import operator
 from collections.abc import Callable
@@ -18,13 +18,13 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and the number that decides it.
+    """A claim with its measured value and threshold.
 
     Attributes:
-      text: the quantity, in words: "pronouns resolved".
+      text: the name of the quantity, such as "pronouns resolved".
       value: the measured number.
       comparison: how `value` must compare with `threshold` for the claim to hold.
-      threshold: the number that the experiment's docstring states, or a measured baseline.
+      threshold: the number in the experiment's docstring, or a measured baseline.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""The command line: flags in, one call of the runner, and every mistake told in one line."""
+"""The command line: parse flags, call the runner, and report each user error in one line."""
 
 import importlib
 import os
@@ -22,26 +22,26 @@ EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 1
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 VERSION = ("--version", "-version")
 MODE_HELP = {
-    "train": "train, or go on with the run that --workdir holds",
-    "eval": "measure a trained run on its validation data",
+    "train": "train a new run, or resume the run in --workdir",
+    "eval": "evaluate a trained run on its validation data",
     "sample": "generate from a trained run",
-    "import": "make a run of a checkpoint in Hugging Face's layout: --checkpoint=DIR or a hub id",
-    "export": "write a run as such a checkpoint, to --output_dir",
-    "describe": "show the config, the model and where it is placed; nothing is run",
+    "import": "create a run from a Hugging Face checkpoint: --checkpoint=DIR or org/model",
+    "export": "write a run as a Hugging Face checkpoint to --output_dir",
+    "describe": "show the config, the model and its sharding without running it",
 }
 EXAMPLES = (
     ("train", "--config=experiments/lm_docs.py --config.model.depth=12 --workdir=runs/deep"),
-    ("go on with it, for longer", "--workdir=runs/deep --config.train.steps=20000"),
+    ("resume it with more steps", "--workdir=runs/deep --config.train.steps=20000"),
     ("sample from it", "--mode=sample --workdir=runs/deep --prompt='Once' --temperature=0.8"),
     ("compare two learning rates", "--sweep=config.optimizer.learning_rate=1e-3,3e-4"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments ask for and return the exit code.
+    """Run the command line and return its exit code.
 
-    Bad input of any kind is one line on stderr and exit code 2, a loss that is no number one line and
-    exit code 1; a bug keeps its traceback.
+    Any user error prints one line on stderr and returns 2. A loss that is not finite prints one
+    line and returns 1. All other exceptions propagate with their traceback.
     """
     try:
         try:
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader has gone, as in `| head`. Python would complain when it flushes stdout at its end.
+        # The reader closed the pipe, as in `| head`. Python would report an error when it flushes
+        # stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     raise AssertionError("app.run returned")
@@ -72,13 +73,13 @@ def _fail(message: str, code: int) -> int:
 
 def _flag_error(error: flags.Error) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
-        return f"error: no flag --{error.flagname}{did_you_mean(error.flagname, FLAG_MODES)}"
-    message = re.sub(r"invalid literal for int\(\).*", "expected a whole number", str(error))
+        return f"error: unknown flag --{error.flagname}{did_you_mean(error.flagname, FLAG_MODES)}"
+    message = re.sub(r"invalid literal for int\(\).*", "expected an integer", str(error))
     return "error: " + re.sub(r"could not convert string to float.*", "expected a number", message)
 
 
 def _parse(argv: Sequence[str]) -> list[Override]:
-    """Parse the flags into absl's FLAGS, and hand over the overrides of the config."""
+    """Parse the flags into absl's FLAGS and return the config overrides."""
     arguments = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
     before_dashes = arguments[: arguments.index("--")] if "--" in arguments else arguments
     for argument in before_dashes[1:]:
@@ -92,14 +93,18 @@ def _parse(argv: Sequence[str]) -> list[Override]:
     flags.FLAGS.unparse_flags()
     positional = flags.FLAGS(rest)[1:]
     if positional:
-        raise InputError(f"unexpected argument {positional[0]!r}; every argument is a flag, --name=value")
+        raise InputError(f"unexpected argument {positional[0]!r}; arguments are flags, --name=value")
     return overrides
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Part `--config.path=text` and `--config.path text` from the other arguments, in order.
+    """Split `--config.path=text` and `--config.path text` from the other arguments, in order.
 
-    Raises InputError for one without a value.
+    Returns:
+      The overrides as (path, text), and the remaining arguments.
+
+    Raises:
+      InputError: an override has no value.
     """
     overrides, rest = [], []
     arguments = iter(argv)
@@ -127,7 +132,7 @@ def _main(overrides: list[Override]) -> int:
         name: values[name] or [] for name in values if flags.FLAGS[name].flag_type().startswith("multi")
     }
     requests = build_requests(values, present, overrides)
-    runner = importlib.import_module("attnlab.runner.modes")  # and with it JAX, now that all is well
+    runner = importlib.import_module("attnlab.runner.modes")  # imports JAX, so only after validation
     if requests[0].swept:
         return sweep.run_all(requests, runner.run)
     runner.run(requests[0])
@@ -135,29 +140,29 @@ def _main(overrides: list[Override]) -> int:
 
 
 def help_text(program: str = "attnlab") -> str:
-    """Return what `--help` prints: modes, flags, experiments and example commands.
+    """Return the text of `--help`: modes, flags, experiments and example commands.
 
     Args:
-        program: how the examples start attnlab, `python run.py`.
+        program: the command that starts attnlab in the examples, such as `python run.py`.
     """
-    experiments = configs.available() or {"(none here)": ""}
+    experiments = configs.available() or {"(none found)": ""}
     groups: dict[str, dict[str, str]] = {}
     for name, modes in FLAG_MODES.items():
-        few = modes if modes != MODES else ("every mode",)
-        title = f"Flags of {few[0] if len(few) == 1 else 'several modes'}"
-        suffix = f" [{', '.join(few)}]" if len(few) > 1 else ""
+        labels = modes if modes != MODES else ("every mode",)
+        title = f"Flags of {labels[0] if len(labels) == 1 else 'several modes'}"
+        suffix = f" [{', '.join(labels)}]" if len(labels) > 1 else ""
         groups.setdefault(title, {})[f"--{name}"] = _flag_help(name) + suffix
     every_mode = groups["Flags of every mode"]
-    every_mode["--config.PATH"] = "a field of the config, as in --config.model.depth=12"
+    every_mode["--config.PATH"] = "a field of the config, such as --config.model.depth=12"
     every_mode["--help, --version"] = "print this help, or the versions of attnlab, JAX, Flax and Python"
     sections = {
         "Modes (--mode)": MODE_HELP,
         **groups,
         "Experiments (--config)": experiments,
-        "Examples": {f"{what}:": f"{program} {command}" for what, command in EXAMPLES},
+        "Examples": {f"{purpose}:": f"{program} {command}" for purpose, command in EXAMPLES},
     }
     width = max(len(name) for rows in sections.values() for name in rows)
-    lines = ["attnlab: a laboratory for the attention mechanism, in JAX and Flax."]
+    lines = ["attnlab: a research library for the attention mechanism, in JAX and Flax."]
     for title, rows in sections.items():
         lines += ["", title, *(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items())]
     return "\n".join(lines)
@@ -165,6 +170,6 @@ def help_text(program: str = "attnlab") -> str:
 
 def _flag_help(name: str) -> str:
     flag = flags.FLAGS[name]
-    text = flag.help.partition(";\n")[0]  # absl says of a flag that may repeat that it may, in a line more
+    text = flag.help.partition(";\n")[0]  # absl adds a line to the help of multi-flags
     repeats = "; may repeat" if flag.flag_type().startswith("multi") else ""
     return text + repeats + (f" (default: {flag.default})" if flag.default not in (None, False, []) else "")

@@ -1,4 +1,4 @@
-"""The command that started this process, for the commands that attnlab prints to copy."""
+"""The command that started this process, used in the commands that attnlab prints."""
 
 import os
 import shlex
@@ -7,12 +7,13 @@ import sys
 
 
 def invocation(program: str | None = None) -> str:
-    """Return how a shell starts attnlab as this process was started.
+    """Return the shell command that starts attnlab the way this process was started.
 
-    `attnlab`, `python -m attnlab`, or `python run.py` with the path of `run.py` from the current folder.
+    The command is `attnlab`, `python -m attnlab`, or `python run.py` with the path of `run.py`
+    relative to the current folder.
 
     Args:
-        program: the first word of the command line; None takes `sys.argv[0]`.
+        program: the first word of the command line; `sys.argv[0]` by default.
     """
     path = sys.argv[0] if program is None else program
     name = os.path.basename(path)

@@ -1,4 +1,4 @@
-"""The command-line flags, defined where absl keeps them when this module is imported.
+"""The command-line flags. Importing this module defines them in absl's `FLAGS`.
 
 `run.py`, `python -m attnlab` and the console command `attnlab` share them.
 """
@@ -9,39 +9,41 @@ from attnlab.runner.request import DEFAULT_EXPERIMENT, MODES, SamplingFlags
 
 DEFAULTS = SamplingFlags()
 
-flags.DEFINE_enum("mode", "train", MODES, "what to do")
-flags.DEFINE_string("config", DEFAULT_EXPERIMENT, "experiment: path.py, path.py:argument or a config.json")
-flags.DEFINE_string("workdir", None, "the run's folder; for train a new one under runs/ if not given")
-flags.DEFINE_string("mesh", "single", "preset, or data:2,fsdp:2,tensor:2; a run keeps its own")
+flags.DEFINE_enum("mode", "train", MODES, "what to do; see the modes above")
+flags.DEFINE_string(
+    "config", DEFAULT_EXPERIMENT, "experiment: name, file.py, file.py:argument or config.json"
+)
+flags.DEFINE_string("workdir", None, "folder of the run; train and import create one under runs/ by default")
+flags.DEFINE_string("mesh", "single", "preset or sizes, data:2,fsdp:2,tensor:2; a saved run keeps its mesh")
 
 flags.DEFINE_integer("max_steps", None, "stop after this step")
-flags.DEFINE_string("max_time", None, "stop after this time: 90 or 90s, 5m, 1h")
-flags.DEFINE_integer("seed", None, "in place of the config's seed")
-flags.DEFINE_bool("fast_dev_run", False, "go through every stage with a few steps only")
-flags.DEFINE_integer("overfit_batches", None, "train on this many batches over and over")
-flags.DEFINE_string("profile", None, "trace the steps start:stop, as in 10:13")
-flags.DEFINE_bool("debug_nans", False, "stop at the operation that makes the first NaN")
-flags.DEFINE_multi_string("sweep", [], "field and values, config.model.depth=2,4; several multiply")
+flags.DEFINE_string("max_time", None, "stop after this time: 90 (seconds), 90s, 5m or 1h")
+flags.DEFINE_integer("seed", None, "seed of training, instead of config.seed, or of sampling")
+flags.DEFINE_bool("fast_dev_run", False, "run every stage with only two steps")
+flags.DEFINE_integer("overfit_batches", None, "train repeatedly on this many first batches")
+flags.DEFINE_string("profile", None, "record a profiler trace of steps start:stop, such as 10:13")
+flags.DEFINE_bool("debug_nans", False, "stop at the operation that produces the first NaN")
+flags.DEFINE_multi_string("sweep", [], "field and values, config.model.depth=2,4; repeats form a grid")
 flags.DEFINE_string(
-    "checkpoint", "latest", "latest, best or a step; with train, of --init_from; with import, a folder"
+    "checkpoint",
+    "latest",
+    "latest, best or a step; in train: of --init_from; in import: a folder or org/model",
 )
-flags.DEFINE_string("output_dir", None, "folder to write the exported checkpoint to")
-flags.DEFINE_string("init_from", None, "workdir of another run whose parameters to start from")
-flags.DEFINE_multi_string("init_rules", [], "regex->replacement that renames its parameters")
-flags.DEFINE_multi_enum("tracker", [], ["wandb", "mlflow"], "wandb or mlflow, besides files")
+flags.DEFINE_string("output_dir", None, "folder for the exported checkpoint")
+flags.DEFINE_string("init_from", None, "workdir of another run whose parameters initialize this one")
+flags.DEFINE_multi_string("init_rules", [], "regex->replacement that renames parameters of --init_from")
+flags.DEFINE_multi_enum("tracker", [], ["wandb", "mlflow"], "also log metrics to wandb or mlflow")
 
-flags.DEFINE_multi_string(
-    "prompt", [], "text to go on from; of a model that reads one, such as a translator: the text to read"
-)
-flags.DEFINE_multi_string("source", [], "file of an image, or of a sound as WAV, for a model that reads one")
-flags.DEFINE_integer("num_samples", DEFAULTS.num_samples, "samples of each prompt")
-flags.DEFINE_integer("max_new_tokens", DEFAULTS.max_new_tokens, "longest sample, in tokens")
-flags.DEFINE_float("temperature", DEFAULTS.temperature, "0 always takes the likeliest token")
-flags.DEFINE_integer("top_k", None, "keep the k likeliest tokens")
-flags.DEFINE_float("top_p", None, "keep the likeliest tokens up to this probability in all")
-flags.DEFINE_float("min_p", None, "keep tokens at least this likely relative to the likeliest")
-flags.DEFINE_integer("num_beams", None, "search for the likeliest texts with so many beams, and draw nothing")
-flags.DEFINE_float("length_penalty", DEFAULTS.length_penalty, "of beams: over 0 prefers longer texts")
+flags.DEFINE_multi_string("prompt", [], "text to continue, or the input text of a sequence-to-sequence model")
+flags.DEFINE_multi_string("source", [], "image file or WAV file, the input of an image or audio model")
+flags.DEFINE_integer("num_samples", DEFAULTS.num_samples, "number of samples per prompt")
+flags.DEFINE_integer("max_new_tokens", DEFAULTS.max_new_tokens, "maximum length of a sample, in tokens")
+flags.DEFINE_float("temperature", DEFAULTS.temperature, "sampling temperature; 0 is greedy decoding")
+flags.DEFINE_integer("top_k", None, "keep the k most probable tokens")
+flags.DEFINE_float("top_p", None, "keep the most probable tokens up to this total probability")
+flags.DEFINE_float("min_p", None, "exclude tokens below this fraction of the highest probability")
+flags.DEFINE_integer("num_beams", None, "beam search with this many beams, instead of sampling")
+flags.DEFINE_float("length_penalty", DEFAULTS.length_penalty, "beam search: above 0 favours longer texts")
 flags.DEFINE_string("draft_model", None, "speculative decoding: workdir or checkpoint of the draft model")
 flags.DEFINE_integer(
     "prompt_lookup_ngram", None, "speculative decoding: draft from earlier matches of the last n tokens"
@@ -49,4 +51,4 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "num_speculative_tokens", DEFAULTS.num_speculative_tokens, "draft tokens verified in each forward pass"
 )
-flags.DEFINE_multi_string("stop", [], "text at which a sample ends")
+flags.DEFINE_multi_string("stop", [], "stop generation at this text")

@@ -1,4 +1,4 @@
-"""The modes of `run.py`: what each does with a run."""
+"""The modes of the command line: train, eval, sample, describe, import and export."""
 
 import contextlib
 import dataclasses
@@ -38,19 +38,19 @@ from attnlab.train.partition import combine
 from attnlab.train.session import Session
 
 TOKENIZER, REPORT = "tokenizer.json", "report.json"
-# Errors that tell of the machine or of what was asked, and not of a bug.
+# Errors caused by the machine or by user input, reported in one line without a traceback.
 ENVIRONMENT_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
-MAX_SIMULATED = 8  # CPU devices simulated for a mesh that names its sizes
+MAX_SIMULATED = 8  # CPU devices simulated for a mesh with explicit sizes
 
 
 def run(request: Request) -> dict[str, float]:
-    """Does what a request asks; returns the numbers it ended with.
+    """Run a request and return its final metrics.
 
     Raises:
-      InputError: what was asked cannot be done; the message is for the person.
+      InputError: the request cannot be fulfilled; the message is shown to the user.
     """
     modes = {
         "train": run_train,
@@ -63,11 +63,11 @@ def run(request: Request) -> dict[str, float]:
     try:
         if not isinstance(request.config, Experiment):
             returned = f"{type(request.config).__module__}.{type(request.config).__name__}"
-            raise InputError(f"get_config() has to return an attnlab.train.Experiment, not a {returned}")
+            raise InputError(f"get_config() must return an attnlab.train.Experiment, not a {returned}")
         configure_jax(request)
         return modes[request.mode](request)
     except OSError as error:
-        missing = error.errno == errno.ENOENT and error.filename is not None  # a file of the data, say
+        missing = error.errno == errno.ENOENT and error.filename is not None  # such as a data file
         if error.errno not in ENVIRONMENT_ERRNOS and not missing:
             raise
         _remove_if_empty(request)
@@ -78,18 +78,18 @@ def run(request: Request) -> dict[str, float]:
 
 
 def _remove_if_empty(request: Request) -> None:
-    """Leaves no folder behind for a run that never began."""
+    """Remove the empty folders of a run that did not start."""
     if request.workdir is None or is_remote(request.workdir):  # a bucket has no empty folders
         return
     if request.mode in ("train", "import"):
         for folder in (request.workdir / CHECKPOINTS_FOLDER, request.workdir):
-            with contextlib.suppress(OSError, ValueError):  # epath raises a ValueError where it is not empty
+            with contextlib.suppress(OSError, ValueError):  # epath: ValueError if not empty
                 folder.rmdir()
 
 
 def configure_jax(request: Request) -> None:
-    """Sets JAX up: simulated devices, NaN checks."""
-    # What goes wrong in a library is raised, and told once, by us: it need not log it as well.
+    """Configure JAX: simulated devices and NaN checks."""
+    # Libraries raise their errors, which are reported once here, so their own logs are not needed.
     logging.set_verbosity(logging.FATAL)
     _use_cpu_without_tpu()
     sizes = [int(size) for size in re.findall(r":(\d+)", request.mesh)]
@@ -97,25 +97,25 @@ def configure_jax(request: Request) -> None:
     for size in sizes:
         count *= size
     if 1 < count <= MAX_SIMULATED and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX is running already: an earlier run of a sweep
-            jax.config.update("jax_num_cpu_devices", count)  # counts only where the CPU is all there is
+        with contextlib.suppress(RuntimeError):  # already initialized by an earlier run of a sweep
+            jax.config.update("jax_num_cpu_devices", count)  # no effect on other platforms
     jax.config.update("jax_debug_nans", request.debug_nans)
 
 
 def _use_cpu_without_tpu() -> None:
-    """Keeps a libtpu that is only here to compile for TPUs from complaining that there is none."""
-    no_chip = os.environ.get("TPU_SKIP_MDS_QUERY")  # JAX sets it where it finds none
+    """Select the CPU where libtpu is installed only to compile for TPUs, to avoid its warnings."""
+    no_chip = os.environ.get("TPU_SKIP_MDS_QUERY")  # set by JAX if there is no TPU
     plugins = importlib.util.find_spec("jax_plugins")
     if no_chip and plugins is None and importlib.util.find_spec("libtpu"):
         jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
 
 
 def open_session(request: Request, experiment: Experiment) -> Session:
-    """The experiment on the mesh that was asked for, with the run's tokenizer."""
+    """Return the session of an experiment on the requested mesh, with the run's tokenizer."""
     try:
         devices = jax.devices()
     except RuntimeError as error:
-        raise InputError(f"JAX has no devices to run on: {error}") from error
+        raise InputError(f"JAX found no devices: {error}") from error
     mesh = sharding.make_mesh(sharding.parse_mesh(request.mesh, len(devices)))
     _enable_compilation_cache(mesh)
     tokenizer = _saved_tokenizer(request) or _new_tokenizer(experiment)
@@ -125,53 +125,53 @@ def open_session(request: Request, experiment: Experiment) -> Session:
 
 
 def _new_tokenizer(experiment: Experiment) -> Tokenizer:
-    """The tokenizer of the checkpoint that it starts from, if any of text; else one trained on its data."""
+    """Return the tokenizer of the initial checkpoint, else one built from the data."""
     if experiment.init is None:
         return experiment.data.build_tokenizer()
     folder = repository.resolve(experiment.init)
     tokenizer = import_export.read_tokenizer(folder)
     if tokenizer is None and isinstance(experiment.model, ViTConfig):
-        return experiment.data.build_tokenizer()  # it reads no text: its classes are numbered as words are
+        return experiment.data.build_tokenizer()  # its vocabulary is the class names
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer; transformers' save_pretrained writes a tokenizer.json")
     return tokenizer
 
 
 def _enable_compilation_cache(mesh: jax.sharding.Mesh) -> None:
-    """Keeps compiled programs on disk for the next start, except those of simulated devices.
+    """Enable the persistent compilation cache, except for simulated devices.
 
-    Of those, one that is read back hangs in its collectives until XLA ends the process (jax 0.10.2).
+    A cached program for simulated devices hangs in its collectives until XLA aborts (jax 0.10.2).
     """
     simulated = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
     jax.config.update("jax_enable_compilation_cache", not simulated)
     if not jax.config.values["jax_compilation_cache_dir"]:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "attnlab", "xla"))
-    compilation_cache.reset_cache()  # JAX looks at these once a process
+    compilation_cache.reset_cache()  # JAX reads these options only once per process
 
 
 def _saved_tokenizer(request: Request) -> Tokenizer | None:
-    """The tokenizer that a run was trained with; None before there is anything trained."""
+    """Return the saved tokenizer of a run; None for a new run."""
     if request.workdir is None:
         return None
     file = request.workdir / TOKENIZER
     if file.exists():
         try:
             return Tokenizer.load(file)
-        except Exception as error:  # the library raises plain Exceptions
+        except Exception as error:  # tokenizers raises plain Exceptions
             raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
     if (request.workdir / CHECKPOINTS_FOLDER).exists():
-        # Another one, of text that may have changed since, would give the parameters another meaning.
-        raise InputError(f"{file} is missing, and without it the checkpoints beside it mean nothing")
+        # A tokenizer trained anew on changed text would not match the parameters.
+        raise InputError(f"{file} is missing; the checkpoints of this run cannot be used without it")
     return None
 
 
 def run_train(request: Request) -> dict[str, float]:
-    """Trains, or goes on with, the run of a workdir."""
-    began = time.perf_counter()
+    """Train a new run, or resume the run in the workdir."""
+    start_time = time.perf_counter()
     experiment, workdir = apply_flags(request), request.folder
     session = open_session(request, experiment)
-    session.optimizer  # noqa: B018 - rules that match nothing are told before anything is written
+    session.optimizer  # noqa: B018 - report rules that match nothing before writing files
     batches, validation = _open_input(request, session)
     last = _final_step(request, experiment)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def run_train(request: Request) -> dict[str, float]:
         _save_origin(request, experiment, step)
         _save_tokenizer(session.tokenizer, workdir / TOKENIZER)
         print(request.opening, flush=True)
-        verb = f"going on at step {step}" if step else "training"
+        verb = f"resuming at step {step}" if step else "training"
         print(
             f"{verb} in {workdir} on mesh {sharding.format_mesh(session.mesh)} ({_describe_devices(session)})"
         )
@@ -199,24 +199,24 @@ def run_train(request: Request) -> dict[str, float]:
             )
             outcome = training.run(state)
     if outcome.reason == "signal":
-        print(f"stopped by a signal at step {outcome.step}, saved; go on with: {resume_command(workdir)}")
+        print(f"stopped by a signal at step {outcome.step}, saved; resume with: {resume_command(workdir)}")
         return {}
     metrics = {f"eval_{name}": value for name, value in outcome.metrics.items()}
     if outcome.reason == "done":
         metrics |= _report(
             request, TrainedModel(session, session.eval_params(outcome.state), workdir, outcome.metrics)
         )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     print(f"{outcome.reason.replace('_', ' ')} at step {outcome.step} after {seconds:.0f} s")
     print(f"config, metrics, checkpoints and figures are in {workdir}")
-    print(f"go on, evaluate or sample with: {resume_command(workdir)} [--mode=eval|sample]")
+    print(f"resume, evaluate or sample with: {resume_command(workdir)} [--mode=eval|sample]")
     return metrics
 
 
 def _open_input(request: Request, session: Session) -> tuple[Any, Any]:
-    """This process's training batches, and its part of what every evaluation reads.
+    """Return this process's training batches and its share of the validation batches.
 
-    Both splits are opened here: a validation split that cannot be read is told before the first step.
+    Both splits are opened here, so that an unreadable validation split fails before the first step.
     """
     experiment = session.experiment
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -228,7 +228,7 @@ def _open_input(request: Request, session: Session) -> tuple[Any, Any]:
 
 
 def _final_step(request: Request, experiment: Experiment) -> int:
-    """The step this command ends at."""
+    """Return the last step of this command."""
     last = min(experiment.train.steps, request.max_steps or experiment.train.steps)
     if request.profile and request.profile[0] > last:
         raise InputError(f"--profile={request.profile[0]}:{request.profile[1]}: the last step is {last}")
@@ -236,14 +236,14 @@ def _final_step(request: Request, experiment: Experiment) -> int:
 
 
 def _save_origin(request: Request, experiment: Experiment, step: int) -> None:
-    """Write the config, the experiment's source, and what versions and commits the run is made with."""
+    """Write the config, the experiment's source, and the versions and git commits of the run."""
     config.save(request.folder, request.loaded, experiment, request.sources, request.mesh)
     if jax.process_index() == 0:
         provenance.save_versions(request.folder, step, request.loaded.path)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, file: epath.Path) -> None:
-    """Writes it once, and whole or not at all."""
+    """Write the tokenizer once, atomically."""
     if jax.process_index() == 0 and not file.exists():
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         tokenizer.save(temporary)
@@ -251,7 +251,7 @@ def _save_tokenizer(tokenizer: Tokenizer, file: epath.Path) -> None:
 
 
 def run_import(request: Request) -> dict[str, float]:
-    """Makes a run of a checkpoint, at step 0."""
+    """Create a run at step 0 from a Hugging Face checkpoint."""
     experiment, workdir = request.config, request.folder
     session = open_session(request, experiment)
     batches, _ = _open_input(request, session)
@@ -262,7 +262,7 @@ def run_import(request: Request) -> dict[str, float]:
         saved.save(0, state, batches.get_state())
     print(request.opening)
     count = sum(x.size for x in jax.tree.leaves(session.abstract_params))
-    print(f"{count:,} parameters of {experiment.init} are in {workdir}")
+    print(f"imported {count:,} parameters of {experiment.init} into {workdir}")
     print(
         f"sample, evaluate, train or export with: {resume_command(workdir)} --mode=sample|eval|train|export"
     )
@@ -270,7 +270,7 @@ def run_import(request: Request) -> dict[str, float]:
 
 
 def run_export(request: Request) -> dict[str, float]:
-    """Writes a run's parameters as a checkpoint in Hugging Face's layout."""
+    """Write the parameters of a run as a Hugging Face checkpoint."""
     assert request.output_dir is not None
     session = open_session(request, request.config)
     restored = _restore(request, session)
@@ -284,12 +284,12 @@ def run_export(request: Request) -> dict[str, float]:
         origin = import_export.FromScratch(session.tokenizer, length, data.preprocessor)
     model = request.config.model.with_vocab_size(session.tokenizer.vocab_size)
     import_export.write_checkpoint(request.output_dir, model, params, origin)
-    print(f"step {restored.step} is in {request.output_dir}")
+    print(f"exported step {restored.step} to {request.output_dir}")
     return {}
 
 
 def run_eval(request: Request) -> dict[str, float]:
-    """Evaluates a run's checkpoint on the whole validation split, and reports as at the end of training."""
+    """Evaluate a checkpoint on the whole validation split, and run the experiment's report."""
     session = open_session(request, request.config)
     restored = _restore(request, session)
     data = request.config.data
@@ -301,19 +301,19 @@ def run_eval(request: Request) -> dict[str, float]:
 
 
 def run_sample(request: Request) -> dict[str, float]:
-    """Generates text after each prompt, or of each text, image or sound that the model reads."""
+    """Generate text from each prompt, or from each text, image or audio input."""
     run_sampling(request, _load_trained_model(request), _load_trained_model)
     return {}
 
 
 def _load_trained_model(request: Request) -> TrainedModel:
-    """A run with the parameters of its checkpoint."""
+    """Return the trained model of a run with the parameters of its checkpoint."""
     session = open_session(request, request.config)
     return TrainedModel(session, session.eval_params(_restore(request, session).state), request.folder, {})
 
 
 def run_describe(request: Request) -> dict[str, float]:
-    """Prints what an experiment is, and of a run also where it stands."""
+    """Print the config and model of an experiment, and the latest checkpoint of a run."""
     session = open_session(request, request.config)
     print("config\n" + config.show(request.config, request.sources) + "\n")
     print(describe(session))
@@ -325,7 +325,7 @@ def run_describe(request: Request) -> dict[str, float]:
 
 
 def apply_flags(request: Request) -> Experiment:
-    """The config with what `--seed` and `--fast_dev_run` change."""
+    """Return the config with the changes of `--fast_dev_run`."""
     experiment = request.config
     if request.fast_dev_run:
         quick = dataclasses.replace(
@@ -336,12 +336,15 @@ def apply_flags(request: Request) -> Experiment:
 
 
 def _initial_state(request: Request, session: Session, saved: Checkpoints, batches) -> tuple[Any, int]:
-    """The state to train from: the latest checkpoint, another run's parameters, or those of a new run."""
+    """Return the initial state and step.
+
+    The state is that of the latest checkpoint, the parameters of `init_from`, or a new state.
+    """
     if saved.steps():
         restored = saved.restore(session.abstract_state)
         if restored.data is None:
-            processes = f"another number of processes than {jax.process_count()}"
-            raise InputError(f"checkpoint {restored.step} was saved by {processes}; go on with as many")
+            processes = f"a number of processes other than {jax.process_count()}"
+            raise InputError(f"checkpoint {restored.step} was saved by {processes}; resume with that number")
         batches.set_state(restored.data)
         return restored.state, restored.step
     if request.init_from is None:
@@ -353,7 +356,10 @@ def _initial_state(request: Request, session: Session, saved: Checkpoints, batch
 
 
 def _new_state(session: Session, workdir: epath.Path) -> Any:
-    """The state of a new run: parameters of the seed, or of a checkpoint, whose small files are kept."""
+    """Return the state of a new run, initialized from the seed or from a checkpoint.
+
+    The config and tokenizer files of the checkpoint are copied into the workdir.
+    """
     if session.experiment.init is None:
         return session.new_state()
     folder = repository.resolve(session.experiment.init)
@@ -370,7 +376,7 @@ def _restore(request: Request, session: Session) -> RestoredCheckpoint:
 
 
 def _report(request: Request, trained: TrainedModel) -> dict[str, float]:
-    """Run the experiment's own `report(trained)`, if it has one; write its numbers and claims."""
+    """Run the experiment's `report(trained)`, if any, and write its numbers and claims."""
     report = getattr(request.loaded.module, "report", None)
     if report is None:
         return {}
@@ -387,5 +393,5 @@ def _describe_devices(session: Session) -> str:
 
 
 def resume_command(workdir: epath.Path) -> str:
-    """The command line that resumes a run."""
+    """Return the command that resumes a run."""
     return f"{invocation()} --workdir={shlex.quote(str(workdir))}"

@@ -1,4 +1,4 @@
-"""What a run shows at its end."""
+"""Reports: the numbers and figures that an experiment writes at the end of a run."""
 
 import numpy as np
 
@@ -12,10 +12,18 @@ from attnlab.train.metrics import read_metrics
 
 
 def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 96) -> dict[str, float]:
-    """A sample, its attention map, and the model's bits per byte beside those of two compressors.
+    """Report bits per byte against two compressors, a sample, and its attention map.
 
-    A model that reads whole texts has no sample, one without attention has no map; a prompt that fills the
-    context is cut to half of it.
+    A bidirectional model has no sample, and a model without attention has no attention map. The
+    prompt is truncated to half of the context.
+
+    Args:
+        trained: the trained model.
+        prompt: the text to continue.
+        max_new_tokens: the maximum length of the sample.
+
+    Returns:
+        `bits_per_byte_model`, `bits_per_byte_bz2` and `bits_per_byte_xz`.
     """
     data = trained.experiment.data
     numbers = {"model": trained.metrics.get("bits_per_byte", float("nan"))}
@@ -23,33 +31,35 @@ def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 
     values = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
     limit = trained.experiment.train.eval_batches
     trained.log(
-        f"bits per byte of the validation text: {values}" + (f" (model: of {limit} batches)" if limit else "")
+        f"bits per byte of the validation text: {values}" + (f" (model: {limit} batches)" if limit else "")
     )
 
-    _curve(trained, {name: numbers[name] for name in ("bz2", "xz")})
-    start = trained.tokenizer.encode(prompt)[: data.sequence_length // 2]
-    shown = [trained.tokenizer.eos_id, *start]
+    _save_training_curve(trained, {name: numbers[name] for name in ("bz2", "xz")})
+    prompt_ids = trained.tokenizer.encode(prompt)[: data.sequence_length // 2]
+    tokens = [trained.tokenizer.eos_id, *prompt_ids]
     if trained.experiment.model.causal:
-        prompt, sampling = trained.tokenizer.decode(start), SamplingParams(temperature=0.8, top_p=0.95)
+        prompt, sampling = trained.tokenizer.decode(prompt_ids), SamplingParams(temperature=0.8, top_p=0.95)
         (sample,) = trained.generate([prompt], max_new_tokens=max_new_tokens, sampling=sampling)
         trained.log(f"sample:\n{printable(prompt + sample.text)}")
-        shown += sample.tokens
-    shown = shown[: min(24, data.sequence_length)]
+        tokens += sample.tokens
+    tokens = tokens[: min(24, data.sequence_length)]
     if isinstance(trained.experiment.model, TransformerConfig):
-        weights = trained.attention_of_tokens(shown)
-        words = [trained.tokenizer.token_text(i) for i in shown]
-        trained.save_figure(head_grid(np.asarray(weights), words, "What each token attends to"), "attention")
+        weights = trained.attention_of_tokens(tokens)
+        words = [trained.tokenizer.token_text(i) for i in tokens]
+        trained.save_figure(
+            head_grid(np.asarray(weights), words, "Attention weights of each head"), "attention"
+        )
     return {f"bits_per_byte_{name}": value for name, value in numbers.items()}
 
 
-def _curve(trained: TrainedModel, baselines: dict[str, float]) -> None:
-    """Bits per byte over the run, from the metrics it has written."""
+def _save_training_curve(trained: TrainedModel, baselines: dict[str, float]) -> None:
+    """Save a figure of bits per byte by step, from the metrics that the run has written."""
     file = trained.workdir / "metrics.jsonl"
     lines = [line for line in read_metrics(file) if "bits_per_byte" in line] if file.exists() else []
 
     def points(split: str) -> tuple[list[int], list[float]]:
-        own = [line for line in lines if line["split"] == split]
-        return [line["step"] for line in own], [line["bits_per_byte"] for line in own]
+        selected = [line for line in lines if line["split"] == split]
+        return [line["step"] for line in selected], [line["bits_per_byte"] for line in selected]
 
     (steps, values), (eval_steps, eval_values) = points("train"), points("eval")
     if len(steps) > 1:

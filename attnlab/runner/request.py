@@ -1,4 +1,4 @@
-"""From flags to a `Request`: all that a run is asked to do, resolved and checked before it starts."""
+"""Build a `Request` from flags: everything a run needs, resolved and validated before it starts."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe", "import", "exp
 DEFAULT_EXPERIMENT = "experiments/lm_docs.py"
 FINE_TUNING = "experiments/finetune.py"
 
-# Which modes read which flag. A flag that the mode would ignore is refused.
+# The modes that read each flag. A flag that the mode would ignore is an error.
 FLAG_MODES: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("mode", "config", "workdir", "mesh"), MODES),
     "debug_nans": ("train", "eval", "sample"),
@@ -44,7 +44,7 @@ FLAG_MODES: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("top_k", "top_p", "min_p", "stop", "num_beams", "length_penalty"), ("sample",)),
     **dict.fromkeys(("draft_model", "prompt_lookup_ngram", "num_speculative_tokens"), ("sample",)),
 }
-# Fields (and all below them) in which a run may differ from the config that its workdir holds.
+# Fields (and all nested fields) in which a run may differ from the config saved in its workdir.
 RESUME_MUTABLE_FIELDS = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep")
 MODE_MUTABLE_FIELDS: dict[Mode, tuple[str, ...]] = {
     "train": (*(f"train.{name}" for name in RESUME_MUTABLE_FIELDS), "data.prefetch"),
@@ -70,11 +70,23 @@ BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """How to sample; None leaves a filter out. With `num_beams` the likeliest texts are searched for.
+    """Options of generation; None disables an option. `num_beams` selects beam search.
 
-    `sources` are files of the images or sounds to write of, one a prompt, or all with one prompt or none.
-    `draft_model` (a workdir or a checkpoint) or `prompt_lookup_ngram` (a length) turns on speculative
-    decoding, `num_speculative_tokens` at a time.
+    Attributes:
+        prompts: the texts to continue, or the input texts of a sequence-to-sequence model.
+        sources: image or audio files: one per prompt, or any number with at most one prompt.
+        num_samples: the number of samples per prompt.
+        max_new_tokens: the maximum length of a sample.
+        temperature: the sampling temperature; 0 is greedy decoding.
+        top_k: keep the k most probable tokens.
+        top_p: keep the most probable tokens up to this total probability.
+        min_p: exclude tokens below this fraction of the highest probability.
+        stop: texts at which generation stops.
+        num_beams: the number of beams of beam search.
+        length_penalty: the exponent of beam search's length penalty.
+        draft_model: speculative decoding with the model in this workdir or checkpoint.
+        prompt_lookup_ngram: speculative decoding with prompt lookup of n-grams of this length.
+        num_speculative_tokens: the number of draft tokens verified in each forward pass.
     """
 
     prompts: tuple[str, ...] = ()
@@ -95,30 +107,30 @@ class SamplingFlags:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One run, as asked for.
+    """A validated request for one run.
 
     Attributes:
         mode: what to do.
         loaded: the experiment.
         config: its config with the overrides applied.
-        sources: where each value of `config` comes from; see `attnlab.config.sources`.
+        sources: the origin of each value of `config`; see `attnlab.config.sources`.
         workdir: the run's folder, absolute; None only in mode describe.
-        mesh: the device mesh: as asked, else the one that the run was trained on, else a single device.
-        max_steps: stop after this step, however many the config plans.
+        mesh: the device mesh: `--mesh` if set, else the mesh of the saved run, else one device.
+        max_steps: stop after this step, if `config.train.steps` is larger.
         max_time: stop after this many seconds.
-        seed: in place of the config's in mode train (and in it already); of the draws in mode sample.
-        fast_dev_run: go through every stage with a few steps only.
-        overfit_batches: train on this many batches over and over.
-        profile: the steps to trace, from the first up to but not the second.
-        debug_nans: stop at the operation that makes the first NaN.
-        checkpoint: "latest", "best" or a step; in mode train, of `init_from`.
-        output_dir: the folder that mode export writes.
-        init_from: the workdir of the run whose parameters to start from.
-        init_rules: (regular expression, replacement) by which parameters of that run are renamed.
-        trackers: the services that metrics go to besides the workdir.
-        sampling: how to sample.
-        swept: within a sweep, the swept fields and their values as text.
-        opening: the first line that the run prints, once all is checked; empty for modes that print text.
+        seed: in mode train, already applied to `config`; in mode sample, the sampling seed.
+        fast_dev_run: run every stage with only two steps.
+        overfit_batches: train repeatedly on this many first batches.
+        profile: the half-open range (start, stop) of steps to trace.
+        debug_nans: stop at the operation that produces the first NaN.
+        checkpoint: "latest", "best" or a step; in mode train, the checkpoint of `init_from`.
+        output_dir: the folder that mode export writes to.
+        init_from: the workdir of the run whose parameters initialize this run.
+        init_rules: (regular expression, replacement) pairs that rename the parameters of that run.
+        trackers: services that receive metrics in addition to the workdir.
+        sampling: the options of generation.
+        swept: in a sweep, the swept fields and their values as text.
+        opening: the first line that the run prints after validation; empty in some modes.
     """
 
     mode: Mode
@@ -145,7 +157,7 @@ class Request:
 
     @property
     def folder(self) -> epath.Path:
-        """The workdir, in a mode that has one."""
+        """The workdir, in a mode that requires one."""
         assert self.workdir is not None
         return self.workdir
 
@@ -153,27 +165,28 @@ class Request:
 def build_requests(
     values: Mapping[str, Any], present: set[str], overrides: Sequence[Override]
 ) -> list[Request]:
-    """The run that the flags ask for, or the runs of a sweep.
+    """Return the request that the flags describe, or one request per run of a sweep.
 
     Args:
-        values: every flag's value.
-        present: the flags that were on the command line.
+        values: the value of every flag.
+        present: the flags that are set on the command line.
         overrides: the `--config.path=text` arguments, in order.
 
-    Raises InputError for a flag that the mode ignores, a value out of bounds, or a config that cannot be.
+    Raises:
+        InputError: a flag does not apply to the mode, or a value or the config is invalid.
     """
     mode: Mode = values["mode"]
     _check_mode_flags(mode, values, present)
     for name, (bounds, within) in BOUNDS.items():
         if values[name] is not None and not within(values[name]):
-            raise InputError(f"--{name}={values[name]} is out of bounds; it has to be {bounds}")
+            raise InputError(f"--{name}={values[name]} is out of bounds; it must be {bounds}")
     _check_beam_flags(values, present)
     _check_speculative_flags(values, present)
     if "" in values["stop"]:
-        raise InputError("--stop is empty; it has to be the text at which a sample ends")
+        raise InputError("--stop is empty; it must be the text at which generation stops")
     if mode == "import":
         if "checkpoint" not in present:
-            raise InputError("--mode=import needs --checkpoint: a folder, or a hub id, org/model")
+            raise InputError("--mode=import needs --checkpoint: a folder or a hub id, org/model")
         overrides = [("init", values["checkpoint"]), *overrides]
         values = {**values, "checkpoint": "latest"}
     if mode == "export" and values["output_dir"] is None:
@@ -203,18 +216,18 @@ def _check_mode_flags(mode: Mode, values: Mapping[str, Any], present: Iterable[s
     for name in sorted(present):
         if mode not in FLAG_MODES.get(name, MODES):
             modes = " or ".join(f"--mode={used}" for used in FLAG_MODES[name])
-            raise InputError(f"--{name} means nothing with --mode={mode}; it goes with {modes}")
+            raise InputError(f"--{name} does not apply to --mode={mode}, only to {modes}")
     if values["init_from"] is None:
         if "init_rules" in present:
-            raise InputError("--init_rules renames parameters of another run; say which with --init_from")
+            raise InputError("--init_rules requires --init_from, the run whose parameters it renames")
         if "checkpoint" in present and mode == "train":
-            raise InputError("--checkpoint with --mode=train picks one of --init_from, which is not given")
+            raise InputError("--checkpoint with --mode=train requires --init_from, the run it belongs to")
 
 
 def _check_beam_flags(values: Mapping[str, Any], present: set[str]) -> None:
     if values["num_beams"] is None:
         if "length_penalty" in present:
-            raise InputError("--length_penalty means nothing without --num_beams")
+            raise InputError("--length_penalty requires --num_beams")
         return
     for name in (
         "temperature",
@@ -227,26 +240,22 @@ def _check_beam_flags(values: Mapping[str, Any], present: set[str]) -> None:
         "prompt_lookup_ngram",
     ):
         if name in present:
-            raise InputError(f"--{name} means nothing with --num_beams, which draws nothing")
+            raise InputError(f"--{name} cannot be combined with --num_beams")
     if values["num_samples"] > values["num_beams"]:
-        raise InputError(
-            f"--num_samples={values['num_samples']}: a search of {values['num_beams']} beams has no more"
-        )
+        raise InputError(f"--num_samples={values['num_samples']} exceeds --num_beams={values['num_beams']}")
 
 
 def _check_speculative_flags(values: Mapping[str, Any], present: set[str]) -> None:
     flags = ("draft_model", "prompt_lookup_ngram")
     set_flags = [name for name in flags if values[name] is not None]
     if len(set_flags) > 1:
-        raise InputError("--draft_model and --prompt_lookup_ngram both propose draft tokens: give one")
+        raise InputError("--draft_model and --prompt_lookup_ngram both propose draft tokens: set only one")
     if "num_speculative_tokens" in present and not set_flags:
-        raise InputError(
-            "--num_speculative_tokens means nothing without --draft_model or --prompt_lookup_ngram"
-        )
+        raise InputError("--num_speculative_tokens requires --draft_model or --prompt_lookup_ngram")
 
 
 def _request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Request that flags alone decide."""
+    """Return the fields of a Request that depend on flags alone."""
     plain = ("max_steps", "seed", "fast_dev_run", "overfit_batches", "debug_nans")
     lengths = ("num_samples", "max_new_tokens", "num_beams", "length_penalty")
     speculative = ("draft_model", "prompt_lookup_ngram", "num_speculative_tokens")
@@ -276,15 +285,15 @@ def _make_request(
     mesh: str | None,
     options: Mapping[str, Any],
 ) -> Request:
-    """One run: of the experiment named, or of the one that its workdir holds."""
+    """Return the request for the experiment `spec`, or for the run saved in `workdir`."""
     run = configs.load_workdir(workdir) if workdir and (workdir / CONFIG).exists() else None
     if run is None and mode in ("eval", "sample", "export"):
-        where = f"{workdir} holds none (it has no {CONFIG})" if workdir else "say which with --workdir"
-        raise InputError(f"--mode={mode} needs a run that was trained; {where}")
+        reason = f"{workdir} holds no run (it has no {CONFIG})" if workdir else "set --workdir"
+        raise InputError(f"--mode={mode} needs a trained run; {reason}")
     if run and mode == "import":
-        raise InputError(f"{workdir} holds a run already; import into another --workdir")
-    usual = FINE_TUNING if mode == "import" else DEFAULT_EXPERIMENT
-    loaded = run if run and spec is None else configs.load(usual if spec is None else spec)
+        raise InputError(f"{workdir} already holds a run; import into another --workdir")
+    default = FINE_TUNING if mode == "import" else DEFAULT_EXPERIMENT
+    loaded = run if run and spec is None else configs.load(default if spec is None else spec)
     config = loaded.config if loaded is run else _with_checkpoint_model(loaded.config, overrides)
     config = configs.override_all(config, overrides)
     if run and mode != "describe":
@@ -304,16 +313,17 @@ def _make_request(
 
 
 def _with_checkpoint_model(config: Any, overrides: Sequence[Override]) -> Any:
-    """The config with the model of the checkpoint that it starts from, if it starts from one."""
+    """Return the config with the model of the checkpoint in `init`, if `init` is set."""
     init = dict(overrides).get("init", getattr(config, "init", None))
     if init is None:
         return config
     if not init:
-        raise InputError("which checkpoint? Say with --config.init: a folder, or a hub id, org/model")
+        raise InputError("config.init is empty; set --config.init to a folder or a hub id, org/model")
     from attnlab.pretrained import import_export, repository
 
     changed = copy.copy(config)
-    # Its own checks run when the overrides are applied: a shorter data.sequence_length may be among them.
+    # Bypass the validation of `Experiment`: it runs once the overrides are applied, and these may
+    # include the shorter data.sequence_length that the model requires.
     object.__setattr__(changed, "model", import_export.read_config(repository.resolve(init))[1])
     return changed
 
@@ -327,7 +337,7 @@ def _check_config_matches(mode: Mode, workdir: epath.Path | None, saved: Any, co
     ]
     if changes:
         rest = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
-        raise InputError(f"{workdir} holds a run of another config: {'; '.join(changes[:6])}{rest}")
+        raise InputError(f"{workdir} holds a run with a different config: {'; '.join(changes[:6])}{rest}")
 
 
 def _sweep_requests(
@@ -339,9 +349,9 @@ def _sweep_requests(
     mesh: str | None,
     options: Mapping[str, Any],
 ) -> list[Request]:
-    """One run for each combination of the swept values, each in a folder of its own within `workdir`."""
+    """Return one request per combination of swept values, each in a subfolder of `workdir`."""
     if workdir and (workdir / CONFIG).exists():
-        raise InputError(f"{workdir} holds a single run; give the sweep another --workdir")
+        raise InputError(f"{workdir} holds a single run; use another --workdir for the sweep")
     axes = [_parse_sweep_axis(text, overrides) for text in specs]
     paths = [path for path, _ in axes]
     if len(set(paths)) < len(paths):
@@ -349,22 +359,22 @@ def _sweep_requests(
     requests: dict[str, Request] = {}
     for texts in itertools.product(*(values for _, values in axes)):
         chosen = list(zip(paths, texts, strict=True))
-        # The config is needed for the name of the folder, so the first resolution is without one.
-        unplaced = _make_request(mode, spec, None, [*overrides, *chosen], mesh, options)
-        swept = {path: _format_swept_value(unplaced.config, path, text) for path, text in chosen}
+        # The folder name depends on the config, so the first request has no workdir.
+        without_workdir = _make_request(mode, spec, None, [*overrides, *chosen], mesh, options)
+        swept = {path: _format_swept_value(without_workdir.config, path, text) for path, text in chosen}
         folder = ",".join(f"{_short_field_name(path, paths)}={text}" for path, text in swept.items())
         folder = re.sub(r"[^\w.=,+()-]", "_", folder)
         if folder in requests:
-            raise InputError(f"--sweep asks for {folder} twice")
-        if len(folder.encode()) > 200:  # file systems take 255
+            raise InputError(f"--sweep lists {folder} twice")
+        if len(folder.encode()) > 200:  # file systems allow 255
             raise InputError(
-                f"--sweep={texts[0]}...: too long for the name of a folder; make it an experiment"
+                f"--sweep={texts[0]}...: too long for a folder name; define it in an experiment file"
             )
-        request, place = unplaced, epath.Path(folder)
+        request, subfolder = without_workdir, epath.Path(folder)
         if workdir:
-            place = workdir / folder
-            request = _make_request(mode, spec, place, [*overrides, *chosen], mesh, options)
-        requests[folder] = dataclasses.replace(request, swept=swept, workdir=place)
+            subfolder = workdir / folder
+            request = _make_request(mode, spec, subfolder, [*overrides, *chosen], mesh, options)
+        requests[folder] = dataclasses.replace(request, swept=swept, workdir=subfolder)
     return list(requests.values())
 
 
@@ -373,19 +383,19 @@ def _parse_sweep_axis(text: str, overrides: Sequence[Override]) -> tuple[str, li
     path = path.strip().removeprefix("config.")
     pieces = [piece.strip() for piece in split(values)]
     if not equals or not path or not pieces:
-        raise InputError(f"--sweep={text}: expected a field and its values, config.model.depth=2,4,8")
+        raise InputError(f"--sweep={text}: expected a field and its values, such as config.model.depth=2,4,8")
     if path in (overridden for overridden, _ in overrides):
-        raise InputError(f"config.{path} is set by a flag and swept as well")
+        raise InputError(f"config.{path} is both set by a flag and swept")
     return path, pieces
 
 
 def _short_field_name(path: str, paths: Sequence[str]) -> str:
-    last = [other.rpartition(".")[2] for other in paths]
+    names = [other.rpartition(".")[2] for other in paths]
     name = path.rpartition(".")[2]
-    return name if last.count(name) == 1 else path
+    return name if names.count(name) == 1 else path
 
 
 def _format_swept_value(config: Any, path: str, text: str) -> str:
-    """A swept value as it is shown: 0.001 however it was written, a component as it was asked for."""
+    """Return the text of a swept value: a number in canonical form, a component as written."""
     value = configs.flatten(config).get(path, text)
     return text if isinstance(value, type | str) else configs.render(value)

@@ -1,4 +1,4 @@
-"""What `--mode=sample` does: texts after prompts, and of the texts, images and sounds that a model reads."""
+"""Mode `sample`: generate text from prompts, and from text, image or audio inputs."""
 
 import dataclasses
 import sys
@@ -31,15 +31,15 @@ OpenRun: TypeAlias = Callable[[Request], TrainedModel]
 
 
 def run_sampling(request: Request, trained: TrainedModel, open_run: OpenRun) -> None:
-    """Generates as is asked, and prints it.
+    """Generate text with the options of a request and print it.
 
     Args:
-      request: what is asked.
-      trained: the run.
-      open_run: how another run is opened that is to guess tokens.
+      request: the prompts, source files and generation options.
+      trained: the trained model.
+      open_run: loads the run of the draft model.
 
     Raises:
-      InputError: a model that does not generate, or what it cannot read.
+      InputError: the model cannot generate, or it cannot read the given inputs.
     """
     generator = trained.generator()
     inputs = _generator_inputs(request, trained)
@@ -54,25 +54,27 @@ def run_sampling(request: Request, trained: TrainedModel, open_run: OpenRun) -> 
         _print_all(completions)
     if any(completion.finish_reason == "context" for completion in completions):
         length = request.config.data.sequence_length
-        print(f"(ended at the model's context of {length} tokens)", file=sys.stderr)
+        print(f"(stopped at the context length of {length} tokens)", file=sys.stderr)
 
 
 def _generator_inputs(request: Request, trained: TrainedModel) -> GeneratorInputs:
-    """What a `Generator` is to go on from: prompts, and what the model reads beside them."""
+    """Return the inputs of a `Generator`: the prompts, and text, image or audio sources."""
     options, shape = request.sampling, request.config.model.source_shape
     prompts = options.prompts or ("",)
     if shape is None or source_kind(shape) == "text":
         if options.sources:
             raise InputError(
-                "--source is of models that read an image or a sound; this one reads texts: --prompt"
+                "--source requires a model with image or audio input; this model takes text: use --prompt"
             )
         return {"sources": None} | trained.as_generator_inputs(prompts)
     if not options.sources:
-        raise InputError("the model reads an image or a sound: give its file with --source")
+        raise InputError("the model requires image or audio input: set --source to a file")
     num_prompts, num_sources = len(prompts), len(options.sources)
     if num_prompts != num_sources and min(num_prompts, num_sources) > 1:
-        raise InputError(f"--prompt is given {num_prompts} times and --source {num_sources} times")
-    from attnlab.data import media  # takes half a second, which only a file needs
+        raise InputError(
+            f"--prompt is given {num_prompts} times and --source {num_sources} times; use equal numbers"
+        )
+    from attnlab.data import media  # deferred: this import takes half a second
 
     settings = _preprocessor(request)
     sources = [media.read(file, settings, shape) for file in options.sources]
@@ -81,16 +83,16 @@ def _generator_inputs(request: Request, trained: TrainedModel) -> GeneratorInput
 
 
 def _preprocessor(request: Request) -> Mapping[str, Any]:
-    """How a file becomes what the model of a run reads."""
+    """Return the settings that preprocess a file into model inputs."""
     if (folder := request.folder / PRETRAINED).exists():
         return preprocessor.read(folder)
     if (settings := request.config.data.preprocessor) is None:
-        raise InputError("the run's data do not say how a file is read: its `preprocessor` is None")
+        raise InputError("data.preprocessor is None: the run defines no preprocessing of files")
     return settings
 
 
 def _beam_search(request: Request, generator: Generator, inputs: GeneratorInputs) -> list[Completion]:
-    """The likeliest texts, with their scores."""
+    """Return the best hypotheses of beam search, with their scores."""
     options = request.sampling
     assert options.num_beams is not None
     return generator.beam_search(
@@ -108,7 +110,7 @@ def _sample(
     speculator: PromptLookup | DraftModel | None,
     stream=None,
 ) -> list[Completion]:
-    """Samples for all inputs."""
+    """Return samples for all inputs."""
     options = request.sampling
     return generator(
         **inputs,
@@ -125,7 +127,7 @@ def _sample(
 def _speculator(
     request: Request, trained: TrainedModel, open_run: OpenRun
 ) -> PromptLookup | DraftModel | None:
-    """How next tokens are guessed, if they are: by what came before, another run, or a checkpoint."""
+    """Return the source of draft tokens: prompt lookup, a draft model, or None."""
     options = request.sampling
     if options.prompt_lookup_ngram is not None:
         return PromptLookup(options.prompt_lookup_ngram, options.num_speculative_tokens)
@@ -139,7 +141,7 @@ def _speculator(
     loaded, mesh = pretrained.load(options.draft_model, trained.session.mesh), trained.session.mesh
     if loaded.tokenizer is None:
         raise InputError(
-            f"--draft_model={options.draft_model} has no tokenizer: its tokens cannot be compared"
+            f"--draft_model={options.draft_model} has no tokenizer; it must share the vocabulary of the model"
         )
     length = request.config.data.sequence_length
     return DraftModel(
@@ -153,8 +155,8 @@ def _stream_sample(
     inputs: GeneratorInputs,
     speculator: PromptLookup | DraftModel | None,
 ) -> list[Completion]:
-    """One sample, printed as it grows."""
-    # Shown with the first new text, when nothing is left that could be refused.
+    """Generate one sample and print its text while it is generated."""
+    # Print the prompt with the first new text, since until then generation may raise an InputError.
     head = iter(inputs["prompts"] or [f"{source}\n" for source in inputs["sources"]])
 
     def stream(_: int, text: str) -> None:

@@ -1,4 +1,4 @@
-"""A sweep: run each of its requests in turn, and compare them at the end."""
+"""Sweeps: run requests one after the other and compare their metrics."""
 
 import json
 import math
@@ -15,9 +15,12 @@ SHOWN = 4
 
 
 def run_all(requests: Sequence[Request], run: Callable[[Request], Mapping[str, float] | None]) -> int:
-    """Run every request, write `sweep.json` after each, print the table; the exit code, 1 if one failed.
+    """Run every request, write `sweep.json` after each run, and print the table.
 
-    A run that fails does not end the sweep: its row says why.
+    A run that fails does not stop the sweep; its row contains the error.
+
+    Returns:
+      The exit code: 1 if any run failed.
     """
     first = requests[0].workdir
     assert first is not None
@@ -29,7 +32,7 @@ def run_all(requests: Sequence[Request], run: Callable[[Request], Mapping[str, f
             rows.append(_row(request, run))
             write_atomically(first.parent / "sweep.json", _as_text(rows))
     finally:
-        if rows:  # also of a sweep that was interrupted
+        if rows:  # also after an interrupt
             print(table(rows), flush=True)
             print(f"saved in {first.parent / 'sweep.json'}", flush=True)
     return int(any(row["error"] for row in rows))
@@ -60,14 +63,14 @@ def _as_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ranked_by(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The metric that orders the table: a validation loss if there is one, else another loss."""
+    """Return the metric that orders the table: a validation loss if any, else another loss."""
     losses = [name for row in rows for name in row["metrics"] if "loss" in name]
     validation = [name for name in losses if name.startswith(("val", "eval"))]
     return next(iter(validation + losses), None)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as aligned text, best first: swept values, then metrics or the reason for their lack."""
+    """Return the rows as an aligned table, best first: swept values, then metrics or the error."""
     rank = ranked_by(rows)
 
     def order(row: Mapping[str, Any]) -> tuple[bool, float]:

@@ -1,4 +1,4 @@
-"""A trained model in hand: predict, read its attention maps, generate, and save figures."""
+"""A trained model for reports: predictions, attention maps, generation, claims and figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,20 +20,20 @@ from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
 
 FIGURES = "figures"
-PRETRAINED = "pretrained"  # where a run's folder has the small files of the checkpoint that it began as
+PRETRAINED = "pretrained"  # subfolder with the config and tokenizer files of an imported checkpoint
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What an experiment's `report(trained)` is given at the end of a run.
+    """A trained model and its run: the argument of an experiment's `report(trained)`.
 
     Attributes:
       session: the experiment on its mesh.
-      params: the parameters to evaluate.
+      params: the parameters used for evaluation.
       workdir: the run's folder.
-      metrics: of its last evaluation.
-      log: takes lines for the person.
-      claims: every claim that `claim` has checked, in order.
+      metrics: the metrics of the last evaluation.
+      log: prints a line.
+      claims: the claims recorded by `claim`, in order.
     """
 
     session: Session
@@ -54,16 +54,16 @@ class TrainedModel:
         return self.session.tokenizer
 
     def batches(self, split: str, limit: int | None = None) -> list[Batch]:
-        """The batches of a split, every target once."""
+        """Return the batches of a split; each target occurs once."""
         return list(self.experiment.data.eval_batches(split, self.tokenizer, limit=limit))
 
     def predict(self, batch: Batch) -> Int[np.ndarray, "B T"]:
-        """The most probable target of each position."""
+        """Return the most probable target at each position."""
         with jax.set_mesh(self.session.mesh):
             return jax.device_get(_predict(self.session.model, self.params, self.session.to_devices(batch)))
 
     def apply(self, batch: Batch, method: str) -> Any:
-        """What a method of the model gives for a batch, on the host."""
+        """Return the output of a method of the model on a batch, on the host."""
         with jax.set_mesh(self.session.mesh):
             batch = self.session.to_devices(batch)
             return jax.device_get(_apply(self.session.model, method, self.params, batch.inputs))
@@ -71,31 +71,39 @@ class TrainedModel:
     def attention(
         self, batch: Batch, stack: str = "layers", branch: str = "attention"
     ) -> Float[np.ndarray, "L B H T S"]:
-        """Where each position of a batch looks, in every layer and head; see `attention_maps`."""
+        """Return the attention weights of a batch in every layer and head; see `attention_maps`."""
         with jax.set_mesh(self.session.mesh):
             inputs = self.session.to_devices(batch).inputs
             return attention_maps(self.session.model, self.params, stack, branch, **inputs)
 
     def generator(self) -> Generator:
-        """Generates with this model; see `Generator`."""
+        """Return a `Generator` for this model."""
         length = self.experiment.data.sequence_length
         return Generator(self.session.model, self.params, self.tokenizer, length, self.session.mesh)
 
     def as_generator_inputs(self, texts: Sequence[str]) -> dict[str, Any]:
-        """Texts as what a `Generator` takes: the sources of a model that reads texts, else prompts."""
+        """Return texts as arguments of a `Generator`.
+
+        Texts are `sources` for a model with text input, else `prompts`.
+        """
         reads_text = source_kind(self.experiment.model.source_shape) == "text"
         return {"prompts": None, "sources": texts} if reads_text else {"prompts": texts}
 
     def generate(self, texts: Sequence[str], **options) -> list[Completion]:
-        """Completions of texts, as of `as_generator_inputs`; options as of `Generator`."""
+        """Return a completion of each text.
+
+        Args:
+          texts: prompts or sources; see `as_generator_inputs`.
+          **options: keyword arguments of `Generator.__call__`.
+        """
         return self.generator()(**self.as_generator_inputs(texts), **options)
 
     def attention_of_tokens(self, tokens: Sequence[int]) -> Float[np.ndarray, "L H T S"]:
-        """Where each token of one text looks, in every layer and head."""
+        """Return the attention weights of one sequence of tokens in every layer and head."""
         return self.attention(self.batch_from_tokens(tokens))[:, 0]
 
     def batch_from_tokens(self, tokens: Sequence[int]) -> Batch:
-        """A text as a batch, in every row of as many as the mesh needs."""
+        """Return a batch of one sequence, repeated once per data shard of the mesh."""
         rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
         ids = np.tile(np.asarray(tokens, np.int32), (rows, 1))
         zero, one = np.zeros_like(ids), np.ones_like(ids)
@@ -109,16 +117,16 @@ class TrainedModel:
         )
 
     def claim(self, text: str, value: float, comparison: Comparison, threshold: float) -> None:
-        """Compare a measured value with its threshold, print whether the claim holds, record it.
+        """Compare a measured value with a threshold, print whether the claim holds, and record it.
 
-        `report.json` lists every claim; see `Claim`. A claim that fails does not change the exit code.
+        `report.json` lists every claim; see `Claim`. A failed claim does not change the exit code.
         """
         claim = Claim(text, float(value), comparison, float(threshold))
         self.claims.append(claim)
         self.log(str(claim))
 
     def save_figure(self, figure, name: str) -> None:
-        """Saves a figure as PNG and SVG under the run's `figures`, and says where."""
+        """Save a figure as PNG and SVG in `figures` of the workdir, and print the paths."""
         paths = figures.save(figure, self.workdir / FIGURES / name)
         self.log(f"figure: {', '.join(str(path) for path in paths)}")
 

@@ -25,7 +25,7 @@ def test_a_new_run_names_its_experiment_and_the_file(toy):
     assert line(toy, "runs/a", default=False) == "new run of toy (experiments/toy.py) in runs/a"
     assert line(toy, None, default=False) == "new run of toy (experiments/toy.py)"
     assert line(toy, None) == (
-        "new run of toy (experiments/toy.py), the default experiment; --config=NAME runs another"
+        "new run of toy (experiments/toy.py), the default experiment; choose another with --config=NAME"
     )
 
 
@@ -42,7 +42,7 @@ def test_runs_that_exist(toy):
 
 
 def test_a_mistyped_workdir_is_reported_with_the_nearest_run(toy, tmp_path):
-    starts = ": starting a new run of toy (experiments/toy.py), the default experiment, there"
+    starts = ": starting a new run of toy (experiments/toy.py), the default experiment"
     assert line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}"
     (tmp_path / "runs" / "pronoun").mkdir(parents=True)
     assert line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}"  # the neighbour holds no run
