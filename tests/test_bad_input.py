@@ -163,7 +163,7 @@ def test_a_run_that_never_began_leaves_no_folder(place, refused):
         (["--num_samples=0"], "--num_samples=0 is out of bounds"),
         (["--max_new_tokens=0"], "--max_new_tokens=0 is out of bounds"),
         (["--stop="], "--stop is empty"),
-        (["--prompt=longer than the context of sixteen"], "the prompt has 35 tokens and the model's context holds 16"),
+        (["--prompt=longer than the context of sixteen"], "the prompt has 35 tokens, but the context of the model has 16"),
         (["--checkpoint=3"], "--checkpoint=3: expected one of latest, best, 2, 4"),
         (["--checkpoint=newest"], "expected latest, best or a step"),
         (["--config.model.depth=3"], "holds a run with a different config: model.depth: 2 -> 3"),
@@ -177,7 +177,7 @@ def test_mistakes_in_sampling(place, refused, arguments, said):
 def test_a_model_that_reads_whole_texts_writes_none(place, refused):
     whole = "--config.model.pattern=(Bidirectional(),)"
     assert call("--config=tiny.py", "--workdir=whole", whole, "--max_steps=1") == 0
-    said = "reads whole texts: it cannot generate"
+    said = "is not causal: it cannot generate"
     assert refused("--mode=sample", "--workdir=whole", "--prompt=a", said=said, keeps=place / "whole") == ""
 
 

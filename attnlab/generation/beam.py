@@ -17,7 +17,7 @@ from attnlab.sharding import out_sharding
 
 @dataclass(frozen=True)
 class PowerLengthPenalty:
-    """|Y|^alpha: over 0, longer texts are preferred; 1 compares mean log-probabilities."""
+    """|Y|^alpha; alpha > 0 prefers longer texts, and 1 compares mean log-probabilities."""
 
     alpha: float = 1.0
 
@@ -53,11 +53,11 @@ def _require_finite(penalty: PowerLengthPenalty | GNMTLengthPenalty) -> None:
 
 @dataclass(frozen=True)
 class BeamSearchOptions:
-    """How to search.
+    """Options of a beam search.
 
     Attributes:
-      num_beams: hypotheses kept at each length, k.
-      length_penalty: divides log-probabilities, so that texts of unequal length can be compared.
+      num_beams: number k of hypotheses at each length.
+      length_penalty: divisor of log-probabilities, to compare texts of different lengths.
     """
 
     num_beams: int = 4
@@ -69,28 +69,29 @@ class BeamSearchOptions:
 
 
 class Hypotheses(NamedTuple):
-    """The k best hypotheses of each row, best first: their tokens, padded with the end token, and scores.
+    """The k best hypotheses of each row, best first. The end token is the padding.
 
-    The score of a live hypothesis is its log-probability; that of a finished one is divided by the penalty
-    of its length; that of an empty place is -inf.
+    The score of a live hypothesis is its log-probability. The score of a finished hypothesis is its
+    log-probability divided by the length penalty. The score of an empty place is -inf.
     """
 
     tokens: Int[Array, "B k T"]
     scores: Float[Array, "B k"]
 
     def best(self, count: int) -> tuple["Hypotheses", Int[Array, "B count"]]:
-        """Return the `count` best, and their places."""
+        """Return the `count` best hypotheses and their indices."""
         scores, places = jax.lax.top_k(self.scores, count)
         return Hypotheses(_pick(self.tokens, places), scores), places
 
 
 class _BeamState(NamedTuple):
-    """Between two tokens.
+    """The state between two tokens.
 
     Attributes:
-      length: tokens of every live hypothesis.
+      length: number of tokens of every live hypothesis.
       live: hypotheses that have not ended.
-      parents: the hypothesis of the previous step that each live one extends; the cache still holds those.
+      parents: index of the previous hypothesis that each live one extends. The cache still has the
+        order of the previous hypotheses.
       finished: hypotheses that have ended.
       active: whether a row can still find a better hypothesis.
       decode_state: cache and logits, B * k rows.
@@ -119,27 +120,31 @@ def beam_search(
     steps,
     forced_decoder_ids: tuple[int, ...] = (),
 ) -> Hypotheses:
-    """Return the `num_beams` best hypotheses of each row that a beam search finds, and their scores.
+    """Search the `num_beams` best hypotheses of each row.
 
-    Each step extends every live text by every token. Of the 2k likeliest, those among the first k that
-    end, by `eos_id` or by their length, compete for the k places of finished texts; the k likeliest of the
-    others go on. The last token of a model that `ends` is `eos_id`. A row is done when its likeliest live
-    text, scored as if it ended now, is no better than its worst finished one, all places being taken. (A
-    later end could score higher if the penalty is over 1; this is the rule that Hugging Face's generate calls
-    early_stopping=False.)
+    Each step extends every live hypothesis by every token and selects the 2k most probable ones.
+    Those among the first k that end, by `eos_id` or by their length, compete for the k finished
+    places; the k most probable of the others stay live. With `generation.forced_eos` the last token
+    is `eos_id`. A row is done when all finished places are taken and its best live hypothesis,
+    scored as if it ended now, is not better than its worst finished one. (With a penalty over 1 a
+    later end could still score higher; this is early_stopping=False of Hugging Face's generate.)
 
     Args:
       model: a decoder; see `forward`.
       params: its parameters.
-      decode_state: after the prompts, with at least `steps` - 1 free slots in its cache.
+      decode_state: the state after the prompts, with at least `steps` - 1 free cache slots.
       num_beams: k.
       length_penalty: see `BeamSearchOptions`.
-      eos_id: the token that ends a text, and fills it up.
-      slots: T, tokens that a text has room for.
-      steps: its most tokens, at most `slots`; may be traced.
-      forced_decoder_ids: the first tokens of every text, fewer than `steps`; `decode_state` has read them.
+      eos_id: the end token, also used as padding.
+      slots: T, the length of the token arrays.
+      steps: maximum number of tokens, at most `slots`; may be traced.
+      forced_decoder_ids: the first tokens of every text, fewer than `steps`, already in
+        `decode_state`.
+
+    Returns:
+      The hypotheses with their scores, best first.
     """
-    # Every hypothesis is padded with the end token, and begins with the forced tokens.
+    # Every hypothesis begins with the forced tokens and is padded with the end token.
     initial = jnp.array([*forced_decoder_ids, *[eos_id] * (slots - len(forced_decoder_ids))], jnp.int32)
     tokens = jnp.zeros_like(decode_state.positions)[:, None, None] + jnp.tile(initial, (1, num_beams, 1))
     empty = jnp.full_like(decode_state.positions, -jnp.inf, jnp.float32)[:, None] + jnp.zeros((1, num_beams))
@@ -172,7 +177,7 @@ def _select(
 ) -> _BeamState:
     """Extend every live hypothesis by one token, which is not in the cache yet.
 
-    Where `last_token` is given, it is the last token of every hypothesis of the greatest length.
+    If `last_token` is given, every hypothesis of maximum length ends with it.
     """
     b, k, _ = state.live.tokens.shape
     logits, length = whole_rows(state.decode_state.logits), state.length + 1
@@ -184,7 +189,7 @@ def _select(
     log_probs = log_probs.reshape(b, k, vocab_size, out_sharding=out_sharding("batch", None, None))
     scores = state.live.scores[:, :, None] + log_probs
     scores = scores.reshape(b, k * vocab_size, out_sharding=out_sharding("batch", None))
-    # An end takes one token of each text, so that of 2k at least k go on.
+    # Each hypothesis has only one extension by the end token, so at least k of 2k stay live.
     scores, places = jax.lax.top_k(scores, 2 * k)
     parents, new = places // vocab_size, places % vocab_size
     at = jnp.arange(state.live.tokens.shape[-1]) == state.length

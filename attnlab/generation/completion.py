@@ -1,4 +1,4 @@
-"""Completions, and the text of one as it grows token by token."""
+"""Completions, and incremental detokenization."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class Completion:
 
     Attributes:
       prompt: the text that is continued.
-      text: the text generated, up to but not with a stop string.
-      tokens: the ids generated.
+      text: the generated text, up to a stop string.
+      tokens: the generated ids.
       finish_reason: "eos", "stop" (a stop string), "length" (`max_new_tokens`), or "context".
-      score: of a beam search, the log-probability of the tokens divided by their length penalty.
+      score: for beam search, the log-probability of the tokens divided by the length penalty.
       source: the source, if it is a text.
     """
 
@@ -33,7 +33,7 @@ class Completion:
 
     @property
     def head(self) -> str:
-        """The inputs, to be shown before the text."""
+        """The inputs, for display before the text."""
         return self.prompt if self.source is None else f"{self.source}\n{self.prompt}"
 
 
@@ -43,8 +43,8 @@ class GenerationInput:
 
     Attributes:
       prompt: the text to continue.
-      ids: all tokens that are read before the first token is drawn.
-      source: an array that is read beside them.
+      ids: token ids of the prompt, with forced and special tokens.
+      source: encoder input.
       source_text: the source, if it is a text.
     """
 
@@ -55,7 +55,7 @@ class GenerationInput:
 
 
 class IncrementalDetokenizer:
-    """The text of one row as it grows; ends it at the end token or at a stop string."""
+    """The growing text of one row, which ends at the end token or at a stop string."""
 
     def __init__(self, inputs: GenerationInput, tokenizer: Tokenizer, stop: Sequence[str]):
         self._inputs, self.finish_reason = inputs, ""
@@ -65,7 +65,7 @@ class IncrementalDetokenizer:
         self._num_emitted = 0
 
     def add(self, tokens: list[int]) -> str:
-        """Add tokens; return the text that is certain now and was not returned before."""
+        """Add tokens and return the new text that later tokens cannot change."""
         if self.finish_reason:
             return ""
         if self._tokenizer.eos_id in tokens:
@@ -92,13 +92,13 @@ class IncrementalDetokenizer:
         return new
 
     def _num_uncertain(self) -> int:
-        """Characters at the end that a next token may change: half a character after half a stop string."""
+        """Count the final characters that a later token may change."""
         text = self._text.rstrip("\N{REPLACEMENT CHARACTER}")
         half = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         return len(self._text) - len(text) + half
 
     def end(self, reason: str) -> str:
-        """End the text unless it has ended; return the text that was still uncertain."""
+        """End the text unless it has ended, and return the remaining text."""
         self.finish_reason = self.finish_reason or reason
         return self._emit(0)
 
@@ -111,5 +111,5 @@ class IncrementalDetokenizer:
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters made visible: a terminal would obey those that a model writes."""
+    """Return `text` with visible control characters, so that a terminal does not execute them."""
     return text.translate(_CONTROL_PICTURES)

@@ -1,4 +1,4 @@
-"""The state of decoding: the KV cache of the tokens decoded so far, and the logits of the next token."""
+"""The state of decoding: the KV cache of all tokens so far, and the logits of the next token."""
 
 import math
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ PREFILL_CHUNK = 1024  # tokens of a prompt per forward pass, over all rows
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """The cache of all tokens decoded so far, the logits of the next token, and its position.
+    """The KV cache of all tokens so far, the logits of the next token, and its position.
 
-    Logits of tokens that the model never writes, or never first, are -inf: see `GenerationDefaults`.
+    Suppressed tokens have logit -inf: see `GenerationDefaults`.
     """
 
     cache: DecoderCache
@@ -42,16 +42,17 @@ class DecodeState:
 def forward(
     model, params, tokens, segments, positions, cache: DecoderCache, **source
 ) -> tuple[Array, DecoderCache]:
-    """Return the logits after each token (B, T, V) and the new cache; suppressed tokens have logit -inf.
+    """Return the logits after each token (B, T, V), -inf for suppressed tokens, and the new cache.
 
     Args:
-      model: with `init_cache`.
+      model: a module with `init_cache`.
       params: its parameters.
-      tokens: ids.
-      segments: 0 where they are padding.
-      positions: of each token.
-      cache: of the tokens before.
-      **source: at the first tokens, what `Batch.inputs` has of a source, if the model reads one.
+      tokens: token ids.
+      segments: 0 at padding.
+      positions: position of each token.
+      cache: KV cache of the previous tokens.
+      **source: for the first tokens, `source` and `source_segments` of `Batch.inputs`, if the model
+        has a source.
     """
     logits, cache = model.apply({"params": params}, tokens, segments, positions, cache, **source)
     return suppress(logits, model.config.generation.suppress_tokens), cache
@@ -61,10 +62,10 @@ def forward(
 def prefill(
     model, slots: int, params, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], **source
 ) -> DecodeState:
-    """Read prompts, padded on the left where `segments` is 0, into a new cache of `slots` slots.
+    """Return the state after prompts, left-padded where `segments` is 0, with a cache of `slots`.
 
-    A long prompt is read in chunks, so that no activation covers all of it. The encoding of a source is kept
-    in the cache: the source is read here, with the whole prompt, and never again.
+    A long prompt is processed in chunks, so that no activation covers all of it. A source is
+    encoded here, with the whole prompt, and its encoding stays in the cache.
     """
     rows, length = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
@@ -81,7 +82,7 @@ def prefill(
         chunks = [jnp.moveaxis(x.reshape(rows, num_chunks, -1), 1, 0) for x in prompt]
         cache, x = jax.lax.scan(read, cache, chunks)
         x = x[-1]
-    # Of the last token alone: the logits of all of a long prompt can be larger than the model.
+    # Only the last token: the logits of a whole long prompt can be larger than the model.
     x = sharding.constrain(x, "batch", None, None)
     logits = model.apply({"params": params}, x, method="logits_of")
     defaults = model.config.generation

@@ -1,4 +1,4 @@
-"""Generation: one compiled prefill, and one compiled decode loop that decodes a chunk of tokens per call."""
+"""Generation: a compiled prefill, and a compiled decode loop with a chunk of tokens per call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,10 +34,10 @@ DECODE_CHUNK = 16  # tokens decoded between checks of stop strings and outputs
 
 @dataclass(frozen=True)
 class DraftModel:
-    """Speculative decoding with the draft tokens of another model that has the same vocabulary.
+    """Speculative decoding with draft tokens of another model with the same vocabulary.
 
     Attributes:
-      generator: of the draft model.
+      generator: the generator of the draft model.
       num_speculative_tokens: draft tokens per pass.
     """
 
@@ -49,22 +49,22 @@ class DraftModel:
 
 
 class Generator:
-    """Generates with one model, its programs compiled once for each number of rows and slots.
+    """Text generation with one model. Programs are compiled per number of rows and cache slots.
 
     Args:
-      model: whatever writes tokens and sees no later ones; perhaps of a source that it reads.
+      model: a causal model, with or without sources.
       params: its parameters.
       tokenizer: its tokenizer.
-      context: the most tokens a row may hold, prompt and all.
-      mesh: where the parameters lie.
+      context: maximum number of tokens per row, including the prompt.
+      mesh: the mesh of the parameters.
 
     Raises:
-      InputError: a model that looks ahead.
+      InputError: the model is not causal.
     """
 
     def __init__(self, model: nn.Module, params, tokenizer: Tokenizer, context: int, mesh: Mesh):
         if not model.config.causal:
-            raise InputError("a model with Bidirectional layers reads whole texts: it cannot generate them")
+            raise InputError("a model with Bidirectional layers is not causal: it cannot generate text")
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.context, self.mesh = context, mesh
 
@@ -82,23 +82,25 @@ class Generator:
         stream: Callable[[int, str], None] | None = None,
         speculator: PromptLookup | DraftModel | None = None,
     ) -> list[Completion]:
-        """Completions of each prompt, `num_samples` in a row for the first, then the second, and so on.
+        """Return `num_samples` completions of the first prompt, then of the second, and so on.
 
         Args:
-          prompts: texts to go on from, of any lengths; beside sources they may be left out.
-          sources: what is read beside each prompt: texts, or arrays as of `ModelConfig.source_shape`.
-          forced_decoder_ids: the first tokens of each completion, by number or name; None is the model's own.
-          max_new_tokens: most tokens to add to each.
-          num_samples: completions of each prompt.
-          sampling: how tokens are drawn.
+          prompts: texts of any lengths; optional with sources.
+          sources: the encoder input of each prompt: texts, or arrays of `ModelConfig.source_shape`.
+          forced_decoder_ids: the first tokens of each completion, by id or name; None uses those of
+            the model.
+          max_new_tokens: maximum number of new tokens.
+          num_samples: completions per prompt.
+          sampling: temperature and filters.
           stop: strings that end a completion.
-          seed: of the draws; a row's draws do not depend on the other rows.
-          stream: called with (row, new text) as text becomes certain.
-          speculator: proposes draft tokens for speculative decoding; None decodes one token at a time.
+          seed: random seed; the draws of a row do not depend on the other rows.
+          stream: called with (row, new text) when text becomes final.
+          speculator: proposes draft tokens for speculative decoding; None decodes one token at a
+            time.
 
         Raises:
-          InputError: a prompt that leaves no room in the context, an empty stop string, sources that are
-            not what the model reads, or a draft model with another vocabulary.
+          InputError: a prompt fills the context, a stop string is empty, sources do not fit the
+            model, or the draft model has another vocabulary.
         """
         if isinstance(stop, str) or not all(stop):
             raise InputError(f"stop must be a list of strings of at least one character, not {stop!r}")
@@ -106,7 +108,7 @@ class Generator:
         inputs = [each for each in self._inputs(prompts, sources, forced_ids) for _ in range(num_samples)]
         steps = self._steps(inputs, forced_ids, max_new_tokens)
         limit = "length" if steps == max_new_tokens else "context"
-        steps -= len(forced_ids) + self.model.config.generation.forced_eos  # those that are drawn
+        steps -= len(forced_ids) + self.model.config.generation.forced_eos  # sampled tokens
         rows = [IncrementalDetokenizer(each, self.tokenizer, stop) for each in inputs]
         for i, row in enumerate(rows):
             new_text = row.add(list(forced_ids))
@@ -139,24 +141,22 @@ class Generator:
         max_new_tokens: int = 128,
         num_samples: int = 1,
     ) -> list[Completion]:
-        """The best completions of each prompt that a beam search finds, at most `num_samples`.
+        """Return the best completions of each prompt by beam search, at most `num_samples`.
 
         Args:
-          prompts: texts to go on from, of any lengths; None only beside sources.
-          options: how to search; see `beam_search`.
-          sources: what is read beside each prompt; see `__call__`.
-          forced_decoder_ids: the first tokens of each completion, by number or name; None is the model's own.
-          max_new_tokens: most tokens to add to each, at least 1.
-          num_samples: completions of each prompt, best first.
+          prompts: texts of any lengths; optional with sources.
+          options: options of the search.
+          sources: the encoder input of each prompt; see `__call__`.
+          forced_decoder_ids: see `__call__`.
+          max_new_tokens: maximum number of new tokens, at least 1.
+          num_samples: completions per prompt, best first.
 
         Raises:
-          InputError: a prompt that leaves no room in the context, more samples than beams, or sources that
-            are not what the model reads.
+          InputError: a prompt fills the context, there are more samples than beams, or sources do
+            not fit the model.
         """
         if not 1 <= num_samples <= options.num_beams:
-            raise InputError(
-                f"num_samples={num_samples} must be at least 1, and at most the {options.num_beams} beams"
-            )
+            raise InputError(f"num_samples={num_samples} must be between 1 and num_beams={options.num_beams}")
         forced_ids = self._forced_ids(forced_decoder_ids, max_new_tokens)
         inputs = self._inputs(prompts, sources, forced_ids)
         steps = self._steps(inputs, forced_ids, max_new_tokens)
@@ -187,7 +187,7 @@ class Generator:
         return completions
 
     def _sample(self, inputs: Sequence[GenerationInput], steps: int, sampling: SamplingParams, seed: int):
-        """Yield the next tokens of every row, (B, DECODE_CHUNK), again and again."""
+        """Yield chunks of tokens of every row, (B, DECODE_CHUNK)."""
         state = _start(self._prefill(inputs, round_up_to_chunk(steps)), seed)
         for _ in range(0, steps, DECODE_CHUNK):
             state, tokens = _decode_chunk(self.model, self.tokenizer.eos_id, sampling, self.params, state)
@@ -201,7 +201,7 @@ class Generator:
         sampling: SamplingParams,
         seed: int,
     ):
-        """Yield the next tokens of every row, as many as each call accepts."""
+        """Yield the accepted tokens of every row."""
         if steps < 1:
             return
         num_drafts = speculator.num_speculative_tokens
@@ -213,7 +213,7 @@ class Generator:
             draft_state = draft._prefill(inputs, room)
             same_size = decode_state.logits.shape == draft_state.logits.shape
             if not same_size or not self.tokenizer.same_vocabulary(draft.tokenizer):
-                raise InputError("a draft must be a model of the same tokens as the one that checks it")
+                raise InputError("the draft model must have the same vocabulary as the model")
             drafter, draft_params = DraftSpeculator(draft.model, num_drafts), draft.params
             speculator_state = draft_state.cache
         else:
@@ -223,7 +223,7 @@ class Generator:
         if not isinstance(decode_state.cache, DecoderCache) or not isinstance(
             speculator_state, DecoderCache | jax.Array
         ):
-            raise InputError("a recurrent model cannot take back what it has read: it goes without guesses")
+            raise InputError("a recurrent model cannot rewind its state: speculative decoding is impossible")
         options = {"sampling": sampling, "eos_id": self.tokenizer.eos_id}
         start = _start(decode_state, seed)
         state = init_speculation(
@@ -253,13 +253,13 @@ class Generator:
         tokens = defaults if forced_decoder_ids is None else forced_decoder_ids
         ids = tuple(self.tokenizer.token_id(token) if isinstance(token, str) else token for token in tokens)
         if ids and max_new_tokens <= len(ids):
-            raise InputError(f"max_new_tokens must be over the {len(ids)} that are forced")
+            raise InputError(f"max_new_tokens must be over the {len(ids)} forced tokens")
         return ids
 
     def _steps(
         self, inputs: Sequence[GenerationInput], forced_ids: tuple[int, ...], max_new_tokens: int
     ) -> int:
-        """Most tokens of a completion, the forced ones included."""
+        """Return the maximum number of tokens of a completion, including forced ones."""
         return min(max_new_tokens, self.context - max(len(each.ids) for each in inputs) + len(forced_ids))
 
     def _inputs(self, prompts, sources, forced_ids: tuple[int, ...]) -> list[GenerationInput]:
@@ -270,7 +270,7 @@ class Generator:
             return [GenerationInput(prompt, [*self._encode(prompt), *forced_ids]) for prompt in prompts]
         prompts = [""] * len(sources) if prompts is None else prompts
         if len(prompts) != len(sources):
-            raise InputError(f"there are {len(prompts)} prompts to {len(sources)} sources")
+            raise InputError(f"there are {len(prompts)} prompts but {len(sources)} sources")
         return [
             GenerationInput(
                 prompt,
@@ -284,19 +284,19 @@ class Generator:
         ]
 
     def _encode(self, prompt: str) -> list[int]:
-        """What is read of the text before anything is written."""
+        """Return the token ids of a prompt."""
         ids = source_inputs.prompt_ids(self.model.config, self.tokenizer, prompt)
         if len(ids) >= self.context:
             raise InputError(
-                f"the prompt has {len(ids)} tokens and the model's context holds {self.context}: "
-                f"use one of at most {self.context - 1}"
+                f"the prompt has {len(ids)} tokens, but the context of the model has {self.context}: "
+                f"use at most {self.context - 1}"
             )
         return ids
 
     def _padded(self, inputs: Sequence[GenerationInput], room: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and segments of the prompts, padded on the left so that all end together."""
+        """Return tokens and segments of the prompts, left-padded."""
         ids = [each.ids for each in inputs]
-        # Lengths and rows in powers of two, so that few programs are compiled.
+        # Lengths and numbers of rows are powers of two, so that few programs are compiled.
         length = max(max(map(len, ids)), min(_power_of_two(max(map(len, ids))), self.context - room))
         tokens, segments = np.zeros((2, self._count(inputs), length), np.int32)
         for i, row in enumerate([*ids, *[ids[0]] * (len(tokens) - len(ids))]):
@@ -305,15 +305,15 @@ class Generator:
         return tokens, segments
 
     def _count(self, inputs: Sequence[GenerationInput]) -> int:
-        pieces = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-_power_of_two(len(inputs)) // pieces) * pieces
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-_power_of_two(len(inputs)) // shards) * shards
 
     def _put(self, x):
-        """Rows of arrays, laid out over the mesh."""
+        """Shard the rows of arrays over the mesh."""
         return jax.device_put(x, sharding.named_sharding(self.mesh, P(("data", "fsdp"))))
 
     def _prefill(self, inputs: Sequence[GenerationInput], room: int) -> DecodeState:
-        """The prompts read, with room for more tokens."""
+        """Return the state after the prompts, with `room` free cache slots."""
         tokens, segments = self._padded(inputs, room)
         inputs = [*inputs, *[inputs[0]] * (len(tokens) - len(inputs))]
         arrays = [each.source for each in inputs if each.source is not None]
@@ -327,7 +327,7 @@ class Generator:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _LoopState:
-    """Between two tokens: the decode state, and of each row its random key and whether it has ended."""
+    """The state between two tokens: the decode state, and key and end of each row."""
 
     decode_state: DecodeState
     keys: jax.Array
@@ -343,7 +343,7 @@ def _start(decode_state: DecodeState, seed) -> _LoopState:
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode_chunk(model: nn.Module, eos_id: int, sampling: SamplingParams, params, state: _LoopState):
-    """Return the new state and the next tokens of every row (B, DECODE_CHUNK); ended rows repeat the end."""
+    """Return the new state and the next tokens (B, DECODE_CHUNK); finished rows repeat the end."""
 
     def one(state: _LoopState, _):
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.decode_state.positions)

@@ -1,9 +1,8 @@
-"""From logits to the next token: temperature, top-k, nucleus and min-p.
+"""Sampling of the next token from logits: temperature, top-k, top-p (nucleus) and min-p.
 
-Each filter keeps the tokens above some level, so one sort of the vocabulary serves all three:
-find the smallest logit that stays, then compare. Nothing is gathered by index or scattered back,
-so a batch stays sharded as it came. Two tokens with the same logit share their fate, whatever
-their ids.
+Each filter keeps the tokens above some threshold, so one sort of the vocabulary serves all three:
+find the smallest kept logit, then compare. There is no gather or scatter by index, so the batch
+keeps its sharding. Tokens with equal logits are kept or removed together.
 """
 
 import math
@@ -21,17 +20,21 @@ from attnlab.errors import InputError
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw a token; the filters apply in the order of the fields, each to what the last one left.
+    """Parameters of sampling. The filters apply in the order of the fields; None disables one.
 
-    temperature: divides the logits, at least 0; 0 draws the most probable token (the first, of equals).
-    top_k: keep the k most probable tokens, at least 1, and all that equal the last of them.
-    top_p: keep the smallest set of most probable tokens whose mass reaches p, in (0, 1]
-        (nucleus sampling, Holtzman et al. 2020, equation 2), and all that equal the last of them.
-    min_p: keep what is at least min_p times as probable as the most probable token, in [0, 1]
+    A pytree: numbers may be traced (and are then not validated), so a jitted caller does not
+    recompile for another temperature.
+
+    Attributes:
+      temperature: divisor of the logits, at least 0; 0 is greedy (the first of equal tokens).
+      top_k: keep the k most probable tokens, at least 1, and ties with the last of them.
+      top_p: keep the smallest set of most probable tokens with mass p, in (0, 1], and ties with the
+        last of them (nucleus sampling, Holtzman et al. 2020, equation 2).
+      min_p: keep tokens at least min_p times as probable as the most probable one, in [0, 1]
         (Nguyen et al. 2024).
 
-    None leaves a filter out. A pytree: numbers may be traced (and are then not validated), so a
-    jitted caller does not compile again for another temperature. Errors: `InputError`.
+    Raises:
+      InputError: a value is out of range.
     """
 
     temperature: float | Float[Array, ""] = 1.0
@@ -52,10 +55,13 @@ def _require(name, value, allowed, meaning):
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B V"]:
-    """Logits of the distribution to draw from: -inf where nothing may be drawn, 0 at the most probable token.
+    """Return the filtered logits, float32: -inf for removed tokens, 0 for the most probable token.
 
-    logits (B, V), each row with a finite entry; -inf marks tokens that are forbidden already.
-    Returns float32, scaled by the temperature, and shifted so that no temperature overflows.
+    They are divided by the temperature, and shifted so that no temperature overflows.
+
+    Args:
+      logits: (B, V), each row with a finite entry; -inf marks forbidden tokens.
+      sampling: temperature and filters.
     """
     logits = whole_rows(logits).astype(jnp.float32)
     logits -= logits.max(-1, keepdims=True)
@@ -67,14 +73,14 @@ def filter_logits(logits: Float[Array, "B V"], sampling: SamplingParams) -> Floa
 
 
 def whole_rows(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Logits whose vocabulary is in one place."""
-    # Sorting needs the vocabulary in one place; one row of logits per sequence is cheap to gather.
+    """Gather the vocabulary dimension of logits if it is sharded."""
+    # Sorting needs the whole vocabulary; one row of logits per sequence is cheap to gather.
     rows, vocabulary = jax.typeof(logits).sharding.spec
     return logits if vocabulary is None else jax.sharding.reshard(logits, P(rows, None))
 
 
 def _lowest_kept(logits: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B 1"]:
-    """The smallest logit that every filter keeps; the largest logit of a row is 0."""
+    """Return the smallest logit that every filter keeps; the largest logit of a row is 0."""
     if sampling.top_k is None and sampling.top_p is None:
         lowest = jnp.full_like(logits[:, :1], -jnp.inf)
     else:
@@ -85,18 +91,18 @@ def _lowest_kept(logits: Float[Array, "B V"], sampling: SamplingParams) -> Float
 
 
 def _lowest_sorted(ascending: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B 1"]:
-    """The smallest of ascending logits (B, V) that top-k and top-p keep."""
+    """Return the smallest of ascending logits (B, V) that top-k and top-p keep."""
 
     def smallest(kept):
-        return jnp.where(kept, ascending, 0.0).min(-1, keepdims=True)  # 0 is the greatest: it always stays
+        return jnp.where(kept, ascending, 0.0).min(-1, keepdims=True)  # 0 is the maximum, always kept
 
     lowest = jnp.full_like(ascending[:, :1], -jnp.inf)
     if sampling.top_k is not None:
         size = ascending.shape[-1]
         lowest = smallest(jnp.arange(size)[None] >= size - sampling.top_k)
     if sampling.top_p is not None:
-        # Mass is summed from the improbable end, where float32 loses least. At p = 1 everything stays,
-        # even a token whose probability is too small for a float.
+        # The sum starts at the least probable tokens, where float32 loses least. At p = 1 all
+        # tokens stay, even those whose probability underflows.
         mass = jnp.cumsum(jax.nn.softmax(jnp.where(ascending >= lowest, ascending, -jnp.inf)), axis=-1)
         nucleus = smallest((mass > 1 - sampling.top_p) | (jnp.asarray(sampling.top_p) >= 1))
         lowest = jnp.maximum(lowest, nucleus)
@@ -104,17 +110,20 @@ def _lowest_sorted(ascending: Float[Array, "B V"], sampling: SamplingParams) -> 
 
 
 def row_keys(key: Key[Array, ""], rows: Int[Array, "B"]) -> Key[Array, "B"]:
-    """A random key for each row, made from the row's own number alone.
+    """Return a random key for each row that depends only on `key` and the number of the row.
 
-    rows (B,): for instance `jnp.arange(B)`, or the number of each request. What a row draws then
-    does not depend on how many others share its batch, nor on its place among them. For the keys
-    of step t, fold t into `key` first.
+    The draws of a row do not depend on the size of the batch or on its index in it. For the keys of
+    step t, fold t into `key` first.
+
+    Args:
+      key: the base key.
+      rows: (B,), such as `jnp.arange(B)` or the number of each request.
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
 def sample(keys: Key[Array, "B"], logits: Float[Array, "B V"], sampling: SamplingParams) -> Int[Array, "B"]:
-    """Draw one token for each row, by the row's own key; keys (B,), logits (B, V), returns int32 ids (B,)."""
+    """Sample one token per row with the key of the row; return int32 ids (B,)."""
     logits = whole_rows(logits)
     rows = jax.typeof(logits).sharding.spec[0]
     if jax.typeof(keys).sharding.spec[0] != rows:
@@ -123,6 +132,6 @@ def sample(keys: Key[Array, "B"], logits: Float[Array, "B V"], sampling: Samplin
     def draw():
         return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling))
 
-    # A random number for each token of the vocabulary costs as much as a layer: not where none is drawn.
+    # Random numbers for the whole vocabulary cost as much as a layer: greedy decoding skips them.
     greedy = jnp.asarray(sampling.temperature) == 0
     return jax.lax.cond(greedy, lambda: logits.argmax(-1), draw).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Prompts and sources to generate from, as the arrays that a model reads them by."""
+"""Prompts and sources of generation as input arrays of a model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,16 @@ from attnlab.models import ModelConfig, VisionLanguageConfig
 
 
 def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
-    """What is read of a text to go on from, with the places of an image where the model reads it among them.
+    """Return the token ids of a prompt, with the positions of an image if the model has one.
 
     Args:
-      config: of a model.
-      tokenizer: of its texts.
-      text: where the image is to stand it has its token, LLaVA's `<image>`; not if an image comes first.
+      config: the config of the model.
+      tokenizer: its tokenizer.
+      text: the prompt. It has the image token (`<image>` of LLaVA) at the position of the image,
+        unless the image comes first.
 
     Raises:
-      InputError: a text without that token, or with several.
+      InputError: the prompt does not have exactly one image token.
     """
     if not isinstance(config, VisionLanguageConfig) or config.image_token_id is None:
         return _text_ids(config, tokenizer, text)
@@ -30,13 +31,13 @@ def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int
         return [*image, *_text_ids(config, tokenizer, text.removeprefix(name) + config.prompt_suffix)]
     ids = tokenizer.encode_prompt(text, config.image_token_id)
     if (count := ids.count(config.image_token_id)) != 1:
-        raise InputError(f"a prompt has {name} once, where its image is to be: this one has it {count} times")
+        raise InputError(f"a prompt must have {name} once, at its image; this one has it {count} times")
     at = ids.index(config.image_token_id)
     return [*ids[:at], *image, *ids[at + 1 :]]
 
 
 def training_prefix_ids(config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
-    """What a text to learn begins with: as one that is written of an image, or any other source, alone."""
+    """Return the first token ids of a training text: those of generation without a prompt."""
     if isinstance(config, VisionLanguageConfig) and config.image_token_id is not None:
         image = [config.image_token_id] * config.num_image_tokens
         if config.prompt_suffix is None:
@@ -52,37 +53,37 @@ def _text_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]
 
 
 def source_arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[Any]) -> list[np.ndarray]:
-    """Each source as an array of what a row of `ModelConfig.source_shape` holds.
+    """Return each source as an array that fits `ModelConfig.source_shape`.
 
     Args:
-      config: of a model.
-      tokenizer: of the sources of a model that reads texts.
-      sources: texts; or arrays, of which the first dimension may be shorter than the shape's.
+      config: the config of the model.
+      tokenizer: the tokenizer of text sources.
+      sources: texts; or arrays, whose first dimension may be shorter than that of the shape.
 
     Raises:
-      InputError: sources of another kind, or longer than the model can read.
+      InputError: a source has another type, or is too long for the model.
     """
     shape = config.source_shape
     if shape is None:
-        raise InputError("the model reads nothing beside a prompt: it takes no sources")
+        raise InputError("the model takes only prompts, not sources")
     if source_kind(shape) == "text":
         if not all(isinstance(source, str) for source in sources):
-            raise InputError("the sources of this model are texts")
+            raise InputError("the sources of this model must be texts")
         arrays = [np.asarray(tokenizer.encode_source(source), np.int32) for source in sources]
         config.check_source_length(max(map(len, arrays)))
         return arrays
     arrays = [np.asarray(source, np.float32) for source in sources]
     for array in arrays:
         if array.shape[1:] != shape[1:] or not 1 <= len(array) <= shape[0]:
-            raise InputError(f"a source is an array of at most {shape}, not of {array.shape}")
+            raise InputError(f"a source must be an array of at most {shape}, not {array.shape}")
     return arrays
 
 
 def pad_sources(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Sources padded at their ends to one array, texts to a power of two, and where they are.
+    """Pad sources at their ends to one array, texts to a power of two, with their segments.
 
     Args:
-      arrays: as of `source_arrays`.
+      arrays: the result of `source_arrays`.
       shape: `ModelConfig.source_shape`.
     """
     longest = max(map(len, arrays))

@@ -3,11 +3,11 @@
     last token of the model    on
     draft tokens                  the  mat  and  the
     logits of one pass         p(.|on) p(.|the) p(.|mat) p(.|and)
-    tokens accepted, one more     the  mat  because
+    accepted, plus one token      the  mat  because
 
-Each token is distributed as if the model alone had written it (Leviathan et al. 2023, arXiv 2211.17192,
-algorithm 1). All rows advance together: a pass accepts as many draft tokens as the row with the fewest right
-ones, and adds one token. So the gain is greatest for a single row.
+Each token has the distribution of the model (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1).
+All rows advance together: a pass accepts as many draft tokens as the row with the fewest correct
+ones, and adds one token. The gain is therefore largest for a single row.
 """
 
 from dataclasses import dataclass, replace
@@ -28,9 +28,9 @@ from attnlab.generation.sampling import SamplingParams, filter_logits, sample
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """Draft by repetition: after the last n-gram comes what followed its previous occurrence.
+    """Drafts that copy the text after the previous occurrence of the last n-gram.
 
-    No second model is needed, and the text is the same as without.
+    It needs no second model and does not change the distribution of the text.
 
     Attributes:
       ngram: length of the n-gram that is looked up.
@@ -53,13 +53,13 @@ class PromptLookup:
         for i in range(self.ngram):
             matches &= jnp.roll(texts, i, axis=1) == jnp.take(texts, jnp.array([now - i]), axis=1)
         last = jnp.where(matches, slots, -1).max(axis=1, keepdims=True)
-        # Beyond its end the text is taken to continue with the same period.
+        # Beyond its end the text continues with the same period.
         places = last + 1 + jnp.arange(self.num_speculative_tokens + 1)[None] % (now - last)
         draft_tokens = jax.vmap(lambda row, at: row[at])(texts, places)
         return jnp.maximum(draft_tokens, 0).T, None, texts
 
     def verify(self, keys, draft_tokens: Int[Array, " B"], logits, draft_logits, sampling: SamplingParams):
-        """Return the token that the model draws, and whether it is the draft's: algorithm 1 for q = 1."""
+        """Return the token sampled from the model, and whether it is the draft (q = 1)."""
         del draft_logits
         token = sample(keys, logits, sampling)
         return token, token == draft_tokens
@@ -67,7 +67,7 @@ class PromptLookup:
     def advance(
         self, texts: Int[Array, "B S"], tokens: Int[Array, "B T"], state: "SpeculativeState", num_new
     ):
-        """Return the texts with new tokens; those after the first `num_new` are overwritten later."""
+        """Return the texts with new tokens; later calls overwrite those after `num_new`."""
         del num_new
         return jax.lax.dynamic_update_slice_in_dim(texts, tokens, state.cache.index + 1, axis=1)
 
@@ -89,7 +89,10 @@ class DraftSpeculator:
     num_speculative_tokens: int
 
     def propose(self, params, cache: DecoderCache, state: "SpeculativeState", sampling: SamplingParams):
-        """Return num_speculative_tokens + 1 draft tokens, their logits, and a cache of all but the last."""
+        """Return num_speculative_tokens + 1 draft tokens, their logits, and the cache.
+
+        The cache contains all tokens except the last.
+        """
 
         def one(carry: Any, _):
             cache, token, positions = carry
@@ -105,15 +108,15 @@ class DraftSpeculator:
         return draft_tokens, logits, cache
 
     def verify(self, keys, draft_tokens: Int[Array, " B"], logits, draft_logits, sampling: SamplingParams):
-        """See `accept_or_resample`."""
+        """Call `accept_or_resample`."""
         return accept_or_resample(keys, draft_tokens, logits, draft_logits, sampling)
 
     def advance(self, cache: DecoderCache, tokens, state: "SpeculativeState", num_new):
-        """Return the cache without the tokens that were rejected."""
+        """Return the cache without the rejected tokens."""
         return cache.rewind(tokens.shape[1] - num_new)
 
 
-# Random draws of one token, each by a key of its own.
+# Each random draw of a token folds its own number into the key.
 _DRAFT, _ACCEPT, _RESAMPLE = 1, 2, 3
 
 
@@ -130,16 +133,17 @@ def accept_or_resample(
     draft_logits: Float[Array, "B V"],
     sampling: SamplingParams,
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """Return a token distributed by p, made of a draft token drawn from q, and whether that was accepted.
+    """Return a token distributed by p from a draft token drawn from q, and whether it was accepted.
 
-    It is accepted with probability min(1, p / q), and otherwise drawn from max(0, p - q), normalised
-    (arXiv 2211.17192, algorithm 1). The filters of `sampling` apply to both.
+    The draft is accepted with probability min(1, p / q). Otherwise the token is drawn from
+    max(0, p - q), normalised (arXiv 2211.17192, algorithm 1). The filters of `sampling` apply to
+    both distributions.
 
     Args:
-      keys: of each row.
-      draft_tokens: drawn from q.
-      logits: of p.
-      draft_logits: of q.
+      keys: a random key per row.
+      draft_tokens: tokens drawn from q.
+      logits: logits of p.
+      draft_logits: logits of q.
       sampling: see `SamplingParams`.
     """
     p, q = (jax.nn.softmax(filter_logits(x, sampling)) for x in (logits, draft_logits))
@@ -153,13 +157,13 @@ def accept_or_resample(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SpeculativeState:
-    """Between two passes.
+    """The state between two passes.
 
     Attributes:
-      cache: of all tokens but the last.
-      last: token of each row.
-      positions: of these.
-      keys: of each row.
+      cache: KV cache of all tokens except the last.
+      last: last token of each row.
+      positions: positions of the last tokens.
+      keys: random key of each row.
       done: rows that have ended.
       speculator_state: texts of `PromptLookup`, or the KV cache of the draft model.
       passes: forward passes of the model so far.
@@ -184,14 +188,16 @@ def init_speculation(
     eos_id: int,
     looks_up: bool,
 ) -> SpeculativeState:
-    """Draw the first token of each row, and return the state after it: `last` is the first token of the text.
+    """Sample the first token of each row and return the state after it.
 
     Args:
-      decode_state: after the prompts, with free slots for all new tokens and one draft more.
-      speculator_state: the cache of the draft model; or, if `looks_up`, the texts by slots of the cache.
-      keys: of each row.
-      sampling: how tokens are drawn.
-      eos_id: the token that ends a text.
+      decode_state: the state after the prompts, with free cache slots for all new tokens and one
+        more draft.
+      speculator_state: the KV cache of the draft model or, if `looks_up`, the tokens in the slots
+        of the cache.
+      keys: a random key per row.
+      sampling: see `SamplingParams`.
+      eos_id: the end token.
       looks_up: whether the speculator is a `PromptLookup`.
     """
     last = sample(_fold_in(keys, decode_state.positions), decode_state.logits, sampling)
@@ -218,18 +224,21 @@ def speculate(
     capacity: int,
     limit,
 ) -> tuple[SpeculativeState, Int[Array, "B capacity"], Int[Array, ""]]:
-    """Return the state after at least `limit` more tokens, unless all rows end; the tokens; and their number.
+    """Decode at least `limit` more tokens, unless all rows end before.
 
     Args:
       model: see `forward`.
       params: its parameters.
       speculator: proposes draft tokens.
-      draft_params: parameters of the speculator's model, if it has one.
-      state: of `init_speculation`, or of the last call.
-      sampling: how tokens are drawn.
-      eos_id: the token that ends a text.
-      capacity: room for tokens, at least `limit` and one draft more.
-      limit: tokens after which to return; may be traced.
+      draft_params: parameters of the draft model, if there is one.
+      state: the state of `init_speculation` or of the last call.
+      sampling: see `SamplingParams`.
+      eos_id: the end token.
+      capacity: length of the token array, at least `limit` and one more draft.
+      limit: number of tokens after which to return; may be traced.
+
+    Returns:
+      The new state, the tokens and their number.
     """
 
     def one(carry):
@@ -247,7 +256,7 @@ def speculate(
 def _draft_and_verify(
     model, params, speculator, draft_params, state: SpeculativeState, sampling: SamplingParams, eos_id: int
 ):
-    """Return the state after one pass of the model, its tokens (B, count + 1), and the number to keep."""
+    """Return the state after one pass, its tokens (B, count + 1), and the number to keep."""
     count = speculator.num_speculative_tokens
     draft_tokens, draft_logits, speculator_state = speculator.propose(
         draft_params, state.speculator_state, state, sampling
@@ -264,7 +273,7 @@ def _draft_and_verify(
         )
 
     tokens, accepted = jax.lax.map(verify, (positions.T + 1, draft_tokens, logits, draft_logits))
-    # A row that has ended delays no other.
+    # A finished row accepts all drafts, so that it does not delay the others.
     num_accepted = jnp.where(state.done, count, jnp.cumprod(accepted[:count], axis=0).sum(axis=0))
     num_new, tokens = num_accepted.min() + 1, sharding.constrain(tokens.T, "batch", None)
     ended = ((tokens == eos_id) & (jnp.arange(count + 1) < num_new)[None]).any(axis=1)

@@ -131,7 +131,7 @@ def test_ends_with_the_context_and_says_so(one, refuses):
         assert len(row.tokens) == CONTEXT - 31
     (row,) = one(["a" * 38], max_new_tokens=1, sampling=GREEDY)
     assert len(row.tokens) == 1 and row.finish_reason == "length"
-    with refuses("40 tokens", "holds 40", "at most 39"):
+    with refuses("40 tokens", "of the model has 40", "at most 39"):
         one(["short", "a" * 39], max_new_tokens=1)
     assert one(["abc"], max_new_tokens=0)[0].tokens == []
 

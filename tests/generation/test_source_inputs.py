@@ -183,18 +183,18 @@ def test_a_mesh_changes_no_token(one, mesh_of):
 def test_what_cannot_be_read_is_refused(one, refuses):
     with refuses("needs sources"):
         one(["abc"])
-    with refuses("are texts"):
+    with refuses("must be texts"):
         one(sources=[np.zeros((3, 2))])
     with refuses("length 21", "positions.length=12"):
         one(sources=["x" * 20])
-    with refuses("2 prompts to 1 sources"):
+    with refuses("2 prompts but 1 sources"):
         one(["a", "b"], sources=["a"])
     with refuses("has no token '<|en|>'"):
         one(sources=["a"], forced_decoder_ids=("<|en|>",))
-    with refuses("over the 2 that are forced"):
+    with refuses("over the 2 forced tokens"):
         one(sources=["a"], forced_decoder_ids=(1, 2), max_new_tokens=2)
     decoder = Generator(CONFIG.decoder.build(9), {}, TOKENIZER, 8, one.mesh)
     with refuses("needs prompts"):
         decoder()
-    with refuses("takes no sources"):
+    with refuses("takes only prompts, not sources"):
         decoder(sources=["a"])

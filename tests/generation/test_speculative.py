@@ -169,13 +169,13 @@ def test_refusals(refuses):
     params = config.build(257).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     recurrent = Generator(config.build(257), params, one.tokenizer, 40, one.mesh)
     for model, speculator in ((recurrent, PromptLookup()), (one, DraftModel(recurrent))):
-        with refuses("a recurrent model cannot take back what it has read"):
+        with refuses("a recurrent model cannot rewind its state"):
             model(["x"], speculator=speculator)
     words = BPE(257).train(["a"])
     other = generator(one.mesh, SMALLER)
     other.tokenizer = words
     assert one.tokenizer.same_vocabulary(one.tokenizer) and not one.tokenizer.same_vocabulary(words)
-    with refuses("a draft must be a model of the same tokens"):
+    with refuses("the draft model must have the same vocabulary"):
         one(["x"], speculator=DraftModel(other))
     with refuses("PromptLookup.ngram is 0"):
         PromptLookup(0)

@@ -265,7 +265,7 @@ def test_prompt_needs_exactly_one_image_token(tmp_path, refuses):
     (marker,) = tokenizer.encode_prompt("<image>", tokenizer.vocab_size - 1)[1:]
     config = VisionLanguageConfig(image_token_id=marker)
     for text, count in (("Where is this?", 0), ("<image> <image>", 2)):
-        with refuses(f"a prompt has <image> once, where its image is to be: this one has it {count} times"):
+        with refuses(f"a prompt must have <image> once, at its image; this one has it {count} times"):
             source_inputs.prompt_ids(config, tokenizer, text)
     assert 2 not in source_inputs.prompt_ids(
         config, tokenizer, "<image> </s>"
