@@ -40,11 +40,11 @@ def linear_attention(
     `gated_linear_attention` for values with an additional column of ones, which accumulates the
     denominator. The other arguments are those of `gated_linear_attention`.
     """
-    value32 = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    promoted = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     out, state = gated_linear_attention(
         feature(query),
         feature(key),
-        jnp.concatenate([value32, jnp.ones_like(value32[..., :1])], axis=-1),
+        jnp.concatenate([promoted, jnp.ones_like(promoted[..., :1])], axis=-1),
         jnp.zeros_like(query[..., :1]),
         state=state,
         segments=segments,
