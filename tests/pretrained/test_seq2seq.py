@@ -154,9 +154,8 @@ def test_outputs_loss_and_gradients(imported, case, tmp_path):
     for half, valid in real.items():
         hidden = [*in_order(captured[half]["layers"], "hidden"), *([memory] if half == "encoder" else [])]
         wanted = expected[f"{half}_hidden_states"]
-        assert len(wanted) == len(hidden) + (
-            half == "decoder"
-        )  # the decoder's last state is checked as logits
+        # The last state of the decoder is checked as logits.
+        assert len(wanted) == len(hidden) + (half == "decoder")
         for actual, states in zip(hidden, wanted, strict=False):
             assert_close(np.asarray(actual)[valid], states.detach().numpy()[valid])
     for half, branch, name in (

@@ -61,13 +61,13 @@ def imported(tmp_path_factory):
 
 def inputs(imported, left):
     """Return tokens (B, T) with image tokens, their mask, the mask of the prompt, and images."""
-    rng, marker = np.random.default_rng(1), imported.config.image_token_id
+    rng, image_token = np.random.default_rng(1), imported.config.image_token_id
     lengths, before = (13, 10), (0, 0) if imported.config.bidirectional_prompt else (3, 2)
     ids, valid = np.zeros((2, 13), np.int64), np.zeros((2, 13), np.int32)
     for row, (length, first) in enumerate(zip(lengths, before, strict=True)):
         span = slice(13 - length, 13) if left else slice(0, length)
         text = rng.integers(3, 66, length)
-        text[first : first + PATCHES] = marker
+        text[first : first + PATCHES] = image_token
         ids[row, span], valid[row, span] = text, 1
     prompt = valid * (positions_of(valid) < 8)
     pixels = rng.normal(size=(2, *imported.config.source_shape)).astype(np.float32)
@@ -235,8 +235,8 @@ def test_generate_from_images_and_prompts(imported, kind, prompts, tmp_path):
     """Images and prompts to text with only the files of the folder."""
     torch = pytest.importorskip("torch")
     hf_processor = processor(kind, tmp_path)
-    size, marker = len(hf_processor.tokenizer), hf_processor.image_token_id
-    model = imported(kind, vocab_size=size, image_token_index=marker, folder=tmp_path).hf_model
+    size, image_token = len(hf_processor.tokenizer), hf_processor.image_token_id
+    model = imported(kind, vocab_size=size, image_token_index=image_token, folder=tmp_path).hf_model
     images = [np.random.default_rng(n).integers(0, 256, (9, 12, 3), np.uint8) for n in range(3)]
     expected = []
     for prompt, image in zip(prompts, images, strict=True):
@@ -262,15 +262,15 @@ def test_prompt_needs_exactly_one_image_token(tmp_path, refuses):
     processor("llava", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     tokenizer = import_export.read_tokenizer(epath.Path(tmp_path))
-    (marker,) = tokenizer.encode_prompt("<image>", tokenizer.vocab_size - 1)[1:]
-    config = VisionLanguageConfig(image_token_id=marker)
+    (image_token,) = tokenizer.encode_prompt("<image>", tokenizer.vocab_size - 1)[1:]
+    config = VisionLanguageConfig(image_token_id=image_token)
     for text, count in (("Where is this?", 0), ("<image> <image>", 2)):
         with refuses(f"a prompt must have <image> once, at its image; this one has it {count} times"):
             source_inputs.prompt_ids(config, tokenizer, text)
     assert 2 not in source_inputs.prompt_ids(
         config, tokenizer, "<image> </s>"
     )  # text never encodes to special tokens
-    assert marker not in tokenizer.encode_prompt("<image>")
+    assert image_token not in tokenizer.encode_prompt("<image>")
 
 
 @pytest.mark.parametrize(("model_type", "changes", "message"), [
