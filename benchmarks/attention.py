@@ -1,12 +1,13 @@
-"""Milliseconds of causal attention, forward, and forward and backward, against its peers.
+"""Benchmark causal attention, forward and forward plus backward, against other libraries.
 
-    python benchmarks/attention.py                       # all peers, three shapes, float32
+    python benchmarks/attention.py                  # all implementations, three shapes, float32
     python benchmarks/attention.py --lengths 4096 --rounds 3
-    python benchmarks/attention.py --skipping            # what masks save: blockwise against itself
-    python benchmarks/attention.py --check               # do the peers compute the same thing?
+    python benchmarks/attention.py --skipping       # time saved by masks with the blockwise backend
+    python benchmarks/attention.py --check          # compare the results of the implementations
 
-8 heads of 32; batch and length (8, 256), (2, 1024), (1, 4096). The backward pass is that of the sum of
-squares of the output. Every peer gets its arrays laid out as it likes them best.
+Arrays have 8 heads of width 32 and (batch, length) of (8, 256), (2, 1024) and (1, 4096). The loss
+of the backward pass is the sum of squares of the output. Each implementation receives its arrays in
+its preferred layout.
 """
 
 import argparse
@@ -23,13 +24,13 @@ HEADS, WIDTH = 8, 32
 
 
 def arrays(batch: int, length: int) -> list[np.ndarray]:
-    """Query, key and value, (B, T, H, D)."""
+    """Return random query, key and value arrays, each (B, T, H, D)."""
     rng = np.random.default_rng(0)
     return [rng.normal(size=(batch, length, HEADS, WIDTH)).astype(np.float32) for _ in range(3)]
 
 
-def of_jax(function: Callable, inputs, backward: bool) -> Callable:
-    """A step that runs `function(query, key, value)`, or its gradients, compiled."""
+def jit_step(function: Callable, inputs, backward: bool) -> Callable:
+    """Return a compiled step of `function(query, key, value)`, or of its gradients."""
     if backward:
         run = jax.jit(jax.grad(lambda *x: jnp.sum(function(*x) ** 2), (0, 1, 2)))
     else:
@@ -38,20 +39,20 @@ def of_jax(function: Callable, inputs, backward: bool) -> Callable:
 
 
 def attnlab(inputs, backward: bool, mask="causal") -> Callable:
-    """`attend` as it chooses for itself."""
+    """Return a step of `attend` with its default backend."""
     from attnlab.attention import attend, causal
 
     mask = causal() if mask == "causal" else mask
-    return of_jax(lambda q, k, v: attend(q, k, v, mask=mask), inputs, backward)
+    return jit_step(lambda q, k, v: attend(q, k, v, mask=mask), inputs, backward)
 
 
 def jax_nn(inputs, backward: bool) -> Callable:
-    """The attention that JAX has."""
-    return of_jax(partial(jax.nn.dot_product_attention, is_causal=True), inputs, backward)
+    """Return a step of `jax.nn.dot_product_attention`."""
+    return jit_step(partial(jax.nn.dot_product_attention, is_causal=True), inputs, backward)
 
 
 def torch_sdpa(inputs, backward: bool) -> Callable:
-    """torch's fused attention for CPUs."""
+    """Return a step of torch's fused attention for CPUs."""
     try:
         import torch
     except ImportError as error:
@@ -77,20 +78,20 @@ PEERS = {"attnlab": attnlab, "jax.nn": jax_nn, "torch": torch_sdpa}
 
 
 def compare(lengths: list[int], names: list[str], rounds: int) -> None:
-    """A table for each shape and direction."""
+    """Print a table for each shape and direction."""
     for length in lengths:
         inputs = arrays(SHAPES.get(length, 1), length)
         for backward in (False, True):
             peers = available({name: partial(PEERS[name], inputs, backward) for name in names})
             steps = max(1, 1024 // length)
             seconds = alternate(peers, rounds, steps)
-            what = "forward and backward" if backward else "forward"
-            print(f"\nbatch {len(inputs[0])}, length {length}, {what}")
+            passes = "forward and backward" if backward else "forward"
+            print(f"\nbatch {len(inputs[0])}, length {length}, {passes}")
             print(table(seconds, inputs[0].shape[0] * length, "tokens"))
 
 
-def skipping(rounds: int, length: int = 4096) -> None:
-    """What a mask saves, in time and in blocks visited."""
+def compare_masks(rounds: int, length: int = 4096) -> None:
+    """Print the time and the number of visited blocks of several masks."""
     from attnlab.attention import causal, segments, window
     from attnlab.attention.backends.blockwise import default_block_sizes
     from attnlab.attention.block_mask import make_block_mask
@@ -116,7 +117,7 @@ def skipping(rounds: int, length: int = 4096) -> None:
 
 
 def check() -> None:
-    """Holds every peer against the others."""
+    """Assert that all implementations compute the same outputs and gradients."""
     inputs = arrays(2, 256)
     for backward in (False, True):
         results = {}
@@ -126,27 +127,29 @@ def check() -> None:
             parts = [np.asarray(x.detach() if hasattr(x, "detach") else x) for x in parts]
             results[name] = [x.transpose(0, 2, 1, 3) if name == "torch" else x for x in parts]
         for name, parts in results.items():
-            for ours, theirs in zip(parts, results["jax.nn"], strict=True):
-                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4, err_msg=name)
-    print("the peers agree")
+            for actual, expected in zip(parts, results["jax.nn"], strict=True):
+                np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4, err_msg=name)
+    print("the implementations agree")
 
 
 def main() -> None:
-    """Reads the flags."""
+    """Parse the flags and run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peers", default=",".join(PEERS), help="which, separated by commas")
-    parser.add_argument("--lengths", default=",".join(map(str, SHAPES)), help="which, separated by commas")
-    parser.add_argument("--rounds", type=int, default=7, help="timings of each peer")
-    parser.add_argument("--skipping", action="store_true", help="compare masks instead of peers")
-    parser.add_argument("--check", action="store_true", help="compare results and time nothing")
+    parser.add_argument("--peers", default=",".join(PEERS), help="implementations, separated by commas")
+    parser.add_argument(
+        "--lengths", default=",".join(map(str, SHAPES)), help="sequence lengths, separated by commas"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="timings of each implementation")
+    parser.add_argument("--skipping", action="store_true", help="compare masks instead of implementations")
+    parser.add_argument("--check", action="store_true", help="compare results instead of times")
     flags = parser.parse_args()
     print(environment("jax", "torch"))
     if flags.check:
         check()
     elif flags.skipping:
-        skipping(flags.rounds)
+        compare_masks(flags.rounds)
     else:
         compare([int(n) for n in flags.lengths.split(",")], flags.peers.split(","), flags.rounds)
 

@@ -1,12 +1,12 @@
-"""Tokens a second, and memory, of generating from one checkpoint: attnlab and transformers.
+"""Benchmark speed and memory of greedy generation from one checkpoint: attnlab and transformers.
 
-    python benchmarks/generate.py                        # batches of 1 and 8, 512 tokens in, 128 out, greedy
+    python benchmarks/generate.py             # batches of 1 and 8, 512 prompt and 128 new tokens
     python benchmarks/generate.py --rounds 3 --layers 4
-    python benchmarks/generate.py --check                # do they generate the same?
+    python benchmarks/generate.py --check     # compare the generated tokens
 
-The checkpoint is GPT-2's smallest, 124 million parameters in float32, with random weights made by
-transformers. Time is from texts in to texts out. Memory is the most that a process of its own ever held,
-with and without what it held when everything was imported and nothing loaded.
+The checkpoint has the shape of GPT-2 small, 124 million parameters in float32, with random weights
+from transformers. Times include tokenization and detokenization. Memory is the peak resident size
+of a separate process, in total and in excess of its size after all imports.
 """
 
 import argparse
@@ -26,12 +26,12 @@ Generate = Callable[[int], list[list[int]]]
 
 
 def checkpoint(folder: Path, layers: int, seed: int = 0) -> None:
-    """A model of GPT-2's shape, and a tokenizer whose words are the numbers of its tokens."""
+    """Write a random GPT-2 checkpoint, with a tokenizer whose words are the token ids."""
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise Unavailable(f"the checkpoint cannot be made: {error}") from error
+        raise Unavailable(f"the checkpoint cannot be created: {error}") from error
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(seed)
@@ -44,29 +44,29 @@ def checkpoint(folder: Path, layers: int, seed: int = 0) -> None:
 
 
 def texts(batch: int) -> list[str]:
-    """Random words, PROMPT of them in each text."""
+    """Return texts of PROMPT random words."""
     return [" ".join(map(str, row)) for row in np.random.default_rng(0).integers(0, 50_000, (batch, PROMPT))]
 
 
 def attnlab(folder: Path) -> Generate:
-    """This project's."""
+    """Return the generation function of attnlab."""
     from attnlab import sharding
     from attnlab.generation import Generator, SamplingParams
     from attnlab.pretrained import load
 
     mesh = sharding.make_mesh(sharding.parse_mesh("single", 1))
-    found = load(str(folder), mesh, unrolled=True)
-    generator = Generator(found.model, found.params, found.tokenizer, PROMPT + NEW, mesh)
+    loaded = load(str(folder), mesh, unrolled=True)
+    generator = Generator(loaded.model, loaded.params, loaded.tokenizer, PROMPT + NEW, mesh)
 
     def generate(batch: int) -> list[list[int]]:
-        made = generator(texts(batch), max_new_tokens=NEW, sampling=SamplingParams(temperature=0.0))
-        return [completion.tokens for completion in made]
+        completions = generator(texts(batch), max_new_tokens=NEW, sampling=SamplingParams(temperature=0.0))
+        return [completion.tokens for completion in completions]
 
     return generate
 
 
 def hugging_face(folder: Path) -> Generate:
-    """transformers on torch, compiled by nobody."""
+    """Return the generation function of transformers, in eager torch."""
     import torch
     import transformers
 
@@ -77,11 +77,12 @@ def hugging_face(folder: Path) -> Generate:
     model.generation_config.eos_token_id = None
 
     def generate(batch: int) -> list[list[int]]:
-        given = tokenizer(texts(batch), return_tensors="pt")
+        inputs = tokenizer(texts(batch), return_tensors="pt")
         with torch.no_grad():
-            made = model.generate(given.input_ids, attention_mask=given.attention_mask, **options)[:, PROMPT:]
-        tokenizer.batch_decode(made)
-        return made.tolist()
+            output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **options)
+        new_tokens = output[:, PROMPT:]
+        tokenizer.batch_decode(new_tokens)
+        return new_tokens.tolist()
 
     return generate
 
@@ -89,22 +90,22 @@ def hugging_face(folder: Path) -> Generate:
 PEERS = {"attnlab": attnlab, "transformers": hugging_face}
 
 
-def resident(most: bool = False) -> float:
-    """MiB of this process: now, or the most it ever had.
+def resident(peak: bool = False) -> float:
+    """Return the current or peak resident size of this process, in MiB.
 
-    Not from `getrusage`, whose maximum a process inherits from the one that started it.
+    `getrusage` is unsuitable: a process inherits the maximum of its parent.
     """
-    field = "VmHWM:" if most else "VmRSS:"
+    field = "VmHWM:" if peak else "VmRSS:"
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def measure(name: str, folder: Path, batch: int) -> None:
-    """Prints the memory of one peer, imported and at its most."""
+    """Print the memory of one implementation, after imports and at its peak."""
     if name == "attnlab":
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # libtpu takes memory even where there is no TPU
+        jax.config.update("jax_platforms", "cpu")  # libtpu takes memory even without a TPU
         import attnlab.generation
         import attnlab.pretrained  # noqa: F401
 
@@ -114,45 +115,45 @@ def measure(name: str, folder: Path, batch: int) -> None:
         from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: F401
     imported = resident()
     PEERS[name](folder)(batch)
-    print(json.dumps([imported, resident(most=True)]))
+    print(json.dumps([imported, resident(peak=True)]))
 
 
 def memory(folder: Path, batch: int) -> None:
-    """A table of the memory of each peer."""
-    found = {}
+    """Print a table of the memory of each implementation."""
+    sizes = {}
     for name in PEERS:
         command = [sys.executable, __file__, "--measure", name, "--folder", str(folder)]
         command += ["--batches", str(batch)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    theirs_imported, theirs = found["transformers"]
-    print("\npeer          MiB at most  of transformers'  over imports  of transformers'")
-    for name, (imported, most) in found.items():
-        over, other = most - imported, theirs - theirs_imported
-        print(f"{name:12s}  {most:11,.0f}  {most / theirs:16.2f}  {over:12,.0f}  {over / other:16.2f}")
+        completed = subprocess.run(command, capture_output=True, text=True, check=True)
+        sizes[name] = json.loads(completed.stdout.splitlines()[-1])
+    base_imported, base_peak = sizes["transformers"]
+    print("\nlibrary       peak MiB  / transformers  excess over imports  / transformers")
+    for name, (imported, peak) in sizes.items():
+        excess, ratio = peak - imported, (peak - imported) / (base_peak - base_imported)
+        print(f"{name:12s}  {peak:8,.0f}  {peak / base_peak:14.2f}  {excess:19,.0f}  {ratio:14.2f}")
 
 
 def check(folder: Path, batch: int = 2) -> None:
-    """Holds the tokens of the peers against each other."""
-    ours, theirs = (build(folder)(batch) for build in PEERS.values())
-    # Within float32's rounding a tie may fall either way, and then the rest differs.
-    unlike = np.asarray(ours) != np.asarray(theirs)
-    same = np.where(unlike.any(axis=1), unlike.argmax(axis=1), NEW).tolist()
-    print(f"tokens that agree from the first on, of {NEW}: {same}")
-    assert ours == theirs
+    """Assert that the implementations generate the same tokens."""
+    actual, expected = (build(folder)(batch) for build in PEERS.values())
+    # float32 rounding may break a near-tie either way, after which all tokens may differ.
+    differs = np.asarray(actual) != np.asarray(expected)
+    prefix_lengths = np.where(differs.any(axis=1), differs.argmax(axis=1), NEW).tolist()
+    print(f"equal tokens before the first difference, of {NEW}: {prefix_lengths}")
+    assert actual == expected
 
 
 def main() -> None:
-    """Reads the flags."""
+    """Parse the flags and run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batches", default="1,8", help="numbers of prompts, separated by commas")
-    parser.add_argument("--layers", type=int, default=12, help="of the model")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each peer")
-    parser.add_argument("--check", action="store_true", help="compare tokens and time nothing")
+    parser.add_argument("--batches", default="1,8", help="batch sizes, separated by commas")
+    parser.add_argument("--layers", type=int, default=12, help="number of layers of the model")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each implementation")
+    parser.add_argument("--check", action="store_true", help="compare tokens instead of times")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help="a checkpoint of GPT-2's kind in place of a new one")
+    parser.add_argument("--folder", type=Path, help="a GPT-2 checkpoint to use instead of a random one")
     flags = parser.parse_args()
     batches = [int(n) for n in flags.batches.split(",")]
     if flags.measure:
@@ -165,12 +166,12 @@ def main() -> None:
             checkpoint(folder, flags.layers)
         if flags.check:
             check(folder)
-            print("the peers agree")
+            print("the implementations agree")
             return
         peers = available({name: partial(build, folder) for name, build in PEERS.items()})
         for batch in batches:
             seconds = alternate({n: partial(g, batch) for n, g in peers.items()}, flags.rounds, 1, warmup=1)
-            print(f"\nbatch {batch}, {PROMPT} tokens in, {NEW} out")
+            print(f"\nbatch {batch}, {PROMPT} prompt tokens, {NEW} new tokens")
             print(table(seconds, batch * NEW, "tokens"))
         for batch in batches:
             print(f"\nmemory, batch {batch}", end="")

@@ -1,8 +1,8 @@
-"""Time several implementations of one thing in the same run, and print them side by side.
+"""Time several implementations in alternation and print a table of their speeds.
 
-Machines drift: clocks step down, neighbours wake up. So the peers alternate (every round
-times each of them once) and a ratio is taken within a round, where both saw the same
-machine, before its median is taken over the rounds.
+The speed of a machine drifts with clock rates and other load. The implementations therefore
+alternate: every round times each of them once. Speed ratios are computed within each round, under
+the same load, and reported as the median over rounds.
 """
 
 import importlib.metadata
@@ -16,15 +16,15 @@ import numpy as np
 
 T = TypeVar("T")
 Step = Callable[[], object]
-"""One unit of work. Whatever it returns is waited for at the end of a timing."""
+"""One unit of work. Its result is passed to `jax.block_until_ready` at the end of a timing."""
 
 
 class Unavailable(Exception):
-    """A peer cannot run here; the message says why."""
+    """An implementation cannot run here; the message states the reason."""
 
 
 def available(builders: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """Build every peer that can run here, and print the reason for each that cannot."""
+    """Build every implementation that can run here, and print why others are skipped."""
     peers = {}
     for name, build in builders.items():
         try:
@@ -35,11 +35,10 @@ def available(builders: Mapping[str, Callable[[], T]]) -> dict[str, T]:
 
 
 def alternate(peers: Mapping[str, Step], rounds: int, steps: int, warmup: int = 2) -> dict[str, np.ndarray]:
-    """Seconds per step of each peer, one number a round.
+    """Return the seconds per step of each implementation, one number per round.
 
-    Every round times `steps` steps of every peer, after one that is not timed: memory that the peer
-    before has given back to the system would be this one's to fetch again. Compilation falls into the
-    `warmup` steps.
+    Every round times `steps` steps of each implementation, after one untimed step that reclaims the
+    memory freed by the previous implementation. The `warmup` steps include compilation.
     """
     for step in peers.values():
         _seconds(step, warmup)
@@ -53,26 +52,31 @@ def alternate(peers: Mapping[str, Step], rounds: int, steps: int, warmup: int = 
 
 
 def _seconds(step: Step, steps: int) -> float:
-    import jax  # here, for a process that measures the memory of another library imports this file as well
+    import jax  # deferred: a process that measures the memory of another library imports this file
 
     start = time.perf_counter()
     for _ in range(steps):
         result = step()
-    jax.block_until_ready(result)  # JAX returns before it has computed; other leaves pass through
+    jax.block_until_ready(result)  # JAX dispatches asynchronously
     return time.perf_counter() - start
 
 
 def table(seconds: Mapping[str, Sequence[float]], work: float, unit: str) -> str:
-    """A text table: throughput, milliseconds with quartiles, and speed against every peer.
+    """Return a table of throughput, milliseconds with quartiles, and relative speeds.
 
-    `work` is how many `unit`s one step does, for instance 2,048 tokens. A cell under "x NAME"
-    above 1 means that the row's peer is faster than NAME.
+    Args:
+      seconds: the seconds per step of each implementation, by round.
+      work: the number of units that one step processes, such as 2,048 tokens.
+      unit: the name of the unit.
+
+    Returns:
+      One row per implementation. A value above 1 in column "x NAME" means faster than NAME.
     """
-    header = ["peer", f"{unit}/s", "ms/step", "quartiles", *(f"x {name}" for name in seconds)]
+    header = ["name", f"{unit}/s", "ms/step", "quartiles", *(f"x {name}" for name in seconds)]
     rows = []
-    for name, mine in seconds.items():
-        low, middle, high = np.percentile(np.asarray(mine) * 1e3, [25, 50, 75])
-        speedups = [np.median(np.asarray(theirs) / np.asarray(mine)) for theirs in seconds.values()]
+    for name, times in seconds.items():
+        low, middle, high = np.percentile(np.asarray(times) * 1e3, [25, 50, 75])
+        speedups = [np.median(np.asarray(other) / np.asarray(times)) for other in seconds.values()]
         rows.append(
             [name, f"{work / middle * 1e3:,.0f}", f"{middle:,.1f}", f"{low:,.1f} to {high:,.1f}"]
             + [f"{ratio:.2f}" for ratio in speedups]
@@ -93,7 +97,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def environment(*packages: str) -> str:
-    """One line on where the numbers were taken: device, cores, Python, versions of `packages`."""
+    """Return one line with the device, cores, Python version and versions of `packages`."""
     import jax
 
     device = jax.devices()[0]
@@ -111,5 +115,5 @@ def environment(*packages: str) -> str:
 
 
 def _cores() -> int:
-    # A container may own fewer cores than the machine has.
+    # A container may be limited to fewer cores than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,12 +1,13 @@
-"""Tokens per second of one training step of a GPT-2-shaped model, against its peers.
+"""Benchmark one training step of a GPT-2-shaped model against plain JAX and torch.
 
-    python benchmarks/train_step.py                      # all peers, the default shape
+    python benchmarks/train_step.py           # all implementations, the default shape
     python benchmarks/train_step.py --peers attnlab,torch --rounds 3
-    python benchmarks/train_step.py --check              # do the peers compute the same thing?
+    python benchmarks/train_step.py --check   # compare loss and gradients of JAX and torch
 
-A step is: forward, backward, clip to global norm 1, AdamW; float32, no dropout. The model has
-learned positions, biases, LayerNorm, an MLP of four times the width with GELU (tanh), and tied
-embeddings. Every peer is a function that builds `step(tokens, targets) -> loss`, both (B, T).
+A step runs forward, backward, gradient clipping to global norm 1, and AdamW, in float32 without
+dropout. The model has learned positions, biases, LayerNorm, an MLP of four times the width with
+GELU (tanh), and tied embeddings. Each implementation is a function that builds
+`step(tokens, targets) -> loss` for token ids (B, T).
 """
 
 import argparse
@@ -29,7 +30,7 @@ SCAN = True
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and its batch: B, T, E, L, H, V of the legend."""
+    """Shape of the model and its batch: B, T, E, L, H and V of the legend."""
 
     batch: int = 8
     length: int = 256
@@ -41,7 +42,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Peer:
-    """A model ready to train: `step(tokens, targets) -> loss` on NumPy ids (B, T), and its size."""
+    """A training step on NumPy token ids (B, T), and the number of parameters of its model."""
 
     step: Callable[[np.ndarray, np.ndarray], Any]
     parameters: int
@@ -51,7 +52,7 @@ class Peer:
 
 
 def attnlab_step(shape: Shape) -> Peer:
-    """The decoder of this project, through the step that its own training loop runs."""
+    """Build the training step of attnlab's decoder."""
     import types
 
     from attnlab import sharding
@@ -102,11 +103,11 @@ def attnlab_step(shape: Shape) -> Peer:
     return Peer(step, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
 
 
-# --- JAX by hand, as one would write it without having measured anything
+# --- Plain JAX and Optax, without tuning
 
 
 def bare_init(shape: Shape) -> dict:
-    """Parameters as nested dicts, named and laid out (in, out) as in GPT-2's checkpoints."""
+    """Return nested dicts of parameters, with the names and (in, out) layout of GPT-2."""
     E = shape.width
     keys = iter(jax.random.split(jax.random.key(0), 2 + 4 * shape.layers))
 
@@ -136,7 +137,7 @@ def bare_init(shape: Shape) -> dict:
 
 
 def bare_loss(params: dict, tokens: jax.Array, targets: jax.Array, heads: int) -> jax.Array:
-    """Mean cross-entropy in nats; ids (B, T)."""
+    """Return the mean cross-entropy in nats of token ids (B, T)."""
 
     def dense(p, x):
         return x @ p["weight"] + p["bias"]
@@ -161,7 +162,7 @@ def bare_loss(params: dict, tokens: jax.Array, targets: jax.Array, heads: int) -
 
 
 def bare_step(shape: Shape) -> Peer:
-    """`bare_loss` under `jax.jit` with donated state and Optax."""
+    """Build a step of `bare_loss` with `jax.jit`, donated state and Optax."""
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(**OPTIMIZER))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -185,7 +186,7 @@ def bare_step(shape: Shape) -> Peer:
 
 
 def torch_model(shape: Shape):
-    """GPT-2 of transformers with the same shape, in training mode."""
+    """Return transformers' GPT-2 with the same shape, in training mode."""
     import torch
     import transformers
 
@@ -196,7 +197,7 @@ def torch_model(shape: Shape):
         n_embd=shape.width,
         n_layer=shape.layers,
         n_head=shape.heads,
-        activation_function="gelu_pytorch_tanh",  # the default computes the same in eight separate operations
+        activation_function="gelu_pytorch_tanh",  # the default "gelu_new" is unfused
         layer_norm_epsilon=LAYER_NORM_EPSILON,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -210,12 +211,12 @@ def torch_model(shape: Shape):
 
 
 def torch_loss(model, tokens, targets):
-    """The model's own loss. `shift_labels` says that the targets are already the next tokens."""
+    """Return the loss of the model; with `shift_labels`, targets are already the next tokens."""
     return model(input_ids=tokens, labels=targets, shift_labels=targets).loss
 
 
 def torch_step(shape: Shape, compiled: bool) -> Peer:
-    """The model under eager torch or `torch.compile`, with the fused AdamW."""
+    """Build a step in eager torch or with `torch.compile`, with the fused AdamW."""
     import torch
 
     model = torch_model(shape)
@@ -252,15 +253,16 @@ PEERS: dict[str, Callable[[Shape], Peer]] = {
 
 
 def random_batch(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and their successors, (B, T) each."""
+    """Return random token ids and their next tokens, each (B, T)."""
     ids = np.random.default_rng(0).integers(shape.vocab, size=(shape.batch, shape.length + 1))
     return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
 
 
 def check_same(shape: Shape, tolerance: float = 1e-4) -> None:
-    """Copy torch's weights into the bare JAX model; loss and every gradient must agree.
+    """Assert that plain JAX with torch's weights has torch's loss and gradients.
 
-    Gradients are compared relative to the largest entry of each, `tolerance` being the bound of both.
+    `tolerance` bounds the difference of the losses, and the difference of each gradient relative to
+    its largest entry.
     """
     import torch
 
@@ -284,8 +286,8 @@ def check_same(shape: Shape, tolerance: float = 1e-4) -> None:
 
     worst = ("", 0.0)
     for path, gradient in jax.tree.leaves_with_path(gradients):
-        other = named.pop(name_of(path)).grad.numpy()
-        error = float(np.abs(np.asarray(gradient) - other).max() / np.abs(other).max())
+        expected = named.pop(name_of(path)).grad.numpy()
+        error = float(np.abs(np.asarray(gradient) - expected).max() / np.abs(expected).max())
         worst = max(worst, (name_of(path), error), key=lambda pair: pair[1])
     print(f"gradients: largest relative difference {worst[1]:.1e}, at {worst[0]}")
     assert worst[1] < tolerance, "gradients differ"
@@ -293,27 +295,27 @@ def check_same(shape: Shape, tolerance: float = 1e-4) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7, help="how often every peer is timed")
+    parser.add_argument("--rounds", type=int, default=7, help="timings of each implementation")
     parser.add_argument("--steps", type=int, default=3, help="steps per timing")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"some of {','.join(PEERS)}")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"implementations, from {','.join(PEERS)}")
     parser.add_argument(
-        "--check", action="store_true", help="compare loss and gradients of jax and torch instead"
+        "--check", action="store_true", help="compare loss and gradients of jax and torch instead of times"
     )
     for name, default in vars(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     options.peers = options.peers.split(",")
     if unknown := set(options.peers) - set(PEERS):
-        parser.error(f"unknown peers {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
+        parser.error(f"unknown implementations {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
     return options
 
 
 def main() -> None:
-    """Build the peers, check that they have one size, time them, print the table."""
+    """Build the implementations, check that their sizes agree, time them and print a table."""
     options = arguments()
     shape = Shape(**{name: getattr(options, name) for name in vars(Shape())})
     print(shape)
@@ -322,10 +324,10 @@ def main() -> None:
 
     peers = available({name: functools.partial(PEERS[name], shape) for name in options.peers})
     if not peers:
-        raise SystemExit("none of the peers can run here")
+        raise SystemExit("no implementation can run here")
     sizes = {name: peer.parameters for name, peer in peers.items()}
     print("parameters:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
-    assert max(sizes.values()) <= 1.01 * min(sizes.values()), "the peers are different models"
+    assert max(sizes.values()) <= 1.01 * min(sizes.values()), "the implementations have different models"
 
     batch = random_batch(shape)
     steps = {name: functools.partial(peer.step, *batch) for name, peer in peers.items()}
@@ -336,7 +338,7 @@ def main() -> None:
 
 
 def torch_threads(peers: dict[str, Peer]) -> str:
-    """How many threads torch computes with, if it takes part."""
+    """Return the number of threads of torch, if it is timed."""
     if not any(name.startswith("torch") for name in peers):
         return ""
     import torch

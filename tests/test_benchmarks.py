@@ -1,4 +1,4 @@
-"""The benchmarks compare what computes the same thing."""
+"""The compared implementations of each benchmark compute the same results."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from tests.programs import ROOT
     ],
     ids=lambda command: command[0],
 )
-def test_peers_agree(command):
+def test_implementations_agree(command):
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / command[0]), *command[1:]],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -26,4 +26,4 @@ def test_peers_agree(command):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "the peers agree" in done.stdout
+    assert "the implementations agree" in done.stdout

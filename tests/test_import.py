@@ -1,4 +1,4 @@
-"""A checkpoint made a run, trained on, and written as a checkpoint again, by the program."""
+"""Import a Hugging Face checkpoint into a run, train it and export it, by the command line."""
 
 import json
 import os
@@ -24,7 +24,7 @@ FINE = f"--config={ROOT / 'experiments' / 'finetune.py'}"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a checkpoint, a text, and a run that was made of the checkpoint."""
+    """Return a folder with a checkpoint, a text and a run imported from the checkpoint."""
     folder = tmp_path_factory.mktemp("place")
     write(epath.Path(folder) / "llama")
     text = write_text(folder / "words.txt")
@@ -36,7 +36,7 @@ def place(tmp_path_factory):
     return folder, small
 
 
-def test_a_run_is_made_and_written_again(place, tmp_path, capfd):
+def test_export_of_imported_run_repeats_checkpoint(place, tmp_path, capfd):
     folder, _ = place
     out = tmp_path / "again"
     assert call("--mode=export", f"--workdir={folder / 'run'}", f"--output_dir={out}") == 0
@@ -49,7 +49,7 @@ def test_a_run_is_made_and_written_again(place, tmp_path, capfd):
     assert json.loads((out / "config.json").read_text()) == LLAMA | {"dtype": "float32"}
 
 
-def test_it_can_be_sampled_from_and_described(place, capfd):
+def test_imported_run_is_sampled_and_described(place, capfd):
     run = f"--workdir={place[0] / 'run'}"
     capfd.readouterr()
     assert call("--mode=sample", run, "--prompt=the cat", "--max_new_tokens=4") == 0
@@ -59,19 +59,19 @@ def test_it_can_be_sampled_from_and_described(place, capfd):
     assert "step 0" in out and "readout/table" in out
 
 
-def test_guesses_change_nothing_of_what_is_likeliest(place, capfd):
-    """Those of the text, of a run and of a checkpoint."""
+def test_speculative_decoding_keeps_greedy_samples(place, capfd):
+    """Greedy decoding with draft tokens from prompt lookup, a run and a checkpoint."""
     folder, _ = place
     texts = set()
-    likeliest = ["--prompt=the cat", "--max_new_tokens=12", "--temperature=0"]
-    for guesses in (
+    greedy = ["--prompt=the cat", "--max_new_tokens=12", "--temperature=0"]
+    for speculation in (
         [],
         ["--prompt_lookup_ngram=1", "--num_speculative_tokens=2"],
         [f"--draft_model={folder / 'run'}"],
         [f"--draft_model={folder / 'llama'}"],
     ):
         capfd.readouterr()
-        assert call("--mode=sample", f"--workdir={folder / 'run'}", *likeliest, *guesses) == 0
+        assert call("--mode=sample", f"--workdir={folder / 'run'}", *greedy, *speculation) == 0
         texts.add(capfd.readouterr().out)
     assert len(texts) == 1
     assert call("--mode=sample", f"--workdir={folder / 'run'}", "--draft_model=nowhere") == 2
@@ -79,19 +79,19 @@ def test_guesses_change_nothing_of_what_is_likeliest(place, capfd):
 
 
 @pytest.mark.parametrize("mesh", ["single", "data:2,fsdp:2,tensor:2"])
-def test_trained_on_and_written(place, tmp_path, mesh, capfd):
-    """All of the checkpoint changes but what a rule freezes; its claim is checked against the checkpoint."""
+def test_training_changes_exported_tensors(place, tmp_path, mesh, capfd):
+    """Training changes every tensor but the frozen one, and the loss improves on the checkpoint."""
     folder, small = place
     run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
-    faster = [
+    optimizer = [
         "--config.optimizer.learning_rate=0.01",
         "--config.optimizer.schedule.warmup=1",
         """--config.optimizer.rules=(Rule("embedding",learning_rate=0.0),)""",
         f"--mesh={mesh}",
     ]
-    assert call(FINE, f"--config.init={folder / 'llama'}", run, *small, *faster) == 0
-    said = capfd.readouterr().out
-    assert "claim holds: loss below the checkpoint's: " in said
+    assert call(FINE, f"--config.init={folder / 'llama'}", run, *small, *optimizer) == 0
+    printed = capfd.readouterr().out
+    assert "claim holds: loss below the checkpoint's: " in printed
     assert len(metrics(tmp_path / "run", "train")) >= 1
     assert call("--mode=export", run, f"--output_dir={out}") == 0
     before, after = (load_file(p / "model.safetensors") for p in (folder / "llama", out))
@@ -99,14 +99,14 @@ def test_trained_on_and_written(place, tmp_path, mesh, capfd):
     assert [n for n in before if (before[n] == after[n]).all()] == ["model.embed_tokens.weight"]
 
 
-def test_adapters_are_trained_go_on_and_are_written_as_part_of_their_matrices(place, tmp_path, capfd):
+def test_lora_resumes_and_is_merged_on_export(place, tmp_path, capfd):
     folder, small = place
-    asked = [f"--config.init={folder / 'llama'}", "--config.lora=LoRA(4,8.0)"]
-    asked += ["--config.optimizer.learning_rate=0.01", "--config.optimizer.schedule.warmup=1", *small]
+    options = [f"--config.init={folder / 'llama'}", "--config.lora=LoRA(4,8.0)"]
+    options += ["--config.optimizer.learning_rate=0.01", "--config.optimizer.schedule.warmup=1", *small]
     written = []
     for name, stops in (("straight", [4]), ("stopped", [2, 4])):
         for stop in stops:
-            assert call(FINE, *asked, f"--workdir={tmp_path / name}", f"--max_steps={stop}") == 0
+            assert call(FINE, *options, f"--workdir={tmp_path / name}", f"--max_steps={stop}") == 0
         out = tmp_path / f"{name}-out"
         assert call("--mode=export", f"--workdir={tmp_path / name}", f"--output_dir={out}") == 0
         written.append(load_file(out / "model.safetensors"))
@@ -119,7 +119,7 @@ def test_adapters_are_trained_go_on_and_are_written_as_part_of_their_matrices(pl
     assert call("--mode=sample", f"--workdir={tmp_path / 'stopped'}", "--max_new_tokens=2") == 0
 
 
-def test_a_run_goes_on_without_the_checkpoint_it_began_as(place, tmp_path):
+def test_imported_run_is_sampled_without_its_checkpoint(place, tmp_path):
     folder, _ = place
     os.rename(folder / "llama", folder / "away")
     try:
@@ -131,8 +131,8 @@ def test_a_run_goes_on_without_the_checkpoint_it_began_as(place, tmp_path):
         os.rename(folder / "away", folder / "llama")
 
 
-def test_a_run_that_was_trained_here_is_written_and_read(place, tmp_path, capfd):
-    """Of the default experiment's kind: what is written is read as the same model, with the same tokenizer."""
+def test_import_of_exported_run_repeats_samples(place, tmp_path, capfd):
+    """Importing an exported run gives the same model and tokenizer."""
     _, small = place
     run, out = f"--workdir={tmp_path / 'run'}", tmp_path / "out"
     tiny = ["--config.model.depth=3", "--config.model.width=16", "--config.model.attention.heads=4"]
@@ -155,8 +155,8 @@ def test_a_run_that_was_trained_here_is_written_and_read(place, tmp_path, capfd)
     assert texts[0] == texts[1]
 
 
-def test_a_classifier_of_images_and_what_prepares_them(tmp_path, capfd):
-    """It has no tokenizer but the words for its classes, which others are told, and need not give back."""
+def test_image_classifier_exports_preprocessor_and_labels(tmp_path, capfd):
+    """The exported checkpoint contains the class names; importing it needs no tokenizer file."""
     pytest.importorskip("sklearn")
     digits = f"--config={ROOT / 'experiments' / 'digits.py'}"
     run, out, back, again = (tmp_path / name for name in ("run", "out", "back", "again"))
@@ -182,8 +182,8 @@ def test_a_classifier_of_images_and_what_prepares_them(tmp_path, capfd):
     assert "model.classes=1 is less than the 11 words of the tokenizer" in capfd.readouterr().err
 
 
-def test_a_translator_is_trained_on_with_the_token_that_it_begins_with(tmp_path):
-    """And reads what it was trained to read."""
+def test_translation_batches_begin_with_prefix_tokens(tmp_path):
+    """Targets begin with the prefix tokens of the checkpoint, and sources end with `eos`."""
     translate = ROOT / "experiments" / "translate.py"
     tokenizer = BPE(300).train(["the cat"])
     model = replace(
@@ -205,20 +205,20 @@ def test_a_translator_is_trained_on_with_the_token_that_it_begins_with(tmp_path)
     assert session.tokenizer.encode_source("the") == tokenizer.encode_source("the")
 
 
-def test_a_model_that_no_family_has(place, tmp_path, capfd):
+def test_export_of_unsupported_model_is_rejected(place, tmp_path, capfd):
     _, small = place
     run = f"--workdir={tmp_path / 'run'}"
     odd = ["--config.model.width=16", "--config.model.attention=Attention(4,softcap=5.0)", "--max_steps=1"]
     assert call(f"--config={ROOT / 'experiments' / 'lm_docs.py'}", run, *odd, *small) == 0
     capfd.readouterr()
     assert call("--mode=export", run, f"--output_dir={tmp_path / 'out'}") == 2
-    said = "what this model is; the nearest is llama's, which would need attention.softcap: 5.0 -> None\n"
-    assert said in capfd.readouterr().err
+    message = "what this model is; the nearest is llama's, which would need attention.softcap: 5.0 -> None\n"
+    assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--mode=import"], "--mode=import needs --checkpoint"),
         (["--mode=import", "--checkpoint=nowhere"], "no checkpoint at nowhere"),
@@ -232,14 +232,14 @@ def test_a_model_that_no_family_has(place, tmp_path, capfd):
         ([FINE, "--config.init={llama}", "--config.model.width=32"], "wrong shape"),
     ],
 )
-def test_what_is_refused(place, tmp_path, monkeypatch, capfd, arguments, said):
+def test_invalid_import_and_export_are_rejected(place, tmp_path, monkeypatch, capfd, arguments, message):
     folder, small = place
     monkeypatch.chdir(tmp_path)
-    given = [a.format(llama=folder / "llama", run=folder / "run") for a in arguments]
+    arguments = [a.format(llama=folder / "llama", run=folder / "run") for a in arguments]
     capfd.readouterr()
-    training = not any(a.startswith("--mode=export") for a in given)
-    assert call(*given, *(small if training else [])) == 2
+    training = not any(a.startswith("--mode=export") for a in arguments)
+    assert call(*arguments, *(small if training else [])) == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert said in err
+    assert message in err
     assert not list(tmp_path.rglob("checkpoints"))

@@ -1,4 +1,4 @@
-"""The program end to end, as a person runs it: in a process of its own, from another directory."""
+"""End-to-end runs of the command line, in a subprocess started from another folder."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def ran(*arguments, cwd, **options):
+def run_ok(*arguments, cwd, **options):
     done = program(*arguments, cwd=cwd, **options)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]
     return done.stdout
@@ -26,20 +26,20 @@ def ran(*arguments, cwd, **options):
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
-    """A quick run of the default experiment, made small; its folder and what it printed."""
+    """Return the folder and output of a `--fast_dev_run` of a small default experiment."""
     folder = tmp_path_factory.mktemp("elsewhere")
     text = write_text(folder / "words.txt", lines=2000)
     config = f"--config={ROOT / 'experiments' / 'lm_docs.py'}"
-    out = ran(
+    out = run_ok(
         config, *SMALL, f"--config.data.name=text:{text}", "--fast_dev_run", "--workdir=run", cwd=folder
     )
     return folder, out
 
 
-def test_a_quick_run_goes_through_every_stage(lm):
+def test_fast_dev_run_writes_every_output(lm):
     folder, out = lm
-    there = {p.name for p in (folder / "run").iterdir()}
-    assert there == {
+    files = {p.name for p in (folder / "run").iterdir()}
+    assert files == {
         *("config.json", "experiment.py", "versions.json", "tokenizer.json", "metrics.jsonl", "tensorboard"),
         *("checkpoints", "report.json", "figures"),
     }
@@ -53,14 +53,14 @@ def test_a_quick_run_goes_through_every_stage(lm):
     )
 
 
-def test_progress_is_plain_lines_where_nobody_watches(lm):
+def test_progress_is_plain_lines_without_terminal(lm):
     _, out = lm
     assert "\x1b" not in out and "\r" not in out
     assert re.search(r"^step 1/2  train +loss \d\.\d{4} +[\d.]+k? tokens/s", out, re.MULTILINE)
     assert re.search(r"^step 2/2  eval +loss \d\.\d{4}  accuracy", out, re.MULTILINE)
 
 
-def test_metrics_are_one_object_a_line(lm):
+def test_metrics_file_has_one_object_per_line(lm):
     folder, _ = lm
     lines = metrics(folder / "run")
     assert [(line["step"], line["split"]) for line in lines] == [
@@ -69,42 +69,42 @@ def test_metrics_are_one_object_a_line(lm):
         (2, "train"),
         (2, "eval"),
     ]
-    both = {"step", "split", "loss", "accuracy", "bits_per_byte"}
+    common = {"step", "split", "loss", "accuracy", "bits_per_byte"}
     speed = {"grad_norm", "tokens_per_second", "model_flops_utilization", "input_wait"}
     for line in lines:
-        assert both | (speed if line["split"] == "train" else set()) <= set(line)
+        assert common | (speed if line["split"] == "train" else set()) <= set(line)
         assert all(isinstance(value, int | float) for name, value in line.items() if name != "split")
 
 
-def test_the_workdir_alone_goes_on(lm):
+def test_workdir_alone_resumes(lm):
     folder, _ = lm
     before = metrics(folder / "run")
-    out = ran("--workdir=run", "--config.train.steps=4", cwd=folder)
+    out = run_ok("--workdir=run", "--config.train.steps=4", cwd=folder)
     assert "resuming at step 2" in out and "done at step 4" in out
     assert metrics(folder / "run")[: len(before)] == before
     assert metrics(folder / "run")[-1]["step"] == 4
 
 
-def test_eval_and_describe(lm):
+def test_eval_and_describe_print_metrics_and_config(lm):
     folder, _ = lm
-    out = ran("--mode=eval", "--workdir=run", cwd=folder)
+    out = run_ok("--mode=eval", "--workdir=run", cwd=folder)
     assert re.search(r"^step \d: loss \d\.\d{4}, accuracy [\d.]+, bits_per_byte [\d.]+$", out, re.MULTILINE)
-    out = ran("--mode=describe", "--workdir=run", cwd=folder)
+    out = run_ok("--mode=describe", "--workdir=run", cwd=folder)
     assert re.search(r"^params_sha256: [0-9a-f]{64}$", out, re.MULTILINE)
     assert "model.depth" in out and "FLOPs per token" in out
 
 
-def test_sample(lm):
+def test_sample_prints_samples_of_prompt(lm):
     folder, _ = lm
-    out = ran("--mode=sample", "--workdir=run", "--prompt=the cat", "--max_new_tokens=8", cwd=folder)
+    out = run_ok("--mode=sample", "--workdir=run", "--prompt=the cat", "--max_new_tokens=8", cwd=folder)
     assert out.startswith("the cat") and out.endswith("\n") and "---" not in out
-    again = ran("--mode=sample", "--workdir=run", "--prompt=the cat", "--max_new_tokens=8", cwd=folder)
-    assert again == out  # the seed decides
-    two = ran(
+    repeated = run_ok("--mode=sample", "--workdir=run", "--prompt=the cat", "--max_new_tokens=8", cwd=folder)
+    assert repeated == out  # the seed is fixed
+    two = run_ok(
         "--mode=sample", "--workdir=run", "--prompt=the", "--num_samples=2", "--max_new_tokens=8", cwd=folder
     )
     assert two.count("--- ") == 2 and "--- 1 of 2\nthe" in two
-    stopped = ran(
+    stopped = run_ok(
         *("--mode=sample", "--workdir=run", "--prompt=the", "--stop= ", "--temperature=0"),
         *("--max_new_tokens=20",), cwd=folder,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def test_sample(lm):
 
 
 @pytest.mark.slow
-def test_images_in_files_are_told_of(tmp_path, capfd):
+def test_sample_captions_image_files(tmp_path, capfd):
     run, (cat, dog) = f"--workdir={tmp_path / 'run'}", [tmp_path / f"{name}.png" for name in ("cat", "dog")]
     for seed, file in enumerate((cat, dog)):
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (50, 70, 3), np.uint8)).save(file)
@@ -126,7 +126,7 @@ def test_images_in_files_are_told_of(tmp_path, capfd):
     assert out.startswith("--- 1 of 2\n") and "--- 2 of 2\n" in out
     assert call(*sample, f"--source={cat}", "--num_beams=2", "--num_samples=2") == 0
     assert "score" in capfd.readouterr().out
-    for wrong, said in (
+    for invalid, message in (
         ([], "set --source to a file"),
         ([f"--source={tmp_path / 'nowhere.png'}"], "there is no file"),
         ([f"--source={ROOT / 'README.md'}"], "README.md is not an image"),
@@ -135,14 +135,14 @@ def test_images_in_files_are_told_of(tmp_path, capfd):
             "--prompt is given 3 times and --source 2",
         ),
     ):
-        assert call(*sample, *wrong) == 2
-        assert said in capfd.readouterr().err
+        assert call(*sample, *invalid) == 2
+        assert message in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_pronoun(tmp_path):
+def test_pronoun_experiment_writes_report_and_figures(tmp_path):
     config = f"--config={ROOT / 'experiments' / 'pronoun.py'}"
-    out = ran(config, "--fast_dev_run", "--workdir=run", "--config.model.width=16", cwd=tmp_path)
+    out = run_ok(config, "--fast_dev_run", "--workdir=run", "--config.model.width=16", cwd=tmp_path)
     assert "resolved: " in out and "claim FAILS" in out
     assert {p.name for p in (tmp_path / "run" / "figures").iterdir()} == {"it.png", "it.svg"}
     assert set(json.loads((tmp_path / "run" / "report.json").read_text())) == {
@@ -153,7 +153,7 @@ def test_pronoun(tmp_path):
     assert all("bits_per_byte" not in line for line in metrics(tmp_path / "run", "eval"))
 
 
-# In this process, to be quick -----------------------------------------------------------------------------
+# In this process ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def tiny(tmp_path, monkeypatch):
     return "--config=tiny.py"
 
 
-def test_a_sweep_is_compared_in_a_table(tiny, tmp_path, capfd):
+def test_sweep_prints_table(tiny, tmp_path, capfd):
     assert call(tiny, "--sweep=optimizer.learning_rate=1e-2,1e-4", "--workdir=sweep") == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -175,19 +175,19 @@ def test_a_sweep_is_compared_in_a_table(tiny, tmp_path, capfd):
     }
 
 
-def test_one_batch_over_and_over_is_learnt_by_heart(tiny):
+def test_overfit_batches_memorizes_one_batch(tiny):
     assert call(tiny, "--workdir=run", "--overfit_batches=1", "--config.train.steps=40") == 0
     losses = [line["loss"] for line in metrics("run", "train")]
     assert losses[-1] < losses[0] - 2
 
 
-def test_a_trace_of_some_steps(tiny, tmp_path, capfd):
+def test_profile_writes_trace(tiny, tmp_path, capfd):
     assert call(tiny, "--workdir=run", "--profile=2:4") == 0
     assert "wrote a profiler trace of steps 2 to 3 to " in capfd.readouterr().out
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
-def test_another_run_s_parameters_are_a_start(tiny, capfd):
+def test_init_from_copies_parameters(tiny, capfd):
     assert call(tiny, "--workdir=one") == 0
     assert call(tiny, "--workdir=two", "--init_from=one", "--seed=3", "--max_steps=1") == 0
     assert "initialized 12 of 12 parameters from the source run" in capfd.readouterr().out
@@ -196,7 +196,7 @@ def test_another_run_s_parameters_are_a_start(tiny, capfd):
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp_tensor", "data:2,fsdp:2,tensor:2"])
-def test_meshes_by_name(tiny, mesh, capfd):
+def test_training_on_named_and_sized_meshes(tiny, mesh, capfd):
     assert call(tiny, "--workdir=run", f"--mesh={mesh}", "--max_steps=1") == 0
     out, err = capfd.readouterr()
     assert (
@@ -206,34 +206,34 @@ def test_meshes_by_name(tiny, mesh, capfd):
     assert err == ""
 
 
-def test_debug_nans_stops_at_the_operation(tiny, capfd):
+def test_debug_nans_stops_at_operation(tiny, capfd):
     huge = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=none"]
     assert call(tiny, "--workdir=run", "--debug_nans", *huge, "--config.train.steps=9") == 1
     _, err = capfd.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and "nan" in err
 
 
-def test_the_seed_decides_a_run(tiny):
+def test_same_seed_repeats_losses(tiny):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert call(tiny, f"--workdir={name}", f"--seed={seed}", "--max_steps=2") == 0
     a, b, c = ([line["loss"] for line in metrics(name)] for name in "abc")
     assert a == b != c
 
 
-def test_each_evaluation_reads_as_many_batches_as_asked(tiny):
+def test_eval_batches_limits_evaluation(tiny):
     for count in (1, 2):
         assert call(tiny, f"--workdir={count}", f"--config.train.eval_batches={count}", "--max_steps=1") == 0
     assert metrics("1", "eval")[0]["loss"] != metrics("2", "eval")[0]["loss"]
 
 
-def test_help_is_quick_and_needs_no_jax(tmp_path):
-    """Two seconds of the processor, wherever JAX is or is not."""
+def test_help_takes_under_two_seconds_without_jax(tmp_path):
+    """The limit is on CPU time."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     for name in ("jax", "flax", "orbax"):
         (hidden / f"{name}.py").write_text("raise ImportError('hidden')")
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
-    out = ran("--help", cwd=tmp_path, PYTHONPATH=os.fspath(hidden))
+    out = run_ok("--help", cwd=tmp_path, PYTHONPATH=os.fspath(hidden))
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "--workdir" in out
     assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 2
@@ -264,7 +264,7 @@ def get_config():
 '''
 
 
-def test_a_relative_path_means_the_folder_where_the_run_started(tiny, tmp_path, monkeypatch, capfd):
+def test_relative_data_path_is_resolved_at_start(tiny, tmp_path, monkeypatch, capfd):
     (tmp_path / "own.py").write_text(OWN_FILE)
     (tmp_path / "elsewhere").mkdir()
     assert call("--config=own.py", "--fast_dev_run", "--workdir=run") == 0

@@ -1,4 +1,4 @@
-"""Claims: the comparison, the printed line, and that each experiment checks the claim it states."""
+"""Claims: comparison, printed line, and the claim in the docstring of each experiment."""
 
 import ast
 import json
@@ -10,7 +10,7 @@ from attnlab.runner.claims import Claim
 from tests.programs import ROOT, call
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
-# Its threshold is measured, the loss of the checkpoint that it starts from.
+# The threshold is measured: the loss of the initial checkpoint.
 WITHOUT_THRESHOLD = {"finetune"}
 
 # Fewer steps than the experiment's 400: seeds 0, 1 and 2 reach 100% in both claims.
@@ -66,7 +66,7 @@ def test_claim_as_text_and_json():
 
 
 def thresholds(tree: ast.Module) -> list[str]:
-    """Return the source of the threshold of each `trained.claim(...)` of an experiment."""
+    """Return the source of the threshold of each `trained.claim(...)` in an experiment."""
     return [
         ast.unparse(node.args[3])
         for node in ast.walk(tree)
@@ -76,7 +76,7 @@ def thresholds(tree: ast.Module) -> list[str]:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiment_checks_the_claim_of_its_docstring(path):
-    """The docstring states a claim, and its numbers include every threshold checked."""
+    """The claim in the docstring contains every threshold that `report` checks."""
     tree = ast.parse(path.read_text())
     page = ast.get_docstring(tree) or ""
     stated = re.search(r"^Claim: (.*?)(?=^\w+: )", page, re.DOTALL | re.MULTILINE)
@@ -105,7 +105,7 @@ def test_experiment_states_command_and_source(path):
 
 
 def test_claim_holds_and_fails_with_shuffled_labels(tmp_path, capfd):
-    """The command that confirms the claim refutes it when the training labels carry no information."""
+    """With shuffled training labels the same command refutes the claim."""
     shuffled = tmp_path / "shuffled_pronoun.py"
     shuffled.write_text((ROOT / "experiments" / "pronoun.py").read_text() + SHUFFLED)
     claims, printed = {}, {}

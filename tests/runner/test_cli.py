@@ -1,4 +1,4 @@
-"""The command line, from arguments to the requests that the runner gets."""
+"""The command line: from arguments to the requests passed to the runner."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def get_config(size: str = "small"):
 
 
 class Runner(types.ModuleType):
-    """Stands in for the runner: keeps the requests, saves their configs as a run does."""
+    """A fake runner that records the requests and saves their configs as a run does."""
 
     def __init__(self):
         super().__init__("attnlab.runner.modes")
@@ -94,15 +94,15 @@ def train(*arguments):
     return call("--config=toy", *arguments)
 
 
-def test_every_flag_is_declared_and_read():
-    ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["attnlab.runner.flags"]}
-    assert ours == set(FLAG_MODES)
-    assert set(BOUNDS) <= ours
+def test_flags_match_flag_modes():
+    defined = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["attnlab.runner.flags"]}
+    assert defined == set(FLAG_MODES)
+    assert set(BOUNDS) <= defined
 
 
-def test_train_by_default_in_a_new_dated_folder(runner, tmp_path):
+def test_train_creates_dated_workdir_by_default(runner, tmp_path):
     assert train() == 0
-    assert train() == 0  # perhaps within the same second
+    assert train() == 0  # possibly within the same second
     one, two = runner.requests
     assert one.mode == "train"
     assert one.workdir != two.workdir
@@ -112,7 +112,7 @@ def test_train_by_default_in_a_new_dated_folder(runner, tmp_path):
     assert (one.mesh, one.seed, one.max_steps, one.checkpoint) == ("single", None, None, "latest")
 
 
-def test_a_request_has_the_first_line_of_its_run(runner):
+def test_request_contains_opening_line(runner):
     assert train("--workdir=w") == 0
     assert train("--workdir=w") == 0
     assert call("--workdir=w", "--mode=eval") == 0
@@ -125,7 +125,7 @@ def test_a_request_has_the_first_line_of_its_run(runner):
     ]
 
 
-def test_overrides_in_order_and_in_both_spellings(runner):
+def test_overrides_apply_in_order_and_in_both_spellings(runner):
     arguments = ["--config.model.depth=3", "--config.model.depth", "-4", "-config.optimizer=Lion"]
     assert train(*arguments, "--config.train.steps=7") == 0
     (request,) = runner.requests
@@ -135,7 +135,7 @@ def test_overrides_in_order_and_in_both_spellings(runner):
     assert request.sources["data.length"] == "default"
 
 
-def test_the_other_flags_are_passed_on(runner, tmp_path):
+def test_request_contains_flag_values(runner, tmp_path):
     code = train(
         *("--workdir=w", "--mesh=fsdp=4", "--max_steps=5", "--max_time=1.5m", "--seed=3", "--fast_dev_run"),
         *("--overfit_batches=2", "--profile=10:13", "--debug_nans", "--init_from=~/old", "--checkpoint=12"),
@@ -152,7 +152,7 @@ def test_the_other_flags_are_passed_on(runner, tmp_path):
     assert str(request.workdir) == str(tmp_path / "w")
 
 
-def test_sampling(runner):
+def test_request_contains_sampling_flags(runner):
     assert train("--workdir=w") == 0
     code = call(
         *("--mode=sample", "--workdir=w", "--prompt=a,b", "--prompt=c", "--num_samples=3", "--temperature=0"),
@@ -166,23 +166,23 @@ def test_sampling(runner):
     assert runner.requests[-1].checkpoint == "best"
 
 
-def test_a_flag_file_may_hold_overrides(runner, tmp_path):
+def test_flagfile_may_contain_overrides(runner, tmp_path):
     (tmp_path / "flags").write_text("--config=toy\n# a comment\n--config.model.depth=5\n")
     assert call("--flagfile=flags") == 0
     assert runner.requests[0].config.model.depth == 5
 
 
-def test_describe_needs_no_folder_and_makes_none(runner, tmp_path):
+def test_describe_creates_no_workdir(runner, tmp_path):
     assert call("--mode=describe", "--config=toy:large") == 0
     assert runner.requests[0].workdir is None
     assert runner.requests[0].config.model.depth == 20
     assert not (tmp_path / "runs").exists()
 
 
-# A workdir that holds a run -----------------------------------------------------------------------------
+# Resuming the run of a workdir --------------------------------------------------------------------
 
 
-def test_a_workdir_alone_goes_on_with_its_run(runner, tmp_path):
+def test_workdir_alone_resumes_its_run(runner, tmp_path):
     assert train("--workdir=w", "--config.model.depth=7") == 0
     (tmp_path / "experiments" / "toy.py").unlink()
     assert call("--workdir=w") == 0
@@ -195,31 +195,31 @@ def test_a_workdir_alone_goes_on_with_its_run(runner, tmp_path):
     assert third.loaded.name == "toy"
 
 
-def test_a_workdir_with_another_config_is_refused(runner, capsys):
+def test_workdir_with_different_config_is_rejected(runner, capsys):
     assert train("--workdir=w", "--config.model.depth=7") == 0
     assert train("--workdir=w", "--config.model.depth=7") == 0
     capsys.readouterr()
     assert train("--workdir=w") == 2
     assert "w holds a run with a different config: model.depth: 7 -> 2" in capsys.readouterr().err
     assert call("--workdir=w", "--config.optimizer=Lion", "--config.train.steps=5") == 2
-    told = capsys.readouterr().err
-    assert "optimizer: AdamW -> Lion" in told
-    assert "train.steps" not in told
+    message = capsys.readouterr().err
+    assert "optimizer: AdamW -> Lion" in message
+    assert "train.steps" not in message
     assert len(runner.requests) == 2
 
 
-def test_evaluation_may_use_other_data(runner, capsys):
+def test_eval_may_override_data(runner, capsys):
     assert train("--workdir=w") == 0
     assert call("--mode=eval", "--workdir=w", "--config.data.length=64") == 0
     assert call("--mode=eval", "--workdir=w", "--config.model.depth=64") == 2
     assert call("--mode=describe", "--workdir=w", "--config.model.depth=64") == 0
 
 
-# What is refused ----------------------------------------------------------------------------------------
+# Invalid input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--confg=toy"], "error: unknown flag --confg; did you mean 'config'?"),
         (["--frobnicate"], "error: unknown flag --frobnicate"),
@@ -294,14 +294,14 @@ def test_evaluation_may_use_other_data(runner, capsys):
         (["--mode=sample", "--length_penalty=1"], "--length_penalty requires --num_beams"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(runner, capsys, tmp_path, arguments, said):
+def test_bad_input_prints_one_line_and_exits_2(runner, capsys, tmp_path, arguments, message):
     arguments = arguments if any(a.startswith("--conf") for a in arguments) else ["--config=toy", *arguments]
     assert cli.main(["run.py", "--config=toy", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert said in err
+    assert message in err
     assert runner.requests == []
     assert not (tmp_path / "runs").exists()
 
@@ -324,7 +324,7 @@ OLD_CONFIG = {
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "sample", "describe", "export"])
-def test_a_workdir_of_an_older_version_is_one_line_and_exit_code_2(runner, capsys, tmp_path, mode):
+def test_workdir_of_older_version_prints_one_line_and_exits_2(runner, capsys, tmp_path, mode):
     file = tmp_path / "old" / "config.json"
     file.parent.mkdir()
     file.write_text(json.dumps(OLD_CONFIG))
@@ -337,7 +337,7 @@ def test_a_workdir_of_an_older_version_is_one_line_and_exit_code_2(runner, capsy
     assert err.endswith("; start a new run\n")
 
 
-def test_an_input_error_of_the_runner_is_one_line_too(runner, capsys):
+def test_input_error_of_runner_prints_one_line(runner, capsys):
     def refuse(request):
         raise InputError("no such\nmesh")
 
@@ -346,7 +346,7 @@ def test_an_input_error_of_the_runner_is_one_line_too(runner, capsys):
     assert capsys.readouterr().err == "error: no such mesh\n"
 
 
-def test_a_bug_keeps_its_traceback(runner):
+def test_other_exceptions_propagate(runner):
     def bug(request):
         raise ZeroDivisionError
 
@@ -355,7 +355,7 @@ def test_a_bug_keeps_its_traceback(runner):
         train()
 
 
-def test_an_interrupt_is_one_line(runner, capsys):
+def test_interrupt_prints_one_line(runner, capsys):
     def interrupt(request):
         raise KeyboardInterrupt
 
@@ -364,10 +364,10 @@ def test_an_interrupt_is_one_line(runner, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-# Sweeps -------------------------------------------------------------------------------------------------
+# Sweeps ------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_runs_every_combination_and_compares(runner, capsys, tmp_path):
+def test_sweep_runs_every_combination_and_prints_table(runner, capsys, tmp_path):
     def answer(request):
         depth = request.config.model.depth
         if depth == 3:
@@ -376,7 +376,7 @@ def test_a_sweep_runs_every_combination_and_compares(runner, capsys, tmp_path):
 
     runner.answer = answer
     sweeps = ["--sweep=config.optimizer.learning_rate=1e-3,3e-4", "--sweep=model.depth=2,3"]
-    assert train("--workdir=w", *sweeps) == 1  # one of them failed
+    assert train("--workdir=w", *sweeps) == 1  # one run failed
     folders = [request.workdir.name for request in runner.requests]
     assert folders == [
         f"learning_rate={rate},depth={depth}" for rate in ("0.001", "0.0003") for depth in (2, 3)
@@ -396,7 +396,7 @@ def test_a_sweep_runs_every_combination_and_compares(runner, capsys, tmp_path):
     assert lines[head + 3].endswith("failed: FloatingPointError: loss is NaN at step 4")
 
 
-def test_a_sweep_over_components_and_infinite_losses(runner, tmp_path):
+def test_sweep_over_components_with_infinite_losses(runner, tmp_path):
     runner.answer = lambda request: {"loss": float("inf")}
     assert train("--sweep=optimizer=AdamW(learning_rate=0.5),Lion") == 0
     assert [r.workdir.name for r in runner.requests] == [
@@ -408,7 +408,7 @@ def test_a_sweep_over_components_and_infinite_losses(runner, tmp_path):
     assert json.loads((folder / "sweep.json").read_text())[0]["metrics"] == {"loss": "Infinity"}
 
 
-def test_an_interrupted_sweep_shows_what_it_has(runner, capsys):
+def test_interrupted_sweep_prints_completed_runs(runner, capsys):
     def answer(request):
         if request.config.model.depth == 2:
             raise KeyboardInterrupt
@@ -422,7 +422,7 @@ def test_an_interrupted_sweep_shows_what_it_has(runner, capsys):
     assert len(runner.requests) == 2
 
 
-def test_a_sweep_goes_on_where_it_was_but_not_in_the_folder_of_a_run(runner, capsys):
+def test_sweep_resumes_but_not_in_workdir_of_single_run(runner, capsys):
     assert train("--workdir=s", "--sweep=model.depth=1,2") == 0
     assert train("--workdir=s", "--sweep=model.depth=1,2,3") == 0
     assert train("--workdir=w") == 0
@@ -430,7 +430,7 @@ def test_a_sweep_goes_on_where_it_was_but_not_in_the_folder_of_a_run(runner, cap
     assert "holds a single run" in capsys.readouterr().err
 
 
-# The program itself -------------------------------------------------------------------------------------
+# In a subprocess ---------------------------------------------------------------------------------
 
 
 def program(*arguments, cwd=None, **options):
@@ -438,7 +438,7 @@ def program(*arguments, cwd=None, **options):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, **options)
 
 
-def test_help_tells_modes_flags_experiments_and_examples_at_once(tmp_path):
+def test_help_lists_modes_flags_experiments_and_examples(tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "toy.py").write_text('"""A toy.\n\nMore."""\nraise SystemExit("was run")')
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run; from attnlab.runner import cli; "
@@ -447,7 +447,7 @@ def test_help_tells_modes_flags_experiments_and_examples_at_once(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert time.monotonic() - start < 10  # well under 2 on an idle machine
+    assert time.monotonic() - start < 10  # under 2 s on an idle machine
     text = done.stdout
     assert done.stderr == ""
     assert all(f"--{name} " in text for name in FLAG_MODES)
@@ -458,7 +458,7 @@ def test_help_tells_modes_flags_experiments_and_examples_at_once(tmp_path):
     assert "test_" not in text
 
 
-def test_version_names_the_libraries_without_importing_them():
+def test_version_lists_libraries_without_importing_them():
     code = "import sys; from attnlab.runner import cli; c = cli.main(['attnlab', '--version']); "
     code += "assert not {'jax', 'flax'} & set(sys.modules); sys.exit(c)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -468,24 +468,24 @@ def test_version_names_the_libraries_without_importing_them():
     assert done.stdout == expected
 
 
-def test_the_program_exits_2_with_one_line():
+def test_program_exits_2_with_one_line():
     done = program("--mode=trian")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_closed_pipe_is_no_error(tmp_path):
+def test_closed_pipe_is_no_error(tmp_path):
     command = f"{sys.executable} {ROOT / 'run.py'} --help | true"
     for _ in range(3):
         done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
         assert done.stderr == ""
 
 
-def test_an_interrupt_of_the_program(tmp_path):
+def test_interrupted_program_exits_130(tmp_path):
     fake = "import time\ndef run(request):\n  print('ready', flush=True)\n  time.sleep(60)\n"
     (tmp_path / "toy.py").write_text(EXPERIMENT)
-    # A shell that starts the tests in the background has them ignore interrupts.
+    # A shell that starts the tests in the background makes them ignore SIGINT.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += f"import sys, types; sys.path.insert(0, {str(ROOT)!r}); m = types.ModuleType('attnlab.runner.modes'); "
     code += f"exec({fake!r}, m.__dict__); sys.modules['attnlab.runner.modes'] = m; import run; "

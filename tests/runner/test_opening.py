@@ -1,4 +1,4 @@
-"""The first line of a run."""
+"""The first line that a run prints."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def line(toy, workdir, mode="train", resumes=False, default=True):
     )
 
 
-def test_a_new_run_names_its_experiment_and_the_file(toy):
+def test_opening_line_of_new_run_names_experiment_and_file(toy):
     assert line(toy, "runs/a", default=False) == "new run of toy (experiments/toy.py) in runs/a"
     assert line(toy, None, default=False) == "new run of toy (experiments/toy.py)"
     assert line(toy, None) == (
@@ -29,23 +29,25 @@ def test_a_new_run_names_its_experiment_and_the_file(toy):
     )
 
 
-def test_a_file_from_elsewhere_has_its_whole_path(toy, tmp_path, monkeypatch):
+def test_opening_line_shows_absolute_path_outside_current_folder(toy, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert f"({tmp_path}/experiments/toy.py)" in line(toy, None)
 
 
-def test_runs_that_exist(toy):
+def test_opening_line_of_existing_run(toy):
     assert line(toy, "runs/a", resumes=True) == "resuming toy in runs/a"
     assert line(toy, "runs/a", "eval", resumes=True) == "evaluating toy in runs/a"
     assert line(toy, "runs/a", "sample", resumes=True) == line(toy, None, "describe") == ""
 
 
-def test_a_mistyped_workdir_is_reported_with_the_nearest_run(toy, tmp_path):
+def test_opening_line_suggests_nearest_run_for_mistyped_workdir(toy, tmp_path):
     starts = ": starting a new run of toy (experiments/toy.py), the default experiment"
     assert line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}"
     (tmp_path / "runs" / "pronoun").mkdir(parents=True)
-    assert line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}"  # the neighbour holds no run
+    assert (
+        line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}"
+    )  # the similar folder holds no run
     Path("runs/pronoun/config.json").write_text("{}")
     assert line(toy, "runs/prnoun") == f"runs/prnoun does not exist{starts}; did you mean 'pronoun'?"
     Path("runs/prnoun").mkdir()
