@@ -10,7 +10,7 @@ Shapes in signatures and docstrings use one legend throughout:
     G  query heads per key/value head (H / K)
     D  head width (head_dim)  X  experts
 
-Arrays are laid out (batch, length, heads, head_dim).
+Arrays have the layout (batch, length, heads, head_dim).
 """
 
 __version__ = "0.2.0"

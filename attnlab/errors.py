@@ -1,9 +1,9 @@
-"""The one exception that means "the person asked for something that cannot be"."""
+"""`InputError`, the exception for invalid user input."""
 
 
 class InputError(ValueError):
-    """Bad input, told in one line that names what was wrong and what is allowed.
+    """Invalid input. The message is one line with the field, its value and the allowed values.
 
-    `run.py` prints the message alone and exits with code 2; as a library it is an
-    ordinary `ValueError`.
+    `run.py` prints only the message and exits with code 2. For library users it is an ordinary
+    `ValueError`.
     """

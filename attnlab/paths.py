@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a killed process, never meets half of one."""
+"""Local and gs:// paths, and atomic writes: a file is never left half-written."""
 
 import math
 import os
@@ -9,9 +9,11 @@ from attnlab.errors import InputError
 
 
 def resolve_path(text: str) -> epath.Path:
-    """A folder or file by its name, local (then absolute) or gs://.
+    """Return the path of a local file or folder, made absolute, or of a gs:// one.
 
-    Raises InputError for storage that cannot be reached: no such bucket, no rights, a missing package.
+    Raises:
+        InputError: the storage is not accessible: the bucket does not exist, permissions are
+            missing, or a package is not installed.
     """
     if "://" not in text:
         return epath.Path(absolute(text))
@@ -19,28 +21,28 @@ def resolve_path(text: str) -> epath.Path:
         path = epath.Path(text)
         path.exists()
     except KeyError as error:
-        raise InputError(f"{text}: no such kind of storage; use a local folder or gs://") from error
+        raise InputError(f"{text}: unsupported storage; use a local folder or gs://") from error
     except ImportError as error:
-        raise InputError(f'{text} needs a package: pip install "attnlab[gcs]" ({error})') from error
-    except Exception as error:  # of whatever client library serves it
-        raise InputError(f"{text} cannot be reached: {error}") from error
+        raise InputError(f'{text} requires a package: pip install "attnlab[gcs]" ({error})') from error
+    except Exception as error:  # the type depends on the client library
+        raise InputError(f"{text} is not accessible: {error}") from error
     return path
 
 
 def absolute(text: str) -> str:
-    """Return a local path as absolute text, from the current folder and with `~` expanded; a URL as it is."""
+    """Return a local path as an absolute path with `~` expanded; a URL is returned unchanged."""
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Return whether a path is in a bucket, where there are objects and no folders."""
+    """Return whether a path is in a bucket, which has objects and no folders."""
     return "://" in str(path)
 
 
 def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
-    """Write `data` to `path` (local or gs://) whole or not at all, making its folder."""
+    """Write `data` to `path` (local or gs://) atomically, creating its folder."""
     target = epath.Path(path)
-    if is_remote(target):  # an object appears in its bucket only when all of it is there
+    if is_remote(target):  # an object becomes visible only when it is complete
         target.write_bytes(data.encode() if isinstance(data, str) else data)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,7 @@ def write_atomically(path: epath.PathLike, data: bytes | str) -> None:
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-    """Move a folder to a path that does not exist; in a bucket, copy its objects and delete them."""
+    """Move a folder to a new path; in a bucket, copy its objects and delete the originals."""
     if not is_remote(source):
         source.rename(target)
         return
@@ -65,7 +67,7 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
 
 
 def as_json(value: float) -> float | str:
-    """A number as valid JSON: "NaN", "Infinity" and "-Infinity" are strings, which `float` reads back."""
+    """Return a number as valid JSON: NaN and infinities become strings, which `float` parses."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

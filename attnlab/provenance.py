@@ -1,4 +1,4 @@
-"""What a run was made with: git commits, and the versions of attnlab and of the libraries it computes with.
+"""Provenance of a run: git commits, and the versions of attnlab and its numerical libraries.
 
 Versions are read from package metadata, without importing the packages.
 """
@@ -34,15 +34,15 @@ def _version(package: str) -> str:
 
 
 def version_line() -> str:
-    """Return what `--version` prints: `attnlab 0.2.0 (jax 0.10.2, flax 0.12.8, Python 3.11.9)`."""
-    found = versions()
-    return f"attnlab {found['attnlab']} (jax {found['jax']}, flax {found['flax']}, Python {found['python']})"
+    """Return the text of `--version`: `attnlab 0.2.0 (jax 0.10.2, flax 0.12.8, Python 3.11.9)`."""
+    v = versions()
+    return f"attnlab {v['attnlab']} (jax {v['jax']}, flax {v['flax']}, Python {v['python']})"
 
 
 def git_state(file: Path) -> dict[str, Any] | None:
     """Return the commit of the git checkout that tracks `file`, and whether its folder has changes.
 
-    None where git does not track the file, or git is not installed.
+    Returns None if git does not track the file or is not installed.
     """
     if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return None
@@ -52,7 +52,7 @@ def git_state(file: Path) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What a git command prints; None if it fails."""
+    """Return the output of a git command; None if it fails."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -62,12 +62,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def save_versions(workdir: epath.Path, step: int, experiment: epath.Path) -> None:
-    """Append to `versions.json` what the run is made with from `step` on, unless that has not changed.
+    """Append the versions in use from `step` to the run's `versions.json`, if they have changed.
 
     Args:
         workdir: the run's folder.
         step: the step at which the run starts or resumes.
-        experiment: the experiment file; a run that resumes from its saved copy keeps the commit on record.
+        experiment: the experiment file. A run that resumes from its saved copy keeps the commit
+            that
+            was recorded before.
     """
     file = workdir / FILE
     past = json.loads(file.read_text()) if file.exists() else []

@@ -1,8 +1,8 @@
-"""Where arrays live: one table from logical axis names to mesh axes, and the meshes themselves.
+"""Sharding: the table from logical axis names to mesh axes, and the construction of meshes.
 
-Every mesh has the same named axes, most of them of size 1, with Explicit axis types: an array's
-sharding is part of its type. Code speaks of logical axes ("batch", "heads"); only the table below
-knows the mesh.
+Every mesh has the same named axes, most of size 1, with Explicit axis types: an array's sharding is
+part of its type. Code uses logical axes ("batch", "heads"); only the table below refers to mesh
+axes.
 """
 
 import math
@@ -19,8 +19,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 PRESETS = ("single", "data", "fsdp", "tensor", "fsdp_tensor")
 
 # logical axis -> mesh axes of (an activation, a stored parameter).
-# Parameters are stored in pieces over fsdp and gathered just before use, so an activation's
-# "embed" is whole while a parameter's is not.
+# Parameters are stored sharded over fsdp and gathered just before use, so "embed" is sharded in
+# parameters but not in activations.
 LOGICAL_AXIS_RULES: dict[str, tuple] = {
     "batch": (("data", "fsdp"), None),
     "sequence": (None, None),
@@ -30,21 +30,24 @@ LOGICAL_AXIS_RULES: dict[str, tuple] = {
     "head_dim": (None, None),
     "mlp": ("tensor", "tensor"),
     "experts": ("tensor", "tensor"),
-    "expert_mlp": (None, None),  # the experts themselves are cut
+    "expert_mlp": (None, None),  # the expert axis is sharded instead
     "vocab": ("tensor", "tensor"),
     "norm": (None, None),
     "state": (None, None),  # of a recurrent layer
-    "window": (None, None),  # what a patch or a convolution reads at once: pixels, taps, mels
+    "window": (None, None),  # input of a patch or convolution: pixels, taps, mels
 }
 
 
 def spec(*names: str | None) -> P:
-    """PartitionSpec of an activation whose dimensions have these logical names."""
+    """Return the PartitionSpec of an activation whose dimensions have these logical names."""
     return P(*(LOGICAL_AXIS_RULES[name][0] if name else None for name in names))
 
 
 def param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
-    """PartitionSpec a parameter is stored with; a vocabulary that does not divide stays whole."""
+    """Return the PartitionSpec of a stored parameter.
+
+    A vocabulary axis whose size is not divisible by its mesh axis is not sharded.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return P(
         *(
@@ -55,39 +58,39 @@ def param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
 
 
 def gathered_param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
-    """PartitionSpec a parameter is used with: as stored, but gathered over fsdp."""
+    """Return the PartitionSpec of a parameter in use: as stored, but gathered over fsdp."""
     return P(*(None if axis == "fsdp" else axis for axis in param_spec(shape, names)))
 
 
 def _param_mesh_axis(mesh, name: str, size: int, axis: str | None) -> str | None:
-    # The tokenizer, not the person, decides the vocabulary: 257 bytes cannot be halved.
+    # The vocabulary size comes from the tokenizer and may be odd, such as 257 for bytes.
     if name == "vocab" and axis in mesh.shape and size % mesh.shape[axis]:
         return None
     return axis
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x` laid out as its logical axes say; unchanged outside a mesh."""
+    """Reshard `x` by its logical axes; returns `x` unchanged outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.sharding.reshard(x, spec(*names))
 
 
 def out_sharding(*names: str | None) -> P | None:
-    """The `out_sharding=` argument for a result with these logical axes; None outside a mesh."""
+    """Return the `out_sharding` for a result with these logical axes; None outside a mesh."""
     return None if jax.sharding.get_abstract_mesh().empty else spec(*names)
 
 
 def batch_zeros(shape: Sequence[int], dtype) -> jax.Array:
-    """Zeros of this shape, the first dimension that of the batch."""
+    """Return zeros of this shape, whose first dimension is the batch."""
     return jnp.zeros(shape, dtype, out_sharding=out_sharding("batch", *(None,) * (len(shape) - 1)))
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-    """Axis sizes that a preset name or `axis:size,...` means on `num_devices` devices.
+    """Return the axis sizes of a preset name or `axis:size,...` on `num_devices` devices.
 
     Raises:
-      InputError: an unknown preset or axis, a bad size, or more devices than there are.
+      InputError: the preset, an axis or a size is invalid, or there are not enough devices.
     """
     sizes = dict.fromkeys(MESH_AXES, 1)
     if text in PRESETS:
@@ -119,7 +122,7 @@ def _preset(name: str, n: int) -> dict[str, int]:
     if name == "single":
         return {}
     if name == "fsdp_tensor":
-        tensor = 1 << (int(math.log2(n)) // 2)  # the largest power of two up to the square root
+        tensor = 1 << (int(math.log2(n)) // 2)  # largest power of two up to sqrt(n)
         while n % tensor:
             tensor //= 2
         return {"fsdp": n // tensor, "tensor": tensor}
@@ -135,40 +138,40 @@ def _suggested_meshes(n: int) -> list[str]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence | None = None) -> Mesh:
-    """An Explicit mesh of these axis sizes over the first devices there are."""
+    """Return an Explicit mesh with these axis sizes over the first of `devices`."""
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape), devices=devices)
 
 
 def check_divisible(sizes: dict[str, int], dimensions: dict[str, tuple[str, int]]) -> None:
-    """Checks that dimensions can be cut as the mesh asks.
+    """Check that dimensions are divisible by the sizes of their mesh axes.
 
     Args:
       sizes: mesh axis sizes.
       dimensions: config field -> (logical axis, size).
 
     Raises:
-      InputError: naming the field, the mesh axes and the sizes that would do.
+      InputError: a dimension is not; the message names field, mesh axes and valid sizes.
     """
     for field, (logical, size) in dimensions.items():
         for axes in {a for a in LOGICAL_AXIS_RULES[logical] if a}:
             axes = (axes,) if isinstance(axes, str) else axes
-            pieces = math.prod(sizes[a] for a in axes)
-            if size % pieces:
-                smaller = [d for d in range(1, size + 1) if size % d == 0 and d < pieces]
+            shards = math.prod(sizes[a] for a in axes)
+            if size % shards:
+                smaller = [d for d in range(1, size + 1) if size % d == 0 and d < shards]
                 raise InputError(
-                    f"{field}={size} cannot be cut into {pieces} pieces over mesh axes {' x '.join(axes)}: "
-                    f"use a multiple of {pieces}, or {' x '.join(axes)} of {' or '.join(map(str, smaller))}"
+                    f"{field}={size} cannot be sharded {shards} ways over mesh axes {' x '.join(axes)}: "
+                    f"use a multiple of {shards}, or {' x '.join(axes)} of {' or '.join(map(str, smaller))}"
                 )
 
 
 def format_mesh(mesh: Mesh) -> str:
-    """The mesh in one line, as `--mesh` would take it."""
+    """Return the text form of a mesh that `parse_mesh` accepts."""
     used = [f"{axis}:{size}" for axis, size in mesh.shape.items() if size > 1]
     return ",".join(used) or "single"
 
 
 def named_sharding(mesh: Mesh, partition: P) -> NamedSharding:
-    """The sharding of `partition` on `mesh`."""
+    """Return the NamedSharding of `partition` on `mesh`."""
     return NamedSharding(mesh, partition)

@@ -1,26 +1,27 @@
-"""Every test runs on 8 simulated CPU devices, with shapes checked and no silent rank promotion."""
+"""Test setup: 8 simulated CPU devices, runtime shape checks, and rank promotion as an error."""
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core already
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch and scikit-learn
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core is already running
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch and scikit-learn
 
 import jax
 import pytest
 from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
-# By config and not by XLA_FLAGS: a test that runs a program of its own decides its devices itself.
+# Set with jax.config instead of XLA_FLAGS, so that subprocesses of tests choose their own devices.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # what is run once should compile quickly
+jax.config.update("jax_disable_most_optimizations", True)  # faster compilation
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Before anything imports them: the shapes in signatures are checked at every call. Not of masks, scores
-# and caches: JAX rebuilds a pytree with leaves that are no arrays, so its constructor must take them.
+# The shapes in signatures of these modules are checked at every call. The hook has to be installed
+# before they are imported. Masks, scores and caches are excluded: JAX rebuilds pytrees with leaves
+# that are not arrays, which their constructors must accept.
 _CHECKED = (
     "attend",
     "backends.blockwise",
@@ -38,17 +39,19 @@ from attnlab.errors import InputError  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what compares with torch and transformers where they are not."""
-    lacking = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    """Skip the parity tests if torch or transformers is not installed."""
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     for item in items:
-        if lacking and item.get_closest_marker("parity"):
-            item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(lacking)} (extra `parity`)"))
+        if missing and item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)} (extra `parity`)"))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def room_for_programs():
-    """Forgets compiled programs when they are many: Linux gives a process 65,530 mappings of memory, each
-    program holds some, and XLA crashes where it gets no more.
+    """Clear compiled programs if the process has many memory mappings.
+
+    Linux limits a process to 65,530 mappings. Each compiled program holds some, and XLA crashes
+    when it gets no more.
     """
     yield
     mappings = Path("/proc/self/maps")
@@ -58,7 +61,7 @@ def room_for_programs():
 
 @pytest.fixture
 def mesh_of():
-    """Makes the mesh that `--mesh` would."""
+    """Return a function that makes a mesh from the text of `--mesh`."""
 
     def make(text):
         return sharding.make_mesh(sharding.parse_mesh(text, len(jax.devices())))
@@ -68,7 +71,7 @@ def mesh_of():
 
 @pytest.fixture
 def refuses():
-    """Asserts that a call raises an `InputError` of one line that has these words."""
+    """Return a context manager that expects an `InputError` of one line with the given words."""
 
     def check(*words):
         return _Refusal(words)
@@ -78,7 +81,7 @@ def refuses():
 
 @pytest.fixture
 def unchecked():
-    """No runtime check of signatures: what a person meets who passes a wrong shape."""
+    """Disable the runtime shape checks, as for users of the library."""
     shape_checks.update("jaxtyping_disable", True)
     yield
     shape_checks.update("jaxtyping_disable", False)

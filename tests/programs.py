@@ -1,4 +1,4 @@
-"""Running the real program in tests: a tiny experiment, in this process or in one of its own."""
+"""Helpers that run the command line in tests, in this process or in a subprocess."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def get_config():
 
 
 def write_text(path, lines=200, seed=0):
-    """Random sentences of few words: soon learnt, never by heart."""
+    """Write random sentences over a small vocabulary: quick to learn, impossible to memorize."""
     rng = random.Random(seed)
     words = "the cat sat on a mat and then it saw one red dog who ran home by sea".split()
     path.write_text("".join(" ".join(rng.choices(words, k=8)) + "\n" for _ in range(lines)))
@@ -38,7 +38,7 @@ def write_text(path, lines=200, seed=0):
 
 
 def write_tiny(folder):
-    """The experiment file, its text beside it."""
+    """Write the tiny experiment file and its text into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = write_text(folder / "words.txt")
     (folder / "tiny.py").write_text(TINY.replace("{text}", str(text)))
@@ -46,46 +46,56 @@ def write_tiny(folder):
 
 
 def call(*arguments):
-    """The program in this process; its exit code."""
+    """Run the command line in this process and return its exit code."""
     return cli.main(["run.py", *map(str, arguments)])
 
 
-def environment(**more):
-    """Of a program of its own: only the devices it asks for, no torch, which TensorBoard's writer would load, and
-    XLA's most expensive passes off, as in the tests' own process.
+def environment(**variables):
+    """Return the environment of a subprocess, with additional variables.
+
+    The number of devices is not inherited, torch is hidden (TensorBoard's writer would import it),
+    and XLA's most expensive passes are disabled, as in the test process.
     """
     hidden = Path(__file__).parent / "without_torch"
     inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "PYTHONPATH")}
-    ours = {"PYTHONPATH": str(hidden), "PYTHONWARNINGS": "ignore", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return inherited | ours | more
+    defaults = {"PYTHONPATH": str(hidden), "PYTHONWARNINGS": "ignore", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return inherited | defaults | variables
 
 
 def command(*arguments):
     return [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
 
 
-def program(*arguments, cwd=None, timeout=300, **more):
-    """The program in a process of its own, to its end."""
+def program(*arguments, cwd=None, timeout=300, **variables):
+    """Run the command line in a subprocess and return the completed process."""
     return subprocess.run(
-        command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment(**more)
+        command(*arguments),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**variables),
     )
 
 
-def told_by(code, *arguments, timeout=600, **more):
-    """What Python code in a process of its own prints last, as JSON; `more` goes into its environment."""
-    done = subprocess.run(
+def run_python_json(code, *arguments, timeout=600, **variables):
+    """Run Python code in a subprocess and return its last output line, parsed as JSON.
+
+    `variables` are added to its environment.
+    """
+    completed = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | more,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
 def metrics(workdir, split=None):
-    """The lines of a run's metrics.jsonl, without their time, which no two runs share."""
+    """Return the lines of a run's metrics.jsonl without their time, which differs between runs."""
     lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["time"]

@@ -102,11 +102,11 @@ MISTAKES = [
     (["--mesh=model:2"], "sizes of the axes data, fsdp, tensor"),
     (["--mesh=data:none"], "the size of data must be a whole number"),
     (["--mesh=data:16"], "needs 16 devices and there are 8; these fit: single, data:8, fsdp:8"),
-    (["--mesh=data:4", "--config.data.batch_size=6"], "data.batch_size=6 cannot be cut into 4 pieces"),
-    (["--mesh=tensor:4"], "model.attention.kv_heads=2 cannot be cut into 4 pieces over mesh axes tensor: "
+    (["--mesh=data:4", "--config.data.batch_size=6"], "data.batch_size=6 cannot be sharded 4 ways"),
+    (["--mesh=tensor:4"], "model.attention.kv_heads=2 cannot be sharded 4 ways over mesh axes tensor: "
                           "use a multiple of 4, or tensor of 1 or 2"),
-    (["--mesh=tensor:8"], "model.attention.heads=4 cannot be cut into 8 pieces"),
-    (["--mesh=fsdp:3"], "model.width=16 cannot be cut into 3 pieces"),
+    (["--mesh=tensor:8"], "model.attention.heads=4 cannot be sharded 8 ways"),
+    (["--mesh=fsdp:3"], "model.width=16 cannot be sharded 3 ways"),
     # the data
     ([f"--{TEXT}none/*.txt"], "/none/*.txt matches no file"),
     ([f"--{TEXT}empty.txt"], "empty.txt is empty"),
@@ -146,7 +146,7 @@ def test_mistakes_in_training(place, refused, arguments, said):
 
 
 def test_a_run_that_never_began_leaves_no_folder(place, refused):
-    refused("--config=tiny.py", "--mesh=tensor:8", said="model.attention.heads=4 cannot be cut")
+    refused("--config=tiny.py", "--mesh=tensor:8", said="model.attention.heads=4 cannot be sharded")
     assert not list((place / "runs").glob("*"))
 
 
@@ -362,7 +362,7 @@ def test_a_full_disk_for_metrics(place, refused):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config=tiny.py", "--mesh=data:3"], "data.batch_size=8 cannot be cut into 3 pieces"),
+        (["--config=tiny.py", "--mesh=data:3"], "data.batch_size=8 cannot be sharded 3 ways"),
         (["--config=tiny.py", "--mesh=data:16"], "needs 16 devices and there is 1"),
         (["--mode=sample", "--workdir=run", "--prompt=longer than the context"], "the prompt has 24 tokens"),
     ],

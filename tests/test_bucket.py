@@ -117,7 +117,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch, refuses):
     backend.fsspec_backend._get_filesystem.cache_clear()
     monkeypatch.delitem(_registry, "gcs", raising=False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with refuses('gs://bucket/run needs a package: pip install "attnlab[gcs]"'):
+    with refuses('gs://bucket/run requires a package: pip install "attnlab[gcs]"'):
         resolve_path("gs://bucket/run")
 
 

@@ -25,7 +25,7 @@ class Precision(enum.Enum):
 
 
 class Pattern:
-    """A base class that is no dataclass: its subclasses are the choices."""
+    """A base class that is not a dataclass: its subclasses are the choices."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def refused(path, text, config=TOY):
     return str(caught.value)
 
 
-# Overrides ------------------------------------------------------------------------------------------------
+# Overrides
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -175,25 +176,25 @@ def refused(path, text, config=TOY):
         ("average", "Average(decay=0.5)", Average(0.5)),
     ],
 )
-def test_text_is_read_by_the_annotation(path, text, value):
+def test_override_parses_text_by_annotation(path, text, value):
     changed = configs.override(TOY, path, text)
     found = get(changed, path.removesuffix(".1").removesuffix(".-1"))
     assert found == value
     assert type(found) is type(value)
-    assert Experiment() == TOY  # the original is left alone
+    assert Experiment() == TOY  # the original is unchanged
 
 
-def test_an_element_of_a_tuple_is_set_by_its_index():
+def test_override_sets_tuple_element_by_index():
     config = configs.override(TOY, "model.pattern", "Window(8),Causal")
     config = configs.override(config, "model.pattern.0.size", "5")
     assert config.model.pattern == (Window(5), Causal())
     config = configs.override(config, "model.pattern.1", "Window")
     assert config.model.pattern == (Window(5), Window())
-    assert "elements are 0 to 1" in refused("model.pattern.2.size", "5", config)
-    assert "it is empty" in refused("model.pattern.0.size", "5")
+    assert "valid indices: 0 to 1" in refused("model.pattern.2.size", "5", config)
+    assert "the tuple is empty" in refused("model.pattern.0.size", "5")
 
 
-def test_another_type_keeps_the_values_that_both_have():
+def test_override_of_type_keeps_common_fields():
     config = configs.override(TOY, "optimizer.weight_decay", "0.7")
     config = configs.override(config, "optimizer.schedule", "Constant(5)")
     assert configs.override(config, "optimizer", "Lion").optimizer == Lion(1e-3, 0.7, Constant(5))
@@ -205,7 +206,7 @@ def test_another_type_keeps_the_values_that_both_have():
 
 
 @pytest.mark.parametrize(
-    ("path", "text", "said"),
+    ("path", "text", "message"),
     [
         (
             "model.atn",
@@ -248,11 +249,11 @@ def test_another_type_keeps_the_values_that_both_have():
         ("", "6", "config has no field ''"),
     ],
 )
-def test_a_refusal_says_what_was_wrong_and_what_is_allowed(path, text, said):
-    assert said in refused(path, text)
+def test_override_error_names_value_and_allowed_values(path, text, message):
+    assert message in refused(path, text)
 
 
-def test_values_that_only_fit_together_can_be_given_in_any_order():
+def test_override_all_checks_after_the_last_override():
     pairs = [("model.heads", "7"), ("model.width", "77")]
     for order in (pairs, pairs[::-1]):
         config = configs.override_all(TOY, order)
@@ -261,11 +262,11 @@ def test_values_that_only_fit_together_can_be_given_in_any_order():
         configs.override_all(TOY, [("name", "x"), ("model.heads", "7"), ("model.width", "78")])
 
 
-def test_the_last_of_two_overrides_holds():
+def test_override_all_uses_the_last_of_two_values():
     assert configs.override_all(TOY, [("name", "a"), ("name", "b")]).name == "b"
 
 
-def test_split_heeds_brackets_and_quotes():
+def test_split_respects_brackets_and_quotes():
     assert split("a(b,c),d") == ["a(b,c)", "d"]
     assert split("A(name='x,)'),B") == ["A(name='x,)')", "B"]
     assert split("A('x,)')") == ["A('x,)')"]
@@ -276,7 +277,8 @@ def test_split_heeds_brackets_and_quotes():
             split(wrong)
 
 
-# Properties over random configs ---------------------------------------------------------------------------
+# Properties over random configs
+# ---------------------------------------------------------------------------
 
 floats = st.floats(allow_nan=False)
 schedules = st.builds(Cosine, st.integers(), floats) | st.builds(Constant, st.integers())
@@ -314,16 +316,16 @@ experiments = st.builds(
 
 @given(experiments)
 @settings(max_examples=100, deadline=None)
-def test_overriding_every_field_by_its_own_value_changes_nothing(config):
+def test_render_and_override_roundtrip(config):
     flat = configs.flatten(config)
     assert configs.override_all(config, [(p, configs.render(v)) for p, v in flat.items()]) == config
     assert configs.differences(config, config) == []
 
 
-# SGD is left out because its momentum has no default: `optimizer=SGD` alone is refused.
+# SGD is excluded because its momentum has no default: `optimizer=SGD` alone is an error.
 @given(experiments, experiments.filter(lambda config: not isinstance(config.optimizer, SGD)))
 @settings(max_examples=100, deadline=None)
-def test_overriding_with_all_values_of_another_config_gives_that_config(one, other):
+def test_override_all_with_values_of_another_config_equals_it(one, other):
     flat = configs.flatten(other)
     assert configs.override_all(one, [(p, configs.render(v)) for p, v in flat.items()]) == other
     assert bool(configs.differences(one, other)) == (one != other)
@@ -331,16 +333,16 @@ def test_overriding_with_all_values_of_another_config_gives_that_config(one, oth
 
 @given(experiments)
 @settings(max_examples=100, deadline=None)
-def test_a_config_comes_back_from_json_as_it_was(config):
+def test_json_roundtrip_preserves_config(config):
     text = json.dumps(configs.to_dict(config), allow_nan=False)
     back = configs.from_dict(json.loads(text))
     assert back == config
-    assert configs.show(back, {}) == configs.show(config, {})  # types too: 1.0 is not 1 there
+    assert configs.show(back, {}) == configs.show(config, {})  # also compares types: 1.0 is not 1
 
 
 @given(st.text(max_size=30))
 @settings(max_examples=300, deadline=None)
-def test_any_text_is_a_value_or_an_input_error(text):
+def test_override_of_any_text_succeeds_or_raises_input_error(text):
     for path in configs.flatten(TOY):
         try:
             configs.override(TOY, path, text)
@@ -352,15 +354,16 @@ def test_any_text_is_a_value_or_an_input_error(text):
         assert str(error)
 
 
-# Listings -------------------------------------------------------------------------------------------------
+# Listings
+# -------------------------------------------------------------------------------------------------
 
 
-def test_sources_tell_default_file_and_flag():
+def test_sources_distinguishes_default_file_and_flag():
     base = Experiment(model=Model(depth=8, pattern=(Window(3),)), optimizer=Lion(), name="mine")
     flags = {"model.width": "128", "optimizer": "AdamW(weight_decay=0.5)", "model.pattern.0.size": "4"}
     config = configs.override_all(base, flags.items())
-    told = configs.sources(config, base, flags)
-    assert told.keys() == configs.flatten(config).keys()
+    sources = configs.sources(config, base, flags)
+    assert sources.keys() == configs.flatten(config).keys()
     expected = {
         "model": "default",
         "model.depth": "file",
@@ -374,14 +377,14 @@ def test_sources_tell_default_file_and_flag():
         "name": "file",
         "note": "default",
     }
-    assert {path: told[path] for path in expected} == expected
+    assert {path: sources[path] for path in expected} == expected
 
 
-def test_a_flag_that_repeats_the_default_is_a_flag():
+def test_sources_flag_equal_to_default_is_a_flag():
     assert configs.sources(TOY, TOY, ["name"])["name"] == "flag"
 
 
-def test_the_default_of_a_component_speaks_for_its_fields():
+def test_sources_default_component_determines_field_defaults():
     @dataclass(frozen=True)
     class Big:
         model: Model = Model(depth=48)
@@ -390,7 +393,7 @@ def test_the_default_of_a_component_speaks_for_its_fields():
     assert configs.sources(Big(Model()), Big(Model()), [])["model.depth"] == "file"
 
 
-def test_show_is_aligned():
+def test_show_aligns_columns():
     lines = configs.show(TOY, configs.sources(TOY, TOY, ["sizes"])).splitlines()
     assert len(lines) == len(configs.flatten(TOY))
     assert len({line.index("default") for line in lines if line.endswith("default")}) == 1
@@ -398,7 +401,7 @@ def test_show_is_aligned():
     assert any(line.split() == ["optimizer", "AdamW", "default"] for line in lines)
 
 
-def test_differences_name_the_path_and_both_values():
+def test_differences_lists_path_and_both_values():
     other = configs.override_all(TOY, [("model.depth", "12"), ("optimizer", "Lion")])
     assert configs.differences(TOY, other) == [
         "model.depth: 6 -> 12",
@@ -407,7 +410,8 @@ def test_differences_name_the_path_and_both_values():
     ]
 
 
-# Experiment files -----------------------------------------------------------------------------------------
+# Experiment files
+# -----------------------------------------------------------------------------------------
 
 EXPERIMENT = '''"""Pronouns: a toy.
 
@@ -450,7 +454,7 @@ def write(file, body):
     return str(file)
 
 
-def test_an_experiment_is_found_by_path_and_by_name(toy, tmp_path, monkeypatch):
+def test_load_finds_experiment_by_path_and_name(toy, tmp_path, monkeypatch):
     for spec in ("experiments/pronouns.py", "experiments/pronouns", "pronouns", str(toy)):
         loaded = configs.load(spec)
         assert (loaded.config.depth, loaded.name, loaded.argument) == (2, "pronouns", None)
@@ -458,7 +462,7 @@ def test_an_experiment_is_found_by_path_and_by_name(toy, tmp_path, monkeypatch):
     assert (large.config.depth, large.argument) == (20, "large")
     assert type(large.config) is type(loaded.config)
     assert configs.load(f"{toy}:large").config == large.config
-    # From elsewhere, experiments beside the package are found.
+    # From another folder, experiments in the package's folder are found.
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr("attnlab.__file__", str(tmp_path / "attnlab" / "__init__.py"))
@@ -466,7 +470,7 @@ def test_an_experiment_is_found_by_path_and_by_name(toy, tmp_path, monkeypatch):
     assert configs.available() == {"pronouns": "Pronouns: a toy."}
 
 
-def test_a_bare_name_passes_over_a_file_that_is_no_experiment(toy, tmp_path, refuses):
+def test_load_bare_name_skips_files_without_get_config(toy, tmp_path, refuses):
     (tmp_path / "pronouns.py").write_text("print('a script of the same name')\n")
     assert configs.load("pronouns").path == toy
     with refuses("has no function get_config"):
@@ -475,19 +479,19 @@ def test_a_bare_name_passes_over_a_file_that_is_no_experiment(toy, tmp_path, ref
     assert configs.load("pronouns").path == tmp_path / "pronouns.py"
 
 
-def test_classes_of_the_experiment_file_are_choices(toy):
+def test_override_accepts_classes_of_the_experiment_file(toy):
     config = configs.override(configs.load("pronouns").config, "word", "Other(count=3)")
     assert (config.word.who, config.word.count) == ("she", 3)
 
 
-def test_an_edited_experiment_is_read_anew(toy):
+def test_load_rereads_edited_experiment(toy):
     first = configs.load("pronouns").config
     toy.write_text(EXPERIMENT.replace('"small": 2', '"small": 3'))
     assert (first.depth, configs.load("pronouns").config.depth) == (2, 3)
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("x = 1", "has no function get_config"),
         ("get_config = 3", "has no function get_config"),
@@ -507,60 +511,61 @@ def test_an_edited_experiment_is_read_anew(toy):
         ),
     ],
 )
-def test_a_broken_experiment_is_told_in_one_line(tmp_path, body, said):
+def test_load_reports_broken_experiment_in_one_line(tmp_path, body, message):
     with pytest.raises(InputError) as caught:
         configs.load(write(tmp_path / "x.py", body))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_argument_to_an_experiment_that_takes_none(tmp_path):
+def test_load_rejects_argument_of_experiment_without_argument(tmp_path):
     file = write(tmp_path / "x.py", "@dataclasses.dataclass\nclass C: pass\ndef get_config(): return C()")
     assert dataclasses.is_dataclass(configs.load(file).config)
-    with pytest.raises(InputError, match="takes no argument, so 'large'"):
+    with pytest.raises(InputError, match="takes no argument, but 'large'"):
         configs.load(f"{file}:large")
 
 
-def test_a_mistyped_experiment_lists_those_there_are(toy):
+def test_load_mistyped_name_lists_experiments(toy):
     with pytest.raises(InputError, match=r"'pronuns'; did you mean 'pronouns'\? Experiments: pronouns"):
         configs.load("pronuns")
 
 
-# Saved configs --------------------------------------------------------------------------------------------
+# Saved configs
+# --------------------------------------------------------------------------------------------
 
 
 def save(toy, workdir):
     loaded = configs.load("pronouns:large")
     config = configs.override(loaded.config, "word", "Other(count=3)")
-    told = configs.sources(config, loaded.config, ["word"])
-    configs.save(workdir, loaded, config, told)
-    return config, told
+    sources = configs.sources(config, loaded.config, ["word"])
+    configs.save(workdir, loaded, config, sources)
+    return config, sources
 
 
-def test_a_run_starts_again_from_its_workdir_alone(toy, tmp_path):
-    config, told = save(toy, tmp_path / "run")
+def test_load_workdir_needs_only_the_workdir(toy, tmp_path):
+    config, sources = save(toy, tmp_path / "run")
     toy.unlink()
     back = configs.load_workdir(tmp_path / "run")
     assert configs.differences(back.config, config) == []
-    assert (back.name, back.argument, dict(back.sources)) == ("pronouns", "large", told)
+    assert (back.name, back.argument, dict(back.sources)) == ("pronouns", "large", sources)
     assert configs.load(str(tmp_path / "run" / "config.json")).config == back.config
-    # Sources live on, and saving again changes nothing.
+    # Sources are preserved, and saving again changes nothing.
     again = configs.override(back.config, "depth", "9")
-    assert configs.sources(again, back.config, ["depth"], back.sources) == told | {"depth": "flag"}
+    assert configs.sources(again, back.config, ["depth"], back.sources) == sources | {"depth": "flag"}
     before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
     configs.save(tmp_path / "run", back, back.config, back.sources)
     assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
     assert before.keys() == {"config.json", "experiment.py"}
 
 
-def test_the_source_saved_is_the_one_that_ran(toy, tmp_path):
+def test_save_writes_the_source_that_was_loaded(toy, tmp_path):
     loaded = configs.load("pronouns")
     toy.write_text("broken(")
     configs.save(tmp_path / "run", loaded, loaded.config, {})
     assert configs.load_workdir(tmp_path / "run").config.depth == 2
 
 
-def test_another_process_reads_the_saved_config(toy, tmp_path):
+def test_load_workdir_in_another_process_without_jax(toy, tmp_path):
     save(toy, tmp_path / "run")
     code = f"from attnlab import config; print(config.load_workdir({str(tmp_path / 'run')!r}).config)"
     code += "; import sys; assert 'jax' not in sys.modules and 'flax' not in sys.modules"
@@ -570,7 +575,7 @@ def test_another_process_reads_the_saved_config(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "message"),
     [
         (lambda text: "", "is not JSON"),
         (lambda text: text[:40], "is not JSON"),
@@ -585,17 +590,17 @@ def test_another_process_reads_the_saved_config(toy, tmp_path):
         (lambda text: text.replace("experiment:Toy", "json:JSONDecoder"), "is not a dataclass"),
         (lambda text: text.replace('"count": 3', '"number": 3'), "config.word (Other) has no field 'number'"),
         (lambda text: text.replace('"count": 3', '"count": "3"'), "config.word.count='3': expected int"),
-        (lambda text: text.replace('"$type"', '"type"'), "does not say which type"),
+        (lambda text: text.replace('"$type"', '"type"'), "has no $type of the form"),
         (lambda text: text.replace('"name": "pronouns",', ""), "does not name its experiment"),
     ],
 )
-def test_a_corrupt_or_foreign_config_is_told_in_one_line(toy, tmp_path, edit, said):
+def test_load_workdir_reports_invalid_config_in_one_line(toy, tmp_path, edit, message):
     save(toy, tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     file.write_text(edit(file.read_text()))
     with pytest.raises(InputError) as caught:
         configs.load_workdir(tmp_path / "run")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -610,7 +615,7 @@ def test_a_corrupt_or_foreign_config_is_told_in_one_line(toy, tmp_path, edit, sa
         (lambda text: text.replace('"count": 3', '"number": 3'), "config.word (Other) has no field 'number'"),
     ],
 )
-def test_a_config_of_an_older_version_names_both_versions(toy, tmp_path, edit, message):
+def test_load_workdir_of_older_version_names_both_versions(toy, tmp_path, edit, message):
     save(toy, tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     file.write_text(edit(file.read_text().replace(f'"{attnlab.__version__}"', '"0.1.0"')))
@@ -623,7 +628,7 @@ def test_a_config_of_an_older_version_names_both_versions(toy, tmp_path, edit, m
     assert str(caught.value).endswith("; start a new run")
 
 
-def test_an_older_experiment_whose_imports_are_gone_names_both_versions(toy, tmp_path):
+def test_load_workdir_with_removed_imports_names_both_versions(toy, tmp_path):
     save(toy, tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     file.write_text(file.read_text().replace(f'"{attnlab.__version__}"', '"0.1.0"'))
@@ -635,12 +640,12 @@ def test_an_older_experiment_whose_imports_are_gone_names_both_versions(toy, tmp
         configs.load_workdir(tmp_path / "run")
 
 
-def test_a_folder_without_a_run(tmp_path):
+def test_load_workdir_without_run(tmp_path):
     with pytest.raises(InputError, match=r"holds no run: it has no config.json"):
         configs.load_workdir(tmp_path)
 
 
-def test_a_field_added_since_takes_its_default(toy, tmp_path):
+def test_load_workdir_missing_field_takes_default(toy, tmp_path):
     save(toy, tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     record = json.loads(file.read_text())
@@ -649,7 +654,7 @@ def test_a_field_added_since_takes_its_default(toy, tmp_path):
     assert configs.load_workdir(tmp_path / "run").config.depth == 2
 
 
-def test_a_value_that_json_cannot_hold_is_named():
+def test_to_dict_names_value_that_cannot_be_saved():
     @dataclass(frozen=True)
     class Odd:
         things: object
@@ -658,21 +663,21 @@ def test_a_value_that_json_cannot_hold_is_named():
         configs.to_dict(Odd([1]))
 
 
-def test_floats_that_json_has_no_number_for():
+def test_json_roundtrip_of_nonfinite_floats():
     for value in (math.inf, -math.inf):
         assert configs.from_dict(configs.to_dict(Average(value))) == Average(value)
     assert math.isnan(configs.from_dict(configs.to_dict(Average(math.nan))).decay)
 
 
-def test_parse_reads_the_narrow_meaning_first():
+def test_parse_prefers_the_narrowest_type():
     assert parse("1", bool | int) == 1
     assert parse("x", str | None) == "x"
     assert parse("5", int | tuple[int, ...]) == 5
     assert parse("5,", int | tuple[int, ...]) == (5,)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="the `type` statement is of Python 3.12")
-def test_a_type_alias_is_what_it_stands_for():
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the `type` statement requires Python 3.12")
+def test_parse_resolves_type_aliases():
     names = {"AdamW": AdamW, "Lion": Lion}
     exec("type Optimizer = AdamW | Lion\ntype Maybe = Optimizer | None", names)
     assert parse("Lion", names["Maybe"], AdamW(weight_decay=0.3)) == Lion(1e-3, 0.3)
@@ -681,7 +686,7 @@ def test_a_type_alias_is_what_it_stands_for():
         parse("Lino", names["Maybe"])
 
 
-def test_a_choice_may_be_a_subclass_that_is_not_named(toy):
+def test_override_accepts_subclass_defined_in_experiment_file(toy):
     toy.write_text(
         "from tests import test_config\nfrom dataclasses import dataclass\n"
         "@dataclass(frozen=True)\nclass Dilated(test_config.Window):\n  rate: int = 2\n"

@@ -30,7 +30,7 @@ from attnlab.sharding import (
         (" fsdp:4, data:2", 8, (2, 4, 1)),
     ],
 )
-def test_presets_and_sizes(text, devices, sizes):
+def test_parse_mesh_accepts_presets_and_sizes(text, devices, sizes):
     assert tuple(parse_mesh(text, devices).values()) == sizes
 
 
@@ -48,13 +48,13 @@ def test_presets_and_sizes(text, devices, sizes):
         ("data:2", 1, ["needs 2 devices", "is 1", "these fit: single"]),
     ],
 )
-def test_meshes_that_cannot_be_are_refused(refuses, text, devices, words):
+def test_parse_mesh_rejects_invalid_meshes(refuses, text, devices, words):
     with refuses(*words):
         parse_mesh(text, devices)
 
 
 @pytest.mark.parametrize("text", ["single", "fsdp:8", "data:2,fsdp:2,tensor:2", "tensor:4"])
-def test_describe_is_what_parse_reads(text):
+def test_format_mesh_is_inverse_of_parse_mesh(text):
     mesh = make_mesh(parse_mesh(text, 8))
     assert format_mesh(mesh) == text
     assert all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
@@ -69,12 +69,12 @@ def test_specs_of_activations_and_parameters(mesh_of):
         assert param_spec((64, 4, 16), ("embed", "heads", "head_dim")) == P("fsdp", "tensor", None)
 
 
-def test_dimensions_that_cannot_be_cut_name_what_would_do(refuses):
+def test_check_divisible_names_field_and_valid_sizes(refuses):
     sizes = {"data": 2, "fsdp": 4, "tensor": 4}
     check_divisible(sizes, {"batch": ("batch", 16), "width": ("embed", 12), "heads": ("heads", 4)})
-    with refuses("data.batch=12", "8 pieces", "data x fsdp", "a multiple of 8", "1 or 2 or 3 or 4 or 6"):
+    with refuses("data.batch=12", "8 ways", "data x fsdp", "a multiple of 8", "1 or 2 or 3 or 4 or 6"):
         check_divisible(sizes, {"data.batch": ("batch", 12)})
-    with refuses("model.width=10", "4 pieces over mesh axes fsdp", "fsdp of 1 or 2"):
+    with refuses("model.width=10", "4 ways over mesh axes fsdp", "fsdp of 1 or 2"):
         check_divisible(sizes, {"model.width": ("embed", 10)})
     with refuses("kv_heads=2", "tensor of 1 or 2"):
         check_divisible(sizes, {"kv_heads": ("kv_heads", 2)})

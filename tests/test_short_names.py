@@ -97,5 +97,5 @@ def test_two_names_that_differ_in_the_suffix_alone():
     """In a file both can be told; in one field of a config they are refused."""
     for value in (Bare(3), BareConfig(3)):
         assert configs.from_dict(configs.to_dict(value)) == value
-    with pytest.raises(InputError, match="Bare and BareConfig are both called Bare"):
+    with pytest.raises(InputError, match="Bare and BareConfig have the same short name Bare"):
         choices(Bare | BareConfig)

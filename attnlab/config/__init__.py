@@ -3,7 +3,7 @@
     loaded = load("experiments/lm_docs.py")
     config = override(loaded.config, "model.depth", "12")
 
-Nothing here imports JAX, so that `--help` and a mistyped flag answer at once.
+This package does not import JAX, so that `--help` and errors in flags appear immediately.
 """
 
 from attnlab.config.experiments import Loaded, available

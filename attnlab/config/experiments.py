@@ -1,4 +1,4 @@
-"""Experiment files: find one, run its `get_config`, and tell in one line what is wrong with it."""
+"""Experiment files: find a file, run its `get_config`, and report its errors in one line."""
 
 import ast
 import dataclasses
@@ -26,18 +26,18 @@ MODULE_PREFIX = "attnlab_experiment_"
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """An experiment: its config, and the file that it came from.
+    """A loaded experiment: its config and the file that defines it.
 
     Attributes:
-        config: what `get_config` returned, before any override.
-        module: the experiment file as a module; None for a saved config without one beside it.
+        config: the return value of `get_config`, before overrides.
+        module: the experiment file as a module; None for a saved config without an experiment file.
         path: the experiment file.
-        argument: what stood after the colon in `path.py:argument`.
-        name: what to call it, `lm_docs`.
-        source: the text of the file as it was run.
-        sources: for a saved config, where each value came from; see `config.sources`.
-        mesh: for a saved config, the mesh it was last trained on.
-        neighbours: the source of each module beside the file that it imports, by name.
+        argument: the text after the colon in `path.py:argument`.
+        name: the experiment's name, such as `lm_docs`.
+        source: the contents of the file when it was run.
+        sources: for a saved config, the source of each value; see `config.sources`.
+        mesh: for a saved config, the mesh of the last training.
+        neighbours: the source of each module in the file's folder that it imports, by name.
     """
 
     config: Any
@@ -52,10 +52,12 @@ class Loaded:
 
 
 def load_file(spec: str) -> Loaded:
-    """Load the experiment that `path.py`, `path.py:argument` or its bare name names.
+    """Load an experiment given as `path.py`, `path.py:argument` or a bare name.
 
-    `find` says where the file is looked up. Raises InputError for a file that is not there or does not give a
-    config.
+    `find` documents where the file is searched for.
+
+    Raises:
+        InputError: the file does not exist or does not define a config.
     """
     name, argument = _split_argument(spec)
     path = find(name)
@@ -76,9 +78,10 @@ def _split_argument(spec: str) -> tuple[str, str | None]:
 
 
 def installed_folder() -> Path:
-    """Return the folder of the experiments that come with attnlab.
+    """Return the folder of the experiments that attnlab includes.
 
-    In an installed wheel that is `attnlab/experiments`; in a checkout `experiments` is beside `attnlab`.
+    In an installed wheel it is `attnlab/experiments`; in a checkout it is `experiments`, in the
+    same folder as `attnlab`.
     """
     package = Path(attnlab.__file__).resolve().parent
     inside = package / FOLDER
@@ -86,7 +89,7 @@ def installed_folder() -> Path:
 
 
 def available() -> dict[str, str]:
-    """The experiments there are, by name, with the first line of their docstring; none of them is run."""
+    """Return the first docstring line of each available experiment by name, without running any."""
     found: dict[str, str] = {}
     for folder in (Path.cwd() / FOLDER, installed_folder()):
         for file in sorted(folder.glob("*.py")):
@@ -106,12 +109,12 @@ def _first_line(file: Path) -> str:
 def find(name: str) -> epath.Path:
     """Return the file of an experiment.
 
-    A path is looked up from the current folder. `NAME`, `NAME.py` and `experiments/NAME.py` are looked up
-    in the current folder, in its `experiments`, and among the experiments that come with attnlab; a bare
-    `NAME` passes over a file that does not mention `get_config`.
+    A path is relative to the current folder. `NAME`, `NAME.py` and `experiments/NAME.py` are
+    searched for in the current folder, in its `experiments`, and among the experiments that attnlab
+    includes. For a bare `NAME`, files that do not contain `get_config` are skipped.
 
     Raises:
-        InputError: there is no such file; the message lists the experiments there are.
+        InputError: there is no such file; the message lists the available experiments.
     """
     bare = re.fullmatch(r"[\w-]+", name) is not None
     for candidate in _candidates(name):
@@ -126,7 +129,7 @@ def find(name: str) -> epath.Path:
 
 
 def _candidates(name: str) -> list[epath.Path]:
-    """The places where `find` looks, first to last."""
+    """Return the paths that `find` tries, in order."""
     if "://" in name:
         return [resolve_path(name)]
     here, installed = epath.Path(Path.cwd()), epath.Path(installed_folder())
@@ -141,17 +144,19 @@ def import_source(
     neighbours: Mapping[str, bytes] | None = None,
     folder: epath.Path | None = None,
 ) -> types.ModuleType:
-    """The experiment file as a module, under a name that depends on its path alone.
+    """Import an experiment file as a module whose name depends only on its path.
 
-    It is left in `sys.modules`, where dataclasses look for the names in their annotations; the same text is
-    not run twice, so that two configs of one file are of the same classes. Raises InputError for any
-    exception in it.
+    The module stays in `sys.modules`, where dataclasses resolve the names in their annotations. The
+    same source is not run twice, so that two configs from one file have the same classes.
 
     Args:
-        source: the text of the file.
-        path: where the file is.
-        neighbours: the source of the modules beside it that it imports, by name.
-        folder: where those are; None for the folder of `path`.
+        source: the contents of the file.
+        path: the file.
+        neighbours: the source of each module in the same folder that it imports, by name.
+        folder: the folder of these modules; None for the folder of `path`.
+
+    Raises:
+        InputError: the file raises an exception.
     """
     path, neighbours = epath.Path(path), neighbours or {}
     identity = hashlib.sha256(str(path.resolve() if "://" not in str(path) else path).encode()).hexdigest()[
@@ -180,7 +185,7 @@ def _call_get_config(module: types.ModuleType, path: epath.Path, argument: str |
         raise InputError(f"{path} has no function get_config")
     parameters = list(inspect.signature(get_config).parameters.values())
     if argument is not None and not parameters:
-        raise InputError(f"{path} takes no argument, so {argument!r} after the colon means nothing")
+        raise InputError(f"{path} takes no argument, but {argument!r} was given after the colon")
     if argument is None and any(p.default is p.empty and p.kind < p.VAR_POSITIONAL for p in parameters):
         raise InputError(f"{path} needs an argument ({parameters[0].name}): --config={path}:...")
     try:
@@ -194,13 +199,13 @@ def _call_get_config(module: types.ModuleType, path: epath.Path, argument: str |
 
 
 def format_error(error: BaseException, path: epath.Path) -> InputError:
-    """The error of an experiment in one line: where in the file, and what."""
+    """Convert an exception of an experiment file to an InputError `file:line: message`."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
     ]
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else None
     near = Path(path).is_relative_to(Path.cwd()) and Path(path).relative_to(Path.cwd())
     where = f"{near or path}:{line or (lines[-1] if lines else 1)}"
-    what = error.msg if isinstance(error, SyntaxError) else str(error)
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
     kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-    return InputError(f"{where}: {kind}{what}")
+    return InputError(f"{where}: {kind}{message}")

@@ -1,7 +1,8 @@
-"""Modules beside an experiment file: `import csv_lm` in it finds `csv_lm.py` in the same folder.
+"""Modules in the folder of an experiment file: `import csv_lm` finds `csv_lm.py` in that folder.
 
-They are loaded once per experiment, under a name below the experiment's own, so that two experiments, or an
-experiment and its copy in a workdir, can each have a module of the same name.
+They are loaded once per experiment, as submodules of the experiment's module, so that two
+experiments, or an experiment and its copy in a workdir, can have different modules of the same
+name.
 """
 
 import ast
@@ -15,9 +16,9 @@ from etils import epath
 
 
 def read_neighbours(source: bytes, folder: epath.Path) -> dict[str, bytes]:
-    """Return the source of every module of `folder` that `source` imports, directly or through another.
+    """Return the source of every module in `folder` that `source` imports, directly or indirectly.
 
-    Imports inside functions count; packages and relative imports do not.
+    Imports inside functions count. Packages and relative imports do not.
     """
     names = _imported(source)
     if not names or not folder.is_dir():
@@ -34,7 +35,7 @@ def read_neighbours(source: bytes, folder: epath.Path) -> dict[str, bytes]:
 
 
 def _imported(source: bytes) -> set[str]:
-    """The names of the modules that a file imports; none of a file that is not Python."""
+    """Return the names of the modules that a file imports; empty if it cannot be parsed."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError):
@@ -57,7 +58,7 @@ def install(
         module: the experiment, not yet executed.
         neighbours: the source of each module, by name.
         folder: the folder that holds them, for tracebacks.
-        explain: turns an exception in a neighbour and its file into the exception to raise.
+        explain: converts an exception in a neighbour, given with its file, to the one to raise.
     """
 
     def load(name: str) -> types.ModuleType:
@@ -80,13 +81,13 @@ def install(
             return load(name)
         return builtins.__import__(name, globals, locals, fromlist, level)
 
-    # The import statement calls the `__import__` of its module's builtins.
+    # The import statement calls `__import__` from the builtins of its module.
     namespace = builtins.__dict__ | {"__import__": import_}
     module.__dict__.update(__builtins__=namespace, __neighbours__=dict(neighbours), __load_neighbour__=load)
 
 
 def neighbour_of(experiment: types.ModuleType, name: str) -> types.ModuleType:
-    """Return the module that a saved config calls `name`: "experiment", or "experiment.NEIGHBOUR".
+    """Return the module named "experiment" or "experiment.NEIGHBOUR" in a saved config.
 
     Raises:
       ImportError: the experiment has no such neighbour.

@@ -1,8 +1,8 @@
-"""A config as JSON, and a run's folder as all that is needed to start the run again.
+"""Saving a config as JSON, and loading a run from its folder alone.
 
-A dataclass is an object with its class under "$type", `module:Name` (`experiment:Name` for one that the
-experiment file defines), without a trailing `Config`; a tuple is a list; an enum and a float that JSON has
-no number for are objects too.
+A dataclass becomes an object whose "$type" is its class, `module:Name` without a trailing `Config`
+(`experiment:Name` if the experiment file defines it). A tuple becomes a list. Enums, and floats
+that JSON cannot represent, become objects as well.
 """
 
 import dataclasses
@@ -26,11 +26,15 @@ from attnlab.errors import InputError
 from attnlab.paths import write_atomically
 
 CONFIG, EXPERIMENT = "config.json", "experiment.py"
-NEIGHBOURS = "experiment"  # the folder of the modules that the experiment imports from beside it
+NEIGHBOURS = "experiment"  # subfolder for the modules that the experiment imports from its own folder
 
 
 def to_dict(config: Any, path: str = "config") -> Any:
-    """`config` as what JSON can hold; raises InputError for a value that has no place there."""
+    """Convert a config to JSON-compatible values.
+
+    Raises:
+        InputError: a value cannot be saved; the message names its path.
+    """
     if is_config(config):
         names = fields_of(type(config))
         fields = {name: to_dict(getattr(config, name), f"{path}.{name}") for name in names}
@@ -55,29 +59,34 @@ def _tag(cls: type) -> str:
     *outer, _ = cls.__qualname__.split(".")
     name, namesake = short_name(cls), [*outer, short_name(cls)]
     if name != cls.__name__ and _is_config_class(_attribute(sys.modules.get(cls.__module__), namesake)):
-        name = cls.__name__  # the short name is that of another config
+        name = cls.__name__  # another config class has the short name
     return f"{module}:{'.'.join([*outer, name])}"
 
 
 def _attribute(module: Any, names: Sequence[str]) -> Any:
-    """The object that `names` lead to from `module`, or None."""
+    """Return the nested attribute `names` of `module`, or None."""
     for name in names:
         module = getattr(module, name, None)
     return module
 
 
 def _is_config_class(value: Any) -> bool:
-    """Whether `value` is a dataclass other than a Flax module; Flax itself is not imported here."""
+    """Return whether `value` is a dataclass other than a Flax module, without importing Flax."""
     if not isinstance(value, type) or not dataclasses.is_dataclass(value):
         return False
     return not any(base.__module__.startswith("flax.") for base in value.__mro__)
 
 
 def from_dict(data: Any, experiment: types.ModuleType | None = None, path: str = "config") -> Any:
-    """The config that `to_dict` wrote; `experiment` is the module of the classes tagged "experiment:".
+    """Rebuild a config from the result of `to_dict`. A missing field takes its default.
 
-    A field that the saved config lacks takes its default. Raises InputError for a type or a field that this
-    version does not have.
+    Args:
+        data: the JSON-compatible values.
+        experiment: the module that defines the classes whose "$type" starts with "experiment:".
+        path: path of `data` in the config, for error messages.
+
+    Raises:
+        InputError: this version does not have a type or a field.
     """
     if isinstance(data, list):
         return tuple(from_dict(value, experiment, f"{path}.{i}") for i, value in enumerate(data))
@@ -113,11 +122,11 @@ def _member(data: dict[str, Any], experiment: types.ModuleType | None, path: str
 
 def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
     if not isinstance(tag, str) or ":" not in tag:
-        raise InputError(f"{path} does not say which type it is of (a $type like 'module:Name')")
+        raise InputError(f"{path} has no $type of the form 'module:Name'")
     module_name, _, name = tag.partition(":")
     of_experiment = module_name.partition(".")[0] == "experiment"
     if of_experiment and experiment is None:
-        raise InputError(f"{path} is of type {tag}, but the experiment's source is not beside the config")
+        raise InputError(f"{path} is of type {tag}, but the config's folder has no {EXPERIMENT}")
     try:
         if of_experiment and experiment is not None:
             module = neighbour_of(experiment, module_name)
@@ -139,9 +148,10 @@ def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
 def save(
     workdir: epath.PathLike, loaded: Loaded, config: Any, sources: Mapping[str, str], mesh: str | None = None
 ) -> None:
-    """Write `config.json`, the experiment's source and the modules it imports from beside it into `workdir`.
+    """Write a run's `config.json`, its experiment file and the modules this imports into `workdir`.
 
-    They are enough to start the run again.
+    They suffice to restart the run with `load_workdir`. Only modules of the experiment's own folder
+    are written.
     """
     workdir = epath.Path(workdir)
     record = {
@@ -151,7 +161,7 @@ def save(
         "sources": dict(sources),
         "config": to_dict(config),
     }
-    # The config last: where it is, the folder is complete.
+    # The config is written last: its presence means that the folder is complete.
     if loaded.source:
         write_atomically(workdir / EXPERIMENT, loaded.source)
     for name, source in loaded.neighbours.items():
@@ -160,12 +170,16 @@ def save(
 
 
 def load_workdir(workdir: epath.PathLike) -> Loaded:
-    """The run that `save` wrote, from the files in `workdir` alone; raises InputError where there is none."""
+    """Load the run that `save` wrote, using only the files in `workdir`.
+
+    Raises:
+        InputError: `workdir` contains no run, or its config cannot be loaded.
+    """
     return load_saved(epath.Path(workdir) / CONFIG)
 
 
 def load_saved(path: epath.PathLike) -> Loaded:
-    """As `load_workdir`, given the path of the `config.json`."""
+    """Load a saved run, as `load_workdir` does, given the path of its `config.json`."""
     path = epath.Path(path)
     record = _read(path)
     source_file = path.parent / EXPERIMENT
@@ -194,7 +208,7 @@ def load_saved(path: epath.PathLike) -> Loaded:
 
 
 def _unreadable(path: epath.Path, version: str, error: InputError) -> str:
-    """Return the message for a saved config that does not load, with both versions where they differ."""
+    """Return the message for a saved config that fails to load, with differing versions."""
     if version == attnlab.__version__:
         return f"{path}: {error}"
     return (

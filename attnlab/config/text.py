@@ -1,8 +1,10 @@
-"""Values as text: what is written after `--config.path=`, and the same text back from a value.
+"""Values as text: parse the text after `--config.path=`, and render a value as such text.
 
-    12   1e-3   true   None   gelu   1,2,3   ()   Lion   Lion(learning_rate=1e-4)   Window(256)*5,Causal
+    12   1e-3   true   None   gelu   1,2,3   ()   Lion   Lion(learning_rate=1e-4)
+    Window(256)*5,Causal
 
-Text is read by the annotation of the field it is for: `12` is a number for an `int`, a word for a `str`.
+The annotation of the field determines how text is parsed: `12` is a number for an `int` and a
+string for a `str`.
 """
 
 import ast
@@ -32,14 +34,21 @@ from attnlab.config.types import (
 from attnlab.errors import InputError
 
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
-# Errors that a constructor's own checks raise; anything else is a bug and keeps its traceback.
+# Errors raised by the checks of constructors. Any other error is a bug and keeps its traceback.
 VALIDATION_ERRORS = (ValueError, TypeError, ArithmeticError, AssertionError)
 
 
 def parse(text: str, annotation: Any, current: Any = None) -> Any:
-    """The value that `text` means for a field annotated so; raises InputError saying what is allowed.
+    """Parse `text` as a value of a field with this annotation.
 
-    A component chosen by name keeps those values of `current` whose fields it has too.
+    Args:
+        text: the text to parse.
+        annotation: the field's annotation.
+        current: the field's current value. A component chosen by name keeps the values of the
+            fields that it has in common with `current`.
+
+    Raises:
+        InputError: the text is not a value of this type; the message lists the allowed values.
     """
     text = text.strip()
     constructor = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", text, re.DOTALL)
@@ -47,10 +56,10 @@ def parse(text: str, annotation: Any, current: Any = None) -> Any:
     name = short_name(constructor[1]) if constructor else ""
     if constructor and name in named and len(split(text)) == 1:
         return construct(named[name], constructor[2] or "", current)
-    # The narrow readings first: `str` takes any text, and a one-element tuple nearly any.
+    # The narrowest types first: `str` accepts any text, and a one-element tuple nearly any.
     for member in sorted(members(annotation), key=_breadth):
         if member is int and float in members(annotation) and not re.fullmatch(r"[+-]?[\d_]+", text):
-            continue  # 1e3 is the float that it looks like
+            continue  # in `int | float`, 1e3 is a float
         try:
             return _parse_member(text, member)
         except (ValueError, ArithmeticError) as error:
@@ -61,7 +70,10 @@ def parse(text: str, annotation: Any, current: Any = None) -> Any:
 
 
 def construct(cls: type, text: str, current: Any = None) -> Any:
-    """An instance of the dataclass `cls` from `256, field=value`; see `parse` for `current`."""
+    """Construct the dataclass `cls` from text such as `256, field=value`.
+
+    `current` is as in `parse`.
+    """
     known, called = fields_of(cls), short_name(cls)
     values = {
         name: getattr(current, name)
@@ -95,7 +107,7 @@ def construct(cls: type, text: str, current: Any = None) -> Any:
 
 
 def construct_or_raise(cls: Any, values: dict[str, Any]) -> Any:
-    """`cls(**values)`, where a value that its own checks refuse becomes an InputError."""
+    """Return `cls(**values)`, with the error of its own checks converted to an InputError."""
     try:
         return cls(**values)
     except VALIDATION_ERRORS as error:
@@ -124,7 +136,11 @@ def _literals(member: Any) -> dict[str, Any]:
 
 
 def _parse_member(text: str, member: Any) -> Any:
-    """One alternative of an annotation; raises ValueError or ArithmeticError where the text is not one."""
+    """Parse text as one alternative of an annotation.
+
+    Raises:
+        ValueError: the text is not a value of this type; also ArithmeticError.
+    """
     if member is types.NoneType and text in ("None", "none", "null"):
         return None
     if member is bool and text.lower() in BOOLEANS:
@@ -146,7 +162,7 @@ def _parse_member(text: str, member: Any) -> Any:
 
 def _integer(text: str) -> int:
     number = decimal.Decimal(text)
-    # `1e999999999` is an integer too, but writing out its digits would take the machine down.
+    # `1e999999999` is an integer too, but its digits would exhaust the memory.
     if not number.is_finite() or number.adjusted() > 100 or number != number.to_integral_value():
         raise ValueError(text)
     return int(number)
@@ -157,7 +173,7 @@ def _unquoted(text: str) -> str:
         try:
             return str(ast.literal_eval(text))
         except (SyntaxError, ValueError):
-            return text  # quotes that are part of the text
+            return text  # the quotes are part of the text
     return text
 
 
@@ -183,14 +199,14 @@ def _parse_tuple(text: str, member: Any) -> tuple:
 
 
 def split(text: str) -> list[str]:
-    """Split at the commas that no bracket or quoted string holds; a last empty piece is dropped."""
+    """Split at commas outside brackets and quoted strings; an empty last piece is dropped."""
     pieces, depth, quote, escaped = [""], 0, "", False
     for letter in text:
         if quote:
             quote = "" if letter == quote and not escaped else quote
             escaped = letter == "\\" and not escaped
         elif letter in "'\"" and pieces[-1].rstrip()[-1:] in ("", "=", "(", ","):
-            quote = letter  # only at the start of a value: an apostrophe within a word is a letter
+            quote = letter  # only at the start of a value: elsewhere it is an apostrophe
         elif letter in "([{":
             depth += 1
         elif letter in ")]}":
@@ -207,7 +223,7 @@ def split(text: str) -> list[str]:
 
 
 def render(value: Any) -> str:
-    """The text that `parse` reads as `value`; a class renders as its short name."""
+    """Return the text that `parse` parses as `value`; for a class, its short name."""
     if isinstance(value, type):
         return short_name(value)
     if isinstance(value, enum.Enum):

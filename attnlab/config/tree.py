@@ -1,4 +1,4 @@
-"""A config as a tree: change a field by its path, list the fields, tell two configs apart."""
+"""A config as a tree: override fields by path, list the fields, compare two configs."""
 
 import copy
 import dataclasses
@@ -25,19 +25,23 @@ Override = tuple[str, str]
 
 
 def override(config: Config, path: str, text: str) -> Config:
-    """`config` with the field at the dotted `path` set to what `text` means for a field of its type.
+    """Return `config` with the field at the dotted `path` set to the parsed `text`.
 
-    Raises InputError for a field that does not exist, a value of another type, or one that the config's own
-    checks refuse.
+    Raises:
+        InputError: the field does not exist, the text is not a value of its type, or a check of the
+            config's constructors fails.
     """
     return override_all(config, [(path, text)])
 
 
 def override_all(config: Config, overrides: Iterable[Override]) -> Config:
-    """`config` with every `(path, text)` applied in order, and checked when all of them are.
+    """Return `config` with all pairs `(path, text)` applied in order.
 
-    Checking last is what lets `model.width=96` and `model.heads=6` be given in either order. Raises
-    InputError as `override` does.
+    The constructors' checks run after the last one, so that `model.width=96` and `model.heads=6`
+    can be given in either order.
+
+    Raises:
+        InputError: as for `override`.
     """
     overrides = list(overrides)
     changed = config
@@ -50,11 +54,11 @@ def override_all(config: Config, overrides: Iterable[Override]) -> Config:
 
 
 class _BadValue(Exception):
-    """A text that its field does not accept, as against a path that leads nowhere."""
+    """The text is not a value of its field, while the path is valid."""
 
 
 def _assign(node: Any, path: list[str], text: str, where: str) -> Any:
-    """A copy of the dataclass `node` with the field at `path` set; its own checks have not run yet."""
+    """Return a copy of the dataclass `node` with the field at `path` set, without any checks."""
     name, *rest = path
     annotations = fields_of(type(node))
     if name not in annotations:
@@ -66,7 +70,7 @@ def _assign(node: Any, path: list[str], text: str, where: str) -> Any:
 
 
 def _descend(value: Any, annotation: Any, rest: list[str], text: str, where: str) -> Any:
-    """The new value of a field, or of a tuple's element, that holds `value` now."""
+    """Return the new value of a field or tuple element whose current value is `value`."""
     if not rest:
         try:
             return parse(text, annotation, value)
@@ -86,8 +90,8 @@ def _descend(value: Any, annotation: Any, rest: list[str], text: str, where: str
 def _assign_element(values: tuple, annotation: Any, rest: list[str], text: str, where: str) -> tuple:
     index, *rest = rest
     if not re.fullmatch(r"-?\d+", index) or not -len(values) <= int(index) < len(values):
-        allowed = f"0 to {len(values) - 1}" if values else "none, it is empty"
-        raise InputError(f"{where} has no element {index!r}; its elements are {allowed}")
+        allowed = f"0 to {len(values) - 1}" if values else "none, the tuple is empty"
+        raise InputError(f"{where} has no element {index!r}; valid indices: {allowed}")
     position = int(index) % len(values)
     tuples = [member for member in members(annotation) if is_tuple(member)]
     parts = next(filter(None, (element_types(member, len(values)) for member in tuples)), [Any] * len(values))
@@ -96,7 +100,7 @@ def _assign_element(values: tuple, annotation: Any, rest: list[str], text: str, 
 
 
 def _checked(new: Any, old: Any, path: str, overrides: list[Override]) -> Any:
-    """`new`, rebuilt from the leaves up through its constructors wherever it is not `old`."""
+    """Rebuild the changed parts of `new` from the leaves up, so that constructors check them."""
     if new is old:
         return new
     if isinstance(new, tuple):
@@ -113,8 +117,8 @@ def _checked(new: Any, old: Any, path: str, overrides: list[Override]) -> Any:
         return construct_or_raise(type(new), parts)
     except InputError as error:
         within = [(p, text) for p, text in overrides if f"{p}.".startswith(f"{path}.") or not path]
-        asked = " ".join(f"config.{p}={text}" for p, text in within or overrides)
-        raise InputError(f"{asked}: {error}") from error
+        flags = " ".join(f"config.{p}={text}" for p, text in within or overrides)
+        raise InputError(f"{flags}: {error}") from error
 
 
 def _join(path: str, name: str) -> str:
@@ -122,9 +126,11 @@ def _join(path: str, name: str) -> str:
 
 
 def flatten(config: Any, path: str = "") -> dict[str, Any]:
-    """Every field by its dotted path. A component stands there as its class, its own fields after it.
+    """Return every field by its dotted path.
 
-    A tuple is one value, components in it and all: `override(config, path, render(value))` sets any entry.
+    The value of a component is its class, and its fields follow as entries of their own. A tuple is
+    one value, including any components in it. `override(config, path, render(value))` sets any
+    entry.
     """
     flat: dict[str, Any] = {}
     for name in fields_of(type(config)):
@@ -134,61 +140,61 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 
 
 def _defaults(config: Any, default: Any, path: str = "") -> dict[str, Any]:
-    """What each path of `config` would hold had nobody set it; paths without a default are left out."""
+    """Return the default value of each path of `config`; paths without a default are omitted."""
     flat: dict[str, Any] = {}
     own = {field.name: default_of(field) for field in dataclasses.fields(config)}
     for name in fields_of(type(config)):
         value, here = getattr(config, name), _join(path, name)
-        # The default of a whole component speaks for the fields within it, as long as its type is kept.
-        usual = getattr(default, name) if type(default) is type(config) else own[name]
-        if usual is not dataclasses.MISSING:
-            flat[here] = type(usual) if is_config(usual) else usual
+        # If a component has the type of its default, this default determines those of its fields.
+        field_default = getattr(default, name) if type(default) is type(config) else own[name]
+        if field_default is not dataclasses.MISSING:
+            flat[here] = type(field_default) if is_config(field_default) else field_default
         if is_config(value):
-            flat |= _defaults(value, usual, here)
+            flat |= _defaults(value, field_default, here)
     return flat
 
 
 def sources(
     config: Any, file_config: Any, flags: Iterable[str], saved: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Where each value of `config` comes from: "default", "file" (the experiment set it) or "flag".
+    """Return the source of each value of `config`: "default", "file" (experiment file) or "flag".
 
     Args:
-        config: with the overrides applied.
-        file_config: as the experiment's `get_config` returned it.
+        config: the config with overrides applied.
+        file_config: the config before overrides.
         flags: the paths that were overridden.
-        saved: the answer of the run that `file_config` was saved by, if it was.
+        saved: if `file_config` was loaded from a run, the sources saved with it.
     """
     flags, before, defaults = list(flags), flatten(file_config), _defaults(config, None)
 
     def source(path: str, value: Any) -> str:
-        # A tuple is one entry, also where the flag set a field of one of its elements.
+        # A tuple is one entry, even if the flag set a field of one of its elements.
         within = not isinstance(value, type) and any(flag.startswith(f"{path}.") for flag in flags)
         if path in flags or within:
             return "flag"
-        usual = path in defaults and _same(defaults[path], value)
+        is_default = path in defaults and _same(defaults[path], value)
         if path in before and _same(before[path], value):
-            return (saved or {}).get(path, "default" if usual else "file")
-        return "default" if usual else "flag"  # it came with a component that a flag chose
+            return (saved or {}).get(path, "default" if is_default else "file")
+        return "default" if is_default else "flag"  # a field of a component that a flag chose
 
     return {path: source(path, value) for path, value in flatten(config).items()}
 
 
 def _same(a: Any, b: Any) -> bool:
-    # As text, because a class saved by a run and the experiment's own are two classes of one name,
-    # and because NaN is not equal to itself.
+    # Compared as text because a run's copy of a class and the experiment's own class differ but
+    # have the same name, and because NaN is not equal to itself.
     return render(a) == render(b)
 
 
 def show(config: Any, sources: Mapping[str, str]) -> str:
-    """An aligned listing of path, value and source, a field a line."""
+    """Return an aligned listing of path, value and source, one field per line."""
     rows = [(path, render(value), sources.get(path, "")) for path, value in flatten(config).items()]
     width = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
     return "\n".join(f"{p:<{width[0]}}  {value:<{width[1]}}  {source}".rstrip() for p, value, source in rows)
 
 
 def differences(a: Any, b: Any) -> list[str]:
-    """One line for each field that differs, `model.depth: 12 -> 6`; a field that is not there is "absent"."""
+    """Return a line `model.depth: 12 -> 6` per field that differs; a missing one is "absent"."""
     before = {path: render(value) for path, value in flatten(a).items()}
     after = {path: render(value) for path, value in flatten(b).items()}
     return [

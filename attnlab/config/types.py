@@ -1,4 +1,4 @@
-"""What a field's annotation allows: the classes it can hold, and whether a value fits."""
+"""Field annotations: the classes a field can hold, and whether a value conforms."""
 
 import dataclasses
 import difflib
@@ -15,14 +15,15 @@ SCALARS = (bool, int, float, str, types.NoneType)
 
 
 def is_config(value: object) -> bool:
-    """Whether `value` is an instance of a dataclass (and not the class itself)."""
+    """Return whether `value` is an instance of a dataclass (and not the class itself)."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def fields_of(cls: type) -> dict[str, Any]:
-    """The annotation of every field that the constructor of the dataclass `cls` takes.
+    """Return the annotations of the dataclass fields that the constructor of `cls` takes, by name.
 
-    Raises InputError where an annotation names something that does not exist.
+    Raises:
+        InputError: an annotation cannot be resolved.
     """
     try:
         hints = typing.get_type_hints(cls)
@@ -32,18 +33,18 @@ def fields_of(cls: type) -> dict[str, Any]:
 
 
 def short_name(cls: type | str) -> str:
-    """Return the name of a class in text, which has no trailing `Config`: "GatedMLP" for `GatedMLPConfig`."""
+    """Return the class name without a trailing `Config`: "GatedMLP" for `GatedMLPConfig`."""
     name = cls if isinstance(cls, str) else cls.__name__
     return name.removesuffix("Config") or name
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """The default of a field, or `dataclasses.MISSING`."""
+    """Return the default of a field, or `dataclasses.MISSING`."""
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, flat; anything else is its own only member."""
+    """Return the alternatives of a union, flattened; any other annotation is its only member."""
     if isinstance(annotation, typing.NewType):
         return members(annotation.__supertype__)
     if hasattr(annotation, "__value__"):  # `type Component = A | B`, Python 3.12
@@ -54,14 +55,15 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def is_enum(member: Any) -> bool:
-    """Whether an annotation is an Enum class."""
+    """Return whether an annotation is an Enum class."""
     return isinstance(member, type) and issubclass(member, enum.Enum)
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """The dataclasses a field may hold, by short name: those it names and the subclasses of them.
+    """Return the dataclasses that a field may hold by short name: annotated ones and subclasses.
 
-    Raises InputError where two of them differ only in a trailing `Config`.
+    Raises:
+        InputError: the names of two of them differ only in a trailing `Config`.
     """
     found: dict[str, type] = {}
     pending = list(members(annotation))
@@ -73,14 +75,16 @@ def choices(annotation: Any) -> dict[str, type]:
         if dataclasses.is_dataclass(cls) and not inspect.isabstract(cls):
             other = found.setdefault(short_name(cls), cls)
             if other.__name__ != cls.__name__:
-                raise InputError(f"{other.__name__} and {cls.__name__} are both called {short_name(cls)}")
+                raise InputError(
+                    f"{other.__name__} and {cls.__name__} have the same short name {short_name(cls)}"
+                )
             found[short_name(cls)] = cls
         pending += type.__subclasses__(cls)
     return found
 
 
 def element_types(annotation: Any, length: int) -> list[Any] | None:
-    """The annotation of each of `length` elements of a tuple; None where that length is not allowed."""
+    """Return the annotation of each element of a tuple; None if `length` is not allowed."""
     arguments = typing.get_args(annotation)
     if not arguments:
         return [Any] * length if annotation is tuple else [] if length == 0 else None
@@ -90,12 +94,12 @@ def element_types(annotation: Any, length: int) -> list[Any] | None:
 
 
 def is_tuple(member: Any) -> bool:
-    """Whether an annotation is `tuple` or `tuple[...]`."""
+    """Return whether an annotation is `tuple` or `tuple[...]`."""
     return member is tuple or typing.get_origin(member) is tuple
 
 
 def conforms(value: Any, annotation: Any) -> bool:
-    """Whether `value` fits `annotation`; true of annotations that no rule here knows."""
+    """Return whether `value` conforms to `annotation`; True for unsupported annotations."""
     return any(_conforms(value, member) for member in members(annotation))
 
 
@@ -107,19 +111,19 @@ def _conforms(value: Any, member: Any) -> bool:
             return False
         parts = element_types(member, len(value))
         return parts is not None and all(map(conforms, value, parts))
-    if isinstance(value, bool):  # a bool is an int to Python; to a reader of a config it is not
+    if isinstance(value, bool):  # in a config, a bool is not an int
         return member in (bool, Any, object) or not isinstance(member, type)
     if member is float:
         return isinstance(value, int | float)
     cls = typing.get_origin(member) or member
     try:
         return isinstance(value, cls)
-    except TypeError:  # Any, a protocol, a type variable: nothing to hold the value against
+    except TypeError:  # Any, a protocol or a type variable cannot be checked
         return True
 
 
 def expectation(annotation: Any) -> str:
-    """What a field accepts, in words: "int or None", "one of 'relu', 'gelu'"."""
+    """Describe the accepted values: "int or None", "one of 'relu', 'gelu'"."""
     words: list[str] = []
     for member in members(annotation):
         if typing.get_origin(member) is Literal:
@@ -138,7 +142,7 @@ def expectation(annotation: Any) -> str:
             words += [name for name in named if name not in words]
     if len(words) > 1:
         words = [", ".join(words[:-1]), words[-1]]
-    return " or ".join(words) or "nothing that can be written as text"
+    return " or ".join(words) or "a value that cannot be written as text"
 
 
 def _tuple_expectation(member: Any) -> str:
@@ -149,18 +153,18 @@ def _tuple_expectation(member: Any) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The clause "; did you mean 'x'?" for the nearest known word, or an empty string."""
+    """Return "; did you mean 'x'?" for the most similar known word, or an empty string."""
 
-    def likeness(name: str) -> float:
-        # A first letter is seldom mistyped: "atn" means "attention" rather than "pattern".
+    def similarity(name: str) -> float:
+        # First letters are rarely mistyped: "atn" means "attention" rather than "pattern".
         return difflib.SequenceMatcher(None, word, name).ratio() + 0.15 * (word[:1] == name[:1])
 
-    nearest = max(known, key=likeness, default="")
-    return f"; did you mean {nearest!r}?" if nearest and likeness(nearest) >= 0.6 else ""
+    nearest = max(known, key=similarity, default="")
+    return f"; did you mean {nearest!r}?" if nearest and similarity(nearest) >= 0.6 else ""
 
 
 def no_field(where: str, cls: type, name: str) -> InputError:
-    """The error for a field that `cls` does not have: which was meant, and all there are."""
+    """Return the error for a field that `cls` lacks, with the most similar field and all fields."""
     known = fields_of(cls)
     hint = did_you_mean(name, known) or "."
     listing = f" Fields: {', '.join(known)}" if known else " It has no fields"
@@ -168,7 +172,11 @@ def no_field(where: str, cls: type, name: str) -> InputError:
 
 
 def check(config: Any, path: str = "config") -> None:
-    """Raise InputError naming the first field, however deep, whose value does not fit its annotation."""
+    """Check the values of all fields, recursively, against their annotations.
+
+    Raises:
+        InputError: a value does not conform; the message names the first such field.
+    """
     for name, annotation in fields_of(type(config)).items():
         value, here = getattr(config, name), f"{path}.{name}"
         if not conforms(value, annotation):

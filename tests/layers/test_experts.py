@@ -203,7 +203,7 @@ def test_experts_config_rejects_invalid_values(fields, message):
 
 def test_mesh_must_divide_number_of_experts(refuses):
     model = {"feed_forward": ExpertsConfig(3, 2, width=16)}
-    with refuses("model.feed_forward.experts=3 cannot be cut into 2 pieces"):
+    with refuses("model.feed_forward.experts=3 cannot be sharded 2 ways"):
         session(experiment(model=model), "tensor:2")
 
 

@@ -13,7 +13,7 @@ from attnlab.attention import attend, causal, key_lengths, segments, softcap, wi
 from attnlab.attention.backends.cudnn import Cudnn, _split_key_lengths, _window_bounds
 from attnlab.attention.backends.registry import AttentionArgs
 from tests.attention.inputs import allowed_pairs, masks, qkv
-from tests.programs import told_by
+from tests.programs import run_python_json
 
 ARGS = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
 
@@ -185,7 +185,7 @@ print(json.dumps({
 def test_compiles_for_an_h100():
     """With `backend="auto"`, forward and backward call cuDNN for the supported masks only."""
     # The CUDA plugin checks for libraries that only execution needs.
-    kernels = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    kernels = run_python_json(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
     assert kernels.pop("segments") == []
     for name, calls in kernels.items():
         assert calls == ["fmhaSoftmax", "fmhaSoftmaxBackward"], name

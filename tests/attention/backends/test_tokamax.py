@@ -13,7 +13,7 @@ from attnlab.attention.backends.registry import AttentionArgs
 from attnlab.attention.backends.tokamax import Tokamax
 from tests.attention.backends.test_cudnn import H100
 from tests.attention.inputs import qkv
-from tests.programs import told_by
+from tests.programs import run_python_json
 
 ARGS = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
 INSTALLED = importlib.util.find_spec("tokamax") is not None
@@ -138,6 +138,6 @@ print(json.dumps({
 )
 def test_compiles_for_an_h100():
     """With `backend="auto"`, forward and backward call one Triton kernel each."""
-    num_kernels = told_by(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
+    num_kernels = run_python_json(PROGRAM, H100, JAX_PLATFORMS="", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
     for name, calls in num_kernels.items():
         assert calls == 2, name

@@ -7,7 +7,7 @@ import pytest
 
 from attnlab.attention import attend
 from tests.attention.inputs import qkv
-from tests.programs import told_by
+from tests.programs import run_python_json
 
 
 def test_platform_is_the_one_traced_for():
@@ -80,7 +80,7 @@ print(json.dumps({
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpu(topology):
     """With `backend="auto"`, the mesh determines the platform and its kernels are used."""
-    kernels = told_by(
+    kernels = run_python_json(
         PROGRAM, topology, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
     )
     for name, calls in kernels.items():
