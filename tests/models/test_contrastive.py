@@ -99,7 +99,7 @@ def test_contrastive_loss_matches_definition_also_on_mesh(mesh_of, kind):
 def test_text_pooling_token_index(pooling, expected):
     tokens = jnp.array([[7, 9, 7, 11, 0], [3, 0, 0, 0, 0], [1, 2, 9, 7, 7]])
     segments = jnp.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
-    assert pooling.place(tokens, segments).tolist() == expected
+    assert pooling.token_index(tokens, segments).tolist() == expected
 
 
 def test_attention_maps_of_both_towers():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnlab.config.types import short_name
 from attnlab.models.recurrent import GRUConfig, LSTMConfig, RecurrentConfig
 from tests.generation.models import padded, search
 from tests.generation.test_generate import GREEDY, by_full_forwards, generator
@@ -77,7 +78,7 @@ def test_recurrent_outputs_and_gradients_match_torch(name):
     torch = pytest.importorskip("torch")
     config, tokens = CONFIGS[name], tokens_of()
     model, params = start(config)
-    torch_module = getattr(torch.nn, type(config.cell).__name__)(8, 8, config.depth, batch_first=True)
+    torch_module = getattr(torch.nn, short_name(type(config.cell)))(8, 8, config.depth, batch_first=True)
     layers = params["layers"]["periods"]["forward"]
     with torch.no_grad():
         for i in range(config.depth):
