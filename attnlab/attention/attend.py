@@ -80,7 +80,8 @@ def attend(
         requires `softmax`.
       dropout_rate: fraction of the weights to drop. Without `dropout_key`, no weight is dropped.
       dropout_key: random key of the dropout.
-      backend: a name, a `Backend`, or "auto": the first of `AUTO_ORDER` that supports the call.
+      backend: a name, a `Backend`, or "auto": the first backend in order that supports the call.
+        `explain` returns the selected backend and the reasons against the others.
       return_lse: also return the log-sum-exp of the scores, (B, T, H), float32.
       return_weights: also return the weights before dropout, (B, H, T, S), float32.
 
