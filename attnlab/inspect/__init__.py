@@ -1,1 +1,1 @@
-"""Looking into attention: what a trained model attends to, drawn and measured."""
+"""Attention maps of trained models and figures of attention, masks and training curves."""

@@ -1,4 +1,4 @@
-"""Training curves: a metric over the steps of a run, beside named baselines."""
+"""Training curves: a metric over the steps of a run, compared with named baselines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "train": {"color": "#6ba9d8", "linewidth": 1.0},
     "eval": {"color": "#0b2545", "linewidth": 1.8, "marker": "o", "markersize": 3},
 }
-LABEL_GAP = 0.055  # between the labels at the lines' ends, as a fraction of the axes' height
-WARMUP = 0.05  # of the steps: their values do not stretch the y axis
+LABEL_GAP = 0.055  # minimum distance between line labels, as a fraction of the axes' height
+WARMUP = 0.05  # fraction of the steps whose values are ignored when the y axis is scaled
 
 
 def training_curve(
@@ -27,10 +27,18 @@ def training_curve(
     baselines: Mapping[str, float] | None = None,
     ylabel: str = "loss",
 ) -> Figure:
-    """Plot a metric of the training and the evaluation set over the steps, with named baselines.
+    """Plot a training and an evaluation metric over the steps, with named baselines.
 
-    steps, values: of one length; eval_steps, eval_values: of one length. The first twentieth of the
-    steps does not stretch the y axis. Errors: `InputError` if steps and values differ in length.
+    The y axis is scaled without the first twentieth of the steps.
+
+    Args:
+      steps, values: the training curve, two vectors of equal length.
+      eval_steps, eval_values: the evaluation curve, two vectors of equal length.
+      baselines: values drawn as dashed horizontal lines, by name.
+      ylabel: the name of the metric.
+
+    Raises:
+      InputError: steps and values are not vectors of equal length.
     """
     baselines = dict(baselines or {})
     curves = {"train": _curve("train", steps, values), "eval": _curve("eval", eval_steps, eval_values)}
@@ -58,34 +66,38 @@ def _number(value: float) -> str:
 def _curve(name: str, steps: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     if x.ndim != 1 or x.shape != y.shape:
-        raise InputError(f"{name}: steps and values must have one length, got {x.shape} and {y.shape}")
+        raise InputError(
+            f"{name}: steps and values must be vectors of equal length, got shapes {x.shape} and {y.shape}"
+        )
     return x, y
 
 
 def _fit_y(axes: Axes, curves: Sequence[np.ndarray], levels: Sequence[float]) -> None:
-    seen = np.concatenate([*curves, levels])
-    seen = seen[np.isfinite(seen)]
-    if seen.size:
-        low, high = seen.min(), seen.max()
+    finite = np.concatenate([*curves, levels])
+    finite = finite[np.isfinite(finite)]
+    if finite.size:
+        low, high = finite.min(), finite.max()
         margin = 0.06 * (high - low) or 0.5
         axes.set_ylim(low - margin, high + margin)
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Label each line, given as (value, label, colour), at its end; labels do not overlap."""
+    """Label each line (value, label, colour) at its right end without overlaps."""
     low, high = axes.get_ylim()
     ends = sorted(end for end in ends if np.isfinite(end[0]))
     lines = np.array([np.clip((value - low) / (high - low), 0, 1) for value, _, _ in ends])
-    for height, place, (_, label, colour) in zip(lines, spread_apart(lines, LABEL_GAP), ends, strict=True):
+    for height, label_height, (_, label, colour) in zip(
+        lines, spread_apart(lines, LABEL_GAP), ends, strict=True
+    ):
         axes.plot(
             [1.0, 1.025],
-            [height, place],
+            [height, label_height],
             transform=axes.transAxes,
             color=colour,
             linewidth=0.7,
             clip_on=False,
         )
-        draw_text(axes, 1.032, place, label, transform=axes.transAxes, va="center", color=colour)
+        draw_text(axes, 1.032, label_height, label, transform=axes.transAxes, va="center", color=colour)
 
 
 def _plain_axes(axes: Axes, xlabel: str, ylabel: str) -> None:

@@ -1,7 +1,7 @@
-"""Figures of attention as matplotlib `Figure`s: head grids, arcs, masks, image overlays; saving.
+"""Figures of attention: head grids, arcs, masks and image overlays.
 
-Every function takes arrays (NumPy, or anything NumPy can read) and returns a `Figure`; `save`
-writes it. No pyplot, hence no global state and no display.
+Each function accepts array-likes and returns a matplotlib `Figure`; `save` writes PNG and SVG.
+pyplot is not used, so there is no global state and no display is needed.
 """
 
 import io
@@ -38,23 +38,24 @@ from attnlab.inspect.layout import (
     text_width,
 )
 
-PAGE_WIDTH = 7.5  # inches: figures of many heads fit a page, so that their text is not scaled down
-MAX_LABELS = 40  # tokens along an axis; more are numbered
-LINE = 0.11  # inches from one label of an axis to the next
-MIN_PANEL, MAX_PANEL = 0.55, 3.0  # inches: the side of a heat map
-ROW, ARC = 0.2, 1.1  # inches: a row of tokens, the reach of an arc
+PAGE_WIDTH = 7.5  # inches: figures of many heads fit a page, so that their text is not scaled
+MAX_LABELS = 40  # an axis with more tokens shows positions instead of tokens
+LINE = 0.11  # inches between adjacent labels of an axis
+MIN_PANEL, MAX_PANEL = 0.55, 3.0  # inches: side of a heat map
+ROW, ARC = 0.2, 1.1  # inches: height of a row of tokens, width of an arc
 MIN_ARC_WEIGHT = 0.02
 OVERLAY_ALPHA = 0.55
 
 
 def save(figure: Figure, path: epath.PathLike) -> list[epath.Path]:
-    """Write a figure as `path`.png (150 dots per inch) and `path`.svg, creating directories.
+    """Write a figure to `path`.png (150 dpi) and `path`.svg, and return both paths.
 
-    The same figure gives the same bytes: no date is written, and the SVG's ids are not random.
+    Missing directories are created. Equal figures give equal bytes: no date is written, and the
+    SVG ids are salted with a constant.
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    png, svg = io.BytesIO(), io.BytesIO()  # matplotlib writes no files in a bucket
+    png, svg = io.BytesIO(), io.BytesIO()  # matplotlib cannot write to cloud storage
     with matplotlib.rc_context({"svg.hashsalt": "attnlab"}):
         figure.savefig(png, format="png", dpi=150)
         figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -66,7 +67,7 @@ def save(figure: Figure, path: epath.PathLike) -> list[epath.Path]:
 
 
 def as_float_array(values: ArrayLike, name: str) -> np.ndarray:
-    """Return `values` as a float32 array. Raises InputError if they are not numbers."""
+    """Return `values` as a float32 array, or raise `InputError` if they are not numbers."""
     try:
         return np.asarray(values, np.float32)
     except (TypeError, ValueError) as error:
@@ -88,11 +89,18 @@ def head_grid(
 ) -> Figure:
     """Draw the attention map of every head on one colour scale: a row per layer, a column per head.
 
-    weights (L, H, T, S) in [0, 1]; `tokens` names the T queries (downwards), `key_tokens` the S
-    keys (to the right), by default the same tokens. Numbers instead of strings as `key_tokens`
-    give a numeric axis, such as times; `key_name` is its name and unit. Maps shrink until the
-    figure is `max_width` inches wide; up to 40 tokens are written, as many of them as have room.
-    Errors: `InputError` if the numbers of tokens are not T and S.
+    Maps are scaled down until the figure is at most `max_width` inches wide. Axes of up to 40
+    tokens are labelled with the tokens (every n-th one if not all fit), longer axes with positions.
+
+    Args:
+      weights: (L, H, T, S) in [0, 1].
+      tokens: labels of the T queries, which run downwards.
+      key_tokens: labels of the S keys, which run to the right; `tokens` by default. An array of
+        numbers, such as times, gives a numeric axis.
+      key_name: the name of the key axis, with its unit.
+
+    Raises:
+      InputError: `weights` has another shape, or the numbers of tokens are not T and S.
     """
     keys = tokens if key_tokens is None else key_tokens
     weights = _checked_maps(weights, "L H T S", tokens, keys)
@@ -139,12 +147,12 @@ def head_grid(
 def _checked_maps(
     weights: ArrayLike, axes: str, tokens: Sequence[str], keys: Sequence[str] | np.ndarray
 ) -> np.ndarray:
-    """Return attention maps as float32, after checking their axes and the number of tokens."""
+    """Return attention maps as float32 after checking their axes and the numbers of tokens."""
     maps, names = as_float_array(weights, f"weights ({', '.join(axes.split())})"), axes.split()
     if maps.ndim != len(names) or maps.shape[-2:] != (len(tokens), len(keys)) or 0 in maps.shape:
         raise InputError(
-            f"weights must be ({', '.join(names)}) with one token for each query and key: got {maps.shape} "
-            f"and ({len(tokens)}, {len(keys)}) tokens"
+            f"weights must have shape ({', '.join(names)}), T and S being the numbers of query and key "
+            f"tokens: got {maps.shape} and ({len(tokens)}, {len(keys)}) tokens"
         )
     return maps
 
@@ -154,31 +162,31 @@ def _is_numeric(keys: Sequence[str] | np.ndarray) -> bool:
 
 
 def _axis_labels(tokens: Sequence[str] | np.ndarray) -> list[str] | None:
-    """Return the labels of an axis; None for a numbered one: positions, or more than MAX_LABELS."""
+    """Return the labels of an axis, or None if it is numeric or has more than MAX_LABELS tokens."""
     return None if _is_numeric(tokens) or len(tokens) > MAX_LABELS else [legible(t) for t in tokens]
 
 
 def _panel_size(T: int, S: int, max_width: float) -> tuple[float, float]:
-    """Return a map's height and width in inches: room for each label if max_width allows it."""
+    """Return the height and width of a map in inches, with space for each label if it fits."""
     high, wide = (max(1.3, 0.125 * n if n <= MAX_LABELS else min(0.01 * n, MAX_PANEL)) for n in (T, S))
     scale = min(1.0, max(MIN_PANEL, max_width) / wide)
     return max(MIN_PANEL, high * scale), wide * scale
 
 
 def _label_step(count: int, length: float) -> int:
-    """Return n if an axis of `length` inches has room for every n-th of `count` labels."""
+    """Return the smallest n such that every n-th of `count` labels fits on `length` inches."""
     return math.ceil(LINE * count / length)
 
 
 def _extent(keys: Sequence[str] | np.ndarray, T: int, S: int) -> tuple[float, float, float, float]:
-    """Return the limits of an image whose pixel centres are the positions of keys and queries."""
+    """Return the image limits that place pixel centres at the key and query positions."""
     first, last = (float(keys[0]), float(keys[-1])) if _is_numeric(keys) else (0.0, S - 1.0)
     half = (last - first) / (S - 1) / 2 if S > 1 else 0.5
     return first - half, last + half, T - 0.5, -0.5
 
 
 def _label_axis(axis, labels: list[str] | None, length: float, shown: bool, rotation: float = 0) -> None:
-    """Write a label at every row or column, or at every n-th if `length` inches have no room."""
+    """Label every row or column, or every n-th one if not all labels fit on `length` inches."""
     if not shown:
         axis.set_ticks([])
     elif labels is None:
@@ -203,10 +211,16 @@ def arcs(
 ) -> Figure:
     """Draw each head of a layer as two columns of tokens, with a line from each query to its keys.
 
-    weights (H, T, S); `tokens` names the T queries on the left, `key_tokens` the S keys on the
-    right, by default the same tokens. A line is as dark as its weight; weights below 0.02 have none
-    (the head view of Vig 2019, arXiv 1906.05714).
-    Errors: `InputError` if the numbers of tokens are not T and S.
+    The opacity of a line is its attention weight; weights below 0.02 are not drawn. This is the
+    head view of Vig 2019 (arXiv 1906.05714).
+
+    Args:
+      weights: (H, T, S) in [0, 1].
+      tokens: the T query tokens, on the left.
+      key_tokens: the S key tokens, on the right; `tokens` by default.
+
+    Raises:
+      InputError: `weights` has another shape, or the numbers of tokens are not T and S.
     """
     key_tokens = tokens if key_tokens is None else key_tokens
     maps = _checked_maps(weights, "H T S", tokens, key_tokens)
@@ -230,7 +244,7 @@ def arcs(
 def _draw_arcs(
     page: Axes, x: float, y: float, queries: list[str], keys: list[str], weights: np.ndarray
 ) -> None:
-    """Draw one head; its lines begin at x and its first row of tokens at y."""
+    """Draw one head with its lines starting at `x` and its first row of tokens at `y`."""
     for place, align, side in [(x - 0.06, "right", queries), (x + ARC + 0.06, "left", keys)]:
         for row, word in enumerate(side):
             draw_text(page, place, y + (row + 0.5) * ROW, word, ha=align, va="center")
@@ -243,14 +257,15 @@ def _draw_arcs(
 
 
 def mask_grid(masks: Mapping[str, ArrayLike], title: str = "", columns: int = 6) -> Figure:
-    """Draw named masks, (T, S) booleans: queries downwards, keys to the right, coloured where True.
+    """Draw named (T, S) boolean masks: queries downwards, keys to the right, True coloured.
 
-    Errors: `InputError` if there are none, or one is not a matrix.
+    Raises:
+      InputError: `masks` is empty, or a mask is not a non-empty matrix.
     """
     arrays = {name: np.asarray(mask, bool) for name, mask in masks.items()}
     if not arrays or any(mask.ndim != 2 or 0 in mask.shape for mask in arrays.values()):
         shapes = ", ".join(f"{name} {mask.shape}" for name, mask in arrays.items())
-        raise InputError(f"mask_grid() needs masks of shape (T, S): got {shapes or 'none'}")
+        raise InputError(f"mask_grid() needs non-empty masks of shape (T, S): got {shapes or 'none'}")
     side, left, top, below = 1.6, 0.3, 0.55 if title else 0.15, 0.25
     wide, high = max(side, *(text_width(name, SMALL) for name in arrays)) + 0.15, side + 0.45
     columns = min(columns, len(arrays))
@@ -275,17 +290,23 @@ def mask_grid(masks: Mapping[str, ArrayLike], title: str = "", columns: int = 6)
 
 
 def image_overlay(image: ArrayLike, names: Sequence[str], weights: ArrayLike, title: str = "") -> Figure:
-    """Draw an image once per word or head, its patches coloured by the attention they get.
+    """Draw an image once per token or head, with its patches coloured by their attention weight.
 
-    image (height, width), ink 1 on paper 0; weights (N, rows, columns), one map for each of the N
-    names. Each map has its own colour scale, whose maximum stands below it.
-    Errors: `InputError` if names and weights disagree.
+    Each map has its own colour scale, whose maximum is printed below the map.
+
+    Args:
+      image: (height, width), drawn white at 0 and black at 1.
+      names: N labels, of tokens or heads.
+      weights: (N, rows, columns), one map of the patches for each name.
+
+    Raises:
+      InputError: `image` or `weights` has another shape.
     """
     pixels, maps = as_float_array(image, "image"), as_float_array(weights, "weights")
     if pixels.ndim != 2 or maps.ndim != 3 or len(maps) != len(names) or 0 in maps.shape:
         raise InputError(
-            f"image must be (height, width) and weights (words, rows, columns): got {pixels.shape} and "
-            f"{maps.shape} for {len(names)} words"
+            "image must have shape (height, width) and weights (names, rows, columns): got "
+            f"{pixels.shape} and {maps.shape} for {len(names)} names"
         )
     step, side, top = 1.35, 1.25, 0.7
     width = max(step * len(names) + 0.1, text_width(title, 12) + 0.3, 3.2)

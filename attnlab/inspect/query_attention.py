@@ -1,4 +1,4 @@
-"""Figures of one query's attention over the tokens of a sentence, in every layer and head."""
+"""Figure of the attention of one query token over a sentence, in every layer and head."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,15 +25,22 @@ from attnlab.inspect.layout import (
     text_width,
 )
 
-ROW, LAYER_GAP, HEADER = 0.2, 0.14, 0.45  # inches: a head's row, between layers, above the rows
-MAX_WIDTH = 18  # inches: wider sentences are placed below each other
+ROW, LAYER_GAP, HEADER = (
+    0.2,
+    0.14,
+    0.45,
+)  # inches: height of a head's row, gap between layers, space above the rows
+MAX_WIDTH = 18  # inches: sentences are stacked vertically if they are wider together
 
 
 class QueryAttention(NamedTuple):
-    """The attention of one token of a sentence, in every head.
+    """The attention weights of one token of a sentence, in every head.
 
-    tokens: S tokens. query: the index of the token that attends. weights (L, H, S): its attention.
-    answer: the index of the token that it should attend to (for "it", the antecedent), if any.
+    Attributes:
+      tokens: the S tokens of the sentence.
+      query: the index of the query token.
+      weights: (L, H, S), the attention weights of the query.
+      answer: the index of the token that the query should attend to (for "it", the antecedent).
     """
 
     tokens: Sequence[str]
@@ -43,34 +50,41 @@ class QueryAttention(NamedTuple):
 
 
 def query_attention(sentences: Sequence[QueryAttention | tuple], title: str = "") -> Figure:
-    """Draw sentences side by side, one row per head, each token shaded by the weight it gets.
+    """Draw sentences side by side, one row per head, with tokens shaded by attention weight.
 
-    Suited to pairs such as "... because it was too tired / wide". The query is outlined in every
-    row, the answer in another colour with its weight at the row's end. Sentences too long for one
-    page are placed below each other. Each is a `QueryAttention` or a tuple of its fields.
-    Errors: `InputError` if tokens, indices and weights disagree, or sentences differ in (L, H).
+    Use it to compare pairs such as "... because it was too tired / wide". The query is outlined in
+    every row; the answer is outlined in another colour, and its weight is printed at the end of the
+    row. Sentences that do not fit next to each other are stacked vertically.
+
+    Args:
+      sentences: `QueryAttention`s, or tuples of their fields.
+
+    Raises:
+      InputError: tokens, indices and weights of a sentence are inconsistent, or sentences differ in
+        (L, H).
     """
     checked = [_checked(QueryAttention(*sentence)) for sentence in sentences]
     shapes = {np.shape(sentence.weights)[:2] for sentence in checked}
     if len(shapes) != 1:
         raise InputError(
-            f"query_attention() needs sentences of one model; their (L, H) are {sorted(shapes) or 'missing'}"
+            "query_attention() needs sentences with equal numbers of layers and heads (L, H); they are "
+            f"{sorted(shapes) or 'missing'}"
         )
     (L, H), peak = shapes.pop(), max(float(np.nanmax(x.weights)) for x in checked) or 1.0
     widths = [_token_edges(sentence)[-1] + 0.55 for sentence in checked]
     left, top, gap = 1.05, 0.45 if title else 0.1, 0.35
     high, total = HEADER + L * (H * ROW + LAYER_GAP), sum(widths) + gap * (len(widths) - 1)
-    beside = left + total <= MAX_WIDTH
-    size = (total, high) if beside else (max(widths), high * len(widths))
+    side_by_side = left + total <= MAX_WIDTH
+    size = (total, high) if side_by_side else (max(widths), high * len(widths))
 
     figure, page = new_page(max(left + size[0] + 0.1, text_width(title, 12), 5.5), top + size[1] + 0.4)
     draw_title(page, title)
     x, y = left, top
     for index, sentence in enumerate(checked):
-        if index == 0 or not beside:
+        if index == 0 or not side_by_side:
             _head_names(page, y, L, H)
         _sentence(page, x, y, sentence, peak)
-        x, y = (x + widths[index] + gap, y) if beside else (x, y + high)
+        x, y = (x + widths[index] + gap, y) if side_by_side else (x, y + high)
     _legend(figure, page, left, top + size[1] + 0.1, peak, any(s.answer is not None for s in checked))
     return figure
 
@@ -80,16 +94,17 @@ def _checked(sentence: QueryAttention) -> QueryAttention:
     shape, count = sentence.weights.shape, len(sentence.tokens)
     if len(shape) != 3 or 0 in shape or shape[-1] != count:
         raise InputError(
-            f"weights must be (L, H, S) with a weight for each token: got {shape} and ({count},) tokens"
+            f"weights must have shape (L, H, S), S being the number of tokens: got {shape} and "
+            f"({count},) tokens"
         )
     for name, index in [("query", sentence.query), ("answer", sentence.answer)]:
         if index is not None and not 0 <= index < count:
-            raise InputError(f"{name} {index} is not the index of a token; there are {count}, from 0")
+            raise InputError(f"{name} {index} is not a token index; it must be from 0 to {count - 1}")
     return sentence
 
 
 def _token_edges(sentence: QueryAttention) -> np.ndarray:
-    """Return the cells' left edges and the last right edge, in inches (S + 1,)."""
+    """Return the (S + 1,) edges of the token cells, in inches."""
     return np.cumsum([0.0, *(max(0.22, text_width(legible(token), 8) + 0.1) for token in sentence.tokens)])
 
 
@@ -104,7 +119,7 @@ def _head_names(page: Axes, y: float, L: int, H: int) -> None:
 
 
 def _sentence(page: Axes, x: float, y: float, sentence: QueryAttention, peak: float) -> None:
-    """Draw one sentence with a row of cells for each head; (x, y) is its top left corner."""
+    """Draw one sentence as a row of cells per head, with its top left corner at (x, y)."""
     words, edges = [legible(token) for token in sentence.tokens], x + _token_edges(sentence)
     middles = (edges[1:] + edges[:-1]) / 2
     marks = [(sentence.query, INK)] + ([(sentence.answer, ACCENT)] if sentence.answer is not None else [])
@@ -142,7 +157,7 @@ def _cell(page: Axes, box: Box, word: str, weight: float) -> None:
 
 
 def _legend(figure: Figure, page: Axes, x: float, y: float, peak: float, answers: bool) -> None:
-    """Explain the colours and the outlines."""
+    """Draw the colour scale and the meaning of the outlines."""
     draw_colour_scale(figure, Box(x, y + 0.02, 0.8, 0.08), peak)
     meanings = [(INK, "the query")] + (
         [(ACCENT, "the token it should attend to, and its weight")] if answers else []
