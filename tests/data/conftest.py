@@ -7,7 +7,7 @@ from attnlab.data.builtin import stdlib
 
 @pytest.fixture(scope="session", autouse=True)
 def data_dir(tmp_path_factory):
-    """A data directory for the whole run, and none of the user's."""
+    """Use a temporary data directory for the whole test session instead of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         path = tmp_path_factory.mktemp("data")
         patch.setenv("ATTNLAB_DATA_DIR", str(path))
@@ -17,7 +17,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def small_library(monkeypatch, tmp_path):
-    """The standard library cut to its first modules, prepared in a directory of its own."""
+    """Limit the standard library to its first 60 modules, prepared in a temporary directory."""
     monkeypatch.setenv("ATTNLAB_DATA_DIR", str(tmp_path))
-    every = stdlib.modules
-    monkeypatch.setattr(stdlib, "modules", lambda: itertools.islice(every(), 60))
+    all_modules = stdlib.modules
+    monkeypatch.setattr(stdlib, "modules", lambda: itertools.islice(all_modules(), 60))

@@ -1,4 +1,4 @@
-"""Log-mel features: against their definition, and against the library they come from."""
+"""Log-mel features compared with their definition and with transformers."""
 
 import json
 
@@ -14,7 +14,7 @@ from attnlab.errors import InputError
 RNG = np.random.default_rng(0)
 SHORT = LogMel(chunk_seconds=2)
 T = np.arange(3 * 16_000) / 16_000
-SOUNDS = {
+AUDIO = {
     "noise": RNG.normal(size=T.size),
     "sine": np.sin(2 * np.pi * 440 * T),
     "quiet": 1e-3 * np.sin(2 * np.pi * 3000.3 * T),
@@ -25,16 +25,16 @@ SOUNDS = {
 }
 
 
-def by_definition(sound, config):
-    """Whisper's features in float64, a frame and a filter at a time."""
+def expected_features(audio, config):
+    """Compute Whisper's features in float64 with loops over frames and filters."""
     n, hop = config.n_fft, config.hop
-    sound = np.asarray(sound, np.float32).astype(np.float64)[: config.samples]
-    sound = np.concatenate([sound, np.zeros(config.samples - len(sound))])
-    sound = np.concatenate([sound[n // 2 : 0 : -1], sound, sound[-2 : -n // 2 - 2 : -1]])
+    audio = np.asarray(audio, np.float32).astype(np.float64)[: config.samples]
+    audio = np.concatenate([audio, np.zeros(config.samples - len(audio))])
+    audio = np.concatenate([audio[n // 2 : 0 : -1], audio, audio[-2 : -n // 2 - 2 : -1]])
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n) / n)
-    place = np.outer(np.arange(n // 2 + 1), np.arange(n)) / n
-    dft = np.exp(-2j * np.pi * place)
-    out = np.zeros((config.frames, config.mels))
+    phase = np.outer(np.arange(n // 2 + 1), np.arange(n)) / n
+    dft = np.exp(-2j * np.pi * phase)
+    features = np.zeros((config.frames, config.mels))
     edges = np.linspace(0, mel(8000.0), config.mels + 2)
     weights = np.zeros((config.mels, n // 2 + 1))
     for m in range(config.mels):
@@ -45,9 +45,9 @@ def by_definition(sound, config):
                 up, down = (hz - low) / (middle - low), (high - hz) / (high - middle)
                 weights[m, f] = min(up, down) * 2 / (high - low)
     for t in range(config.frames):
-        power = np.abs(dft @ (window * sound[t * hop : t * hop + n])) ** 2
-        out[t] = np.log10(np.maximum(weights @ power, 1e-10))
-    return (np.maximum(out, out.max() - 8) + 4) / 4
+        power = np.abs(dft @ (window * audio[t * hop : t * hop + n])) ** 2
+        features[t] = np.log10(np.maximum(weights @ power, 1e-10))
+    return (np.maximum(features, features.max() - 8) + 4) / 4
 
 
 def mel(hertz):
@@ -58,51 +58,51 @@ def hertz(mel):
     return 200 * mel / 3 if mel < 15 else 1000 * np.exp((mel - 15) * np.log(6.4) / 27)
 
 
-@pytest.mark.parametrize("name", SOUNDS)
-def test_features_are_those_of_the_definition(name):
-    sound = jnp.asarray(SOUNDS[name], jnp.float32)[None]
-    got = jax.jit(SHORT)(sound)
+@pytest.mark.parametrize("name", AUDIO)
+def test_features_match_definition(name):
+    audio = jnp.asarray(AUDIO[name], jnp.float32)[None]
+    got = jax.jit(SHORT)(audio)
     assert got.shape == (1, 200, 80) and got.dtype == jnp.float32
-    np.testing.assert_allclose(got[0], by_definition(SOUNDS[name], SHORT), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(got[0], expected_features(AUDIO[name], SHORT), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("config", [
     LogMel(mels=128, chunk_seconds=1), LogMel(mels=20, n_fft=512, hop=128, chunk_seconds=1),
     LogMel(mels=40, n_fft=402, hop=500, chunk_seconds=1), LogMel(mels=40, sample_rate=22_050, chunk_seconds=1),
 ])  # fmt: skip
-def test_other_numbers(config):
-    sound = SOUNDS["noise"]
-    got = config(jnp.asarray(sound, jnp.float32)[None])[0]
-    np.testing.assert_allclose(got, by_definition(sound, config), atol=1e-4, rtol=0)
+def test_features_match_definition_for_other_sizes(config):
+    audio = AUDIO["noise"]
+    got = config(jnp.asarray(audio, jnp.float32)[None])[0]
+    np.testing.assert_allclose(got, expected_features(audio, config), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("mels", [80, 128])
-def test_features_are_those_of_transformers(mels):
+def test_features_match_transformers(mels):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.WhisperFeatureExtractor(feature_size=mels, chunk_length=2)
-    np.testing.assert_allclose(mel_filters(mels, 400, 16_000), theirs.mel_filters, atol=1e-12)
-    for name, sound in SOUNDS.items():
-        expected = theirs(sound, sampling_rate=16_000, return_tensors="np").input_features[0].T
-        got = LogMel(mels=mels, chunk_seconds=2)(jnp.asarray(sound, jnp.float32)[None])[0]
+    extractor = transformers.WhisperFeatureExtractor(feature_size=mels, chunk_length=2)
+    np.testing.assert_allclose(mel_filters(mels, 400, 16_000), extractor.mel_filters, atol=1e-12)
+    for name, audio in AUDIO.items():
+        expected = extractor(audio, sampling_rate=16_000, return_tensors="np").input_features[0].T
+        got = LogMel(mels=mels, chunk_seconds=2)(jnp.asarray(audio, jnp.float32)[None])[0]
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0, err_msg=name)
 
 
-def test_sounds_of_a_batch_do_not_touch_each_other():
-    sounds = jnp.asarray(RNG.normal(size=(3, 20_000)) * np.array([[1], [1e-3], [0]]), jnp.float32)
-    each = jnp.concatenate([SHORT(sound[None]) for sound in sounds])
-    np.testing.assert_allclose(SHORT(sounds), each, atol=1e-5)
-    np.testing.assert_array_equal(each[2], -1.5)
+def test_batch_rows_are_independent():
+    audio_batch = jnp.asarray(RNG.normal(size=(3, 20_000)) * np.array([[1], [1e-3], [0]]), jnp.float32)
+    separate = jnp.concatenate([SHORT(audio[None]) for audio in audio_batch])
+    np.testing.assert_allclose(SHORT(audio_batch), separate, atol=1e-5)
+    np.testing.assert_array_equal(separate[2], -1.5)
 
 
-def test_decades_are_kept_below_the_loudest():
-    sound = jnp.asarray(SOUNDS["short"], jnp.float32)[None]
-    few, many = LogMel(chunk_seconds=2, decades=3)(sound), SHORT(sound)
+def test_decades_limit_the_dynamic_range():
+    audio = jnp.asarray(AUDIO["short"], jnp.float32)[None]
+    few, many = LogMel(chunk_seconds=2, decades=3)(audio), SHORT(audio)
     assert few.max() == many.max()
     np.testing.assert_allclose(few, jnp.maximum(many, many.max() - 3 / 4), atol=1e-6)
 
 
-def test_settings_of_a_checkpoint(tmp_path):
+def test_settings_of_checkpoint_roundtrip(tmp_path):
     assert LogMel.from_settings({}) == LogMel()
     settings = {
         "chunk_length": 15, "dither": 0.0, "feature_extractor_type": "WhisperFeatureExtractor",
@@ -120,7 +120,7 @@ def test_settings_of_a_checkpoint(tmp_path):
     assert LogMel.from_settings(got.settings()) == got
 
 
-@pytest.mark.parametrize("settings, told", [
+@pytest.mark.parametrize("settings, message", [
     ({"dither": 1e-4}, "has dither=0.0001; only 0.0 is supported"),
     ({"padding_value": 1.0}, "has padding_value=1.0; only 0.0"),
     ({"padding_side": "left"}, "has padding_side=left; only right"),
@@ -128,37 +128,37 @@ def test_settings_of_a_checkpoint(tmp_path):
     ({"preemphasis": 0.97, "hop_length": 10}, "has unsupported settings: preemphasis$"),
     ({"feature_extractor_type": "Wav2Vec2FeatureExtractor"}, "of Wav2Vec2 are not supported, only those of Whisper"),
 ])  # fmt: skip
-def test_settings_that_are_not_done_are_refused(settings, told):
-    with pytest.raises(InputError, match=told):
+def test_unsupported_settings_are_rejected(settings, message):
+    with pytest.raises(InputError, match=message):
         LogMel.from_settings(settings)
 
 
-@pytest.mark.parametrize("numbers, told", [
+@pytest.mark.parametrize("sizes, message", [
     ({"hop": 0}, "hop must be over 0, not 0"),
     ({"n_fft": 500_000}, "n_fft must be an even number from 2 to the 480000 samples"),
     ({"n_fft": 401}, "n_fft must be an even number"),
     ({"mels": 300}, "mels=300 filters are too narrow for the frequencies of n_fft=400"),
 ])  # fmt: skip
-def test_numbers_that_cannot_be(numbers, told):
-    with pytest.raises(ValueError, match=told):
-        LogMel(**numbers)
+def test_invalid_sizes_are_rejected(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        LogMel(**sizes)
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [(None, "there is no preprocessor_config.json"), ("{", "is not JSON"), ("3", "must be a JSON object")],
 )
-def test_a_file_that_cannot_be_read(tmp_path, text, told):
+def test_invalid_settings_file_is_rejected(tmp_path, text, message):
     if text is not None:
         (tmp_path / "preprocessor_config.json").write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         preprocessor.read(tmp_path)
 
 
-def test_on_a_mesh(mesh_of):
-    sounds = RNG.normal(size=(8, 20_000)).astype(np.float32)
-    expected = SHORT(jnp.asarray(sounds))
+def test_features_do_not_depend_on_mesh(mesh_of):
+    audio_batch = RNG.normal(size=(8, 20_000)).astype(np.float32)
+    expected = SHORT(jnp.asarray(audio_batch))
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        got = jax.jit(SHORT)(jax.device_put(sounds, jax.P(("data", "fsdp"))))
+        got = jax.jit(SHORT)(jax.device_put(audio_batch, jax.P(("data", "fsdp"))))
         assert jax.typeof(got).sharding.spec == jax.P(("data", "fsdp"), None, None)
     np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -19,8 +19,8 @@ POEMS = tuple(f"{i} " * (i % 23 + 1) + "é" * (i % 3) for i in range(70))
 POETRY = Documents(documents=POEMS, sequence_length=32, batch_size=4)
 
 
-def text_of(batches, tokenizer):
-    """All the weighted targets of the batches, document by document as they come."""
+def count_targets(batches):
+    """Count the targets with positive weight of the batches."""
     return Counter(t for b in batches for t in b.targets[b.weights > 0].tolist())
 
 
@@ -30,12 +30,12 @@ def text_of(batches, tokenizer):
     rows=st.integers(1, 5),
 )
 @settings(max_examples=30, deadline=None)
-def test_evaluation_sees_every_target_once(texts, length, rows):
+def test_evaluation_has_every_target_once(texts, length, rows):
     data = Documents(documents=tuple(texts), sequence_length=length, batch_size=rows)
     tokenizer = data.build_tokenizer()
     batches = list(data.eval_batches("validation", tokenizer))
-    wanted = Counter(t for text in texts for t in [*text.encode(), tokenizer.eos_id])
-    assert text_of(batches, tokenizer) == wanted
+    expected = Counter(t for text in texts for t in [*text.encode(), tokenizer.eos_id])
+    assert count_targets(batches) == expected
     assert sum(b.num_bytes.sum() for b in batches) == sum(len(text.encode()) for text in texts)
     for batch in batches:
         assert {
@@ -43,7 +43,7 @@ def test_evaluation_sees_every_target_once(texts, length, rows):
         } == data.element_spec()
 
 
-def test_chunks_put_together_are_the_document():
+def test_chunks_concatenate_to_document():
     data = Documents(documents=("abcdefghij" * 3,), sequence_length=8)
     tokenizer = data.build_tokenizer()
     (batch,) = data.eval_batches("train", tokenizer)
@@ -53,7 +53,7 @@ def test_chunks_put_together_are_the_document():
     assert tokenizer.decode(np.concatenate([piece[1] for piece in pieces])) == data.documents[0]
 
 
-def test_evaluation_is_the_same_for_any_number_of_processes():
+def test_evaluation_does_not_depend_on_process_count():
     tokenizer = POETRY.build_tokenizer()
     whole = list(POETRY.eval_batches("validation", tokenizer))
     shares = [
@@ -64,7 +64,7 @@ def test_evaluation_is_the_same_for_any_number_of_processes():
         assert_equal(batch, jax.tree.map(lambda *x: np.concatenate(x), *parts))
 
 
-def test_evaluation_can_be_limited_and_repeated():
+def test_evaluation_limit_and_repetition():
     batches = POETRY.eval_batches("validation", POETRY.build_tokenizer(), limit=2)
     first, second = list(batches), list(batches)
     assert len(first) == len(second) == 2
@@ -72,7 +72,7 @@ def test_evaluation_can_be_limited_and_repeated():
         assert_equal(a, b)
 
 
-def test_training_is_determined_by_its_seed():
+def test_training_order_is_determined_by_seed():
     tokenizer = POETRY.build_tokenizer()
     runs = [list(islice(POETRY.train_iterator(tokenizer, seed=s), 30)) for s in (5, 5, 6)]
     for a, b in zip(*runs[:2], strict=True):
@@ -80,21 +80,21 @@ def test_training_is_determined_by_its_seed():
     assert any((a.tokens != b.tokens).any() for a, b in zip(runs[0], runs[2], strict=True))
 
 
-def test_every_epoch_is_whole_and_in_another_order():
-    # One document a row, so that the order can be read off.
+def test_epochs_are_complete_and_reshuffled():
+    # Each row contains one document, so the rows show the order of the documents.
     data = Documents(documents=tuple(f"{i:07}" for i in range(50)), sequence_length=8, batch_size=1)
     tokenizer = data.build_tokenizer()
     order = [tokenizer.decode(b.targets[0]) for b in islice(data.train_iterator(tokenizer, seed=0), 200)]
     assert order[:50] != order[50:100]
     assert order[:50] != sorted(order[:50])
-    # Rows come from a pool no larger than an epoch, so counts stay close to one an epoch.
+    # The pool is at most one epoch large, so each document occurs about once per epoch.
     counts = Counter(order)
     assert set(counts) == set(data.documents)
     assert max(counts.values()) <= 5
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_an_epoch(count):
+def test_processes_split_an_epoch(count):
     documents = tuple(f"{i:03}" for i in range(60))
     data = Documents(documents=documents, sequence_length=4, batch_size=count)
     tokenizer = data.build_tokenizer()
@@ -103,14 +103,14 @@ def test_processes_share_an_epoch(count):
         iterator = data.train_iterator(tokenizer, seed=0, process_index=index, process_count=count)
         rows = list(islice(iterator, 200))
         assert rows[0].tokens.shape == (1, 4)
-        # What has been read of the first epoch: rows, and what waits in the pool.
+        # In 200 rows per process, the processes together read every document.
         read.append([tokenizer.decode(b.targets[0]) for b in rows])
     assert read[0] != read[1]
     assert set().union(*map(set, read)) == set(documents)
 
 
 def test_processes_read_different_documents(monkeypatch):
-    # With a pool of one chunk rows come as documents are read.
+    # With a pool of one chunk, rows have the order in which documents are read.
     monkeypatch.setattr("attnlab.data.base.POOL_CHUNKS", 1)
     documents = tuple(f"{i:03}" for i in range(60))
     data = Documents(documents=documents, sequence_length=4, batch_size=3)
@@ -123,46 +123,46 @@ def test_processes_read_different_documents(monkeypatch):
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 40])
-def test_training_resumes_from_its_state(at):
+def test_resume_from_state_repeats_batches(at):
     tokenizer = POETRY.build_tokenizer()
-    straight = POETRY.train_iterator(tokenizer, seed=1)
+    uninterrupted = POETRY.train_iterator(tokenizer, seed=1)
     for _ in range(at):
-        next(straight)
-    state = json.loads(json.dumps(straight.get_state()))
+        next(uninterrupted)
+    state = json.loads(json.dumps(uninterrupted.get_state()))
     resumed = POETRY.train_iterator(tokenizer, seed=1)
     resumed.set_state(state)
     for _ in range(40):
-        assert_equal(next(straight), next(resumed))
+        assert_equal(next(uninterrupted), next(resumed))
 
 
-def test_training_resumes_in_a_fresh_process():
+def test_resume_in_new_process_repeats_batches():
     tokenizer = POETRY.build_tokenizer()
-    straight = POETRY.train_iterator(tokenizer, seed=1)
+    uninterrupted = POETRY.train_iterator(tokenizer, seed=1)
     for _ in range(9):
-        next(straight)
+        next(uninterrupted)
     program = (
         "import sys, json; from tests.data.test_base import POETRY;"
         "it = POETRY.train_iterator(POETRY.build_tokenizer(), seed=1); it.set_state(json.loads(sys.argv[1]));"
         "print(json.dumps([next(it).tokens.tolist() for _ in range(5)]))"
     )
-    command = [sys.executable, "-c", program, json.dumps(straight.get_state())]
+    command = [sys.executable, "-c", program, json.dumps(uninterrupted.get_state())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert json.loads(done.stdout) == [next(straight).tokens.tolist() for _ in range(5)]
+    assert json.loads(done.stdout) == [next(uninterrupted).tokens.tolist() for _ in range(5)]
 
 
-def test_first_batches_repeated():
+def test_num_batches_repeats_first_batches():
     tokenizer = POETRY.build_tokenizer()
     plain = list(islice(POETRY.train_iterator(tokenizer, seed=2), 3))
     iterator = POETRY.train_iterator(tokenizer, seed=2, num_batches=3)
-    for wanted in plain * 2:
-        assert_equal(next(iterator), wanted)
+    for expected in plain * 2:
+        assert_equal(next(iterator), expected)
     resumed = POETRY.train_iterator(tokenizer, seed=2, num_batches=3)
     resumed.set_state(iterator.get_state())
     assert_equal(next(resumed), plain[0])
 
 
-def test_examples_of_their_own_kind_are_packed_whole():
+def test_custom_examples_are_packed_unsplit():
     data = LastWord(sequence_length=16, batch_size=2)
     tokenizer = data.build_tokenizer()
     batches = list(data.eval_batches("validation", tokenizer))
@@ -175,14 +175,14 @@ def test_examples_of_their_own_kind_are_packed_whole():
     assert sum(b.num_bytes.sum() for b in batches) == sum(len(f"w{i} ") for i in range(data.count))
 
 
-def test_one_example_a_row():
+def test_full_length_examples_are_not_packed():
     data = LastWord(sequence_length=16, batch_size=2, count=3)
     exact = LastWord(sequence_length=4, batch_size=2, count=3)  # examples of 2, 3, 4 tokens
     tokenizer = data.build_tokenizer()
     assert all(batch.segments.max() <= 1 for batch in exact.eval_batches("train", tokenizer))
 
 
-def test_words_of_validation_must_be_known():
+def test_unknown_validation_words_are_rejected():
     class Held(Documents):
         def records(self, split):
             return [{"text": "a b" if split == "train" else "a zebra"}]
@@ -193,23 +193,23 @@ def test_words_of_validation_must_be_known():
         list(held.eval_batches("validation", tokenizer))
 
 
-def test_tokenizer_of_a_data_set_is_the_same_twice(tmp_path):
+def test_build_tokenizer_is_deterministic(tmp_path):
     data = Documents(documents=POEMS, tokenizer=BPE(vocab_size=280))
     for name in "ab":
         data.build_tokenizer().save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_batch_is_a_pytree():
+def test_batch_is_a_pytree():
     batch = next(POETRY.train_iterator(POETRY.build_tokenizer(), seed=0))
     assert [leaf.shape for leaf in jax.tree.leaves(batch)] == [(4, 32)] * 5 + [(4,)]
 
 
-def test_prefetching_changes_nothing_but_where_the_work_is_done():
+def test_prefetch_changes_threads_but_not_batches():
     tokenizer = POETRY.build_tokenizer()
     for prefetch in (0, 4):
         data = Documents(documents=POEMS, sequence_length=32, batch_size=4, prefetch=prefetch)
-        before = set(threading.enumerate())  # with those of other tests, that may end at any time
+        before = set(threading.enumerate())  # includes threads of other tests, which may end at any time
         iterator = data.train_iterator(tokenizer, seed=0)
         batch = next(iterator)
         names = [thread.name for thread in threading.enumerate() if thread not in before]
@@ -220,7 +220,7 @@ def test_prefetching_changes_nothing_but_where_the_work_is_done():
 
 
 @pytest.mark.parametrize(
-    ("ask", "message"),
+    ("call", "message"),
     [
         (lambda: Data(sequence_length=1), "sequence_length must be 2"),
         (lambda: Data(batch_size=0), "batch_size must be 1"),
@@ -233,6 +233,6 @@ def test_prefetching_changes_nothing_but_where_the_work_is_done():
         (lambda: Documents().eval_batches("train", None), "train split of Documents is empty"),
     ],
 )
-def test_refusals(ask, message):
+def test_invalid_arguments_are_rejected(call, message):
     with pytest.raises(InputError, match=message):
-        ask()
+        call()

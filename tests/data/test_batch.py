@@ -1,4 +1,4 @@
-"""Examples with something to read beside their tokens, a row each."""
+"""Batches of examples with source inputs, one example per row."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ TOKENIZER = Bytes().train([])
 
 @dataclass(frozen=True, kw_only=True)
 class Toy(Data):
-    """Example i has i % 3 + 1 tokens; its source is i % 4 + 1 long."""
+    """Data whose example i has i % 3 + 1 tokens and a source of length i % 4 + 1."""
 
     tokenizer: Bytes = Bytes()  # noqa: RUF009 - frozen, so safe to share
     sequence_length: int = 3
@@ -41,15 +41,15 @@ class Toy(Data):
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 2, 3), None])
-def test_a_row_is_an_example(shape):
+def test_each_row_is_one_example(shape):
     data = Toy(shape=shape)
     batches = list(data.eval_batches("validation", TOKENIZER))
     spec = data.element_spec()
     for batch in batches:
-        there = {name: (a.shape, a.dtype) for name, a in batch._asdict().items() if a is not None}
-        assert there == spec
+        shapes = {name: (a.shape, a.dtype) for name, a in batch._asdict().items() if a is not None}
+        assert shapes == spec
     rows = [row for batch in batches for row in zip(*(a for a in batch if a is not None), strict=True)]
-    assert len(rows) == 12  # ten, filled up to three batches of four
+    assert len(rows) == 12  # ten examples, padded to three batches of four rows
     for i, row in enumerate(rows):
         tokens, targets, weights, segments, positions, num_bytes, *source = row
         n = i % 3 + 1 if i < 10 else 0
@@ -61,28 +61,28 @@ def test_a_row_is_an_example(shape):
         assert num_bytes == n
         if source:
             s = i % 4 + 1 if i < 10 else 0
-            values, there = source
-            np.testing.assert_array_equal(there, [1] * s + [0] * (4 - s))
+            values, valid = source
+            np.testing.assert_array_equal(valid, [1] * s + [0] * (4 - s))
             assert values.dtype == (np.int32 if len(shape) == 1 else np.float32)
             assert (values[:s] == i + 1).all() and not values[s:].any()
 
 
 @pytest.mark.parametrize("shape", [(4,), None])
-def test_training_continues_bit_for_bit(shape):
+def test_resume_repeats_batches(shape):
     data = Toy(shape=shape)
-    straight = data.train_iterator(TOKENIZER, seed=1)
+    uninterrupted = data.train_iterator(TOKENIZER, seed=1)
     for _ in range(5):
-        next(straight)
-    state, expected = straight.get_state(), [next(straight) for _ in range(5)]
+        next(uninterrupted)
+    state, expected = uninterrupted.get_state(), [next(uninterrupted) for _ in range(5)]
     resumed = data.train_iterator(TOKENIZER, seed=1)
     resumed.set_state(state)
     for batch in expected:
-        for ours, theirs in zip(next(resumed), batch, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        for actual, wanted in zip(next(resumed), batch, strict=True):
+            np.testing.assert_array_equal(actual, wanted)
     assert len({batch.tokens.tobytes() for batch in expected}) > 1
 
 
-def test_processes_share_a_batch():
+def test_processes_split_a_batch():
     data = Toy()
     whole = list(data.eval_batches("validation", TOKENIZER))
     shares = [data.eval_batches("validation", TOKENIZER, process_index=i, process_count=2) for i in (0, 1)]
@@ -90,7 +90,7 @@ def test_processes_share_a_batch():
         np.testing.assert_array_equal(batch.source, np.concatenate([part.source for part in parts]))
 
 
-def test_what_does_not_fit_is_refused(refuses):
+def test_oversized_examples_are_rejected(refuses):
     with refuses("3 tokens", "data.sequence_length=2"):
         list(Toy(sequence_length=2).eval_batches("validation", TOKENIZER))
     with refuses("a source of (4,)", "the largest is (3,)"):

@@ -22,9 +22,9 @@ def test_worked_example_runs(capsys):
     list(names["data"].eval_batches("validation", names["tokenizer"]))
 
 
-def test_picture_of_a_batch_is_true():
-    picture = re.search(r"^tokens .*?^num_bytes.*?$", PAGE, flags=re.DOTALL | re.MULTILINE).group()
-    drawn = {line.split()[0]: line.split()[1:] for line in picture.splitlines()}
+def test_drawn_batch_matches_code():
+    diagram = re.search(r"^tokens .*?^num_bytes.*?$", PAGE, flags=re.DOTALL | re.MULTILINE).group()
+    drawn = {line.split()[0]: line.split()[1:] for line in diagram.splitlines()}
     data = Documents(documents=("abcdefghi", "xy"), sequence_length=8, batch_size=2)
     (batch,) = data.eval_batches("validation", data.build_tokenizer())
     padding = batch.segments.ravel() == 0

@@ -1,4 +1,4 @@
-"""What vision towers read of an image: against the processors that checkpoints come with."""
+"""Image preprocessing compared with the image processors of transformers."""
 
 import json
 
@@ -15,18 +15,18 @@ SMALL = {"size": {"height": 24, "width": 17}}
 SHORTEST = {"size": {"shortest_edge": 21}, "crop_size": {"height": 19, "width": 20}}
 CASES = {
     "ViT": ("ViT", SMALL),
-    "ViT, by other filters": ("ViT", SMALL | {"resample": 1, "image_mean": [0.1, 0.2, 0.3]}),
+    "ViT, other filter and means": ("ViT", SMALL | {"resample": 1, "image_mean": [0.1, 0.2, 0.3]}),
     "SigLIP": ("Siglip", SMALL),
     "CLIP": ("CLIP", SHORTEST),
-    "CLIP, cut larger than it is": ("CLIP", SHORTEST | {"crop_size": {"height": 30, "width": 25}}),
-    "CLIP, neither resized nor normalised": ("CLIP", SHORTEST | {"do_resize": False, "do_normalize": False}),
+    "CLIP, crop larger than image": ("CLIP", SHORTEST | {"crop_size": {"height": 30, "width": 25}}),
+    "CLIP, not resized or normalised": ("CLIP", SHORTEST | {"do_resize": False, "do_normalize": False}),
     "DINOv2": ("Bit", SHORTEST | {"do_rescale": False}),
     "DeiT": ("DeiT", SMALL | {"crop_size": {"height": 15, "width": 11}, "rescale_factor": 0.01}),
 }
 
 
 def smooth(rows, columns, channels=3):
-    """Waves of some pixels' length, so that filters differ, with noise on them."""
+    """Return noisy waves a few pixels long, for which resampling filters differ."""
     y, x = np.mgrid[:rows, :columns, :channels][:2]
     waves = 128 + 90 * np.sin(x / 3 + y / 5)
     return np.clip(waves + RNG.normal(0, 20, waves.shape), 0, 255).astype(np.uint8)
@@ -34,39 +34,39 @@ def smooth(rows, columns, channels=3):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_what_transformers_makes_of_an_image(case, tmp_path):
+def test_pixels_match_transformers(case, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     kind, settings = CASES[case]
-    theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
-    theirs.save_pretrained(tmp_path)
-    ours = ImageProcessor.from_settings(preprocessor.read(tmp_path))
-    said = ours.settings()
-    assert ImageProcessor.from_settings(said) == ours
-    again = getattr(transformers, f"{said['image_processor_type']}Pil")(**said)
+    hf_processor = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
+    hf_processor.save_pretrained(tmp_path)
+    processor = ImageProcessor.from_settings(preprocessor.read(tmp_path))
+    exported = processor.settings()
+    assert ImageProcessor.from_settings(exported) == processor
+    reimported = getattr(transformers, f"{exported['image_processor_type']}Pil")(**exported)
     for sides in SIDES:
         image = smooth(*sides)
         expected, same = (
-            p(Image.fromarray(image), return_tensors="np").pixel_values[0] for p in (theirs, again)
+            p(Image.fromarray(image), return_tensors="np").pixel_values[0] for p in (hf_processor, reimported)
         )
         np.testing.assert_array_equal(same, expected)
-        got = ours(image)
+        got = processor(image)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, expected.transpose(1, 2, 0), rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(ours(Image.fromarray(image)), got)
+        np.testing.assert_array_equal(processor(Image.fromarray(image)), got)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", ["ViT", "Siglip", "CLIP", "Bit", "DeiT"])
-def test_a_file_that_says_little_means_the_same_there(kind):
+def test_default_settings_match_transformers(kind):
     transformers = pytest.importorskip("transformers")
-    whole = json.loads(getattr(transformers, f"{kind}ImageProcessorPil")().to_json_string())
-    little = {"image_processor_type": f"{kind}ImageProcessor"}
-    assert ImageProcessor.from_settings(little) == ImageProcessor.from_settings(whole)
+    full = json.loads(getattr(transformers, f"{kind}ImageProcessorPil")().to_json_string())
+    minimal = {"image_processor_type": f"{kind}ImageProcessor"}
+    assert ImageProcessor.from_settings(minimal) == ImageProcessor.from_settings(full)
 
 
-def test_older_files():
-    """A number is a square for some and the shorter side for others; the kind was named otherwise, or not."""
+def test_older_settings_formats():
+    """A numeric size is a square (ViT) or the shorter side (CLIP); the type may be missing."""
     vit = ImageProcessor.from_settings(
         {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 48}
     )
@@ -77,7 +77,7 @@ def test_older_files():
     assert clip.size == 48 and clip.crop == (48, 48) and clip.filter == "bicubic"
 
 
-def test_grey_images():
+def test_grey_images_keep_or_repeat_channel():
     grey = smooth(9, 12, 1)
     pixels = ImageProcessor(rgb=False, size=None, mean=(0.5,), std=(0.25,))
     np.testing.assert_allclose(pixels(grey), (grey / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
@@ -86,19 +86,19 @@ def test_grey_images():
     )
 
 
-@pytest.mark.parametrize(("settings", "told"), [
+@pytest.mark.parametrize(("settings", "message"), [
     ({"image_processor_type": "Mask2FormerImageProcessor"}, "the images of Mask2Former are not supported"),
     ({"do_pad": True}, "has unsupported settings: do_pad"),
     ({"size": {"longest_edge": 5}}, "a size of longest_edge"),
     ({"resample": 9}, "resample=9"),
     ({"do_center_crop": True, "crop_size": {"shortest_edge": 5}}, "must have a height and a width"),
 ])  # fmt: skip
-def test_what_is_not_done_is_refused(refuses, settings, told):
-    with refuses("preprocessor_config.json" if "Mask" not in told else "Mask", told):
+def test_unsupported_settings_are_rejected(refuses, settings, message):
+    with refuses("preprocessor_config.json" if "Mask" not in message else "Mask", message):
         ImageProcessor.from_settings(settings)
 
 
-def test_images_of_another_kind_are_refused(refuses):
+def test_invalid_images_are_rejected(refuses):
     with refuses("(4, 5, 3) of float64"):
         ImageProcessor()(np.zeros((4, 5, 3)))
     with refuses("1 channels", "3 means"):

@@ -19,7 +19,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
 def example(length, number=0):
-    """A document whose targets are found nowhere else, each worth a byte."""
+    """Return a document with unique targets of one byte each."""
     targets = number * 1000 + 1 + np.arange(length)
     return Example(targets - 1, targets, np.ones(length), np.ones(length))
 
@@ -30,7 +30,7 @@ def documents(lengths, row):
 
 
 @given(length=st.integers(1, 100), row=st.integers(2, 30))
-def test_chunks_hold_each_target_once(length, row):
+def test_split_example_keeps_each_target_once(length, row):
     pieces = split_example(example(length), row)
     np.testing.assert_array_equal(
         np.concatenate([piece.targets for piece in pieces]), example(length).targets
@@ -43,50 +43,50 @@ def test_chunks_hold_each_target_once(length, row):
 
 @given(lengths=LENGTHS, row=st.integers(2, 16), seed=st.none() | st.integers(0, 9), pool=st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_rows(lengths, row, seed, pool):
+def test_rows_are_contiguous_segments_with_each_target_once(lengths, row, seed, pool):
     rows = list(Pack(documents(lengths, row), row, seed=seed, pool=pool))
     seen = Counter()
-    for one in rows:
-        batch = stack_rows([one], 1)
-        used = int((one.segments > 0).sum())
-        # Segments 1, 2, 3, ... follow one another without a gap, and padding comes last.
-        assert set(np.diff(one.segments[:used])) <= {0, 1}
-        assert one.segments[0] == 1
+    for packed in rows:
+        batch = stack_rows([packed], 1)
+        used = int((packed.segments > 0).sum())
+        # Segments 1, 2, 3, ... are contiguous, followed by padding.
+        assert set(np.diff(packed.segments[:used])) <= {0, 1}
+        assert packed.segments[0] == 1
         assert not any(
             field[used:].any()
-            for name, field in one._asdict().items()
+            for name, field in packed._asdict().items()
             if field is not None and name != "num_bytes"
         )
-        assert one.num_bytes == used
+        assert packed.num_bytes == used
         for tokens, targets, weights, positions in segments(batch):
             np.testing.assert_array_equal(positions, np.arange(len(tokens)))
             np.testing.assert_array_equal(targets, tokens + 1)
             assert len(set(targets // 1000)) == 1 or targets[0] % 1000 == 0
             assert weights.all()
             seen.update(targets.tolist())
-    wanted = [t for number, length in enumerate(lengths) for t in example(length, number).targets.tolist()]
-    assert seen == Counter(wanted)
+    expected = [t for number, length in enumerate(lengths) for t in example(length, number).targets.tolist()]
+    assert seen == Counter(expected)
 
 
 @given(lengths=LENGTHS, data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_state_continues_bit_for_bit(lengths, data):
+def test_resume_from_state_repeats_rows(lengths, data):
     pack = Pack(documents(lengths, 12).shuffle(3).repeat(), 12, seed=1, pool=data.draw(st.integers(1, 30)))
-    at = data.draw(st.integers(0, 30), label="rows before the state is taken")
-    straight = iter(pack)
+    at = data.draw(st.integers(0, 30), label="rows before get_state")
+    uninterrupted = iter(pack)
     for _ in range(at):
-        next(straight)
-    state = json.loads(json.dumps(straight.get_state()))
+        next(uninterrupted)
+    state = json.loads(json.dumps(uninterrupted.get_state()))
     resumed = iter(pack)
-    for _ in range(data.draw(st.integers(0, 5), label="rows read before it is set")):
+    for _ in range(data.draw(st.integers(0, 5), label="rows before set_state")):
         next(resumed)
     resumed.set_state(state)
     assert resumed.get_state() == state
     for _ in range(20):
-        assert_equal(next(straight), next(resumed))
+        assert_equal(next(uninterrupted), next(resumed))
 
 
-def test_state_at_the_end_stays_at_the_end():
+def test_resume_at_end_yields_nothing():
     pack = Pack(documents([3, 4], 8), 8, seed=None)
     iterator = iter(pack)
     assert len(list(iterator)) == 1
@@ -95,21 +95,21 @@ def test_state_at_the_end_stays_at_the_end():
     assert list(resumed) == []
 
 
-def test_equal_lengths_leave_the_pool_in_turn():
+def test_equal_lengths_leave_pool_in_order():
     rows = Pack(documents([4] * 500, 16).repeat(), 16, seed=0, pool=100)
     ages = [np.unique(row.targets // 1000) for row, _ in zip(rows, range(100), strict=False)]
     assert len(np.unique(np.concatenate(ages))) > 380
 
 
 @pytest.mark.parametrize(
-    "wrong", [Example([], [], [], []), Example([1, 2], [1], [1, 1], [1, 1])], ids=["empty", "unequal"]
+    "invalid", [Example([], [], [], []), Example([1, 2], [1], [1, 1], [1, 1])], ids=["empty", "unequal"]
 )
-def test_examples_that_cannot_be(wrong):
+def test_invalid_examples_are_rejected(invalid):
     with pytest.raises(InputError, match="tokens"):
-        split_example(wrong, 8)
+        split_example(invalid, 8)
 
 
-def test_stack_fills_with_empty_rows():
+def test_stack_rows_pads_with_empty_rows():
     batch = stack_rows(list(Pack(documents([5], 8), 8, seed=None)), 3)
     assert batch.tokens.shape == (3, 8)
     assert not any(field[1:].any() for field in batch if field is not None)

@@ -15,12 +15,12 @@ def joined(data, split):
 
 
 @pytest.mark.parametrize("name", ["", "stdlib", "tfds:", "text:", "lm1b", "wiki:en"])
-def test_unknown_names(name):
+def test_unknown_names_are_rejected(name):
     with pytest.raises(InputError, match="stdlib_docs, stdlib_code, tfds:"):
         Text(name=name)
 
 
-def test_few_files_give_their_last_tenth(tmp_path):
+def test_few_files_validate_on_last_tenth(tmp_path):
     contents = ["".join(f"line {i} of {n}: é\r\n" for i in range(400)) for n in range(3)]
     for n, content in enumerate(contents):
         (tmp_path / f"{n}.txt").write_bytes(content.encode())
@@ -34,10 +34,10 @@ def test_few_files_give_their_last_tenth(tmp_path):
 
 
 def test_many_files_are_split_by_file(tmp_path):
-    for place in ("a", "b"):
-        (tmp_path / place / "deep").mkdir(parents=True)
+    for folder in ("a", "b"):
+        (tmp_path / folder / "deep").mkdir(parents=True)
         for n in range(20):
-            (tmp_path / place / ("deep" if n % 2 else "") / f"{n}.txt").write_text(f"file {n}\n")
+            (tmp_path / folder / ("deep" if n % 2 else "") / f"{n}.txt").write_text(f"file {n}\n")
     splits = {p: joined(text(f"text:{tmp_path}/{p}/**/*.txt"), "validation") for p in ("a", "b")}
     assert splits["a"] == splits["b"] != ""
     assert len(splits["a"].splitlines()) == 2
@@ -47,7 +47,7 @@ def test_many_files_are_split_by_file(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["a line of text é🙂\n", "é🙂"], ids=["lines", "one line"])
-def test_long_files_become_many_documents(tmp_path, line):
+def test_long_files_are_split_into_documents(tmp_path, line):
     content = line * (5 * text_files.DOCUMENT_BYTES // len(line.encode()))
     (tmp_path / "long.txt").write_text(content)
     records = text(f"text:{tmp_path}/long.txt").records("train")
@@ -57,21 +57,21 @@ def test_long_files_become_many_documents(tmp_path, line):
     assert "".join(record["text"] for record in records) + rest == content
 
 
-def test_a_relative_glob_is_kept_absolute(tmp_path, monkeypatch):
+def test_relative_glob_is_stored_as_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert text("text:./some/*.txt").name == f"text:{tmp_path}/some/*.txt"
     assert text(f"text:{tmp_path}/*.txt").name == f"text:{tmp_path}/*.txt"
     assert text("tfds:some/config").name == "tfds:some/config"
 
 
-def test_relative_globs_and_home(tmp_path, monkeypatch):
+def test_relative_and_home_globs_are_resolved(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text\n" * 50)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert joined(text("text:*.txt"), "train") == joined(text("text:~/a.txt"), "train")
 
 
-def refused(tmp_path, name, content=None):
+def error_message(tmp_path, name, content=None):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -81,22 +81,22 @@ def refused(tmp_path, name, content=None):
     return str(caught.value)
 
 
-def test_refusals_name_the_file(tmp_path):
-    assert "matches no file" in refused(tmp_path, "nothing-*.txt")
-    assert "empty.txt is empty" in refused(tmp_path, "empty.txt", b" \n")
-    assert "bad.txt is not UTF-8 text, see byte 3" in refused(tmp_path, "bad.txt", b"abc\xff")
-    assert "too little text" in refused(tmp_path, "tiny.txt", b"hello")
-    assert f"text:{tmp_path}/*.txt" in refused(tmp_path, "")
+def test_errors_contain_file_name(tmp_path):
+    assert "matches no file" in error_message(tmp_path, "nothing-*.txt")
+    assert "empty.txt is empty" in error_message(tmp_path, "empty.txt", b" \n")
+    assert "bad.txt is not UTF-8 text, see byte 3" in error_message(tmp_path, "bad.txt", b"abc\xff")
+    assert "too little text" in error_message(tmp_path, "tiny.txt", b"hello")
+    assert f"text:{tmp_path}/*.txt" in error_message(tmp_path, "")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file(tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
+def test_unreadable_file_is_reported(tmp_path):
     path = tmp_path / "secret.txt"
     path.write_text("text")
     path.chmod(0)
-    assert "cannot read" in refused(tmp_path, "secret.txt")
+    assert "cannot read" in error_message(tmp_path, "secret.txt")
 
 
-def test_file_that_vanishes_is_named(tmp_path):
+def test_missing_file_is_reported(tmp_path):
     (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
-    assert "link.txt" in refused(tmp_path, "link.txt")
+    assert "link.txt" in error_message(tmp_path, "link.txt")

@@ -19,7 +19,7 @@ def text(name):
     "name",
     ["lm1b", "imdb_reviews", "imdb_reviews/plain_text", "ted_hrlr_translate/pt_to_en#en", "billsum#summary"],
 )
-def test_registered_sets_are_read(name):
+def test_registered_datasets_are_read(name):
     with tfds.testing.mock_data(num_examples=RECORDS):
         data = text(name)
         assert len(data.records("train")) == RECORDS
@@ -32,7 +32,7 @@ def test_registered_sets_are_read(name):
 
 @pytest.fixture
 def with_splits(tmp_path):
-    """Mocks lm1b as if prepared with given splits."""
+    """Return a function that mocks lm1b prepared with the given splits."""
 
     def prepare(*splits, file_format="array_record"):
         info = tfds.builder("lm1b", data_dir=tmp_path).info
@@ -63,7 +63,7 @@ def with_splits(tmp_path):
         (("train",), (38, 2)),
     ],
 )
-def test_what_validation_is(with_splits, splits, sizes):
+def test_validation_split_fallbacks(with_splits, splits, sizes):
     with with_splits(*splits):
         train, validation = (text("lm1b").records(split) for split in ("train", "validation"))
         assert (len(train), len(validation)) == sizes
@@ -73,7 +73,7 @@ def test_what_validation_is(with_splits, splits, sizes):
             assert whole == [source[i]["text"] for i in range(RECORDS)]
 
 
-def test_a_set_without_train(with_splits):
+def test_missing_train_split_is_reported(with_splits):
     with with_splits("test"), pytest.raises(InputError, match="no split 'train', only test"):
         text("lm1b").records("train")
 
@@ -94,13 +94,13 @@ def test_a_set_without_train(with_splits):
         ("mnist", "no text feature; only image, label"),
     ],
 )
-def test_refusals(name, message):
+def test_unusable_datasets_are_reported(name, message):
     with pytest.raises(InputError, match=message) as caught:
         text(name).records("train")
     assert "\n" not in str(caught.value)
 
 
-def test_set_without_random_access(tmp_path, monkeypatch, with_splits):
+def test_format_without_random_access_is_rejected(tmp_path, monkeypatch, with_splits):
     with_splits("train", file_format="tfrecord")
     monkeypatch.setattr(
         "tensorflow_datasets.builder", lambda name, b=tfds.builder: b(name, data_dir=tmp_path)
@@ -109,7 +109,7 @@ def test_set_without_random_access(tmp_path, monkeypatch, with_splits):
         text("lm1b").records("train")
 
 
-def test_tensorflow_stays_out():
+def test_tensorflow_is_not_imported():
     program = (
         "import sys, tensorflow_datasets as tfds; from attnlab.data import Text\n"
         "with tfds.testing.mock_data(num_examples=3): print(len(Text(name='tfds:lm1b').records('train')))\n"

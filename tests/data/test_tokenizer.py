@@ -19,7 +19,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
 @pytest.mark.parametrize("kind", BYTEWISE)
 @given(text=ANY_TEXT)
 @settings(max_examples=200, deadline=None)
-def test_any_text_comes_back(kind, text):
+def test_encode_decode_roundtrip(kind, text):
     tokenizer = BYTEWISE[kind]
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
@@ -29,7 +29,7 @@ def test_any_text_comes_back(kind, text):
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
-def test_bytes_are_their_own_ids():
+def test_byte_tokenizer_ids_are_bytes():
     tokenizer = BYTEWISE["bytes"]
     assert tokenizer.vocab_size == 257
     assert tokenizer.eos_id == 256
@@ -38,7 +38,7 @@ def test_bytes_are_their_own_ids():
 
 
 @pytest.mark.parametrize("tokenizer", [*BYTEWISE.values(), Words().train(["a bb c"])])
-def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+def test_save_load_roundtrip(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     assert (loaded.vocab_size, loaded.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
@@ -48,8 +48,8 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
-def test_bpe_is_the_same_in_every_process(tmp_path):
-    # The standard library's own text, so that many pairs tie in number.
+def test_bpe_training_is_deterministic_across_processes(tmp_path):
+    # Source code of the standard library, in which many pairs have equal counts.
     program = (
         "import sys, inspect, argparse, typing, json; from attnlab.data import BPE;"
         "texts = [inspect.getsource(m) for m in (argparse, typing, json)];"
@@ -60,19 +60,19 @@ def test_bpe_is_the_same_in_every_process(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_bpe_learns_what_is_frequent_up_to_its_size():
+def test_bpe_learns_frequent_pairs_up_to_vocab_size():
     assert BYTEWISE["bpe"].vocab_size == 280
     assert len(BYTEWISE["bpe"].encode(" the cat")) < 4
     assert BPE(vocab_size=10_000).train(TEXTS).vocab_size < 10_000
 
 
-def test_bpe_reads_no_more_than_its_share(monkeypatch):
+def test_bpe_reads_limited_training_text(monkeypatch):
     monkeypatch.setattr("attnlab.data.tokenizer.TRAINING_CHARACTERS", 100)
     endless = iter(lambda: "the cat ", None)
     assert BPE(vocab_size=257).train(endless).vocab_size == 257
 
 
-def test_words():
+def test_word_tokenizer():
     tokenizer = Words().train(["the cat sat", "the dog"])
     assert tokenizer.vocab_size == 5
     assert tokenizer.decode(tokenizer.encode("the  dog\nsat")) == "the dog sat"
@@ -83,13 +83,13 @@ def test_words():
         Words().train(["a <eos>"])
 
 
-def test_token_text():
+def test_token_text_escapes_partial_characters():
     tokenizer = BYTEWISE["bytes"]
     assert [tokenizer.token_text(i) for i in (*b"a\n ", 0xE2, 256)] == ["a", "\n", " ", "\\xe2", "<eos>"]
     assert Words().train(["cat"]).token_text(1) == "cat"
 
 
-def test_refusals(tmp_path):
+def test_invalid_arguments_are_rejected(tmp_path):
     with pytest.raises(InputError, match="257"):
         BPE(vocab_size=256)
     with pytest.raises(InputError, match="no tokenizer"):

@@ -1,4 +1,4 @@
-"""Data sets small enough to check by hand."""
+"""Datasets small enough to check by hand."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,8 @@ from attnlab.data import Bytes, Data, Example, Words
 
 @dataclass(frozen=True, kw_only=True)
 class Documents(Data):
+    """Text data of the given documents."""
+
     tokenizer: Bytes = Bytes()  # noqa: RUF009
     documents: tuple[str, ...] = ()
 
@@ -18,7 +20,7 @@ class Documents(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class LastWord(Data):
-    """A sentence whose last word alone is to be predicted, read from both sides."""
+    """Sentences whose last word is replaced by `<eos>` and is the only weighted target."""
 
     tokenizer: Words = Words()  # noqa: RUF009
     count: int = 40
@@ -36,7 +38,7 @@ class LastWord(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Data):
-    """Noise, brighter by its class."""
+    """Images of noise whose mean is the class index."""
 
     tokenizer: Words = Words()  # noqa: RUF009
     sequence_length: int = 1
@@ -57,7 +59,7 @@ class Images(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class Sounds(Data):
-    """Frames of noise, and a word for each two of them."""
+    """Sequences of noise frames, with one target word per two frames."""
 
     tokenizer: Words = Words()  # noqa: RUF009
     sequence_length: int = 8
@@ -76,7 +78,7 @@ class Sounds(Data):
 
 
 def segments(batch):
-    """Every packed piece of a batch as (tokens, targets, weights, positions)."""
+    """Yield the (tokens, targets, weights, positions) of each segment of a batch."""
     for row in range(len(batch.tokens)):
         for segment in range(1, batch.segments[row].max() + 1):
             at = batch.segments[row] == segment

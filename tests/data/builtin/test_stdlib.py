@@ -15,8 +15,8 @@ from attnlab.errors import InputError
 PREPARE = """
 import itertools
 from attnlab.data.builtin import stdlib
-every = stdlib.modules
-stdlib.modules = lambda: itertools.islice(every(), 60)
+all_modules = stdlib.modules
+stdlib.modules = lambda: itertools.islice(all_modules(), 60)
 print("start", flush=True)
 print(len(stdlib.records("stdlib_docs", "train")))
 """
@@ -32,7 +32,7 @@ def start(data_dir, program=PREPARE):
     )
 
 
-def test_two_processes_at_once_and_nothing_printed(tmp_path):
+def test_concurrent_preparation_prints_nothing(tmp_path):
     running = [start(tmp_path), start(tmp_path)]
     outputs = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0]
@@ -42,8 +42,8 @@ def test_two_processes_at_once_and_nothing_printed(tmp_path):
     assert [path.name for path in (tmp_path / f"format-{prepare.FORMAT}").iterdir()] == ["stdlib_docs"]
 
 
-def test_killed_preparation_leaves_no_half(tmp_path):
-    # Slowed down, so that it is killed for certain while documents are being written.
+def test_killed_preparation_leaves_no_partial_data(tmp_path):
+    # Slow down, so that the process is certain to be killed while it writes documents.
     slow = "import time; stdlib.split_of = lambda module: time.sleep(0.2) or 'train'; print"
     process = start(tmp_path, PREPARE.replace("print", slow, 1))
     process.stdout.readline()
@@ -58,7 +58,7 @@ def test_killed_preparation_leaves_no_half(tmp_path):
     assert int(output.split()[-1]) > 10
 
 
-def test_small_library(small_library):
+def test_small_library_has_both_splits(small_library):
     docs, code = Text(name="stdlib_docs"), Text(name="stdlib_code")
     for data in (docs, code):
         train, validation = data.records("train"), data.records("validation")
@@ -70,7 +70,7 @@ def test_small_library(small_library):
     assert all(1 < bits < 8 for bits in baseline.values())
 
 
-def test_packages_stay_together():
+def test_packages_are_in_one_split():
     modules = [name for name, _ in stdlib.modules()]
     sides = {}
     for name in modules:
@@ -83,7 +83,7 @@ def test_packages_stay_together():
     assert len(modules) == len(set(modules))
 
 
-def test_documentation_of_a_module():
+def test_module_docs_text():
     code = textwrap.dedent('''
         """A module.
 
@@ -131,11 +131,11 @@ def test_documentation_of_a_module():
         With fish.""")
 
 
-def test_version_is_that_of_python():
+def test_version_is_python_version():
     assert str(stdlib.StdlibDocs.VERSION) == "{}.{}.{}".format(*sys.version_info)
 
 
-def test_data_dir_that_cannot_be_written(monkeypatch, tmp_path):
+def test_unwritable_data_dir_is_reported(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATTNLAB_DATA_DIR", str(tmp_path / "file"))
     with pytest.raises(InputError, match="ATTNLAB_DATA_DIR"):
@@ -143,7 +143,7 @@ def test_data_dir_that_cannot_be_written(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_whole_documentation(data_dir):
+def test_full_documentation_sizes(data_dir):
     data = Text()
     size = {s: sum(len(r["text"].encode()) for r in data.records(s)) for s in ("train", "validation")}
     assert 0.05 < size["validation"] / sum(size.values()) < 0.11
