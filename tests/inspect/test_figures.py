@@ -293,7 +293,7 @@ def test_image_overlay(tmp_path, refuses):
     shown = [axes.get_images() for axes in figure.axes if axes.get_images()]
     assert len(shown) == 4
     np.testing.assert_array_equal(shown[2][1].get_array(), weights[2])
-    assert all(path.stat().st_size for path in save(figure, tmp_path / "looks"))
+    assert all(path.read_bytes() for path in save(figure, tmp_path / "looks"))
     assert texts(figure).count("max 1") == 4 and "max of each map" in texts(figure)
     with refuses("(8, 8)", "(3, 2, 2) for 4 names"):
         image_overlay(np.eye(8), ["a", "b", "c", "d"], weights[:3])
