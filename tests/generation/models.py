@@ -1,4 +1,4 @@
-"""Small decoders with weights so large that the next token is decided, and varied."""
+"""Small decoders with large random weights, so that greedy tokens are unambiguous and vary."""
 
 from functools import cache, partial
 
@@ -10,7 +10,7 @@ from attnlab.generation import PowerLengthPenalty, beam_search, prefill
 from attnlab.layers import AttentionConfig, Causal, Sliding
 from attnlab.models import DecoderConfig
 
-# Three layers of a pattern of two: one period is scanned over, and a tail comes after it.
+# Three layers with a pattern of two: one scanned period and one remainder layer.
 WINDOWED = DecoderConfig(
     depth=3,
     width=16,
@@ -23,7 +23,7 @@ EOS = 0
 
 @cache
 def start(config, vocab_size, seed=0, scale=0.3):
-    """A model of this config, and its parameters."""
+    """Build a model of this config and draw its parameters."""
     model, rng = config.build(vocab_size), np.random.default_rng(seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
@@ -39,9 +39,9 @@ def _forward(model, params, tokens):
     return model.apply({"params": params}, tokens)
 
 
-def next_log_probs(model, params, texts, room=16):
-    """log p(next token | text) of each text, float64 (N, V), by a forward pass over the whole of it."""
-    tokens = np.zeros((len(texts), room), np.int32)
+def next_log_probs(model, params, texts, length=16):
+    """Return log p(next token | text) of each text, (N, V) float64, by full forward passes."""
+    tokens = np.zeros((len(texts), length), np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
     logits = np.asarray(_forward(model, params, jnp.asarray(tokens)), np.float64)
@@ -50,7 +50,7 @@ def next_log_probs(model, params, texts, room=16):
 
 
 def padded(prompts):
-    """Prompts padded on the left: tokens and segments."""
+    """Return the tokens and segments of left-padded prompts."""
     length = max(map(len, prompts))
     tokens = np.array([[0] * (length - len(p)) + list(p) for p in prompts], np.int32)
     segments = np.array([[0] * (length - len(p)) + [1] * len(p) for p in prompts], np.int32)
@@ -61,10 +61,10 @@ MEAN = PowerLengthPenalty()
 
 
 def search(model, params, prompts, steps, num_beams, length_penalty=MEAN, eos_id=EOS):
-    """Texts up to and with their end, and scores, of each prompt."""
+    """Return, for each prompt, the beam search texts up to and including EOS with their scores."""
     tokens, segments = padded(prompts)
     decode_state = prefill(model, tokens.shape[1] + steps, params, tokens, segments)
-    found = beam_search(
+    hypotheses = beam_search(
         model,
         params,
         decode_state,
@@ -76,7 +76,7 @@ def search(model, params, prompts, steps, num_beams, length_penalty=MEAN, eos_id
     )
     return [
         [(until_end(text, eos_id), s) for text, s in zip(texts.tolist(), scores.tolist(), strict=True)]
-        for texts, scores in zip(np.asarray(found.tokens), np.asarray(found.scores), strict=True)
+        for texts, scores in zip(np.asarray(hypotheses.tokens), np.asarray(hypotheses.scores), strict=True)
     ]
 
 

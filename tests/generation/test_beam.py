@@ -23,13 +23,13 @@ PROMPTS = [[3, 1, 4, 1, 5], [2, 6], [5, 3, 5, 2, 1, 6, 3]]
 PENALTIES = {
     "power": (PowerLengthPenalty(1.0), lambda n: n),
     "none": (PowerLengthPenalty(0.0), lambda n: 1),
-    "short": (PowerLengthPenalty(-0.5), lambda n: n**-0.5),
-    "wu": (GNMTLengthPenalty(0.6), lambda n: ((5 + n) / 6) ** 0.6),
+    "negative": (PowerLengthPenalty(-0.5), lambda n: n**-0.5),
+    "gnmt": (GNMTLengthPenalty(0.6), lambda n: ((5 + n) / 6) ** 0.6),
 }
 
 
-def by_loops(model, params, prompt, steps, count, penalty):
-    """Beam search as a loop over lists, each text read from its start every time."""
+def beam_search_by_loop(model, params, prompt, steps, count, penalty):
+    """Run beam search as a loop over lists, with a full forward pass per step."""
     growing, finished = [(0.0, [])], []
     for length in range(1, steps + 1):
         log_probs = next_log_probs(model, params, [prompt + text for _, text in growing])
@@ -51,17 +51,17 @@ def by_loops(model, params, prompt, steps, count, penalty):
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_is_the_plain_loop(name):
+def test_beam_search_matches_loop(name):
     model, params = start(WINDOWED, VOCAB)
     penalty, of_length = PENALTIES[name]
     got = search(model, params, PROMPTS, steps=8, num_beams=3, length_penalty=penalty)
     for prompt, texts in zip(PROMPTS, got, strict=True):
-        assert_same(texts, by_loops(model, params, prompt, 8, 3, of_length))
-    assert len({len(text) for texts in got for text, _ in texts}) > 1  # some ended early
+        assert_same(texts, beam_search_by_loop(model, params, prompt, 8, 3, of_length))
+    assert len({len(text) for texts in got for text, _ in texts}) > 1  # some texts ended early
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_with_room_for_all_texts_it_is_an_exhaustive_search(name):
+def test_beam_search_with_enough_beams_is_exhaustive(name):
     model, params = start(WINDOWED, 4)
     penalty, of_length = PENALTIES[name]
     steps, prompt = 4, [3, 1, 2]
@@ -74,13 +74,13 @@ def test_with_room_for_all_texts_it_is_an_exhaustive_search(name):
         scores += [row[t[i]] if i < len(t) else 0 for row, t in zip(log_probs, texts, strict=True)]
     scores = [s / of_length(len(t)) for s, t in zip(scores, texts, strict=True)]
     expected = sorted(zip(map(list, texts), scores, strict=True), key=lambda x: -x[1])
-    # There is room for more, and nothing fills it.
+    # Beams in excess of the number of texts stay empty.
     (got,) = search(model, params, [prompt], steps, num_beams=len(texts) + 5, length_penalty=penalty)
     assert [s for _, s in got[len(texts) :]] == [-np.inf] * 5
     assert_same(got[: len(texts)], expected)
 
 
-def test_one_beam_is_greedy():
+def test_single_beam_is_greedy():
     model, params = start(WINDOWED, VOCAB)
     ((text, score),), *_ = search(model, params, PROMPTS, steps=9, num_beams=1)
     expected, total = [], 0.0
@@ -91,15 +91,15 @@ def test_one_beam_is_greedy():
     assert text == expected and abs(score - total / len(text)) < 1e-5
 
 
-def test_rows_do_not_depend_on_each_other():
+def test_batch_rows_are_independent():
     model, params = start(WINDOWED, VOCAB)
-    together = search(model, params, PROMPTS, steps=8, num_beams=3)
-    for prompt, texts in zip(PROMPTS, together, strict=True):
+    batched = search(model, params, PROMPTS, steps=8, num_beams=3)
+    for prompt, texts in zip(PROMPTS, batched, strict=True):
         assert_same(search(model, params, [prompt], steps=8, num_beams=3)[0], texts)
 
 
 @pytest.mark.parametrize(("text", "count"), [("data:2,fsdp:2,tensor:2", 4), ("single", 1)])
-def test_a_mesh_changes_no_text(mesh_of, text, count):
+def test_beam_search_does_not_depend_on_mesh(mesh_of, text, count):
     model, params = start(WINDOWED, VOCAB)
     prompts = [*PROMPTS, [1, 2]][:count]
     expected = search(model, params, prompts, steps=6, num_beams=3)
@@ -109,14 +109,14 @@ def test_a_mesh_changes_no_text(mesh_of, text, count):
             (count, 4), jnp.int32, sharding=jax.NamedSharding(mesh, P(("data", "fsdp")))
         )
         shapes = jax.eval_shape(model.init, jax.random.key(0), rows)["params"]
-        there = jax.tree.map(
+        sharded_params = jax.tree.map(
             lambda x, like: jax.device_put(x, jax.NamedSharding(mesh, like.sharding.spec)), params, shapes
         )
         tokens, segments = (jax.device_put(x, rows.sharding) for x in padded(prompts))
-        decode_state = prefill(model, tokens.shape[1] + 6, there, tokens, segments)
-        found = beam_search(
+        decode_state = prefill(model, tokens.shape[1] + 6, sharded_params, tokens, segments)
+        hypotheses = beam_search(
             model,
-            there,
+            sharded_params,
             decode_state,
             num_beams=3,
             length_penalty=PowerLengthPenalty(),
@@ -124,12 +124,12 @@ def test_a_mesh_changes_no_text(mesh_of, text, count):
             slots=6,
             steps=6,
         )
-        assert jax.typeof(found.tokens).sharding.spec[0] == ("data", "fsdp")
-    for texts, scores, row in zip(*map(np.asarray, found), expected, strict=True):
+        assert jax.typeof(hypotheses.tokens).sharding.spec[0] == ("data", "fsdp")
+    for texts, scores, row in zip(*map(np.asarray, hypotheses), expected, strict=True):
         assert_same([*zip(map(until_end, texts.tolist()), scores, strict=True)], row)
 
 
-def test_bad_options_are_refused(refuses):
+def test_invalid_options_are_rejected(refuses):
     with refuses("num_beams is 0", "at least 1"):
         BeamSearchOptions(num_beams=0)
     with refuses("alpha is inf", "finite"):

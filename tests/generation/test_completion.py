@@ -1,4 +1,4 @@
-"""Text that grows token by token: what is certain is returned, and stop strings end it."""
+"""Incremental detokenization: streamed text, incomplete characters and stop strings."""
 
 import pytest
 
@@ -9,14 +9,14 @@ from attnlab.generation.completion import GenerationInput, IncrementalDetokenize
 TOKENIZER = Bytes().train([])
 
 
-def rows_of(text, stop=(), piece=1):
-    """A row fed with these bytes, a few at a time; what it gave, piece by piece."""
-    row, given = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, stop), []
+def detokenize(text, stop=(), piece=1):
+    """Detokenize a text `piece` tokens at a time; return the completion and the streamed pieces."""
+    row, pieces = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, stop), []
     ids = TOKENIZER.encode(text).tolist() if isinstance(text, str) else list(text)
     for start in range(0, len(ids), piece):
-        given.append(row.add(ids[start : start + piece]))
-    given.append(row.end("length"))
-    return row.completion(), given
+        pieces.append(row.add(ids[start : start + piece]))
+    pieces.append(row.end("length"))
+    return row.completion(), pieces
 
 
 @pytest.mark.parametrize("piece", [1, 3, 16])
@@ -32,37 +32,37 @@ def rows_of(text, stop=(), piece=1):
         ("tail \N{SNOWMAN}", [], "tail \N{SNOWMAN}"),
     ],
 )
-def test_what_is_streamed_is_the_text(text, stop, expected, piece):
-    done, given = rows_of(text, stop, piece)
-    assert done.text == expected == "".join(given)
-    assert done.finish_reason == ("stop" if expected != text else "length")
-    for i in range(len(given)):
-        assert expected.startswith("".join(given[:i]))
+def test_streamed_pieces_concatenate_to_text(text, stop, expected, piece):
+    completion, pieces = detokenize(text, stop, piece)
+    assert completion.text == expected == "".join(pieces)
+    assert completion.finish_reason == ("stop" if expected != text else "length")
+    for i in range(len(pieces)):
+        assert expected.startswith("".join(pieces[:i]))
 
 
 @pytest.mark.parametrize("piece", [1, 2, 5])
-def test_the_token_that_completes_a_stop_string_is_the_last(piece):
-    done, _ = rows_of("one, two, three", [", t"], piece)
-    assert TOKENIZER.decode(done.tokens) == "one, t" and done.text == "one"
+def test_completing_token_of_stop_string_is_last(piece):
+    completion, _ = detokenize("one, two, three", [", t"], piece)
+    assert TOKENIZER.decode(completion.tokens) == "one, t" and completion.text == "one"
 
 
-def test_half_a_character_waits_for_its_other_half():
-    _, given = rows_of("a€b")
+def test_incomplete_characters_are_withheld():
+    _, pieces = detokenize("a€b")
     ids = TOKENIZER.encode("a€b")
     assert len(ids) == 5
-    assert given == ["a", "", "", "€", "b", ""]
-    _, given = rows_of("a€")
-    assert given[:-1] == ["a", "", "", "€"]
+    assert pieces == ["a", "", "", "€", "b", ""]
+    _, pieces = detokenize("a€")
+    assert pieces[:-1] == ["a", "", "", "€"]
 
 
-def test_a_broken_end_is_given_once_nothing_can_mend_it():
+def test_incomplete_character_at_end_is_replaced():
     ids = TOKENIZER.encode("a€").tolist()[:-1]
     row = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, ())
     assert row.add(ids) == "a"
     assert row.end("length") == row.completion().text[1:] == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_nothing_comes_after_the_end():
+def test_tokens_after_eos_are_ignored():
     row = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, ["z"])
     ids = TOKENIZER.encode("ab").tolist()
     assert row.add([*ids, TOKENIZER.eos_id, *ids]) == "ab"
@@ -70,5 +70,5 @@ def test_nothing_comes_after_the_end():
     assert row.completion().tokens == ids and row.completion().finish_reason == "eos"
 
 
-def test_control_characters_are_shown_and_not_obeyed():
+def test_printable_escapes_control_characters():
     assert printable("a\x1b[2J\x00\x7f\x9b b\n\tc") == "a␛[2J␀␡\ufffd b\n\tc"

@@ -13,7 +13,7 @@ from attnlab.generation import row_keys as eager_row_keys
 
 jit_filter, jit_sample, row_keys = jax.jit(filter_logits), jax.jit(sample), jax.jit(eager_row_keys)
 
-# Logits on a coarse grid, so that ties are common; -inf as a caller's own ban.
+# Logits on a coarse grid, so that ties are common; -inf for tokens suppressed by the caller.
 entry = st.one_of(st.integers(-16, 16).map(lambda n: n / 4), st.just(-np.inf))
 rows = st.lists(entry, min_size=9, max_size=9).filter(lambda row: max(row) > -np.inf)
 
@@ -34,7 +34,7 @@ def softmax(logits):
 
 
 def oracle(row, sampling):
-    """Probabilities after filtering, in float64 and without sorting; rejects cases at a filter's border."""
+    """Return float64 probabilities after filtering without a sort; reject borderline cases."""
     logits = np.asarray(row, np.float64) / sampling.temperature
     if sampling.top_k is not None:
         level = sorted(logits)[-min(sampling.top_k, len(logits))]
@@ -54,7 +54,7 @@ def oracle(row, sampling):
 
 @settings(max_examples=300, deadline=None)
 @given(rows, samplings())
-def test_filters_agree_with_the_oracle(row, sampling):
+def test_filters_match_oracle(row, sampling):
     expected = oracle(row, sampling)
     got = np.asarray(jit_filter(jnp.array([row]), sampling))[0]
     np.testing.assert_array_equal(got > -np.inf, expected > 0)
@@ -64,25 +64,25 @@ def test_filters_agree_with_the_oracle(row, sampling):
 
 @settings(max_examples=100, deadline=None)
 @given(rows, samplings(), st.randoms(use_true_random=False))
-def test_filters_do_not_know_token_ids(row, sampling, random):
-    order = random.sample(range(len(row)), len(row))
+def test_filters_are_permutation_equivariant(row, sampling, random):
+    permutation = random.sample(range(len(row)), len(row))
     kept = jit_filter(jnp.array([row]), sampling)[0]
-    # Masses are summed in sorted order, so a shuffled vocabulary changes no bit of them.
+    # Probabilities are summed in sorted order, so permuting the vocabulary changes no bit.
     np.testing.assert_array_equal(
-        kept[jnp.array(order)], jit_filter(jnp.array([row])[:, jnp.array(order)], sampling)[0]
+        kept[jnp.array(permutation)], jit_filter(jnp.array([row])[:, jnp.array(permutation)], sampling)[0]
     )
 
 
 @settings(max_examples=100, deadline=None)
 @given(rows, samplings(), st.integers(0, 2**31 - 1))
-def test_a_draw_is_allowed_and_the_most_probable_always_is(row, sampling, seed):
+def test_samples_pass_filters_and_argmax_is_kept(row, sampling, seed):
     kept = np.asarray(jit_filter(jnp.array([row]), sampling))[0]
     assert kept[np.argmax(row)] == 0
     drawn = jit_sample(row_keys(jax.random.key(seed), jnp.arange(1)), jnp.array([row]), sampling)
     assert kept[int(drawn[0])] > -np.inf
 
 
-def test_filters_by_hand():
+def test_filters_match_manual_examples():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
 
     def kept(**filters):
@@ -94,18 +94,18 @@ def test_filters_by_hand():
     assert kept(top_k=99) == [True, True, True, True]
     assert kept(top_p=1e-9) == [True, False, False, False]
     assert kept(top_p=0.51) == [True, True, False, False]
-    assert kept(top_k=2, top_p=0.6) == [True, False, False, False]  # 0.5 is two thirds of what top-k left
+    assert kept(top_k=2, top_p=0.6) == [True, False, False, False]  # 0.5 is 2/3 of the top-2 mass
     assert kept(min_p=0.3) == [True, True, False, False]
     assert kept(min_p=1.0) == [True, False, False, False]
 
 
-def test_top_p_of_one_keeps_even_what_a_float_cannot_sum():
+def test_top_p_one_keeps_negligible_probabilities():
     kept = filter_logits(jnp.array([[0.0, -30.0, -200.0]]), SamplingParams(top_p=1.0))
     np.testing.assert_allclose(kept, [[0.0, -30.0, -200.0]])
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.5, 6, 0.9, 0.05)])
-def test_draws_follow_the_distribution(sampling):
+def test_samples_follow_distribution(sampling):
     logits, draws = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.0]), 20_000
     probabilities = softmax(np.asarray(filter_logits(jnp.array([logits]), sampling), np.float64)[0])
     keys = row_keys(jax.random.key(0), jnp.arange(draws))
@@ -115,7 +115,7 @@ def test_draws_follow_the_distribution(sampling):
     assert scipy.stats.chisquare(counts[possible], draws * probabilities[possible]).pvalue > 0.01
 
 
-def test_temperature_zero_takes_the_first_of_the_most_probable():
+def test_temperature_zero_takes_first_argmax():
     logits = jnp.array([[1.0, 3.0, 3.0, 2.0], [-jnp.inf, -5.0, -6.0, -5.0]])
     greedy = SamplingParams(temperature=0.0, top_k=3, top_p=0.9, min_p=0.1)
     for seed in range(5):
@@ -134,19 +134,19 @@ def test_half_precision_logits_are_filtered_in_float32():
     assert filter_logits(logits, SamplingParams(top_p=0.9)).dtype == jnp.float32
 
 
-def test_a_row_draws_the_same_whoever_else_is_in_the_batch():
+def test_samples_do_not_depend_on_other_rows():
     logits, key = jax.random.normal(jax.random.key(1), (8, 100)), jax.random.key(2)
-    numbers = jnp.arange(8)
-    together = jit_sample(row_keys(key, numbers), logits, SamplingParams(top_p=0.95))
-    backwards = jit_sample(row_keys(key, numbers[::-1]), logits[::-1], SamplingParams(top_p=0.95))
-    alone = jit_sample(row_keys(key, numbers[5:6]), logits[5:6], SamplingParams(top_p=0.95))
-    np.testing.assert_array_equal(together, backwards[::-1])
-    assert together[5] == alone[0]
-    same = jit_sample(row_keys(key, numbers), jnp.zeros((8, 100)), SamplingParams())
-    assert len(set(same.tolist())) > 4, "equal rows must not draw alike"
+    row_numbers = jnp.arange(8)
+    batched = jit_sample(row_keys(key, row_numbers), logits, SamplingParams(top_p=0.95))
+    backwards = jit_sample(row_keys(key, row_numbers[::-1]), logits[::-1], SamplingParams(top_p=0.95))
+    single = jit_sample(row_keys(key, row_numbers[5:6]), logits[5:6], SamplingParams(top_p=0.95))
+    np.testing.assert_array_equal(batched, backwards[::-1])
+    assert batched[5] == single[0]
+    same = jit_sample(row_keys(key, row_numbers), jnp.zeros((8, 100)), SamplingParams())
+    assert len(set(same.tolist())) > 4, "equal rows must have different samples"
 
 
-def test_numbers_may_be_traced():
+def test_parameters_may_be_traced():
     jit = jax.jit(lambda logits, sampling: filter_logits(logits, sampling))
     logits = jax.random.normal(jax.random.key(0), (2, 20))
     for sampling in [
@@ -159,7 +159,7 @@ def test_numbers_may_be_traced():
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"),
+    ("options", "message"),
     [
         ({"temperature": -1}, "0 or more"),
         ({"temperature": float("nan")}, "finite"),
@@ -171,15 +171,15 @@ def test_numbers_may_be_traced():
         ({"min_p": -0.1}, r"\[0, 1\]"),
     ],
 )
-def test_bad_settings_say_what_is_allowed(bad, says):
-    with pytest.raises(InputError, match=says) as error:
-        SamplingParams(**bad)
-    assert f"SamplingParams.{next(iter(bad))}" in str(error.value)
+def test_invalid_parameters_are_rejected(options, message):
+    with pytest.raises(InputError, match=message) as error:
+        SamplingParams(**options)
+    assert f"SamplingParams.{next(iter(options))}" in str(error.value)
 
 
 @pytest.mark.parametrize("spec", [P("data", None), P("data", "tensor"), P(None, "tensor"), P(None, None)])
-def test_under_an_explicit_mesh(spec):
-    """Runs on one device too: an Explicit mesh checks the types of arrays, however many hold them."""
+def test_sampling_on_explicit_mesh(spec):
+    """A single device suffices: an Explicit mesh checks sharding types on any number of devices."""
     tensor = 2 if jax.device_count() % 2 == 0 else 1
     mesh = jax.make_mesh((jax.device_count() // tensor, tensor), ("data", "tensor"))
     size, sampling = 2 * jax.device_count(), SamplingParams(0.8, 20, 0.9, 0.05)
@@ -200,17 +200,18 @@ def test_under_an_explicit_mesh(spec):
 def test_parity_with_transformers(seed, sampling):
     torch = pytest.importorskip("torch")
     process = pytest.importorskip("transformers.generation.logits_process")
-    # No two tokens are equal: of equals at its border transformers keeps some, here they share their fate.
+    # Logits are distinct: of equal logits at the border of a filter, transformers keeps some,
+    # attnlab all or none.
     logits = np.random.default_rng(seed).normal(scale=2, size=(3, 9)).astype(np.float32)
     for row in logits:
-        oracle(row, sampling)  # rejects borders, where rounding decides
+        oracle(row, sampling)  # rejects borderline cases, which depend on rounding
     warpers = [process.TemperatureLogitsWarper(sampling.temperature)]
     warpers += [process.TopKLogitsWarper(sampling.top_k)] if sampling.top_k is not None else []
     warpers += [process.TopPLogitsWarper(sampling.top_p)] if sampling.top_p not in (None, 1.0) else []
     warpers += [process.MinPLogitsWarper(sampling.min_p)] if sampling.min_p is not None else []
-    theirs = torch.from_numpy(logits)
+    expected = torch.from_numpy(logits)
     for warper in warpers:
-        theirs = warper(None, theirs)
+        expected = warper(None, expected)
     np.testing.assert_allclose(
-        jax.nn.softmax(jit_filter(jnp.array(logits), sampling)), theirs.softmax(-1).numpy(), atol=1e-5
+        jax.nn.softmax(jit_filter(jnp.array(logits), sampling)), expected.softmax(-1).numpy(), atol=1e-5
     )

@@ -1,4 +1,4 @@
-"""Text of a source: what is written is what the full model would, however it is searched for or laid out."""
+"""Generation from source inputs compared with full forward passes."""
 
 from dataclasses import replace
 from functools import partial
@@ -43,11 +43,11 @@ def generator(mesh, config=CONFIG):
     model = config.build(TOKENIZER.vocab_size)
     rng = np.random.default_rng(1)
 
-    def draw(path, x):  # so large that the next token is decided, and varied, most of all by the source
+    def draw(path, x):  # large weights, largest in cross-attention: greedy tokens vary with the source
         mean = 1.0 if path[-1].key == "scale" else 0.0
         scale = 1.4 if "cross_attention" in str(path) else 0.7
-        where = jax.NamedSharding(mesh, x.sharding.spec)
-        return jax.device_put(jnp.asarray(mean + scale * rng.normal(size=x.shape), x.dtype), where)
+        sharding = jax.NamedSharding(mesh, x.sharding.spec)
+        return jax.device_put(jnp.asarray(mean + scale * rng.normal(size=x.shape), x.dtype), sharding)
 
     with jax.set_mesh(mesh):
         rows = jnp.zeros((8, 4), jnp.int32, out_sharding=out_sharding("batch", None))
@@ -57,143 +57,157 @@ def generator(mesh, config=CONFIG):
 
 
 @pytest.fixture(scope="module")
-def one():
+def unsharded():
     return generator(make_mesh(parse_mesh("single", 1)))
 
 
 @partial(jax.jit, static_argnums=0)
-def forward(model, params, tokens, source, there):
-    return model.apply({"params": params}, tokens, source=source, source_segments=there)
+def forward(model, params, tokens, source, source_segments):
+    return model.apply({"params": params}, tokens, source=source, source_segments=source_segments)
 
 
 def logits(g, ids, source):
-    """Of the full model, after each of these ids."""
-    tokens, read, there = (np.zeros((1, n), np.int32) for n in (CONTEXT, 12, 12))
-    own = TOKENIZER.encode_source(source)
-    tokens[0, : len(ids)], read[0, : len(own)], there[0, : len(own)] = ids, own, 1
+    """Return the logits of the full model after each of these ids."""
+    tokens, source_tokens, source_segments = (np.zeros((1, n), np.int32) for n in (CONTEXT, 12, 12))
+    encoded = TOKENIZER.encode_source(source)
+    tokens[0, : len(ids)], source_tokens[0, : len(encoded)], source_segments[0, : len(encoded)] = (
+        ids,
+        encoded,
+        1,
+    )
     with jax.set_mesh(g.mesh):
-        arrays = map(jnp.asarray, (tokens, read, there))
+        arrays = map(jnp.asarray, (tokens, source_tokens, source_segments))
         return np.asarray(forward(g.model, g.params, *arrays)[0, : len(ids)])
 
 
-def by_full_forwards(g, source, begin, count):
-    """What a greedy choice adds, each token of a forward pass over all of it."""
-    ids = list(begin)
+def by_full_forwards(g, source, prefix, count):
+    """Decode greedily with a full forward pass per token; return the new tokens."""
+    ids = list(prefix)
     for _ in range(count):
         ids.append(int(logits(g, ids, source)[-1].argmax()))
-    return ids[len(begin) :]
+    return ids[len(prefix) :]
 
 
-def test_greedy_is_the_argmax_of_full_forwards(one):
-    found = one(sources=SOURCES, max_new_tokens=12, sampling=GREEDY)
-    for source, row in zip(SOURCES, found, strict=True):
-        assert row.tokens == by_full_forwards(one, source, [7], 12)[: len(row.tokens)]
+def test_greedy_decoding_matches_full_forward_passes(unsharded):
+    completions = unsharded(sources=SOURCES, max_new_tokens=12, sampling=GREEDY)
+    for source, row in zip(SOURCES, completions, strict=True):
+        assert row.tokens == by_full_forwards(unsharded, source, [7], 12)[: len(row.tokens)]
         assert (row.source, row.prompt, row.head) == (source, "", f"{source}\n")
-    assert len({tuple(row.tokens) for row in found}) == 3  # they depend on their sources
-    assert one(sources=SOURCES, max_new_tokens=12, sampling=GREEDY, speculator=DraftModel(one, 2)) == found
+    assert len({tuple(row.tokens) for row in completions}) == 3  # the outputs depend on the sources
+    assert (
+        unsharded(sources=SOURCES, max_new_tokens=12, sampling=GREEDY, speculator=DraftModel(unsharded, 2))
+        == completions
+    )
 
 
-def test_prompts_and_forced_tokens_come_first(one):
-    (row,) = one(["xy"], sources=["abc"], forced_decoder_ids=(9, 8), max_new_tokens=9, sampling=GREEDY)
-    begin = [7, *TOKENIZER.encode("xy")]
+def test_output_starts_with_forced_tokens_after_prompt(unsharded):
+    (row,) = unsharded(["xy"], sources=["abc"], forced_decoder_ids=(9, 8), max_new_tokens=9, sampling=GREEDY)
+    prefix = [7, *TOKENIZER.encode("xy")]
     assert row.tokens[:2] == [9, 8]
-    (named,) = one(["xy"], sources=["abc"], forced_decoder_ids=("a", 8), max_new_tokens=9)
+    (named,) = unsharded(["xy"], sources=["abc"], forced_decoder_ids=("a", 8), max_new_tokens=9)
     assert named.tokens[:2] == [TOKENIZER.encode("a")[0], 8]
-    assert row.tokens[2:] == by_full_forwards(one, "abc", [*begin, 9, 8], 7)[: len(row.tokens) - 2]
-    (own,) = generator(one.mesh, with_defaults(forced_decoder_ids=(9, 8)))(
+    assert row.tokens[2:] == by_full_forwards(unsharded, "abc", [*prefix, 9, 8], 7)[: len(row.tokens) - 2]
+    (from_defaults,) = generator(unsharded.mesh, with_defaults(forced_decoder_ids=(9, 8)))(
         ["xy"], sources=["abc"], max_new_tokens=9, sampling=GREEDY
     )
-    assert own == row
+    assert from_defaults == row
 
 
-def test_what_is_never_written_is_not_and_what_is_longest_ends(one):
-    """However it is drawn; with guesses of a model that would write it, too."""
-    ruled = with_defaults(
+def test_suppressed_tokens_and_forced_eos(unsharded):
+    """Every decoding method obeys them, even if the draft model proposes suppressed tokens."""
+    restricted = with_defaults(
         forced_decoder_ids=(9,),
         suppress_tokens=tuple(range(60, 250)),
         begin_suppress_tokens=(3, *range(30, 60)),
         forced_eos=True,
     )
-    free, g = (generator(one.mesh, config) for config in (with_defaults(forced_decoder_ids=(9,)), ruled))
-    defaults = ruled.generation
-    barred = set(defaults.suppress_tokens)
-    first = {*barred, *defaults.begin_suppress_tokens}
-    before = free(sources=SOURCES, max_new_tokens=9, sampling=GREEDY)
-    assert any(barred & {*row.tokens} for row in before) and any(row.tokens[1] in first for row in before)
-    found = {}
+    unrestricted, g = (
+        generator(unsharded.mesh, config) for config in (with_defaults(forced_decoder_ids=(9,)), restricted)
+    )
+    defaults = restricted.generation
+    suppressed = set(defaults.suppress_tokens)
+    first = {*suppressed, *defaults.begin_suppress_tokens}
+    unrestricted_rows = unrestricted(sources=SOURCES, max_new_tokens=9, sampling=GREEDY)
+    assert any(suppressed & {*row.tokens} for row in unrestricted_rows) and any(
+        row.tokens[1] in first for row in unrestricted_rows
+    )
+    completions = {}
     for name, options in {
         "greedy": {"sampling": GREEDY},
-        "guessed": {"sampling": GREEDY, "speculator": DraftModel(free, 2)},
-        "looked up": {"sampling": GREEDY, "speculator": PromptLookup(1, 2)},
-        "drawn": {"sampling": SamplingParams(2.0)},
-        "drawn, guessed": {"sampling": SamplingParams(2.0), "speculator": DraftModel(free, 2)},
+        "draft model": {"sampling": GREEDY, "speculator": DraftModel(unrestricted, 2)},
+        "prompt lookup": {"sampling": GREEDY, "speculator": PromptLookup(1, 2)},
+        "sampled": {"sampling": SamplingParams(2.0)},
+        "sampled, draft model": {"sampling": SamplingParams(2.0), "speculator": DraftModel(unrestricted, 2)},
     }.items():
-        found[name] = g(sources=SOURCES, max_new_tokens=9, **options)
-        for row in found[name]:
-            assert not barred & {*row.tokens[1:]} and row.tokens[1] not in first
-            assert len(row.tokens) == 8 and row.finish_reason == "length"  # the ninth is the end
-    assert found["greedy"] == found["guessed"] == found["looked up"]
-    for source, row in zip(SOURCES, found["greedy"], strict=True):
+        completions[name] = g(sources=SOURCES, max_new_tokens=9, **options)
+        for row in completions[name]:
+            assert not suppressed & {*row.tokens[1:]} and row.tokens[1] not in first
+            assert len(row.tokens) == 8 and row.finish_reason == "length"  # the ninth is EOS
+    assert completions["greedy"] == completions["draft model"] == completions["prompt lookup"]
+    for source, row in zip(SOURCES, completions["greedy"], strict=True):
         ids = [7, 9]
         for i in range(7):
             last = logits(g, ids, source)[-1].copy()
-            last[[*(barred if i else first)]] = -np.inf
+            last[[*(suppressed if i else first)]] = -np.inf
             ids.append(int(last.argmax()))
         assert row.tokens == ids[1:]
     for row in g.beam_search(None, BeamSearchOptions(1), sources=SOURCES, max_new_tokens=9):
-        (same,) = (other for other in found["greedy"] if other.source == row.source)
+        (same,) = (other for other in completions["greedy"] if other.source == row.source)
         assert (row.tokens, row.finish_reason) == (same.tokens, same.finish_reason)
 
 
-def test_rows_of_a_search_are_each_alone(one):
+def test_beam_search_rows_are_independent(unsharded):
     options = {"options": BeamSearchOptions(3, GNMTLengthPenalty()), "max_new_tokens": 8, "num_samples": 2}
-    together = one.beam_search(None, sources=SOURCES, **options)
-    alone = one.beam_search(None, sources=SOURCES[1:2], **options)
-    for row, expected in zip(together[2:4], alone, strict=True):
+    batched = unsharded.beam_search(None, sources=SOURCES, **options)
+    single = unsharded.beam_search(None, sources=SOURCES[1:2], **options)
+    for row, expected in zip(batched[2:4], single, strict=True):
         assert row.tokens == expected.tokens and abs(row.score - expected.score) < 1e-4
 
 
-def test_forced_tokens_of_a_search_have_a_length_and_no_probability(one):
-    (row,) = one.beam_search(
+def test_beam_score_counts_length_but_not_probability_of_forced_tokens(unsharded):
+    (row,) = unsharded.beam_search(
         None,
         BeamSearchOptions(1, PowerLengthPenalty(1.0)),
         sources=["abc"],
         forced_decoder_ids=(9,),
         max_new_tokens=6,
     )
-    assert row.tokens == [9, *by_full_forwards(one, "abc", [7, 9], 5)] and row.finish_reason == "length"
-    log_probs = np.asarray(jax.nn.log_softmax(logits(one, [7, *row.tokens[:-1]], "abc")))
+    assert row.tokens == [9, *by_full_forwards(unsharded, "abc", [7, 9], 5)] and row.finish_reason == "length"
+    log_probs = np.asarray(jax.nn.log_softmax(logits(unsharded, [7, *row.tokens[:-1]], "abc")))
     total = sum(log_probs[i, token] for i, token in enumerate(row.tokens) if i >= 1)
     np.testing.assert_allclose(row.score, total / 6, rtol=1e-4)
 
 
-def test_a_mesh_changes_no_token(one, mesh_of):
+def test_tokens_do_not_depend_on_mesh(unsharded, mesh_of):
     config = with_defaults(suppress_tokens=tuple(range(60, 200)), forced_eos=True)
-    one, on_mesh = generator(one.mesh, config), generator(mesh_of("data:2,fsdp:2,tensor:2"), config)
+    unsharded, on_mesh = (
+        generator(unsharded.mesh, config),
+        generator(mesh_of("data:2,fsdp:2,tensor:2"), config),
+    )
     for sampling in (GREEDY, SamplingParams(top_k=5)):
         options = {"sources": SOURCES, "max_new_tokens": 6, "sampling": sampling, "seed": 3}
-        assert on_mesh(**options) == one(**options)
-    found, expected = (
+        assert on_mesh(**options) == unsharded(**options)
+    completions, expected = (
         g.beam_search(None, BeamSearchOptions(3, GNMTLengthPenalty()), sources=SOURCES, max_new_tokens=6)
-        for g in (on_mesh, one)
+        for g in (on_mesh, unsharded)
     )
-    assert [row.tokens for row in found] == [row.tokens for row in expected]
+    assert [row.tokens for row in completions] == [row.tokens for row in expected]
 
 
-def test_what_cannot_be_read_is_refused(one, refuses):
+def test_invalid_inputs_are_rejected(unsharded, refuses):
     with refuses("needs sources"):
-        one(["abc"])
+        unsharded(["abc"])
     with refuses("must be texts"):
-        one(sources=[np.zeros((3, 2))])
+        unsharded(sources=[np.zeros((3, 2))])
     with refuses("length 21", "positions.length=12"):
-        one(sources=["x" * 20])
+        unsharded(sources=["x" * 20])
     with refuses("2 prompts but 1 sources"):
-        one(["a", "b"], sources=["a"])
+        unsharded(["a", "b"], sources=["a"])
     with refuses("has no token '<|en|>'"):
-        one(sources=["a"], forced_decoder_ids=("<|en|>",))
+        unsharded(sources=["a"], forced_decoder_ids=("<|en|>",))
     with refuses("over the 2 forced tokens"):
-        one(sources=["a"], forced_decoder_ids=(1, 2), max_new_tokens=2)
-    decoder = Generator(CONFIG.decoder.build(9), {}, TOKENIZER, 8, one.mesh)
+        unsharded(sources=["a"], forced_decoder_ids=(1, 2), max_new_tokens=2)
+    decoder = Generator(CONFIG.decoder.build(9), {}, TOKENIZER, 8, unsharded.mesh)
     with refuses("needs prompts"):
         decoder()
     with refuses("takes only prompts, not sources"):
