@@ -212,7 +212,7 @@ def test_export_of_unsupported_model_is_rejected(place, tmp_path, capfd):
     assert call(f"--config={ROOT / 'experiments' / 'lm_docs.py'}", run, *odd, *small) == 0
     capfd.readouterr()
     assert call("--mode=export", run, f"--output_dir={tmp_path / 'out'}") == 2
-    message = "what this model is; the nearest is llama's, which would need attention.softcap: 5.0 -> None\n"
+    message = "express this model; the closest is llama, which would need attention.softcap: 5.0 -> None\n"
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
