@@ -1,4 +1,4 @@
-"""The package's structure: which part may import which, and how long a module and a function may be."""
+"""Structure of the package: allowed imports, and the maximum length of modules and functions."""
 
 import ast
 import graphlib
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"attnlab", "errors", "paths"}  # `attnlab` itself holds the version alone
+BASE = {"attnlab", "errors", "paths"}  # `attnlab` itself contains only the version
 MODEL = BASE | {"attention", "data", "config", "sharding", "layers", "models"}
-# Each part of attnlab, and the other parts that it may import.
+# Each part of attnlab, with the other parts that it may import.
 MAY_IMPORT = {
     "attnlab": set(),
     "errors": set(),
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "runner": MODEL | {"provenance", "train", "generation", "pretrained", "inspect"},
     "__main__": {"runner"},
 }
-# Libraries of the attention package besides the standard library; the kernels of tokamax are optional.
+# Third-party libraries of the attention package; the kernels of tokamax are optional.
 ATTENTION_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 450, 70
 
@@ -47,7 +47,7 @@ def part(module: str) -> str:
 
 
 def imported(module: str) -> set[str]:
-    """The modules that a module imports, by their dotted names, deferred and TYPE_CHECKING imports included."""
+    """Return the dotted names of imported modules, with deferred and TYPE_CHECKING imports."""
     names = set()
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +62,7 @@ def imported(module: str) -> set[str]:
     return names
 
 
-def test_no_cycle_of_modules():
+def test_module_imports_have_no_cycle():
     graph = {module: {name for name in imported(module) if name in FILES} for module in FILES}
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -70,7 +70,7 @@ def test_no_cycle_of_modules():
         pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
-def test_imports_follow_the_arrows():
+def test_imports_follow_allowed_parts():
     assert {part(module) for module in FILES} == set(MAY_IMPORT)
     wrong = [
         f"{module} imports {name}"
@@ -81,16 +81,16 @@ def test_imports_follow_the_arrows():
     assert wrong == []
 
 
-def test_the_arrows_have_no_cycle():
+def test_allowed_parts_have_no_cycle():
     assert len(list(graphlib.TopologicalSorter(MAY_IMPORT).static_order())) == len(MAY_IMPORT)
 
 
-def test_nothing_in_the_package_imports_what_is_outside_of_it():
+def test_package_imports_nothing_outside():
     outside = {"experiments", "benchmarks", "tests", "run"}
     assert [(m, name) for m in FILES for name in imported(m) if name.partition(".")[0] in outside] == []
 
 
-def test_attention_imports_jax_numpy_and_jaxtyping_alone():
+def test_attention_imports_only_jax_numpy_and_jaxtyping():
     import sys
 
     for module in FILES:
@@ -110,8 +110,8 @@ def test_modules_and_functions_are_short(module):
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_every_global_name_that_a_function_reads_exists(module):
-    """The linter and the type checker do not look: they misread the names of dimensions in annotations."""
+def test_global_names_exist(module):
+    """ruff and mypy do not check this, since they misread dimension names in annotations."""
     import builtins
     import dis
     import importlib

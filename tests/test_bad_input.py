@@ -1,4 +1,4 @@
-"""Whatever is asked wrongly: exit code 2, one line on stderr, and nothing that existed is lost."""
+"""Invalid input exits with code 2 and one line on stderr, and changes no existing file."""
 
 import itertools
 import json
@@ -17,13 +17,13 @@ TEXT = "config.data.name=text:"
 
 @pytest.fixture(scope="module", autouse=True)
 def devices():
-    """All eight, before a run could ask for fewer of them."""
+    """Initialize all eight devices before a run can request fewer."""
     assert len(jax.devices()) == 8
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run with checkpoints of steps 2 and 4, and a folder with the experiment it is of."""
+    """Return a folder with an experiment file and its run, with checkpoints at steps 2 and 4."""
     folder = tmp_path_factory.mktemp("trained")
     experiment = write_tiny(folder)
     assert call(f"--config={experiment}", f"--workdir={folder / 'run'}") == 0
@@ -31,38 +31,38 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def place(trained, tmp_path, monkeypatch):
-    """A folder of this test alone with a copy of both, and the working directory."""
+def workspace(trained, tmp_path, monkeypatch):
+    """Copy the run and the experiment into a folder of this test, and change into it."""
     shutil.copytree(trained, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
 
-def contents(folder):
+def file_contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
-def refused(capfd):
-    """Calls the program with arguments it has to refuse, in these words."""
+def assert_rejected(capfd):
+    """Return a check that the program rejects some arguments with a given message."""
 
-    def check(*arguments, said, keeps=None):
-        before = contents(keeps) if keeps else {}
+    def check(*arguments, message, keeps=None):
+        before = file_contents(keeps) if keeps else {}
         capfd.readouterr()
         code = call(*arguments)
         out, err = capfd.readouterr()
         assert code == 2, (code, out, err)
         assert err.startswith("error: ") and err.count("\n") == 1, err
-        for words in [said] if isinstance(said, str) else said:
+        for words in [message] if isinstance(message, str) else message:
             assert words in err, err
-        after = contents(keeps) if keeps else {}
+        after = file_contents(keeps) if keeps else {}
         assert {path: after.get(path) for path in before} == before
         return out
 
     return check
 
 
-MISTAKES = [
+INVALID_ARGUMENTS = [
     # flags
     (["--wrokdir=x"], "unknown flag --wrokdir; did you mean 'workdir'?"),
     (["--mode=trian"], "trian"),
@@ -134,24 +134,26 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+    ("arguments", "message"), INVALID_ARGUMENTS, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
 )
-def test_mistakes_in_training(place, refused, arguments, said):
-    (place / "empty.txt").write_text("\n\n")
-    (place / "latin.txt").write_bytes(b"nai\xefve " * 100)
-    (place / "short.txt").write_text("word")
-    out = refused("--config=tiny.py", "--workdir=new", *arguments, said=said, keeps=place)
+def test_invalid_training_arguments_are_rejected(workspace, assert_rejected, arguments, message):
+    (workspace / "empty.txt").write_text("\n\n")
+    (workspace / "latin.txt").write_bytes(b"nai\xefve " * 100)
+    (workspace / "short.txt").write_text("word")
+    out = assert_rejected("--config=tiny.py", "--workdir=new", *arguments, message=message, keeps=workspace)
     assert out == ""
-    assert not (place / "new" / "config.json").exists()
+    assert not (workspace / "new" / "config.json").exists()
 
 
-def test_a_run_that_never_began_leaves_no_folder(place, refused):
-    refused("--config=tiny.py", "--mesh=tensor:8", said="model.attention.heads=4 cannot be sharded")
-    assert not list((place / "runs").glob("*"))
+def test_rejected_run_leaves_no_folder(workspace, assert_rejected):
+    assert_rejected(
+        "--config=tiny.py", "--mesh=tensor:8", message="model.attention.heads=4 cannot be sharded"
+    )
+    assert not list((workspace / "runs").glob("*"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--temperature=-1"], "--temperature=-1.0 is out of bounds"),
         (["--temperature=nan"], "--temperature=nan is out of bounds"),
@@ -170,20 +172,30 @@ def test_a_run_that_never_began_leaves_no_folder(place, refused):
         (["--fast_dev_run"], "--fast_dev_run does not apply to --mode=sample"),
     ],
 )  # fmt: skip
-def test_mistakes_in_sampling(place, refused, arguments, said):
-    assert refused("--mode=sample", "--workdir=run", *arguments, said=said, keeps=place / "run") == ""
+def test_invalid_sampling_arguments_are_rejected(workspace, assert_rejected, arguments, message):
+    assert (
+        assert_rejected(
+            "--mode=sample", "--workdir=run", *arguments, message=message, keeps=workspace / "run"
+        )
+        == ""
+    )
 
 
-def test_a_model_that_reads_whole_texts_writes_none(place, refused):
+def test_sampling_from_bidirectional_model_is_rejected(workspace, assert_rejected):
     whole = "--config.model.pattern=(Bidirectional(),)"
     assert call("--config=tiny.py", "--workdir=whole", whole, "--max_steps=1") == 0
-    said = "is not causal: it cannot generate"
-    assert refused("--mode=sample", "--workdir=whole", "--prompt=a", said=said, keeps=place / "whole") == ""
+    message = "is not causal: it cannot generate"
+    assert (
+        assert_rejected(
+            "--mode=sample", "--workdir=whole", "--prompt=a", message=message, keeps=workspace / "whole"
+        )
+        == ""
+    )
 
 
 @pytest.mark.parametrize("mode", ["eval", "sample", "train", "describe"])
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda run: (run / "config.json").write_text(""), "config.json is not JSON"),
         (lambda run: (run / "config.json").write_text('{"a": 1'), "config.json is not JSON"),
@@ -194,38 +206,54 @@ def test_a_model_that_reads_whole_texts_writes_none(place, refused):
     ],
     ids=["empty config", "broken config", "other config", "no tokenizer", "broken tokenizer", "broken source"],
 )  # fmt: skip
-def test_a_damaged_workdir(place, refused, damage, said, mode):
-    damage(place / "run")
-    refused(f"--mode={mode}", "--workdir=run", said=said, keeps=place / "run")
+def test_damaged_workdir_is_rejected(workspace, assert_rejected, damage, message, mode):
+    damage(workspace / "run")
+    assert_rejected(f"--mode={mode}", "--workdir=run", message=message, keeps=workspace / "run")
 
 
-def test_a_workdir_of_another_config(place, refused):
-    said = "run holds a run with a different config: model.width: 16 -> 32"
-    refused("--config=tiny.py", "--workdir=run", "--config.model.width=32", said=said, keeps=place / "run")
-    refused("--workdir=run", "--seed=7", said="another config: seed: 0 -> 7", keeps=place / "run")
+def test_workdir_with_different_config_is_rejected(workspace, assert_rejected):
+    message = "run holds a run with a different config: model.width: 16 -> 32"
+    assert_rejected(
+        "--config=tiny.py",
+        "--workdir=run",
+        "--config.model.width=32",
+        message=message,
+        keeps=workspace / "run",
+    )
+    assert_rejected(
+        "--workdir=run", "--seed=7", message="another config: seed: 0 -> 7", keeps=workspace / "run"
+    )
 
 
 @pytest.mark.parametrize("mode", ["eval", "sample"])
-def test_a_workdir_without_a_run(place, refused, mode):
-    (place / "hollow").mkdir()
-    refused(f"--mode={mode}", "--workdir=hollow", said="hollow holds no run (it has no config.json)")
-    refused(f"--mode={mode}", said="set --workdir")
-    shutil.rmtree(place / "run" / "checkpoints")
-    refused(f"--mode={mode}", "--workdir=run", said="no checkpoint under", keeps=place / "run")
+def test_workdir_without_run_is_rejected(workspace, assert_rejected, mode):
+    (workspace / "hollow").mkdir()
+    assert_rejected(
+        f"--mode={mode}", "--workdir=hollow", message="hollow holds no run (it has no config.json)"
+    )
+    assert_rejected(f"--mode={mode}", message="set --workdir")
+    shutil.rmtree(workspace / "run" / "checkpoints")
+    assert_rejected(f"--mode={mode}", "--workdir=run", message="no checkpoint under", keeps=workspace / "run")
 
 
-def test_a_workdir_that_is_a_file_or_cannot_be_made(place, refused):
-    refused("--config=tiny.py", "--workdir=words.txt", said="cannot create the folder", keeps=place)
-    refused("--config=tiny.py", "--workdir=words.txt/in/it", said="cannot create the folder", keeps=place)
-    refused("--config=tiny.py", "--workdir=/proc/run", said="cannot create the folder /proc/run")
+def test_workdir_that_cannot_be_created_is_rejected(workspace, assert_rejected):
+    assert_rejected(
+        "--config=tiny.py", "--workdir=words.txt", message="cannot create the folder", keeps=workspace
+    )
+    assert_rejected(
+        "--config=tiny.py", "--workdir=words.txt/in/it", message="cannot create the folder", keeps=workspace
+    )
+    assert_rejected("--config=tiny.py", "--workdir=/proc/run", message="cannot create the folder /proc/run")
 
 
-def test_checkpoints_of_another_number_of_processes(place, refused):
+def test_checkpoint_of_different_process_count_is_evaluated_but_not_resumed(workspace, assert_rejected):
     for step in (2, 4):
-        data = place / "run" / "checkpoints" / str(step) / "data"
+        data = workspace / "run" / "checkpoints" / str(step) / "data"
         (data / "process_0_of_1.json").rename(data / "process_0_of_2.json")
-    refused("--workdir=run", said="was saved by a number of processes other than 1", keeps=place / "run")
-    assert call("--mode=eval", "--workdir=run") == 0  # which needs no position in the training data
+    assert_rejected(
+        "--workdir=run", message="was saved by a number of processes other than 1", keeps=workspace / "run"
+    )
+    assert call("--mode=eval", "--workdir=run") == 0  # evaluation needs no data iterator state
 
 
 EXPERIMENTS = {
@@ -243,28 +271,28 @@ EXPERIMENTS = {
 
 
 @pytest.mark.parametrize("source", EXPERIMENTS, ids=range(len(EXPERIMENTS)))
-def test_an_experiment_file_that_is_none(place, refused, source):
-    (place / "broken.py").write_text(source)
-    refused("--config=broken.py", "--workdir=new", said=EXPERIMENTS[source])
-    assert not (place / "new").exists() or not list((place / "new").iterdir())
+def test_invalid_experiment_file_is_rejected(workspace, assert_rejected, source):
+    (workspace / "broken.py").write_text(source)
+    assert_rejected("--config=broken.py", "--workdir=new", message=EXPERIMENTS[source])
+    assert not (workspace / "new").exists() or not list((workspace / "new").iterdir())
 
 
-# Damaged checkpoints ------------------------------------------------------------------------------------
+# Damaged checkpoints -----------------------------------------------------------------------------
 
 
 def truncate(checkpoint):
-    """Cuts every array file in half, as a machine that lost its power may."""
+    """Truncate every array file to half its size, as a power failure may."""
     files = [p for p in (checkpoint / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
     assert files
     for file in files:
         os.truncate(file, file.stat().st_size // 2)
 
 
-def test_a_truncated_checkpoint_falls_back_to_the_one_before(place, capfd):
-    run = place / "run"
+def test_truncated_checkpoint_falls_back_to_previous(workspace, capfd):
+    run = workspace / "run"
     truncate(run / "checkpoints" / "4")
-    before = contents(run / "checkpoints" / "4")
-    assert call("--mode=eval", "--workdir=run") == 0  # it only reads, so it moves nothing
+    before = file_contents(run / "checkpoints" / "4")
+    assert call("--mode=eval", "--workdir=run") == 0  # read-only: no checkpoint is moved
     out, err = capfd.readouterr()
     assert (
         "checkpoint 4 is damaged" in out
@@ -272,11 +300,11 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(place, capfd):
         and "step 2: loss" in out
         and err == ""
     )
-    assert contents(run / "checkpoints" / "4") == before
+    assert file_contents(run / "checkpoints" / "4") == before
     assert call("--workdir=run") == 0
     out, err = capfd.readouterr()
     assert "checkpoint 4 is damaged" in out and "resuming at step 2" in out and err == ""
-    assert {p.relative_to(run / "damaged" / "4"): x for p, x in contents(run / "damaged").items()} == {
+    assert {p.relative_to(run / "damaged" / "4"): x for p, x in file_contents(run / "damaged").items()} == {
         p.relative_to(run / "checkpoints" / "4"): x for p, x in before.items()
     }
     assert [line["step"] for line in metrics(run, "train")] == [1, 2, 3, 4]
@@ -285,23 +313,23 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(place, capfd):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_only_damaged_checkpoints(place, refused, mode):
+def test_run_with_only_damaged_checkpoints_is_rejected(workspace, assert_rejected, mode):
     for step in (2, 4):
-        truncate(place / "run" / "checkpoints" / str(step))
-    refused(f"--mode={mode}", "--workdir=run", said="checkpoint 4 under", keeps=place / "run")
+        truncate(workspace / "run" / "checkpoints" / str(step))
+    assert_rejected(f"--mode={mode}", "--workdir=run", message="checkpoint 4 under", keeps=workspace / "run")
 
 
-# A full disk --------------------------------------------------------------------------------------------
+# Full disks --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def small_disk(folder, size):
     folder.mkdir()
-    made = subprocess.run(
+    mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
     )
-    if made.returncode:
-        pytest.skip(f"cannot mount a small disk here: {made.stderr.strip()}")
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
     try:
         yield folder
     finally:
@@ -309,20 +337,22 @@ def small_disk(folder, size):
 
 
 def fill(folder, leave):
-    """Takes all room but `leave` bytes."""
+    """Fill the file system up to `leave` free bytes."""
     free = os.statvfs(folder)
-    room = free.f_bavail * free.f_frsize - leave
-    (folder / "filler").write_bytes(b"x" * room)
+    size = free.f_bavail * free.f_frsize - leave
+    (folder / "filler").write_bytes(b"x" * size)
 
 
-def test_a_full_disk_at_the_start(place, refused):
-    with small_disk(place / "disk", "64k") as disk:
+def test_full_disk_at_start_is_reported(workspace, assert_rejected):
+    with small_disk(workspace / "disk", "64k") as disk:
         fill(disk, 0)
-        refused("--config=tiny.py", f"--workdir={disk / 'run'}", said=["disk", "No space left on device"])
+        assert_rejected(
+            "--config=tiny.py", f"--workdir={disk / 'run'}", message=["disk", "No space left on device"]
+        )
 
 
-def test_a_full_disk_in_the_middle_keeps_earlier_checkpoints(place, refused, capfd):
-    with small_disk(place / "disk", "1m") as disk:
+def test_full_disk_during_training_keeps_earlier_checkpoints(workspace, assert_rejected, capfd):
+    with small_disk(workspace / "disk", "1m") as disk:
         run = disk / "run"
         small = [
             "--config=tiny.py",
@@ -330,10 +360,10 @@ def test_a_full_disk_in_the_middle_keeps_earlier_checkpoints(place, refused, cap
             "--config.train.keep=1000",
             "--config.train.steps=1000",
         ]
-        out = refused(
+        out = assert_rejected(
             *small,
             "--config.train.checkpoint_every=1",
-            said=["could not be written", "No space left on device", "complete checkpoints: 1, 2, "],
+            message=["could not be written", "No space left on device", "complete checkpoints: 1, 2, "],
         )
         assert "done" not in out
         assert call("--mode=eval", f"--workdir={run}") == 0
@@ -341,41 +371,41 @@ def test_a_full_disk_in_the_middle_keeps_earlier_checkpoints(place, refused, cap
         assert "loss" in out and err == ""
 
 
-def test_a_full_disk_for_metrics(place, refused):
-    with small_disk(place / "disk", "2m") as disk:
+def test_full_disk_keeps_metrics(workspace, assert_rejected):
+    with small_disk(workspace / "disk", "2m") as disk:
         run = disk / "run"
         assert call("--config=tiny.py", f"--workdir={run}") == 0
         step = max(int(p.name) for p in (run / "checkpoints").iterdir())
         fill(disk, 0)
         lines = metrics(run)
-        refused(f"--workdir={run}", "--config.train.steps=400", "--config.train.checkpoint_every=400",
-                "--config.train.eval_every=400", said=[str(run), "No space left on device"])  # fmt: skip
+        assert_rejected(f"--workdir={run}", "--config.train.steps=400", "--config.train.checkpoint_every=400",
+                "--config.train.eval_every=400", message=[str(run), "No space left on device"])  # fmt: skip
         (disk / "filler").unlink()
         assert metrics(run)[: len(lines)] == lines
         assert call(f"--workdir={run}", f"--config.train.steps={step + 2}") == 0
         assert [line["step"] for line in metrics(run, "train")] == list(range(1, step + 3))
 
 
-# The program itself -------------------------------------------------------------------------------------
+# In a subprocess ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--config=tiny.py", "--mesh=data:3"], "data.batch_size=8 cannot be sharded 3 ways"),
         (["--config=tiny.py", "--mesh=data:16"], "needs 16 devices and there is 1"),
         (["--mode=sample", "--workdir=run", "--prompt=longer than the context"], "the prompt has 24 tokens"),
     ],
 )
-def test_the_program_itself(place, arguments, said):
-    done = program(*arguments, cwd=place)
+def test_program_rejects_invalid_arguments(workspace, arguments, message):
+    done = program(*arguments, cwd=workspace)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert said in done.stderr
+    assert message in done.stderr
 
 
-def test_a_loss_that_is_no_number_is_one_line_and_exit_code_1(place, capfd):
-    run = place / "nan"
+def test_nan_loss_prints_one_line_and_exits_1(workspace, capfd):
+    run = workspace / "nan"
     big = [
         "--config.optimizer.learning_rate=1e30",
         "--config.optimizer.clip_norm=none",
@@ -388,7 +418,7 @@ def test_a_loss_that_is_no_number_is_one_line_and_exit_code_1(place, capfd):
     assert "done" not in out
 
 
-def test_messages_are_told_apart():
-    """No two rows of the table are the same mistake."""
-    assert all(a != b for a, b in itertools.combinations([json.dumps(m[0]) for m in MISTAKES], 2))
-    assert len(MISTAKES) >= 40
+def test_invalid_arguments_are_distinct():
+    """Every row of the table has different arguments."""
+    assert all(a != b for a, b in itertools.combinations([json.dumps(m[0]) for m in INVALID_ARGUMENTS], 2))
+    assert len(INVALID_ARGUMENTS) >= 40

@@ -1,4 +1,4 @@
-"""A run whose workdir is in a bucket: on a file system of fsspec in memory, and against a local emulator."""
+"""Workdirs in a bucket: with an in-memory fsspec file system and with a local GCS emulator."""
 
 import os
 import re
@@ -24,7 +24,7 @@ STEPS = 4
 
 
 class Bucket(MemoryFileSystem):
-    """What fsspec gives for gs:// in these tests."""
+    """The fsspec file system of gs:// in these tests."""
 
     protocol = ("gcs", "gs")
     store, pseudo_dirs = {}, [""]
@@ -36,7 +36,7 @@ class Bucket(MemoryFileSystem):
 
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
-    """A bucket in memory; nothing is written below the current folder."""
+    """Return a workdir in an in-memory bucket; check that no local file is written."""
     for protocol in Bucket.protocol:
         monkeypatch.setitem(_registry, protocol, Bucket)
     monkeypatch.setattr(Bucket, "store", {})
@@ -49,11 +49,11 @@ def bucket(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_metrics(bucket):
+def test_metrics_file_in_bucket(bucket):
     lines = JsonLines(bucket / "metrics.jsonl")
     for step in (1, 2, 3):
         lines.write(step, "train", {"loss": 1.0 / step})
-    lines = JsonLines(bucket / "metrics.jsonl")  # as a run that resumes
+    lines = JsonLines(bucket / "metrics.jsonl")  # as a resumed run
     lines.truncate_after(2)
     lines.write(3, "train", {"loss": 0.5})
     assert [(row["step"], row["loss"]) for row in read_metrics(bucket / "metrics.jsonl")] == [
@@ -63,7 +63,7 @@ def test_metrics(bucket):
     ]
 
 
-def test_tensorboard(bucket):
+def test_tensorboard_in_bucket(bucket):
     from tests.train.test_metrics import scalars
 
     board = TensorBoard(bucket / "tensorboard", resume=0)
@@ -72,17 +72,19 @@ def test_tensorboard(bucket):
     assert scalars(bucket / "tensorboard") == [(1, "train/loss", 2.5)]
 
 
-def test_figures(bucket, tmp_path_factory):
+def test_figures_in_bucket(bucket, tmp_path_factory):
     local = tmp_path_factory.mktemp("local")
-    there, here = (figures.save(Figure(), path) for path in (bucket / "figures" / "one", local / "one"))
-    assert [str(path) for path in there] == [
+    remote, local_files = (
+        figures.save(Figure(), path) for path in (bucket / "figures" / "one", local / "one")
+    )
+    assert [str(path) for path in remote] == [
         "gs://bucket/run/figures/one.png",
         "gs://bucket/run/figures/one.svg",
     ]
-    assert [path.read_bytes() for path in there] == [path.read_bytes() for path in here]
+    assert [path.read_bytes() for path in remote] == [path.read_bytes() for path in local_files]
 
 
-def test_config_and_versions(bucket, tmp_path_factory):
+def test_config_and_versions_in_bucket(bucket, tmp_path_factory):
     file = tmp_path_factory.mktemp("mine") / "toy.py"
     file.write_text(
         "from dataclasses import dataclass\nimport beside\n\n@dataclass(frozen=True)\nclass Toy:\n    depth: int = 1\n"
@@ -95,17 +97,17 @@ def test_config_and_versions(bucket, tmp_path_factory):
     run = config.load_workdir(bucket)
     assert (run.config.depth, set(run.neighbours)) == (3, {"beside"})
     before = (bucket / "versions.json").read_text()
-    provenance.save_versions(bucket, 2, run.path)  # as a run that resumes with all as before
+    provenance.save_versions(bucket, 2, run.path)  # as a resumed run without any change
     assert (bucket / "versions.json").read_text() == before
 
 
-def test_paths(bucket):
+def test_paths_in_bucket(bucket):
     write_atomically(bucket / "deep" / "file.txt", "text")
     assert resolve_path("gs://bucket/run/deep/file.txt").read_text() == "text"
     assert {path.name for path in (bucket / "deep").iterdir()} == {"file.txt"}
 
 
-def test_a_folder_is_moved(bucket):
+def test_move_folder_in_bucket(bucket):
     for name in ("a", "deeper/b"):
         write_atomically(bucket / "1" / name, name)
     move_folder(bucket / "1", bucket / "damaged" / "1")
@@ -113,7 +115,7 @@ def test_a_folder_is_moved(bucket):
     assert [(bucket / "damaged" / "1" / name).read_text() for name in ("a", "deeper/b")] == ["a", "deeper/b"]
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch, refuses):
+def test_missing_package_names_extra(monkeypatch, refuses):
     backend.fsspec_backend._get_filesystem.cache_clear()
     monkeypatch.delitem(_registry, "gcs", raising=False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
@@ -121,12 +123,12 @@ def test_without_the_package_the_extra_is_named(monkeypatch, refuses):
         resolve_path("gs://bucket/run")
 
 
-# The whole program, checkpoints among them: TensorStore has a driver of its own for gs:// --------------------
+# The whole program; TensorStore writes checkpoints with its own driver for gs:// ---------------
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    """Environment variables of processes that find the bucket `bucket` of an emulator on this machine."""
+    """Return the environment variables that select the bucket `bucket` of a local emulator."""
     pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator (extra `test`)")
     pytest.importorskip("gcsfs", reason="needs gcsfs (extra `gcs`)")
     with socket.socket() as free:
@@ -155,11 +157,11 @@ def emulator(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_trains_resumes_and_is_evaluated_in_a_bucket(emulator, tmp_path):
+def test_run_trains_resumes_and_evaluates_in_bucket(emulator, tmp_path):
     write_tiny(tmp_path / "mine")
     (tmp_path / "elsewhere").mkdir()
 
-    def ran(*arguments):
+    def run_ok(*arguments):
         done = subprocess.run(
             command(*arguments, "--workdir=gs://bucket/run"),
             cwd=tmp_path / "elsewhere",
@@ -172,9 +174,9 @@ def test_a_run_trains_resumes_and_is_evaluated_in_a_bucket(emulator, tmp_path):
         return done.stdout
 
     config = f"--config={tmp_path / 'mine' / 'tiny.py'}"
-    assert "max steps at step 2" in ran(config, "--max_steps=2", "--profile=1:2")
-    assert "resuming at step 2" in ran()
-    assert re.search(r"^step 4: loss \d", ran("--mode=eval"), re.MULTILINE)
+    assert "max steps at step 2" in run_ok(config, "--max_steps=2", "--profile=1:2")
+    assert "resuming at step 2" in run_ok()
+    assert re.search(r"^step 4: loss \d", run_ok("--mode=eval"), re.MULTILINE)
     assert list((tmp_path / "elsewhere").iterdir()) == []
     listing = "from etils import epath; print(*(p.name for p in epath.Path('gs://bucket/run').iterdir()))"
     done = subprocess.run(

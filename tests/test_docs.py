@@ -1,14 +1,14 @@
-"""The README, CONTRIBUTING and docs/: what they tell a reader to type is typed, what they name is there.
+"""README, CONTRIBUTING and docs/: every command runs, and every name on a page exists.
 
-A page is lived through from top to bottom in a copy of the project, in a process of its own with eight
-simulated devices. Its commands run with a tiny model and a few steps; of pages with many commands that is
-slow, so they are also lived through with every command resolved only. A comment before a block says where it
-is otherwise:
+Each page is executed from top to bottom in a copy of the project, in a subprocess with eight
+simulated devices. Commands run with a tiny model and a few steps. Pages with many commands are
+slow, so they are also executed with `resolve`, which only validates each command. A comment before
+a block changes this:
 
-    <!-- resolve only -->   flags, fields and files are resolved and nothing is run: it needs a network, or
-                            other devices, or longer than a test should
-    <!-- preflight -->      run by the tests marked so
-    <!-- from FILE -->      a quotation
+    <!-- resolve only -->   only validate flags, fields and files: the commands need a network,
+                            other devices or too much time
+    <!-- preflight -->      executed by the tests marked `preflight`
+    <!-- from FILE -->      quoted from FILE
 """
 
 import ast
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTES = ("resolve only", "preflight", "from ")
 LANGUAGES = ("", "bash", "console", "python", "diff")
-# Run by .ci/run, which a test cannot do in its own environment.
+# Executed by .ci/run, since a test cannot execute them in its own environment.
 INSTALLING_AND_CHECKING = ("pip", "pytest", "ruff", "mypy")
 TINY = {
     "model.depth": "2",
@@ -44,13 +44,13 @@ TINY = {
     "train.eval_batches": "1",
 }
 FEW_STEPS, FEW_STEPS_MORE = 12, 112
-# Pages whose commands take over ten seconds in all.
+# Pages whose commands take over ten seconds in total.
 LONG = ("CONTRIBUTING.md", "checkpoints.md", "configuration.md", "getting_started.md", "sharding.md")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: the comment before it, its language, its text, and where it is."""
+    """A fenced block: the comment before it, its language, text and line number."""
 
     note: str
     language: str
@@ -70,7 +70,7 @@ def inline_code(page: Path) -> set[str]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The commands of a block, without what a shell makes of comments, `$` and `&&`."""
+    """Yield the commands of a block as words, without comments, `$` prompts and `&&`."""
     for line in block.text.replace("\\\n", " ").splitlines():
         if block.language == "console" and not line.startswith("$ "):
             continue
@@ -82,7 +82,7 @@ def commands(block: Block) -> Iterator[list[str]]:
             yield words
 
 
-# --- what is named is there
+# --- Names exist
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: page.name)
@@ -90,20 +90,22 @@ def page(request) -> Path:
     return request.param
 
 
-def test_blocks_are_of_a_known_kind(page):
+def test_blocks_have_known_languages_and_commands(page):
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
         assert block.language in LANGUAGES, where
-        assert not block.note or block.note.startswith(NOTES), f"{where}: <!-- {block.note} --> means nothing"
+        assert not block.note or block.note.startswith(NOTES), (
+            f"{where}: unknown comment <!-- {block.note} -->"
+        )
         if block.language in ("bash", "console"):
             for words in commands(block):
                 known = command_line(words) or words[0] in INSTALLING_AND_CHECKING
-                assert known, f"{where}: {' '.join(words)} is run by nobody"
+                assert known, f"{where}: {' '.join(words)} is not executed by any test"
         else:
             assert "python run.py" not in block.text or block.language == "python" or block.note, where
 
 
-def test_flags_are_there(page):
+def test_flags_exist(page):
     from attnlab.runner.request import FLAG_MODES
 
     for code in inline_code(page):
@@ -113,7 +115,7 @@ def test_flags_are_there(page):
             )
 
 
-def test_fields_are_there(page):
+def test_fields_exist(page):
     from attnlab.train import Experiment
 
     known = set(field_paths(Experiment))
@@ -126,7 +128,7 @@ def test_fields_are_there(page):
 
 
 def field_paths(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every field of a config, whatever the types of its components are."""
+    """Yield the path of every field of a config, for every choice of its components."""
     from attnlab.config.types import choices, fields_of
 
     for name, annotation in fields_of(cls).items():
@@ -135,14 +137,14 @@ def field_paths(cls: type, prefix: str = "") -> Iterator[str]:
             yield from field_paths(choice, f"{prefix}{name}.")
 
 
-def test_files_are_there(page):
+def test_files_exist(page):
     tops = {path.name for path in ROOT.iterdir()}
     for code in inline_code(page):
         if re.fullmatch(r"[\w./-]+", code) and "/" in code and code.split("/")[0] in tops - {"runs"}:
             assert (ROOT / code).exists(), f"{page.name}: there is no {code}"
 
 
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" in target:
             continue
@@ -155,21 +157,21 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs, f"{page.name}: {target} is none of {slugs}"
 
 
-def test_extras_are_there(page):
+def test_extras_exist(page):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for group in re.findall(r"\"\.\[([\w,]+)\]\"", page.read_text()):
         assert set(group.split(",")) <= set(extras), f"{page.name}: {group}"
 
 
-def test_quotations_are_true(page):
+def test_quotations_match_their_files(page):
     for block in blocks(page):
         if block.note.startswith("from "):
             assert block.text in (ROOT / block.note.removeprefix("from ")).read_text(), (
-                f"{page.name}:{block.line} is not what {block.note.removeprefix('from ')} says"
+                f"{page.name}:{block.line} differs from {block.note.removeprefix('from ')}"
             )
 
 
-def test_tree_of_the_architecture():
+def test_architecture_tree_exists():
     (tree,) = (b for b in blocks(ROOT / "docs" / "architecture.md") if not b.language)
     folders: dict[int, str] = {}
     for line in tree.text.splitlines():
@@ -179,7 +181,7 @@ def test_tree_of_the_architecture():
         folders = {d: f for d, f in folders.items() if d < depth} | {depth: name}
 
 
-def test_table_of_axes():
+def test_table_of_axes_matches_rules():
     from attnlab.sharding import LOGICAL_AXIS_RULES
 
     def cell(axes) -> str:
@@ -194,18 +196,18 @@ def test_table_of_axes():
     ]
 
 
-def test_table_of_features():
-    """What attnlab is said to have names the tests that show it, and these are there."""
+def test_table_of_features_cites_existing_tests():
+    """Every supported feature cites existing tests."""
     page = (ROOT / "docs" / "attention_features.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     rows = [row for row in rows if row[0] not in ("feature", "---")]
     assert len(rows) > 40
-    for feature, ours, shown, *others in rows:
+    for feature, supported, shown, *others in rows:
         names = re.findall(r"`([\w/]+\.py)::(\w+)`", shown)
         assert len(others) == 10, feature
         assert shown == ", ".join(f"`{file}::{name}`" for file, name in names), f"{feature}: {shown}"
-        assert re.match(r"(yes|partly|no)\b", ours), f"{feature}: {ours}"
-        assert ours.startswith("no") or names, f"{feature} is shown by no test"
+        assert re.match(r"(yes|partly|no)\b", supported), f"{feature}: {supported}"
+        assert supported.startswith("no") or names, f"{feature} cites no test"
         for file, name in names:
             tests = ROOT / "tests"
             path = tests / file if "/" in file else next((tests / "attention").rglob(file))
@@ -213,7 +215,7 @@ def test_table_of_features():
             assert name in functions, f"{feature}: {file} has no {name}"
 
 
-def test_table_of_model_types():
+def test_table_of_model_types_matches_families():
     from attnlab.pretrained.families import FAMILIES
 
     page = (ROOT / "docs" / "pretrained.md").read_text()
@@ -224,18 +226,18 @@ def test_table_of_model_types():
         assert (ROOT / "tests" / "pretrained" / file).exists(), f"{kind}: there is no {file}"
 
 
-# --- what is to be typed runs
+# --- Commands run
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> Path:
-    """Compiled programs, shared by pages."""
+    """Return the folder of the compilation cache that all pages share."""
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture
 def project(page, tmp_path) -> Path:
-    """A copy of the project, changed as the page's diffs say."""
+    """Return a copy of the project with the diffs of the page applied."""
     for name in ("attnlab", "experiments", "run.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
@@ -248,8 +250,8 @@ def project(page, tmp_path) -> Path:
     return tmp_path
 
 
-def lived(long: bool | None = None) -> list[Any]:
-    """Pages with something to do; the long ones, the others, or all with the long ones marked slow."""
+def executable_pages(long: bool | None = None) -> list[Any]:
+    """Return the pages with commands, filtered by length; by default all, long ones marked slow."""
     return [
         pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (long is None and page.name in LONG))
         for page in PAGES
@@ -261,29 +263,29 @@ def lived(long: bool | None = None) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("page", lived(long=True), indirect=True)
-def test_page_resolves(page, project, compiled):
+@pytest.mark.parametrize("page", executable_pages(long=True), indirect=True)
+def test_page_validates(page, project, compiled):
     spawn(["-m", "tests.test_docs", str(page), "resolve"], project, compiled)
 
 
-@pytest.mark.parametrize("page", lived(), indirect=True)
-def test_page_from_top_to_bottom(page, project, compiled):
+@pytest.mark.parametrize("page", executable_pages(), indirect=True)
+def test_page_executes(page, project, compiled):
     spawn(["-m", "tests.test_docs", str(page)], project, compiled)
 
 
 @pytest.mark.preflight
-def test_compiling_for_a_tpu(tmp_path, compiled):
+def test_preflight_blocks_compile_for_tpu(tmp_path, compiled):
     pytest.importorskip("libtpu")
     for page in PAGES:
         for block in blocks(page):
             if block.note == "preflight":
-                # Beside the other tests that compile for a TPU: else libtpu serves one process at a time.
-                told = spawn(["-c", block.text], tmp_path, compiled, ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-                assert "True" in told
+                # libtpu serves only one process by default, but other tests compile in parallel.
+                output = spawn(["-c", block.text], tmp_path, compiled, ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+                assert "True" in output
 
 
-def spawn(arguments: list[str], folder: Path, compiled: Path, **more: str) -> str:
-    environment = os.environ | more
+def spawn(arguments: list[str], folder: Path, compiled: Path, **variables: str) -> str:
+    environment = os.environ | variables
     environment |= {
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         "JAX_PLATFORMS": "cpu",
@@ -292,7 +294,7 @@ def spawn(arguments: list[str], folder: Path, compiled: Path, **more: str) -> st
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
         env=environment,
@@ -301,12 +303,12 @@ def spawn(arguments: list[str], folder: Path, compiled: Path, **more: str) -> st
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    assert completed.returncode == 0, completed.stdout
+    return completed.stdout
 
 
-def live(page: Path, resolve_only: bool = False) -> None:
-    """Does what a page says, from top to bottom, in the current folder."""
+def execute(page: Path, resolve_only: bool = False) -> None:
+    """Execute a page from top to bottom in the current folder."""
     names: dict[str, Any] = {"__name__": page.stem}
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
@@ -322,21 +324,24 @@ def live(page: Path, resolve_only: bool = False) -> None:
         elif block.language == "console":
             answers = [line for line in block.text.splitlines() if not line.startswith("$ ")]
             for words, answer in zip(commands(block), answers, strict=True):
-                refuse(words, answer)
+                assert_rejected(words, answer)
         elif block.language == "bash":
             for words in commands(block):
                 if words[0] == "pytest" and not resolve_only and len(words) > 1 and Path(words[1]).is_file():
                     subprocess.run([sys.executable, "-m", "pytest", "-q", words[1]], check=True)
                 elif argv := command_line(words):
-                    do(argv, resolve_only or block.note == "resolve only", remember=resolve_only)
+                    run_command(argv, resolve_only or block.note == "resolve only", save_config=resolve_only)
     if not resolve_only and "<!-- workdir -->" in page.read_text():
         table = page.read_text().partition("<!-- workdir -->")[2].strip().split("\n\n")[0]
         for name in re.findall(r"^\| `([\w./]+)`", table, flags=re.MULTILINE):
-            assert (Path("runs/first") / name).exists(), f"a run's folder has no {name}"
+            assert (Path("runs/first") / name).exists(), f"the workdir has no {name}"
 
 
-def do(words: list[str], resolve_only: bool, remember: bool) -> None:
-    """Runs a command made small, or resolves it alone; `remember` saves what it would have trained."""
+def run_command(words: list[str], resolve_only: bool, save_config: bool) -> None:
+    """Run a command with a tiny model, or only validate it.
+
+    `save_config` saves the config of each run that the command would train.
+    """
     from attnlab import config
 
     print("$ " + shlex.join(words), flush=True)
@@ -345,22 +350,22 @@ def do(words: list[str], resolve_only: bool, remember: bool) -> None:
     stub.run = lambda request: requests.append(request) or {}  # type: ignore[attr-defined]
     code = call(words, stub)
     assert code == 0, f"exit code {code}"
-    for request in requests if remember else ():
+    for request in requests if save_config else ():
         if request.mode == "train":
             config.save(request.workdir, request.loaded, request.config, request.sources)
     if not resolve_only and requests:
-        code = call([*words, *smaller(words, requests[0])])
+        code = call([*words, *tiny_flags(words, requests[0])])
         assert code == 0, f"exit code {code}"
 
 
-def smaller(words: list[str], request: Any) -> list[str]:
-    """Flags that make a command quick; the run that a workdir holds has been made small before."""
+def tiny_flags(words: list[str], request: Any) -> list[str]:
+    """Return flags that make a command fast; the run of an existing workdir is already tiny."""
     from attnlab.data import Bytes, Text
 
     tiny = dict(TINY)
     if isinstance(request.config.data, Text):
         tiny["data.tokenizer"] = Bytes.__name__
-    if request.config.init is not None:  # its model is the checkpoint's, which was made small before
+    if request.config.init is not None:  # the model is that of the checkpoint, already tiny
         tiny = {path: text for path, text in tiny.items() if not path.startswith("model.")}
     if request.mode in ("eval", "sample", "export") or (request.mode == "describe" and request.workdir):
         tiny = {}
@@ -375,7 +380,7 @@ def smaller(words: list[str], request: Any) -> list[str]:
 
 
 def call(words: list[str], runner: types.ModuleType | None = None) -> int:
-    """The exit code of run.py; with `runner` in place of the real one."""
+    """Return the exit code of run.py, optionally with a fake runner module."""
     from absl import flags
 
     from attnlab.runner import cli
@@ -396,19 +401,19 @@ def call(words: list[str], runner: types.ModuleType | None = None) -> int:
 
 
 def command_line(words: list[str]) -> list[str]:
-    """The arguments of a command that starts attnlab, with its name first; empty for another command."""
+    """Return the program name and arguments of an attnlab command; empty for other commands."""
     return words if words[0] == "attnlab" else words[1:] if words[:2] == ["python", "run.py"] else []
 
 
-def refuse(words: list[str], answer: str) -> None:
-    """Checks that a command is refused with the answer printed under it, `...` standing for anything."""
+def assert_rejected(words: list[str], answer: str) -> None:
+    """Assert that a command fails with the message printed under it; `...` matches any text."""
     print("$ " + shlex.join(words), flush=True)
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         code = call(command_line(words))
     pattern = re.escape(answer).replace(re.escape("..."), ".*")
-    assert code == 2 and re.fullmatch(pattern, told.getvalue().strip()), (code, told.getvalue())
+    assert code == 2 and re.fullmatch(pattern, stderr.getvalue().strip()), (code, stderr.getvalue())
 
 
 if __name__ == "__main__":
-    live(Path(sys.argv[1]), resolve_only="resolve" in sys.argv[2:])
+    execute(Path(sys.argv[1]), resolve_only="resolve" in sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Modules beside an experiment file: found from any folder, kept apart, saved with the run."""
+"""Local modules of an experiment file: found from any folder, isolated, saved with runs."""
 
 import sys
 
@@ -52,7 +52,7 @@ def toy(tmp_path, monkeypatch):
     return write(tmp_path / "mine", 3)
 
 
-def test_neighbours_are_found_from_any_folder(toy):
+def test_local_modules_are_found_from_any_folder(toy):
     loaded = configs.load(str(toy))
     assert loaded.config.part.size == 3
     assert loaded.module.report() == ("size 3", "late")
@@ -61,20 +61,20 @@ def test_neighbours_are_found_from_any_folder(toy):
     assert not {"shared", "numbers_beside", "late"} & set(sys.modules)
 
 
-def test_experiments_with_neighbours_of_one_name_do_not_meet(toy, tmp_path):
+def test_local_modules_with_equal_names_are_isolated(toy, tmp_path):
     first, second = configs.load(str(toy)), configs.load(str(write(tmp_path / "other", 5)))
     assert (first.config.part.size, second.config.part.size) == (3, 5)
     assert (first.module.report()[0], second.module.report()[0]) == ("size 3", "size 5")
 
 
-def test_an_edited_neighbour_is_read_anew(toy):
+def test_edited_local_module_is_reloaded(toy):
     first = configs.load(str(toy))
     assert configs.load(str(toy)).module is first.module
     (toy.parent / "numbers_beside.py").write_text("SIZE = 4\n")
     assert configs.load(str(toy)).config.part.size == 4
 
 
-def test_a_run_is_read_back_from_its_saved_copies(toy, tmp_path):
+def test_run_is_loaded_from_saved_copies(toy, tmp_path):
     loaded = configs.load(str(toy))
     configs.save(tmp_path / "run", loaded, loaded.config, {})
     saved = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*.py"))
@@ -92,17 +92,17 @@ def test_a_run_is_read_back_from_its_saved_copies(toy, tmp_path):
     assert configs.load_workdir(tmp_path / "run").config == run.config
 
 
-def test_an_error_in_a_neighbour_names_its_line(toy, refuses):
+def test_error_in_local_module_names_its_line(toy, refuses):
     file = toy.parent / "shared.py"
-    for text, told in (("SIZE = 1 / 0", "ZeroDivisionError"), ("def (", "SyntaxError")):
+    for text, message in (("SIZE = 1 / 0", "ZeroDivisionError"), ("def (", "SyntaxError")):
         file.write_text(text)
-        with refuses(f"{toy}:3: {file}:1: ", told):
+        with refuses(f"{toy}:3: {file}:1: ", message):
             configs.load(str(toy))
     file.write_text(SHARED)
     assert configs.load(str(toy)).config.part.size == 3
 
 
-def test_a_saved_config_whose_neighbour_is_gone(toy, tmp_path, refuses):
+def test_saved_config_with_missing_local_module_is_rejected(toy, tmp_path, refuses):
     loaded = configs.load(str(toy))
     configs.save(tmp_path / "run", loaded, loaded.config, {})
     (tmp_path / "run" / "experiment.py").write_text("import json\n")

@@ -1,4 +1,4 @@
-"""What a run was made with: versions and git commits."""
+"""Provenance of a run: package versions and git commits."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ from attnlab import provenance
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A git checkout with an experiment."""
+    """Return a git checkout with an experiment file."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     (folder / "toy.py").write_text("one\n")
@@ -33,15 +33,18 @@ def saved(workdir):
     return json.loads((workdir / "versions.json").read_text())
 
 
-def test_versions_are_those_of_the_installed_packages():
-    found = provenance.versions()
-    assert (found.pop("attnlab"), found.pop("python")) == (attnlab.__version__, platform.python_version())
-    assert found == {
+def test_versions_match_installed_packages():
+    versions = provenance.versions()
+    assert (versions.pop("attnlab"), versions.pop("python")) == (
+        attnlab.__version__,
+        platform.python_version(),
+    )
+    assert versions == {
         name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     }
 
 
-def test_the_state_of_a_checkout(checkout, tmp_path):
+def test_git_state_of_checkout(checkout, tmp_path):
     commit = git(checkout, "rev-parse", "HEAD")
     assert provenance.git_state(checkout / "toy.py") == {"commit": commit, "dirty": False}
     (checkout / "toy.py").write_text("two\n")
@@ -52,12 +55,12 @@ def test_the_state_of_a_checkout(checkout, tmp_path):
     assert provenance.git_state(tmp_path / "alone.py") is None
 
 
-def test_without_git_there_is_no_commit(checkout, tmp_path, monkeypatch):
+def test_git_state_without_git_is_none(checkout, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.git_state(checkout / "toy.py") is None
 
 
-def test_a_run_records_each_change_of_what_it_is_made_with(checkout, tmp_path, monkeypatch):
+def test_versions_file_records_each_change(checkout, tmp_path, monkeypatch):
     workdir = epath.Path(tmp_path / "run")
     provenance.save_versions(workdir, 0, epath.Path(checkout / "toy.py"))
     (first,) = saved(workdir)
@@ -65,7 +68,7 @@ def test_a_run_records_each_change_of_what_it_is_made_with(checkout, tmp_path, m
     assert first["git"]["experiment"] == provenance.git_state(checkout / "toy.py")
 
     (workdir / "experiment.py").write_text("one\n")
-    provenance.save_versions(workdir, 5, workdir / "experiment.py")  # resumes with all as before
+    provenance.save_versions(workdir, 5, workdir / "experiment.py")  # resumes without any change
     assert saved(workdir) == [first]
 
     monkeypatch.setattr(attnlab, "__version__", "99.0")

@@ -1,4 +1,4 @@
-"""Configs in text are named without a trailing `Config`: `GatedMLP` is a `GatedMLPConfig`."""
+"""Text names a config class without the suffix `Config`: `GatedMLP` means `GatedMLPConfig`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class BareConfig:
 
 
 def elements(annotation):
-    """The annotation's members, and those of the elements of its tuples."""
+    """Yield the members of an annotation and those of the elements of its tuples."""
     for member in members(annotation):
         yield member
         for part in getattr(member, "__args__", ()) if is_tuple(member) else ():
@@ -35,7 +35,7 @@ def elements(annotation):
 
 
 def fields():
-    """Every field of every config that an experiment can hold, and the classes that it can be."""
+    """Yield every field of every config reachable from `Experiment`, with its possible classes."""
     pending, seen = [Experiment], set()
     while pending:
         cls = pending.pop()
@@ -48,7 +48,7 @@ def fields():
             pending += classes
 
 
-def test_no_two_choices_of_a_field_have_one_name():
+def test_choices_of_a_field_have_distinct_short_names():
     unions = {where: classes for where, classes in fields() if len(classes) > 1}
     assert len(unions) > 20
     for where, classes in unions.items():
@@ -57,13 +57,13 @@ def test_no_two_choices_of_a_field_have_one_name():
 
 
 @pytest.mark.parametrize("text", ["GatedMLP(width=64)", "GatedMLPConfig(width=64)"])
-def test_both_spellings_are_read_and_the_short_one_is_written(text):
+def test_parse_accepts_both_spellings_and_render_writes_short_name(text):
     value = parse(text, MLPConfig | GatedMLPConfig | ExpertsConfig)
     assert value == GatedMLPConfig(width=64)
     assert render(value) == "GatedMLP(width=64)" and render(GatedMLPConfig) == "GatedMLP"
 
 
-def test_errors_say_the_short_name():
+def test_errors_name_the_short_name():
     union = MLPConfig | GatedMLPConfig | ExpertsConfig
     with pytest.raises(InputError, match="expected MLP, GatedMLP or Experts; did you mean 'GatedMLP'"):
         parse("GatdMLP", union)
@@ -72,13 +72,13 @@ def test_errors_say_the_short_name():
 
 
 @pytest.mark.parametrize("name", ["Decoder", "DecoderConfig"])
-def test_models_too(name):
+def test_model_configs_have_short_names(name):
     model = parse(f"{name}(depth=2, attention=Attention(4))", ModelConfig)
     assert model == DecoderConfig(depth=2, attention=AttentionConfig(4))
     assert render(model) == "Decoder(depth=2,attention=Attention(heads=4))"
 
 
-def test_a_listing_has_short_names_that_can_be_given_again():
+def test_flattened_short_names_are_valid_overrides():
     experiment = configs.load(str(ROOT / "experiments" / "lm_docs.py")).config
     flat = configs.flatten(experiment)
     assert render(flat["model"]) == "Decoder" and render(flat["model.attention"]) == "Attention"
@@ -86,15 +86,15 @@ def test_a_listing_has_short_names_that_can_be_given_again():
     assert again.model.feed_forward == dataclasses.replace(experiment.model.feed_forward, width=64)
 
 
-def test_a_saved_config_has_short_names_of_which_both_spellings_are_read():
+def test_saved_config_has_short_names_and_loads_both_spellings():
     saved = configs.to_dict(GatedMLPConfig(width=64))
     assert saved["$type"] == "attnlab.layers.feed_forward:GatedMLP"
     assert configs.from_dict(saved) == GatedMLPConfig(width=64)
     assert configs.from_dict(saved | {"$type": f"{saved['$type']}Config"}) == GatedMLPConfig(width=64)
 
 
-def test_two_names_that_differ_in_the_suffix_alone():
-    """In a file both can be told; in one field of a config they are refused."""
+def test_names_that_differ_only_in_suffix():
+    """Saved configs may contain both; a field that accepts both is an error."""
     for value in (Bare(3), BareConfig(3)):
         assert configs.from_dict(configs.to_dict(value)) == value
     with pytest.raises(InputError, match="Bare and BareConfig have the same short name Bare"):
