@@ -127,8 +127,7 @@ def refused(path, text, config=TOY):
     return str(caught.value)
 
 
-# Overrides
-# ------------------------------------------------------------------------------------------------
+# Overrides ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,8 +276,7 @@ def test_split_respects_brackets_and_quotes():
             split(wrong)
 
 
-# Properties over random configs
-# ---------------------------------------------------------------------------
+# Properties over random configs -------------------------------------------------------------------
 
 floats = st.floats(allow_nan=False)
 schedules = st.builds(Cosine, st.integers(), floats) | st.builds(Constant, st.integers())
@@ -354,8 +352,7 @@ def test_override_of_any_text_succeeds_or_raises_input_error(text):
         assert str(error)
 
 
-# Listings
-# -------------------------------------------------------------------------------------------------
+# Listings -----------------------------------------------------------------------------------------
 
 
 def test_sources_distinguishes_default_file_and_flag():
@@ -410,8 +407,7 @@ def test_differences_lists_path_and_both_values():
     ]
 
 
-# Experiment files
-# -----------------------------------------------------------------------------------------
+# Experiment files ---------------------------------------------------------------------------------
 
 EXPERIMENT = '''"""Pronouns: a toy.
 
@@ -530,8 +526,7 @@ def test_load_mistyped_name_lists_experiments(toy):
         configs.load("pronuns")
 
 
-# Saved configs
-# --------------------------------------------------------------------------------------------
+# Saved configs ------------------------------------------------------------------------------------
 
 
 def save(toy, workdir):

@@ -14,7 +14,7 @@ from attnlab.layers.experts import Experts, balance_loss, clamped_swiglu, route
 from attnlab.models import DecoderConfig
 from attnlab.sharding import constrain
 from attnlab.train import AdamW, Constant
-from tests.train.small import experiment, random_batch, session
+from tests.train.small import make_experiment, make_session, random_batch
 
 CASES = {
     "two of four": ExpertsConfig(4, 2, width=6),
@@ -155,7 +155,7 @@ def trained(balance):
     experts = ExpertsConfig(4, 2, width=16, bias=True, balance_loss_weight=balance)
     model = {"feed_forward": experts, "remat": "full", "attention": AttentionConfig(4, 2)}
     optimizer = AdamW(learning_rate=0.02, schedule=Constant(), weight_decay=0.0)
-    run = session(experiment(model=model, optimizer=optimizer), MESH)
+    run = make_session(make_experiment(model=model, optimizer=optimizer), MESH)
     state, batch = run.new_state(), run.to_devices(random_batch())
     router = state.params["layers"]["periods"]["block0"]["feed_forward"]["router"]
     uneven = jnp.broadcast_to(jnp.array([2.0, 0.0, 0.0, 0.0]), router["bias"].shape)
@@ -180,7 +180,7 @@ def test_balance_loss_has_same_weight_with_microbatches():
     model = {"feed_forward": ExpertsConfig(4, 2, width=16, balance_loss_weight=0.1)}
     metrics = []
     for count in (1, 2):
-        run = session(experiment(model=model, microbatches=count))
+        run = make_session(make_experiment(model=model, microbatches=count))
         _, step_metrics = run.train_step(run.new_state(), run.to_devices(random_batch()))
         metrics.append(step_metrics)
     np.testing.assert_allclose(metrics[0]["loss"], metrics[1]["loss"], rtol=1e-5)
@@ -204,7 +204,7 @@ def test_experts_config_rejects_invalid_values(fields, message):
 def test_mesh_must_divide_number_of_experts(refuses):
     model = {"feed_forward": ExpertsConfig(3, 2, width=16)}
     with refuses("model.feed_forward.experts=3 cannot be sharded 2 ways"):
-        session(experiment(model=model), "tensor:2")
+        make_session(make_experiment(model=model), "tensor:2")
 
 
 def test_flops_and_active_parameters_count_selected_experts_only():

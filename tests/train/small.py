@@ -1,4 +1,4 @@
-"""A model of two small layers, and batches for it."""
+"""A small experiment, its session and random batches, shared by the training tests."""
 
 import dataclasses
 
@@ -15,10 +15,10 @@ from attnlab.train.session import Session
 TOKENIZER = Bytes().train([])
 
 
-def experiment(
+def make_experiment(
     *, optimizer=None, loss=None, dropout=0.0, batch_size=8, model=None, data="stdlib_docs", **train
 ):
-    """A small experiment; what is left over are fields of `Train`."""
+    """Return an experiment with a two-layer decoder; `train` are fields of `Train`."""
     config = DecoderConfig(
         depth=2,
         width=16,
@@ -35,13 +35,16 @@ def experiment(
     )
 
 
-def session(made, mesh="single"):
-    """The experiment on a mesh of the simulated devices."""
-    return Session(made, sharding.make_mesh(sharding.parse_mesh(mesh, len(jax.devices()))), TOKENIZER)
+def make_session(experiment, mesh="single"):
+    """Return a session of the experiment on a mesh of the simulated devices."""
+    return Session(experiment, sharding.make_mesh(sharding.parse_mesh(mesh, len(jax.devices()))), TOKENIZER)
 
 
 def random_batch(seed=0, rows=8, length=16, uneven=False):
-    """Random tokens, which a model can learn by heart; `uneven` leaves targets out, and two rows empty."""
+    """Return a batch of random tokens, which a model can memorize.
+
+    `uneven` sets the weights of random targets and of two whole rows to 0.
+    """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 257, (rows, length), np.int32)
     targets = rng.integers(0, 257, (rows, length), np.int32)

@@ -1,4 +1,4 @@
-"""Checkpoints: kept, restored anywhere, and read in spite of damage."""
+"""Checkpoints: retention, restoration onto other meshes, and recovery from damage."""
 
 import gc
 import hashlib
@@ -23,7 +23,7 @@ def mesh(text):
 
 
 def state_on(text, seed=0):
-    """Arrays laid out as a model's are, the values the same on every mesh."""
+    """Return arrays sharded like a model's, with the same values on every mesh."""
     rng = np.random.default_rng(seed)
     specs = {"kernel": P("fsdp", "tensor"), "scale": P(None), "step": P()}
     values = {"kernel": rng.normal(size=(16, 8)), "scale": rng.normal(size=(16,)), "step": np.array(seed)}
@@ -44,7 +44,7 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """A folder with checkpoints of steps 1, 2 and 3."""
+    """Return a folder with checkpoints of steps 1, 2 and 3."""
     folder = tmp_path_factory.mktemp("three")
     with Checkpoints(folder, keep=3) as checkpoints:
         for step in (1, 2, 3):
@@ -52,7 +52,7 @@ def three(tmp_path_factory):
     return folder
 
 
-def test_keeps_the_latest_and_the_best(tmp_path):
+def test_save_keeps_latest_and_best(tmp_path):
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 2.5, 6: None}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, loss in losses.items():
@@ -70,7 +70,7 @@ def test_keeps_the_latest_and_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["single", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
-def test_restores_onto_another_mesh(three, text):
+def test_restore_onto_another_mesh(three, text):
     wanted = state_on(text, 3)
     with Checkpoints(three) as checkpoints:
         restored = checkpoints.restore(abstract(wanted))
@@ -80,7 +80,7 @@ def test_restores_onto_another_mesh(three, text):
         assert x.sharding == wanted[name].sharding
 
 
-def test_a_state_given_away_during_the_save_is_saved_as_it_was(tmp_path):
+def test_save_is_unaffected_by_donation_of_the_state(tmp_path):
     state = {"x": jnp.arange(2_000_000, dtype=jnp.float32)}
     expected = np.asarray(state["x"]).copy()
     overwrite = jax.jit(lambda s: {"x": s["x"] * 0 - 1}, donate_argnums=0)
@@ -92,7 +92,7 @@ def test_a_state_given_away_during_the_save_is_saved_as_it_was(tmp_path):
         assert_same(checkpoints.restore(abstract(state)).state, {"x": expected})
 
 
-def test_a_step_is_saved_once(three, tmp_path):
+def test_save_of_existing_step_does_nothing(three, tmp_path):
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(3, state_on("single", 9), {"at": 9})
@@ -102,7 +102,8 @@ def test_a_step_is_saved_once(three, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["half", "empty", "gone", "noise"])
-def test_whatever_file_is_damaged_an_older_checkpoint_is_found_or_the_state_is_whole(three, tmp_path, how):
+def test_restore_recovers_from_damage_of_any_file(three, tmp_path, how):
+    """The damaged checkpoint is restored completely, or the one before it is."""
     like, rng = abstract(state_on("single")), np.random.default_rng(0)
     wanted = {step: state_on("single", step) for step in (1, 2, 3)}
     files = [p.relative_to(three) for p in (three / "checkpoints" / "3").rglob("*") if p.is_file()]
@@ -111,13 +112,13 @@ def test_whatever_file_is_damaged_an_older_checkpoint_is_found_or_the_state_is_w
         folder = tmp_path / str(i)
         shutil.copytree(three, folder)
         damage(folder / name, how, rng)
-        said = []
-        with Checkpoints(folder, keep=3, log=said.append) as checkpoints:
+        messages = []
+        with Checkpoints(folder, keep=3, log=messages.append) as checkpoints:
             restored = checkpoints.restore(like)
             assert_same(restored.state, wanted[restored.step])
             assert restored.step in (2, 3), name
-            if restored.step == 2 and said:
-                assert said[0].startswith("checkpoint 3 is damaged (")
+            if restored.step == 2 and messages:
+                assert messages[0].startswith("checkpoint 3 is damaged (")
                 assert (folder / "damaged" / "3").is_dir()
             checkpoints.save(4, wanted[3], {"at": 4}, {"loss": 0.0})
         with Checkpoints(folder) as checkpoints:
@@ -134,32 +135,32 @@ def damage(file: Path, how: str, rng):
         file.write_bytes(rng.bytes(len(data)) if how == "noise" else b"")
 
 
-def test_all_damaged_is_one_error_and_nothing_is_moved(three, tmp_path, caplog):
+def test_restore_with_all_damaged_raises_and_moves_nothing(three, tmp_path, caplog):
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     for file in (tmp_path / "checkpoints").rglob("d/*"):
         os.truncate(file, 1)
     with Checkpoints(tmp_path, keep=3) as checkpoints, pytest.raises(InputError, match="^checkpoint 3 under"):
         checkpoints.restore(abstract(state_on("single")))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
-    gc.collect()  # nothing of Orbax's own troubles follows the one error
+    gc.collect()  # would make asyncio log the failed tasks of Orbax
     assert not caplog.records
 
 
-def test_a_reader_changes_nothing(three, tmp_path):
+def test_read_only_access_changes_nothing(three, tmp_path):
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()  # another process is writing it
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(abstract(state_on("single"))).step == 3
     assert (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").is_dir()
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        checkpoints.save(5, state_on("single"), {})  # the run that owns the folder tidies up before it writes
+        checkpoints.save(5, state_on("single"), {})  # the run that owns the folder cleans up first
     assert not (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").exists()
     with pytest.raises(InputError, match="no checkpoint under"):
         Checkpoints(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_sha256_is_of_names_and_bytes_in_the_order_of_names():
+def test_params_sha256_hashes_names_and_bytes_in_order_of_names():
     params = {"b": {"kernel": jnp.arange(4.0).reshape(2, 2).T}, "a": jnp.ones(2, jnp.int32)}
     expected = hashlib.sha256()
     expected.update(b"a" + np.ones(2, np.int32).tobytes())
@@ -169,6 +170,6 @@ def test_sha256_is_of_names_and_bytes_in_the_order_of_names():
     assert params_sha256(state_on("single")) != params_sha256(state_on("single", 1))
 
 
-def test_the_position_in_the_data_is_a_small_json_file(three):
+def test_data_position_is_a_json_file(three):
     file = three / "checkpoints" / "2" / "data" / "process_0_of_1.json"
     assert json.loads(file.read_text()) == {"at": 2}

@@ -1,4 +1,4 @@
-"""What is said of an experiment before it runs; and that every field of one does something."""
+"""The description of an experiment, and a check that every config field has an effect."""
 
 import dataclasses
 import inspect
@@ -34,34 +34,35 @@ from attnlab.train.step import init_params, make_eval_step, make_train_step
 from experiments.recurrent_translate import Sentences
 from tests.data.toys import Images, Sounds
 from tests.programs import ROOT, write_text
-from tests.train.small import TOKENIZER, experiment, session
+from tests.train.small import TOKENIZER, make_experiment, make_session
 
 
-def test_describe_names_every_parameter_with_its_place():
-    made = session(experiment(), "fsdp:4,tensor:2")
-    text = describe(made)
+def test_describe_lists_every_parameter_with_its_sharding():
+    session = make_session(make_experiment(), "fsdp:4,tensor:2")
+    text = describe(session)
     sections = dict(part.split("\n", 1) for part in text.split("\n\n"))
     assert list(sections) == ["mesh", "parameters", "FLOPs per token", "bytes per device", "batch"]
     assert "fsdp:4,tensor:2" in sections["mesh"]
     lines = sections["parameters"].splitlines()
-    assert len(lines) == len(jax.tree.leaves(made.abstract_state.params)) + 1
+    assert len(lines) == len(jax.tree.leaves(session.abstract_state.params)) + 1
     (row,) = [line.split("  ") for line in lines if "attention/query/kernel" in line]
     row = [cell.strip() for cell in row if cell]
     assert row == ["layers/periods/block0/attention/query/kernel", "(2, 16, 4, 4)", "float32", "P(-, 'fsdp', 'tensor', -)", "512"]  # fmt: skip
-    count = sum(x.size for x in jax.tree.leaves(made.abstract_state.params))
+    count = sum(x.size for x in jax.tree.leaves(session.abstract_state.params))
     assert lines[-1].split()[-1] == f"{count:,}"
-    counted = made.experiment.model.token_flops(257, 16)
+    counted = session.experiment.model.token_flops(257, 16)
     assert f"{counted.training:,.0f}" in sections["FLOPs per token"]
     assert re.search(r"activations and temporaries +[\d.,]+ [KM]iB", sections["bytes per device"])
     assert "(8, 16)" in sections["batch"]
 
 
-# Every field matters ------------------------------------------------------------------------------------
+# Every field has an effect ------------------------------------------------------------------------
 
 DEFAULT = configs.load(str(ROOT / "experiments" / "lm_docs.py")).config
 
-# Another valid value of each field of the default experiment, and where the difference shows: in the
-# "step" (its lowered text), the model's "forward" alone, the "state" it starts from, or the "batches".
+# Another valid value of each field of the default experiment, and the representation that must
+# differ: the lowered text of the training "step", the model's "forward" pass alone, the initial
+# "state", or the "batches".
 CHANGES = {
     "model": ("EncoderConfig", "step"),
     "model.depth": ("3", "step"),
@@ -129,19 +130,19 @@ CHANGES = {
     "optimizer.b2": ("0.5", "step"),
     "loss.label_smoothing": ("0.1", "step"),
     "loss.z_loss": ("0.1", "step"),
-    "train.steps": ("77", "step"),  # by the schedule
+    "train.steps": ("77", "step"),  # affects the schedule
     "train.microbatches": ("2", "step"),
     "train.ema": ("0.9", "step"),
     "train.spike_skip": ("SpikeSkip", "step"),
     "lora": ("LoRA", "step"),
     "seed": ("1", "state"),
 }
-PAIRS = ",".join(["1.0"] * 4)  # a factor for each pair of a head that rotary positions turn
+PAIRS = ",".join(["1.0"] * 4)  # one factor per rotated pair of head dimensions
 OTHER_PAIRS = f"(2.0,{PAIRS[4:]})"
 LONG_ROPE = f"model.positions.scaling=LongRoPE(({PAIRS}),({PAIRS}),64,4.0)"
-# The same of components that the default experiment does without: (the override that brings one in, its
-# field).
-OF_OTHERS = {
+# The same for components that the default experiment does not use: keys are (override that selects
+# the component, field).
+COMPONENT_CHANGES = {
     ("model.feed_forward=MLP", "width"): ("64", "step"),
     ("model.feed_forward=MLP", "activation"): ("relu", "step"),
     ("model.feed_forward=MLP", "bias"): ("true", "step"),
@@ -240,8 +241,8 @@ OF_OTHERS = {
     ("train.spike_skip=SpikeSkip", "sigmas"): ("3.0", "step"),
     ("train.spike_skip=SpikeSkip", "window"): ("16", "step"),
 }
-# The same of models that read something beside tokens, each in an experiment of its own.
-READERS = {
+# The same for models with a source input, each with its own experiment.
+SOURCE_EXPERIMENTS = {
     "images": (
         Experiment(
             model=ViTConfig(
@@ -270,10 +271,10 @@ READERS = {
         {"model.attention": "Dot", "model.attention.width": "8", "model.bidirectional": "false"},
     ),
 }
-READERS["images and texts"] = (
+SOURCE_EXPERIMENTS["images and texts"] = (
     Experiment(
         model=ContrastiveConfig(
-            image=dataclasses.replace(READERS["images"][0].model, classes=0),
+            image=dataclasses.replace(SOURCE_EXPERIMENTS["images"][0].model, classes=0),
             text=TextTowerConfig(depth=2, width=16, attention=AttentionConfig(4)),
             width=16,
             objective=SiglipLoss(),
@@ -293,14 +294,14 @@ READERS["images and texts"] = (
         "model.objective.init_logit_bias": "-2.0",
     },
 )
-READERS["images and texts, other parts"] = (
+SOURCE_EXPERIMENTS["images and texts, other parts"] = (
     configs.override_all(
-        READERS["images and texts"][0],
+        SOURCE_EXPERIMENTS["images and texts"][0],
         [("model.objective", "ClipLoss"), ("model.text.pooling", "EndOfText(5)")],
     ),
     {"model.objective.init_logit_scale": "1.0", "model.text.pooling.token": "6"},
 )
-READERS["sounds"] = (
+SOURCE_EXPERIMENTS["audio"] = (
     Experiment(
         model=Seq2SeqConfig(
             SpeechEncoderConfig(depth=1, width=16, attention=AttentionConfig(4), mels=4, frames=8),
@@ -314,13 +315,13 @@ READERS["sounds"] = (
         "model.encoder.pattern": "(Bidirectional(4,4),)",
     },
 )
-SEEN = {
-    "encoder": dataclasses.replace(READERS["images"][0].model, classes=0),
+IMAGE_TO_TEXT = {
+    "encoder": dataclasses.replace(SOURCE_EXPERIMENTS["images"][0].model, classes=0),
     "decoder": DecoderConfig(depth=2, width=16, attention=AttentionConfig(4)),
 }
-READERS["images, captioned"] = (
+SOURCE_EXPERIMENTS["images, captioned"] = (
     Experiment(
-        model=CaptionerConfig(**SEEN, resampler=ResamplerConfig(4, 1)),
+        model=CaptionerConfig(**IMAGE_TO_TEXT, resampler=ResamplerConfig(4, 1)),
         data=Images(batch_size=8, sequence_length=3, image=(8, 8, 3)),
     ),
     {
@@ -331,8 +332,10 @@ READERS["images, captioned"] = (
         "model.cross": "GatedCrossAttention",
     },
 )
-READERS["images before a text"] = (
-    Experiment(model=VisionLanguageConfig(**SEEN), data=READERS["images, captioned"][0].data),
+SOURCE_EXPERIMENTS["images before a text"] = (
+    Experiment(
+        model=VisionLanguageConfig(**IMAGE_TO_TEXT), data=SOURCE_EXPERIMENTS["images, captioned"][0].data
+    ),
     {
         "model.projector.activation": "relu",
         "model.projector.bias": "false",
@@ -341,92 +344,95 @@ READERS["images before a text"] = (
         "model.bidirectional_prompt": "true",
     },
 )
-READER_FIELDS = [(name, field) for name, (_, fields) in READERS.items() for field in fields]
-# Of models that read a source, which the default experiment has none of.
-OF_SOURCES = {
+SOURCE_FIELDS = [(name, field) for name, (_, fields) in SOURCE_EXPERIMENTS.items() for field in fields]
+# Fields of components that the default experiment does not use, with the reason or test file.
+COMPONENT_FIELDS_TESTED_ELSEWHERE = {
     (
         "model=Seq2SeqConfig(SpeechEncoderConfig())",
         "encoder.mels",
-    ): "as the data's: tests/models/test_speech.py",
-    ("model=Seq2SeqConfig", "encoder"): "another model: tests/models/test_seq2seq.py",
-    ("model=Seq2SeqConfig", "shared_embedding"): "one table less: tests/models/test_seq2seq.py",
+    ): "must equal that of the data: tests/models/test_speech.py",
+    ("model=Seq2SeqConfig", "encoder"): "a different model: tests/models/test_seq2seq.py",
+    ("model=Seq2SeqConfig", "shared_embedding"): "removes a table: tests/models/test_seq2seq.py",
     (
         "model=VisionLanguageConfig",
         "prompt_suffix",
-    ): "what is generated: tests/pretrained/test_vision_language.py",
+    ): "affects generation: tests/pretrained/test_vision_language.py",
     **{
         (
             "model=Seq2SeqConfig",
             f"generation.{name}",
-        ): "what is generated: tests/generation/test_source_inputs.py"
+        ): "affects generation: tests/generation/test_source_inputs.py"
         for name in (f.name for f in dataclasses.fields(GenerationDefaults))
     },
     **{
-        (f"data={glyphs.Glyphs.__name__}", name): "as of all data: tests/data/test_base.py"
+        (f"data={glyphs.Glyphs.__name__}", name): "as for all data: tests/data/test_base.py"
         for name in ("tokenizer", "sequence_length")
     },
 }
-ELSEWHERE = {
-    "data": "another data set is another experiment's: test_run.py",
-    "init": "a checkpoint's parameters, and its model: tests/test_import.py",
-    "model.pattern.0.cross_attends": "where layers look at a memory: tests/layers/test_resampler.py",
-    "data.prefetch": "makes the same batches sooner; its size is tested with the data",
+FIELDS_TESTED_ELSEWHERE = {
+    "data": "other data sets belong to other experiments: test_run.py",
+    "init": "replaces parameters and model: tests/test_import.py",
+    "model.pattern.0.cross_attends": "selects cross-attention layers: tests/layers/test_resampler.py",
+    "data.prefetch": "prepares the same batches earlier; tested with the data",
     **dict.fromkeys(
-        ("train.log_every", "train.eval_every", "train.checkpoint_every"), "the loop's: test_loop.py"
+        ("train.log_every", "train.eval_every", "train.checkpoint_every"), "used by the loop: test_loop.py"
     ),
-    "train.eval_batches": "how much the runner reads: test_run.py",
-    "train.keep": "the checkpoints': test_checkpoints.py",
+    "train.eval_batches": "used by the runner: test_run.py",
+    "train.keep": "used by checkpoints: test_checkpoints.py",
 }
 
 
 def declared(cls, name):
-    """The class that declares a field, which is where a subclass has it from."""
+    """Return the class that declares a field, possibly a base class of `cls`."""
     return next(parent for parent in cls.__mro__ if name in inspect.get_annotations(parent))
 
 
 def components(annotation):
-    """The library's own classes that a field may hold, itself or in a tuple."""
+    """Return the classes of the library that a field may hold, directly or in a tuple."""
     parts = [p for m in members(annotation) for p in (element_types(m, 1) or () if is_tuple(m) else [m])]
     classes = [c for part in parts for c in choices(part).values()]
     return [c for c in classes if c.__module__.startswith("attnlab.")]
 
 
-def every_field(cls, seen=()):
-    """(declaring class, field) of `cls` and of all components in it; not the fields that have one to hold."""
+def every_field(cls, visited=()):
+    """Yield (declaring class, field) for `cls` and all components in it.
+
+    Fields that always hold the same component class are omitted.
+    """
     for name, annotation in fields_of(cls).items():
         inner = components(annotation)
         if len(inner) != 1 or type(None) in members(annotation):
             yield declared(cls, name), name
         for component in inner:
-            if component not in seen:
-                yield from every_field(component, (*seen, component))
+            if component not in visited:
+                yield from every_field(component, (*visited, component))
 
 
 def at(config, path):
-    """What is at a dotted path."""
+    """Return the value at a dotted path."""
     for name in path.split("."):
         config = config[int(name)] if name.isdecimal() else getattr(config, name)
     return config
 
 
-def test_every_field_is_in_the_tables():
+def test_tables_contain_every_field():
     tested = set()
-    for path in (*CHANGES, *ELSEWHERE):
+    for path in (*CHANGES, *FIELDS_TESTED_ELSEWHERE):
         holder, _, name = f".{path}".rpartition(".")
         tested.add((declared(type(at(DEFAULT, holder[1:]) if holder else DEFAULT), name), name))
-    for choice, name in (*OF_OTHERS, *OF_SOURCES):
+    for choice, name in (*COMPONENT_CHANGES, *COMPONENT_FIELDS_TESTED_ELSEWHERE):
         path, _, component = choice.partition("=")
         holder, _, name = f"{path}.{name}".rpartition(".")
         tested.add((declared(type(at(configs.override(DEFAULT, path, component), holder)), name), name))
-    for reader, path in READER_FIELDS:
+    for source, path in SOURCE_FIELDS:
         holder, _, name = path.rpartition(".")
-        tested.add((declared(type(at(READERS[reader][0], holder)), name), name))
+        tested.add((declared(type(at(SOURCE_EXPERIMENTS[source][0], holder)), name), name))
     assert set(every_field(Experiment)) - tested == set()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The default experiment made small, of a text of its own, and the path of another text."""
+    """Return a small default experiment on a temporary text, and the path of another text."""
     folder = tmp_path_factory.mktemp("texts")
     text, other = write_text(folder / "a.txt"), write_text(folder / "b.txt", seed=1)
     small = [
@@ -437,48 +443,52 @@ def base(tmp_path_factory):
 
 
 def step_text(e):
-    made = Session(e, session(e).mesh, TOKENIZER)
-    with jax.set_mesh(made.mesh):
-        step = make_train_step(made.model, e, made.optimizer)
-        return jax.jit(step).lower(made.abstract_state, made.abstract_batch).as_text()
+    session = Session(e, make_session(e).mesh, TOKENIZER)
+    with jax.set_mesh(session.mesh):
+        step = make_train_step(session.model, e, session.optimizer)
+        return jax.jit(step).lower(session.abstract_state, session.abstract_batch).as_text()
 
 
 def evaluation_text(e):
-    """The model and its loss, which the step holds too, without gradient and optimizer."""
-    made = Session(e, session(e).mesh, TOKENIZER)
-    with jax.set_mesh(made.mesh):
-        return jax.jit(make_eval_step(made.model)).lower(made.abstract_params, made.abstract_batch).as_text()
+    """Lower the model and its loss, a part of the training step."""
+    session = Session(e, make_session(e).mesh, TOKENIZER)
+    with jax.set_mesh(session.mesh):
+        return (
+            jax.jit(make_eval_step(session.model))
+            .lower(session.abstract_params, session.abstract_batch)
+            .as_text()
+        )
 
 
-def start_and_evaluation_text(e):
-    """How the parameters start and the model and its loss of them, in one program."""
-    made = Session(e, session(e).mesh, TOKENIZER)
+def init_and_evaluation_text(e):
+    """Lower parameter initialization, the model and its loss as one program."""
+    session = Session(e, make_session(e).mesh, TOKENIZER)
 
     def run(batch):
         key = jax.random.key(e.seed)
-        return made.model.init_with_output(key, targets=batch.targets, **batch.inputs, method="loss_terms")
+        return session.model.init_with_output(key, targets=batch.targets, **batch.inputs, method="loss_terms")
 
-    with jax.set_mesh(made.mesh):
-        return jax.jit(run).lower(made.abstract_batch).as_text()
+    with jax.set_mesh(session.mesh):
+        return jax.jit(run).lower(session.abstract_batch).as_text()
 
 
-def start(e):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(session(e).new_params())])
+def initial_params(e):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(make_session(e).new_params())])
 
 
 def programs(e):
-    """The text of the step and of how parameters start."""
-    made = session(e)
-    with jax.set_mesh(made.mesh):
-        init = jax.jit(lambda: init_params(made.model, e)).lower()
+    """Lower the training step and parameter initialization."""
+    session = make_session(e)
+    with jax.set_mesh(session.mesh):
+        init = jax.jit(lambda: init_params(session.model, e)).lower()
     return step_text(e) + init.as_text()
 
 
 def forward_text(e):
-    made = Session(e, session(e).mesh, TOKENIZER)
-    with jax.set_mesh(made.mesh):
-        run = jax.jit(lambda params, batch: made.model.apply({"params": params}, **batch.inputs))
-        return run.lower(made.abstract_state.params, made.abstract_batch).as_text()
+    session = Session(e, make_session(e).mesh, TOKENIZER)
+    with jax.set_mesh(session.mesh):
+        run = jax.jit(lambda params, batch: session.model.apply({"params": params}, **batch.inputs))
+        return run.lower(session.abstract_state.params, session.abstract_batch).as_text()
 
 
 def first_batch(e):
@@ -488,59 +498,60 @@ def first_batch(e):
 
 
 @cache
-def as_it_is(e, seen):
-    return LOOKS[seen](e)
+def cached_representation(e, kind):
+    return REPRESENTATIONS[kind](e)
 
 
-LOOKS = {
+REPRESENTATIONS = {
     "step": step_text,
     "evaluation": evaluation_text,
-    "start and evaluation": start_and_evaluation_text,
+    "init and evaluation": init_and_evaluation_text,
     "forward": forward_text,
-    "state": start,
+    "state": initial_params,
     "batches": first_batch,
     "programs": programs,
 }
 
 
-# Parts of them that are lowered in a third of the time: where a part differs, so does the whole.
-PARTS = {"step": "evaluation", "programs": "start and evaluation"}
+# Parts of the representations that take a third of the time to lower. If a part differs, the whole
+# does.
+PARTS = {"step": "evaluation", "programs": "init and evaluation"}
 
 
-def differ(e, changed, seen):
-    part = PARTS.get(seen) if changed.model != e.model else None
-    if part and as_it_is(e, part) != LOOKS[part](changed):
+def differ(e, changed, kind):
+    part = PARTS.get(kind) if changed.model != e.model else None
+    if part and cached_representation(e, part) != REPRESENTATIONS[part](changed):
         return True
-    return not np.array_equal(as_it_is(e, seen), LOOKS[seen](changed))
+    return not np.array_equal(cached_representation(e, kind), REPRESENTATIONS[kind](changed))
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_a_field_that_is_changed_changes_something(base, field):
+def test_changed_field_changes_representation(base, field):
     e, other = base
-    text, seen = CHANGES[field]
+    text, kind = CHANGES[field]
     changed = configs.override(e, field, text.format(other=other))
     assert configs.differences(e, changed)
-    assert differ(e, changed, seen)
+    assert differ(e, changed, kind)
 
 
-@pytest.mark.parametrize(("choice", "field"), OF_OTHERS, ids=str)
-def test_so_does_a_field_of_another_component(base, choice, field):
+@pytest.mark.parametrize(("choice", "field"), COMPONENT_CHANGES, ids=str)
+def test_changed_field_of_other_component_changes_representation(base, choice, field):
     path, _, component = choice.partition("=")
     e = configs.override(base[0], path, component)
-    text, seen = OF_OTHERS[choice, field]
-    assert differ(e, configs.override(e, f"{path}.{field}", text), seen)
+    text, kind = COMPONENT_CHANGES[choice, field]
+    assert differ(e, configs.override(e, f"{path}.{field}", text), kind)
 
 
-@pytest.mark.parametrize(("reader", "field"), READER_FIELDS, ids=str)
-def test_so_does_a_field_of_a_model_that_reads_more(reader, field):
-    e, changes = READERS[reader]
+@pytest.mark.parametrize(("source", "field"), SOURCE_FIELDS, ids=str)
+def test_changed_field_of_model_with_source_changes_representation(source, field):
+    e, changes = SOURCE_EXPERIMENTS[source]
     changed = configs.override(e, field, changes[field])
     assert configs.differences(e, changed)
     assert differ(e, changed, "programs")
 
 
-def test_a_field_that_is_not_changed_changes_nothing(base):
-    """Else the test above would prove nothing."""
+def test_representations_of_equal_experiments_are_equal(base):
+    """Without this property, the tests above would prove nothing."""
     e, _ = base
-    for seen, look in LOOKS.items():
-        assert np.array_equal(as_it_is(e, seen), look(dataclasses.replace(e)))
+    for kind, represent in REPRESENTATIONS.items():
+        assert np.array_equal(cached_representation(e, kind), represent(dataclasses.replace(e)))

@@ -1,4 +1,4 @@
-"""Operations counted from the config against those that XLA counts in the program."""
+"""FLOPs computed from the config against XLA's cost analysis of the program."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ LENGTH, VOCAB, ROWS = 64, 96, 2
     "feed_forward", [MLPConfig(width=96), GatedMLPConfig(width=64)], ids=["MLP", "GatedMLP"]
 )
 @pytest.mark.parametrize("kv_heads", [None, 2], ids=["all heads", "grouped"])
-def test_the_count_is_that_of_the_program(feed_forward, kv_heads):
-    """Wide enough that matrix products are nearly all of it; bidirectional, so that every pair counts."""
+def test_token_flops_equal_cost_analysis(feed_forward, kv_heads):
+    """Compare within 6%: the model is wide, so that matrix products dominate.
+
+    Attention is bidirectional, so that every pair counts.
+    """
     config = DecoderConfig(
         depth=2,
         width=128,
@@ -30,8 +33,8 @@ def test_the_count_is_that_of_the_program(feed_forward, kv_heads):
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     analysis = jax.jit(model.apply).lower(params, tokens).compile().cost_analysis()
     counted = config.token_flops(VOCAB, LENGTH)
-    ours = (counted.weights + counted.attention) * ROWS * LENGTH
-    assert analysis["flops"] == pytest.approx(ours, rel=0.06)
+    expected = (counted.weights + counted.attention) * ROWS * LENGTH
+    assert analysis["flops"] == pytest.approx(expected, rel=0.06)
     assert counted.training == 3 * (counted.weights + counted.attention)
 
 
@@ -43,18 +46,18 @@ def brute_force(kind, length):
 
 
 @pytest.mark.parametrize("kind", [Causal(), Sliding(window=1), Sliding(window=5), Sliding(window=99), Bidirectional(), Bidirectional(left=3, right=3)], ids=repr)  # fmt: skip
-def test_attention_counts_the_pairs_that_its_mask_allows(kind):
+def test_token_flops_counts_allowed_pairs_of_the_mask(kind):
     config = DecoderConfig(depth=3, width=32, attention=AttentionConfig(heads=2), pattern=(kind,))
     expected = 3 * 4 * 32 * brute_force(kind, 20) / 20
     assert config.token_flops(VOCAB, 20).attention == pytest.approx(expected)
 
 
-def test_peaks():
+def test_peak_flops_by_device_kind():
     class Device:
         def __init__(self, kind):
             self.platform, self.device_kind = "tpu", kind
 
-    assert peak_flops(Device("TPU v5 lite")) == PEAK["TPU v5 lite"]  # not the v5, whose name it begins with
+    assert peak_flops(Device("TPU v5 lite")) == PEAK["TPU v5 lite"]  # the longest matching name, not "TPU v5"
     assert peak_flops(Device("TPU v5")) == PEAK["TPU v5"]
     assert peak_flops(Device("NVIDIA H100 80GB HBM3")) == PEAK["NVIDIA H100"]
     assert np.isnan(peak_flops(Device("TPU v99")))

@@ -1,4 +1,4 @@
-"""The loss against NumPy in double precision."""
+"""The loss against NumPy in float64."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +18,13 @@ def problem():
 
 
 def oracle(problem, label_smoothing, z_loss):
-    """Cross-entropy with the smoothed distribution written out, and the squared log-normaliser."""
+    """Compute cross-entropy with an explicit smoothed distribution, and the squared log-sum-exp."""
     x, table, targets, weights = problem
     logits = x @ table.T
     lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     log_p = logits - lse[..., None]
-    wanted = (1 - label_smoothing) * np.eye(V)[targets] + label_smoothing / V
-    return (weights * (-(wanted * log_p).sum(-1) + z_loss * lse**2)).sum()
+    target_p = (1 - label_smoothing) * np.eye(V)[targets] + label_smoothing / V
+    return (weights * (-(target_p * log_p).sum(-1) + z_loss * lse**2)).sum()
 
 
 def loss_terms(problem) -> LossTerms:
@@ -33,20 +33,20 @@ def loss_terms(problem) -> LossTerms:
 
 
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.3, 0.1)])
-def test_loss(problem, label_smoothing, z_loss):
-    found = Loss(label_smoothing=label_smoothing, z_loss=z_loss)(loss_terms(problem), jnp.float32(problem[3]))
-    assert float(found) == pytest.approx(oracle(problem, label_smoothing, z_loss), rel=1e-5)
+def test_loss_equals_oracle(problem, label_smoothing, z_loss):
+    loss = Loss(label_smoothing=label_smoothing, z_loss=z_loss)(loss_terms(problem), jnp.float32(problem[3]))
+    assert float(loss) == pytest.approx(oracle(problem, label_smoothing, z_loss), rel=1e-5)
 
 
-def test_metrics_are_of_plain_cross_entropy(problem):
+def test_token_sums_use_plain_cross_entropy(problem):
     x, table, targets, weights = problem
     sums = token_sums(loss_terms(problem), jnp.float32(weights))
     assert float(sums["nats"]) == pytest.approx(oracle(problem, 0, 0), rel=1e-5)
-    right = (x @ table.T).argmax(-1) == targets
-    assert float(sums["correct"]) == pytest.approx((weights * right).sum(), rel=1e-6)
+    correct = (x @ table.T).argmax(-1) == targets
+    assert float(sums["correct"]) == pytest.approx((weights * correct).sum(), rel=1e-6)
 
 
 @pytest.mark.parametrize("fields", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1.0}])
-def test_refusals(fields):
+def test_loss_rejects_values_out_of_range(fields):
     with pytest.raises(ValueError, match="label_smoothing must be at least 0"):
         Loss(**fields)

@@ -1,4 +1,4 @@
-"""The sinks of metrics, on real files; the trackers on modules that record what they are told."""
+"""Metric sinks on real files, and trackers on fake modules that record calls."""
 
 import io
 import json
@@ -17,17 +17,17 @@ from attnlab.train.metrics import JsonLines, MetricWriters
 
 
 def lines(path):
-    """The rows of a metrics.jsonl without their time, which no two runs share."""
+    """Return the rows of a metrics.jsonl without their time, which differs between runs."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         del row["time"]
     return rows
 
 
-# metrics.jsonl -------------------------------------------------------------------------------------------
+# metrics.jsonl ------------------------------------------------------------------------------------
 
 
-def test_each_line_is_on_disk_at_once(tmp_path):
+def test_json_lines_write_is_on_disk_immediately(tmp_path):
     file = JsonLines(tmp_path / "run" / "metrics.jsonl")
     file.write(1, "train", {"loss": 2.5})
     file.write(2, "validation", {"loss": 0.1, "tokens": 7})
@@ -37,7 +37,7 @@ def test_each_line_is_on_disk_at_once(tmp_path):
     ]
 
 
-def test_each_row_has_its_time_in_seconds_since_1970(tmp_path, monkeypatch):
+def test_json_lines_time_is_seconds_since_1970(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     monkeypatch.setattr(sinks.time, "time", lambda: 1_700_000_000.1234)
     JsonLines(path).write(1, "train", {"loss": 2.5})
@@ -45,7 +45,7 @@ def test_each_row_has_its_time_in_seconds_since_1970(tmp_path, monkeypatch):
     assert sinks.read_metrics(path) == [{"step": 1, "split": "train", "time": 1700000000.123, "loss": 2.5}]
 
 
-def test_numbers_that_json_lacks_are_strings_and_read_back(tmp_path):
+def test_json_lines_roundtrip_of_nonfinite_numbers(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonLines(path).write(1, "train", {"a": math.nan, "b": math.inf, "c": -math.inf})
     row = json.loads(path.read_text(), parse_constant=pytest.fail)
@@ -63,7 +63,7 @@ def test_numbers_that_json_lacks_are_strings_and_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("appends", [True, False])
-def test_truncate_drops_later_steps_and_a_half_written_line(tmp_path, appends):
+def test_truncate_after_drops_later_steps_and_unfinished_line(tmp_path, appends):
     path = tmp_path / "metrics.jsonl"
     file = JsonLines(path)
     file._appends = appends  # False: as in an object store
@@ -77,14 +77,14 @@ def test_truncate_drops_later_steps_and_a_half_written_line(tmp_path, appends):
     assert [line["step"] for line in lines(path)] == [1, 2, 3, 4]
     file.truncate_after(-1)
     assert path.read_text() == ""
-    assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]  # no temporary file is left
+    assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]  # no temporary file remains
 
 
-def test_opening_drops_a_half_written_line_only(tmp_path):
+def test_json_lines_open_drops_only_an_unfinished_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonLines(path).write(9, "train", {"loss": 1})
     whole = path.read_text()
-    path.write_text(whole + whole[:-1])  # all but the newline: it may lack digits
+    path.write_text(whole + whole[:-1])  # without the newline, digits may be missing
     assert len(sinks.read_metrics(path)) == 2
     JsonLines(path)
     assert path.read_text() == whole
@@ -93,7 +93,7 @@ def test_opening_drops_a_half_written_line_only(tmp_path):
     assert lines(path) == [{"step": 1, "split": "train"}]
 
 
-# TensorBoard ---------------------------------------------------------------------------------------------
+# TensorBoard --------------------------------------------------------------------------------------
 
 
 def masked_crc32c(data):
@@ -107,7 +107,7 @@ def masked_crc32c(data):
 
 
 def events(folder):
-    """The events of all files in the folder, in order, each record's checksums verified."""
+    """Yield the events of all files in a folder, in order, verifying the records' checksums."""
     from tensorboardX.proto.event_pb2 import Event
 
     for file in sorted(folder.glob("events*")):
@@ -125,25 +125,25 @@ def scalars(folder):
     return [(e.step, v.tag, v.simple_value) for e in events(folder) for v in e.summary.value]
 
 
-def test_tensorboard_events_are_read_back(tmp_path):
+def test_tensorboard_roundtrip(tmp_path):
     board = sinks.TensorBoard(tmp_path)
     board.write(3, "train", {"loss": 2.5, "tokens": 7})
     board.close()
     assert scalars(tmp_path) == [(3, "train/loss", 2.5), (3, "train/tokens", 7.0)]
-    again = sinks.TensorBoard(tmp_path)  # within the same second, into a file of its own
+    again = sinks.TensorBoard(tmp_path)  # within the same second, but a separate file
     again.write(4, "train", {"loss": math.inf})
     again.close()
     assert sorted(scalars(tmp_path))[-1] == (4, "train/loss", math.inf)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_tensorboard_is_told_which_steps_to_forget(tmp_path):
+def test_tensorboard_resume_writes_session_start(tmp_path):
     sinks.TensorBoard(tmp_path, resume=20).close()
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
     assert starts == [21]
 
 
-# Progress ------------------------------------------------------------------------------------------------
+# Progress -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def shown(terminal):
     return out, Console(file=out, force_terminal=terminal, width=120, highlight=False, soft_wrap=True)
 
 
-def test_plain_lines_are_few_short_and_aligned(clock):
+def test_progress_lines_are_rate_limited_and_aligned(clock):
     out, console = shown(False)
     bar = progress.Progress(2000, console=console)
     for step in range(1, 2001):
@@ -179,13 +179,13 @@ def test_plain_lines_are_few_short_and_aligned(clock):
     assert max(map(len, rows)) < 80
 
 
-def test_lines_without_a_planned_end_or_known_metrics(clock):
+def test_progress_line_without_length_or_known_metrics(clock):
     out, console = shown(False)
     progress.Progress(None, console=console).write(5, "train", {"accuracy": 0.25, "b": 1, "c": 2, "d": 3})
     assert out.getvalue() == "step      5  train       accuracy 0.25  b 1  c 2  -:--:-- left\n"
 
 
-def test_the_bar_shows_the_same(clock):
+def test_progress_bar_shows_step_loss_speed_and_time(clock):
     out, console = shown(True)
     bar = progress.Progress(100, start=40, console=console)
     bar._bar.refresh()
@@ -200,7 +200,7 @@ def test_the_bar_shows_the_same(clock):
     assert "step  60/100  validation  loss 3.5000" in text
 
 
-# Trackers ------------------------------------------------------------------------------------------------
+# Trackers -----------------------------------------------------------------------------------------
 
 
 class Recorder(types.ModuleType):
@@ -226,7 +226,7 @@ class Recorder(types.ModuleType):
         return [call[1:] for call in self.calls if call[0] == name]
 
 
-def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
+def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     wandb = Recorder("wandb")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -245,7 +245,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
     assert [call[0]["exit_code"] for call in wandb.named("finish")] == [0, 1]
 
 
-def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
+def test_mlflow_resumes_the_same_run(tmp_path, monkeypatch):
     mlflow = Recorder("mlflow")
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
@@ -260,7 +260,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
     assert mlflow.named("end_run") == [({"status": "FINISHED"},)] * 2
 
 
-def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+def test_tracker_unknown_or_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="pip install wandb"):
         MetricWriters(tmp_path, trackers=["wandb"], primary=True)
@@ -269,10 +269,10 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# All together --------------------------------------------------------------------------------------------
+# All sinks ----------------------------------------------------------------------------------------
 
 
-def test_writers_resume_drops_what_came_after(tmp_path, capsys):
+def test_metric_writers_resume_drops_later_steps(tmp_path, capsys):
     with MetricWriters(tmp_path, steps=4, primary=True) as writers:
         for step in range(5):
             writers.write(step, "train", {"loss": step})
@@ -285,7 +285,7 @@ def test_writers_resume_drops_what_came_after(tmp_path, capsys):
     assert "step 4/4  train" in capsys.readouterr().out
 
 
-def test_arrays_are_numbers_and_reserved_names_are_refused(tmp_path):
+def test_metric_writers_accept_arrays_and_reject_reserved_names(tmp_path):
     import numpy as np
 
     with MetricWriters(tmp_path, primary=True, progress=False) as writers:
@@ -297,14 +297,14 @@ def test_arrays_are_numbers_and_reserved_names_are_refused(tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 0.5, "count": 3.0}]
 
 
-def test_other_processes_write_nothing(tmp_path, capsys):
+def test_metric_writers_on_other_processes_write_nothing(tmp_path, capsys):
     with MetricWriters(tmp_path, trackers=["wandb"], primary=False) as writers:
         writers.write(1, "train", {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
 
 
-def test_one_sink_that_cannot_close_does_not_keep_the_others_open(tmp_path):
+def test_metric_writers_close_all_sinks_even_if_one_raises(tmp_path):
     writers = MetricWriters(tmp_path, primary=True, progress=False)
     writers.close()
     closed = []

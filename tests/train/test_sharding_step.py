@@ -1,4 +1,4 @@
-"""The step on meshes: the same losses, arrays where they belong, and only the collectives that are meant."""
+"""The training step on meshes: equal losses, expected shardings and expected collectives."""
 
 import math
 import re
@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from attnlab.train import AdamW, Constant
-from tests.train.small import experiment, random_batch, session
+from tests.train.small import make_experiment, make_session, random_batch
 
 MESHES = ["single", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"]
 ALL = [*MESHES, "tensor:2", "fsdp:4,tensor:2"]
@@ -20,29 +20,29 @@ STEPS = 50
 
 @cache
 def losses(mesh):
-    made = session(
-        experiment(optimizer=AdamW(learning_rate=1e-2, schedule=Constant(warmup=5)), steps=STEPS), mesh
+    session = make_session(
+        make_experiment(optimizer=AdamW(learning_rate=1e-2, schedule=Constant(warmup=5)), steps=STEPS), mesh
     )
-    state, found = made.new_state(), []
+    state, curve = session.new_state(), []
     for step in range(STEPS):
-        state, metrics = made.train_step(state, made.to_devices(random_batch(step % 4)))
-        found.append(float(metrics["loss"]))
-    return found
+        state, metrics = session.train_step(state, session.to_devices(random_batch(step % 4)))
+        curve.append(float(metrics["loss"]))
+    return curve
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
-def test_the_loss_curve_is_the_same_on_every_mesh(mesh):
+def test_loss_curve_is_the_same_on_every_mesh(mesh):
     assert losses("single")[0] - losses("single")[-1] > 1
     assert losses(mesh) == pytest.approx(losses("single"), abs=1e-4)
 
 
 @pytest.mark.parametrize("mesh", ALL)
-def test_state_lies_where_it_belongs_and_stays_there(mesh):
-    made = session(experiment(ema=0.9), mesh)
-    state = made.new_state()
+def test_state_has_expected_shardings_before_and_after_a_step(mesh):
+    session = make_session(make_experiment(ema=0.9), mesh)
+    state = session.new_state()
     specs = {name: x.sharding.spec for name, x in named(state.params).items()}
     block = "layers/periods/block0"
-    vocabulary = P(None, "fsdp") if made.mesh.shape["tensor"] > 1 else P("tensor", "fsdp")  # 257 is odd
+    vocabulary = P(None, "fsdp") if session.mesh.shape["tensor"] > 1 else P("tensor", "fsdp")  # 257 is odd
     assert specs["embedding/table"] == vocabulary
     for name in ("query", "key", "value"):
         assert specs[f"{block}/attention/{name}/kernel"] == P(None, "fsdp", "tensor", None)
@@ -53,8 +53,8 @@ def test_state_lies_where_it_belongs_and_stays_there(mesh):
     assert specs["norm/scale"] == P(None)
     for moments in (state.opt_state[0].mu, state.opt_state[0].nu, state.ema):
         assert {name: x.sharding.spec for name, x in named(moments).items()} == specs
-    after, _ = made.train_step(state, made.to_devices(random_batch()))
-    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(made.abstract_state), strict=True):
+    after, _ = session.train_step(state, session.to_devices(random_batch()))
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(session.abstract_state), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
@@ -65,22 +65,22 @@ def named(params):
     }
 
 
-# Collectives --------------------------------------------------------------------------------------------
+# Collectives --------------------------------------------------------------------------------------
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-ROWS, LENGTH, WIDTH = 24, 20, 48  # sizes by which no activation can be taken for a parameter
+ROWS, LENGTH, WIDTH = 24, 20, 48  # sizes that distinguish activations from parameters
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One array that a collective of the compiled program makes."""
+    """One array that a collective of the compiled program produces."""
 
     kind: str
     shape: tuple[int, ...]
 
 
 def collectives(text):
-    """Every collective of a program's text; one that makes a tuple counts for each of its arrays."""
+    """Return the collectives in a program's text, one entry per array of a tuple result."""
     found = []
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
@@ -96,61 +96,50 @@ def collectives(text):
 
 
 def compiled(mesh, microbatches=1):
-    made = session(
-        experiment(
+    session = make_session(
+        make_experiment(
             model={"width": WIDTH, "scan": True},
             batch_size=ROWS,
             microbatches=microbatches,
         ),
         mesh,
     )
-    return made, collectives(made.compile_train_step().as_text())
+    return session, collectives(session.compile_train_step().as_text())
 
 
-def parameter_shapes(made):
-    """The shapes, whole or still cut over tensor, that a parameter has when gathered over fsdp.
+def parameter_shapes(session):
+    """Return the per-device sizes of parameters gathered over fsdp (still sharded over tensor).
 
-    One layer of a scanned stack is gathered at a time, with or without its leading dimension of 1, and
-    the compiler is free to merge or to order dimensions: so each shape is the sorted sizes above 1.
+    Includes the size of one layer of a scanned stack, which is gathered at a time. Sizes are
+    compared rather than shapes, since the compiler may merge or reorder dimensions.
     """
     shapes = set()
-    for x in jax.tree.leaves(made.abstract_state.params):
+    for x in jax.tree.leaves(session.abstract_state.params):
         spec = (*x.sharding.spec, *(None,) * (x.ndim - len(x.sharding.spec)))
-        cut = tuple(
-            size // (made.mesh.shape["tensor"] if axis == "tensor" else 1)
+        shard = tuple(
+            size // (session.mesh.shape["tensor"] if axis == "tensor" else 1)
             for size, axis in zip(x.shape, spec, strict=True)
         )
-        shapes |= {math.prod(cut), math.prod(cut[1:])}
+        shapes |= {math.prod(shard), math.prod(shard[1:])}
     return shapes
 
 
-def activation_sizes(made):
-    """Sizes of arrays with a batch dimension on one device and, over fsdp and data, of all of them."""
-    sizes = set()
-    for pieces in (
-        1,
-        made.mesh.shape["data"] * made.mesh.shape["fsdp"],
-        made.mesh.shape["fsdp"],
-        made.mesh.shape["data"],
-    ):
-        sizes |= {ROWS // pieces, ROWS // pieces * 16}
-    return sizes
-
-
-def of_activations(made, found):
-    """The gathers whose result is no parameter's: with a batch dimension, or any other."""
-    return [c for c in found if c.kind == "all-gather" and math.prod(c.shape) not in parameter_shapes(made)]
+def of_activations(session, found):
+    """Return the all-gathers whose result does not have the size of a parameter."""
+    return [
+        c for c in found if c.kind == "all-gather" and math.prod(c.shape) not in parameter_shapes(session)
+    ]
 
 
 @pytest.mark.parametrize(
     "mesh", ["single", "data:8", "fsdp:8", "tensor:2", "fsdp:4,tensor:2", "data:2,fsdp:2,tensor:2"]
 )
-def test_collectives_of_the_step(mesh):
-    made, found = compiled(mesh)
+def test_step_has_only_expected_collectives(mesh):
+    session, found = compiled(mesh)
     kinds = Counter(c.kind for c in found)
     assert not {"all-to-all", "collective-permute"} & set(kinds), found
-    assert of_activations(made, found) == []
-    shape = made.mesh.shape
+    assert of_activations(session, found) == []
+    shape = session.mesh.shape
     if mesh == "single":
         assert not kinds
     else:
@@ -161,20 +150,20 @@ def test_collectives_of_the_step(mesh):
         assert kinds["all-gather"] == 0
 
 
-def test_microbatches_bring_no_other_collectives():
-    made, found = compiled("data:2,fsdp:2,tensor:2", microbatches=2)
+def test_microbatches_add_no_collectives():
+    session, found = compiled("data:2,fsdp:2,tensor:2", microbatches=2)
     assert not {"all-to-all", "collective-permute"} & {c.kind for c in found}
-    assert of_activations(made, found) == []
+    assert of_activations(session, found) == []
 
 
-def test_the_check_finds_a_gathered_activation():
-    """A program that gathers the batch is told from one that gathers a parameter."""
-    made = session(experiment(model={"width": WIDTH}, batch_size=ROWS), "fsdp:8")
-    with jax.set_mesh(made.mesh):
+def test_of_activations_detects_a_gathered_activation():
+    """A program that gathers the batch is distinguished from one that gathers a parameter."""
+    session = make_session(make_experiment(model={"width": WIDTH}, batch_size=ROWS), "fsdp:8")
+    with jax.set_mesh(session.mesh):
         x = jax.ShapeDtypeStruct(
-            (ROWS, 16, WIDTH), "float32", sharding=jax.NamedSharding(made.mesh, P("fsdp"))
+            (ROWS, 16, WIDTH), "float32", sharding=jax.NamedSharding(session.mesh, P("fsdp"))
         )
         text = (
             jax.jit(lambda x: jax.sharding.reshard(x, P(None, None, None)) * 2).lower(x).compile().as_text()
         )
-    assert of_activations(made, collectives(text))
+    assert of_activations(session, collectives(text))

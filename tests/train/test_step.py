@@ -1,4 +1,4 @@
-"""The training step as a pure function of state and batch."""
+"""The training step: accumulation, clipping, EMA, skipped updates, dropout and purity."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ import pytest
 from attnlab.train import SGD, AdamW, Constant, SpikeSkip
 from attnlab.train.loop import Diverged, check_finite
 from attnlab.train.step import LossHistory
-from tests.train.small import experiment, random_batch, session
+from tests.train.small import make_experiment, make_session, random_batch
 
 
-def stepped(made, state, batch):
-    """One step, keeping the state it starts from."""
-    return made.train_step(jax.tree.map(jnp.copy, state), made.to_devices(batch))
+def run_step(session, state, batch):
+    """Run one step on a copy of the state, since the step donates it."""
+    return session.train_step(jax.tree.map(jnp.copy, state), session.to_devices(batch))
 
 
 def leaves(tree):
@@ -24,45 +24,49 @@ def leaves(tree):
 
 @pytest.mark.parametrize("optimizer", [AdamW(epsilon=1e-3), SGD()], ids=["AdamW", "SGD"])
 def test_gradient_accumulation_equals_the_whole_batch(optimizer):
-    # AdamW's epsilon is above the noise, which a gradient of nearly nothing would otherwise be all of.
+    # AdamW's epsilon is above the rounding noise, which would dominate gradients close to zero.
     batch = random_batch(uneven=True)
-    whole, parts = (session(experiment(optimizer=optimizer, microbatches=count)) for count in (1, 4))
+    whole, parts = (
+        make_session(make_experiment(optimizer=optimizer, microbatches=count)) for count in (1, 4)
+    )
     start = whole.new_state()
-    one, metrics_one = stepped(whole, start, batch)
-    four, metrics_four = stepped(parts, start, batch)
+    one, metrics_one = run_step(whole, start, batch)
+    four, metrics_four = run_step(parts, start, batch)
     np.testing.assert_allclose(leaves(four.params), leaves(one.params), atol=1e-6, rtol=0)
     for name in ("loss", "accuracy", "bits_per_byte", "grad_norm", "tokens"):
         np.testing.assert_allclose(metrics_four[name], metrics_one[name], rtol=1e-5)
 
 
-def test_clipping_scales_the_whole_gradient_to_the_norm():
+def test_clipping_scales_the_gradient_to_the_global_norm():
     plain = {"momentum": 0.0, "weight_decay": 0.0, "schedule": Constant(), "learning_rate": 1.0}
-    free, clipped = (session(experiment(optimizer=SGD(clip_norm=norm, **plain))) for norm in (None, 0.01))
+    free, clipped = (
+        make_session(make_experiment(optimizer=SGD(clip_norm=norm, **plain))) for norm in (None, 0.01)
+    )
     start, batch = free.new_state(), random_batch()
-    one, metrics = stepped(free, start, batch)
-    two, same = stepped(clipped, start, batch)
+    one, metrics = run_step(free, start, batch)
+    two, same = run_step(clipped, start, batch)
     assert float(metrics["grad_norm"]) > 0.02
-    np.testing.assert_allclose(same["grad_norm"], metrics["grad_norm"], rtol=1e-6)  # as it was before
+    np.testing.assert_allclose(same["grad_norm"], metrics["grad_norm"], rtol=1e-6)  # before clipping
     np.testing.assert_allclose(same["update_norm"], 0.01, rtol=1e-5)
     free_update, clipped_update = (leaves(x.params) - leaves(start.params) for x in (one, two))
     np.testing.assert_allclose(clipped_update, free_update * 0.01 / float(metrics["grad_norm"]), atol=1e-7)
 
 
 def test_ema_follows_the_parameters():
-    made = session(experiment(ema=0.5))
-    state, batch = made.new_state(), random_batch()
+    session = make_session(make_experiment(ema=0.5))
+    state, batch = session.new_state(), random_batch()
     expected = leaves(state.params)
     for step in range(6):
-        state, _ = stepped(made, state, batch)
+        state, _ = run_step(session, state, batch)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * leaves(state.params)
     np.testing.assert_allclose(leaves(state.ema), expected, atol=1e-6)
-    assert made.eval_params(state) is state.ema
+    assert session.eval_params(state) is state.ema
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_told():
-    made = session(experiment(ema=0.9))
-    state = made.new_state()
+def test_nonfinite_update_is_skipped_and_reported():
+    session = make_session(make_experiment(ema=0.9))
+    state = session.new_state()
     path = ("layers", "periods", "block0", "feed_forward", "up", "kernel")
     poisoned = jax.tree.map(jnp.copy, state.params)
     here = poisoned
@@ -72,56 +76,58 @@ def test_an_update_that_is_not_finite_is_skipped_and_told():
     values[0, 0, 0] = np.nan
     here[path[-1]] = jax.device_put(values, here[path[-1]].sharding)
     state = dataclasses.replace(state, params=poisoned)
-    after, metrics = stepped(made, state, random_batch())
+    after, metrics = run_step(session, state, random_batch())
     np.testing.assert_array_equal(leaves(after.params), leaves(state.params))
     np.testing.assert_array_equal(leaves(after.opt_state), leaves(state.opt_state))
     np.testing.assert_array_equal(leaves(after.ema), leaves(state.ema))
     assert (int(after.step), float(metrics["skipped"])) == (1, 1.0)
     with pytest.raises(Diverged, match="^step 7: loss nan.*the gradient of embedding/table$"):
-        check_finite(7, jax.device_get(metrics), made)
+        check_finite(7, jax.device_get(metrics), session)
 
 
-def test_diverged_names_the_first_bad_tensor_in_order():
-    made = session(experiment())
-    count = len(jax.tree.leaves(made.abstract_state.params))
+def test_diverged_names_the_first_nonfinite_tensor():
+    session = make_session(make_experiment())
+    count = len(jax.tree.leaves(session.abstract_state.params))
     norms = np.ones(count)
     norms[[2, 4]] = np.inf, np.nan
-    told = {"loss": np.float32(3.5), "grad_norm": np.float32("nan"), "leaf_norms": norms}
+    metrics = {"loss": np.float32(3.5), "grad_norm": np.float32("nan"), "leaf_norms": norms}
     with pytest.raises(Diverged, match="step 3: loss 3.5, gradient norm nan.*attention/out/kernel"):
-        check_finite(3, told, made)
+        check_finite(3, metrics, session)
     with pytest.raises(Diverged, match="the loss itself"):
-        check_finite(3, told | {"loss": np.float32("inf"), "leaf_norms": np.ones(count)}, made)
+        check_finite(3, metrics | {"loss": np.float32("inf"), "leaf_norms": np.ones(count)}, session)
 
 
-def test_a_spike_is_skipped_and_not_learnt_as_usual():
-    made = session(experiment(spike_skip=SpikeSkip(sigmas=3.0, window=4)))
-    state, batch = made.new_state(), random_batch()
+def test_spike_is_skipped_and_excluded_from_history():
+    session = make_session(make_experiment(spike_skip=SpikeSkip(sigmas=3.0, window=4)))
+    state, batch = session.new_state(), random_batch()
     known = LossHistory(jnp.float32(1.0), jnp.float32(0.01), jnp.float32(4))
-    after, metrics = stepped(made, dataclasses.replace(state, history=known), batch)  # a loss of about 5.5
+    after, metrics = run_step(
+        session, dataclasses.replace(state, history=known), batch
+    )  # a loss of about 5.5
     assert float(metrics["skipped"]) == 1.0
     np.testing.assert_array_equal(leaves(after.params), leaves(state.params))
     assert jax.device_get(after.history) == known
-    new = dataclasses.replace(known, count=jnp.float32(3))  # too few to know what is usual
-    after, metrics = stepped(made, dataclasses.replace(state, history=new), batch)
+    new = dataclasses.replace(known, count=jnp.float32(3))  # fewer steps than the window
+    after, metrics = run_step(session, dataclasses.replace(state, history=new), batch)
     assert float(metrics["skipped"]) == 0.0
     assert float(after.history.count) == 4.0
     assert float(after.history.mean) == pytest.approx(1 + (float(metrics["loss"]) - 1) / 4, rel=1e-5)
 
 
 def test_dropout_differs_by_step_and_by_microbatch():
-    made = session(experiment(dropout=0.5))
-    state, batch = made.new_state(), random_batch()
+    session = make_session(make_experiment(dropout=0.5))
+    state, batch = session.new_state(), random_batch()
     losses = [
-        float(stepped(made, dataclasses.replace(state, step=jnp.int32(step)), batch)[1]["loss"])
+        float(run_step(session, dataclasses.replace(state, step=jnp.int32(step)), batch)[1]["loss"])
         for step in (0, 0, 1)
     ]
     assert losses[0] == losses[1] != losses[2]
-    # Eight equal rows: with one key for both microbatches, the sums of both would be equal.
+    # Eight equal rows: with the same key, both microbatches would have equal sums.
     same = batch.map(lambda x: np.repeat(x[:1], 8, axis=0))
-    halves = session(experiment(dropout=0.5, microbatches=2))
-    one_half = session(experiment(dropout=0.5, batch_size=4))
+    halves = make_session(make_experiment(dropout=0.5, microbatches=2))
+    one_half = make_session(make_experiment(dropout=0.5, batch_size=4))
     four = same.map(lambda x: x[:4])
-    loss = float(stepped(halves, state, same)[1]["loss"])
+    loss = float(run_step(halves, state, same)[1]["loss"])
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), 0)
     first = _loss_with(one_half, state.params, four, jax.random.fold_in(key, 0))
     second = _loss_with(one_half, state.params, four, jax.random.fold_in(key, 1))
@@ -129,32 +135,32 @@ def test_dropout_differs_by_step_and_by_microbatch():
     assert loss == pytest.approx((first + second) / 2, rel=1e-5)
 
 
-def _loss_with(made, params, batch, key):
-    with jax.set_mesh(made.mesh):
-        there = made.to_devices(batch)
-        terms = made.model.apply(
-            {"params": params}, there.tokens, there.targets, there.segments, there.positions,
+def _loss_with(session, params, batch, key):
+    with jax.set_mesh(session.mesh):
+        sharded = session.to_devices(batch)
+        terms = session.model.apply(
+            {"params": params}, sharded.tokens, sharded.targets, sharded.segments, sharded.positions,
             deterministic=False, rngs={"dropout": key}, method="loss_terms",
         )  # fmt: skip
         return float(jnp.mean(terms.lse - terms.target_logit))
 
 
-def test_the_step_is_pure():
-    made = session(experiment(dropout=0.1, ema=0.9, spike_skip=SpikeSkip()))
-    state, batch = made.new_state(), random_batch()
-    (one, metrics), (two, again) = (stepped(made, state, batch) for _ in range(2))
+def test_step_is_deterministic():
+    session = make_session(make_experiment(dropout=0.1, ema=0.9, spike_skip=SpikeSkip()))
+    state, batch = session.new_state(), random_batch()
+    (one, metrics), (two, again) = (run_step(session, state, batch) for _ in range(2))
     for a, b in zip(jax.tree.leaves((one, metrics)), jax.tree.leaves((two, again)), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_evaluation_weighs_tokens_not_batches():
-    made = session(experiment())
-    params = made.new_state().params
+def test_evaluate_weights_tokens_equally_across_batches():
+    session = make_session(make_experiment())
+    params = session.new_state().params
     batches = [random_batch(seed) for seed in range(2)]
     batches[1] = batches[1]._replace(weights=batches[1].weights * (np.arange(16)[None] < 2))
-    sums = [jax.device_get(made.eval_step(params, made.to_devices(b))) for b in batches]
-    found = made.evaluate(params, batches)
+    sums = [jax.device_get(session.eval_step(params, session.to_devices(b))) for b in batches]
+    metrics = session.evaluate(params, batches)
     nats, tokens = (sum(float(s[name]) for s in sums) for name in ("nats", "tokens"))
     assert tokens == 8 * 16 + 8 * 2
-    assert found["loss"] == pytest.approx(nats / tokens, rel=1e-6)
-    assert set(found) == {"loss", "accuracy", "bits_per_byte"}
+    assert metrics["loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert set(metrics) == {"loss", "accuracy", "bits_per_byte"}

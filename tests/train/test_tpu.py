@@ -1,4 +1,4 @@
-"""The training step compiled for a TPU slice that is not here."""
+"""Ahead-of-time compilation of the training step for a TPU slice, without a TPU."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from jax.experimental import topologies
 
 from attnlab import sharding
 from attnlab.data import Bytes, Text
-from attnlab.layers import Attention, GatedMLP
+from attnlab.layers import AttentionConfig, GatedMLPConfig
 from attnlab.layers.parameters import Dtypes
 from attnlab.models import DecoderConfig
 from attnlab.train import AdamW, Experiment
@@ -27,7 +27,8 @@ from attnlab.train.session import Session
 devices = topologies.get_topology_desc(topology_name="v5e:4x4", platform="tpu").devices
 experiment = Experiment(
     model=DecoderConfig(
-        depth=4, width=512, attention=Attention(heads=8, kv_heads=4), feed_forward=GatedMLP(width=1024),
+        depth=4, width=512, attention=AttentionConfig(heads=8, kv_heads=4),
+        feed_forward=GatedMLPConfig(width=1024),
         dtypes=Dtypes(compute="bfloat16"), remat="full",
     ),
     data=Text(tokenizer=Bytes(), sequence_length=256, batch_size=16),
@@ -56,8 +57,8 @@ print(json.dumps({
 
 @pytest.mark.preflight
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
-def test_the_step_compiles_for_a_slice_of_sixteen():
-    """In a process of its own: libtpu takes a lock, and complains of the missing TPU on stderr."""
+def test_step_compiles_for_a_slice_of_16_chips():
+    """Runs in a subprocess because libtpu takes a lock and warns of the missing TPU on stderr."""
     root = Path(__file__).parents[2]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -65,20 +66,20 @@ def test_the_step_compiles_for_a_slice_of_sixteen():
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "PYTHONPATH": str(root),
     }
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=600, env=env
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["devices"], "v5" in found["kind"]) == (16, True)
-    # The state goes in once and is updated in place. TPUs pad the smallest arrays, so it is a little more.
-    assert found["state"] <= found["arguments"] <= 1.2 * found["state"] + 2**20
-    assert found["aliased"] >= found["state"]
-    # Parameters and both moments, in float32, are cut eight ways: over fsdp and over tensor.
-    assert found["state"] == pytest.approx(3 * 4 * found["parameters"] / 8, rel=0.1)
-    # Recomputed layers keep activations to a few megabytes of the 16 GiB.
-    assert 0 < found["temporary"] < 256 * 2**20
-    collectives = found["collectives"]
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    report = json.loads(completed.stdout.splitlines()[-1])
+    assert (report["devices"], "v5" in report["kind"]) == (16, True)
+    # The arguments contain the state once, which is updated in place. TPUs pad the smallest arrays.
+    assert report["state"] <= report["arguments"] <= 1.2 * report["state"] + 2**20
+    assert report["aliased"] >= report["state"]
+    # Float32 parameters and both moments are sharded eight ways, over fsdp and tensor.
+    assert report["state"] == pytest.approx(3 * 4 * report["parameters"] / 8, rel=0.1)
+    # Rematerialized layers limit activations to a few megabytes of the 16 GiB.
+    assert 0 < report["temporary"] < 256 * 2**20
+    collectives = report["collectives"]
     assert collectives.get("all-gather", 0) > 0
     assert collectives.get("all-reduce", 0) + collectives.get("reduce-scatter", 0) > 0
     assert "all-to-all" not in collectives
