@@ -107,7 +107,7 @@ def _save_attention(trained: TrainedModel) -> None:
 def _most_frequent_successors(trained: TrainedModel) -> np.ndarray:
     """Return the token id that follows each token id most often in the training names."""
     data, followers = trained.experiment.data, defaultdict(Counter)
-    for name in Counter(data.text(record) for record in data.records("train")):
+    for name in Counter(data.text(record) for record in trained.records("train")):
         ids = [trained.tokenizer.eos_id, *trained.tokenizer.encode(name), trained.tokenizer.eos_id]
         for word, follower in itertools.pairwise(ids):
             followers[word][follower] += 1

@@ -103,7 +103,7 @@ def get_config() -> Experiment:
 
 def report(trained: TrainedModel) -> dict[str, float]:
     """Report the accuracy on held-out digits, that of a linear model, and a figure of attention."""
-    accuracy, linear = trained.metrics["accuracy"], _linear_accuracy(trained.experiment.data)
+    accuracy, linear = trained.metrics["accuracy"], _linear_accuracy(trained)
     trained.log(f"accuracy on the held-out digits: {accuracy:.1%}; logistic regression: {linear:.1%}")
     batch = trained.batches("validation", limit=1)[0]
     class_token = trained.attention(batch)[-1, 0, :, 0, 1:].reshape(-1, SIDE // 2, SIDE // 2)
@@ -117,13 +117,13 @@ def report(trained: TrainedModel) -> dict[str, float]:
     return {"accuracy": accuracy, "accuracy_linear": linear}
 
 
-def _linear_accuracy(data: Digits) -> float:
+def _linear_accuracy(trained: TrainedModel) -> float:
     """Return the best accuracy of logistic regression over five penalties."""
     from sklearn.linear_model import LogisticRegression
 
     (train, labels), (held_out, answers) = (
         (np.stack([r.image.ravel() for r in records]), [r.label for r in records])
-        for records in (data.records("train")[4::9], data.records("validation"))  # without shifts
+        for records in (trained.records("train")[4::9], trained.records("validation"))  # without shifts
     )
     models = (LogisticRegression(C=c, max_iter=5000) for c in (0.01, 0.1, 1.0, 10.0, 100.0))
     return max(float(model.fit(train, labels).score(held_out, answers)) for model in models)

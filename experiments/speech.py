@@ -128,7 +128,7 @@ def get_config() -> Experiment:
 
 def report(trained: TrainedModel) -> dict[str, float]:
     """Report the words and the numbers that are right, and a figure of when each word is heard."""
-    records = trained.experiment.data.records("validation")
+    records = trained.records("validation")
     sounds = [features(record) for record in records]
     outputs = trained.generator()(sources=sounds, sampling=SamplingParams(0.0), max_new_tokens=7)
     pairs = [

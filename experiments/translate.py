@@ -98,7 +98,7 @@ def get_config() -> Experiment:
 
 def report(trained: TrainedModel) -> dict[str, float]:
     """Report the unseen numbers translated without an error, and a figure of cross-attention."""
-    numbers = trained.experiment.data.records("validation")
+    numbers = trained.records("validation")
     outputs = trained.generate(
         [num2words(number) for number in numbers], sampling=SamplingParams(temperature=0.0), max_new_tokens=31
     )

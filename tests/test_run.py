@@ -46,7 +46,8 @@ def test_fast_dev_run_writes_every_output(lm):
     figures = {p.name for p in (folder / "run" / "figures").iterdir()}
     assert figures == {"attention.png", "attention.svg", "curve.png", "curve.svg"}
     report = json.loads((folder / "run" / "report.json").read_text())
-    assert set(report) == {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz", "claims"}
+    numbers = {"bits_per_byte_model", "bits_per_byte_bz2", "bits_per_byte_xz"}
+    assert set(report) == numbers | {"claims", "fast_dev_run"}
     assert out.startswith(f"new run of lm_docs ({ROOT}/experiments/lm_docs.py) in run\n")
     assert (
         "training in" in out and "done at step 2" in out and "resume, evaluate or sample with: python " in out
@@ -143,14 +144,16 @@ def test_sample_captions_image_files(tmp_path, capfd):
 def test_pronoun_experiment_writes_report_and_figures(tmp_path):
     config = f"--config={ROOT / 'experiments' / 'pronoun.py'}"
     out = run_ok(config, "--fast_dev_run", "--workdir=run", "--config.model.width=16", cwd=tmp_path)
-    assert "resolved: " in out and "claim FAILS" in out
+    assert "resolved: " in out and "claims are not checked in a fast_dev_run" in out
+    assert "claim FAILS" not in out and "claim holds" not in out
     assert {p.name for p in (tmp_path / "run" / "figures").iterdir()} == {"it.png", "it.svg"}
-    assert set(json.loads((tmp_path / "run" / "report.json").read_text())) == {
-        "accuracy",
-        "best_head",
-        "claims",
-    }
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report) == {"accuracy", "best_head", "claims", "fast_dev_run"}
+    assert (report["claims"], report["fast_dev_run"]) == ([], True)
     assert all("bits_per_byte" not in line for line in metrics(tmp_path / "run", "eval"))
+    assert "claim FAILS" in run_ok("--mode=eval", "--workdir=run", cwd=tmp_path)  # which reports in full
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [claim["held"] for claim in report["claims"]] == [False, False] and "fast_dev_run" not in report
 
 
 # In this process ---------------------------------------------------------------------------------

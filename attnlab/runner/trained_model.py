@@ -19,6 +19,7 @@ from attnlab.runner.claims import Claim, Comparison
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
 
+FAST_BATCHES, FAST_RECORDS, FAST_TOKENS = 1, 64, 8  # limits of a report in a fast_dev_run
 FIGURES = "figures"
 PRETRAINED = "pretrained"  # subfolder with the config and tokenizer files of an imported checkpoint
 
@@ -34,6 +35,8 @@ class TrainedModel:
       metrics: the metrics of the last evaluation.
       log: prints a line.
       claims: the claims recorded by `claim`, in order.
+      fast: whether this is a `--fast_dev_run`: `batches`, `records` and `generate` are short, and
+        `claim` checks nothing.
     """
 
     session: Session
@@ -42,6 +45,7 @@ class TrainedModel:
     metrics: Mapping[str, float] = field(default_factory=dict)
     log: Callable[[str], None] = print
     claims: list[Claim] = field(default_factory=list)
+    fast: bool = False
 
     @property
     def experiment(self) -> Experiment:
@@ -54,8 +58,15 @@ class TrainedModel:
         return self.session.tokenizer
 
     def batches(self, split: str, limit: int | None = None) -> list[Batch]:
-        """Return the batches of a split; each target occurs once."""
+        """Return the batches of a split; each target occurs once. At most `FAST_BATCHES` if `fast`."""
+        if self.fast:
+            limit = FAST_BATCHES if limit is None else min(limit, FAST_BATCHES)
         return list(self.experiment.data.eval_batches(split, self.tokenizer, limit=limit))
+
+    def records(self, split: str) -> Sequence[Any]:
+        """Return the records of a split; the first `FAST_RECORDS` if `fast`."""
+        records = self.experiment.data.records(split)
+        return [records[i] for i in range(min(len(records), FAST_RECORDS))] if self.fast else records
 
     def predict(self, batch: Batch) -> Int[np.ndarray, "B T"]:
         """Return the most probable target at each position."""
@@ -90,12 +101,14 @@ class TrainedModel:
         return {"prompts": None, "sources": texts} if reads_text else {"prompts": texts}
 
     def generate(self, texts: Sequence[str], **options) -> list[Completion]:
-        """Return a completion of each text.
+        """Return a completion of each text, of at most `FAST_TOKENS` new tokens if `fast`.
 
         Args:
           texts: prompts or sources; see `as_generator_inputs`.
           **options: keyword arguments of `Generator.__call__`.
         """
+        if self.fast:
+            options["max_new_tokens"] = min(options.get("max_new_tokens", FAST_TOKENS), FAST_TOKENS)
         return self.generator()(**self.as_generator_inputs(texts), **options)
 
     def attention_of_tokens(self, tokens: Sequence[int]) -> Float[np.ndarray, "L H T S"]:
@@ -120,7 +133,10 @@ class TrainedModel:
         """Compare a measured value with a threshold, print whether the claim holds, and record it.
 
         `report.json` lists every claim; see `Claim`. A failed claim does not change the exit code.
+        Does nothing if `fast`: two training steps decide no claim.
         """
+        if self.fast:
+            return
         claim = Claim(text, float(value), comparison, float(threshold))
         self.claims.append(claim)
         self.log(str(claim))

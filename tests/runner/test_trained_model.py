@@ -1,0 +1,52 @@
+"""What a report is given in a fast_dev_run: few batches and records, short texts, and no claims."""
+
+from types import SimpleNamespace
+
+import pytest
+from etils import epath
+
+from attnlab.runner.trained_model import FAST_BATCHES, FAST_RECORDS, FAST_TOKENS, TrainedModel
+
+
+class Data:
+    def records(self, split):
+        return range(1000)
+
+    def eval_batches(self, split, tokenizer, limit=None):
+        return range(10 if limit is None else min(limit, 10))
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A trained model without a model, fast or not, and what it logs."""
+
+    def make(fast):
+        experiment = SimpleNamespace(data=Data(), model=SimpleNamespace(source_shape=None))
+        session = SimpleNamespace(experiment=experiment, tokenizer=None)
+        lines = []
+        return TrainedModel(session, None, epath.Path(tmp_path), log=lines.append, fast=fast), lines
+
+    return make
+
+
+def test_a_whole_report(made):
+    trained, lines = made(False)
+    assert (len(trained.batches("validation")), len(trained.batches("validation", limit=3))) == (10, 3)
+    assert len(trained.records("validation")) == 1000
+    trained.claim("right", 0.5, ">=", 0.9)
+    assert [claim.held for claim in trained.claims] == [False]
+    assert lines == ["claim FAILS: right: 0.5 >= 0.9"]
+
+
+def test_a_fast_report_is_short_and_checks_no_claim(made, monkeypatch):
+    trained, lines = made(True)
+    assert len(trained.batches("validation")) == len(trained.batches("validation", limit=3)) == FAST_BATCHES
+    assert list(trained.records("validation")) == list(range(FAST_RECORDS))
+    trained.claim("right", 0.5, ">=", 0.9)
+    assert trained.claims == lines == []
+    asked = []
+    monkeypatch.setattr(TrainedModel, "generator", lambda self: lambda **options: asked.append(options))
+    trained.generate(["a"], max_new_tokens=100)
+    trained.generate(["a"], max_new_tokens=2)
+    trained.generate(["a"])
+    assert [options["max_new_tokens"] for options in asked] == [FAST_TOKENS, 2, FAST_TOKENS]
