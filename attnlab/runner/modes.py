@@ -161,7 +161,7 @@ def _saved_tokenizer(request: Request) -> Tokenizer | None:
         except Exception as error:  # tokenizers raises plain Exceptions
             raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
     if (request.workdir / CHECKPOINTS_FOLDER).exists():
-        # A tokenizer trained anew on changed text would not match the parameters.
+        # A new tokenizer, built from text that may have changed, would not match the parameters.
         raise InputError(f"{file} is missing; the checkpoints of this run cannot be used without it")
     return None
 
