@@ -151,7 +151,7 @@ def test_pronoun_experiment_writes_report_and_figures(tmp_path):
     assert set(report) == {"accuracy", "best_head", "claims", "fast_dev_run"}
     assert (report["claims"], report["fast_dev_run"]) == ([], True)
     assert all("bits_per_byte" not in line for line in metrics(tmp_path / "run", "eval"))
-    assert "claim FAILS" in run_ok("--mode=eval", "--workdir=run", cwd=tmp_path)  # which reports in full
+    assert "claim FAILS" in run_ok("--mode=eval", "--workdir=run", cwd=tmp_path)  # eval reports in full
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [claim["held"] for claim in report["claims"]] == [False, False] and "fast_dev_run" not in report
 

@@ -35,8 +35,8 @@ class TrainedModel:
       metrics: the metrics of the last evaluation.
       log: prints a line.
       claims: the claims recorded by `claim`, in order.
-      fast: whether this is a `--fast_dev_run`: `batches`, `records` and `generate` are short, and
-        `claim` checks nothing.
+      fast: whether this is a `--fast_dev_run`, which limits `batches`, `records` and `generate`
+        and disables `claim`.
     """
 
     session: Session
@@ -58,13 +58,16 @@ class TrainedModel:
         return self.session.tokenizer
 
     def batches(self, split: str, limit: int | None = None) -> list[Batch]:
-        """Return the batches of a split; each target occurs once. At most `FAST_BATCHES` if `fast`."""
+        """Return the batches of a split, in which each target occurs once.
+
+        The result has at most `limit` batches, and at most `FAST_BATCHES` if `fast`.
+        """
         if self.fast:
             limit = FAST_BATCHES if limit is None else min(limit, FAST_BATCHES)
         return list(self.experiment.data.eval_batches(split, self.tokenizer, limit=limit))
 
     def records(self, split: str) -> Sequence[Any]:
-        """Return the records of a split; the first `FAST_RECORDS` if `fast`."""
+        """Return the records of a split, or only the first `FAST_RECORDS` if `fast`."""
         records = self.experiment.data.records(split)
         return [records[i] for i in range(min(len(records), FAST_RECORDS))] if self.fast else records
 
@@ -133,7 +136,7 @@ class TrainedModel:
         """Compare a measured value with a threshold, print whether the claim holds, and record it.
 
         `report.json` lists every claim; see `Claim`. A failed claim does not change the exit code.
-        Does nothing if `fast`: two training steps decide no claim.
+        It does nothing if `fast`, since two training steps are too few to decide a claim.
         """
         if self.fast:
             return

@@ -1,4 +1,4 @@
-"""What a report is given in a fast_dev_run: few batches and records, short texts, and no claims."""
+"""`TrainedModel` in a fast_dev_run: few batches and records, short texts and no claims."""
 
 from types import SimpleNamespace
 
@@ -17,8 +17,8 @@ class Data:
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A trained model without a model, fast or not, and what it logs."""
+def make_trained(tmp_path):
+    """Return a function that makes a `TrainedModel` without parameters, and its list of log lines."""
 
     def make(fast):
         experiment = SimpleNamespace(data=Data(), model=SimpleNamespace(source_shape=None))
@@ -29,8 +29,8 @@ def made(tmp_path):
     return make
 
 
-def test_a_whole_report(made):
-    trained, lines = made(False)
+def test_trained_model_reports_in_full(make_trained):
+    trained, lines = make_trained(False)
     assert (len(trained.batches("validation")), len(trained.batches("validation", limit=3))) == (10, 3)
     assert len(trained.records("validation")) == 1000
     trained.claim("right", 0.5, ">=", 0.9)
@@ -38,15 +38,15 @@ def test_a_whole_report(made):
     assert lines == ["claim FAILS: right: 0.5 >= 0.9"]
 
 
-def test_a_fast_report_is_short_and_checks_no_claim(made, monkeypatch):
-    trained, lines = made(True)
+def test_fast_trained_model_limits_report_and_checks_no_claim(make_trained, monkeypatch):
+    trained, lines = make_trained(True)
     assert len(trained.batches("validation")) == len(trained.batches("validation", limit=3)) == FAST_BATCHES
     assert list(trained.records("validation")) == list(range(FAST_RECORDS))
     trained.claim("right", 0.5, ">=", 0.9)
     assert trained.claims == lines == []
-    asked = []
-    monkeypatch.setattr(TrainedModel, "generator", lambda self: lambda **options: asked.append(options))
+    calls = []
+    monkeypatch.setattr(TrainedModel, "generator", lambda self: lambda **options: calls.append(options))
     trained.generate(["a"], max_new_tokens=100)
     trained.generate(["a"], max_new_tokens=2)
     trained.generate(["a"])
-    assert [options["max_new_tokens"] for options in asked] == [FAST_TOKENS, 2, FAST_TOKENS]
+    assert [options["max_new_tokens"] for options in calls] == [FAST_TOKENS, 2, FAST_TOKENS]
