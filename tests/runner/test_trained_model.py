@@ -18,7 +18,7 @@ class Data:
 
 @pytest.fixture
 def make_trained(tmp_path):
-    """Return a function that makes a `TrainedModel` without parameters, and its list of log lines."""
+    """Return a function that makes a `TrainedModel` without parameters, and its log lines."""
 
     def make(fast):
         experiment = SimpleNamespace(data=Data(), model=SimpleNamespace(source_shape=None))
