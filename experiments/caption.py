@@ -100,7 +100,7 @@ def _save_attention(trained: TrainedModel) -> None:
         weights = trained.attention(batch, "decoder/layers", "cross_attention")[-1, row].mean(0)
         encoder = trained.experiment.model.encoder
         grid = weights[: len(words), encoder.num_prefix_tokens :].reshape(len(words), *encoder.grid)
-        figure = figures.image_overlay(batch.source[row, ..., 0], words, grid, "What each word attends to")
+        figure = figures.image_overlay(batch.source[row, ..., 0], words, grid, "Attention of each word")
         trained.save_figure(figure, "attention")
 
 

@@ -81,7 +81,7 @@ def report(trained: TrainedModel) -> dict[str, float]:
         )
     class_token = trained.attention(batches[0], "image/layers")[-1, 0, :, 0, 1:].reshape(-1, GRID, GRID)
     heads, image = [f"head {i + 1}" for i in range(len(class_token))], batches[0].source[0, ..., 0]
-    figure = figures.image_overlay(image, heads, class_token, "What the class token attends to")
+    figure = figures.image_overlay(image, heads, class_token, "Attention of the class token")
     trained.save_figure(figure, "attention")
     trained.claim("names that rank their own character first", accuracy["character_first"], ">=", 0.3)
     trained.claim("names with their own character in the top ten", accuracy["character_in_ten"], ">=", 0.7)

@@ -108,7 +108,7 @@ def report(trained: TrainedModel) -> dict[str, float]:
     batch = trained.batches("validation", limit=1)[0]
     class_token = trained.attention(batch)[-1, 0, :, 0, 1:].reshape(-1, SIDE // 2, SIDE // 2)
     heads = [f"head {i + 1}" for i in range(len(class_token))]
-    title = "What the class token attends to"
+    title = "Attention of the class token"
     trained.save_figure(
         figures.image_overlay(batch.source[0, ..., 0], heads, class_token, title), "attention"
     )

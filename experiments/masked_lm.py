@@ -80,7 +80,7 @@ def report(trained: TrainedModel) -> dict[str, float]:
         words[i] = f"[{trained.tokenizer.token_text(predicted[i])}]"
     trained.log("masked tokens restored in brackets: " + "".join(words))
     maps = trained.attention_of_tokens(masked.tolist())
-    trained.save_figure(figures.head_grid(maps, words, "What each token attends to"), "attention")
+    trained.save_figure(figures.head_grid(maps, words, "Attention of each token"), "attention")
     trained.claim("masked tokens restored", accuracy, ">", 0.18)
     trained.claim(
         "masked tokens restored, against 3 times the most frequent token", accuracy, ">", 3 * most_frequent

@@ -104,5 +104,5 @@ def _save_alignment(trained: TrainedModel) -> None:
     translated, source = (
         [trained.tokenizer.token_text(i) for i in ids[row, :length]] for ids in (batch.targets, batch.source)
     )
-    figure = figures.head_grid(weights, translated, "What each translated word attends to", source)
+    figure = figures.head_grid(weights, translated, "Attention of each translated word", source)
     trained.save_figure(figure, "alignment")

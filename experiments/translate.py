@@ -122,5 +122,5 @@ def _save_attention(trained: TrainedModel) -> None:
         for ids in (batch.targets[row, :target_length], batch.source[row, :source_length])
     )
     weights = maps[:, row, :, :target_length, :source_length]
-    figure = figures.head_grid(weights, targets, "What each translated token attends to", source)
+    figure = figures.head_grid(weights, targets, "Attention of each translated token", source)
     trained.save_figure(figure, "cross_attention")

@@ -110,7 +110,7 @@ class RecurrentCache:
     layers: State
     memory: EncoderOutput | None = None
 
-    def gather_rows(self, rows: Int[Array, "G N"]) -> "States":
+    def gather_rows(self, rows: Int[Array, "G N"]) -> "RecurrentCache":
         """Return the cache with its rows gathered by index; see `DecoderCache.gather_rows`."""
         return jax.tree.map(lambda x: gather_rows(x, rows), self)
 
