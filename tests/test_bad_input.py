@@ -221,7 +221,7 @@ def test_workdir_with_different_config_is_rejected(workspace, assert_rejected):
         keeps=workspace / "run",
     )
     assert_rejected(
-        "--workdir=run", "--seed=7", message="another config: seed: 0 -> 7", keeps=workspace / "run"
+        "--workdir=run", "--seed=7", message="a different config: seed: 0 -> 7", keeps=workspace / "run"
     )
 
 
