@@ -68,8 +68,7 @@ def save_versions(workdir: epath.Path, step: int, experiment: epath.Path) -> Non
         workdir: the run's folder.
         step: the step at which the run starts or resumes.
         experiment: the experiment file. A run that resumes from its saved copy keeps the commit
-            that
-            was recorded before.
+            that was recorded before.
     """
     file = workdir / FILE
     past = json.loads(file.read_text()) if file.exists() else []
