@@ -14,3 +14,12 @@ Arrays have the layout (batch, length, heads, head_dim).
 """
 
 __version__ = "0.2.0"
+
+
+def __getattr__(name: str):
+    """Import `flax_attention_fn` at its first use, since `import attnlab` must not import JAX."""
+    if name == "flax_attention_fn":
+        from attnlab.layers.flax_attention import flax_attention_fn
+
+        return flax_attention_fn
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,9 @@ from typing import Any
 from etils import epath
 
 import attnlab
+from attnlab.errors import InputError
 from attnlab.paths import write_atomically
+from attnlab.untrusted import check_regular
 
 FILE = "versions.json"
 
@@ -61,6 +63,22 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _read_past(file: epath.Path) -> list[dict[str, Any]]:
+    """Return the entries of a `versions.json`.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    check_regular(file)
+    try:
+        past = json.loads(file.read_bytes())
+        if all(isinstance(entry["versions"], dict) and isinstance(entry["git"], dict) for entry in past):
+            return list(past)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{file} is damaged; remove it to start a new record of versions")
+
+
 def save_versions(workdir: epath.Path, step: int, experiment: epath.Path) -> None:
     """Append the versions in use from `step` to the run's `versions.json`, if they have changed.
 
@@ -71,7 +89,7 @@ def save_versions(workdir: epath.Path, step: int, experiment: epath.Path) -> Non
             that was recorded before.
     """
     file = workdir / FILE
-    past = json.loads(file.read_text()) if file.exists() else []
+    past = _read_past(file) if file.exists() else []
     entry: dict[str, Any] = {"step": step, "versions": versions()}
     git = {"attnlab": git_state(Path(attnlab.__file__))}
     if experiment.parent == workdir and past:

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnlab.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
-PRESETS = ("single", "data", "fsdp", "tensor", "fsdp_tensor")
+PRESETS = ("auto", "single", "data", "fsdp", "tensor", "fsdp_tensor")
+# Parts of the axes that cross the slow network between TPU slices, GPU nodes or processes. Only
+# axes with few collectives a step are worth it.
+SLOW_AXES = {"dcn_data": "data", "dcn_fsdp": "fsdp"}
 
 # logical axis -> mesh axes of (an activation, a stored parameter).
 # Parameters are stored sharded over fsdp and gathered just before use, so "embed" is sharded in
@@ -36,6 +40,15 @@ LOGICAL_AXIS_RULES: dict[str, tuple] = {
     "state": (None, None),  # of a recurrent layer
     "window": (None, None),  # input of a patch or convolution: pixels, taps, mels
 }
+
+
+def has_rules() -> bool:
+    """Return whether the table applies to the current mesh: one with Explicit axes of these names.
+
+    In another mesh, such as that of a user's own model, arrays keep the shardings of their types.
+    """
+    explicit_axes = jax.sharding.get_abstract_mesh().explicit_axes
+    return set(MESH_AXES) <= set(explicit_axes)
 
 
 def spec(*names: str | None) -> P:
@@ -70,15 +83,13 @@ def _param_mesh_axis(mesh, name: str, size: int, axis: str | None) -> str | None
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Reshard `x` by its logical axes; returns `x` unchanged outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.sharding.reshard(x, spec(*names))
+    """Reshard `x` by its logical axes; returns `x` unchanged where `has_rules` is false."""
+    return jax.sharding.reshard(x, spec(*names)) if has_rules() else x
 
 
 def out_sharding(*names: str | None) -> P | None:
-    """Return the `out_sharding` for a result with these logical axes; None outside a mesh."""
-    return None if jax.sharding.get_abstract_mesh().empty else spec(*names)
+    """Return the `out_sharding` for a result with these axes; None where `has_rules` is false."""
+    return spec(*names) if has_rules() else None
 
 
 def batch_zeros(shape: Sequence[int], dtype) -> jax.Array:
@@ -86,30 +97,40 @@ def batch_zeros(shape: Sequence[int], dtype) -> jax.Array:
     return jnp.zeros(shape, dtype, out_sharding=out_sharding("batch", *(None,) * (len(shape) - 1)))
 
 
-def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+def parse_mesh(text: str, num_devices: int, num_slices: int = 1) -> dict[str, int]:
     """Return the axis sizes of a preset name or `axis:size,...` on `num_devices` devices.
+
+    The sizes include those of `SLOW_AXES`, which are also returned by their own names if they are
+    in the text: `dcn_data:2,fsdp:8` is {"data": 2, "fsdp": 8, "tensor": 1, "dcn_data": 2}.
 
     Raises:
       InputError: the preset, an axis or a size is invalid, or there are not enough devices.
     """
     sizes = dict.fromkeys(MESH_AXES, 1)
     if text in PRESETS:
-        return sizes | _preset(text, num_devices)
-    given: set[str] = set()
+        return sizes | _preset(text, num_devices, num_slices)
+    given: dict[str, int] = {}
     for part in text.split(","):
         axis, colon, size = part.strip().partition(":")
-        if not colon or axis not in MESH_AXES:
+        if not colon or axis not in (*MESH_AXES, *SLOW_AXES):
             raise InputError(
                 f"--mesh={text}: expected one of {', '.join(PRESETS)}, or sizes of the axes "
-                f"{', '.join(MESH_AXES)} as in data:2,fsdp:2,tensor:2"
+                f"{', '.join((*MESH_AXES, *SLOW_AXES))} as in data:2,fsdp:2,tensor:2"
             )
         if axis in given:
             raise InputError(f"--mesh={text} names {axis} twice")
-        given.add(axis)
         if not size.isdecimal() or int(size) < 1:
             raise InputError(f"--mesh={text}: the size of {axis} must be a whole number of at least 1")
-        sizes[axis] = int(size)
-    needed = math.prod(sizes.values())
+        given[axis] = int(size)
+        sizes[SLOW_AXES.get(axis, axis)] *= int(size)
+    sizes |= {axis: given[axis] for axis in SLOW_AXES if axis in given}
+    slow = math.prod(given.get(axis, 1) for axis in SLOW_AXES)
+    if slow not in (1, num_slices):
+        raise InputError(
+            f"--mesh={text} has {slow} slices, and there are {num_slices}: a slice is a TPU slice, a GPU "
+            "node, or, on CPUs, a process"
+        )
+    needed = math.prod(sizes[axis] for axis in MESH_AXES)
     if needed > num_devices:
         raise InputError(
             f"--mesh={text} needs {needed} devices and there {'is' if num_devices == 1 else 'are'} "
@@ -118,9 +139,13 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def _preset(name: str, n: int) -> dict[str, int]:
+def _preset(name: str, n: int, num_slices: int = 1) -> dict[str, int]:
     if name == "single":
         return {}
+    if name == "auto":
+        if num_slices == 1 or n % num_slices:
+            return {"fsdp": n}
+        return {"data": num_slices, "fsdp": n // num_slices, "dcn_data": num_slices}
     if name == "fsdp_tensor":
         tensor = 1 << (int(math.log2(n)) // 2)  # largest power of two up to sqrt(n)
         while n % tensor:
@@ -138,10 +163,37 @@ def _suggested_meshes(n: int) -> list[str]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence | None = None) -> Mesh:
-    """Return an Explicit mesh with these axis sizes over the first of `devices`."""
+    """Return an Explicit mesh with the axis sizes of `parse_mesh` over the first of `devices`.
+
+    The slowest-varying part of an axis crosses slices, if `sizes` has one of `SLOW_AXES`.
+    """
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape), devices=devices)
+    slow = tuple(sizes.get(f"dcn_{axis}", 1) for axis in MESH_AXES)
+    if math.prod(slow) > 1:
+        fast = tuple(size // part for size, part in zip(shape, slow, strict=True))
+        grid = mesh_utils.create_hybrid_device_mesh(
+            fast,
+            slow,
+            devices,
+            process_is_granule=_num_slices(devices) == 1,
+            allow_split_physical_axes=True,
+        )
+    else:
+        # An axis may need parts of several physical axes, such as 8 x 8 on a torus of 4 x 4 x 4.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
+
+
+def _num_slices(devices: Sequence) -> int:
+    """Return the number of TPU slices or GPU nodes; 1 if the platform does not tell."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def num_slices(devices: Sequence) -> int:
+    """Return the number of groups of devices with fast links: slices, nodes, or else processes."""
+    found = _num_slices(devices)
+    return found if found > 1 else len({device.process_index for device in devices})
 
 
 def check_divisible(sizes: dict[str, int], dimensions: dict[str, tuple[str, int]]) -> None:
@@ -166,12 +218,17 @@ def check_divisible(sizes: dict[str, int], dimensions: dict[str, tuple[str, int]
                 )
 
 
-def format_mesh(mesh: Mesh) -> str:
+def mesh_device(mesh: Mesh | AbstractMesh) -> jax.Device | AbstractDevice:
+    """Return the first device of a mesh, which has a `platform` and a `device_kind`."""
+    return mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+
+
+def format_mesh(mesh: Mesh | AbstractMesh) -> str:
     """Return the text form of a mesh that `parse_mesh` accepts."""
     used = [f"{axis}:{size}" for axis, size in mesh.shape.items() if size > 1]
     return ",".join(used) or "single"
 
 
-def named_sharding(mesh: Mesh, partition: P) -> NamedSharding:
+def named_sharding(mesh: Mesh | AbstractMesh, partition: P) -> NamedSharding:
     """Return the NamedSharding of `partition` on `mesh`."""
     return NamedSharding(mesh, partition)

@@ -11,6 +11,7 @@ its preferred layout.
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -90,12 +91,17 @@ def compare(lengths: list[int], names: list[str], rounds: int) -> None:
             print(table(seconds, inputs[0].shape[0] * length, "tokens"))
 
 
+def packed_rows(rows: int, length: int, documents: int) -> jax.Array:
+    """Return segment ids of rows that each hold documents of other lengths, (rows, length)."""
+    rng = np.random.default_rng(0)
+    starts = [np.sort(rng.choice(np.arange(1, length), documents - 1, replace=False)) for _ in range(rows)]
+    ids = [np.searchsorted(x, np.arange(length), side="right") + 1 for x in starts]
+    return jnp.asarray(np.array(ids), jnp.int32)
+
+
 def compare_masks(rounds: int, length: int = 4096) -> None:
-    """Print the time and the number of visited blocks of several masks."""
+    """Print the time and the number of visited blocks of several masks, for 1 row and for 8."""
     from attnlab.attention import causal, segments, window
-    from attnlab.attention.backends.blockwise import default_block_sizes
-    from attnlab.attention.block_mask import make_block_mask
-    from attnlab.attention.masks.base import BlockGrid
 
     documents = segments(jnp.arange(length)[None] // (length // 8) + 1)
     masks = {
@@ -104,16 +110,28 @@ def compare_masks(rounds: int, length: int = 4096) -> None:
         "window of 512": causal() & window(511),
         "8 documents": causal() & documents,
     }
-    inputs = arrays(1, length)
+    _compare_masks(1, length, masks, rounds)
+    packed = causal() & segments(packed_rows(8, length, 16))
+    _compare_masks(8, length, {"causal": causal(), "16 documents in each row": packed}, rounds)
+
+
+def _compare_masks(rows: int, length: int, masks: dict, rounds: int) -> None:
+    from attnlab.attention.backends.blockwise import default_block_sizes
+    from attnlab.attention.block_mask import make_block_mask
+    from attnlab.attention.masks.base import BlockGrid
+
+    inputs = arrays(rows, length)
     for backward in (False, True):
         steps = {name: attnlab(inputs, backward, mask) for name, mask in masks.items()}
-        print(f"\nlength {length}, {'forward and backward' if backward else 'forward'}")
-        print(table(alternate(steps, rounds, 1), length, "tokens"))
-    grid = BlockGrid(length, length, *default_block_sizes(length, length))
+        print(f"\nbatch {rows}, length {length}, {'forward and backward' if backward else 'forward'}")
+        print(table(alternate(steps, rounds, 1), rows * length, "tokens"))
     for name, mask in masks.items():
-        block_mask, _ = make_block_mask(mask, grid)
-        visited, full = block_mask.kv_num_blocks.sum(), block_mask.full_kv_num_blocks.sum()
-        print(f"{name}: {visited} of {block_mask.kv_indices.size} blocks visited, {full} full")
+        grid = BlockGrid(length, length, *default_block_sizes(length, length, mask), rows, HEADS)
+        made = make_block_mask(mask, grid)
+        lists = made.kv_num_blocks.shape[0]
+        visited, full = made.num_visits, made.full_kv_num_blocks.sum()
+        count = lists * math.prod(grid.num_blocks)
+        print(f"{name}: {visited} of {count} blocks visited, {full} full; {lists} of {rows} rows are listed")
 
 
 def check() -> None:

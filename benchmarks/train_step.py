@@ -51,12 +51,12 @@ class Peer:
 # --- attnlab
 
 
-def attnlab_step(shape: Shape) -> Peer:
-    """Build the training step of attnlab's decoder."""
+def attnlab_session(shape: Shape):
+    """Return a session of attnlab's decoder."""
     import types
 
     from attnlab import sharding
-    from attnlab.data import Batch, Bytes, Text
+    from attnlab.data import Bytes, Text
     from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
     from attnlab.models import DecoderConfig, Learned
     from attnlab.train import AdamW, Constant, Experiment, Rule, Train
@@ -86,18 +86,28 @@ def attnlab_step(shape: Shape) -> Peer:
         train=Train(),
     )
     vocabulary: Any = types.SimpleNamespace(vocab_size=shape.vocab)
-    session = Session(experiment, sharding.make_mesh(sharding.parse_mesh("single", 1)), vocabulary)
+    return Session(experiment, sharding.make_mesh(sharding.parse_mesh("single", 1)), vocabulary)
+
+
+def attnlab_batch(tokens: np.ndarray, targets: np.ndarray):
+    """Return a batch of token ids (B, T), each row one text."""
+    from attnlab.data import Batch
+
+    ones = np.ones(tokens.shape, np.int32)
+    positions = ones * np.arange(tokens.shape[1], dtype=np.int32)
+    tokens, targets = tokens.astype(np.int32), targets.astype(np.int32)
+    return Batch(tokens, targets, ones.astype(np.float32), ones, positions, ones[:, 0].astype(np.float32))
+
+
+def attnlab_step(shape: Shape) -> Peer:
+    """Build the training step of attnlab's decoder."""
+    session = attnlab_session(shape)
     state = session.new_state()
-    ones = np.ones((shape.batch, shape.length), np.int32)
-    positions = ones * np.arange(shape.length, dtype=np.int32)
 
     def step(tokens, targets):
         nonlocal state
-        tokens, targets = tokens.astype(np.int32), targets.astype(np.int32)
-        batch = Batch(
-            tokens, targets, ones.astype(np.float32), ones, positions, ones[:, 0].astype(np.float32)
-        )
-        state, metrics = session.train_step(state, session.to_devices(batch))
+        batch = session.to_devices(attnlab_batch(tokens, targets))
+        state, metrics = session.train_step(state, batch)
         return metrics["loss"]
 
     return Peer(step, sum(leaf.size for leaf in jax.tree.leaves(state.params)))

@@ -25,8 +25,8 @@ from attnlab.inspect import figures
 from attnlab.layers import AttentionConfig, LayerNormConfig
 from attnlab.layers.blocks import CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.layers.pooling import ClassToken
-from attnlab.layers.resampler import ResamplerConfig
 from attnlab.models import CaptionerConfig, DecoderConfig, Learned, VisionLanguageConfig, ViTConfig
+from attnlab.models.resampler import ResamplerConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train import Experiment, Muon, Train, WarmupStableDecay
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import run
 from attnlab.runner import cli
+from tests.compilation import FAST_COMPILATION, default_environment
 
 ROOT = Path(run.__file__).parent
+COMPILED = "ATTNLAB_TEST_COMPILED"  # the folder of the compiled programs that subprocesses share
 TINY = '''"""A language model of a few hundred parameters."""
 
 from attnlab.data import Bytes, Text
@@ -54,11 +56,20 @@ def environment(**variables):
     """Return the environment of a subprocess, with additional variables.
 
     The number of devices is not inherited, torch is hidden (TensorBoard's writer would import it),
-    and XLA's most expensive passes are disabled, as in the test process.
+    and XLA's most expensive passes are disabled, as in the test process. Subprocesses of a test
+    session share their compiled programs, since tests start runs of the same small model often.
     """
     hidden = Path(__file__).parent / "without_torch"
     inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "PYTHONPATH")}
-    defaults = {"PYTHONPATH": str(hidden), "PYTHONWARNINGS": "ignore", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    defaults = {
+        "PYTHONPATH": str(hidden),
+        "PYTHONWARNINGS": "ignore",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": FAST_COMPILATION,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    if folder := os.environ.get(COMPILED):
+        defaults["JAX_COMPILATION_CACHE_DIR"] = folder
     return inherited | defaults | variables
 
 
@@ -88,7 +99,7 @@ def run_python_json(code, *arguments, timeout=600, **variables):
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        env=default_environment() | {"PYTHONPATH": str(ROOT)} | variables,
     )
     assert completed.returncode == 0, completed.stderr[-3000:]
     return json.loads(completed.stdout.splitlines()[-1])

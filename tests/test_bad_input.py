@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import jax
 import pytest
 
+from attnlab.train import loop, storage
 from tests.programs import call, metrics, program, write_tiny
 
 TEXT = "config.data.name=text:"
@@ -46,12 +47,12 @@ def file_contents(folder):
 def assert_rejected(capfd):
     """Return a check that the program rejects some arguments with a given message."""
 
-    def check(*arguments, message, keeps=None):
+    def check(*arguments, message, keeps=None, expected=2):
         before = file_contents(keeps) if keeps else {}
         capfd.readouterr()
         code = call(*arguments)
         out, err = capfd.readouterr()
-        assert code == 2, (code, out, err)
+        assert code == expected, (code, out, err)
         assert err.startswith("error: ") and err.count("\n") == 1, err
         for words in [message] if isinstance(message, str) else message:
             assert words in err, err
@@ -83,14 +84,25 @@ INVALID_ARGUMENTS = [
     (["--config.model.dpeth=2"], "no field 'dpeth'; did you mean 'depth'?"),
     (["--config.model.depth=two"], "config.model.depth=two: expected int"),
     (["--config.model.depth=0"], "depth=0 and width=16 must be at least 1"),
+    (["--config.model.width=1e15"], "model.width must be at most 2147483647, not 1000000000000000"),
+    (["--config.model.depth=1e100"], "config.model.depth=1e100: expected int"),
+    (["--config.data.batch_size=1e12"], "data.batch_size must be at most"),
     (["--config.model.width=18"], "width=18 is not a multiple of attention.heads=4"),
     (["--config.model.attention.kv_heads=3"], "kv_heads must divide heads=4: one of 1, 2, 4"),
+    (["--config.model.attention.head_dim=0"], "head_dim=0 must be at least 1, or none"),
+    (["--config.model.attention.head_dim=1"], "Rotary must rotate at least 2 components of a head"),
+    (["--config.model.pattern=Causal(positions=Rotary(fraction=0.1))"], "pattern.0.positions=Rotary must"),
+    (["--config.model.pattern=Causal(scale=0)"], "scale=0.0 must be over 0, or none"),
+    (["--config.model.positions=Rotary(theta=1)"], "theta=1.0 must be over 1"),
+    (["--config.model.feed_forward.width=0"], "width=0 must be at least 1, or none"),
+    (["--config.model.feed_forward=GatedMLP(width=-1)"], "width=-1 must be at least 1, or none"),
+    (["--config.model.feed_forward=Experts(width=0)"], "width=0 must be at least 1, or none"),
     (["--config.model.dropout=1.5"], "dropout must be"),
     (["--config.model.dtypes.compute=float8"], "compute dtype must be"),
     (["--config.model.feed_forward=MPL"], "MPL"),
     (["--config.model.positions=Learned(length=8)"], "length 16 exceeds positions.length=8"),
     (["--config.optimizer=Adam"], "Adam"),
-    (["--config.optimizer.clip_norm=0"], "clip_norm must be greater than 0"),
+    (["--config.optimizer.clip_norm=0"], "clip_norm=0.0 must be over 0, or none"),
     (["--config.optimizer.rules=(Rule('nothing_like_it'),)"], "'nothing_like_it' matches no parameter"),
     (["--config.optimizer.rules=(Rule('(bad'),)"], "'(bad' is not a regular expression"),
     (["--config.train.microbatches=3"], "data.batch_size=8 is not a multiple of train.microbatches=3"),
@@ -98,7 +110,7 @@ INVALID_ARGUMENTS = [
     (["--config.train.steps=0"], "steps must be at least 1"),
     (["--config.loss.label_smoothing=1"], "label_smoothing"),
     # the mesh
-    (["--mesh=daat"], "--mesh=daat: expected one of single, data, fsdp"),
+    (["--mesh=daat"], "--mesh=daat: expected one of auto, single, data, fsdp"),
     (["--mesh=model:2"], "sizes of the axes data, fsdp, tensor"),
     (["--mesh=data:none"], "the size of data must be a whole number"),
     (["--mesh=data:16"], "needs 16 devices and there are 8; these fit: single, data:8, fsdp:8"),
@@ -113,7 +125,7 @@ INVALID_ARGUMENTS = [
     ([f"--{TEXT}."], "is a directory; name its files, as in text:/"),
     ([f"--{TEXT}latin.txt"], "latin.txt is not UTF-8 text, see byte 3"),
     ([f"--{TEXT}short.txt"], "too little text to leave any for validation"),
-    ([f"--{TEXT}/proc/self/mem"], "cannot read /proc/self/mem"),
+    ([f"--{TEXT}/proc/self/mem"], "/proc/self/mem is empty"),
     ([f"--{TEXT}words.txt/deeper"], "matches no file"),
     (["--config.data.name=tfds:nope"], "tfds:nope is neither registered with TFDS"),
     (["--config.data.name=stdlib"], "data.name 'stdlib' is unknown"),
@@ -197,8 +209,8 @@ def test_sampling_from_bidirectional_model_is_rejected(workspace, assert_rejecte
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: (run / "config.json").write_text(""), "config.json is not JSON"),
-        (lambda run: (run / "config.json").write_text('{"a": 1'), "config.json is not JSON"),
+        (lambda run: (run / "config.json").write_text(""), "it is not JSON"),
+        (lambda run: (run / "config.json").write_text('{"a": 1'), "it is not JSON"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json is not a config that attnlab saved"),
         (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda run: (run / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read as a tokenizer"),
@@ -244,16 +256,6 @@ def test_workdir_that_cannot_be_created_is_rejected(workspace, assert_rejected):
         "--config=tiny.py", "--workdir=words.txt/in/it", message="cannot create the folder", keeps=workspace
     )
     assert_rejected("--config=tiny.py", "--workdir=/proc/run", message="cannot create the folder /proc/run")
-
-
-def test_checkpoint_of_different_process_count_is_evaluated_but_not_resumed(workspace, assert_rejected):
-    for step in (2, 4):
-        data = workspace / "run" / "checkpoints" / str(step) / "data"
-        (data / "process_0_of_1.json").rename(data / "process_0_of_2.json")
-    assert_rejected(
-        "--workdir=run", message="was saved by a number of processes other than 1", keeps=workspace / "run"
-    )
-    assert call("--mode=eval", "--workdir=run") == 0  # evaluation needs no data iterator state
 
 
 EXPERIMENTS = {
@@ -351,7 +353,14 @@ def test_full_disk_at_start_is_reported(workspace, assert_rejected):
         )
 
 
-def test_full_disk_during_training_keeps_earlier_checkpoints(workspace, assert_rejected, capfd):
+@pytest.fixture
+def no_delays(monkeypatch):
+    """Repeat failed writes at once."""
+    for module in (storage, loop):
+        monkeypatch.setattr(module, "RETRY_DELAYS", (0.0, 0.0))
+
+
+def test_full_disk_during_training_keeps_earlier_checkpoints(workspace, assert_rejected, capfd, no_delays):
     with small_disk(workspace / "disk", "1m") as disk:
         run = disk / "run"
         small = [
@@ -363,9 +372,11 @@ def test_full_disk_during_training_keeps_earlier_checkpoints(workspace, assert_r
         out = assert_rejected(
             *small,
             "--config.train.checkpoint_every=1",
-            message=["could not be written", "No space left on device", "complete checkpoints: 1, 2, "],
+            message=["could not be written", "No space left on device"],
+            expected=1,
         )
         assert "done" not in out
+        assert "warning: " in out
         assert call("--mode=eval", f"--workdir={run}") == 0
         out, err = capfd.readouterr()
         assert "loss" in out and err == ""

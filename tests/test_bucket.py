@@ -1,5 +1,6 @@
 """Workdirs in a bucket: with an in-memory fsspec file system and with a local GCS emulator."""
 
+import json
 import os
 import re
 import socket
@@ -18,7 +19,7 @@ from attnlab import config, provenance
 from attnlab.inspect import figures
 from attnlab.paths import move_folder, resolve_path, write_atomically
 from attnlab.train.metrics import JsonLines, TensorBoard, read_metrics
-from tests.programs import command, environment, write_tiny
+from tests.programs import ROOT, environment, write_tiny
 
 STEPS = 4
 
@@ -156,35 +157,39 @@ def emulator(tmp_path_factory):
     server.wait(timeout=20)
 
 
+# One process, since each start costs seconds; every command opens the workdir anew.
+RUN_AND_LIST = """
+import json, sys
+from etils import epath
+from attnlab.runner import cli
+
+for arguments in json.loads(sys.argv[1]):
+    code = cli.main(["run.py", *arguments, "--workdir=gs://bucket/run"])
+    assert code == 0, code
+print(*(path.name for path in epath.Path("gs://bucket/run").iterdir()))
+"""
+
+
 @pytest.mark.slow
 def test_run_trains_resumes_and_evaluates_in_bucket(emulator, tmp_path):
     write_tiny(tmp_path / "mine")
     (tmp_path / "elsewhere").mkdir()
 
-    def run_ok(*arguments):
-        done = subprocess.run(
-            command(*arguments, "--workdir=gs://bucket/run"),
-            cwd=tmp_path / "elsewhere",
-            env=environment(**emulator),
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
     config = f"--config={tmp_path / 'mine' / 'tiny.py'}"
-    assert "max steps at step 2" in run_ok(config, "--max_steps=2", "--profile=1:2")
-    assert "resuming at step 2" in run_ok()
-    assert re.search(r"^step 4: loss \d", run_ok("--mode=eval"), re.MULTILINE)
-    assert list((tmp_path / "elsewhere").iterdir()) == []
-    listing = "from etils import epath; print(*(p.name for p in epath.Path('gs://bucket/run').iterdir()))"
+    commands = [[config, "--max_steps=2", "--profile=1:2"], [], ["--mode=eval"]]
     done = subprocess.run(
-        [sys.executable, "-c", listing],
-        env=environment(**emulator),
+        [sys.executable, "-c", RUN_AND_LIST, json.dumps(commands)],
+        cwd=tmp_path / "elsewhere",
+        env=environment(**emulator) | {"PYTHONPATH": f"{ROOT}/tests/without_torch:{ROOT}"},
         capture_output=True,
         text=True,
-        check=True,
+        timeout=280,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "max steps at step 2" in done.stdout
+    assert "resuming at step 2" in done.stdout
+    assert re.search(r"^step 4: loss \d", done.stdout, re.MULTILINE)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
     expected = {"config.json", "experiment.py", "versions.json", "tokenizer.json", "metrics.jsonl"}
-    assert set(done.stdout.split()) == expected | {"tensorboard", "checkpoints", "profile"}
+    expected |= {"tensorboard", "checkpoints", "profile", "data_fingerprint.json"}
+    assert set(done.stdout.splitlines()[-1].split()) == expected

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -218,6 +219,11 @@ def test_override_of_type_keeps_common_fields():
         ("model.depth", "1.5", "config.model.depth=1.5: expected int"),
         ("model.depth", "1e999999999", "expected int"),
         ("model.depth", "nan", "expected int"),
+        ("model.depth", "1e100", "config.model.depth=1e100: expected int"),
+        ("model.depth", "9223372036854775808", "expected int"),
+        ("model.depth", "9" * 5000, "config.model.depth=9999"),
+        ("model.depth", "\u0663", "expected int"),
+        ("optimizer.learning_rate", "\u0663", "expected float"),
         ("model.depth", "", "config.model.depth=: expected int"),
         ("model.depth", "None", "expected int"),
         ("model.tie", "maybe", "expected true or false"),
@@ -279,8 +285,9 @@ def test_split_respects_brackets_and_quotes():
 # Properties over random configs -------------------------------------------------------------------
 
 floats = st.floats(allow_nan=False)
-schedules = st.builds(Cosine, st.integers(), floats) | st.builds(Constant, st.integers())
-patterns = st.just(Causal()) | st.builds(Window, st.integers(1, 10**9), st.integers())
+integers = st.integers(1 - 2**63, 2**63 - 1)
+schedules = st.builds(Cosine, integers, floats) | st.builds(Constant, integers)
+patterns = st.just(Causal()) | st.builds(Window, st.integers(1, 10**9), integers)
 optimizers = (
     st.builds(AdamW, floats, floats, st.tuples(floats, floats), schedules)
     | st.builds(Lion, floats, floats, schedules)
@@ -288,7 +295,7 @@ optimizers = (
 )
 models = st.builds(
     Model,
-    st.integers(),
+    integers,
     st.integers(1, 99).map(lambda n: 8 * n),
     st.sampled_from([1, 2, 4, 8]),
     patterns,
@@ -305,10 +312,10 @@ experiments = st.builds(
     st.none() | st.builds(Average, floats),
     st.text(),
     st.none() | st.text(),
-    st.lists(st.integers()).map(tuple),
+    st.lists(integers).map(tuple),
     st.lists(st.text()).map(tuple),
-    st.lists(st.tuples(st.integers(), st.integers())).map(tuple),
-    st.none() | st.integers() | floats,
+    st.lists(st.tuples(integers, integers)).map(tuple),
+    st.none() | integers | floats,
 )
 
 
@@ -495,6 +502,14 @@ def test_load_rereads_edited_experiment(toy):
         ("def get_config(", "x.py:2: SyntaxError: '(' was never closed"),
         ("import nonesuch_module", "x.py:2: ModuleNotFoundError: No module named 'nonesuch_module'"),
         ("raise SystemExit('no data')", "x.py:2: SystemExit: no data"),
+        ("async def get_config(): return 5", "returned coroutine, not a dataclass"),
+        ("raise GeneratorExit", "x.py:2: GeneratorExit"),
+        ("raise BaseException('stop')", "x.py:2: BaseException: stop"),
+        ("def get_config(): raise BaseException('stop')", "x.py:2: BaseException: stop"),
+        ("class Silent(Exception):\n  def __str__(self): raise ValueError\nraise Silent", "x.py:4: Silent"),
+        ("raise Exception('x' * 10**6)", "x.py:2: Exception: xxx"),
+        ("def get_config():\n  return get_config()", "x.py:3: RecursionError: "),
+        ("get_config = type('C', (), {'__call__': 5})()", "x.py"),
         ("def get_config():\n  return 1 / 0", "x.py:3: ZeroDivisionError: division by zero"),
         ("def get_config(size): return size", "needs an argument (size)"),
         (
@@ -514,6 +529,12 @@ def test_load_reports_broken_experiment_in_one_line(tmp_path, body, message):
     assert "\n" not in str(caught.value)
 
 
+def test_load_rejects_fifo(tmp_path):
+    os.mkfifo(tmp_path / "x.py")
+    with pytest.raises(InputError, match=r"no experiment file|is a FIFO"):
+        configs.load(str(tmp_path / "x.py"))
+
+
 def test_load_rejects_argument_of_experiment_without_argument(tmp_path):
     file = write(tmp_path / "x.py", "@dataclasses.dataclass\nclass C: pass\ndef get_config(): return C()")
     assert dataclasses.is_dataclass(configs.load(file).config)
@@ -527,6 +548,12 @@ def test_load_mistyped_name_lists_experiments(toy):
 
 
 # Saved configs ------------------------------------------------------------------------------------
+
+
+def with_count(text, json_value):
+    """Return a saved config of `Toy` with another value of the field `word.count`, which is 3."""
+    assert '"count": 3' in text
+    return text.replace('"count": 3', f'"count": {json_value}')
 
 
 def save(toy, workdir):
@@ -572,8 +599,10 @@ def test_load_workdir_in_another_process_without_jax(toy, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda text: "", "is not JSON"),
-        (lambda text: text[:40], "is not JSON"),
+        (lambda text: "", "it is not JSON"),
+        (lambda text: text[:40], "it is not JSON"),
+        (lambda text: "[" * 100_000, "nested more than"),
+        (lambda text: '{"a":' * 100_000, "nested more than"),
         (lambda text: "[1, 2]", "is not a config that attnlab saved"),
         (lambda text: '{"model": 3}', "is not a config that attnlab saved"),
         (
@@ -585,6 +614,23 @@ def test_load_workdir_in_another_process_without_jax(toy, tmp_path):
         (lambda text: text.replace("experiment:Toy", "json:JSONDecoder"), "is not a dataclass"),
         (lambda text: text.replace('"count": 3', '"number": 3'), "config.word (Other) has no field 'number'"),
         (lambda text: text.replace('"count": 3', '"count": "3"'), "config.word.count='3': expected int"),
+        (lambda text: with_count(text, '{"$float": "x"}'), "config.word.count: $float is 'x'; it must be"),
+        (lambda text: with_count(text, '{"$float": [1]}'), "$float is [1]"),
+        (lambda text: with_count(text, '{"$float": "inf"}'), "config.word.count=inf: expected int"),
+        (lambda text: with_count(text, '{"$enum": "signal:Signals", "name": [1]}'), "has no member [1]"),
+        (lambda text: with_count(text, '{"$enum": [], "name": "A"}'), "has no $type of the form"),
+        (lambda text: with_count(text, '{"$type": []}'), "has no $type of the form"),
+        (lambda text: with_count(text, "[3]"), "config.word.count=(3,): expected int"),
+        (lambda text: with_count(text, "9" * 5000), "5,000 digits"),
+        (lambda text: with_count(text, str(2**63)), f"config.word.count={2**63}: expected int"),
+        (lambda text: text.replace('"mesh": null', '"mesh": 5'), "is not a config that attnlab saved"),
+        (lambda text: text.replace('"argument": "large"', '"argument": []'), "does not name its experiment"),
+        (lambda text: text.replace('"file"', "5"), "a source is not a text"),
+        (lambda text: text.replace("experiment:Toy", "os:system"), "os:system is not a type"),
+        (
+            lambda text: text.replace("experiment:Toy", ".x:Toy"),
+            "config is of type .x:Toy, which this version",
+        ),
         (lambda text: text.replace('"$type"', '"type"'), "has no $type of the form"),
         (lambda text: text.replace('"name": "pronouns",', ""), "does not name its experiment"),
     ],
@@ -691,3 +737,47 @@ def test_override_accepts_subclass_defined_in_experiment_file(toy):
     assert type(config.model.attention).__name__ == "Dilated"
     assert config.model.attention.size == 64
     assert configs.to_dict(config)["model"]["attention"]["$type"] == "experiment:Dilated"
+
+
+def saved_run(folder, config):
+    record = {"attnlab": attnlab.__version__, "experiment": {"name": "x", "argument": None}, "sources": {}}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(record | {"config": config}))
+    (folder / "experiment.py").write_text("raise SystemExit('this code ran')")
+    return folder
+
+
+BYTES = {"$type": "attnlab.data.tokenizer:Bytes"}
+
+
+def test_without_experiment_code_a_config_of_library_classes_is_enough(tmp_path, refuses):
+    run = saved_run(tmp_path, {"$type": "attnlab.data.text:Text", "tokenizer": BYTES})
+    loaded = configs.load_workdir(run, experiment_code=False)
+    assert (type(loaded.config.tokenizer).__name__, loaded.module) == ("Bytes", None)
+    assert configs.load(str(run / "config.json"), False).config == loaded.config
+    with refuses("this code ran"):
+        configs.load_workdir(run)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        *(
+            "experiment:Model",
+            "experiment.near:Model",
+            "os:environ",
+            "antigravity:X",
+            "attnlab.__main__:X",
+            "attnlab",
+            5,
+        ),
+        *("attnlabx:X", "attnlab.runner.cli:main", "attnlab:os.path", "attnlab.x:Y\n", "./attnlab.x:Y"),
+    ],
+)
+@pytest.mark.parametrize("key", ["$type", "$enum"])
+def test_without_experiment_code_other_classes_are_refused(tmp_path, refuses, tag, key):
+    modules = set(sys.modules)
+    for config in ({key: tag}, {"$type": "attnlab.data.text:Text", "tokenizer": [BYTES, {key: tag}]}):
+        with refuses("--no_experiment_code allows only attnlab's classes"):
+            configs.load_workdir(saved_run(tmp_path, config), experiment_code=False)
+    assert set(sys.modules) == modules

@@ -4,7 +4,6 @@ The compilation needs libtpu, but no TPU.
 """
 
 import dataclasses
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import pytest
 from attnlab import config as configs
 from attnlab import sharding
 from attnlab.train.session import Session
+from tests.compilation import default_environment
 from tests.programs import ROOT
 
 # Experiment of each family, with overrides that make it small: short rows, and widths that the mesh
@@ -65,6 +65,7 @@ def name(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_family_trains_on_mesh(name, mesh_of):
     e = small_experiment(name)
     session = Session(e, mesh_of("data:2,fsdp:2,tensor:2"), e.data.build_tokenizer())
@@ -81,7 +82,8 @@ def test_family_trains_on_mesh(name, mesh_of):
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
 def test_family_compiles_for_tpu_slice(name):
     """Compile in a subprocess, because libtpu prints warnings about the missing TPU to stderr."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env = default_environment() | variables
     command = [sys.executable, "-m", "tests.test_families", name]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]

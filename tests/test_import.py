@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import jax
@@ -14,7 +15,7 @@ from attnlab import config as configs
 from attnlab.data import BPE
 from attnlab.models import GenerationDefaults
 from attnlab.pretrained import import_export
-from attnlab.runner import modes as runner
+from attnlab.runner import sessions
 from attnlab.runner.request import Request
 from tests.pretrained.small_llama import LLAMA, write
 from tests.programs import ROOT, call, metrics, write_text
@@ -59,6 +60,7 @@ def test_imported_run_is_sampled_and_described(place, capfd):
     assert "step 0" in out and "readout/table" in out
 
 
+@pytest.mark.slow
 def test_speculative_decoding_keeps_greedy_samples(place, capfd):
     """Greedy decoding with draft tokens from prompt lookup, a run and a checkpoint."""
     folder, _ = place
@@ -78,6 +80,7 @@ def test_speculative_decoding_keeps_greedy_samples(place, capfd):
     assert "no checkpoint at nowhere" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["single", "data:2,fsdp:2,tensor:2"])
 def test_training_changes_exported_tensors(place, tmp_path, mesh, capfd):
     """Training changes every tensor but the frozen one, and the loss improves on the checkpoint."""
@@ -99,6 +102,7 @@ def test_training_changes_exported_tensors(place, tmp_path, mesh, capfd):
     assert [n for n in before if (before[n] == after[n]).all()] == ["model.embed_tokens.weight"]
 
 
+@pytest.mark.slow
 def test_lora_resumes_and_is_merged_on_export(place, tmp_path, capfd):
     folder, small = place
     options = [f"--config.init={folder / 'llama'}", "--config.lora=LoRA(4,8.0)"]
@@ -131,6 +135,7 @@ def test_imported_run_is_sampled_without_its_checkpoint(place, tmp_path):
         os.rename(folder / "away", folder / "llama")
 
 
+@pytest.mark.slow
 def test_import_of_exported_run_repeats_samples(place, tmp_path, capfd):
     """Importing an exported run gives the same model and tokenizer."""
     _, small = place
@@ -155,12 +160,18 @@ def test_import_of_exported_run_repeats_samples(place, tmp_path, capfd):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_image_classifier_exports_preprocessor_and_labels(tmp_path, capfd):
     """The exported checkpoint contains the class names; importing it needs no tokenizer file."""
     pytest.importorskip("sklearn")
     digits = f"--config={ROOT / 'experiments' / 'digits.py'}"
     run, out, back, again = (tmp_path / name for name in ("run", "out", "back", "again"))
-    assert call(digits, f"--workdir={run}", "--config.model.depth=1", "--fast_dev_run") == 0
+    assert (
+        call(
+            digits, f"--workdir={run}", "--config.model.depth=1", "--config.model.width=32", "--fast_dev_run"
+        )
+        == 0
+    )
     assert call("--mode=export", f"--workdir={run}", f"--output_dir={out}") == 0
     fields = json.loads((out / "config.json").read_text())
     assert fields["architectures"] == ["ViTForImageClassification"]
@@ -197,7 +208,7 @@ def test_translation_batches_begin_with_prefix_tokens(tmp_path):
     data = replace(loaded.config.data, sequence_length=128, source_length=128)
     model = import_export.read_config(folder)[1]
     experiment = replace(loaded.config, init=str(folder), model=model, data=data)
-    session = runner.open_session(Request("train", loaded, experiment, {}), experiment)
+    session = sessions.open_session(Request("train", loaded, experiment, {}), experiment)
     (batch,) = experiment.data.eval_batches("validation", session.tokenizer, limit=1)
     assert batch.tokens[:, :2].tolist() == [[7, 9]] * len(batch.tokens)
     ends = batch.source_segments.sum(axis=1) - 1
@@ -215,6 +226,19 @@ def test_export_of_unsupported_model_is_rejected(place, tmp_path, capfd):
     message = "express this model; the closest is llama, which would need attention.softcap: 5.0 -> None\n"
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_import_killed_before_its_checkpoint_is_repeated(place, tmp_path, monkeypatch, capfd):
+    folder, small = place
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "0.tmp").mkdir(parents=True)
+    shutil.copytree(folder / "run" / "pretrained", "run/pretrained")
+    for name in ("config.json", "experiment.py", "versions.json"):  # tokenizer.json is written next
+        shutil.copy(folder / "run" / name, f"run/{name}")
+    assert call("--mode=import", FINE, f"--checkpoint={folder / 'llama'}", "--workdir=run", *small) == 0
+    out, err = capfd.readouterr()
+    assert "imported" in out and err == ""
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0"]
 
 
 @pytest.mark.parametrize(

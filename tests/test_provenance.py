@@ -77,3 +77,18 @@ def test_versions_file_records_each_change(checkout, tmp_path, monkeypatch):
     second = saved(workdir)[1]
     assert (second["step"], second["versions"]["attnlab"]) == (7, "99.0")
     assert second["git"]["experiment"] == first["git"]["experiment"]
+
+
+def test_special_versions_file_is_refused(tmp_path, refuses):
+    (tmp_path / "versions.json").symlink_to("/dev/zero")
+    with refuses("versions.json is a device; it must be a regular file"):
+        provenance.save_versions(epath.Path(tmp_path), 0, epath.Path(tmp_path) / "toy.py")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}x", "5", "[5]", '[{"versions": 1, "git": {}}]', '{"a": 1}', "[" * 99999]
+)
+def test_damaged_versions_file_is_named(tmp_path, text, refuses):
+    (tmp_path / "versions.json").write_text(text)
+    with refuses(f"{tmp_path}/versions.json is damaged; remove it to start a new record of versions"):
+        provenance.save_versions(epath.Path(tmp_path), 0, epath.Path(tmp_path) / "toy.py")

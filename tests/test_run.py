@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attnlab.runner.exit_codes import ExitCode
 from tests.programs import ROOT, call, metrics, program, write_text, write_tiny
 
 SMALL = [
@@ -21,6 +22,14 @@ SMALL = [
 def run_ok(*arguments, cwd, **options):
     done = program(*arguments, cwd=cwd, **options)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]
+    return done.stdout
+
+
+def run_until_claim_fails(*arguments, cwd):
+    """Return the output of a run that ends with a failed claim, after too few steps."""
+    done = program(*arguments, cwd=cwd)
+    assert done.returncode == ExitCode.CLAIM_FAILED, done.stderr[-2000:]
+    assert done.stderr.startswith("claim failed: ") and done.stderr.count("\n") == 1
     return done.stdout
 
 
@@ -41,7 +50,7 @@ def test_fast_dev_run_writes_every_output(lm):
     files = {p.name for p in (folder / "run").iterdir()}
     assert files == {
         *("config.json", "experiment.py", "versions.json", "tokenizer.json", "metrics.jsonl", "tensorboard"),
-        *("checkpoints", "report.json", "figures"),
+        *("checkpoints", "report.json", "figures", "data_fingerprint.json"),
     }
     figures = {p.name for p in (folder / "run" / "figures").iterdir()}
     assert figures == {"attention.png", "attention.svg", "curve.png", "curve.svg"}
@@ -80,7 +89,7 @@ def test_metrics_file_has_one_object_per_line(lm):
 def test_workdir_alone_resumes(lm):
     folder, _ = lm
     before = metrics(folder / "run")
-    out = run_ok("--workdir=run", "--config.train.steps=4", cwd=folder)
+    out = run_until_claim_fails("--workdir=run", "--config.train.steps=4", cwd=folder)
     assert "resuming at step 2" in out and "done at step 4" in out
     assert metrics(folder / "run")[: len(before)] == before
     assert metrics(folder / "run")[-1]["step"] == 4
@@ -88,13 +97,14 @@ def test_workdir_alone_resumes(lm):
 
 def test_eval_and_describe_print_metrics_and_config(lm):
     folder, _ = lm
-    out = run_ok("--mode=eval", "--workdir=run", cwd=folder)
+    out = run_until_claim_fails("--mode=eval", "--workdir=run", cwd=folder)
     assert re.search(r"^step \d: loss \d\.\d{4}, accuracy [\d.]+, bits_per_byte [\d.]+$", out, re.MULTILINE)
     out = run_ok("--mode=describe", "--workdir=run", cwd=folder)
     assert re.search(r"^params_sha256: [0-9a-f]{64}$", out, re.MULTILINE)
     assert "model.depth" in out and "FLOPs per token" in out
 
 
+@pytest.mark.slow
 def test_sample_prints_samples_of_prompt(lm):
     folder, _ = lm
     out = run_ok("--mode=sample", "--workdir=run", "--prompt=the cat", "--max_new_tokens=8", cwd=folder)
@@ -151,7 +161,8 @@ def test_pronoun_experiment_writes_report_and_figures(tmp_path):
     assert set(report) == {"accuracy", "best_head", "claims", "fast_dev_run"}
     assert (report["claims"], report["fast_dev_run"]) == ([], True)
     assert all("bits_per_byte" not in line for line in metrics(tmp_path / "run", "eval"))
-    assert "claim FAILS" in run_ok("--mode=eval", "--workdir=run", cwd=tmp_path)  # eval reports in full
+    out = run_until_claim_fails("--mode=eval", "--workdir=run", cwd=tmp_path)
+    assert "claim FAILS" in out  # eval reports in full
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [claim["held"] for claim in report["claims"]] == [False, False] and "fast_dev_run" not in report
 
@@ -198,6 +209,7 @@ def test_init_from_copies_parameters(tiny, capfd):
     assert first == pytest.approx(last, abs=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "fsdp_tensor", "data:2,fsdp:2,tensor:2"])
 def test_training_on_named_and_sized_meshes(tiny, mesh, capfd):
     assert call(tiny, "--workdir=run", f"--mesh={mesh}", "--max_steps=1") == 0

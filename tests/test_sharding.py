@@ -1,4 +1,5 @@
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -7,6 +8,7 @@ from attnlab.sharding import (
     format_mesh,
     gathered_param_spec,
     make_mesh,
+    num_slices,
     param_spec,
     parse_mesh,
     spec,
@@ -28,10 +30,31 @@ from attnlab.sharding import (
         ("data:2,fsdp:2,tensor:2", 8, (2, 2, 2)),
         ("tensor:2", 8, (1, 1, 2)),
         (" fsdp:4, data:2", 8, (2, 4, 1)),
+        ("auto", 8, (1, 8, 1)),
     ],
 )
 def test_parse_mesh_accepts_presets_and_sizes(text, devices, sizes):
     assert tuple(parse_mesh(text, devices).values()) == sizes
+
+
+class Device:
+    """A device of a process, as `create_hybrid_device_mesh` sees it."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __init__(self, index, per_process):
+        self.id, self.process_index = index, index // per_process
+
+
+def test_slow_axes_are_multiplied_and_cross_slices():
+    sizes = parse_mesh("dcn_data:2,data:2,fsdp:2,tensor:2", 16, num_slices=2)
+    assert sizes == {"data": 4, "fsdp": 2, "tensor": 2, "dcn_data": 2}
+    assert parse_mesh("auto", 16, num_slices=2) == {"data": 2, "fsdp": 8, "tensor": 1, "dcn_data": 2}
+    devices = [Device(i, 8) for i in range(16)]
+    assert num_slices(devices) == 2
+    grid = make_mesh(sizes, devices).devices
+    processes = np.vectorize(lambda device: device.process_index)(grid)
+    assert (processes[:2] == 0).all() and (processes[2:] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -46,6 +69,8 @@ def test_parse_mesh_accepts_presets_and_sizes(text, devices, sizes):
         ("data:2,data:4", 8, ["data twice"]),
         ("fsdp:8,tensor:2", 8, ["needs 16 devices", "are 8", "single, data:8, fsdp:8, fsdp:4,tensor:2"]),
         ("data:2", 1, ["needs 2 devices", "is 1", "these fit: single"]),
+        ("dcn_data:2,fsdp:4", 8, ["has 2 slices, and there are 1"]),
+        ("dcn_tensor:2", 8, ["axes data, fsdp, tensor, dcn_data, dcn_fsdp"]),
     ],
 )
 def test_parse_mesh_rejects_invalid_meshes(refuses, text, devices, words):

@@ -4,9 +4,11 @@
 backend it selects and why.
 """
 
-from attnlab.attention.attend import attend, explain
+from attnlab.attention.absolute_positions import learned, sinusoidal
+from attnlab.attention.attend import attend, prepare
 from attnlab.attention.backends.reference import reference
-from attnlab.attention.backends.registry import register
+from attnlab.attention.backends.registry import exclude_backends, register
+from attnlab.attention.explain import explain
 from attnlab.attention.masks import (
     Mask,
     bigbird,
@@ -42,26 +44,20 @@ from attnlab.attention.positions import (
     LongRoPE,
     YaRN,
     axial,
-    learned,
     multimodal,
     rotary,
     rotate,
-    sinusoidal,
     xpos,
 )
+from attnlab.attention.relative_scores import alibi, cope, relative_bias, shaw, t5_bias
 from attnlab.attention.scores import (
     Score,
-    alibi,
     bias,
-    cope,
     forgetting,
     log_temperature,
-    relative_bias,
     score_fn,
-    shaw,
     softcap,
     step_temperature,
-    t5_bias,
     temperature,
 )
 
@@ -86,6 +82,7 @@ __all__ = [
     "chunked",
     "cope",
     "dilated",
+    "exclude_backends",
     "explain",
     "forgetting",
     "global_tokens",
@@ -99,6 +96,7 @@ __all__ = [
     "neighbourhood",
     "per_head",
     "prefix",
+    "prepare",
     "reference",
     "register",
     "relative_bias",

@@ -1,8 +1,8 @@
-"""The attention call `attend`, and `explain`, which reports how a call would run."""
+"""The attention call `attend`, `prepare` for its block mask, and the checks of their arguments."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,27 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from attnlab.attention.backends.blockwise import Blockwise, BlockwiseAutodiff, default_block_sizes
+from attnlab.attention.backends.blockwise import Blockwise, BlockwiseAutodiff
 from attnlab.attention.backends.cudnn import Cudnn
 from attnlab.attention.backends.decode import Decode
 from attnlab.attention.backends.flash import Flash
 from attnlab.attention.backends.reference import Reference
-from attnlab.attention.backends.registry import (
-    BACKENDS,
-    AttentionArgs,
-    AttentionResult,
-    Backend,
-    select_backend,
-)
+from attnlab.attention.backends.registry import BACKENDS, AttentionArgs, Backend, block_sizes
 from attnlab.attention.backends.splash import Splash
 from attnlab.attention.backends.tokamax import Tokamax
-from attnlab.attention.block_mask import is_static
+from attnlab.attention.block_mask import BlockMask, make_block_mask
+from attnlab.attention.checks import check_array, check_number, describe, is_array
 from attnlab.attention.context_parallel import AllGather, AllToAll, Ring
-from attnlab.attention.masks.base import BlockGrid, Mask, as_mask
+from attnlab.attention.dropout import AttentionDropout, HashDropout, MaskDropout
+from attnlab.attention.masks.base import Mask, PerHeadMask, as_mask
+from attnlab.attention.masks.blocks import BlockGrid, BlockOffset
+from attnlab.attention.masks.normal_form import depends_on_batch_and_heads, is_static
 from attnlab.attention.normalizers import softmax
+from attnlab.attention.pairwise import PairwiseFn
+from attnlab.attention.platforms import select_backends, target_platforms
 from attnlab.attention.scores import as_score
+from attnlab.attention.sharded import local_args, map_shards, run_compiled, with_mesh
 from attnlab.errors import InputError
 
 # The order in which "auto" tries backends. `register` inserts other backends before these.
@@ -62,6 +63,10 @@ def attend(
     normalizer: Callable = softmax,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
+    dropout_mask: Bool[Array, "#B #H #T #S"] | None = None,
+    deterministic: bool = False,
+    broadcast_dropout: bool = False,
+    block_mask: Any = None,
     backend: str | Backend = "auto",
     return_lse: bool = False,
     return_weights: bool = False,
@@ -76,10 +81,14 @@ def attend(
       score: modifies the scaled scores: a score, a function of (score, b, h, q, k), or a sequence.
       scale: factor of the scores, 1 / sqrt(D) by default.
       sinks: one extra logit per head that takes part in the softmax and has no value, (H,).
-      normalizer: maps masked scores to weights over the last axis. Every backend but "reference"
-        requires `softmax`.
-      dropout_rate: fraction of the weights to drop. Without `dropout_key`, no weight is dropped.
-      dropout_key: random key of the dropout.
+      normalizer: maps masked scores to weights. Backends but "reference" require `softmax`.
+      dropout_rate: fraction of the weights to drop. It needs a key or a mask.
+      dropout_key: random key of the dropout. All backends and meshes drop the same pairs.
+      dropout_mask: the pairs to keep.
+      deterministic: True for no dropout.
+      broadcast_dropout: whether all batch rows and heads drop the same pairs of a `dropout_key`.
+      block_mask: the `BlockMask` of `mask`, from `prepare`, if several calls share it. Backends
+        that use none ignore it.
       backend: a name, a `Backend`, or "auto": the first backend in order that supports the call.
         `explain` returns the selected backend and the reasons against the others.
       return_lse: also return the log-sum-exp of the scores, (B, T, H), float32.
@@ -90,36 +99,70 @@ def attend(
       the log-sum-exp and the weights. A query without keys has output 0 and log-sum-exp -inf.
 
     Raises:
-      InputError: Shapes or shardings do not match, or the backend is unknown or unsupported.
+      InputError: A dtype, shape or sharding does not match, a mask is not boolean, dropout has no
+        key, or the backend is unknown or unsupported.
     """
-    _check_arguments(query, key, value, dropout_rate)
-    batch = query.shape[:-3]
-    arrays = [x.reshape(-1, *x.shape[-3:]) if len(batch) != 1 else x for x in (query, key, value)]
-    args = AttentionArgs(
-        query=arrays[0],
-        key=arrays[1],
-        value=arrays[2],
-        mask=None if mask is None else as_mask(mask),
-        score=as_score(score),
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+    check_arrays(query, key, value)
+    args = make_args(
+        *(query, key, value),
+        mask=mask,
+        score=score,
+        scale=scale,
         sinks=sinks,
         normalizer=normalizer,
-        dropout_rate=0.0 if dropout_key is None else dropout_rate,
-        dropout_key=dropout_key if dropout_rate else None,
+        dropout=make_dropout(dropout_rate, dropout_key, dropout_mask, deterministic, broadcast_dropout),
+        block_mask=block_mask,
         return_weights=return_weights,
         return_lse=return_lse,
-        platform=_platform(),
     )
-    _check_values(args)
-    result = _run_sharded(backend, args)
-    out, lse, weights = (
-        x if x is None or len(batch) == 1 else x.reshape(*batch, *x.shape[1:]) for x in result
-    )
+    batch, platforms = query.shape[:-3], target_platforms((query, key, value))
+    result = run_compiled(backend, args, platforms)
+    out, lse, weights = (x if x is None else _restore_batch(x, batch) for x in result)
     extras = [lse] * return_lse + [weights] * return_weights
     return (out, *extras) if extras else out
 
 
-def _check_arguments(query, key, value, dropout_rate) -> None:
+def make_args(query, key, value, *, mask, score, scale, normalizer, **options) -> AttentionArgs:
+    """Return the arguments of a backend for those of `attend`; query, key and value are checked."""
+    check_options(scale, normalizer)
+    args = AttentionArgs(
+        *map(_flatten_batch, (query, key, value)),
+        mask=None if mask is None else as_mask(mask),
+        score=None if score is None else as_score(score),
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        normalizer=normalizer,
+        **options,
+    )
+    return check_values(args)
+
+
+def _flatten_batch(x: Any) -> Any:
+    """Return an array with one batch dimension."""
+    if isinstance(x, jax.ShapeDtypeStruct) and x.ndim == 4:
+        return x
+    return jnp.asarray(x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]))
+
+
+def _restore_batch(x: Array, batch: tuple) -> Array:
+    """Return an array with the batch dimensions that `_flatten_batch` joined.
+
+    They are symbolic under `jax.export` with symbolic dimensions.
+    """
+    return x if len(batch) == 1 else x.reshape(*batch, *x.shape[1:])
+
+
+# Fields without a meaning if there is no pair.
+_NO_PAIRS: dict[str, Any] = {"mask": None, "score": None, "dropout": None, "block_mask": None}
+
+
+def check_arrays(query: Any, key: Any, value: Any) -> None:
+    """Check dtypes and shapes of query, key and value.
+
+    Raises:
+      InputError: an argument is not a floating-point array, or the shapes do not match.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_array(f"attend: {name}", x, "floating")
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
         raise InputError(f"attend takes (batch, length, heads, head_dim) arrays; got {shapes}")
@@ -127,27 +170,77 @@ def _check_arguments(query, key, value, dropout_rate) -> None:
         raise InputError(f"attend: batch, length and heads of key and value must be equal; got {shapes}")
     if query.shape[-1] != key.shape[-1]:
         raise InputError(f"attend: query and key must have the same head_dim; got {shapes}")
-    if query.shape[-2] % key.shape[-2]:
+    if query.shape[-1] == 0:
+        raise InputError(f"attend: head_dim must be at least 1; got {shapes}")
+    if query.shape[-2] % max(key.shape[-2], 1) or (key.shape[-2] == 0 and query.shape[-2]):
         hint = ""
-        if query.shape[-3] % key.shape[-3] == 0:
+        if key.shape[-3] and query.shape[-3] % key.shape[-3] == 0:
             hint = "; attend takes (batch, length, heads, head_dim), not (batch, heads, length, head_dim)"
         raise InputError(f"attend: query heads must be a multiple of key heads; got {shapes}{hint}")
-    if not 0 <= dropout_rate < 1:
-        raise InputError(f"attend: dropout_rate must be at least 0 and less than 1, not {dropout_rate}")
 
 
-def _platform() -> str:
-    """Return the target platform: that of the mesh's devices, which this host may not have."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.values["jax_default_device"]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+def check_options(scale: Any, normalizer: Any) -> None:
+    """Check the scale and the normalizer of `attend`.
+
+    Raises:
+      InputError: a value is of the wrong type or not finite.
+    """
+    if scale is not None:
+        check_number("attend", scale=scale)
+    if not callable(normalizer):
+        raise InputError(f"attend: normalizer must be a function, not {describe(normalizer)}")
 
 
-def _check_values(args: AttentionArgs) -> None:
-    """Check that each named dimension of an array in mask or score is 1 or matches the scores."""
-    b, t, h, _ = args.query.shape
-    lengths = {"batch": b, "heads": h, "queries": t, "keys": args.key.shape[1]}
+def make_dropout(
+    rate: Any, key: Any, mask: Any, deterministic: Any, broadcast: Any
+) -> AttentionDropout | None:
+    """Return the dropout that the arguments of `attend` describe.
+
+    Raises:
+      InputError: a value is of the wrong type or out of range, or dropout has neither a key nor a
+        mask, or both.
+    """
+    for name, flag in (("deterministic", deterministic), ("broadcast_dropout", broadcast)):
+        if not isinstance(flag, bool | np.bool_):
+            raise InputError(f"attend: {name} must be True or False, not {describe(flag)}")
+    check_number("attend", dropout_rate=rate)
+    if not 0 <= rate < 1:
+        raise InputError(f"attend: dropout_rate must be at least 0 and less than 1, not {rate}")
+    if key is not None and not _is_random_key(key):
+        raise InputError(
+            f"attend: dropout_key must be a key of jax.random, as jax.random.key(0); not {describe(key)}"
+        )
+    if mask is not None:
+        check_array("attend: dropout_mask", mask, "boolean", 4)
+    if not rate or deterministic:
+        return None
+    if key is None and mask is None:
+        raise InputError(
+            f"attend: dropout_rate {rate} needs a dropout_key; pass deterministic=True for no dropout"
+        )
+    if key is not None and mask is not None:
+        raise InputError("attend: pass dropout_key or dropout_mask, not both")
+    return HashDropout.from_key(rate, key, broadcast) if mask is None else MaskDropout(float(rate), mask)
+
+
+def _is_random_key(x: Any) -> bool:
+    if not is_array(x):
+        return False
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or x.dtype == np.uint32
+
+
+def check_values(args: AttentionArgs) -> AttentionArgs:
+    """Check the sizes of the arrays in mask, score and sinks against the scores.
+
+    Returns:
+      The arguments; without mask, score and dropout if an array is empty, so that there is no pair.
+
+    Raises:
+      InputError: a named dimension is neither 1 nor that of the scores, `per_head` or the sinks do
+        not have one entry per query head, or the block mask is for other lengths.
+    """
+    b, h, t, s = args.score_shape
+    lengths = {"batch": b, "heads": h, "queries": t, "keys": s}
 
     def check(kind, x, dims):
         for name, n in zip(dims, jnp.shape(x), strict=True):
@@ -158,244 +251,133 @@ def _check_values(args: AttentionArgs) -> None:
                 )
         return x
 
-    for kind, value in (("mask", args.mask), ("score", args.score)):
+    for kind, value in (("mask", args.mask), ("score", args.score), ("dropout", args.dropout)):
         if value is not None:
             value.map_arrays(partial(check, kind))
+            for part in value.walk():
+                _check_mask_of_head(part, h)
+    if args.sinks is not None:
+        check_array("attend: sinks", args.sinks, "floating", 1)
+        if args.sinks.shape[0] != h:
+            raise InputError(f"attend: sinks must have one logit per query head, {h}; got {args.sinks.shape}")
+    if args.block_mask is not None:
+        _check_block_mask(args.block_mask, args.score_shape)
+    is_empty = 0 in args.score_shape
+    return dataclasses.replace(args, **_NO_PAIRS) if is_empty else args
 
 
-def _run_sharded(name_or_backend: str | Backend, args: AttentionArgs) -> AttentionResult:
-    """Run a backend on each device's shard, as the shardings in the arguments' types specify."""
-    arrays = args.query, args.key, args.value
-    layouts = [
-        P(None, None, None, None) if jax.sharding.get_abstract_mesh().empty else _spec(x) for x in arrays
-    ]
-    mesh = jax.sharding.get_abstract_mesh()
-    is_sharded = any(map(any, layouts))
-    if not is_sharded and mesh.size <= 1:
-        return select_backend(name_or_backend, args).run(args, (0, 0, 0, 0))
-    batch, sequence, heads = _check_layouts(layouts, args.key.shape[2])
-    sizes = mesh.shape
-
-    def local_shape(x, spec):
-        lengths = (
-            n // math.prod(sizes[a] for a in _axes(axes)) for n, axes in zip(x.shape, spec, strict=True)
-        )
-        return jax.ShapeDtypeStruct(tuple(lengths), x.dtype)
-
-    query, key, value = (local_shape(x, spec) for x, spec in zip(arrays, layouts, strict=True))
-    sequence_shards = math.prod(sizes[a] for a in _axes(sequence))
-    args = dataclasses.replace(
-        args, sequence_axes=_axes(sequence), sequence_shards=sequence_shards, is_sharded=is_sharded
-    )
-    backend = select_backend(name_or_backend, dataclasses.replace(args, query=query, key=key, value=value))
-    axes = {"batch": batch, "heads": heads}
-
-    def spec(x, dims) -> P:
-        # Shard batch and heads like the scores. Dimensions of 1 and the length are replicated.
-        return P(*(axes.get(name) if n > 1 else None for name, n in zip(dims, jnp.shape(x), strict=True)))
-
-    # Replicated constants stay constants: as arguments of `shard_map` they would be traced, and a
-    # backend could not evaluate the mask at trace time.
-    values = args.mask, args.score
-    specs = jax.tree.leaves([x if x is None else x.map_arrays(spec) for x in values], is_leaf=_is_spec)
-    leaves, structure = jax.tree.flatten(values)
-    is_argument = [any(spec) or not _is_replicated_constant(x) for x, spec in zip(leaves, specs, strict=True)]
-    specs = [spec for spec, keep in zip(specs, is_argument, strict=True) if keep]
-    arguments = [x for x, keep in zip(leaves, is_argument, strict=True) if keep]
-    constants = [np.asarray(x) for x, keep in zip(leaves, is_argument, strict=True) if not keep]
-    sinks = None if args.sinks is None else jax.sharding.reshard(args.sinks, P(heads))
-
-    def local(query, key, value, arguments, sinks, dropout_key):
-        sources = iter(constants), iter(arguments)
-        mask, score = structure.unflatten(next(sources[is_arg]) for is_arg in is_argument)
-        offset = _shard_start(batch, query.shape[0]), _shard_start(heads, query.shape[2]), 0, 0
-        local_args = dataclasses.replace(
-            args,
-            query=query,
-            key=key,
-            value=value,
-            mask=mask,
-            score=score,
-            sinks=sinks,
-            dropout_key=_local_key(dropout_key, (batch, heads)),
-        )
-        return tuple(backend.run(local_args, offset))
-
-    weights = P(batch, heads, sequence, None) if args.return_weights else None
-    result = jax.shard_map(
-        local,
-        in_specs=(*layouts, specs, P(heads), P()),
-        out_specs=(P(batch, sequence, heads, None), P(batch, sequence, heads), weights),
-        check_vma=False,
-    )(*arrays, list(map(jax.sharding.reshard, arguments, specs)), sinks, args.dropout_key)
-    return AttentionResult(*result)
-
-
-def _is_spec(x) -> bool:
-    return isinstance(x, P)
-
-
-def _is_replicated_constant(x: Array | np.ndarray) -> bool:
-    """Return whether an array is concrete at trace time, fully replicated, and not a random key."""
-    if not is_static(x) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
-        return False
-    return not isinstance(x, jax.Array) or x.is_fully_replicated
-
-
-def _axes(entry) -> tuple[str, ...]:
-    """Return the mesh axes of one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _shard_start(axes, length: int):
-    """Return the offset of this device's shard in a dimension sharded over mesh axes."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return jax.lax.axis_index(axes) * length if math.prod(sizes[a] for a in _axes(axes)) > 1 else 0
-
-
-def _local_key(key, layout):
-    """Return a dropout key that differs between shards of rows and heads.
-
-    Devices that hold the same rows and heads use the same key, since replicas must be equal.
-    """
-    if key is None:
-        return None
-    for axes in layout:
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    return key
-
-
-def _spec(x) -> P:
-    return jax.typeof(x).sharding.spec
-
-
-def _check_layouts(layouts, kv_heads: int):
-    """Return the mesh axes of batch, length and heads; raise if the shardings do not match."""
-    query, key, value = layouts
-    message = f"shardings are query {query}, key {key}, value {value}"
-    if any(spec[3] for spec in layouts):
-        raise InputError(f"attend: head_dim must not be sharded, reshard first; {message}")
-    # A single key head may be replicated while the query heads are sharded.
-    heads = (query[2],) if kv_heads > 1 else (query[2], None)
-    if any(spec[:2] != query[:2] or spec[2] not in heads for spec in (key, value)):
+def _check_block_mask(block_mask: Any, score_shape: tuple[int, ...]) -> None:
+    if not isinstance(block_mask, BlockMask):
+        raise InputError(f"attend: block_mask must be a BlockMask of prepare, not {describe(block_mask)}")
+    b, h, t, s = score_shape
+    lengths = block_mask.q_length, block_mask.kv_length
+    if lengths != (t, s):
+        raise InputError(f"attend: block_mask is for {lengths} queries and keys; the scores have {(t, s)}")
+    groups = block_mask.num_lists
+    if any(count > 1 and n % count for n, count in zip((b, h), groups, strict=True)):
         raise InputError(
-            f"attend: batch, length and heads of key and value must be sharded like the query, "
-            f"reshard first; {message}"
+            f"attend: block_mask has lists of {groups} rows and heads, which do not divide the {(b, h)} of "
+            "the scores"
         )
-    return query[0], query[1], query[2]
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """The backend and the cost of one call of `attend`.
-
-    Attributes:
-      backend: the name of the selected backend.
-      rejected: maps the name of every other backend to the reason why it was not selected.
-      block_sizes: `blockwise`'s default block_q and block_kv.
-      blocks: numbers of empty, partial and full blocks. None for a traced mask.
-      density: fraction of the pairs that the mask allows. None for a traced mask.
-      flops: floating-point operations of the forward pass over the allowed pairs; a
-        multiply-add counts as two.
-      memory: temporary memory of the compiled forward pass, in bytes per device.
-    """
-
-    backend: str
-    rejected: dict[str, str]
-    block_sizes: tuple[int, int]
-    blocks: tuple[int, int, int] | None
-    density: float | None
-    flops: float
-    memory: int
-
-    def __str__(self) -> str:
-        lines = [f"backend   {self.backend}"]
-        lines += [f"          not {name}: {reason}" for name, reason in self.rejected.items()]
-        if self.blocks is None:
-            lines.append("mask      traced: blocks are counted at run time")
-        else:
-            (q, kv), (empty, partial_, full) = self.block_sizes, self.blocks
-            counts = f"{empty} empty, {partial_} partial, {full} full"
-            lines.append(f"mask      {self.density:.2%} of the pairs")
-            lines.append(f"blocks    of {q} queries and {kv} keys: {counts}")
-        lines.append(f"FLOPs     {self.flops / 1e9:,.3f} G forward")
-        lines.append(f"memory    {self.memory / 2**20:,.1f} MiB of temporaries, forward")
-        return "\n".join(lines)
+def _check_mask_of_head(part: PairwiseFn, heads: int) -> None:
+    if isinstance(part, PerHeadMask) and len(part.mask_of_head) != heads:
+        raise InputError(
+            f"attend: per_head got {len(part.mask_of_head)} masks for {heads} query heads; pass one per head"
+        )
 
 
-def explain(
-    query, key, value, *, mask: Any = None, backend: str | Backend = "auto", **options
-) -> Explanation:
-    """Return which backend `attend` selects for these arguments, and the cost of the call.
+def prepare(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any = None,
+    score: Any = None,
+    backend: str | Backend = "auto",
+    **options: Any,
+) -> BlockMask | None:
+    """Return the block mask of calls of `attend` with these arguments, to pass as `block_mask=`.
+
+    The backend is selected as in `attend`, and selects the sizes of the blocks. Static masks are
+    evaluated at trace time. Over Explicit mesh axes, each device computes the blocks of its batch
+    rows, heads and queries.
 
     Args:
-      query: as in `attend`, or a `jax.ShapeDtypeStruct`.
-      key: as `query`.
-      value: as `query`.
+      query: (B, T, H, D), an array or a `jax.ShapeDtypeStruct` with its sharding.
+      key: (B, S, K, D), likewise.
+      value: (B, S, K, Dv), likewise.
       mask: as in `attend`.
+      score: as in `attend`.
       backend: as in `attend`.
-      **options: the other arguments of `attend`.
+      **options: other fields of `AttentionArgs`, on which the selection may depend.
+
+    Returns:
+      The block mask; None if the backend uses none, or the length is sharded into parts that no
+      block size divides.
 
     Raises:
-      InputError: `attend` raises it for these arguments.
+      InputError: as `attend`.
     """
-    recorder = _RecordingBackend(backend)
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in (query, key, value)):
+        check_arrays(query, key, value)
+    fields = {"scale": None, "normalizer": softmax} | options
+    args = make_args(query, key, value, mask=mask, score=score, **fields)
+    if 0 in args.score_shape:
+        return None
+    args, layouts = with_mesh(args)
+    shard = args if layouts is None else local_args(args, layouts)
+    platforms = target_platforms((query, key, value))
+    sizes = _block_sizes(backend, shard, platforms)
+    if sizes is None:
+        return None
+    if layouts is None or (not args.sequence_axes and _is_same_on_all_devices(args.mask)):
+        # Of the heads of one device, so that all devices decide alike which lists are shared.
+        b, h, t, s = shard.score_shape
+        return make_block_mask(args.mask, BlockGrid(t, s, *sizes, b, h))
+    return _prepare_shards(args, layouts, sizes)
 
-    def run(q, k, v):
-        return attend(q, k, v, mask=mask, backend=recorder, **options)
 
-    compiled = jax.jit(run).lower(query, key, value).compile()
-    *batch, t, h, d = query.shape
-    s, rows = key.shape[-3], int(np.prod(batch))
-    block_sizes, blocks, density = default_block_sizes(t, s), None, None
-    mask_ = None if mask is None else as_mask(mask)
-    if mask_ is None or is_static(mask_):
-        density = 1.0 if mask_ is None else mask_.density(t, s, rows, h)
-        blocks = _count_blocks(mask_, BlockGrid(t, s, *block_sizes, rows, h))
-    pairs = rows * h * t * s * (1.0 if density is None else density)
-    return Explanation(
-        backend=recorder.chosen.name,
-        rejected=recorder.rejections(),
-        block_sizes=block_sizes,
-        blocks=blocks,
-        density=density,
-        flops=2.0 * pairs * (d + value.shape[-1]),
-        memory=compiled.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
+def _block_sizes(
+    name_or_backend: str | Backend, args: AttentionArgs, platforms: Sequence[str]
+) -> tuple[int, int] | None:
+    """Return the block sizes of the first platform whose backend uses a block mask."""
+    backends = select_backends(name_or_backend, args, platforms)
+    sizes = (
+        block_sizes(backend, dataclasses.replace(args, platform=platform))
+        for platform, backend in backends.items()
     )
+    return next((x for x in sizes if x is not None), None)
 
 
-def _count_blocks(mask, grid: BlockGrid) -> tuple[int, int, int]:
-    """Return the numbers of empty, partial and full blocks."""
-    if mask is None:
-        return 0, 0, int(np.prod(grid.num_blocks))
-    any_allowed, all_allowed = (np.asarray(x) for x in mask.block_summary(grid))
-    partial_blocks = any_allowed & ~all_allowed
-    return int((~any_allowed).sum()), int(partial_blocks.sum()), int((any_allowed & all_allowed).sum())
+def _is_same_on_all_devices(mask) -> bool:
+    return mask is None or (is_static(mask) and not any(depends_on_batch_and_heads(mask)))
 
 
-class _RecordingBackend:
-    """A backend that selects another one, runs it, and records the selection."""
+def _prepare_shards(args: AttentionArgs, layouts: list[P], sizes: tuple[int, int]) -> BlockMask:
+    """Return the block mask that each device computes for its rows, heads and queries."""
+    _, _, t, s = args.score_shape
+    (batch, sequence, heads), axes = layouts[0][:3], args.sequence_axes
+    made: list[BlockMask] = []
 
-    name = "recording"
-    chosen: Backend
-    args: AttentionArgs
+    def local(shard: AttentionArgs, offset: BlockOffset):
+        b, h, count, _ = shard.score_shape
+        mask = shard.mask
+        if axes:
+            start = jax.lax.axis_index(axes) * count
+            offset = (*offset[:2], start, 0)
+            mask = None if mask is None else mask.slice_block(queries=(start, count))
+        part = whole = make_block_mask(mask, BlockGrid(count, s, *sizes, b, h, offset))
+        if axes:
+            partial_, full = (jax.lax.all_gather(x, axes, axis=2, tiled=True) for x in part.to_dense())
+            whole = BlockMask.from_partial_and_full(partial_, full, BlockGrid(t, s, *sizes))
+        made.append(dataclasses.replace(whole, info=part.info))  # type: ignore[type-var]
+        arrays = *part.arrays[:4], *whole.arrays[4:]
+        return tuple(map(jnp.asarray, arrays))
 
-    def __init__(self, name_or_backend: str | Backend):
-        self._requested = name_or_backend
-
-    def unsupported_reason(self, args):
-        """Record the arguments and the backend selected for them."""
-        self.args = args
-        self.chosen = select_backend(self._requested, args)
-
-    def run(self, args, offset):
-        """Run the selected backend."""
-        return self.chosen.run(args, offset)
-
-    def rejections(self) -> dict[str, str]:
-        """Return the reason why each other backend was not selected."""
-        others = (backend for backend in BACKENDS if backend.name != self.chosen.name)
-        is_auto = self._requested == "auto"
-        unused = f"{self.chosen.name} has priority" if is_auto else "another backend was requested"
-        return {backend.name: backend.unsupported_reason(self.args) or unused for backend in others}
+    differ = (False, False) if args.mask is None else depends_on_batch_and_heads(args.mask)
+    batch, heads = (axis if differs else None for axis, differs in zip((batch, heads), differ, strict=True))
+    out_specs = (P(batch, heads, sequence),) * 4 + (P(batch, heads),) * 4
+    arrays = map_shards(local, args, layouts, (), out_specs)
+    return made[0].with_arrays(arrays)

@@ -4,6 +4,7 @@ All three run inside `shard_map`. Device i holds the i-th shard of the length. M
 replicated along the length and are sliced to the queries and keys that a device computes.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,13 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from attnlab.attention.backends import vjp
-from attnlab.attention.backends.blockwise import blockwise, blockwise_gradients
+from attnlab.attention.backends.blockwise import blockwise, blockwise_gradients, default_block_sizes
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
     apply_sinks,
     softmax_only_reason,
 )
+from attnlab.attention.block_mask import BlockMask
+from attnlab.attention.masks.blocks import BlockGrid
+from attnlab.attention.masks.normal_form import normal_form
 
 
 class ContextParallelBackend:
@@ -29,12 +33,22 @@ class ContextParallelBackend:
         """See `Backend.unsupported_reason`."""
         if not args.sequence_axes:
             return "the length is not sharded"
-        return softmax_only_reason(args) or self.unsupported_layout_reason(args)
+        return softmax_only_reason(args, dropout=True) or self.unsupported_layout_reason(args)
 
     def unsupported_layout_reason(self, args: AttentionArgs) -> str | None:
         """Return why the backend does not support the sharded shapes, or None."""
         del args
         return None
+
+    def block_sizes(self, args: AttentionArgs) -> tuple[int, int] | None:
+        """Return the sizes of blocks that divide the parts of the sequence; see `Backend`."""
+        parts = self.part_lengths(args)
+        sizes = default_block_sizes(*parts, args.mask)
+        return sizes if all(n % size == 0 for n, size in zip(parts, sizes, strict=True)) else None
+
+    def part_lengths(self, args: AttentionArgs) -> tuple[int, int]:
+        """Return the numbers of queries and keys that a block mask must divide into blocks."""
+        return args.query.shape[1], args.key.shape[1]
 
     def run(self, args: AttentionArgs, offset):
         """See `Backend.run`."""
@@ -57,9 +71,10 @@ class AllGather(ContextParallelBackend):
             jax.lax.all_gather(x, args.sequence_axes, axis=1, tiled=True) for x in (args.key, args.value)
         )
         start = offset[2] + jax.lax.axis_index(args.sequence_axes) * args.query.shape[1]
-        mask, score = _slice_values((args.mask, args.score), queries=(start, args.query.shape[1]))
+        options = _slice_options(args, queries=(start, args.query.shape[1]))
         at = (*offset[:2], start, offset[3])
-        return blockwise(args.query, key, value, mask=mask, score=score, scale=args.scale, offset=at)
+        options |= {"scale": args.scale, "block_mask": args.block_mask}
+        return blockwise(args.query, key, value, offset=at, **options)
 
 
 class AllToAll(ContextParallelBackend):
@@ -82,18 +97,38 @@ class AllToAll(ContextParallelBackend):
         swap = partial(jax.lax.all_to_all, axis_name=args.sequence_axes, tiled=True)
         query, key, value = (swap(x, split_axis=2, concat_axis=1) for x in (args.query, args.key, args.value))
         start = jax.lax.axis_index(args.sequence_axes) * query.shape[2]
-        mask, score = _slice_values((args.mask, args.score), heads=(start, query.shape[2]))
+        options = _slice_options(args, heads=(start, query.shape[2])) | {"scale": args.scale}
         at = (offset[0], offset[1] + start, *offset[2:])
-        out, lse = blockwise(query, key, value, mask=mask, score=score, scale=args.scale, offset=at)
+        options["block_mask"] = _of_heads(args.block_mask, args.sequence_axes)
+        out, lse = blockwise(query, key, value, offset=at, **options)
         return swap(out, split_axis=1, concat_axis=2), swap(lse, split_axis=1, concat_axis=2)
+
+
+def _of_heads(block_mask: BlockMask | None, axes) -> BlockMask | None:
+    """Return the block mask of all queries and this device's heads; None if they share lists."""
+    if block_mask is None:
+        return None
+    count = jax.lax.axis_size(axes)
+    if block_mask.num_lists[1] % count and block_mask.num_lists[1] > 1:
+        return None
+
+    def change(x, dims):
+        if "q_blocks" in dims:
+            x = jax.lax.all_gather(x, axes, axis=2, tiled=True)
+        if x.shape[1] == 1:
+            return x
+        heads = x.shape[1] // count
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * heads, heads, 1)
+
+    return block_mask.map_arrays(change)
 
 
 class Ring(ContextParallelBackend):
     """Ring attention: keys and values pass from device to device (arXiv 2310.01889).
 
-    With a mask, device i of n first exchanges halves so that it holds parts i and 2n - 1 - i of 2n.
-    A causal mask then leaves every device the same work (zig-zag; Llama 3, arXiv 2407.21783,
-    section 3.3.2).
+    With a mask other than segments, device i of n first exchanges halves so that it holds parts i
+    and 2n - 1 - i of 2n. A causal mask then leaves every device the same work (zig-zag; Llama 3,
+    arXiv 2407.21783, section 3.3.2).
     """
 
     name = "ring"
@@ -101,27 +136,45 @@ class Ring(ContextParallelBackend):
     def unsupported_layout_reason(self, args):
         """See `ContextParallelBackend.unsupported_layout_reason`."""
         lengths = args.query.shape[1], args.key.shape[1]
-        if any(n % 2 for n in lengths) and args.mask is not None:
+        if any(n % 2 for n in lengths) and _uses_zigzag(args):
             return f"it exchanges halves of each device's shard, and the lengths {lengths} are not even"
         return None
+
+    def part_lengths(self, args):
+        """See `ContextParallelBackend.part_lengths`."""
+        parts = 2 if _uses_zigzag(args) else 1
+        return args.query.shape[1] // parts, args.key.shape[1] // parts
 
     def attend_local(self, args, offset):
         """See `ContextParallelBackend.attend_local`."""
         query, key, value = args.query, args.key, args.value
-        zigzag = args.mask is not None
+        zigzag = _uses_zigzag(args)
         if zigzag:
             query, key, value = (zigzag_permute(x, args.sequence_axes) for x in (query, key, value))
-        static = args.sequence_axes, zigzag, args.scale if isinstance(args.scale, float) else 1.0
+        blocks, sizes = None, None
+        if args.block_mask is not None:
+            sizes = args.block_mask.block_sizes
+            blocks = jnp.stack(args.block_mask.to_dense())  # (2, B, H, Q, S)
+            if zigzag:
+                blocks = jnp.moveaxis(zigzag_permute(jnp.moveaxis(blocks, 3, 1), args.sequence_axes), 1, 3)
+        static = args.sequence_axes, zigzag, args.scale if isinstance(args.scale, float) else 1.0, sizes
         if not isinstance(args.scale, float):
             query = query * args.scale
-        out, lse = _ring(static, query, key, value, args.mask, args.score, offset)
+        out, lse = _ring(static, query, key, value, args.mask, args.score, args.dropout, offset, blocks)
         if zigzag:
             out, lse = (zigzag_permute(x, args.sequence_axes, inverse=True) for x in (out, lse))
         return out, lse
 
 
-def _slice_values(values, **ranges):
-    return [x if x is None else x.slice_block(**ranges) for x in values]
+def _uses_zigzag(args: AttentionArgs) -> bool:
+    """Return whether the mask has a part other than segments, so that parts may differ in work."""
+    return replace(normal_form(args.mask), segments=None).as_mask() is not None
+
+
+def _slice_options(values, **ranges) -> dict:
+    """Return mask, score and dropout of `values`, sliced, as arguments of `blockwise`."""
+    options = {name: getattr(values, name) for name in ("mask", "score", "dropout")}
+    return {name: x if x is None else x.slice_block(**ranges) for name, x in options.items()}
 
 
 def zigzag_permute(x: Array, axis, inverse: bool = False) -> Array:
@@ -153,12 +206,13 @@ def zigzag_permute(x: Array, axis, inverse: bool = False) -> Array:
 class _RingState:
     """Indices and options of the query and key parts that this device computes in a ring step."""
 
-    def __init__(self, static, query, key, mask, score, offset):
-        self.axis, self.zigzag, self.scale = static
+    def __init__(self, static, query, key, mask, score, dropout, offset, blocks):
+        self.axis, self.zigzag, self.scale, self.block_sizes = static
         self.n, self.me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
         self.count = 2 if self.zigzag else 1
         self.sizes = query.shape[1] // self.count, key.shape[1] // self.count
-        self.mask, self.score, self.offset = mask, score, offset
+        self.mask, self.score, self.dropout = mask, score, dropout
+        self.offset, self.blocks = offset, blocks
 
     def part_index(self, owner, half: int):
         """Return the index of a half of `owner`'s shard among all parts of the sequence."""
@@ -173,14 +227,22 @@ class _RingState:
         """
         q, k = self.part_index(self.me, i) * self.sizes[0], self.part_index(owner, j) * self.sizes[1]
         ranges = {"queries": (q, self.sizes[0]), "keys": (k, self.sizes[1])}
-        mask, score = _slice_values((self.mask, self.score), **ranges)
         b, h, q0, k0 = self.offset
-        return {"queries": q, "keys": k}, {
-            "mask": mask,
-            "score": score,
+        return {"queries": q, "keys": k}, _slice_options(self, **ranges) | {
             "scale": self.scale,
             "offset": (b, h, q0 + q, k0 + k),
+            "block_mask": self.block_mask(i, k),
         }
+
+    def block_mask(self, i: int, k) -> BlockMask | None:
+        """Return the blocks of half i of this device's queries and the part of the keys from k."""
+        if self.blocks is None:
+            return None
+        grid = BlockGrid(*self.sizes, *self.block_sizes)
+        count, width = grid.num_blocks
+        start = 0, 0, 0, i * count, k // grid.block_kv
+        partial_, full = jax.lax.dynamic_slice(self.blocks, start, (*self.blocks.shape[:3], count, width))
+        return BlockMask.from_partial_and_full(partial_, full, grid)
 
     def halves(self, *arrays):
         """Return the halves of several arrays, or the whole arrays without zig-zag."""
@@ -205,12 +267,12 @@ class _RingState:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(static, query, key, value, mask, score, offset):
-    return _ring_forward(static, query, key, value, mask, score, offset)[0]
+def _ring(static, query, key, value, mask, score, dropout, offset, blocks):
+    return _ring_forward(static, query, key, value, mask, score, dropout, offset, blocks)[0]
 
 
-def _ring_forward(static, query, key, value, mask, score, offset):
-    ring = _RingState(static, query, key, mask, score, offset)
+def _ring_forward(static, query, key, value, mask, score, dropout, offset, blocks):
+    ring = _RingState(static, query, key, mask, score, dropout, offset, blocks)
 
     def step(carry, owner, rotating):
         results = []
@@ -225,7 +287,7 @@ def _ring_forward(static, query, key, value, mask, score, offset):
     start = (jnp.zeros((*rows, value.shape[-1])), jnp.full(rows, -jnp.inf))
     carry, _ = ring.ring_scan([start] * ring.count, step, (key, value))
     out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*carry, strict=True))
-    return (out.astype(value.dtype), lse), (query, key, value, mask, score, offset, out, lse)
+    return (out.astype(value.dtype), lse), (query, key, value, mask, score, dropout, offset, blocks, out, lse)
 
 
 def _merge_softmax(left, right):
@@ -238,10 +300,10 @@ def _merge_softmax(left, right):
 
 
 def _ring_backward(static, residuals, d_outputs):
-    query, key, value, mask, score, offset, out, lse = residuals
+    query, key, value, mask, score, dropout, offset, blocks, out, lse = residuals
     d_out, d_lse = d_outputs
     delta = vjp.row_term(out, d_out, d_lse)
-    ring = _RingState(static, query, key, mask, score, offset)
+    ring = _RingState(static, query, key, mask, score, dropout, offset, blocks)
     q_halves = ring.halves(query, d_out, lse, delta)
 
     def step(carry, owner, rotating):
@@ -266,7 +328,8 @@ def _ring_backward(static, residuals, d_outputs):
     (d_queries, d_score), (*_, d_key, d_value) = ring.ring_scan(zeros, step, rotating)
     d_query = jnp.concatenate(d_queries, axis=1)
     grads = [g.astype(x.dtype) for x, g in zip((query, key, value), (d_query, d_key, d_value), strict=True)]
-    return (*grads, vjp.zero_cotangent(mask), vjp.finalize(score, d_score), vjp.zero_cotangent(offset))
+    d_mask, *d_others = (vjp.zero_cotangent(x) for x in (mask, dropout, offset, blocks))
+    return (*grads, d_mask, vjp.finalize(score, d_score), *d_others)
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

@@ -6,12 +6,13 @@ value per row in the role of the log-sum-exp. A row of only -inf gets weights 0 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.errors import InputError
+from attnlab.attention.checks import check_at_least
 
 __all__ = ["entmax15", "off_by_one", "sigmoid", "softmax", "sparsemax", "top_k"]
 
@@ -51,15 +52,20 @@ def sigmoid(length: int) -> Callable[[Float[Array, "*b S"]], Weights]:
     Raises:
       InputError: `length` is not positive.
     """
-    if length < 1:
-        raise InputError(f"sigmoid: length must be at least 1, not {length}")
+    check_at_least(1, "sigmoid: ", length=length)
 
-    def normalizer(scores: Float[Array, "*b S"]) -> Weights:
-        weights = jax.nn.sigmoid(scores - math.log(length))
+    return _Sigmoid(length)
+
+
+@dataclass(frozen=True)
+class _Sigmoid:
+    # Normalizers with the same parameters are equal, so that they share compiled programs.
+    length: int
+
+    def __call__(self, scores: Float[Array, "*b S"]) -> Weights:
+        weights = jax.nn.sigmoid(scores - math.log(self.length))
         total = weights.sum(axis=-1)
         return weights, jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)))
-
-    return normalizer
 
 
 def top_k(k: int) -> Callable[[Float[Array, "*b S"]], Weights]:
@@ -71,14 +77,18 @@ def top_k(k: int) -> Callable[[Float[Array, "*b S"]], Weights]:
     Raises:
       InputError: `k` is not positive.
     """
-    if k < 1:
-        raise InputError(f"top_k: k must be at least 1, not {k}")
+    check_at_least(1, "top_k: ", k=k)
 
-    def normalizer(scores: Float[Array, "*b S"]) -> Weights:
-        kth = jax.lax.top_k(scores, min(k, scores.shape[-1]))[0][..., -1:]
+    return _TopK(k)
+
+
+@dataclass(frozen=True)
+class _TopK:
+    k: int
+
+    def __call__(self, scores: Float[Array, "*b S"]) -> Weights:
+        kth = jax.lax.top_k(scores, min(self.k, scores.shape[-1]))[0][..., -1:]
         return softmax(jnp.where(scores >= kth, scores, -jnp.inf))
-
-    return normalizer
 
 
 def sparsemax(scores: Float[Array, "*b S"]) -> Weights:

@@ -5,7 +5,7 @@ the scores, pad them, and shard them like the scores.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
@@ -13,10 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jaxtyping import Array, Int
-
-from attnlab.errors import InputError
 
 Dims = tuple[str | None, ...]
 T = TypeVar("T")
@@ -72,20 +69,43 @@ class PairwiseFn:
 
     dims: ClassVar[dict[str, Dims]] = {}
 
+    def __bool__(self) -> bool:
+        """Raise TypeError: `a and b` would silently drop a mask, and `not a` would be False."""
+        raise TypeError(
+            f"a {type(self).__name__} has no truth value: combine masks with &, | and ~ instead of and, or "
+            "and not; pass several scores as a list; test for a missing one with `is None`"
+        )
+
+    def walk(self) -> "Iterator[PairwiseFn]":
+        """Yield this mask or score and every one it is composed of."""
+        yield self
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # by `pytree`
+            value = getattr(self, field.name)
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, PairwiseFn):
+                    yield from part.walk()
+
     def map_arrays(self, change: Callable[[Array, Dims], Any]) -> Self:
-        """Return a copy in which every array `x` is replaced by `change(x, dims of x)`."""
+        """Return a copy in which every array or number x is `change(x, dims of x)`."""
 
         def visit(value, dims=None):
             if isinstance(value, PairwiseFn):
                 return value.map_arrays(change)
-            if isinstance(value, STATIC_TYPES):
-                return value
+            if value is None:
+                return None
             if isinstance(value, list):
                 return [visit(v) for v in value]
-            return change(value, (None,) * jnp.ndim(value) if dims is None else dims)
+            # A scalar is valid wherever an array has dimensions: one value for all batch rows.
+            return change(value, (None,) * jnp.ndim(value) if dims is None or not jnp.ndim(value) else dims)
 
-        names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]  # by `pytree`
-        return type(self)(**{name: visit(getattr(self, name), self.dims.get(name)) for name in names})
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # a dataclass by `pytree`
+        values = {
+            f.name: getattr(self, f.name)
+            if f.metadata.get("static")
+            else visit(getattr(self, f.name), self.dims.get(f.name))
+            for f in fields
+        }
+        return type(self)(**values)
 
     def slice_block(self, **ranges: tuple[int | Array, int]) -> Self:
         """Return a copy with named dimensions sliced to `(start, length)`: `queries=(64, 32)`."""
@@ -103,101 +123,35 @@ class PairwiseFn:
 
         def change(x, dims):
             padding = [
-                lengths.get(name, n) - n if n > 1 else 0 for name, n in zip(dims, x.shape, strict=True)
+                lengths.get(name, n) - n if n > 1 else 0 for name, n in zip(dims, jnp.shape(x), strict=True)
             ]
             return jnp.pad(x, [(0, n) for n in padding], mode="edge") if any(padding) else x
 
         return self.map_arrays(change)
 
 
-@dataclass(frozen=True)
-class TracedFn:
-    """A function of one pair, traced once with scalars.
-
-    The arrays that the function captured are returned separately by `trace` and passed to every
-    call, so that they get gradients.
-
-    Attributes:
-      jaxpr: the traced function.
-      uses: for each argument, whether the result depends on it.
-    """
-
-    jaxpr: Any
-    uses: tuple[bool, ...]
-
-    @staticmethod
-    def trace(function: Callable, arguments: Sequence[Array], name: str) -> "tuple[TracedFn, list[Array]]":
-        """Trace a function with scalar arguments; return it and the arrays that it captured.
-
-        Args:
-          function: the function of one pair.
-          arguments: scalars of the dtypes it is called with.
-          name: name of the function in the error message, such as "a mask function".
-
-        Raises:
-          InputError: the function does not return exactly one scalar.
-        """
-        # Trace without a mesh, so that the function can run both on a shard (inside shard_map) and
-        # on whole arrays. An inner jit would record the current mesh, so jit is disabled too.
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.disable_jit():
-            closed = jax.make_jaxpr(function)(*arguments)
-        if len(closed.out_avals) != 1 or closed.out_avals[0].shape:
-            shapes = ", ".join(map(str, closed.out_avals))
-            raise InputError(f"{name} must map the indices of one pair to one scalar; it returns {shapes}")
-        used = {v for equation in closed.jaxpr.eqns for v in equation.invars if isinstance(v, core.Var)}
-        used |= {v for v in closed.jaxpr.outvars if isinstance(v, core.Var)}
-        return TracedFn(closed.jaxpr, tuple(v in used for v in closed.jaxpr.invars)), list(closed.consts)
-
-    def __call__(self, captured: Sequence[Array], *arguments: Array) -> Array:
-        """Return the value at every pair; arguments and result broadcast to (B, H, T, S)."""
-        function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, list(captured)))
-        inputs = [x if uses else x[:1, :1, :1, :1] for x, uses in zip(arguments, self.uses, strict=True)]
-
-        def mapped(*scalars):
-            return function(*scalars)[0]
-
-        for axis in reversed(range(4)):
-            mapped = _map_first_axis(mapped, [x.shape[axis] > 1 for x in inputs])
-        return mapped(*inputs)
+def static(**options: Any) -> Any:
+    """Return a dataclass field that is part of the tree structure, not a leaf; see `pytree`."""
+    return dataclasses.field(metadata={"static": True}, **options)
 
 
-def _map_first_axis(function, is_mapped: Sequence[bool]):
-    """Return `function` mapped over the first axis of the mapped arguments.
-
-    The first axis of the other arguments has length 1 and is squeezed.
-    """
-
-    def call(*xs):
-        if not any(is_mapped):
-            return function(*(x[0] for x in xs))[None]
-        inputs = [x if mapped else x[0] for x, mapped in zip(xs, is_mapped, strict=True)]
-        return jax.vmap(function, in_axes=[0 if mapped else None for mapped in is_mapped])(*inputs)
-
-    return call
-
-
-STATIC_TYPES = (bool, int, float, str, tuple, type(None), TracedFn)
-
-
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
 def pytree(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass and register it as a pytree.
 
-    Python numbers, strings, tuples and None are static (part of the tree structure); all other
-    values are leaves. So `CausalMask(3)` is static under `jax.jit`, while
-    `CausalMask(jnp.int32(3))` is traced.
+    A field declared with `static()` is part of the tree structure and must be hashable. All other
+    fields are children, whatever their value: a Python number is a leaf. So a transformation that
+    maps the leaves to tracers or to other objects keeps the structure.
     """
-    cls = dataclass(frozen=True, eq=False)(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # a dataclass since the line above
+    return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False)(cls))
 
-    def flatten(x):
-        static = tuple((n, getattr(x, n)) for n in names if isinstance(getattr(x, n), STATIC_TYPES))
-        dynamic = tuple(n for n in names if not isinstance(getattr(x, n), STATIC_TYPES))
-        return [(jax.tree_util.GetAttrKey(n), getattr(x, n)) for n in dynamic], (static, dynamic)
 
-    def unflatten(aux, data):
-        static, dynamic = aux
-        return cls(**dict(static), **dict(zip(dynamic, data, strict=True)))
+def slice_at(x: Array, starts: Sequence, sizes: Sequence[int]) -> Array:
+    """Return the slice of an array at these starts, integers of any types."""
+    return jax.lax.dynamic_slice(x, as_starts(starts), sizes)
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-    return cls
+
+def as_starts(starts: Sequence) -> list[Array]:
+    """Return the starts of a slice as int32, from integers of any types."""
+    # With 64-bit types enabled, loop counters are int64 and the indices of a block mask int32.
+    return [jnp.asarray(start, jnp.int32) for start in starts]

@@ -1,4 +1,4 @@
-"""Rotary, sinusoidal and learned position embeddings, as functions of arrays.
+"""Rotary position embeddings, as functions of arrays.
 
 A rotary embedding (RoPE) rotates each pair of the elements of a head by an angle, position *
 frequency. `rotate` applies given angles. The others compute the angles: `rotary` from one position
@@ -8,15 +8,13 @@ longer than those trained on.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from attnlab.attention.checks import check_array, check_at_least, check_number, check_positions, describe
 from attnlab.errors import InputError
 
 
@@ -24,7 +22,11 @@ def frequencies(width: int, theta: float = 10_000.0) -> Float[Array, " pairs"]:
     """Return theta^(-2i/width) of each pair i, in radians per token.
 
     (RoFormer, arXiv 2104.09864, section 3.2.2.)
+
+    Raises:
+      InputError: `theta` is not a finite number above 0.
     """
+    check_number("rotary positions", 0, theta=theta)
     return theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
@@ -33,7 +35,20 @@ class Scaling:
     """Base class of context-length extensions of RoPE; this class itself changes nothing.
 
     A scaling modifies the rotary frequencies, and may multiply queries and keys by a factor.
+
+    Raises:
+      InputError: `original` is not an integer of at least 1, or another number is not above 0.
     """
+
+    def __post_init__(self):
+        where = type(self).__name__
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "original":
+                check_at_least(1, f"{where}: ", original=value)
+            elif not (value is field.default is None or isinstance(field.default, bool)):
+                for factor in value if isinstance(value, tuple) else [value]:
+                    check_number(where, 0, **{field.name: factor})
 
     @property
     def attention_factor(self) -> float:
@@ -136,23 +151,25 @@ class YaRN(Scaling):
 class LongRoPE(Scaling):
     """Divides the frequency of each pair by its own searched factor (arXiv 2402.13753, section 3).
 
-    The attention factor is sqrt(1 + log(factor) / log(original)).
-
     Attributes:
       short: factor of each pair in sequences up to the original length.
       long: factor of each pair in longer sequences.
       original: length trained on, in tokens.
       factor: length extrapolated to, divided by the length trained on.
+      temperature: the attention factor; None means sqrt(1 + log(factor) / log(original)).
     """
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     original: int
     factor: float
+    temperature: float | None = None
 
     @property
     def attention_factor(self):
         """See `Scaling.attention_factor`."""
+        if self.temperature is not None:
+            return self.temperature
         return math.sqrt(1 + math.log(max(self.factor, 1)) / math.log(self.original))
 
     def __call__(self, width, theta, positions):
@@ -225,8 +242,10 @@ def rotate(
       interleaved: whether the elements of a pair are adjacent.
 
     Raises:
-      InputError: 2P exceeds D.
+      InputError: 2P exceeds D, or an array is not floating-point.
     """
+    check_array("rotate: x", x, "floating", 4)
+    check_array("rotate: angles", angles, "floating", 3)
     width = 2 * angles.shape[-1]
     if width > x.shape[-1]:
         raise InputError(
@@ -264,10 +283,19 @@ def rotary(
       fraction: fraction of the head width that is rotated.
       scaling: scaling of the frequencies; None means no scaling.
       interleaved: see `rotate`.
+
+    Raises:
+      InputError: an argument is of a wrong kind, or `fraction` is not above 0 and at most 1.
     """
+    check_positions("rotary", x, positions, 2)
+    check_number("rotary", 0, fraction=fraction)
+    if fraction > 1:
+        raise InputError(f"rotary: fraction must be at most 1, not {fraction}")
+    if not isinstance(scaling, Scaling | None):
+        raise InputError(f"rotary: scaling must be a Scaling such as YaRN(...), not {describe(scaling)}")
     scaling = scaling or Scaling()
     speeds = scaling(int(x.shape[-1] * fraction) // 2 * 2, theta, positions)
-    angles = _angles(positions, speeds)
+    angles = angles_of(positions, speeds)
     return rotate(x, angles, factor=scaling.attention_factor, interleaved=interleaved)
 
 
@@ -292,8 +320,9 @@ def axial(
       interleaved: see `rotate`.
 
     Raises:
-      InputError: D is not divisible by twice the number of axes.
+      InputError: D is not divisible by twice the number of axes, or an argument is of a wrong kind.
     """
+    check_positions("axial", x, positions, 3)
     axes, width = positions.shape[-1], x.shape[-1]
     if width % (2 * axes):
         raise InputError(f"axial: {axes} axes need a head_dim divisible by {2 * axes}; it is {width}")
@@ -323,8 +352,12 @@ def multimodal(
       interleaved: see `rotate`.
 
     Raises:
-      InputError: `sections` does not have one entry per axis, or has more pairs than a head.
+      InputError: `sections` does not have one entry per axis, or has more pairs than a head, or an
+        argument is of a wrong kind.
     """
+    check_positions("multimodal", x, positions, 3)
+    for pairs in sections:
+        check_at_least(0, "multimodal: the number of ", pairs=pairs)
     if len(sections) != positions.shape[-1]:
         raise InputError(
             f"multimodal: got {len(sections)} sections for {positions.shape[-1]} axes of positions"
@@ -356,54 +389,20 @@ def xpos(
       theta: base of the frequencies.
       base: distance in tokens over which pair i decays by (2i/D + 0.4) / 1.4.
       interleaved: see `rotate`.
+
+    Raises:
+      InputError: an argument is of a wrong kind, or `base` is not above 0.
     """
+    check_positions("xpos", x, positions, 2)
+    check_number("xpos", 0, base=base)
     width = x.shape[-1] // 2 * 2
     rates = (jnp.arange(0, width, 2, dtype=jnp.float32) / width + 0.4) / 1.4
-    powers = _angles(positions, jnp.log(rates)) / (-base if keys else base)
-    angles = _angles(positions, frequencies(width, theta))
+    powers = angles_of(positions, jnp.log(rates)) / (-base if keys else base)
+    angles = angles_of(positions, frequencies(width, theta))
     return rotate(x, angles, factor=jnp.exp(powers), interleaved=interleaved)
 
 
-def sinusoidal(positions: Int[Array, "B T"], width: int, halves: bool = False) -> Float[Array, "B T E"]:
-    """Return the sine and cosine of position / 10000^(2i/E) of each position.
-
-    They are interleaved (Vaswani et al. 2017, section 3.5), or, if `halves`, all sines are followed
-    by all cosines (Marian).
-    """
-    angles = _angles(positions, frequencies(width))
-    if halves:
-        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
-    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, -1)[..., :width]
-
-
-def lookup_rows(
-    table: Float[Array, "V E"], ids: Int[Array, "B T"], out_sharding: Any = None
-) -> Float[Array, "B T E"]:
-    """Return the row of the table for each id. Ids out of range are undefined behaviour."""
-    return table.at[ids].get(mode="promise_in_bounds", out_sharding=out_sharding)
-
-
-def learned(positions: Int[Array, "B T"], table: Float[Array, "P E"]) -> Float[Array, "B T E"]:
-    """Return the row of the table for each position (Gehring et al. 2017, section 3.1).
-
-    (arXiv 1705.03122.) If `positions` is traced, rows of positions outside the table are NaN.
-
-    Raises:
-      InputError: a position that is not traced is outside the table.
-    """
-    in_mesh = not jax.sharding.get_abstract_mesh().empty
-    out_sharding = P(*jax.typeof(positions).sharding.spec, None) if in_mesh else None
-    outside = (positions < 0) | (positions >= len(table))
-    if not isinstance(positions, jax.core.Tracer) and outside.any():
-        raise InputError(
-            f"learned positions: the table has rows 0 to {len(table) - 1}; "
-            f"got positions {positions.min()} to {positions.max()}"
-        )
-    rows = lookup_rows(table, jnp.clip(positions, 0, len(table) - 1), out_sharding)
-    return jnp.where(outside[..., None], jnp.nan, rows)
-
-
-def _angles(positions: Array, speeds: Array) -> Array:
+def angles_of(positions: Array, speeds: Array) -> Array:
     """Return position * speed, (B, T, pairs)."""
     return positions[..., None].astype(jnp.float32) * speeds[None, None, :]
 
@@ -411,4 +410,4 @@ def _angles(positions: Array, speeds: Array) -> Array:
 def _axis_angles(positions: Array, speeds: Sequence[Array]) -> Array:
     """Return the angles along each axis, concatenated."""
     along = jnp.moveaxis(positions, -1, 0)
-    return jnp.concatenate([_angles(p, s) for p, s in zip(along, speeds, strict=True)], axis=-1)
+    return jnp.concatenate([angles_of(p, s) for p, s in zip(along, speeds, strict=True)], axis=-1)

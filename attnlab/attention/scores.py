@@ -3,17 +3,23 @@
 Scores that depend on the distance place query i at key index i + offset, like `CausalMask`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
-from jax import lax, nn
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.masks.base import Index, Mask
-from attnlab.attention.pairwise import PairIndices, PairwiseFn, TracedFn, pair_indices, pytree
+from attnlab.attention.checks import (
+    check_array,
+    check_at_least,
+    check_function,
+    check_number,
+    describe,
+    is_array,
+)
+from attnlab.attention.masks.base import Index
+from attnlab.attention.pairwise import PairIndices, PairwiseFn, pytree, static
+from attnlab.attention.traced_fn import TracedFn
 from attnlab.errors import InputError
 
 
@@ -35,11 +41,20 @@ class Score(PairwiseFn):
 class SoftcapScore(Score):
     """cap * tanh(score / cap), within (-cap, cap) (Gemma 2, arXiv 2408.00118, section 2)."""
 
-    cap: float
+    cap: float = static()
 
     def __call__(self, scores, at):
         """See `Score.__call__`."""
         return self.cap * jnp.tanh(scores / self.cap)
+
+
+@pytree
+class LearnedSoftcapScore(Score):
+    """`SoftcapScore` whose cap is an array, which gets a gradient."""
+
+    cap: Float[Array, ""]
+
+    __call__ = SoftcapScore.__call__
 
 
 @pytree
@@ -155,6 +170,15 @@ class ForgettingScore(Score):
 
 
 @pytree
+class BidirectionalForgettingScore(ForgettingScore):
+    """`ForgettingScore` in which the gates between a query and a later key count as well."""
+
+    def __call__(self, scores, at):
+        """See `Score.__call__`."""
+        return scores - jnp.abs(self.queries - self.keys)
+
+
+@pytree
 class ChainScore(Score):
     """Scores applied one after the other, in order."""
 
@@ -176,7 +200,7 @@ class ChainScore(Score):
 class ScoreFn(Score):
     """A user-defined function of one score and the indices of its pair; see `score_fn`."""
 
-    function: TracedFn
+    function: TracedFn = static()
     captured: Any
 
     def __call__(self, scores, at):
@@ -192,155 +216,47 @@ def score_fn(function: Callable[[Array, Array, Array, Array, Array], Array]) -> 
     gradients.
 
     Raises:
-      InputError: the function does not return one scalar.
+      InputError: the function does not take a score and four indices, or does not return one
+        floating-point number.
     """
+    if not callable(function):
+        raise InputError(f"score_fn takes a function of (score, b, h, q, k), not {describe(function)}")
+    check_function(function, "a score function", "score, b, h, q, k")
     arguments = [jnp.float32(0), *[jnp.int32(0)] * 4]
-    traced, captured = TracedFn.trace(function, arguments, "a score function")
+    traced, captured = TracedFn.trace(function, arguments, "a score function", jnp.floating)
     return ScoreFn(traced, captured)
 
 
-def softcap(cap: float) -> Score:
-    """Return the score cap * tanh(score / cap), which stays within (-cap, cap)."""
-    return SoftcapScore(cap)
+def softcap(cap: float | Float[Array, ""]) -> Score:
+    """Return the score cap * tanh(score / cap), which stays within (-cap, cap).
+
+    Raises:
+      InputError: `cap` is not a finite number above 0.
+    """
+    check_number("softcap", 0, cap=cap)
+    return SoftcapScore(cap) if isinstance(cap, int | float) else LearnedSoftcapScore(cap)
 
 
 def bias(array: Float[Array, "..."]) -> Score:
     """Return the score that adds an array, whose gradient is computed.
 
     An array of fewer than four dimensions broadcasts from the right.
+
+    Raises:
+      InputError: `array` is not a floating-point array of at most 4 dimensions.
     """
+    hint = "pass a boolean array as mask=, and convert integers with .astype(jnp.float32)"
+    check_array("bias: array", array, "floating", range(5), hint)
     return BiasScore(jnp.reshape(array, (*(1,) * (4 - array.ndim), *array.shape)))
 
 
-def alibi(slopes: int | Float[Array, " H"], offset: Index = 0) -> Score:
-    """Return ALiBi's score, which subtracts slope * |key - query| with one slope per head.
-
-    An int selects the paper's fixed slopes for that number of heads n: 2^(-8/n), 2^(-16/n), ... if
-    n is a power of two. Otherwise they are the slopes of the next lower power of two, followed by
-    every second slope of the next higher one.
-
-    Raises:
-      InputError: the number of heads is below 1.
-    """
-    if not isinstance(slopes, int):
-        return AlibiScore(slopes, offset)
-    if slopes < 1:
-        raise InputError(f"alibi: the number of heads must be at least 1, not {slopes}")
-    below = 1 << (slopes.bit_length() - 1)
-    exponents = np.concatenate([np.arange(1, below + 1) / below, np.arange(1, 2 * below, 2) / (2 * below)])
-    return AlibiScore(jnp.asarray(2.0 ** (-8 * exponents[:slopes]), jnp.float32), offset)
-
-
-def relative_bias(table: Float[Array, "distances H"], offset: Index = 0) -> Score:
-    """Return the score that adds a learned bias for each clipped distance and head.
-
-    Raises:
-      InputError: the table has an even number of distances.
-    """
-    return RelativeBiasScore(_check_odd(table, "relative_bias"), offset)
-
-
-def t5_bias(
-    table: Float[Array, "buckets H"],
-    *,
-    bidirectional: bool = True,
-    max_distance: int = 128,
-    offset: Index = 0,
-) -> Score:
-    """Return T5's relative bias, which shares values between distances in one bucket.
-
-    (arXiv 1910.10683, section 2.1.) Half of the buckets hold one distance each; the others grow
-    logarithmically up to `max_distance`, and the last one also holds all greater distances. If
-    `bidirectional`, the first half of the table is for keys at or before the query and the second
-    half for keys after it; otherwise keys after the query count as distance 0. T5 does not scale
-    its scores: pass `scale=1` to `attend`.
-
-    Raises:
-      InputError: too few buckets, or a `max_distance` within the exact buckets.
-    """
-    count = table.shape[0] // 2 if bidirectional else table.shape[0]
-    exact = count // 2
-    if exact < 1 or max_distance <= exact:
-        least = 4 if bidirectional else 2
-        raise InputError(
-            f"t5_bias needs at least {least} buckets and a max_distance over its number of exact "
-            f"buckets, {max(exact, 1)}; got {table.shape[0]} buckets and max_distance {max_distance}"
-        )
-    distance = np.arange(max_distance + 1)
-    growth = np.log(np.maximum(distance, exact) / exact) / math.log(max_distance / exact)
-    far = np.minimum(exact + (growth * (count - exact)).astype(int), count - 1)
-    before = np.where(distance < exact, distance, far)
-    after = before[1:] + count if bidirectional else np.zeros(max_distance, int)
-    return RelativeBiasScore(table[np.concatenate([before[::-1], after])], offset)
-
-
-def shaw(
-    query: Float[Array, "B T H D"],
-    table: Float[Array, "distances D"],
-    *,
-    scale: float | None = None,
-    offset: Index = 0,
-) -> Score:
-    """Return the score that adds scale * query . table[clip(key - query, -m, m) + m].
-
-    The table holds relative position representations of the keys (Shaw et al. 2018, arXiv
-    1803.02155, equations 4 and 5). Memory grows with T * (2m + 1).
-
-    Args:
-      query: the queries passed to `attend`, (B, T, H, D).
-      table: embedding of each distance from -m to m, (2m + 1, D).
-      scale: the scale passed to `attend`; defaults to 1 / sqrt(D).
-      offset: key index of the first query.
-
-    Raises:
-      InputError: the table has an even number of distances.
-    """
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    table = _check_odd(table, "shaw")
-    products = jnp.einsum("bthd,md->bhtm", query, table, preferred_element_type=jnp.float32)
-    return ShawScore(scale * products, offset)
-
-
-def cope(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B S K D"],
-    table: Float[Array, "P D"],
-    mask: Mask,
-    *,
-    scale: float | None = None,
-) -> Score:
-    """Return the score that adds query . table[position], with contextual positions (CoPE).
-
-    The position of a key is the sum of the gates from that key to the query. A gate is
-    sigmoid(scale * query . key) where the mask allows the pair, else 0. Fractional positions
-    interpolate between two rows of the table; positions beyond the last row use the last row (arXiv
-    2405.18719). A position depends on all later keys of the row, so the bias is computed in advance
-    and returned as a `BiasScore`: memory grows with T * S.
-
-    Args:
-      query: the queries passed to `attend`, (B, T, H, D).
-      key: the keys passed to `attend`, (B, S, K, D).
-      table: embedding of each position from 0, (P, D).
-      mask: the mask passed to `attend`.
-      scale: the scale passed to `attend`; defaults to 1 / sqrt(D).
-    """
-    b, t, h, d = query.shape
-    s, k = key.shape[1:3]
-    scale = 1 / math.sqrt(d) if scale is None else scale
-    grouped = query.reshape(b, t, k, h // k, d)
-    products = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    allowed = mask.evaluate(pair_indices(b, h, t, s))
-    gates = jnp.where(allowed, nn.sigmoid(scale * products.reshape(b, h, t, s)), 0)
-    position = jnp.minimum(lax.cumsum(gates, axis=3, reverse=True), table.shape[0] - 1)
-    low = jnp.floor(position).astype(jnp.int32)
-    by_position = jnp.einsum("bthd,pd->bhtp", query, table, preferred_element_type=jnp.float32)
-    lower = jnp.take_along_axis(by_position, low, axis=-1)
-    upper = jnp.take_along_axis(by_position, jnp.minimum(low + 1, table.shape[0] - 1), axis=-1)
-    return BiasScore(lower + (position - low) * (upper - lower))
-
-
 def temperature(factor: Float[Array, "B H T 1"]) -> Score:
-    """Return the score that multiplies the scores of each query by its factor."""
+    """Return the score that multiplies the scores of each query by its factor.
+
+    Raises:
+      InputError: `factor` is not a floating-point array of 4 dimensions; a number is `scale=`.
+    """
+    check_array("temperature: factor", factor, "floating", 4)
     return TemperatureScore(factor)
 
 
@@ -349,7 +265,14 @@ def step_temperature(positions: Int[Array, "B T"], floor: int = 8192, coefficien
 
     `positions` are those of the queries: attention gets sharper in steps of `floor` tokens
     (Llama 4, in its layers without rotary positions).
+
+    Raises:
+      InputError: `positions` is not an integer array (B, T), `floor` is below 1, or `coefficient`
+        is not finite.
     """
+    check_array("step_temperature: positions", positions, "integer", 2)
+    check_at_least(1, "step_temperature: ", floor=floor)
+    check_number("step_temperature", coefficient=coefficient)
     steps = (positions + 1) // floor
     return TemperatureScore((1 + coefficient * jnp.log1p(steps.astype(jnp.float32)))[:, None, :, None])
 
@@ -361,7 +284,15 @@ def log_temperature(positions: Int[Array, "B T"], scale: float | Float[Array, " 
     leaves the scores at length n unchanged (Chiang and Cholak 2022, arXiv 2202.12172); a learned
     scale per head is Scalable-Softmax (arXiv 2501.19399). In bidirectional attention all queries
     attend to the same number of keys, so pass the factor as the `scale` of `attend` instead.
+
+    Raises:
+      InputError: `positions` is not an integer array (B, T), or `scale` is not finite.
     """
+    check_array("log_temperature: positions", positions, "integer", 2)
+    if is_array(scale) and jnp.ndim(scale):
+        check_array("log_temperature: scale", scale, "floating", 1)
+    else:
+        check_number("log_temperature", scale=scale)
     scale = jnp.reshape(jnp.asarray(scale, jnp.float32), (1, -1, 1, 1))
     return TemperatureScore(scale * jnp.log(positions.astype(jnp.float32) + 1)[:, None, :, None])
 
@@ -371,7 +302,11 @@ def forgetting(log_gates: Float[Array, "B T H"]) -> Score:
 
     The gates are log_sigmoid of a projection of each token. Queries and keys must be the same
     sequence (T = S).
+
+    Raises:
+      InputError: `log_gates` is not a floating-point array (B, T, H).
     """
+    check_array("forgetting: log_gates", log_gates, "floating", 3)
     sums = jnp.cumsum(jnp.moveaxis(log_gates.astype(jnp.float32), 2, 1), axis=-1)
     return ForgettingScore(sums[:, :, :, None], sums[:, :, None, :])
 
@@ -387,17 +322,24 @@ def _distance_index(at: PairIndices, offset: Index, distances: int) -> Int[Array
     return jnp.clip(_relative_position(at, offset), -max_distance, max_distance) + max_distance
 
 
-def _check_odd(table: Array, name: str) -> Array:
-    if table.shape[0] % 2:
-        return table
-    raise InputError(f"{name}: the table must have 2m + 1 rows, for distances -m to m; {len(table)} is even")
-
-
 def as_score(value: Score | Callable | Sequence[Any] | None) -> Score | None:
-    """Return `value` as a score: a score, a function, or a sequence of these, applied in order."""
+    """Return `value` as a score: a score, a function, or a sequence of these, applied in order.
+
+    Raises:
+      InputError: `value` is anything else, such as an array or a mask.
+    """
     if value is None or isinstance(value, Score):
         return value
+    if isinstance(value, PairwiseFn):
+        raise InputError(f"a score is needed, and {type(value).__name__} is a mask: pass it as mask=")
     if callable(value):
         return score_fn(value)
-    parts = [as_score(part) for part in value]
-    return ChainScore([part for part in parts if part is not None])
+    if not isinstance(value, list | tuple):
+        hint = "; wrap an array in bias(array)" if is_array(value) else ""
+        raise InputError(
+            f"a score must be a Score, a function, or a list of these, not {describe(value)}{hint}"
+        )
+    parts = [part for part in map(as_score, value) if part is not None]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return ChainScore(parts)

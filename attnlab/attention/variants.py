@@ -1,6 +1,7 @@
 """Published variants of softmax attention, each a function built on `attend`.
 
 `options` are further keyword arguments of `attend`, such as `mask`, `scale`, `sinks` and `backend`.
+With `return_weights`, the result is a tuple as that of `attend`, with the variant's own weights.
 """
 
 import math
@@ -38,7 +39,7 @@ def talking_heads(
     *,
     score: Any = None,
     **options,
-) -> Float[Array, "B T H Dv"]:
+) -> Float[Array, "B T H Dv"] | tuple[Array, ...]:
     """Talking-heads attention: mix the heads before and after the softmax.
 
         O_g = sum_h after[h, g] softmax(sum_i before[i, h] s_i) V_g
@@ -56,10 +57,12 @@ def talking_heads(
         raise InputError("talking_heads: heads must not be sharded; reshard query and value first")
     (*batch, s, k, d), h = value.shape, query.shape[-2]
     all_values = jnp.repeat(value.reshape(*batch, s, k * d)[..., None, :], k, axis=-2)
-    out = attend(query, key, all_values, score=[HeadMixScore(before), score], **options)
+    result = attend(query, key, all_values, score=[HeadMixScore(before), score], **options)
+    out, *weights = result if isinstance(result, tuple) else (result,)
     out = out.reshape(*out.shape[:-1], k, d)
     mixed = jnp.einsum("...thkd,hkg->...tkgd", out, after.reshape(h, k, h // k).astype(out.dtype))
-    return mixed.reshape(*out.shape[:-2], d)
+    mixed = mixed.reshape(*out.shape[:-2], d)
+    return (mixed, *(jnp.einsum("bhts,hg->bgts", w, after) for w in weights)) if weights else mixed
 
 
 def value_residual(
@@ -90,15 +93,15 @@ def differential(
     value: Float[Array, "*B S K Dv"],
     factor: Float[Array, ""] | float,
     **options,
-) -> Float[Array, "*B T H Dv"]:
+) -> Float[Array, "*B T H Dv"] | tuple[Array, ...]:
     """Differential attention: (softmax(Q1 K1^T) - factor * softmax(Q2 K2^T)) V.
 
     The difference cancels noise that both attention maps share (Ye et al. 2024, arXiv 2410.05258,
     equation 1). `factor` is the paper's lambda; see `differential_factor`. The paper then applies
     (1 - lambda_init) * RMSNorm to each head, which is not included here; see `rms_norm`.
     """
-    signal, noise = (attend(query, key, value, **options) for query, key in zip(queries, keys, strict=True))
-    return signal - jnp.asarray(factor, signal.dtype) * noise
+    results = (attend(query, key, value, **options) for query, key in zip(queries, keys, strict=True))
+    return jax.tree.map(lambda signal, noise: signal - jnp.asarray(factor, signal.dtype) * noise, *results)
 
 
 def differential_factor(
@@ -130,7 +133,7 @@ def latent(
     *,
     scale: float | None = None,
     **options,
-) -> Float[Array, "*B T H Dv"]:
+) -> Float[Array, "*B T H Dv"] | tuple[Array, ...]:
     """Multi-head latent attention (MLA) with absorbed up-projections.
 
     It equals `latent_expanded`, computed as multi-query attention: all query heads share one key
@@ -146,8 +149,10 @@ def latent(
     keys = jnp.concatenate([cache, rotated_key], axis=-1)[..., None, :]
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1] + rotated_query.shape[-1])
-    out = attend(queries, keys, cache[..., None, :], scale=scale, **options)
-    return jnp.einsum("...thr,rhd->...thd", out, up_value)
+    result = attend(queries, keys, cache[..., None, :], scale=scale, **options)
+    out, *weights = result if isinstance(result, tuple) else (result,)
+    out = jnp.einsum("...thr,rhd->...thd", out, up_value)
+    return (out, *weights) if weights else out
 
 
 def latent_expanded(
@@ -158,7 +163,7 @@ def latent_expanded(
     up_key: Float[Array, "R H Dc"],
     up_value: Float[Array, "R H Dv"],
     **options,
-) -> Float[Array, "*B T H Dv"]:
+) -> Float[Array, "*B T H Dv"] | tuple[Array, ...]:
     """Multi-head latent attention (MLA) with materialized keys [U_h c; k_r] and values U'_h c.
 
     This costs less than `latent` when there are as many queries as keys, as in training
@@ -173,10 +178,25 @@ def latent_expanded(
       up_value: U', the projection from latent vectors to values.
       options: further arguments of `attend`; `scale` defaults to 1 / sqrt(Dc + Dr).
     """
+    arrays = expand_latent(query, rotated_query, cache, rotated_key, up_key, up_value)
+    return attend(*arrays, **options)
+
+
+def expand_latent(
+    query: Float[Array, "*B T H Dc"],
+    rotated_query: Float[Array, "*B T H Dr"],
+    cache: Float[Array, "*B S R"],
+    rotated_key: Float[Array, "*B S Dr"],
+    up_key: Float[Array, "R H Dc"],
+    up_value: Float[Array, "R H Dv"],
+) -> tuple[Float[Array, "*B T H D"], Float[Array, "*B S H D"], Float[Array, "*B S H Dv"]]:
+    """Return the queries, keys and values of `latent_expanded`."""
     keys, values = (jnp.einsum("...sr,rhd->...shd", cache, up) for up in (up_key, up_value))
-    shared = jnp.broadcast_to(rotated_key[..., None, :], (*keys.shape[:-1], rotated_key.shape[-1]))
+    spec = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(keys).sharding.spec
+    shape = (*keys.shape[:-1], rotated_key.shape[-1])
+    shared = jnp.broadcast_to(rotated_key[..., None, :], shape, out_sharding=spec)
     queries = jnp.concatenate([query, rotated_query], axis=-1)
-    return attend(queries, jnp.concatenate([keys, shared], axis=-1), values, **options)
+    return queries, jnp.concatenate([keys, shared], axis=-1), values
 
 
 def selective(

@@ -4,8 +4,10 @@ import ast
 import dataclasses
 import hashlib
 import inspect
+import io
 import re
 import sys
+import tokenize
 import traceback
 import types
 from collections.abc import Mapping
@@ -17,8 +19,9 @@ from etils import epath
 import attnlab
 from attnlab.config.neighbours import forget, install, read_neighbours
 from attnlab.config.types import check, did_you_mean, is_config
-from attnlab.errors import InputError
+from attnlab.errors import InputError, one_line, shorten
 from attnlab.paths import resolve_path
+from attnlab.untrusted import read_bytes
 
 FOLDER = "experiments"
 MODULE_PREFIX = "attnlab_experiment_"
@@ -61,7 +64,7 @@ def load_file(spec: str) -> Loaded:
     """
     name, argument = _split_argument(spec)
     path = find(name)
-    source = path.read_bytes()
+    source = read_bytes(path)
     neighbours = read_neighbours(source, path.parent)
     module = import_source(source, path, neighbours)
     config = _call_get_config(module, path, argument)
@@ -99,11 +102,15 @@ def available() -> dict[str, str]:
 
 
 def _first_line(file: Path) -> str:
+    """Return the first line of a file's docstring, without parsing the rest: `--help` has many."""
+    skipped = (tokenize.ENCODING, tokenize.COMMENT, tokenize.NL)
     try:
-        docstring = ast.get_docstring(ast.parse(file.read_bytes()))
-    except (OSError, SyntaxError, ValueError) as error:
+        tokens = tokenize.tokenize(io.BytesIO(read_bytes(file)).readline)
+        first = next(token for token in tokens if token.type not in skipped)
+        value = ast.literal_eval(first.string) if first.type == tokenize.STRING else None
+    except (OSError, SyntaxError, ValueError, tokenize.TokenError) as error:
         return f"(cannot be read: {type(error).__name__})"
-    return (docstring or "").partition("\n")[0]
+    return inspect.cleandoc(value).partition("\n")[0] if isinstance(value, str) else ""
 
 
 def find(name: str) -> epath.Path:
@@ -120,12 +127,12 @@ def find(name: str) -> epath.Path:
     for candidate in _candidates(name):
         if candidate.suffix != ".py" or not candidate.is_file():
             continue
-        if not bare or b"get_config" in candidate.read_bytes():
+        if not bare or b"get_config" in read_bytes(candidate):
             return candidate
     known = available()
     hint = did_you_mean(Path(name).stem, known)
     listing = ", ".join(known) or "none here"
-    raise InputError(f"no experiment file {name!r}{hint or '.'} Experiments: {listing}")
+    raise InputError(f"no experiment file {shorten(repr(name), 300)}{hint or '.'} Experiments: {listing}")
 
 
 def _candidates(name: str) -> list[epath.Path]:
@@ -173,7 +180,9 @@ def import_source(
     sys.modules[name] = module
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a file may raise anything
         forget(name)
         raise format_error(error, path) from error
     return module
@@ -183,15 +192,22 @@ def _call_get_config(module: types.ModuleType, path: epath.Path, argument: str |
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise InputError(f"{path} has no function get_config")
-    parameters = list(inspect.signature(get_config).parameters.values())
+    try:
+        parameters = list(inspect.signature(get_config).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: get_config must be a Python function: {error}") from error
     if argument is not None and not parameters:
         raise InputError(f"{path} takes no argument, but {argument!r} was given after the colon")
     if argument is None and any(p.default is p.empty and p.kind < p.VAR_POSITIONAL for p in parameters):
         raise InputError(f"{path} needs an argument ({parameters[0].name}): --config={path}:...")
     try:
         config = get_config() if argument is None else get_config(argument)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise format_error(error, path) from error
+    if inspect.iscoroutine(config):
+        config.close()  # otherwise Python warns that nothing awaited it
     if not is_config(config):
         raise InputError(f"get_config of {path} returned {type(config).__name__}, not a dataclass")
     check(config)
@@ -206,6 +222,6 @@ def format_error(error: BaseException, path: epath.Path) -> InputError:
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else None
     near = Path(path).is_relative_to(Path.cwd()) and Path(path).relative_to(Path.cwd())
     where = f"{near or path}:{line or (lines[-1] if lines else 1)}"
-    message = error.msg if isinstance(error, SyntaxError) else str(error)
-    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-    return InputError(f"{where}: {kind}{message}")
+    if isinstance(error, SyntaxError):
+        return InputError(f"{where}: {type(error).__name__}: {shorten(str(error.msg), 1000)}")
+    return InputError(f"{where}: {one_line(error, 1000)}")

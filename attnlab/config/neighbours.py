@@ -23,7 +23,7 @@ def read_neighbours(source: bytes, folder: epath.Path) -> dict[str, bytes]:
     names = _imported(source)
     if not names or not folder.is_dir():
         return {}
-    files = {file.stem: file for file in folder.iterdir() if file.suffix == ".py"}
+    files = {file.stem: file for file in folder.iterdir() if file.suffix == ".py" and file.is_file()}
     found: dict[str, bytes] = {}
     pending = sorted(names & files.keys())
     while pending:
@@ -38,7 +38,7 @@ def _imported(source: bytes) -> set[str]:
     """Return the names of the modules that a file imports; empty if it cannot be parsed."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set()
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return plain | {
@@ -71,7 +71,9 @@ def install(
         sys.modules[full] = neighbour
         try:
             exec(compile(neighbours[name], str(file), "exec"), neighbour.__dict__)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             del sys.modules[full]
             raise explain(error, file) from error
         return neighbour

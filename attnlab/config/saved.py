@@ -10,6 +10,7 @@ import enum
 import importlib
 import json
 import math
+import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,18 @@ import attnlab
 from attnlab.config.experiments import MODULE_PREFIX, Loaded, import_source
 from attnlab.config.neighbours import neighbour_of, read_neighbours
 from attnlab.config.text import construct_or_raise
-from attnlab.config.types import check, default_of, fields_of, is_config, no_field, short_name
-from attnlab.errors import InputError
+from attnlab.config.types import (
+    check,
+    check_field,
+    default_of,
+    fields_of,
+    is_config,
+    no_field,
+    short_name,
+)
+from attnlab.errors import InputError, shorten
 from attnlab.paths import write_atomically
+from attnlab.untrusted import read_bytes, read_json
 
 CONFIG, EXPERIMENT = "config.json", "experiment.py"
 NEIGHBOURS = "experiment"  # subfolder for the modules that the experiment imports from its own folder
@@ -45,10 +55,21 @@ def to_dict(config: Any, path: str = "config") -> Any:
         return [to_dict(value, f"{path}.{i}") for i, value in enumerate(config)]
     if isinstance(config, float) and not math.isfinite(config):
         return {"$float": repr(float(config))}
+    if isinstance(config, str) and not _is_unicode(config):
+        raise InputError(f"{path}={config!a} is not Unicode text, so it cannot be saved")
     if config is None or isinstance(config, bool | int | float | str):
         return config
     allowed = "use a number, a string, a tuple or a dataclass"
     raise InputError(f"{path} is a {type(config).__name__}, which cannot be saved; {allowed}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded; file names that are not UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tag(cls: type) -> str:
@@ -93,7 +114,7 @@ def from_dict(data: Any, experiment: types.ModuleType | None = None, path: str =
     if not isinstance(data, dict):
         return data
     if "$float" in data:
-        return float(data["$float"])
+        return _nonfinite(data["$float"], path)
     if "$enum" in data:
         return _member(data, experiment, path)
     cls = _resolve(data.get("$type"), experiment, path)
@@ -107,17 +128,27 @@ def from_dict(data: Any, experiment: types.ModuleType | None = None, path: str =
         if field.init and field.name not in given and default_of(field) is dataclasses.MISSING:
             raise InputError(f"{path} ({short_name(cls)}) lacks the field {field.name!r}")
     values = {name: from_dict(value, experiment, f"{path}.{name}") for name, value in given.items()}
+    for name, value in values.items():  # before the constructor, which assumes the right types
+        check_field(f"{path}.{name}", value, fields_of(cls)[name])
     try:
         return construct_or_raise(cls, values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
+def _nonfinite(text: Any, path: str) -> float:
+    """Return the number that a "$float" names: JSON has neither infinities nor NaN."""
+    if text not in ("nan", "inf", "-inf"):
+        raise InputError(f"{path}: $float is {shorten(repr(text))}; it must be one of 'nan', 'inf', '-inf'")
+    return float(text)
+
+
 def _member(data: dict[str, Any], experiment: types.ModuleType | None, path: str) -> enum.Enum:
     cls = _resolve(data["$enum"], experiment, path)
-    if not issubclass(cls, enum.Enum) or data.get("name") not in cls.__members__:
-        raise InputError(f"{path}: {data['$enum']} has no member {data.get('name')!r}")
-    return cls[data["name"]]
+    name = data.get("name")
+    if not issubclass(cls, enum.Enum) or not isinstance(name, str) or name not in cls.__members__:
+        raise InputError(f"{path}: {data['$enum']} has no member {shorten(repr(name))}")
+    return cls[name]
 
 
 def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
@@ -132,8 +163,11 @@ def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
             module = neighbour_of(experiment, module_name)
         else:
             module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{path} is of type {tag}, which this version of attnlab does not have") from error
+    except InputError:  # in a module beside the experiment
+        raise
+    except Exception as error:  # an imported module may raise anything
+        missing = f"{path} is of type {shorten(tag)}, which this version of attnlab does not have"
+        raise InputError(missing) from error
     names = name.split(".")
     found = _attribute(module, names)
     if not _is_config_class(found):
@@ -143,6 +177,21 @@ def _resolve(tag: Any, experiment: types.ModuleType | None, path: str) -> type:
     if not isinstance(found, type):
         raise InputError(f"{path}: {tag} is not a type")
     return found
+
+
+def _check_library_classes(data: Any, path: str = "config") -> None:
+    """Check that all types of a saved config are classes of attnlab, before any is imported.
+
+    Raises:
+        InputError: names the first other type.
+    """
+    parts = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for name, value in parts:
+        if name in ("$type", "$enum") and not re.fullmatch(r"attnlab(\.[a-z]\w*)+:[A-Z]\w*", str(value)):
+            raise InputError(
+                f"{path} is of type {shorten(str(value))}; --no_experiment_code allows only attnlab's classes"
+            )
+        _check_library_classes(value, f"{path}.{name}")
 
 
 def save(
@@ -169,30 +218,37 @@ def save(
     write_atomically(workdir / CONFIG, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-def load_workdir(workdir: epath.PathLike) -> Loaded:
+def load_workdir(workdir: epath.PathLike, experiment_code: bool = True) -> Loaded:
     """Load the run that `save` wrote, using only the files in `workdir`.
+
+    Args:
+        workdir: the folder of the run.
+        experiment_code: whether to run the experiment file of the folder. Without it, a config with
+            classes other than attnlab's is refused.
 
     Raises:
         InputError: `workdir` contains no run, or its config cannot be loaded.
     """
-    return load_saved(epath.Path(workdir) / CONFIG)
+    return load_saved(epath.Path(workdir) / CONFIG, experiment_code)
 
 
-def load_saved(path: epath.PathLike) -> Loaded:
+def load_saved(path: epath.PathLike, experiment_code: bool = True) -> Loaded:
     """Load a saved run, as `load_workdir` does, given the path of its `config.json`."""
     path = epath.Path(path)
     record = _read(path)
     source_file = path.parent / EXPERIMENT
-    source = source_file.read_bytes() if source_file.is_file() else b""
+    source = read_bytes(source_file) if experiment_code and source_file.is_file() else b""
     neighbours = read_neighbours(source, path.parent / NEIGHBOURS)
     try:
+        if not experiment_code:
+            _check_library_classes(record["config"])
         module = import_source(source, source_file, neighbours, path.parent / NEIGHBOURS) if source else None
         config = from_dict(record["config"], module)
         if not is_config(config):
             raise InputError("config is not an object with a $type")
         check(config)
     except InputError as error:
-        raise InputError(_unreadable(path, record.get("attnlab", "another version"), error)) from error
+        raise InputError(_unreadable(path, record.get("attnlab") or "another version", error)) from error
     about = record["experiment"]
     return Loaded(
         config,
@@ -218,17 +274,15 @@ def _unreadable(path: epath.Path, version: str, error: InputError) -> str:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent} holds no run: it has no {path.name}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    shapes = {"config": dict, "experiment": dict, "sources": dict}
+    if not path.exists():
+        raise InputError(f"{path.parent} holds no run: it has no {path.name}")
+    record = read_json(path)
+    shapes = {"config": dict, "experiment": dict, "sources": dict, "mesh": str | None, "attnlab": str | None}
     if not isinstance(record, dict) or not all(isinstance(record.get(k), t) for k, t in shapes.items()):
         raise InputError(f"{path} is not a config that attnlab saved")
-    if not {"name", "argument"} <= record["experiment"].keys():
+    about = record["experiment"]
+    if not isinstance(about.get("name"), str) or not isinstance(about.get("argument", 0), str | None):
         raise InputError(f"{path} is not a config that attnlab saved: it does not name its experiment")
+    if not all(isinstance(source, str) for source in record["sources"].values()):
+        raise InputError(f"{path} is not a config that attnlab saved: a source is not a text")
     return record

@@ -17,6 +17,7 @@ import typing
 from typing import Any, Literal
 
 from attnlab.config.types import (
+    MAX_INTEGER,
     choices,
     conforms,
     default_of,
@@ -145,6 +146,8 @@ def _parse_member(text: str, member: Any) -> Any:
         return None
     if member is bool and text.lower() in BOOLEANS:
         return BOOLEANS[text.lower()]
+    if member in (int, float) and not text.isascii():  # digits of other scripts
+        raise ValueError(text)
     if member is int:
         return _integer(text)
     if member is float:
@@ -162,8 +165,7 @@ def _parse_member(text: str, member: Any) -> Any:
 
 def _integer(text: str) -> int:
     number = decimal.Decimal(text)
-    # `1e999999999` is an integer too, but its digits would exhaust the memory.
-    if not number.is_finite() or number.adjusted() > 100 or number != number.to_integral_value():
+    if not number.is_finite() or abs(number) > MAX_INTEGER or number != number.to_integral_value():
         raise ValueError(text)
     return int(number)
 
@@ -172,7 +174,7 @@ def _unquoted(text: str) -> str:
     if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
         try:
             return str(ast.literal_eval(text))
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
             return text  # the quotes are part of the text
     return text
 

@@ -18,7 +18,7 @@ from attnlab.config.types import (
     members,
     no_field,
 )
-from attnlab.errors import InputError
+from attnlab.errors import InputError, shorten
 
 Config = TypeVar("Config")
 Override = tuple[str, str]
@@ -49,7 +49,7 @@ def override_all(config: Config, overrides: Iterable[Override]) -> Config:
         try:
             changed = _assign(changed, path.split("."), text, "config")
         except _BadValue as error:
-            raise InputError(f"config.{path}={text}: {error}") from error
+            raise InputError(f"config.{path}={shorten(text, 300)}: {error}") from error
     return _checked(changed, config, "", overrides)
 
 

@@ -9,8 +9,9 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from attnlab.errors import InputError
+from attnlab.errors import InputError, shorten
 
+MAX_INTEGER = 2**63 - 1  # of arrays and of the file formats
 SCALARS = (bool, int, float, str, types.NoneType)
 
 
@@ -113,6 +114,8 @@ def _conforms(value: Any, member: Any) -> bool:
         return parts is not None and all(map(conforms, value, parts))
     if isinstance(value, bool):  # in a config, a bool is not an int
         return member in (bool, Any, object) or not isinstance(member, type)
+    if isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
+        return member not in (int, float)
     if member is float:
         return isinstance(value, int | float)
     cls = typing.get_origin(member) or member
@@ -179,9 +182,26 @@ def check(config: Any, path: str = "config") -> None:
     """
     for name, annotation in fields_of(type(config)).items():
         value, here = getattr(config, name), f"{path}.{name}"
-        if not conforms(value, annotation):
-            raise InputError(f"{here}={value!r}: expected {expectation(annotation)}")
+        check_field(here, value, annotation)
         elements = enumerate(value) if isinstance(value, tuple) else ()
         for where, part in [(here, value), *((f"{here}.{i}", element) for i, element in elements)]:
             if is_config(part):
                 check(part, where)
+
+
+def check_field(path: str, value: Any, annotation: Any) -> None:
+    """Check one value against its annotation.
+
+    Raises:
+        InputError: the value does not conform.
+    """
+    if not conforms(value, annotation):
+        raise InputError(f"{path}={_shown(value)}: expected {expectation(annotation)}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as text for a message."""
+    try:
+        return shorten(repr(value), 300)
+    except Exception:  # more digits than Python converts, or the __repr__ of an experiment file
+        return type(value).__name__

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from attnlab import untrusted
 from attnlab.data import preprocessor
-from attnlab.errors import InputError
+from attnlab.errors import InputError, shorten
 
 TOP_HZ = 8000.0  # upper edge of the highest filter, at any sampling rate
 FLOOR = 1e-10  # minimum power, that of silence
+MAX_RATE = 384_000  # samples per second
+MAX_VALUES = 1 << 24  # of a chunk, of its frames or of the filters: 14 times those of Whisper
 
 # Setting -> field. Other settings must have the only supported value.
 _FIELDS = {
@@ -51,6 +54,19 @@ class LogMel:
         for name in ("mels", "sample_rate", "hop", "chunk_seconds", "decades"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be over 0, not {getattr(self, name)}")
+        if self.sample_rate > MAX_RATE or self.hop > self.samples:
+            raise ValueError(
+                f"sample_rate={self.sample_rate} must be at most {MAX_RATE}, and hop={self.hop} at most the "
+                f"{self.samples:,} samples of a chunk"
+            )
+        sizes = {
+            "chunk_seconds * sample_rate": self.samples,
+            "n_fft * frames": self.n_fft * self.frames,
+            "n_fft * mels": self.n_fft * self.mels,
+        }
+        for name, size in sizes.items():
+            if size > MAX_VALUES:
+                raise ValueError(f"{name} must be at most {MAX_VALUES:,}, not {size:,}")
         if not 2 <= self.n_fft <= self.samples or self.n_fft % 2:
             raise ValueError(
                 f"n_fft must be an even number from 2 to the {self.samples} samples of a chunk, "
@@ -75,10 +91,13 @@ class LogMel:
         preprocessor.check_known(settings, {*_FIELDS, *_ONLY, *_DERIVED})
         for name, value in _ONLY.items():
             if settings.get(name) not in (None, value):
-                raise InputError(
-                    f"{preprocessor.CONFIG_FILE} has {name}={settings[name]}; only {value} is supported"
-                )
-        return cls(**{field: settings[name] for name, field in _FIELDS.items() if name in settings})
+                given = shorten(str(settings[name]))
+                raise InputError(f"{preprocessor.CONFIG_FILE} has {name}={given}; only {value} is supported")
+        sizes = preprocessor.check_types(settings, dict.fromkeys(_FIELDS, untrusted.integer(1, 1 << 25)))
+        try:
+            return cls(**{_FIELDS[name]: size for name, size in sizes.items()})
+        except ValueError as error:
+            raise InputError(f"{preprocessor.CONFIG_FILE}: {error}") from None
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which `from_settings` makes this object."""

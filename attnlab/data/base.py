@@ -1,23 +1,29 @@
 """`Data`: the base class of data sets, with the input pipeline that they share."""
 
 import itertools
+import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import grain
 import numpy as np
+from etils import epath
 
 from attnlab.data import batch as batching
 from attnlab.data.batch import Batch, Example
-from attnlab.data.packing import POOL_CHUNKS, READ_OPTIONS, Pack
+from attnlab.data.packing import BATCH_READ_OPTIONS, POOL_CHUNKS, Pack, RowsOfBatches
 from attnlab.data.prefetch import EncodedExampleCache, Prefetch
 from attnlab.data.tokenizer import BPE, Bytes, Tokenizer, Words
 from attnlab.errors import InputError
 from attnlab.paths import absolute
 
 SPLITS = ("train", "validation")
+LONGEST_ROW = 2**24  # tokens; longer rows exceed the memory of any machine
+OVERFIT_BYTES = 2**30  # memory of the batches that `num_batches` repeats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +56,27 @@ class Data:
         }.items():
             if getattr(self, name) < least:
                 raise InputError(f"data.{name} must be {least} or more, not {getattr(self, name)}")
+        if self.sequence_length > LONGEST_ROW:
+            raise InputError(
+                f"data.sequence_length must be {LONGEST_ROW} or less, not {self.sequence_length}"
+            )
 
     def records(self, split: str) -> Sequence[Any]:
         """Return the records of "train" or "validation", with `len` and `[i]`. Override this."""
         raise NotImplementedError(f"{type(self).__name__} must define records(split)")
+
+    def files(self) -> Mapping[str, epath.PathLike]:
+        """Return the files that `records` reads, by name, to notice changes when a run resumes.
+
+        The default is the files that `path_fields` name, and all files of their folders. Without
+        files, the records are compared.
+        """
+        found: dict[str, epath.PathLike] = {}
+        for field in self.path_fields:
+            path = Path(getattr(self, field))
+            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+            found |= {os.path.relpath(file, path.parent): file for file in inside if file.is_file()}
+        return found
 
     def text(self, record: Any) -> str:
         """Return the text of a record, for training the tokenizer and for `encode`."""
@@ -93,30 +116,43 @@ class Data:
         *,
         seed: int,
         batch_size: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        shard: int = 0,
+        num_shards: int = 1,
         num_batches: int | None = None,
     ) -> grain.DatasetIterator[Batch]:
-        """Return an endless iterator over this process's rows of packed batches.
+        """Return an endless iterator over the rows of one shard of each batch.
 
         Each epoch has a new order. `get_state()` returns a small dict of numbers, from which
-        `set_state()` continues with the same bits. `num_batches` repeats that number of batches.
+        `set_state()` continues with the same bits, also with another number of shards. Rows are
+        packed in every shard, since a packed row depends on those before it; rows of one example
+        are read only where they belong.
+
+        Args:
+          tokenizer: encodes the text.
+          seed: determines the order.
+          batch_size: rows of a global batch; None means `self.batch_size`.
+          shard: index of the contiguous part of each batch's rows.
+          num_shards: number of parts.
+          num_batches: repeat that number of batches; None means all data.
         """
-        rows = self._rows(batch_size, process_index, process_count)
+        rows = self._shard(batch_size, shard, num_shards)
         if seed < 0:
             raise InputError(f"seed must be 0 or more, not {seed}")
         documents = self._documents("train", tokenizer)
         # Grain adds the epoch to the seed: without mixing, seed 1 would begin with the second epoch
         # of seed 0.
         shuffle_seed, pick_seed = map(int, np.random.SeedSequence((seed, 0)).generate_state(2))
-        stream = documents.shuffle(shuffle_seed).repeat()[process_index::process_count]
+        stream = documents.shuffle(shuffle_seed).repeat()
         # At most one epoch in the pool; otherwise a small set is sampled as if with replacement.
         pool = min(len(documents), POOL_CHUNKS)
-        packed = self._in_rows(stream, seed=pick_seed + process_index, pool=pool)
-        batches = packed.batch(rows, batch_fn=partial(batching.stack_rows, num_rows=rows))
+        batches = self._batches(stream, rows, num_shards, seed=pick_seed, pool=pool)
         if num_batches is not None:
-            if num_batches < 1:
-                raise InputError(f"num_batches must be 1 or more, not {num_batches}")
+            spec = self.element_spec(rows.stop - rows.start)
+            size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+            most = max(1, OVERFIT_BYTES // size)
+            if not 1 <= num_batches <= most:
+                allowed = f"from 1 to {most}, since {size:,} bytes of memory hold each batch"
+                raise InputError(f"overfit_batches must be {allowed}, not {num_batches}")
             first = list(itertools.islice(batches, num_batches))
             batches = grain.MapDataset.source(first).repeat().to_iter_dataset()
         return iter(self._prefetched(batches))
@@ -127,29 +163,21 @@ class Data:
         tokenizer: Tokenizer,
         *,
         batch_size: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        shard: int = 0,
+        num_shards: int = 1,
         limit: int | None = None,
     ) -> Iterable[Batch]:
-        """Return this process's rows of the batches of a split, in fixed order.
+        """Return one shard of the rows of the batches of a split, in fixed order.
 
-        Every target occurs once.
-
-        Empty rows fill the last batch, so that all batches have the same shape and every process
-        has the same number of batches. There are at most `limit` batches. Iterating again restarts.
+        Every target occurs once. Empty rows fill the last batch, so that all batches have the same
+        shape and every shard has the same number of batches. There are at most `limit` batches.
+        Iterating again restarts. See `train_iterator` for the other arguments.
         """
-        rows = self._rows(batch_size, process_index, process_count)
-        size = rows * process_count
-        # Every process packs the whole split and keeps its own rows. If documents were sharded,
-        # processes would have different numbers of batches, and a collective would hang.
-        packed = self._in_rows(self._documents(split, tokenizer), seed=None)
-        batches = packed.batch(
-            size, drop_remainder=False, batch_fn=partial(batching.stack_rows, num_rows=size)
-        )
+        rows = self._shard(batch_size, shard, num_shards)
+        batches = self._batches(self._documents(split, tokenizer), rows, num_shards, seed=None)
         if limit is not None:
             batches = grain.experimental.LimitIterDataset(batches, count=limit)
-        own = slice(process_index * rows, (process_index + 1) * rows)
-        return self._prefetched(batches.map(lambda batch: batch.map(lambda array: array[own])))
+        return self._prefetched(batches)
 
     def element_spec(self, batch_size: int | None = None) -> batching.Spec:
         """Return name, shape and dtype of each array of a global batch."""
@@ -161,16 +189,25 @@ class Data:
         for index in grain.MapDataset.range(len(records)).shuffle(seed=0):
             yield self.text(records[index])
 
-    def _in_rows(
-        self, documents: grain.MapDataset[Example], *, seed: int | None, pool: int = POOL_CHUNKS
+    def _batches(
+        self,
+        documents: grain.MapDataset[Example],
+        rows: slice,
+        num_shards: int,
+        *,
+        seed: int | None,
+        pool: int = POOL_CHUNKS,
     ) -> grain.IterDataset[Batch]:
-        length = self.sequence_length
-        if self.packs:
-            return Pack(
-                documents.map(partial(batching.split_example, length=length)), length, seed=seed, pool=pool
-            )
-        row = partial(batching.unpacked_row, length=length, source_shape=self.source_shape)
-        return documents.map(row).to_iter_dataset(READ_OPTIONS)
+        """Return the given rows of each global batch; the last batch is filled with empty rows."""
+        length, size = self.sequence_length, (rows.stop - rows.start) * num_shards
+        if not self.packs:
+            row = partial(batching.unpacked_row, length=length, source_shape=self.source_shape)
+            return RowsOfBatches(documents.map(row), size, rows).to_iter_dataset(BATCH_READ_OPTIONS)
+        chunks = documents.map(partial(batching.split_example, length=length))
+        batches = Pack(chunks, length, seed=seed, pool=pool).batch(
+            size, drop_remainder=False, batch_fn=partial(batching.stack_rows, num_rows=size)
+        )
+        return batches if num_shards == 1 else batches.map(lambda batch: batch.map(lambda x: x[rows]))
 
     def _documents(self, split: str, tokenizer: Tokenizer) -> grain.MapDataset[Example]:
         if split not in SPLITS:
@@ -181,13 +218,15 @@ class Data:
         encoded = EncodedExampleCache(records, lambda record: self.encode(record, tokenizer))
         return grain.MapDataset.source(encoded)
 
-    def _rows(self, batch_size: int | None, process_index: int, process_count: int) -> int:
+    def _shard(self, batch_size: int | None, shard: int, num_shards: int) -> slice:
+        """Return the rows of a shard in each global batch."""
         size = self.batch_size if batch_size is None else batch_size
-        if size < 1 or size % process_count:
-            raise InputError(f"batch size {size} is not a positive multiple of the {process_count} processes")
-        if not 0 <= process_index < process_count:
-            raise InputError(f"process_index {process_index} is not below process_count {process_count}")
-        return size // process_count
+        if size < 1 or size % num_shards:
+            raise InputError(f"batch size {size} is not a positive multiple of the {num_shards} shards")
+        if not 0 <= shard < num_shards:
+            raise InputError(f"shard {shard} is not below num_shards {num_shards}")
+        rows = size // num_shards
+        return slice(shard * rows, (shard + 1) * rows)
 
     def _prefetched(self, batches: grain.IterDataset[Batch]) -> grain.IterDataset[Batch]:
         return Prefetch(batches, self.prefetch)

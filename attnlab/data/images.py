@@ -8,11 +8,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from attnlab import untrusted
 from attnlab.data import preprocessor
-from attnlab.errors import InputError
+from attnlab.errors import InputError, check_fields, shorten
 
 ImageLike: TypeAlias = Image.Image | UInt8[np.ndarray, "rows columns channels"]
 Triple: TypeAlias = tuple[float, ...]
+
+MAX_SIDE = 4096  # of a resized or cropped image
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class ImageProcessor:
             value = getattr(self, name)
             if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise ValueError(f"{name} must be at least 1, or none, not {value}")
+        check_fields(self, "scale", above=0)
         if 0 in self.std:
             raise ValueError("std must not be 0")
 
@@ -57,11 +61,11 @@ class ImageProcessor:
         if name not in _PROCESSORS:
             raise InputError(f"the images of {name} are not supported; those of {', '.join(_PROCESSORS)} are")
         preprocessor.check_known(settings, _KNOWN_SETTINGS)
-        usual, s = _PROCESSORS[name], {name: value for name, value in settings.items() if value is not None}
+        usual, s = _PROCESSORS[name], preprocessor.check_types(settings, _KNOWN_SETTINGS)
         does = {name: s.get(f"do_{name}", True) for name in ("resize", "rescale", "normalize")}
-        size = _size(s["size"], usual.size) if "size" in s else usual.size
+        size = _size("size", s["size"], usual.size) if "size" in s else usual.size
         cut = s.get("do_center_crop", usual.crop is not None)
-        crop = _size(s["crop_size"], (1, 1)) if "crop_size" in s else usual.crop or (224, 224)
+        crop = _size("crop_size", s["crop_size"], (1, 1)) if "crop_size" in s else usual.crop or (224, 224)
         if cut and not isinstance(crop, tuple):
             raise InputError(
                 f"{preprocessor.CONFIG_FILE}: crop_size={s['crop_size']} must have a height and a width"
@@ -99,16 +103,19 @@ class ImageProcessor:
         """Return the preprocessed pixels of an image, float32.
 
         Raises:
-          InputError: the image is not 8-bit, or `mean` and `std` have another number of channels.
+          InputError: `as_8bit` refuses the image, an array is not uint8, the result would have over
+            `MAX_SIDE`^2 pixels, or `mean` and `std` have another number of channels.
         """
         resized = image if isinstance(image, Image.Image) else _to_pil(image)
-        resized = resized.convert("RGB") if self.rgb else resized
+        resized = as_8bit(resized, "RGB" if self.rgb else None)
         if self.size is not None:
             rows, columns = _resized_shape(resized, self.size)
+            _check_pixels(rows, columns)
             resized = resized.resize((columns, rows), Image.Resampling[self.filter.upper()])
         pixels = np.atleast_3d(np.asarray(resized))
         if self.crop is not None:
             pixels = _center_crop(pixels, self.crop)
+        _check_pixels(*pixels.shape[:2])
         if not {1, pixels.shape[-1]} >= {len(self.mean), len(self.std)}:
             raise InputError(
                 f"an image has {pixels.shape[-1]} channels, but the preprocessor has {len(self.mean)} means "
@@ -133,36 +140,84 @@ _PROCESSORS = {
     "CLIP": _CLIP,
     "Bit": _CLIP,
 }
+_SIDE = untrusted.integer(1, MAX_SIDE)
+_STD = untrusted.number(1e-6, 1e6)
+_MEAN = untrusted.number(-1e6, 1e6)
 _KNOWN_SETTINGS = {
-    *("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
-    *("size", "resample", "crop_size", "rescale_factor", "image_mean", "image_std"),
+    "do_resize": untrusted.BOOLEAN,
+    "do_center_crop": untrusted.BOOLEAN,
+    "do_rescale": untrusted.BOOLEAN,
+    "do_normalize": untrusted.BOOLEAN,
+    "do_convert_rgb": untrusted.BOOLEAN,
+    "size": _SIDE | untrusted.OBJECT,
+    "crop_size": _SIDE | untrusted.OBJECT,
+    "resample": untrusted.integer(0, max(Image.Resampling)),
+    "rescale_factor": untrusted.number(1e-9, 1e9),
+    "image_mean": _MEAN | untrusted.list_of(_MEAN, 1, 4),
+    "image_std": _STD | untrusted.list_of(_STD, 1, 4),
 }
 
 
-def _size(setting: Any, default: Any) -> tuple[int, int] | int:
+def _size(name: str, setting: Any, default: Any) -> tuple[int, int] | int:
     """Parse a size: an object, or a number, which is a square if the default is a pair."""
     if isinstance(setting, int):
         return (setting, setting) if isinstance(default, tuple) else setting
+    sides = {
+        side: untrusted.check(f"{preprocessor.CONFIG_FILE}: {name}.{side}", setting[side], _SIDE)
+        for side in ("height", "width", "shortest_edge")
+        if side in setting
+    }
     if set(setting) == {"height", "width"}:
-        return setting["height"], setting["width"]
+        return sides["height"], sides["width"]
     if set(setting) == {"shortest_edge"}:
-        return setting["shortest_edge"]
-    raise InputError(f"{preprocessor.CONFIG_FILE}: a size of {', '.join(setting)} is not supported")
+        return sides["shortest_edge"]
+    listing = shorten(", ".join(map(str, setting)))
+    raise InputError(f"{preprocessor.CONFIG_FILE}: a {name} of {listing} is not supported")
+
+
+def _filter(number: int) -> Any:
+    return Image.Resampling(number).name.lower()
 
 
 def _sides(size: tuple[int, int] | None) -> dict[str, int] | None:
     return size and {"height": size[0], "width": size[1]}
 
 
-def _filter(number: int) -> Any:
-    try:
-        return Image.Resampling(number).name.lower()
-    except ValueError:
-        raise InputError(f"{preprocessor.CONFIG_FILE}: resample={number} is not supported") from None
-
-
 def _triple(numbers: float | list[float]) -> Triple:
     return tuple(map(float, numbers)) if isinstance(numbers, list | tuple) else (float(numbers),)
+
+
+def as_8bit(image: Image.Image, mode: str | None = None) -> Image.Image:
+    """Return an image of at most 8 bits per channel, converted to a mode of Pillow unless None.
+
+    Grey values of 16 bits (modes "I;16" and "I") are divided by 257, so that 65535 becomes 255;
+    Pillow's own conversion would clip them at 255. Floats (mode "F") are from 0 to 1 or, if one is
+    larger, from 0 to 255. Transparency is dropped, as in transformers.
+
+    Raises:
+      InputError: a value is outside this range or not a number.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values, most = np.asarray(image), 255.0 if image.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= most):
+            raise InputError(
+                f"an image of mode {image.mode} has values from {values.min()} to {values.max()}; "
+                f"they must be from 0 to {most:g}"
+            )
+        if image.mode == "F":
+            scaled = values * np.float32(1 if values.max() > 1 else 255)
+            eight = np.rint(scaled, out=scaled)
+        else:
+            eight = (values.astype(np.uint32) + 128) // 257
+        image = Image.fromarray(eight.astype(np.uint8))
+    return image if mode is None else image.convert(mode)
+
+
+def _check_pixels(rows: int, columns: int) -> None:
+    if rows * columns > MAX_SIDE**2:
+        raise InputError(
+            f"a preprocessed image would have {rows} x {columns} pixels; at most {MAX_SIDE**2:,} are allowed"
+        )
 
 
 def _to_pil(image: np.ndarray) -> Image.Image:

@@ -17,7 +17,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from attnlab.data.batch import Batch, Example, pack_row
+from attnlab.data.batch import Batch, Example, pack_row, stack_rows
+from attnlab.errors import InputError
 
 # The pool is refilled up to the first of these limits. More chunks mix better and leave less
 # padding. The tokens bound memory (16 bytes each) and the time to the first batch of long rows.
@@ -26,6 +27,31 @@ POOL_TOKENS = 2**18
 
 # Hides the latency of remote storage; on a local disk one thread is enough.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
+BATCH_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)  # each is a batch
+
+
+class RowsOfBatches(grain.MapDataset[Batch]):
+    """The given rows of each batch of `size` rows; the others are not read.
+
+    The last batch is filled with empty rows. A position in this data set counts batches, so it does
+    not depend on which rows a process reads.
+    """
+
+    def __init__(self, rows: grain.MapDataset[Batch], size: int, own: slice):
+        super().__init__(rows)
+        self._size, self._own = size, own
+
+    def __len__(self) -> int:
+        return -(-len(self._parent) // self._size)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        first, end = index * self._size, len(self._parent)
+        own = range(first + self._own.start, min(first + self._own.stop, end))
+        # A shard without rows in the last batch takes the shapes of a row from the first one.
+        rows = [self._parent[i] for i in own] or [self._parent[first].map(np.zeros_like)]
+        return stack_rows(rows, self._own.stop - self._own.start)
 
 
 class Pack(grain.IterDataset[Batch]):
@@ -126,6 +152,11 @@ class _PackIterator(grain.DatasetIterator[Batch]):
         return {"reader": self._reader.get_state(), "read": self._read, "row": self._row, "pool": pool}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state of `get_state`.
+
+        Raises:
+          InputError: the documents have fewer chunks than those of the state.
+        """
         self._reader.set_state(state["reader"])
         self._begin(state["read"], state["row"])
         sources = sorted(tuple(map(int, source.split(":"))) for source in state["pool"].split())
@@ -133,4 +164,9 @@ class _PackIterator(grain.DatasetIterator[Batch]):
         for document, index in sources:
             if document != opened:
                 opened, chunks = document, self._documents[document]
+            if index >= len(chunks):
+                raise InputError(
+                    f"the data has changed since the checkpoint: document {document} has {len(chunks)} "
+                    f"chunks, not {index + 1} or more; resume with --allow_changed_data"
+                )
             self._put(document, index, chunks[index])

@@ -1,11 +1,11 @@
 """The `preprocessor_config.json` of a checkpoint: settings that prepare images or audio."""
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
 
+from attnlab import untrusted
 from attnlab.errors import InputError
 
 CONFIG_FILE = "preprocessor_config.json"
@@ -32,13 +32,10 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     """
     files = [epath.Path(path) / name for name in (CONFIG_FILE, PROCESSOR_CONFIG_FILE)]
     file = next((file for file in files if file.exists()), files[0])
-    try:
-        settings = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"there is no {CONFIG_FILE} in {path}") from None
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if isinstance(settings, dict) and file.name == PROCESSOR_CONFIG_FILE:
+    if not file.exists():
+        raise InputError(f"there is no {CONFIG_FILE} in {path}")
+    settings: Any = untrusted.read_object(file)
+    if file.name == PROCESSOR_CONFIG_FILE:
         settings = settings.get("image_processor") or settings.get("feature_extractor")
     if not isinstance(settings, dict):
         raise InputError(f"{file} must be a JSON object with settings for images or audio")
@@ -46,11 +43,30 @@ def read(path: epath.PathLike) -> dict[str, Any]:
 
 
 def processor_class(settings: Mapping[str, Any]) -> str | None:
-    """Return the processor class without suffix ("CLIP" for "CLIPImageProcessorFast"), or None."""
-    name = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    """Return the processor class without suffix ("CLIP" for "CLIPImageProcessorFast"), or None.
+
+    Raises:
+      InputError: the class is not a string.
+    """
+    names = ("image_processor_type", "feature_extractor_type")
+    classes = check_types(settings, dict.fromkeys(names, untrusted.string()))
+    name = classes.get(names[0]) or classes.get(names[1])
     for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
         name = name and name.removesuffix(ending)
     return name
+
+
+def check_types(settings: Mapping[str, Any], expected: Mapping[str, untrusted.Expected]) -> dict[str, Any]:
+    """Return the settings that are not null and have an entry in `expected`, after checking them.
+
+    Raises:
+      InputError: a setting has another type or is out of range.
+    """
+    given = {name: settings[name] for name in expected if settings.get(name) is not None}
+    return {
+        name: untrusted.check(f"{CONFIG_FILE}: {name}", value, expected[name])
+        for name, value in given.items()
+    }
 
 
 def check_known(settings: Mapping[str, Any], known: Collection[str]) -> None:

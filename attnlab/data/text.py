@@ -1,8 +1,10 @@
 """`Text`: a language-modelling data set chosen by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from etils import epath
 
 from attnlab.data.base import Data
 from attnlab.errors import InputError
@@ -47,3 +49,16 @@ class Text(Data):
         from attnlab.data.builtin import stdlib
 
         return stdlib.records(self.name, split)
+
+    def files(self) -> Mapping[str, epath.PathLike]:
+        """Return the text files or the prepared files; none for the standard library."""
+        kind, _, rest = self.name.partition(":")
+        if kind == "tfds":
+            from attnlab.data import tfds_text
+
+            return tfds_text.files(rest)
+        if kind == "text":
+            from attnlab.data import text_files
+
+            return text_files.files(rest)
+        return {}

@@ -1,5 +1,6 @@
 """Local text files as a data set: `text:GLOB`."""
 
+import codecs
 import glob
 import hashlib
 import os
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnlab.errors import InputError
+from attnlab.untrusted import check_regular
 
 # Size of documents. A file is split at ends of lines, so that a single long file gives many
 # documents to shuffle and to distribute over processes.
@@ -63,21 +65,38 @@ def records(pattern: str, split: str) -> TextRecords:
         ranges = [
             byte_range
             for path in chosen
-            for byte_range in _documents(path, contents[path], 0, len(contents[path]))
+            for byte_range in _documents(path, contents[path], _start(contents[path]), len(contents[path]))
         ]
     else:
         ranges = []
         for path, content in contents.items():
             border = _line_end(content, len(content) - len(content) // VALIDATION_SHARE)
-            ends = (0, border) if split == "train" else (border, len(content))
+            ends = (_start(content), border) if split == "train" else (border, len(content))
             ranges += _documents(path, content, *ends)
     if not any(byte_range.read().strip() for byte_range in ranges):
         raise InputError(f"text:{pattern} holds too little text to leave any for {split}")
     return TextRecords(ranges)
 
 
+def files(pattern: str) -> dict[str, Path]:
+    """Return the files that match a glob, by their names relative to the folder that they share.
+
+    Raises:
+      InputError: no file matches.
+    """
+    return _relative_names(_matches(pattern))
+
+
+def _relative_names(paths: list[Path]) -> dict[str, Path]:
+    """Return the paths by names relative to their common root; moving the folder changes none."""
+    root = os.path.commonpath([path.parent for path in paths])
+    return {os.path.relpath(path, root): path for path in paths}
+
+
 def _matches(pattern: str) -> list[Path]:
-    matches = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
+    expanded = os.path.expanduser(pattern)
+    _check_links(expanded)
+    matches = [Path(path) for path in sorted(glob.glob(expanded, recursive=True))]
     paths = [path for path in matches if not path.is_dir()]
     if matches and not paths:
         raise InputError(f"text:{pattern} is a directory; name its files, as in text:{matches[0] / '*.txt'}")
@@ -86,24 +105,43 @@ def _matches(pattern: str) -> list[Path]:
     return paths
 
 
+def _check_links(pattern: str) -> None:
+    """Check that no symlink of a folder below `**` leads back: `glob` would follow it for ever."""
+    start, recursive, _ = pattern.partition("**")
+    if not recursive:
+        return
+    for root in glob.glob(os.path.dirname(start) or "."):
+        inside = {root: {os.path.realpath(root)}}  # folder -> it and the folders above it
+        for folder, names, _ in os.walk(root, followlinks=True):
+            names[:] = [name for name in names if not name.startswith(".")]  # `**` leaves them out
+            for name in names:
+                path = os.path.join(folder, name)
+                real = os.path.realpath(path)
+                if real in inside[folder]:
+                    raise InputError(f"text:{pattern}: the symlink {path} leads to a folder above it")
+                inside[path] = inside[folder] | {real}
+
+
 def _read(path: Path) -> bytes:
+    check_regular(path)
     try:
-        content = path.read_bytes()
+        # Some files of /proc have a regular type and would block.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            content = file.read(os.fstat(file.fileno()).st_size) or b""  # sizes in /proc are 0
         text = content.decode()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text, see byte {error.start}") from None
-    if not text.strip():
+    if not text.removeprefix("\ufeff").strip():
         raise InputError(f"{path} is empty")
     return content
 
 
 def _held_out(paths: list[Path]) -> set[Path]:
-    root = os.path.commonpath([path.parent for path in paths])
-    # Names relative to the common root, so that moving the folder changes nothing.
-    ranked = sorted(paths, key=lambda path: hashlib.sha256(os.path.relpath(path, root).encode()).digest())
-    return set(ranked[: len(paths) // VALIDATION_SHARE])
+    named = _relative_names(paths)
+    ranked = sorted(named, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    return {named[name] for name in ranked[: len(paths) // VALIDATION_SHARE]}
 
 
 def _documents(path: Path, content: bytes, start: int, stop: int) -> list[ByteRange]:
@@ -113,6 +151,11 @@ def _documents(path: Path, content: bytes, start: int, stop: int) -> list[ByteRa
         ranges.append(ByteRange(path, start, end))
         start = end
     return ranges
+
+
+def _start(content: bytes) -> int:
+    """Return the first byte after the byte-order mark that Windows writes."""
+    return len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
 
 
 def _line_end(content: bytes, near: int) -> int:

@@ -15,10 +15,12 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from attnlab.data.chat import render
+from attnlab.data.tokenizer_files import CONFIG_FILE, check_ids, read_backend, read_settings
 from attnlab.errors import InputError
+from attnlab.untrusted import one_line_errors
 
 EOS = "<eos>"
-CONFIG_FILE = "tokenizer_config.json"
+CANNOT_ENCODE = "this text cannot be tokenized"
 SOURCE_TARGET_FILES = ("source.tokenizer.json", "target.tokenizer.json")
 
 # Characters of training text for a BPE: merges converge long before, and memory stays small.
@@ -71,6 +73,7 @@ class Tokenizer:
                 else f"has no eos_token, or its eos_token {eos} is not in its vocabulary"
             )
             raise InputError(f"this tokenizer {problem}")
+        check_ids(vocabulary)
         self.vocab_size = max(vocabulary.values()) + 1
         self._names = [""] * self.vocab_size
         for name, token in vocabulary.items():
@@ -93,7 +96,7 @@ class Tokenizer:
         Raises:
           InputError: there is no such token.
         """
-        token = self._backend.token_to_id(name)
+        token = self._backend.token_to_id(check_unicode(name))
         if token is None:
             raise InputError(f"the tokenizer has no token {name!r}")
         return token
@@ -102,32 +105,40 @@ class Tokenizer:
         """Return the token ids of a text, int32 (n,), without `eos_id`.
 
         Raises:
-          InputError: a word is not in the vocabulary of a `Words` tokenizer.
+          InputError: a word is not in the vocabulary of a `Words` tokenizer, or the text is not
+            valid Unicode.
         """
+        check_unicode(text)
         if self._source_target is not None:
             return np.asarray(self._piece_ids(self._source_target[1], text), np.int32)
         try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
-        except Exception:
+            ids = self._encoded(text, special_tokens=False).ids
+        except InputError:
             unknown = next((w for w in text.split() if self._backend.token_to_id(w) is None), None)
             if self._bytewise or unknown is None:
                 raise
             raise InputError(f"the word {unknown!r} is not in the vocabulary of the training split") from None
         return np.asarray(ids, np.int32)
 
+    def _encoded(self, text: str, special_tokens: bool = True) -> tokenizers.Encoding:
+        check_unicode(text)
+        with one_line_errors(CANNOT_ENCODE):
+            return self._backend.encode(text, add_special_tokens=special_tokens)
+
     def _piece_ids(self, pieces_of: tokenizers.Tokenizer, text: str) -> list[int]:
         """Return the ids of a text's pieces, after the language token at its start (>>deu<<)."""
         language = re.match("(>>.*?<<)?", text, re.DOTALL)[0]  # type: ignore[index]
-        pieces = [*filter(None, [language]), *pieces_of.encode(text[len(language) :]).tokens]
-        to_id, unknown = self._backend.token_to_id, self._backend.model.unk_token
-        return [to_id(unknown) if (token := to_id(piece)) is None else token for piece in pieces]
+        with one_line_errors(CANNOT_ENCODE):
+            pieces = [*filter(None, [language]), *pieces_of.encode(text[len(language) :]).tokens]
+            to_id, unknown = self._backend.token_to_id, self._backend.model.unk_token
+            return [to_id(unknown) if (token := to_id(piece)) is None else token for piece in pieces]
 
     @cached_property
     def bos_tokens(self) -> list[int]:
         """The first tokens of a document: `eos_id`, or those of a checkpoint's tokenizer."""
         if self.settings is None:
             return [self.eos_id]
-        encoded = self._backend.encode("a")
+        encoded = self._encoded("a")
         return encoded.ids[: (*encoded.special_tokens_mask, 0).index(0)]
 
     @cached_property
@@ -161,7 +172,7 @@ class Tokenizer:
         if self.settings is None or self._source_target is not None:
             ids = self.encode(text)[: None if length is None else max(length - len(self.bos_tokens) - 1, 0)]
             return [*self.bos_tokens, *ids.tolist(), self.eos_id]
-        encoded = self._backend.encode(text, add_special_tokens=False)
+        encoded = self._encoded(text, special_tokens=False)
         if length is not None:
             encoded.truncate(max(length - self._backend.num_special_tokens_to_add(False), 0))
         return self._backend.post_process(encoded).ids
@@ -171,8 +182,8 @@ class Tokenizer:
         if self.settings is None:
             return [*self.encode(text).tolist(), self.eos_id]
         if self._source_target is not None:
-            return [*self._piece_ids(self._source_target[0], text), self.eos_id]
-        return self._backend.encode(text).ids or [self.eos_id]
+            return [*self._piece_ids(self._source_target[0], check_unicode(text)), self.eos_id]
+        return self._encoded(text).ids or [self.eos_id]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the token ids of a chat up to the start of the answer.
@@ -193,9 +204,16 @@ class Tokenizer:
             for k, v in (self.settings or {}).items()
             if k.endswith("_token") and v is not None
         }
+        for message in messages:
+            check_unicode(message.get("content"))
         text = render(template, messages=messages, add_generation_prompt=True, **tokens)
-        parsing = tokenizers.Tokenizer.from_str(self._backend.to_str())  # parses special tokens
-        return parsing.encode(text, add_special_tokens=False).ids
+        with one_line_errors(CANNOT_ENCODE):
+            return self._parsing_backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _parsing_backend(self) -> tokenizers.Tokenizer:
+        """A copy of the backend that parses special tokens; a copy takes seconds."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids without `eos_id`. Bytes that are not UTF-8 become U+FFFD."""
@@ -257,16 +275,14 @@ class Tokenizer:
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Read a tokenizer written by `save`, or a `tokenizer.json` with settings in its folder."""
         file = epath.Path(path)
+        if not file.exists():
+            raise InputError(f"there is no tokenizer at {path}")
         settings = file.parent / CONFIG_FILE
-        try:
-            config = json.loads(settings.read_text()) if settings.exists() else None
-            source, target = (file.parent / name for name in SOURCE_TARGET_FILES)
-            source_target_tokenizers = (
-                (_read_backend(source), _read_backend(target)) if source.exists() else None
-            )
-            return cls(_read_backend(file), config, source_target_tokenizers)
-        except FileNotFoundError:
-            raise InputError(f"there is no tokenizer at {path}") from None
+        config = read_settings(settings) if settings.exists() else None
+        source, target = (file.parent / name for name in SOURCE_TARGET_FILES)
+        source_target_tokenizers = (read_backend(source), read_backend(target)) if source.exists() else None
+        with one_line_errors(str(file)):
+            return cls(read_backend(file), config, source_target_tokenizers)
 
 
 @lru_cache(maxsize=1)  # writes and reads the whole vocabulary, too slow for every prompt
@@ -276,10 +292,6 @@ def _with_image_token(tokenizer: Tokenizer, marker: int) -> Tokenizer:
     for token in backend["added_tokens"]:
         token["special"] &= token["id"] != marker
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(backend)), tokenizer.settings)
-
-
-def _read_backend(file: epath.Path) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(file.read_text())
 
 
 def _token_text(token: Any) -> str:
@@ -333,7 +345,7 @@ class Words:
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """Collect every word of the texts, in alphabetical order."""
-        words = sorted({word for text in texts for word in text.split()})
+        words = sorted({word for text in texts for word in check_unicode(text).split()})
         if EOS in words:
             raise InputError(f"the word {EOS} in the training split is reserved for the end of a document")
         backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate([EOS, *words])}))
@@ -350,9 +362,25 @@ def _bytewise(model: Any) -> tokenizers.Tokenizer:
     return backend
 
 
+def check_unicode(text: Any) -> Any:
+    """Return a text that UTF-8 can encode, or a value that is no text.
+
+    Raises:
+      InputError: the text has a lone surrogate, which stands for a byte that is not UTF-8 if the
+        text is an argument of a command or the name of a file.
+    """
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"U+{ord(text[error.start]):04X}"
+            raise InputError(f"a text must be UTF-8, but its character {error.start} is {code}") from None
+    return text
+
+
 def _limit_characters(characters: int, texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         if characters <= 0:
             return
-        yield text[:characters]
+        yield check_unicode(text[:characters])
         characters -= len(text)

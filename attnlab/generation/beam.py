@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.generation.decode_state import DecodeState
+from attnlab.generation.decode_state import DecodeState, is_eos
 from attnlab.generation.sampling import whole_rows
 from attnlab.sharding import out_sharding
 
@@ -106,7 +106,8 @@ class _BeamState(NamedTuple):
 
 
 @partial(
-    jax.jit, static_argnames=("model", "num_beams", "length_penalty", "slots", "eos_id", "forced_decoder_ids")
+    jax.jit,
+    static_argnames=("model", "num_beams", "length_penalty", "slots", "eos_ids", "forced_decoder_ids"),
 )
 def beam_search(
     model,
@@ -115,19 +116,20 @@ def beam_search(
     *,
     num_beams: int,
     length_penalty: LengthPenalty,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
     slots: int,
     steps,
     forced_decoder_ids: tuple[int, ...] = (),
 ) -> Hypotheses:
     """Search the `num_beams` best hypotheses of each row.
 
-    Each step extends every live hypothesis by every token and selects the 2k most probable ones.
-    Those among the first k that end, by `eos_id` or by their length, compete for the k finished
-    places; the k most probable of the others stay live. With `generation.forced_eos` the last token
-    is `eos_id`. A row is done when all finished places are taken and its best live hypothesis,
-    scored as if it ended now, is not better than its worst finished one. (With a penalty over 1 a
-    later end could still score higher; this is early_stopping=False of Hugging Face's generate.)
+    Each step extends every live hypothesis by every token and selects the (1 + n) k most probable
+    ones, for n end tokens. Those among the first k that end, by an end token or by their length,
+    compete for the k finished places; the k most probable of the others stay live. With
+    `generation.forced_eos` the last token is the first end token. A row is done when all finished
+    places are taken and its best live hypothesis, scored as if it ended now, is not better than its
+    worst finished one. (With a penalty over 1 a later end could still score higher; this is
+    early_stopping=False of Hugging Face's generate.)
 
     Args:
       model: a decoder; see `forward`.
@@ -135,7 +137,7 @@ def beam_search(
       decode_state: the state after the prompts, with at least `steps` - 1 free cache slots.
       num_beams: k.
       length_penalty: see `BeamSearchOptions`.
-      eos_id: the end token, also used as padding.
+      eos_ids: the end tokens; the first is also used as padding.
       slots: T, the length of the token arrays.
       steps: maximum number of tokens, at most `slots`; may be traced.
       forced_decoder_ids: the first tokens of every text, fewer than `steps`, already in
@@ -145,7 +147,7 @@ def beam_search(
       The hypotheses with their scores, best first.
     """
     # Every hypothesis begins with the forced tokens and is padded with the end token.
-    initial = jnp.array([*forced_decoder_ids, *[eos_id] * (slots - len(forced_decoder_ids))], jnp.int32)
+    initial = jnp.array([*forced_decoder_ids, *[eos_ids[0]] * (slots - len(forced_decoder_ids))], jnp.int32)
     tokens = jnp.zeros_like(decode_state.positions)[:, None, None] + jnp.tile(initial, (1, num_beams, 1))
     empty = jnp.full_like(decode_state.positions, -jnp.inf, jnp.float32)[:, None] + jnp.zeros((1, num_beams))
     only_first = jnp.where(jnp.arange(num_beams)[None] == 0, 0.0, empty)
@@ -158,9 +160,9 @@ def beam_search(
         jnp.ones_like(decode_state.positions, bool),
         decode_state.take(parents),
     )
-    last_token = eos_id if model.config.generation.forced_eos else None
+    last_token = eos_ids[0] if model.config.generation.forced_eos else None
     select = partial(
-        _select, length_penalty=length_penalty, eos_id=eos_id, steps=steps, last_token=last_token
+        _select, length_penalty=length_penalty, eos_ids=eos_ids, steps=steps, last_token=last_token
     )
 
     def step(state: _BeamState) -> _BeamState:
@@ -173,7 +175,12 @@ def beam_search(
 
 
 def _select(
-    state: _BeamState, *, length_penalty: LengthPenalty, eos_id: int, steps, last_token: int | None
+    state: _BeamState,
+    *,
+    length_penalty: LengthPenalty,
+    eos_ids: tuple[int, ...],
+    steps,
+    last_token: int | None,
 ) -> _BeamState:
     """Extend every live hypothesis by one token, which is not in the cache yet.
 
@@ -189,13 +196,14 @@ def _select(
     log_probs = log_probs.reshape(b, k, vocab_size, out_sharding=out_sharding("batch", None, None))
     scores = state.live.scores[:, :, None] + log_probs
     scores = scores.reshape(b, k * vocab_size, out_sharding=out_sharding("batch", None))
-    # Each hypothesis has only one extension by the end token, so at least k of 2k stay live.
-    scores, places = jax.lax.top_k(scores, 2 * k)
+    # Each hypothesis has one extension by each end token, so at least k of these stay live.
+    count = (1 + len(eos_ids)) * k
+    scores, places = jax.lax.top_k(scores, count)
     parents, new = places // vocab_size, places % vocab_size
     at = jnp.arange(state.live.tokens.shape[-1]) == state.length
     tokens = jnp.where(at[None, None], new[:, :, None], _pick(state.live.tokens, parents))
-    ended = (new == eos_id) | (length >= steps)
-    can_finish = ended & (jnp.arange(2 * k) < k)[None] & state.active[:, None]
+    ended = is_eos(new, eos_ids) | (length >= steps)
+    can_finish = ended & (jnp.arange(count) < k)[None] & state.active[:, None]
     candidates = Hypotheses(tokens, jnp.where(can_finish, scores / length_penalty(length), -jnp.inf))
     pairs = zip(state.finished, candidates, strict=True)
     finished, _ = Hypotheses(*(jnp.concatenate(pair, axis=1) for pair in pairs)).best(k)

@@ -55,10 +55,12 @@ class GenerationInput:
 
 
 class IncrementalDetokenizer:
-    """The growing text of one row, which ends at the end token or at a stop string."""
+    """The growing text of one row, which ends at an end token or at a stop string."""
 
-    def __init__(self, inputs: GenerationInput, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._inputs, self.finish_reason = inputs, ""
+    def __init__(
+        self, inputs: GenerationInput, tokenizer: Tokenizer, stop: Sequence[str], eos_ids: Sequence[int]
+    ):
+        self._inputs, self.finish_reason, self._eos_ids = inputs, "", eos_ids
         self._tokenizer, self._stop = tokenizer, stop
         self._tokens: list[int] = []
         self._text = ""
@@ -68,9 +70,9 @@ class IncrementalDetokenizer:
         """Add tokens and return the new text that later tokens cannot change."""
         if self.finish_reason:
             return ""
-        if self._tokenizer.eos_id in tokens:
-            tokens = tokens[: tokens.index(self._tokenizer.eos_id)]
-            self.finish_reason = "eos"
+        end = next((i for i, token in enumerate(tokens) if token in self._eos_ids), None)
+        if end is not None:
+            tokens, self.finish_reason = tokens[:end], "eos"
         text = self._tokenizer.decode(self._tokens + tokens)
         if any(s in text for s in self._stop):
             # The first token that completes a stop string is the last.

@@ -7,10 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from attnlab import sharding
 from attnlab.attention.kv_cache import DecoderCache, gather_rows
+from attnlab.generation.kv_caches import KVCacheOptions
 
 PREFILL_CHUNK = 1024  # tokens of a prompt per forward pass, over all rows
 
@@ -54,13 +55,19 @@ def forward(
       **source: for the first tokens, `source` and `source_segments` of `Batch.inputs`, if the model
         has a source.
     """
-    logits, cache = model.apply({"params": params}, tokens, segments, positions, cache, **source)
+    logits, cache = model.apply({"params": params}, tokens, segments, positions, cache=cache, **source)
     return suppress(logits, model.config.generation.suppress_tokens), cache
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="kv_cache")
 def prefill(
-    model, slots: int, params, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], **source
+    model,
+    slots: int,
+    params,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    kv_cache: KVCacheOptions = KVCacheOptions(),  # noqa: B008 - frozen
+    **source,
 ) -> DecodeState:
     """Return the state after prompts, left-padded where `segments` is 0, with a cache of `slots`.
 
@@ -68,11 +75,12 @@ def prefill(
     encoded here, with the whole prompt, and its encoding stays in the cache.
     """
     rows, length = tokens.shape
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    cache, prompt = model.init_cache(rows, slots), (tokens, segments, positions)
+    positions = jnp.maximum(jnp.cumsum(segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
+    cache = kv_cache.apply(model.init_cache(rows, slots), model.config, segments)
+    prompt = tokens, segments, positions
 
     def read(cache: DecoderCache, chunk, **source):
-        x, cache = model.apply({"params": params}, *chunk, cache, **source, method="hidden")
+        x, cache = model.apply({"params": params}, *chunk, cache=cache, **source, method="hidden")
         return cache, x[:, -1:]
 
     num_chunks = 1 if source else math.gcd(length, -(-tokens.size // PREFILL_CHUNK))
@@ -95,6 +103,14 @@ def suppress(logits: Float[Array, "B T V"], tokens: tuple[int, ...]) -> Float[Ar
     if not tokens:
         return logits
     return jnp.where(np.isin(np.arange(logits.shape[-1]), tokens)[None, None], -jnp.inf, logits)
+
+
+def is_eos(tokens: Int[Array, "..."], eos_ids: tuple[int, ...]) -> Bool[Array, "..."]:
+    """Return which tokens are one of the end tokens."""
+    ended = tokens == eos_ids[0]
+    for eos_id in eos_ids[1:]:
+        ended |= tokens == eos_id
+    return ended
 
 
 def _last_logits(logits: Float[Array, "B T V"]) -> Float[Array, "B V"]:

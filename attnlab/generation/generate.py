@@ -15,11 +15,14 @@ from jax.sharding import PartitionSpec as P
 from attnlab import sharding
 from attnlab.attention.kv_cache import DecoderCache
 from attnlab.data import Tokenizer
+from attnlab.data.batch import source_kind
+from attnlab.distributed.collectives import to_host
 from attnlab.errors import InputError
 from attnlab.generation import source_inputs
 from attnlab.generation.beam import BeamSearchOptions, beam_search
 from attnlab.generation.completion import Completion, GenerationInput, IncrementalDetokenizer
-from attnlab.generation.decode_state import DecodeState, prefill
+from attnlab.generation.decode_state import DecodeState, is_eos, prefill
+from attnlab.generation.kv_caches import KVCacheOptions, cache_bytes, check_paged, count_pages
 from attnlab.generation.sampling import SamplingParams, row_keys, sample
 from attnlab.generation.speculative import (
     DraftSpeculator,
@@ -57,16 +60,33 @@ class Generator:
       tokenizer: its tokenizer.
       context: maximum number of tokens per row, including the prompt.
       mesh: the mesh of the parameters.
+      kv_cache: the kind of KV cache; see `KVCacheOptions`.
+
+    Attributes:
+      kv_cache_bytes: bytes of the KV cache of the last call, over all devices.
 
     Raises:
-      InputError: the model is not causal.
+      InputError: the model is not causal, or the KV cache does not support the model or the mesh.
     """
 
-    def __init__(self, model: nn.Module, params, tokenizer: Tokenizer, context: int, mesh: Mesh):
+    def __init__(
+        self,
+        model: nn.Module,
+        params,
+        tokenizer: Tokenizer,
+        context: int,
+        mesh: Mesh,
+        kv_cache: str = "contiguous",
+    ):
         if not model.config.causal:
             raise InputError("a model with Bidirectional layers is not causal: it cannot generate text")
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.context, self.mesh = context, mesh
+        self.kv_cache, self.kv_cache_bytes = KVCacheOptions(kv_cache), 0
+        if kv_cache == "paged":
+            check_paged(model.config, self._batch_shards)
+        # The first is the padding of texts that have ended.
+        self._eos_ids = tuple(dict.fromkeys((tokenizer.eos_id, *model.config.generation.eos_token_ids)))
 
     def __call__(
         self,
@@ -109,7 +129,7 @@ class Generator:
         steps = self._steps(inputs, forced_ids, max_new_tokens)
         limit = "length" if steps == max_new_tokens else "context"
         steps -= len(forced_ids) + self.model.config.generation.forced_eos  # sampled tokens
-        rows = [IncrementalDetokenizer(each, self.tokenizer, stop) for each in inputs]
+        rows = [IncrementalDetokenizer(each, self.tokenizer, stop, self._eos_ids) for each in inputs]
         for i, row in enumerate(rows):
             new_text = row.add(list(forced_ids))
             if stream is not None and new_text:
@@ -168,7 +188,7 @@ class Generator:
                 self._prefill(inputs, slots),
                 num_beams=options.num_beams,
                 length_penalty=options.length_penalty,
-                eos_id=self.tokenizer.eos_id,
+                eos_ids=self._eos_ids,
                 slots=slots,
                 steps=steps,
                 forced_decoder_ids=forced_ids,
@@ -176,10 +196,10 @@ class Generator:
         limit = "length" if steps == max_new_tokens else "context"
         completions = []
         for each, texts, scores in zip(
-            inputs, np.asarray(hypotheses.tokens), np.asarray(hypotheses.scores), strict=False
+            inputs, to_host(hypotheses.tokens), to_host(hypotheses.scores), strict=False
         ):
             for tokens, score in zip(texts[:num_samples], scores, strict=False):
-                row = IncrementalDetokenizer(each, self.tokenizer, ())
+                row = IncrementalDetokenizer(each, self.tokenizer, (), self._eos_ids)
                 row.add(tokens[: steps - self.model.config.generation.forced_eos].tolist())
                 row.end(limit)
                 if np.isfinite(score):
@@ -190,8 +210,8 @@ class Generator:
         """Yield chunks of tokens of every row, (B, DECODE_CHUNK)."""
         state = _start(self._prefill(inputs, round_up_to_chunk(steps)), seed)
         for _ in range(0, steps, DECODE_CHUNK):
-            state, tokens = _decode_chunk(self.model, self.tokenizer.eos_id, sampling, self.params, state)
-            yield np.asarray(tokens)
+            state, tokens = _decode_chunk(self.model, self._eos_ids, sampling, self.params, state)
+            yield to_host(tokens)
 
     def _speculate(
         self,
@@ -206,11 +226,11 @@ class Generator:
             return
         num_drafts = speculator.num_speculative_tokens
         room, capacity = round_up_to_chunk(steps) + num_drafts + 1, DECODE_CHUNK + num_drafts + 1
-        decode_state = self._prefill(inputs, room)
+        decode_state = self._prefill(inputs, room, num_drafts)
         drafter: PromptLookup | DraftSpeculator
         if isinstance(speculator, DraftModel):
             draft = speculator.generator
-            draft_state = draft._prefill(inputs, room)
+            draft_state = draft._prefill(inputs, room, num_drafts + 1)
             same_size = decode_state.logits.shape == draft_state.logits.shape
             if not same_size or not self.tokenizer.same_vocabulary(draft.tokenizer):
                 raise InputError("the draft model must have the same vocabulary as the model")
@@ -224,12 +244,12 @@ class Generator:
             speculator_state, DecoderCache | jax.Array
         ):
             raise InputError("a recurrent model cannot rewind its state: speculative decoding is impossible")
-        options = {"sampling": sampling, "eos_id": self.tokenizer.eos_id}
+        options = {"sampling": sampling, "eos_ids": self._eos_ids}
         start = _start(decode_state, seed)
         state = init_speculation(
             start.decode_state, speculator_state, start.keys, looks_up=draft_params is None, **options
         )
-        yield np.asarray(state.last)[:, None]
+        yield to_host(state.last)[:, None]
         num_decoded = 1
         while num_decoded < steps:
             limit = min(DECODE_CHUNK, steps - num_decoded)
@@ -244,7 +264,7 @@ class Generator:
                 **options,
             )
             num_decoded += int(count)
-            yield np.asarray(tokens)[:, : int(count)]
+            yield to_host(tokens)[:, : int(count)]
 
     def _forced_ids(
         self, forced_decoder_ids: Sequence[int | str] | None, max_new_tokens: int
@@ -263,6 +283,16 @@ class Generator:
         return min(max_new_tokens, self.context - max(len(each.ids) for each in inputs) + len(forced_ids))
 
     def _inputs(self, prompts, sources, forced_ids: tuple[int, ...]) -> list[GenerationInput]:
+        """Return the inputs of each row; raises if the model lacks a token of the tokenizer."""
+        inputs = self._encoded(prompts, sources, forced_ids)
+        config = self.model.config.with_vocab_size(self.model.vocab_size)
+        for each in inputs:
+            source_inputs.check_token_ids(config, self.tokenizer, each.ids, source=False)
+            if each.source is not None and source_kind(config.source_shape) == "text":
+                source_inputs.check_token_ids(config, self.tokenizer, each.source.tolist(), source=True)
+        return inputs
+
+    def _encoded(self, prompts, sources, forced_ids: tuple[int, ...]) -> list[GenerationInput]:
         config = self.model.config
         if sources is None:
             if config.source_shape is not None or prompts is None:
@@ -305,23 +335,33 @@ class Generator:
         return tokens, segments
 
     def _count(self, inputs: Sequence[GenerationInput]) -> int:
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-_power_of_two(len(inputs)) // shards) * shards
+        return -(-_power_of_two(len(inputs)) // self._batch_shards) * self._batch_shards
+
+    @property
+    def _batch_shards(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def _put(self, x):
         """Shard the rows of arrays over the mesh."""
         return jax.device_put(x, sharding.named_sharding(self.mesh, P(("data", "fsdp"))))
 
-    def _prefill(self, inputs: Sequence[GenerationInput], room: int) -> DecodeState:
-        """Return the state after the prompts, with `room` free cache slots."""
+    def _prefill(self, inputs: Sequence[GenerationInput], room: int, spare: int = 0) -> DecodeState:
+        """Return the state after the prompts, with `room` free cache slots.
+
+        `spare` is the number of tokens that decoding may take back.
+        """
         tokens, segments = self._padded(inputs, room)
         inputs = [*inputs, *[inputs[0]] * (len(tokens) - len(inputs))]
         arrays = [each.source for each in inputs if each.source is not None]
         source = source_inputs.pad_sources(arrays, self.model.config.source_shape) if arrays else {}
         slots = tokens.shape[1] + room
-        return prefill(
-            self.model, slots, self.params, *map(self._put, (tokens, segments)), **self._put(source)
-        )
+        options = replace(self.kv_cache, spare=spare)
+        if options.kind == "paged":
+            options = replace(options, pages=count_pages(np.argmax(segments > 0, axis=1), slots))
+        rows = map(self._put, (tokens, segments))
+        state = prefill(self.model, slots, self.params, *rows, kv_cache=options, **self._put(source))
+        self.kv_cache_bytes = cache_bytes(state.cache)
+        return state
 
 
 @jax.tree_util.register_dataclass
@@ -342,14 +382,16 @@ def _start(decode_state: DecodeState, seed) -> _LoopState:
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode_chunk(model: nn.Module, eos_id: int, sampling: SamplingParams, params, state: _LoopState):
+def _decode_chunk(
+    model: nn.Module, eos_ids: tuple[int, ...], sampling: SamplingParams, params, state: _LoopState
+):
     """Return the new state and the next tokens (B, DECODE_CHUNK); finished rows repeat the end."""
 
     def one(state: _LoopState, _):
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.decode_state.positions)
-        token = jnp.where(state.done, eos_id, sample(keys, state.decode_state.logits, sampling))
+        token = jnp.where(state.done, eos_ids[0], sample(keys, state.decode_state.logits, sampling))
         decode_state = state.decode_state.decode(model, params, token)
-        return _LoopState(decode_state, state.keys, state.done | (token == eos_id)), token
+        return _LoopState(decode_state, state.keys, state.done | is_eos(token, eos_ids)), token
 
     state, tokens = jax.lax.scan(one, state, length=DECODE_CHUNK)
     return state, tokens.T

@@ -1,6 +1,6 @@
 """Prompts and sources of generation as input arrays of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from attnlab.data import Tokenizer
 from attnlab.data.batch import source_kind
 from attnlab.errors import InputError
-from attnlab.models import ModelConfig, VisionLanguageConfig
+from attnlab.models import ModelConfig, Seq2SeqConfig, VisionLanguageConfig
 
 
 def prompt_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -50,6 +50,30 @@ def training_prefix_ids(config: ModelConfig, tokenizer: Tokenizer) -> list[int]:
 def _text_ids(config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     start = config.generation.decoder_start_token_id
     return tokenizer.encode_prompt(text) if start is None else [start, *tokenizer.encode(text).tolist()]
+
+
+def check_token_ids(config: ModelConfig, tokenizer: Tokenizer, ids: Iterable[int], source: bool) -> None:
+    """Check that the model has embeddings of all token ids of a prompt, or of a text source.
+
+    Args:
+      config: the config of the model, with `vocab_size` set.
+      tokenizer: the tokenizer of the ids.
+      ids: token ids.
+      source: whether they are those of a source.
+
+    Raises:
+      InputError: the tokenizer has a token that the model does not have.
+    """
+    part: Any = (
+        (config.encoder if source else config.decoder) if isinstance(config, Seq2SeqConfig) else config
+    )
+    image = getattr(config, "image_token_id", None)  # replaced by patches
+    for token in ids:
+        if not 0 <= token < part.vocab_size and token != image:
+            raise InputError(
+                f"the token {tokenizer.token_text(token)!r} has the id {token}, but the model has only "
+                f"{part.vocab_size} tokens"
+            )
 
 
 def source_arrays(config: ModelConfig, tokenizer: Tokenizer, sources: Sequence[Any]) -> list[np.ndarray]:

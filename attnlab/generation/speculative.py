@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from attnlab import sharding
 from attnlab.attention.kv_cache import DecoderCache
 from attnlab.errors import InputError
-from attnlab.generation.decode_state import DecodeState, forward
+from attnlab.generation.decode_state import DecodeState, forward, is_eos
 from attnlab.generation.sampling import SamplingParams, filter_logits, sample
 
 
@@ -178,14 +178,14 @@ class SpeculativeState:
     passes: Int[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("eos_id", "looks_up"))
+@partial(jax.jit, static_argnames=("eos_ids", "looks_up"))
 def init_speculation(
     decode_state: DecodeState,
     speculator_state: Any,
     keys: Key[Array, " B"],
     *,
     sampling: SamplingParams,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
     looks_up: bool,
 ) -> SpeculativeState:
     """Sample the first token of each row and return the state after it.
@@ -197,7 +197,7 @@ def init_speculation(
         of the cache.
       keys: a random key per row.
       sampling: see `SamplingParams`.
-      eos_id: the end token.
+      eos_ids: the end tokens.
       looks_up: whether the speculator is a `PromptLookup`.
     """
     last = sample(_fold_in(keys, decode_state.positions), decode_state.logits, sampling)
@@ -207,11 +207,11 @@ def init_speculation(
             speculator_state, last[:, None], cache.index, axis=1
         )
     return SpeculativeState(
-        cache, last, decode_state.positions, keys, last == eos_id, speculator_state, jnp.int32(0)
+        cache, last, decode_state.positions, keys, is_eos(last, eos_ids), speculator_state, jnp.int32(0)
     )
 
 
-@partial(jax.jit, static_argnames=("model", "speculator", "eos_id", "capacity"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "speculator", "eos_ids", "capacity"), donate_argnames="state")
 def speculate(
     model: nn.Module,
     params,
@@ -220,7 +220,7 @@ def speculate(
     state: SpeculativeState,
     *,
     sampling: SamplingParams,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
     capacity: int,
     limit,
 ) -> tuple[SpeculativeState, Int[Array, "B capacity"], Int[Array, ""]]:
@@ -233,7 +233,7 @@ def speculate(
       draft_params: parameters of the draft model, if there is one.
       state: the state of `init_speculation` or of the last call.
       sampling: see `SamplingParams`.
-      eos_id: the end token.
+      eos_ids: the end tokens.
       capacity: length of the token array, at least `limit` and one more draft.
       limit: number of tokens after which to return; may be traced.
 
@@ -244,7 +244,7 @@ def speculate(
     def one(carry):
         state, tokens, count = carry
         state, new, num_new = _draft_and_verify(
-            model, params, speculator, draft_params, state, sampling, eos_id
+            model, params, speculator, draft_params, state, sampling, eos_ids
         )
         return state, jax.lax.dynamic_update_slice_in_dim(tokens, new, count, axis=1), count + num_new
 
@@ -254,7 +254,7 @@ def speculate(
 
 
 def _draft_and_verify(
-    model, params, speculator, draft_params, state: SpeculativeState, sampling: SamplingParams, eos_id: int
+    model, params, speculator, draft_params, state: SpeculativeState, sampling: SamplingParams, eos_ids
 ):
     """Return the state after one pass, its tokens (B, count + 1), and the number to keep."""
     count = speculator.num_speculative_tokens
@@ -276,7 +276,7 @@ def _draft_and_verify(
     # A finished row accepts all drafts, so that it does not delay the others.
     num_accepted = jnp.where(state.done, count, jnp.cumprod(accepted[:count], axis=0).sum(axis=0))
     num_new, tokens = num_accepted.min() + 1, sharding.constrain(tokens.T, "batch", None)
-    ended = ((tokens == eos_id) & (jnp.arange(count + 1) < num_new)[None]).any(axis=1)
+    ended = (is_eos(tokens, eos_ids) & (jnp.arange(count + 1) < num_new)[None]).any(axis=1)
     new = replace(
         state,
         cache=cache.rewind(count + 1 - num_new),

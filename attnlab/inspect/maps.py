@@ -12,6 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
+from attnlab.distributed.collectives import to_host
 from attnlab.errors import InputError
 from attnlab.sharding import constrain
 
@@ -45,7 +46,7 @@ def attention_maps(
     for name, value in inputs.items():
         if value is not None and not isinstance(value, np.ndarray | jax.Array):
             raise InputError(f"{name} must be an array, got {type(value).__name__}: pass np.asarray({name})")
-    return jax.device_get(_maps(model, stack, branch, params, inputs))
+    return to_host(_maps(model, stack, branch, params, inputs))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

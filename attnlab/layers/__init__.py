@@ -11,21 +11,8 @@ from attnlab.layers.alignment import (
     MultiplicativeAttention,
     NoAttention,
 )
-from attnlab.layers.attention import (
-    Attention,
-    AttentionConfig,
-    Bidirectional,
-    Causal,
-    CrossAttention,
-    LayerSpec,
-    NoPositions,
-    PerceiverAttention,
-    RelativeBias,
-    Rotary,
-    Sliding,
-)
+from attnlab.layers.attention import AttentionConfig, CrossAttention, PerceiverAttention
 from attnlab.layers.blocks import (
-    Block,
     BlockConfig,
     CrossAttentionConfig,
     GatedCrossAttentionConfig,
@@ -33,41 +20,85 @@ from attnlab.layers.blocks import (
 )
 from attnlab.layers.experts import Experts, ExpertsConfig
 from attnlab.layers.feed_forward import MLP, GatedMLP, GatedMLPConfig, MLPConfig
-from attnlab.layers.initialization import MuP, Normal
-from attnlab.layers.linear import Embedding, Linear
+from attnlab.layers.linear import Dtypes, Embedding, Linear, MuP, Normal
+from attnlab.layers.mixers import (
+    Differential,
+    GatedOutput,
+    LatentAttention,
+    TalkingHeads,
+    ValueResidual,
+)
+from attnlab.layers.multi_head import Attention
+from attnlab.layers.normalizers import (
+    Entmax,
+    LayerNormalizer,
+    Sigmoid,
+    SoftmaxOne,
+    Sparsemax,
+    TopK,
+)
 from attnlab.layers.norms import LayerNorm, LayerNormConfig, RMSNorm, RMSNormConfig
-from attnlab.layers.parameters import Dtypes
 from attnlab.layers.recurrent import GRUConfig, LSTMConfig
-from attnlab.layers.resampler import Resampler, ResamplerConfig
+from attnlab.layers.scores import (
+    ALiBi,
+    CoPE,
+    FoX,
+    LayerScore,
+    ScoreInputs,
+    Selective,
+    Shaw,
+    Softcap,
+    T5Bias,
+    Temperature,
+)
+from attnlab.layers.specs import (
+    Bidirectional,
+    Causal,
+    LayerSpec,
+    Mixer,
+    NoPositions,
+    RelativeBias,
+    Rotary,
+    Sliding,
+)
 
 __all__ = [
     "MLP",
+    "ALiBi",
     "AdditiveAttention",
     "AdditiveConfig",
     "Attention",
     "AttentionConfig",
     "Bidirectional",
-    "Block",
     "BlockConfig",
     "Causal",
+    "CoPE",
     "CrossAttention",
     "CrossAttentionConfig",
+    "Differential",
     "DotConfig",
     "Dtypes",
     "Embedding",
+    "Entmax",
     "Experts",
     "ExpertsConfig",
+    "FoX",
     "GRUConfig",
     "GatedCrossAttentionConfig",
     "GatedMLP",
     "GatedMLPConfig",
+    "GatedOutput",
     "GeneralConfig",
     "LSTMConfig",
+    "LatentAttention",
     "LayerNorm",
     "LayerNormConfig",
+    "LayerNormalizer",
+    "LayerScore",
     "LayerSpec",
     "Linear",
     "MLPConfig",
+    "Mixer",
     "MuP",
     "MultiplicativeAttention",
     "NoAttention",
@@ -78,8 +109,18 @@ __all__ = [
     "RMSNorm",
     "RMSNormConfig",
     "RelativeBias",
-    "Resampler",
-    "ResamplerConfig",
     "Rotary",
+    "ScoreInputs",
+    "Selective",
+    "Shaw",
+    "Sigmoid",
     "Sliding",
+    "Softcap",
+    "SoftmaxOne",
+    "Sparsemax",
+    "T5Bias",
+    "TalkingHeads",
+    "Temperature",
+    "TopK",
+    "ValueResidual",
 ]

@@ -12,9 +12,7 @@ from attnlab.attention import attend, segments
 from attnlab.attention.normalizers import softmax
 from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import REMAT_POLICIES
-from attnlab.layers.dropout import Dropout
-from attnlab.layers.linear import Linear
-from attnlab.layers.parameters import parameter
+from attnlab.layers.linear import Dropout, Linear, parameter
 from attnlab.layers.recurrent import (
     RecurrentKernel,
     RecurrentLayerConfig,

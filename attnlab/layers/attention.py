@@ -1,146 +1,36 @@
 """Multi-head attention modules: projections, positions and KV cache around one call of `attend`."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention import attend, causal, segments, shift_mask, softcap, t5_bias, window
-from attnlab.attention.kv_cache import DecoderCache, KVCache
-from attnlab.attention.masks.base import Index, Mask
-from attnlab.attention.positions import Scaling, rotary
-from attnlab.attention.scores import Score
-from attnlab.layers.linear import Linear
+from attnlab.attention import attend, prepare, segments, softcap
+from attnlab.attention.attend import make_dropout
+from attnlab.attention.block_mask import BlockMask
+from attnlab.attention.kv_cache import DecoderCache, KVCache, LayerCache
+from attnlab.attention.masks.base import Mask
+from attnlab.attention.normalizers import softmax
+from attnlab.attention.pairwise import pytree, static
+from attnlab.layers.linear import Dtypes, Linear, parameter
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.parameters import Dtypes, parameter
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary position embedding over the first `fraction` of each head's width.
-
-    `scaling` adapts the frequencies to lengths beyond the training length. `interleaved` rotates
-    pairs of adjacent components of a head; otherwise the two components of a pair are half a head
-    apart.
-    """
-
-    theta: float = 10_000.0
-    fraction: float = 1.0
-    scaling: Scaling | None = None
-    interleaved: bool = False
-
-    def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction={self.fraction} must be over 0 and at most 1")
-
-    def __call__(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
-        """Return queries or keys rotated by their positions."""
-        return rotary(
-            x,
-            positions,
-            theta=self.theta,
-            fraction=self.fraction,
-            scaling=self.scaling,
-            interleaved=self.interleaved,
-        )
-
-
-@dataclass(frozen=True)
-class RelativeBias:
-    """Relative position bias of T5 (arXiv 1910.10683, section 2.1).
-
-    Adds a learned bias to every attention score. The distance between query and key selects one of
-    `buckets` buckets, whose size grows up to `max_distance`. All layers share one table.
-    """
-
-    buckets: int = 32
-    max_distance: int = 128
-
-    def __post_init__(self):
-        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
-            raise ValueError(
-                f"buckets={self.buckets} must be at least 4, and "
-                f"max_distance={self.max_distance} over half of that"
-            )
-
-    def __call__(self, table: Float[Array, "buckets H"], spec: "LayerSpec", offset: Index) -> Score:
-        """Return the bias of a layer of this spec; its first query is at key index `offset`."""
-        return t5_bias(table, bidirectional=not spec.causal, max_distance=self.max_distance, offset=offset)
-
-
-@dataclass(frozen=True)
-class NoPositions:
-    """No position embedding: only the mask carries the order of the tokens (NoPE)."""
-
-
-@dataclass(frozen=True)
-class LayerSpec(ABC):
-    """Attention pattern of a layer. To try a new mask, derive a class in an experiment's file.
-
-    Attributes:
-      positions: position embedding of queries and keys; None uses the model's.
-      cross_attends: whether the layer also cross-attends, in a model with cross-attention.
-      causal: whether no token attends to a later one, as generation requires.
-    """
-
-    positions: Rotary | NoPositions | None = field(default=None, kw_only=True)
-    cross_attends: bool = field(default=True, kw_only=True)
-    causal: ClassVar[bool] = True
-
-    @abstractmethod
-    def mask(self, offset: Index = 0) -> Mask:
-        """Return the mask; its first query is at key index `offset`."""
-
-
-@dataclass(frozen=True)
-class Causal(LayerSpec):
-    """Causal attention: every token attends to itself and all earlier tokens."""
-
-    def mask(self, offset=0):
-        """See `LayerSpec.mask`."""
-        return causal(offset)
-
-
-@dataclass(frozen=True)
-class Sliding(LayerSpec):
-    """Sliding-window attention over the last `window` tokens, including the token itself.
-
-    Mistral, arXiv 2310.06825, section 2.
-    """
-
-    window: int = 256
-
-    def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1")
-
-    def mask(self, offset=0):
-        """See `LayerSpec.mask`."""
-        return window(self.window - 1, 0, offset)
-
-
-@dataclass(frozen=True)
-class Bidirectional(LayerSpec):
-    """Bidirectional attention to `left` tokens before and `right` tokens after each token.
-
-    None does not limit that side.
-    """
-
-    left: int | None = None
-    right: int | None = None
-    causal: ClassVar[bool] = False
-
-    def __post_init__(self):
-        if min(self.left or 0, self.right or 0) < 0:
-            raise ValueError(f"left={self.left} and right={self.right} must be at least 0, or none")
-
-    def mask(self, offset=0):
-        """See `LayerSpec.mask`."""
-        return window(self.left, self.right, offset)
+from attnlab.layers.specs import (  # noqa: F401 - saved configs name these classes here
+    Bidirectional,
+    Causal,
+    FirstValue,
+    LayerSpec,
+    NoPositions,
+    RelativeBias,
+    Rotary,
+    Sliding,
+)
+from attnlab.sharding import out_sharding
 
 
 @dataclass(frozen=True)
@@ -178,6 +68,8 @@ class AttentionConfig:
     def __post_init__(self):
         if self.heads < 1:
             raise ValueError(f"heads={self.heads} must be at least 1")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"head_dim={self.head_dim} must be at least 1, or none")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             raise ValueError(
@@ -207,6 +99,23 @@ class EncoderOutput:
     mask: Mask | None = None
 
 
+@pytree
+class SharedBlockMasks:
+    """The block mask of the self-attention of each distinct spec of a stack.
+
+    Attributes:
+      specs: the specs.
+      masks: their block masks; None if the backend uses none.
+    """
+
+    specs: tuple[LayerSpec, ...] = static()
+    masks: tuple[BlockMask | None, ...]
+
+    def get(self, spec: LayerSpec) -> BlockMask | None:
+        """Return the block mask of a spec; None if there is none."""
+        return dict(zip(self.specs, self.masks, strict=True)).get(spec)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SequenceInputs:
@@ -221,6 +130,8 @@ class SequenceInputs:
       relative_bias_table: the table of `RelativeBias`.
       bidirectional_ids: tokens with the same id over 0 attend to each other in both directions in
         every layer (prefix LM); None disables this.
+      block_masks: block masks of self-attention, from `share_block_masks`.
+      first_value: the first layer's values, if a layer's mixer uses them.
     """
 
     segments: Int[Array, "B T"]
@@ -229,10 +140,12 @@ class SequenceInputs:
     memory: EncoderOutput | None = None
     relative_bias_table: Float[Array, "buckets H"] | None = None
     bidirectional_ids: Int[Array, "B T"] | None = None
+    block_masks: SharedBlockMasks | None = None
+    first_value: FirstValue | None = None
 
 
-class Attention(nn.Module):
-    """Self-attention of one layer, with an optional KV cache.
+class AttentionLayer(nn.Module):
+    """Base of the attention layers of models: projections, and the options of `attend`.
 
     Attributes:
       config: heads and options.
@@ -254,42 +167,21 @@ class Attention(nn.Module):
     out_std: float
     dtypes: Dtypes
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        inputs: SequenceInputs,
-        layer_cache: KVCache | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """Return the layer's output and its KV cache with the new keys and values appended."""
-        query, key, value = (self._project(x, name, x.shape[-1]) for name in ("query", "key", "value"))
-        if isinstance(self.positions, Rotary):
-            query, key = (self.positions(y, inputs.positions) for y in (query, key))
-        offset: Index = 0
-        mask, key_segments, cache = self.spec.mask(), inputs.segments, inputs.cache
-        if cache is not None and layer_cache is not None:
-            offset, key_segments = cache.index - x.shape[1], cache.segments
-            mask = shift_mask(self.spec.mask(offset), cache.row_starts)
-            layer_cache = layer_cache.write(offset, key, value)
-            key, value = layer_cache.key.astype(key.dtype), layer_cache.value.astype(value.dtype)
-        score = None
-        if isinstance(self.positions, RelativeBias) and inputs.relative_bias_table is not None:
-            score = self.positions(inputs.relative_bias_table, self.spec, offset)
-        if inputs.bidirectional_ids is not None:
-            # Pad to the cache's length: the remaining slots are empty.
-            key_ids = jnp.pad(inputs.bidirectional_ids, [(0, 0), (0, key.shape[1] - x.shape[1])])
-            mask = mask | segments(inputs.bidirectional_ids, key_ids)
-        mask = mask & segments(inputs.segments, key_segments)
-        return self._attend(query, key, value, mask, score, x.shape[-1], deterministic), layer_cache
+    def project(
+        self, x: Float[Array, "B T inputs"], name: str, embed: int | None = None
+    ) -> Float[Array, "B T H D"]:
+        """Return queries, keys or values, normalised if `config.qk_norm`.
 
-    def _project(self, x: Float[Array, "B T inputs"], name: str, embed: int) -> Float[Array, "B T H D"]:
-        """Return queries, keys or values, normalised if `config.qk_norm`; `embed` is E."""
+        Args:
+          x: tokens, or an encoder output.
+          name: "query", "key" or "value".
+          embed: model width E; None means the width of `x`.
+        """
         config, inputs = self.config, x.shape[-1]
         heads, axis = config.heads, "heads"
         if name != "query":
             heads, axis = config.kv_heads or config.heads, "kv_heads"
-        shape, axes = (heads, config.head_dim or embed // config.heads), (axis, "head_dim")
+        shape, axes = (heads, self.head_dim(embed or inputs)), (axis, "head_dim")
         bias = config.has_bias(name)
         y = Linear((inputs,), shape, ("embed", *axes), self.std, bias, self.dtypes, name=name)(x)
         if not config.qk_norm or name == "value":
@@ -297,34 +189,58 @@ class Attention(nn.Module):
         norm_axes = axes if config.qk_norm == "whole" else ("norm",)
         return self.norm.build(self.dtypes, norm_axes, name=f"{name}_norm")(y)
 
-    def _attend(
-        self, query, key, value, mask: Mask, score: Score | None, embed: int, deterministic: bool
-    ) -> Float[Array, "B T E"]:
-        """Return the attention output projected to the model width `embed`."""
-        config = self.config
-        sinks = parameter(self, "sinks", (config.heads,), ("heads",), self.dtypes) if config.sinks else None
+    def head_dim(self, embed: int) -> int:
+        """Return the width of a head in a model of width `embed`."""
+        return self.config.head_dim or embed // self.config.heads
+
+    @property
+    def _scale(self) -> float | None:
+        return self.spec.scale or self.config.scale or self.scale
+
+    def _options(self, mask: Mask, deterministic: bool) -> dict[str, Any]:
+        """Return arguments of `attend` besides its arrays; declare the sinks."""
+        config, normalizer = self.config, self.spec.normalizer
+        sinks = None
+        if config.sinks:
+            sinks = parameter(self, "sinks", (config.heads,), ("heads",), self.dtypes, wide=True)
+        sink = None if normalizer is None else normalizer.softmax_sink
+        if sink is not None:
+            fixed = jnp.full(config.heads, sink, jnp.float32)
+            sinks = fixed if sinks is None else jnp.logaddexp(sinks, fixed)
         use_dropout = config.dropout > 0 and not deterministic
-        sow_weights = self.is_mutable_collection("intermediates")
-        out = attend(
-            query,
-            key,
-            value,
-            mask=mask,
-            score=[s for s in (score, softcap(config.softcap) if config.softcap else None) if s] or None,
-            scale=config.scale or self.scale,
-            sinks=sinks,
-            dropout_rate=config.dropout,
-            dropout_key=self.make_rng("dropout") if use_dropout else None,
-            return_weights=sow_weights,
-        )
-        if sow_weights:
-            out, weights = out
-            self.sow("intermediates", "attention_weights", weights)
-        axes, bias = ("heads", "head_dim", "embed"), config.has_bias("out")
+        return {
+            "mask": mask,
+            "scale": self._scale,
+            "sinks": sinks,
+            "normalizer": softmax if normalizer is None or sink is not None else normalizer,
+            "dropout_rate": config.dropout,
+            "dropout_key": self.make_rng("dropout") if use_dropout else None,
+            "deterministic": not use_dropout,
+            "return_weights": self.is_mutable_collection("intermediates"),
+        }
+
+    def _sow_weights(self, result: Any) -> Float[Array, "B T H D"]:
+        """Return the output of `attend`; sow its weights if there are any."""
+        if not isinstance(result, tuple):
+            return result
+        out, weights = result
+        self.sow("intermediates", "attention_weights", weights)
+        return out
+
+    def _attend(
+        self, query, key, value, mask: Mask, embed: int, deterministic: bool
+    ) -> Float[Array, "B T E"]:
+        """Return plain attention without scores, projected to the model width `embed`."""
+        score = softcap(self.config.softcap) if self.config.softcap else None
+        result = attend(query, key, value, score=score, **self._options(mask, deterministic))
+        return self._project_out(self._sow_weights(result), embed)
+
+    def _project_out(self, out: Float[Array, "B T H D"], embed: int) -> Float[Array, "B T E"]:
+        axes, bias = ("heads", "head_dim", "embed"), self.config.has_bias("out")
         return Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")(out)
 
 
-class CrossAttention(Attention):
+class CrossAttention(AttentionLayer):
     """Cross-attention to the whole encoder output, without positions.
 
     Vaswani et al. 2017, section 3.2.3.
@@ -335,17 +251,18 @@ class CrossAttention(Attention):
         self,
         x: Float[Array, "B T E"],
         inputs: SequenceInputs,
-        layer_cache: KVCache | None = None,
+        layer_cache: LayerCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """Return the layer's output and its cache, which holds the keys and values of the memory.
+    ) -> tuple[Float[Array, "B T E"], LayerCache | None, FirstValue | None]:
+        """Return the layer's output, its cache, which holds the memory's keys and values, and None.
 
         `inputs.memory` replaces the contents of the cache; if it is None, the cache must hold them.
         """
+        assert layer_cache is None or isinstance(layer_cache, KVCache)
         memory, embed = inputs.memory, x.shape[-1]
-        query = self._project(x, "query", embed)
+        query = self.project(x, "query", embed)
         if memory is not None:
-            key, value = (self._project(memory.hidden, name, embed) for name in ("key", "value"))
+            key, value = (self.project(memory.hidden, name, embed) for name in ("key", "value"))
             key_segments = memory.segments
             if layer_cache is not None:
                 assert memory.mask is None, "a KV cache cannot hold memory.mask"
@@ -360,10 +277,10 @@ class CrossAttention(Attention):
         mask = self.spec.mask() & segments(inputs.segments, key_segments)
         if memory is not None and memory.mask is not None:
             mask = mask & memory.mask
-        return self._attend(query, key, value, mask, None, embed, deterministic), layer_cache
+        return self._attend(query, key, value, mask, embed, deterministic), layer_cache, None
 
 
-class PerceiverAttention(Attention):
+class PerceiverAttention(AttentionLayer):
     """Attention to the concatenation of the normalised memory and the tokens, without positions.
 
     The memory must have the model's width.
@@ -374,16 +291,75 @@ class PerceiverAttention(Attention):
         self,
         x: Float[Array, "B T E"],
         inputs: SequenceInputs,
-        layer_cache: KVCache | None = None,
+        layer_cache: LayerCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """Return the layer's output and the unchanged cache: this layer caches nothing."""
+    ) -> tuple[Float[Array, "B T E"], LayerCache | None, FirstValue | None]:
+        """Return the layer's output, the unchanged cache (it caches nothing), and None."""
         memory, embed = inputs.memory, x.shape[-1]
         assert memory is not None, "Perceiver attention needs a memory"
         normed = self.norm.build(self.dtypes, name="memory_norm")(memory.hidden)
         memory_and_tokens = jnp.concatenate([normed, x], axis=1)
-        query = self._project(x, "query", embed)
-        key, value = (self._project(memory_and_tokens, name, embed) for name in ("key", "value"))
+        query = self.project(x, "query", embed)
+        key, value = (self.project(memory_and_tokens, name, embed) for name in ("key", "value"))
         key_segments = jnp.concatenate([memory.segments, inputs.segments], axis=1)
         mask = segments(inputs.segments, key_segments)
-        return self._attend(query, key, value, mask, None, embed, deterministic), layer_cache
+        return self._attend(query, key, value, mask, embed, deterministic), layer_cache, None
+
+
+def join_documents(
+    mask: Mask,
+    inputs,
+    key_segments: Int[Array, "B S"],
+    gather: Callable[[Array], Array] = lambda x: x,
+) -> Mask:
+    """Return the mask of self-attention: the mask of the spec, within documents.
+
+    Args:
+      mask: mask of the layer's spec.
+      inputs: `SequenceInputs` of the stack.
+      key_segments: document id of each slot of the KV cache, or of each token without a cache.
+      gather: returns the values of the slots that the keys are in.
+    """
+    if inputs.bidirectional_ids is not None:
+        # Pad to the cache's length: the remaining slots are empty.
+        padding = key_segments.shape[1] - inputs.segments.shape[1]
+        key_ids = jnp.pad(inputs.bidirectional_ids, [(0, 0), (0, padding)])
+        mask = mask | segments(inputs.bidirectional_ids, gather(key_ids))
+    return mask & segments(inputs.segments, gather(key_segments))
+
+
+def share_block_masks(
+    config, specs: Sequence[LayerSpec], x: Float[Array, "B T E"], inputs, deterministic: bool, sow: bool
+):
+    """Return `SequenceInputs` with the block mask of each spec, unless they have a cache.
+
+    Args:
+      config: `BlockConfig` of the stack.
+      specs: specs of the layers.
+      x: input of the stack.
+      inputs: `SequenceInputs` of the stack.
+      deterministic: whether dropout is disabled.
+      sow: whether the layers store their weights.
+    """
+    if inputs.cache is not None:  # the keys depend on the kind of each layer's cache
+        return inputs
+    attention, (b, t, width) = config.attention, x.shape
+    head_dim, dtype = attention.head_dim or width // attention.heads, x.dtype
+
+    def shape(heads: int, axis: str) -> jax.ShapeDtypeStruct:
+        spec = out_sharding("batch", "sequence", axis, "head_dim")
+        sharding = spec and NamedSharding(jax.sharding.get_abstract_mesh(), spec)
+        return jax.ShapeDtypeStruct((b, t, heads, head_dim), dtype, sharding=sharding)
+
+    keys = shape(attention.kv_heads or attention.heads, "kv_heads")
+    dropout = make_dropout(attention.dropout, jax.random.key(0), None, deterministic, False)
+    distinct = tuple(dict.fromkeys(specs))
+    masks = []
+    for spec in distinct:
+        mask = join_documents(spec.mask(), inputs, inputs.segments)
+        queries = shape(attention.heads, "heads")
+        options: dict[str, Any] = {"dropout": dropout, "return_weights": sow}
+        if spec.normalizer is not None and spec.normalizer.softmax_sink is None:
+            options["normalizer"] = spec.normalizer
+        masks.append(prepare(queries, keys, keys, mask=mask, **options))
+    return dataclasses.replace(inputs, block_masks=SharedBlockMasks(distinct, tuple(masks)))

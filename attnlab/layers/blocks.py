@@ -1,6 +1,6 @@
-"""Residual blocks, and stacks of blocks under `nn.scan`."""
+"""Stacks of blocks under `nn.scan`, and the settings of blocks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import flax.linen as nn
@@ -8,25 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.kv_cache import KVCache
+from attnlab.attention.kv_cache import LayerCache
 from attnlab.layers.attention import (
-    Attention,
     AttentionConfig,
-    Bidirectional,
-    CrossAttention,
-    LayerSpec,
-    NoPositions,
-    PerceiverAttention,
-    RelativeBias,
-    Rotary,
     SequenceInputs,
+    share_block_masks,
 )
-from attnlab.layers.dropout import Dropout
-from attnlab.layers.experts import Experts, ExpertsConfig
+from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
-from attnlab.layers.initialization import Normal
+from attnlab.layers.linear import Dtypes, Normal
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.parameters import Dtypes, parameter
+from attnlab.layers.specs import FirstValue, LayerSpec, NoPositions, RelativeBias, Rotary
+from attnlab.sharding import out_sharding
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -65,7 +58,7 @@ class PerceiverAttentionConfig:
 
 Cross: TypeAlias = CrossAttentionConfig | GatedCrossAttentionConfig | PerceiverAttentionConfig
 # Self-attention cache, or (self-attention cache, cross-attention cache).
-BlockCache = KVCache | tuple[KVCache | None, KVCache | None]
+BlockCache = LayerCache | tuple[LayerCache | None, LayerCache | None]
 
 
 @dataclass(frozen=True)
@@ -104,107 +97,30 @@ class BlockConfig:
     dtypes: Dtypes
 
 
-class Block(nn.Module):
-    """A residual block: self-attention, MLP or experts, and optionally cross-attention.
-
-    `skip_attention_norm` omits the norm before self-attention.
-    """
-
-    config: BlockConfig
-    spec: LayerSpec
-    deterministic: bool
-    skip_attention_norm: bool = False
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T E"], inputs: SequenceInputs, layer_cache: BlockCache | None
-    ) -> tuple[Float[Array, "B T E"], BlockCache | None]:
-        """Return the activations after the block, and its cache."""
-        self.sow("intermediates", "hidden", x)
-        self_cache, cross_cache = layer_cache if isinstance(layer_cache, tuple) else (layer_cache, None)
-        cross = self.config.cross if self.spec.cross_attends else None
-        if isinstance(cross, GatedCrossAttentionConfig):
-            x, cross_cache = self._cross_attend(x, inputs, cross_cache, gated=True)
-            y = self._feed_forward(self._pre_norm(x, "cross_feed_forward"), inputs, "cross_feed_forward")
-            x = self._residual(x, y, "cross_feed_forward", gated=True)
-        positions = self.spec.positions or self.config.positions
-        layer = PerceiverAttention if isinstance(cross, PerceiverAttentionConfig) else Attention
-        attention = self._attention(layer, "attention", self.spec, positions)
-        y, self_cache = attention(self._pre_norm(x, "attention"), inputs, self_cache, self.deterministic)
-        x = self._residual(x, y, "attention")
-        if isinstance(cross, CrossAttentionConfig):
-            x, cross_cache = self._cross_attend(x, inputs, cross_cache)
-        y = self._feed_forward(self._pre_norm(x, "feed_forward"), inputs, "feed_forward")
-        x = self._residual(x, y, "feed_forward")
-        return x, (self_cache, cross_cache) if isinstance(layer_cache, tuple) else self_cache
-
-    def _cross_attend(self, x, inputs: SequenceInputs, cross_cache: KVCache | None, gated: bool = False):
-        """Return the activations after a cross-attention branch, and the branch's cache."""
-        layer = self._attention(CrossAttention, "cross_attention", Bidirectional(), NoPositions())
-        y, cross_cache = layer(self._pre_norm(x, "cross_attention"), inputs, cross_cache, self.deterministic)
-        return self._residual(x, y, "cross_attention", gated), cross_cache
-
-    def _attention(self, layer: type[Attention], name: str, spec: LayerSpec, positions) -> Attention:
-        c = self.config
-        scale = c.init.attention_scale(c.attention.head_dim or c.width // c.attention.heads)
-        return layer(c.attention, spec, positions, c.norm, scale, *self._std, c.dtypes, name=name)
-
-    def _feed_forward(
-        self, x: Float[Array, "B T E"], inputs: SequenceInputs, name: str
-    ) -> Float[Array, "B T E"]:
-        c = self.config
-        if isinstance(c.feed_forward, ExpertsConfig):
-            return Experts(c.feed_forward, *self._std, c.dtypes, name=name)(x, inputs.segments > 0)
-        return c.feed_forward.build(*self._std, c.dtypes, name=name)(x)
-
-    @property
-    def _std(self) -> tuple[float, float]:
-        """Standard deviations of initial weights: in general, and of a branch's last projection."""
-        std = self.config.init.hidden_std(self.config.width)
-        return std, std / (2 * self.config.depth) ** 0.5
-
-    def _pre_norm(self, x: Float[Array, "B T E"], branch: str) -> Float[Array, "B T E"]:
-        """Return the input of a branch: the residual stream, normalised if `placement` says so."""
-        skip = self.skip_attention_norm and branch == "attention"
-        return self._norm(x, branch) if self.config.placement in ("pre", "both") and not skip else x
-
-    def _residual(
-        self, x: Float[Array, "B T E"], y: Float[Array, "B T E"], branch: str, gated: bool = False
-    ) -> Float[Array, "B T E"]:
-        """Return the residual stream `x` plus the output `y` of a branch."""
-        c = self.config
-        if c.placement in ("both", "branch"):
-            y = self._norm(y, f"{branch}_out")
-        if c.layer_scale is not None:
-            name = f"{branch}_layer_scale"
-            y = y * parameter(self, name, (c.width,), ("norm",), c.dtypes, mean=c.layer_scale)[None, None]
-        if gated:
-            gate = parameter(self, f"{branch}_gate", (1,), ("norm",), c.dtypes)
-            y = y * jnp.tanh(gate)[None, None]
-        x = x + Dropout(c.dropout)(y, deterministic=self.deterministic)
-        return self._norm(x, branch) if c.placement == "post" else x
-
-    def _norm(self, x: Float[Array, "B T E"], name: str) -> Float[Array, "B T E"]:
-        return self.config.norm.build(self.config.dtypes, name=f"{name}_norm")(x)
-
-
 class PatternBlock(nn.Module):
-    """One repeat of a pattern: one `Block` for each spec, in order."""
+    """One repeat of a pattern: one module `block` for each spec, in order."""
 
+    block: type[nn.Module]
     config: BlockConfig
     specs: tuple[LayerSpec, ...]
     deterministic: bool
     skip_attention_norm: bool = False
 
     @nn.compact
-    def __call__(self, x, layer_caches, inputs: SequenceInputs):
-        """Return the activations after these blocks, and their caches."""
+    def __call__(self, carry, layer_caches, inputs: SequenceInputs):
+        """Return the carry after these blocks, and their caches.
+
+        The carry is the activations, and the first layer's values or None.
+        """
+        x, first_value = carry
         new_caches = []
         for i, spec in enumerate(self.specs):
-            block = Block(self.config, spec, self.deterministic, self.skip_attention_norm, name=f"block{i}")
-            x, new_cache = block(x, inputs, layer_caches and layer_caches[i])
+            options = (self.config, spec, self.deterministic, self.skip_attention_norm)
+            block = self.block(*options, name=f"block{i}")  # type: ignore[call-arg]
+            block_inputs = replace(inputs, first_value=first_value)
+            x, new_cache, first_value = block(x, block_inputs, layer_caches and layer_caches[i])
             new_caches.append(new_cache)
-        return x, tuple(new_caches) if layer_caches is not None else None
+        return (x, first_value), tuple(new_caches) if layer_caches is not None else None
 
 
 class SharedLayers(nn.Module):
@@ -216,15 +132,17 @@ class SharedLayers(nn.Module):
     body: type[nn.Module]
     times: int
     scan: bool
+    block: type[nn.Module]
     config: BlockConfig
     specs: tuple[LayerSpec, ...]
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, layer_caches, inputs: SequenceInputs):
-        """Return the activations after the last repeat, and the caches."""
+    def __call__(self, carry, layer_caches, inputs: SequenceInputs):
+        """Return the carry after the last repeat, and the caches; see `PatternBlock`."""
         loop = _loop(self.body, self.times, self.scan, shared=True)
-        return loop(self.config, self.specs, self.deterministic, name="shared")(x, layer_caches, inputs)
+        options = (self.block, self.config, self.specs, self.deterministic)
+        return loop(*options, name="shared")(carry, layer_caches, inputs)
 
 
 def _loop(body: type[nn.Module], length: int, scan: bool, shared: bool = False):
@@ -248,6 +166,7 @@ class LayerStack(nn.Module):
     the same shapes whether the scan is a loop or unrolled, so one checkpoint fits both.
 
     Attributes:
+      block: module class of a block.
       config: settings of every block.
       pattern: specs of the layers of one repeat.
       scan: compile one repeat and loop over it, instead of unrolling all of them.
@@ -257,40 +176,59 @@ class LayerStack(nn.Module):
         None gives each repeat its own parameters.
       skip_first_attention_norm: omit the norm before attention in the first block. That block is
         then outside the scan and has no cache, and the repeats begin with the second layer.
+      unrolled: stack no parameters; see `TransformerConfig`.
     """
 
+    block: type[nn.Module]
     config: BlockConfig
     pattern: tuple[LayerSpec, ...]
     scan: bool
     remat: Literal["none", "full", "dots"]
     num_param_groups: int | None = None
     skip_first_attention_norm: bool = False
+    unrolled: bool = False
 
     @nn.compact
     def __call__(self, x, layer_caches, inputs: SequenceInputs, deterministic: bool):
         """Return the activations after all blocks, and their caches: (of the scan, of the rest)."""
         config, specs, depth = self.config, self.pattern, self.config.depth
         scanned, remainder = layer_caches if layer_caches is not None else (None, None)
+        if not isinstance(config.cross, PerceiverAttentionConfig):
+            sow = self.is_mutable_collection("intermediates")
+            inputs = share_block_masks(config, specs, x, inputs, deterministic, sow)
+        carry = x, self._no_first_value(x)
         if self.skip_first_attention_norm:
             first_block = self._pattern_block(looped=False)(
-                config, specs[:1], deterministic, skip_attention_norm=True, name="first"
+                self.block, config, specs[:1], deterministic, skip_attention_norm=True, name="first"
             )
-            x, _ = first_block(x, None, inputs)
+            carry, _ = first_block(carry, None, inputs)
             specs, depth = (*specs[1:], specs[0]), depth - 1
-        repeats, rest = divmod(depth, len(specs))
+        repeats = 0 if self.unrolled else depth // len(specs)
         if self.num_param_groups:
             options = (self._pattern_block(self.scan), repeats // self.num_param_groups, self.scan)
             stack = _loop(SharedLayers, self.num_param_groups, self.scan)(
-                *options, config, specs, deterministic, name="periods"
+                *options, self.block, config, specs, deterministic, name="periods"
             )
-            x, scanned = stack(x, scanned, inputs)
+            carry, scanned = stack(carry, scanned, inputs)
         elif repeats:
             loop = _loop(self._pattern_block(self.scan), repeats, self.scan)
-            x, scanned = loop(config, specs, deterministic, name="periods")(x, scanned, inputs)
+            stack = loop(self.block, config, specs, deterministic, name="periods")
+            carry, scanned = stack(carry, scanned, inputs)
+        rest = tuple(specs[i % len(specs)] for i in range(repeats * len(specs), depth))
         if rest:
-            last = self._pattern_block(looped=False)(config, specs[:rest], deterministic, name="tail")
-            x, remainder = last(x, remainder, inputs)
-        return x, (scanned, remainder) if layer_caches is not None else None
+            last = self._pattern_block(looped=False)(self.block, config, rest, deterministic, name="tail")
+            carry, remainder = last(carry, remainder, inputs)
+        return carry[0], (scanned, remainder) if layer_caches is not None else None
+
+    def _no_first_value(self, x: Float[Array, "B T E"]) -> FirstValue | None:
+        """Return the first layer's values before the first layer; None if no mixer uses them."""
+        if not any(spec.mixer is not None and spec.mixer.uses_first_value for spec in self.pattern):
+            return None
+        c = self.config.attention
+        shape = (*x.shape[:2], c.kv_heads or c.heads, c.head_dim or self.config.width // c.heads)
+        spec = out_sharding("batch", "sequence", "kv_heads", None)
+        value = jnp.zeros(shape, self.config.dtypes.compute, out_sharding=spec)
+        return FirstValue(value, jnp.zeros((), bool))
 
     def _pattern_block(self, looped: bool) -> type[nn.Module]:
         """Return the module class of one repeat of the pattern, with `nn.remat` unless "none"."""

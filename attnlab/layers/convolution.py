@@ -5,8 +5,7 @@ import jax
 from jaxtyping import Array, Float
 
 from attnlab.errors import InputError
-from attnlab.layers.linear import add_bias
-from attnlab.layers.parameters import Dtypes, parameter
+from attnlab.layers.linear import Dtypes, add_bias, parameter
 from attnlab.sharding import out_sharding
 
 

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig
-from attnlab.layers.linear import Linear
-from attnlab.layers.parameters import Dtypes, parameter
+from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig, check_width
+from attnlab.layers.linear import Dtypes, Linear, parameter
 from attnlab.sharding import spec
 
 # One linear map per expert: kernels (X, inputs, outputs), and biases (X, outputs) or None.
@@ -46,6 +45,7 @@ class ExpertsConfig:
     balance_loss_weight: float = 0.01
 
     def __post_init__(self):
+        check_width(self.width)
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k={self.top_k} must be at least 1 and at most experts={self.experts}")
         if self.renormalize and self.top_k == 1 < self.experts:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.layers.linear import Linear
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.linear import Dtypes, Linear
 
 
 @jax.custom_vjp
@@ -42,6 +41,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def check_width(width: int | None) -> None:
+    """Check the inner width of a feed-forward layer.
+
+    Raises:
+      ValueError: it is below 1.
+    """
+    if width is not None and width < 1:
+        raise ValueError(f"width={width} must be at least 1, or none")
+
+
 @dataclass(frozen=True)
 class MLPConfig:
     """activation(x W1) W2 (Vaswani et al. 2017, equation 2).
@@ -55,6 +64,9 @@ class MLPConfig:
     width: int | None = None
     activation: Literal["gelu", "gelu_exact", "gelu_quick", "relu", "silu"] = "gelu"
     bias: bool = True
+
+    def __post_init__(self):
+        check_width(self.width)
 
     def hidden(self, embed: int) -> int:
         """Return the inner width F."""
@@ -81,6 +93,9 @@ class GatedMLPConfig:
     width: int | None = None
     activation: Literal["gelu", "gelu_exact", "gelu_quick", "relu", "silu"] = "silu"
     bias: bool = False
+
+    def __post_init__(self):
+        check_width(self.width)
 
     def hidden(self, embed: int) -> int:
         """Return the inner width F."""

@@ -1,12 +1,139 @@
-"""Linear maps between groups of named dimensions, and embedding tables."""
+"""Parameters and their initialisation, linear maps, embedding tables and dropout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.positions import lookup_rows
-from attnlab.layers.parameters import Dtypes, parameter
-from attnlab.sharding import out_sharding
+from attnlab import sharding
+from attnlab.errors import InputError, check_fields
+from attnlab.sharding import has_rules, out_sharding
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Dtypes of a model.
+
+    Attributes:
+      param: dtype of stored parameters.
+      compute: dtype of activations and matrix products.
+      logits: dtype of the logits.
+    """
+
+    param: str = "float32"
+    compute: str = "float32"
+    logits: str = "float32"
+
+    def __post_init__(self):
+        for name in ("param", "compute", "logits"):
+            if (dtype := getattr(self, name)) not in ("float32", "bfloat16", "float16", "float64"):
+                raise ValueError(f"{name} dtype must be float32, bfloat16, float16 or float64, not {dtype}")
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    shape: Sequence[int],
+    axes: Sequence[str],
+    dtypes: Dtypes,
+    *,
+    std: float = 0.0,
+    mean: float | np.ndarray = 0.0,
+    wide: bool = False,
+) -> Array:
+    """Declare a parameter with a normal initialisation and return it in the compute dtype.
+
+    The parameter is stored sharded over the mesh according to its logical axes. The returned array
+    is gathered over the fsdp axis, so that callers can ignore parameter sharding. With `wide` it
+    has at least float32, for values that scale or shift whole activations, scores or logits.
+    """
+
+    def init(key):
+        dtype = jnp.dtype(dtypes.param)
+        spec = sharding.param_spec(shape, axes) if sharding.has_rules() else None
+        if std == 0.0:
+            return jnp.broadcast_to(jnp.asarray(mean, dtype), shape, out_sharding=spec)
+        return mean + std * jax.random.normal(key, shape, dtype, out_sharding=spec)
+
+    dtype = jnp.promote_types(dtypes.compute, jnp.float32) if wide else dtypes.compute
+    value = module.param(name, init).astype(dtype)
+    if not sharding.has_rules():
+        return value
+    return jax.sharding.reshard(value, sharding.gathered_param_spec(shape, axes))
+
+
+def parameter_name(path) -> str:
+    """A parameter's path as rules see it: layers/periods/block0/attention/out/kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal initialisation with one standard deviation for all weights.
+
+    The last map of each residual branch is initialised sqrt(2 L) smaller (GPT-2, section 2.3).
+    """
+
+    std: float = 0.02
+
+    def __post_init__(self):
+        check_fields(self, "std", least=0)
+
+    def hidden_std(self, width: int) -> float:
+        """Return the standard deviation of weights inside blocks."""
+        del width
+        return self.std
+
+    def readout_scale(self, width: int) -> float:
+        """Return the factor of the activations before the logits."""
+        del width
+        return 1.0
+
+    def attention_scale(self, head_dim: int) -> float | None:
+        """Return the factor of the attention scores; None means 1 / sqrt(D)."""
+        del head_dim
+        return None
+
+    def learning_rate(self, width: int) -> float:
+        """Return the learning-rate multiplier of weights inside blocks."""
+        del width
+        return 1.0
+
+
+@dataclass(frozen=True)
+class MuP(Normal):
+    """Maximal-update parametrisation (muP) for Adam (Yang et al. 2022, arXiv 2203.03466, table 8).
+
+    The learning rate tuned for a model of `base_width` and `base_head_dim` transfers to any width.
+    """
+
+    base_width: int = 128
+    base_head_dim: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, "base_width", "base_head_dim", least=1)
+
+    def hidden_std(self, width: int) -> float:
+        """Return the standard deviation of weights inside blocks, ~ 1 / sqrt(width)."""
+        return self.std * (self.base_width / width) ** 0.5
+
+    def readout_scale(self, width: int) -> float:
+        """Return the factor of the activations before the logits, ~ 1 / width."""
+        return self.base_width / width
+
+    def attention_scale(self, head_dim: int) -> float:
+        """Return the factor of the scores, ~ 1 / D, which equals 1 / sqrt(D) at the base."""
+        return self.base_head_dim**0.5 / head_dim
+
+    def learning_rate(self, width: int) -> float:
+        """Return the learning-rate multiplier of weights inside blocks, ~ 1 / width."""
+        return self.base_width / width
 
 
 class Linear(nn.Module):
@@ -46,11 +173,22 @@ def contract(
     """Contract the last `num_inputs` dimensions of `x` with the first ones of `kernel`.
 
     Batch and length are merged into one dimension, because XLA's CPU backend is slow with two.
-    Other backends are not affected.
+    Other backends are not affected. In a mesh without the table of logical axes, the result is
+    sharded like the rows of `x` and the outputs of `kernel`, where these use different mesh axes.
     """
     b, t = x.shape[:2]
-    rows = x.reshape(b * t, *x.shape[2:])
     inputs, outputs = "hijk"[:num_inputs], "xyz"[: len(out_axes)]
+    if _has_other_mesh():
+        rows = jax.typeof(x).sharding.spec
+        used = {axis for entry in rows for axis in _mesh_axes(entry)}
+        columns = [
+            None if used & set(_mesh_axes(entry)) else entry
+            for entry in jax.typeof(kernel).sharding.spec[num_inputs:]
+        ]
+        kernel = jax.sharding.reshard(kernel, jax.P(*rows[2:], *columns))
+        spec = jax.P(*rows[:2], *columns)
+        return jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, kernel, out_sharding=spec)
+    rows = x.reshape(b * t, *x.shape[2:])
     y = jnp.einsum(
         f"n{inputs},{inputs}{outputs}->n{outputs}",
         rows,
@@ -72,26 +210,41 @@ def add_bias(
     b is not sharded along the model width.
     """
     axes = tuple("norm" if a == "embed" else a for a in out_axes)
-    return y + jnp.expand_dims(parameter(module, "bias", outputs, axes, dtypes), (0, 1))
+    bias = parameter(module, "bias", outputs, axes, dtypes)
+    if _has_other_mesh():
+        bias = jax.sharding.reshard(bias, jax.P(*jax.typeof(y).sharding.spec[2:]))
+    return y + jnp.expand_dims(bias, (0, 1))
+
+
+def _has_other_mesh() -> bool:
+    """Return whether the mesh is Explicit, but not one of `attnlab.sharding`."""
+    return bool(jax.sharding.get_abstract_mesh().explicit_axes) and not has_rules()
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 class Embedding(nn.Module):
-    """An embedding table with one row of width E for each of `size` ids."""
+    """An embedding table with one row of width E for each of `size` ids; see `parameter`."""
 
     size: int
     width: int
     axes: tuple[str, str]
     std: float
     dtypes: Dtypes
+    wide: bool = False
 
     @nn.compact
     def __call__(self) -> Float[Array, "V E"]:
         """Return the table."""
-        return parameter(self, "table", (self.size, self.width), self.axes, self.dtypes, std=self.std)
+        shape = (self.size, self.width)
+        return parameter(self, "table", shape, self.axes, self.dtypes, std=self.std, wide=self.wide)
 
 
 class Bias(nn.Module):
-    """A learned bias for each of `size` ids, which starts at zero."""
+    """A learned bias of logits for each of `size` ids, which starts at zero."""
 
     size: int
     dtypes: Dtypes
@@ -99,9 +252,47 @@ class Bias(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, " V"]:
         """Return the biases."""
-        return parameter(self, "bias", (self.size,), ("vocab",), self.dtypes)
+        return parameter(self, "bias", (self.size,), ("vocab",), self.dtypes, wide=True)
+
+
+def check_ids(ids: Int[np.ndarray, "..."], rows: int) -> None:
+    """Check that all ids have a row in a table of this length.
+
+    Raises:
+      InputError: an id is out of range.
+    """
+    if ids.size and (ids.min() < 0 or ids.max() >= rows):
+        raise InputError(
+            f"ids {ids.min()} to {ids.max()} are out of range: the table has rows 0 to {rows - 1}"
+        )
 
 
 def look_up(table: Float[Array, "V E"], ids: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-    """Return the table's row of each id, sharded as activations; ids must be in range."""
-    return lookup_rows(table, ids, out_sharding("batch", "sequence", None))
+    """Return the table's row of each id, sharded as activations; ids must be in range.
+
+    Raises:
+      InputError: an id that is not traced is out of range.
+    """
+    if not isinstance(ids, jax.core.Tracer) and getattr(ids, "is_fully_addressable", True):
+        check_ids(np.asarray(ids), len(table))  # jnp would trace the comparison under eval_shape
+    rows = out_sharding("batch", "sequence", None)
+    return table.at[ids].get(mode="promise_in_bounds", out_sharding=rows)
+
+
+class Dropout(nn.Module):
+    """Sets a fraction `rate` of the values to 0 and divides the rest by 1 - rate.
+
+    Srivastava et al. 2014. `flax.linen.Dropout` draws a mask replicated on every device, which an
+    Explicit mesh rejects when the activations are sharded.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."], deterministic: bool) -> Float[Array, "..."]:
+        """Return `x` with dropout applied, or `x` itself if deterministic."""
+        if self.rate == 0.0 or deterministic:
+            return x
+        spec = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding.spec
+        uniform = jax.random.uniform(self.make_rng("dropout"), x.shape, jnp.float32, out_sharding=spec)
+        return jnp.where(uniform >= self.rate, x / (1.0 - self.rate), jnp.zeros_like(x))

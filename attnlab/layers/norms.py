@@ -1,4 +1,4 @@
-"""Normalisation over the model width, in float32."""
+"""Normalisation over the model width, in at least float32."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.variants import rms_norm
-from attnlab.layers.parameters import Dtypes, parameter
+from attnlab.errors import check_fields
+from attnlab.layers.linear import Dtypes, parameter
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class RMSNormConfig:
 
     epsilon: float = 1e-6
     zero_centered_scale: bool = False
+
+    def __post_init__(self):
+        check_fields(self, "epsilon", least=0)
 
     def build(self, dtypes: Dtypes, axes: tuple[str, ...] = ("norm",), name: str | None = None) -> "RMSNorm":
         """Return the module of this config; see `RMSNorm`."""
@@ -38,6 +42,9 @@ class LayerNormConfig:
 
     epsilon: float = 1e-5
     bias: bool = True
+
+    def __post_init__(self):
+        check_fields(self, "epsilon", least=0)
 
     def build(
         self, dtypes: Dtypes, axes: tuple[str, ...] = ("norm",), name: str | None = None
@@ -67,7 +74,7 @@ class RMSNorm(nn.Module):
         else:
             scale = _vector(self, "scale", x, 1.0)
         axes = tuple(range(-len(self.axes), 0))
-        return rms_norm(x.astype(jnp.float32), scale, self.config.epsilon, axes).astype(x.dtype)
+        return rms_norm(_widened(x), scale, self.config.epsilon, axes).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -86,7 +93,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
         """Return the normalised activations, in the input's dtype."""
-        scale, y = _vector(self, "scale", x, 1.0), x.astype(jnp.float32)
+        scale, y = _vector(self, "scale", x, 1.0), _widened(x)
         axes = tuple(range(-len(self.axes), 0))
         y = rms_norm(y - y.mean(axis=axes, keepdims=True), scale, self.config.epsilon, axes)
         if self.config.bias:
@@ -95,7 +102,11 @@ class LayerNorm(nn.Module):
 
 
 def _vector(module: RMSNorm | LayerNorm, name: str, x: Array, mean: float) -> Array:
-    """Declare a float32 parameter over the normalised dimensions of `x`, broadcastable to `x`."""
+    """Declare a parameter over the normalised dimensions of `x`, broadcastable to `x`."""
     n = len(module.axes)
-    vector = parameter(module, name, x.shape[-n:], module.axes, module.dtypes, mean=mean)
-    return jnp.expand_dims(vector, tuple(range(x.ndim - n))).astype(jnp.float32)
+    vector = parameter(module, name, x.shape[-n:], module.axes, module.dtypes, mean=mean, wide=True)
+    return jnp.expand_dims(vector, tuple(range(x.ndim - n)))
+
+
+def _widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.errors import InputError
-from attnlab.layers.linear import add_bias, contract
-from attnlab.layers.parameters import Dtypes, parameter
+from attnlab.layers.linear import Dtypes, add_bias, contract, parameter
 from attnlab.sharding import out_sharding
 
 

@@ -7,18 +7,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.layers.attention import (
-    AttentionConfig,
-    Bidirectional,
-    CrossAttention,
-    EncoderOutput,
-    NoPositions,
-    SequenceInputs,
-)
+from attnlab.layers.attention import AttentionConfig, CrossAttention, EncoderOutput, SequenceInputs
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
-from attnlab.layers.linear import Embedding, Linear
+from attnlab.layers.linear import Dtypes, Embedding, Linear
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.specs import Bidirectional, NoPositions
 from attnlab.sharding import constrain
 
 
@@ -107,9 +100,11 @@ class Pool(nn.Module):
 
     def _mean(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
         x = tokens.hidden[:, self.num_prefix_tokens :]
-        valid = (tokens.segments[:, self.num_prefix_tokens :, None] > 0).astype(x.dtype)
+        # Count and sum in at least float32: bfloat16 rounds 729 patches to 728.
+        valid = tokens.segments[:, self.num_prefix_tokens :, None] > 0
+        valid = valid.astype(jnp.promote_types(x.dtype, jnp.float32))
         count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
-        return jnp.sum(x * valid, axis=1, keepdims=True) / count
+        return (jnp.sum(x * valid, axis=1, keepdims=True) / count).astype(x.dtype)
 
     def _probe(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
         b, _, e = tokens.hidden.shape
@@ -128,6 +123,6 @@ class Pool(nn.Module):
             self.dtypes,
             name="attention",
         )
-        y, _ = attention(query, inputs)
+        y, _, _ = attention(query, inputs)
         z = self.norm.build(self.dtypes, name="norm")(y)
         return y + self.feed_forward.build(self.std, self.std, self.dtypes, name="feed_forward")(z)

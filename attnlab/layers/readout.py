@@ -1,19 +1,21 @@
 """Logits, and the statistics of logits that losses need, computed in chunks of the length."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab.sharding import gathered_param_spec, out_sharding
 
-# Maximum number of logits in memory at once; larger batches are processed in chunks of the length.
-MAX_LOGITS = 1 << 24
+# Maximum number of logits of a device in memory at once, and minimum number of rows of a chunk.
+MAX_LOGITS, MIN_ROWS = 1 << 24, 1024
 
 
 class LossTerms(NamedTuple):
-    """Statistics of each token's logits that losses and metrics use, float32 (B, T).
+    """Statistics of each token's logits that losses and metrics use, (B, T), in at least float32.
 
     Attributes:
       target_logit: logit of the target.
@@ -26,6 +28,11 @@ class LossTerms(NamedTuple):
     lse: Float[Array, "B T"]
     mean_logit: Float[Array, "B T"]
     correct: Float[Array, "B T"]
+
+
+def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
+    """Return x times a constant in the dtype of x, without rounding the constant to that dtype."""
+    return (x * jnp.asarray(scale, jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
 def logits(
@@ -59,32 +66,89 @@ def token_loss_terms(
 ) -> LossTerms:
     """Return the loss terms of each token without materialising all logits.
 
-    The length is processed in chunks, and the backward pass recomputes the logits of each chunk.
+    The length is processed in chunks. The backward pass recomputes the logits of each chunk, and
+    sums the gradients of the table and the bias over the chunks in at least float32.
     """
-
-    def chunk_loss_terms(x, targets):
-        y = logits(x, table, bias, softcap, dtype).astype(jnp.float32)
-        is_target = jnp.arange(y.shape[-1])[None, None] == targets[..., None]
-        target_logit = jnp.where(is_target, y, 0).sum(-1)
-        correct = (target_logit >= jax.lax.stop_gradient(y.max(-1))).astype(jnp.float32)
-        return LossTerms(target_logit, jax.nn.logsumexp(y, axis=-1), y.mean(-1), correct)
-
-    count = _num_chunks(x, table.shape[0])
-    if count == 1:
-        return chunk_loss_terms(x, targets)
-
-    def split(a):
-        b, t, *rest = a.shape
-        return jnp.moveaxis(a.reshape(b, count, t // count, *rest), 1, 0)
-
-    _, parts = jax.lax.scan(
-        lambda _, part: (None, jax.checkpoint(chunk_loss_terms)(*part)), None, (split(x), split(targets))
-    )
-    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(targets.shape), parts)
+    length = _chunk_length(x, table)
+    if length == x.shape[1]:
+        return _loss_terms(x, targets, table, bias, softcap, dtype)
+    return _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length)
 
 
-def _num_chunks(x: Array, vocab: int) -> int:
-    """Return the smallest number of equal chunks with at most MAX_LOGITS logits per device."""
-    sharding = jax.typeof(x).sharding
-    b, t = sharding.shard_shape(x.shape)[:2] if not sharding.mesh.empty else x.shape[:2]
-    return next(c for c in range(1, t + 1) if t % c == 0 and (b * (t // c) * vocab <= MAX_LOGITS or c == t))
+def _loss_terms(x, targets, table, bias, softcap: float | None, dtype: str) -> LossTerms:
+    y = logits(x, table, bias, softcap, dtype)
+    y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    is_target = jnp.arange(y.shape[-1])[None, None] == targets[..., None]
+    target_logit = jnp.where(is_target, y, 0).sum(-1)
+    correct = (target_logit >= jax.lax.stop_gradient(y.max(-1))).astype(y.dtype)
+    return LossTerms(target_logit, jax.nn.logsumexp(y, axis=-1), y.mean(-1), correct)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length: int) -> LossTerms:
+    """Return `_loss_terms`, computed in chunks of `length` tokens of each row."""
+
+    def step(_, chunk):
+        return None, _loss_terms(*chunk, table, bias, softcap, dtype)
+
+    _, parts = jax.lax.scan(step, None, (_split(x, length), _split(targets, length)))
+    return jax.tree.map(lambda a: _join(a, x.shape[1]), parts)
+
+
+def _forward(x, targets, table, bias, softcap, dtype, length: int):
+    terms = _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length)
+    return terms, (x, targets, table, bias)
+
+
+def _backward(softcap, dtype, length: int, arrays, cotangents: LossTerms):
+    x, targets, table, bias = arrays
+
+    def step(sums, chunk):
+        x, targets, cotangents = chunk
+
+        def terms(x, weights):
+            return _loss_terms(x, targets, *weights, softcap, dtype)
+
+        _, vjp = jax.vjp(terms, x, (table, bias))
+        d_x, d_weights = vjp(cotangents)
+        return jax.tree.map(lambda total, d: total + d.astype(total.dtype), sums, d_weights), d_x
+
+    weights = table, bias
+    sums = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.promote_types(w.dtype, jnp.float32)), weights)
+    chunks = jax.tree.map(lambda a: _split(a, length), (x, targets, cotangents))
+    sums, d_x = jax.lax.scan(step, sums, chunks)
+    d_table, d_bias = jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
+    return _join(d_x, x.shape[1]), np.zeros(targets.shape, jax.dtypes.float0), d_table, d_bias
+
+
+_chunked_loss_terms.defvjp(_forward, _backward)
+
+
+def _split(a: Array, length: int) -> Array:
+    """Return (N, B, length, ...), the length padded with zeros to a multiple of `length`."""
+    b, t, *rest = a.shape
+    a = jnp.pad(a, [(0, 0), (0, -t % length), *((0, 0) for _ in rest)])
+    return jnp.moveaxis(a.reshape(b, -1, length, *rest), 1, 0)
+
+
+def _join(chunks: Array, t: int) -> Array:
+    """Return (B, t, ...), the inverse of `_split`."""
+    a = jnp.moveaxis(chunks, 0, 1)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :t]
+
+
+def _chunk_length(x: Array, table: Array) -> int:
+    """Return the tokens of each row in a chunk: at most `MAX_LOGITS` logits per device.
+
+    Each chunk reads the whole table, which costs more than the logits if a chunk has few rows. So
+    it has at least `MIN_ROWS` rows per device. The chunks are as equal as possible.
+    """
+    (rows, t, _), (vocab, _) = (_local_shape(a) for a in (x, table))
+    length = max(MAX_LOGITS // (rows * vocab), -(-MIN_ROWS // rows))
+    count = -(-t // length)
+    return -(-t // count)
+
+
+def _local_shape(a: Array) -> tuple[int, ...]:
+    sharding = jax.typeof(a).sharding
+    return a.shape if sharding.mesh.empty else sharding.shard_shape(a.shape)

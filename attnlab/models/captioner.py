@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from jaxtyping import Array, Int
 
-from attnlab.layers.attention import EncoderOutput, NoPositions
+from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.layers.linear import Linear
-from attnlab.layers.resampler import Resampler, ResamplerConfig
-from attnlab.models.base import TokenFlops
+from attnlab.layers.specs import NoPositions
+from attnlab.models.flops import TokenFlops, feed_forward_weights
+from attnlab.models.resampler import Resampler, ResamplerConfig
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from attnlab.models.vit import ViTConfig
 
@@ -60,7 +61,7 @@ class CaptionerConfig(Seq2SeqConfig):
         if self.projection:
             image += TokenFlops(2.0 * slots * width * d.width, 0.0)
         gated = (
-            2.0 * d.feed_forward_weights() * d.num_cross_attention_layers
+            2.0 * feed_forward_weights(d.feed_forward, d.width) * d.num_cross_attention_layers
             if isinstance(self.cross, GatedCrossAttentionConfig)
             else 0.0
         )
@@ -71,7 +72,7 @@ class CaptionerConfig(Seq2SeqConfig):
         e, latents = self.encoder, resampler.latents
         num_keys = patches + latents
         weights = 2 * e.width * e.head_dim * (latents * e.attention.heads + num_keys * e.kv_heads)
-        weights += latents * e.feed_forward_weights()
+        weights += latents * feed_forward_weights(e.feed_forward, e.width)
         pairs = 4.0 * e.attention.heads * e.head_dim * latents * num_keys
         return TokenFlops(2.0 * weights, pairs) * resampler.depth
 
@@ -95,10 +96,10 @@ class Captioner(Seq2Seq):
             self.projection = Linear(*sizes, ("norm", "embed"), std, True, c.decoder.dtypes)
 
     def encode(
-        self, source: Array, source_segments: Int[Array, "B S"] | None = None, deterministic: bool = True
+        self, source: Array, source_segments: Int[Array, "B S"] | None = None, *, deterministic: bool = True
     ) -> EncoderOutput:
         """Return the sequence that the decoder cross-attends to; see `Seq2Seq.encode`."""
-        memory = super().encode(source, source_segments, deterministic)
+        memory = super().encode(source, source_segments, deterministic=deterministic)
         if self.is_initializing():
             # Declare the pooling parameters: encoder checkpoints contain them, although they are
             # unused.

@@ -3,20 +3,20 @@
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.layers.attention import NoPositions, RelativeBias, Rotary
+from attnlab.errors import InputError, check_fields
 from attnlab.layers.contrastive_loss import ClipLoss, PairLogits, SiglipLoss
-from attnlab.layers.linear import Linear
+from attnlab.layers.linear import Linear, parameter
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.parameters import parameter
 from attnlab.layers.pooling import pooled_width
 from attnlab.layers.readout import LossTerms
-from attnlab.models.base import ModelConfig, TokenFlops
-from attnlab.models.text import Learned, Sinusoidal, TextConfig, TextModel
+from attnlab.layers.specs import Learned, NoPositions, RelativeBias, Rotary, Sinusoidal
+from attnlab.models.config import Model, ModelConfig, TextConfig
+from attnlab.models.decoder import TextModel
+from attnlab.models.flops import TokenFlops
 from attnlab.models.vit import ViT, ViTConfig
 from attnlab.sharding import constrain, out_sharding
 
@@ -39,6 +39,9 @@ class EndOfText:
     """Pools the first token with the id `token` (CLIP); None means the highest id of the text."""
 
     token: int | None = None
+
+    def __post_init__(self):
+        check_fields(self, "token", least=0)
 
     def token_index(self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, " B"]:
         """Return the index of the pooled token in each row."""
@@ -70,20 +73,29 @@ class TextTower(TextModel):
 
     config: TextTowerConfig
 
-    def __call__(
+    def hidden(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        *,
         deterministic: bool = True,
     ) -> Float[Array, "B 1 E"]:
-        """Return the activations of each row's pooled token."""
-        x, _ = self.forward(tokens, segment_ids, positions, None, deterministic)
+        """Return the activations of each row's pooled token; see `Model`."""
+        x, _ = self.forward(tokens, segment_ids, positions, deterministic=deterministic)
         index = self.config.pooling.token_index(
             tokens, jnp.ones_like(tokens) if segment_ids is None else segment_ids
         )
         selected = index[:, None] == jnp.arange(tokens.shape[1])[None]
         return jnp.sum(x * selected[..., None].astype(x.dtype), axis=1, keepdims=True)
+
+    def loss_terms(self, *arguments, **named):
+        """Raise an error: the tower has no logits to train.
+
+        Raises:
+          InputError: always.
+        """
+        raise InputError("a TextTower has no logits to train: make it the text tower of a Contrastive")
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,8 @@ class ContrastiveConfig(ModelConfig):
     objective: ClipLoss | SiglipLoss = field(default_factory=ClipLoss)
 
     def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"width={self.width} must be at least 1")
         if self.image.classes != 0:
             raise ValueError("image.classes must be 0: an image tower has no classification head")
         for name in ("image", "text"):
@@ -159,7 +173,7 @@ class ContrastiveConfig(ModelConfig):
         return self.text.layer_flops(length) + once * (1 / length)
 
 
-class Contrastive(nn.Module):
+class Contrastive(Model):
     """A two-tower model: unit vectors of images and texts, and logits of all pairs of the batch.
 
     Attributes:
@@ -180,22 +194,24 @@ class Contrastive(nn.Module):
                 axes, sizes = ("embed", "norm"), ((c._pooled(name),), (c.width,))
                 layer = Linear(*sizes, axes, std, projection.bias, tower.dtypes)
                 setattr(self, f"{name}_projection", layer)
+        dtypes = c.text.dtypes
         self.logit_scale = parameter(
-            self, "logit_scale", (), (), c.text.dtypes, mean=c.objective.init_logit_scale
+            self, "logit_scale", (), (), dtypes, mean=c.objective.init_logit_scale, wide=True
         )
         if isinstance(c.objective, SiglipLoss):
             self.logit_bias = parameter(
-                self, "logit_bias", (), (), c.text.dtypes, mean=c.objective.init_logit_bias
+                self, "logit_bias", (), (), dtypes, mean=c.objective.init_logit_bias, wide=True
             )
 
     def encode_image(
         self,
-        images: Float[Array, "B height width channels"],
-        segments: Int[Array, "B height"] | None = None,
+        source: Float[Array, "B height width channels"],
+        source_segments: Int[Array, "B height"] | None = None,
+        *,
         deterministic: bool = True,
     ) -> Float[Array, "B width"]:
         """Return one unit vector per image; see `ViT.encode` for the arguments."""
-        x = self.image.pooled(self.image.encode(images, segments, deterministic=deterministic))
+        x = self.image.pooled(self.image.encode(source, source_segments, deterministic=deterministic))
         return _normalised(self.image_projection(x) if self.config.image_projection else x)
 
     def encode_text(
@@ -203,18 +219,26 @@ class Contrastive(nn.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        *,
         deterministic: bool = True,
     ) -> Float[Array, "B width"]:
-        """Return one unit vector per text; see `TextModel.forward` for the arguments."""
-        x = self.text(tokens, segment_ids, positions, deterministic)
+        """Return one unit vector per text; see `Model` for the arguments."""
+        x = self.text.hidden(tokens, segment_ids, positions, deterministic=deterministic)
         return _normalised(self.text_projection(x) if self.config.text_projection else x)
 
     def hidden(
-        self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        source: Float[Array, "B height width channels"],
+        source_segments: Int[Array, "B height"] | None = None,
+        deterministic: bool = True,
     ) -> tuple[Float[Array, "B width"], Float[Array, "B width"]]:
-        """Return the vectors of a batch's images and texts; the arguments are `Batch.inputs`."""
-        images = self.encode_image(source, source_segments, deterministic)
-        return images, self.encode_text(tokens, segment_ids, positions, deterministic)
+        """Return the vectors of a batch's images and texts; see `Model`."""
+        images = self.encode_image(source, source_segments, deterministic=deterministic)
+        return images, self.encode_text(tokens, segment_ids, positions, deterministic=deterministic)
 
     def pair_logits(
         self,
@@ -232,33 +256,24 @@ class Contrastive(nn.Module):
     def _logits(self, x: Float[Array, "B width"], others: Float[Array, "C width"]) -> Float[Array, "B C"]:
         spec = out_sharding("batch", None)
         y = jnp.einsum("be,ce->bc", x, others, precision="highest", out_sharding=spec)
-        y = y * jnp.exp(self.logit_scale.astype(jnp.float32))
-        return y + self.logit_bias.astype(jnp.float32) if isinstance(self.config.objective, SiglipLoss) else y
+        y = y * jnp.exp(self.logit_scale)
+        return y + self.logit_bias if isinstance(self.config.objective, SiglipLoss) else y
 
-    def __call__(
-        self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
-    ) -> Float[Array, "B 1 B"]:
+    def features(self, tokens, segment_ids=None, positions=None, **inputs) -> PairLogits:
+        """Return the logits of all pairs of the batch."""
+        return self.pair_logits(*self.hidden(tokens, segment_ids, positions, **inputs), segment_ids)
+
+    def logits_of(self, x: PairLogits) -> Float[Array, "B 1 B"]:
         """Return each text's logits over the images of the batch."""
-        vectors = self.hidden(tokens, segment_ids, positions, source, source_segments, deterministic)
-        return self.pair_logits(*vectors, segment_ids).of_text[:, None]
+        return x.of_text[:, None]
 
-    def loss_terms(
-        self,
-        tokens,
-        targets: Int[Array, "B T"],
-        segment_ids=None,
-        positions=None,
-        source=None,
-        source_segments=None,
-        deterministic=True,
-    ) -> LossTerms:
+    def loss_terms_of(self, x: PairLogits, targets: Int[Array, "B T"]) -> LossTerms:
         """Return the loss terms of each row, repeated at all of its tokens.
 
         Give exactly one token of each row a loss weight. `targets` only provides the shape: the
         target of a row is its own pair.
         """
-        vectors = self.hidden(tokens, segment_ids, positions, source, source_segments, deterministic)
-        terms = self.config.objective.loss_terms(self.pair_logits(*vectors, segment_ids))
+        terms = self.config.objective.loss_terms(x)
         return LossTerms(*(x[:, None] + jnp.zeros(targets.shape, x.dtype) for x in terms))
 
 

@@ -1,19 +1,21 @@
 """Bidirectional text encoders with heads for masked tokens, classification and pooling."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import Bidirectional, EncoderOutput, LayerSpec
-from attnlab.layers.blocks import Cross, LayerStack
+from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.blocks import LayerStack
 from attnlab.layers.linear import Linear, look_up
-from attnlab.layers.readout import LossTerms, logits, token_loss_terms
-from attnlab.models.base import SourceConfig, TokenFlops
+from attnlab.layers.readout import LossTerms
+from attnlab.layers.specs import Bidirectional, LayerSpec
+from attnlab.models.config import SourceConfig, TextConfig
+from attnlab.models.decoder import TextModel, layer_stack
+from attnlab.models.flops import TokenFlops
 from attnlab.models.heads import ClassifierConfig, Head, HeadConfig, MaskedLMConfig, PooledConfig
-from attnlab.models.text import TextConfig, TextModel
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class EncoderConfig(TextConfig, SourceConfig):
                 f"depth={self.depth} must be a multiple of num_param_groups={groups} times the length "
                 f"{len(self.pattern)} of the pattern"
             )
+        if groups and self.unrolled:
+            raise ValueError("unrolled=true needs num_param_groups=none")
         if self.skip_first_attention_norm and (groups or self.placement not in ("pre", "both")):
             raise ValueError(
                 "skip_first_attention_norm needs placement=pre or both, and num_param_groups=none"
@@ -71,16 +75,9 @@ class EncoderConfig(TextConfig, SourceConfig):
         """See `ModelConfig.uses_dropout`."""
         return super().uses_dropout or (isinstance(self.head, ClassifierConfig) and self.head.dropout > 0)
 
-    def canonical(self) -> Self:
-        """See `ModelConfig.canonical`."""
-        config = super(EncoderConfig, replace(self, num_param_groups=None)).canonical()
-        head = replace(self.head, dropout=0.0) if isinstance(self.head, ClassifierConfig) else self.head
-        period = self.pattern if self.num_param_groups else config.pattern
-        return replace(config, head=head, pattern=period, num_param_groups=self.num_param_groups)
-
-    def unrolled(self) -> Self:
-        """See `ModelConfig.unrolled`; does not change models whose layers share parameters."""
-        return self if self.num_param_groups else super().unrolled()
+    def with_unrolled_layers(self) -> Self:
+        """See `ModelConfig.with_unrolled_layers`; keeps models with shared parameters."""
+        return self if self.num_param_groups else super().with_unrolled_layers()
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """See `ModelConfig.sharded_dimensions`."""
@@ -97,13 +94,6 @@ class EncoderConfig(TextConfig, SourceConfig):
         """See `ModelConfig.inactive_expert_params`."""
         own = self.num_param_groups * len(self.pattern) if self.num_param_groups else self.depth
         return super().inactive_expert_params() * own // self.depth
-
-    def stack(self, positions: Any, cross: Cross | None = None) -> LayerStack:
-        """See `TransformerConfig.stack`."""
-        block = self.block(positions, cross)
-        return LayerStack(
-            block, self.pattern, self.scan, self.remat, self.num_param_groups, self.skip_first_attention_norm
-        )
 
     def build(self, vocab_size: int) -> "Encoder":
         """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
@@ -137,9 +127,19 @@ class Encoder(TextModel):
         # them.
         self.head = Head(c.head, outputs, c.head_width, c.norm, c.init, c.dtypes, name=c.head.name)
 
-    def embed(self, tokens, positions, deterministic, table=None, added=None) -> Float[Array, "B T E"]:
+    def stack(self, positions: Any) -> LayerStack:
+        """Return the module of all layers."""
+        c = self.config
+        return layer_stack(
+            c,
+            positions,
+            num_param_groups=c.num_param_groups,
+            skip_first_attention_norm=c.skip_first_attention_norm,
+        )
+
+    def embed(self, tokens, positions, **inputs) -> Float[Array, "B T E"]:
         """Return the input of the first layer; see `TextModel.embed`."""
-        x = super().embed(tokens, positions, deterministic, table, added)
+        x = super().embed(tokens, positions, **inputs)
         return self.projection(x) if self.config.embedding_width else x
 
     def hidden(
@@ -147,11 +147,12 @@ class Encoder(TextModel):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        *,
         deterministic: bool = True,
         token_types: Int[Array, "B T"] | None = None,
         table: Float[Array, "V E"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """Return activations after the last layer; see `TextModel.forward`.
+        """Return activations after the last layer; see `Model` and `TextModel.forward`.
 
         `token_types` None means type 0 for every token.
         """
@@ -159,30 +160,39 @@ class Encoder(TextModel):
         if self.config.token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             added = look_up(self.type_embedding(), types)
-        return self.forward(tokens, segment_ids, positions, None, deterministic, table=table, added=added)[0]
+        x, _ = self.forward(
+            tokens, segment_ids, positions, deterministic=deterministic, table=table, added=added
+        )
+        return x
 
     def encode(
         self,
         source: Int[Array, "B S"],
-        source_segments: Int[Array, "B S"],
+        source_segments: Int[Array, "B S"] | None = None,
+        *,
         deterministic: bool = True,
         table: Float[Array, "V E"] | None = None,
     ) -> EncoderOutput:
-        """Return the encoder output of a text, whose padding has segment 0."""
-        positions = jnp.maximum(jnp.cumsum(source_segments, axis=1) - 1, 0)
-        x = self.hidden(source, source_segments, positions, deterministic, table=table)
+        """Return the encoder output of a text; `source_segments` is 0 at padding."""
+        if source_segments is None:
+            source_segments = jnp.ones_like(source)
+        positions = jnp.maximum(jnp.cumsum(source_segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
+        x = self.hidden(source, source_segments, positions, deterministic=deterministic, table=table)
         return EncoderOutput(x, source_segments)
 
-    def __call__(
-        self, tokens, segment_ids=None, positions=None, deterministic=True, token_types=None
-    ) -> Float[Array, "B T outputs"]:
-        """Return the head's logits, or pooled vectors, at each token; see `hidden`."""
-        x = self._features(tokens, segment_ids, positions, deterministic, token_types)
-        return x if isinstance(self.config.head, PooledConfig) else logits(x, *self._readout())
+    def features(
+        self, tokens, segment_ids=None, positions=None, *, deterministic=True, **inputs
+    ) -> Float[Array, "B T W"]:
+        """Return the head's features; those of a document are repeated at all of its tokens."""
+        x = self.hidden(tokens, segment_ids, positions, deterministic=deterministic, **inputs)
+        segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+        return self.head(x, segments, deterministic)
 
-    def loss_terms(
-        self, tokens, targets, segment_ids=None, positions=None, deterministic=True, token_types=None
-    ) -> LossTerms:
+    def logits_of(self, x: Float[Array, "B T W"]) -> Float[Array, "B T outputs"]:
+        """Return the head's logits, or pooled vectors, of `features`."""
+        return x if isinstance(self.config.head, PooledConfig) else super().logits_of(x)
+
+    def loss_terms_of(self, x: Float[Array, "B T W"], targets: Int[Array, "B T"]) -> LossTerms:
         """Return each token's loss terms; a document's terms are repeated at all of its tokens.
 
         Raises:
@@ -190,15 +200,8 @@ class Encoder(TextModel):
         """
         if isinstance(self.config.head, PooledConfig):
             raise InputError("model.head=Pooled has no logits, so it has no loss: use MaskedLM or Classifier")
-        x = self._features(tokens, segment_ids, positions, deterministic, token_types)
-        return token_loss_terms(x, targets, *self._readout())
+        return super().loss_terms_of(x, targets)
 
-    def _features(self, tokens, segment_ids, positions, deterministic, token_types) -> Float[Array, "B T W"]:
-        """Return the head's features, from which the logits are computed."""
-        x = self.hidden(tokens, segment_ids, positions, deterministic, token_types)
-        segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        return self.head(x, segments, deterministic)
-
-    def _readout(self):
-        """Return the table, bias, softcap and dtype of the logits."""
+    def readout_weights(self):
+        """See `Model.readout_weights`."""
         return self.head.table(self.embedding()), self.head.bias(), None, self.config.dtypes.logits

@@ -7,12 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from attnlab.layers.dropout import Dropout
 from attnlab.layers.feed_forward import ACTIVATIONS
-from attnlab.layers.initialization import Normal
-from attnlab.layers.linear import Bias, Embedding, Linear
+from attnlab.layers.linear import Bias, Dropout, Dtypes, Embedding, Linear, Normal
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.readout import scaled
 from attnlab.sharding import out_sharding
 
 
@@ -54,10 +52,12 @@ def pool(
 ) -> Float[Array, "B T E"]:
     """Return the pooled vector of each token's document, and 0 at padding."""
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
-    # Count in float32: half precision cannot represent large counts exactly.
-    pooled = (same & pooling.pooling_mask(segments)[:, None, :]).astype(jnp.float32)
-    weights = (pooled / jnp.maximum(pooled.sum(-1, keepdims=True), 1)).astype(x.dtype)
-    return jnp.einsum("bts,bse->bte", weights, x, out_sharding=out_sharding("batch", "sequence", None))
+    # Count and average in at least float32: half precision rounds counts and their reciprocals.
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    pooled = (same & pooling.pooling_mask(segments)[:, None, :]).astype(dtype)
+    weights = pooled / jnp.maximum(pooled.sum(-1, keepdims=True), 1)
+    spec = out_sharding("batch", "sequence", None)
+    return jnp.einsum("bts,bse->bte", weights, x.astype(dtype), out_sharding=spec).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Head(nn.Module):
         if c.dense:
             x = self.dense(x)
         x = self.drop(x, deterministic=deterministic)
-        return x if isinstance(c, PooledConfig) else x * self.initial.readout_scale(self.width)
+        return x if isinstance(c, PooledConfig) else scaled(x, self.initial.readout_scale(self.width))
 
     def table(self, embedding: Float[Array, "V W"]) -> Float[Array, "outputs W"]:
         """Return the weights of the logits, given the token embedding table."""

@@ -3,20 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import gather_rows
 from attnlab.layers.attention import EncoderOutput
-from attnlab.layers.dropout import Dropout
-from attnlab.layers.linear import Embedding, look_up
-from attnlab.layers.parameters import Dtypes
-from attnlab.layers.readout import LossTerms, logits, token_loss_terms
+from attnlab.layers.linear import Dropout, Dtypes, Embedding, look_up
 from attnlab.layers.recurrent import GRUConfig, LSTMConfig, RecurrentLayerConfig, RecurrentStack, State
-from attnlab.models.base import ModelConfig, TokenFlops
-from attnlab.models.text import set_vocab_size
+from attnlab.models.config import Model, ModelConfig, set_vocab_size
+from attnlab.models.flops import TokenFlops
 from attnlab.sharding import constrain
 
 
@@ -59,7 +55,7 @@ class RecurrentConfig(ModelConfig):
         if self.std is not None and self.std <= 0:
             raise ValueError(f"std must be over 0, or none, not {self.std}")
 
-    def build(self, vocab_size: int) -> nn.Module:
+    def build(self, vocab_size: int) -> Model:
         """Return the module for a tokenizer's vocabulary; raises as `with_vocab_size` does."""
         return Recurrent(self, self.with_vocab_size(vocab_size).vocab_size or vocab_size)
 
@@ -115,7 +111,7 @@ class RecurrentCache:
         return jax.tree.map(lambda x: gather_rows(x, rows), self)
 
 
-class Recurrent(nn.Module):
+class Recurrent(Model):
     """A recurrent language model: maps tokens to next-token logits.
 
     Attributes:
@@ -149,19 +145,19 @@ class Recurrent(nn.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        *,
         cache: RecurrentCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], RecurrentCache | None]:
-        """Return activations before the logits, and the updated cache.
+    ) -> Float[Array, "B T E"] | tuple[Float[Array, "B T E"], RecurrentCache]:
+        """Return activations before the logits; see `Model`.
 
         Args:
           tokens: token ids.
           segment_ids: 0 at padding, which does not change the state; None means no padding.
           positions: position of each token in its document; the state is reset where it is 0. None
             means that each row is one document, which continues the one in the cache.
-          cache: states after the preceding tokens; None starts from zero states and returns no
-            cache.
-          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
+          cache: states after the preceding tokens; None starts from zero states.
+          deterministic: see `Model`.
         """
         c = self.config
         valid = jnp.ones_like(tokens) if segment_ids is None else segment_ids
@@ -169,29 +165,11 @@ class Recurrent(nn.Module):
         states = c.layers.empty(tokens.shape[0], c.depth) if cache is None else cache.layers
         valid, is_first = (valid > 0)[..., None], (places == 0)[..., None]
         x, states = self.layers(self.embed(tokens), valid, is_first, states, deterministic)
-        return self.drop(x, deterministic=deterministic), None if cache is None else RecurrentCache(states)
+        x = self.drop(x, deterministic=deterministic)
+        return x if cache is None else (x, RecurrentCache(states))
 
-    def __call__(
-        self, tokens, segment_ids=None, positions=None, cache=None, deterministic=True, **source
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], RecurrentCache | None]:
-        """Return next-token logits, with a cache also the updated cache; see `hidden`."""
-        x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
-        out = self.logits_of(x)
-        return out if cache is None else (out, new_cache)
-
-    def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        """Return the logits of activations from `hidden`."""
-        return logits(x, *self._readout())
-
-    def loss_terms(
-        self, tokens, targets, segment_ids=None, positions=None, deterministic=True, **source
-    ) -> LossTerms:
-        """Return each token's loss terms without materialising all logits."""
-        x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, **source)
-        return token_loss_terms(x, targets, *self._readout())
-
-    def _readout(self):
-        """Return the table, bias, softcap and dtype of the logits."""
+    def readout_weights(self):
+        """See `Model.readout_weights`."""
         table = self.embedding() if self.config.tied else self.readout()
         return table, None, None, self.config.dtypes.logits
 

@@ -9,7 +9,7 @@ from attnlab.errors import InputError
 from attnlab.layers.alignment import AdditiveConfig, AlignedStack, DotConfig, GeneralConfig, NoAttention
 from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.recurrent import RecurrentStack
-from attnlab.models.base import TokenFlops
+from attnlab.models.flops import TokenFlops
 from attnlab.models.recurrent import Recurrent, RecurrentCache, RecurrentConfig
 
 
@@ -80,15 +80,10 @@ class RecurrentSeq2Seq(Recurrent):
         self,
         source: Int[Array, "B S"],
         source_segments: Int[Array, "B S"] | None = None,
+        *,
         deterministic: bool = True,
     ) -> RecurrentCache:
-        """Return the decoder's initial states, and the encoder output that it attends to.
-
-        Args:
-          source: token ids of the source.
-          source_segments: 0 at padding; None means no padding.
-          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
-        """
+        """Return the decoder's initial states, and the encoder output that it attends to."""
         segment_ids = jnp.ones_like(source) if source_segments is None else source_segments
         valid, states = (segment_ids > 0)[..., None], self.init_cache(len(source), 0).layers
         x, states = self.encoder(self.embed(source), valid, jnp.zeros_like(valid), states, deterministic)
@@ -99,31 +94,34 @@ class RecurrentSeq2Seq(Recurrent):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: RecurrentCache | None = None,
-        deterministic: bool = True,
+        *,
         source: Int[Array, "B S"] | None = None,
         source_segments: Int[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], RecurrentCache | None]:
-        """Return the decoder's activations before the logits, and the updated cache.
+        cache: RecurrentCache | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T E"] | tuple[Float[Array, "B T E"], RecurrentCache]:
+        """Return the decoder's activations before the logits; see `Model`.
 
         Args:
           tokens: token ids of the target.
           segment_ids: 0 at padding, which does not change the state; None means no padding.
           positions: ignored, because each row is one document.
+          source: token ids of the source.
+          source_segments: 0 at padding; None means no padding.
           cache: states after the preceding tokens, and the encoder output; it is required if
             `source` is None.
-          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
-          source: see `encode`.
-          source_segments: see `encode`.
+          deterministic: see `Model`.
 
         Raises:
           InputError: neither a source nor a cache with an encoder output is given.
         """
         del positions
         segments = jnp.ones_like(tokens) if segment_ids is None else (segment_ids > 0).astype(jnp.int32)
-        encoded = cache if source is None else self.encode(source, source_segments, deterministic)
+        encoded = (
+            cache if source is None else self.encode(source, source_segments, deterministic=deterministic)
+        )
         if encoded is None or encoded.memory is None:
             raise InputError("an encoder-decoder needs a source, or a cache with an encoder output")
         x, states = self.decoder(self.embed(tokens), segments, encoded.layers, encoded.memory, deterministic)
         x = self.drop(x, deterministic=deterministic)
-        return x, None if cache is None else RecurrentCache(states, encoded.memory)
+        return x if cache is None else (x, RecurrentCache(states, encoded.memory))

@@ -1,20 +1,19 @@
 """Transformer encoder-decoders (Vaswani et al. 2017)."""
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import DecoderCache
 from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import CrossAttentionConfig
-from attnlab.layers.readout import LossTerms
-from attnlab.models.base import GenerationDefaults, ModelConfig, SourceConfig, TokenFlops
-from attnlab.models.decoder import DecoderConfig
+from attnlab.models.config import Model, ModelConfig, SourceConfig
+from attnlab.models.decoder import DecoderConfig, TextConfig
 from attnlab.models.encoder import EncoderConfig
-from attnlab.models.text import TextConfig
+from attnlab.models.flops import TokenFlops
+from attnlab.models.generation_defaults import GenerationDefaults
 from attnlab.sharding import constrain
 
 
@@ -26,7 +25,7 @@ class Seq2SeqConfig(ModelConfig):
       encoder: encoder of text, images or audio.
       decoder: decoder of text.
       shared_embedding: whether a text encoder uses the decoder's embedding table.
-      generation: forced and suppressed tokens of generation.
+      generation: forced, suppressed and end tokens of generation.
     """
 
     encoder: SourceConfig = field(default_factory=EncoderConfig)
@@ -35,6 +34,8 @@ class Seq2SeqConfig(ModelConfig):
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self):
+        if self.decoder.generation != GenerationDefaults():
+            raise ValueError("set generation of the whole model, not decoder.generation")
         widths = [part.table_width for part in (self.encoder, self.decoder) if isinstance(part, TextConfig)]
         if self.shared_embedding and (len(widths) < 2 or widths[0] != widths[1]):
             raise ValueError(
@@ -97,7 +98,7 @@ class Seq2SeqConfig(ModelConfig):
         return d.token_flops(vocab_size, length) + cross + encoding
 
 
-class Seq2Seq(nn.Module):
+class Seq2Seq(Model):
     """An encoder-decoder: maps a source and target tokens to next-token logits.
 
     Attributes:
@@ -117,15 +118,10 @@ class Seq2Seq(nn.Module):
         self,
         source: Array,
         source_segments: Int[Array, "B S"] | None = None,
+        *,
         deterministic: bool = True,
     ) -> EncoderOutput:
-        """Return the encoder output that the decoder cross-attends to.
-
-        Args:
-          source: token ids (B, S), or images or audio features (B, S, ...).
-          source_segments: 0 at padding; None means no padding.
-          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
-        """
+        """Return the encoder output that the decoder cross-attends to; see `Model`."""
         if source_segments is None:
             source_segments = jnp.ones_like(source[(..., *(0,) * (source.ndim - 2))], jnp.int32)
         source_segments = constrain(source_segments, "batch", "sequence")
@@ -137,43 +133,21 @@ class Seq2Seq(nn.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: DecoderCache | None = None,
-        deterministic: bool = True,
+        *,
         source: Array | None = None,
         source_segments: Int[Array, "B S"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
-        """Return the decoder's activations before the logits, and the updated cache.
+        cache: DecoderCache | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T E"] | tuple[Float[Array, "B T E"], DecoderCache]:
+        """Return the decoder's activations before the logits; see `Model`."""
+        options: dict[str, Any] = {"cache": cache, "deterministic": deterministic}
+        if source is not None:
+            options["memory"] = self.encode(source, source_segments, deterministic=deterministic)
+        return self.decoder.hidden(tokens, segment_ids, positions, **options)
 
-        See `Decoder.hidden` and `encode`. If `source` is None, the cache must hold the keys and
-        values of the encoder output.
-        """
-        memory = None if source is None else self.encode(source, source_segments, deterministic)
-        return self.decoder.hidden(tokens, segment_ids, positions, cache, deterministic, memory)
-
-    def __call__(
-        self,
-        tokens,
-        segment_ids=None,
-        positions=None,
-        cache=None,
-        deterministic=True,
-        **source,
-    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], DecoderCache | None]:
-        """Return next-token logits, with a cache also the updated cache; see `hidden`."""
-        x, new_cache = self.hidden(tokens, segment_ids, positions, cache, deterministic, **source)
-        out = self.logits_of(x)
-        return out if cache is None else (out, new_cache)
-
-    def loss_terms(
-        self, tokens, targets, segment_ids=None, positions=None, deterministic=True, **source
-    ) -> LossTerms:
-        """Return each token's loss terms; see `Decoder.loss_terms`."""
-        x, _ = self.hidden(tokens, segment_ids, positions, None, deterministic, **source)
-        return self.decoder.loss_terms_of(x, targets)
-
-    def logits_of(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        """Return the logits of activations from `hidden`."""
-        return self.decoder.logits_of(x)
+    def readout_weights(self):
+        """See `Model.readout_weights`."""
+        return self.decoder.readout_weights()
 
     def init_cache(self, batch: int, slots: int) -> DecoderCache:
         """See `DecoderConfig.empty_cache`."""

@@ -2,20 +2,21 @@
 
 from dataclasses import dataclass, field
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import Bidirectional, EncoderOutput, LayerSpec, NoPositions, SequenceInputs
+from attnlab.layers.attention import EncoderOutput, SequenceInputs
 from attnlab.layers.convolution import Convolution1d
-from attnlab.layers.dropout import Dropout
 from attnlab.layers.feed_forward import ACTIVATIONS
+from attnlab.layers.linear import Dropout, parameter
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.parameters import parameter
-from attnlab.models.base import SourceConfig, TokenFlops, TransformerConfig
+from attnlab.layers.specs import Bidirectional, LayerSpec
+from attnlab.models.config import Model, SourceConfig, TransformerConfig
+from attnlab.models.decoder import layer_stack
+from attnlab.models.flops import TokenFlops
 from attnlab.sharding import constrain
 
 
@@ -72,7 +73,7 @@ class SpeechEncoderConfig(TransformerConfig, SourceConfig):
         return self.layer_flops(positions) * positions + TokenFlops(2.0 * convolutions, 0.0)
 
 
-class SpeechEncoder(nn.Module):
+class SpeechEncoder(Model):
     """A speech encoder with one output vector per two frames.
 
     Attributes:
@@ -88,7 +89,7 @@ class SpeechEncoder(nn.Module):
             c.mels, c.width, 3, ("window", "mlp"), std, True, c.dtypes, padding=1
         )
         self.convolution2 = Convolution1d(c.width, c.width, 3, ("mlp", "embed"), std, True, c.dtypes, 2, 1)
-        self.layers = c.stack(NoPositions())
+        self.layers = layer_stack(c)
         self.norm = c.norm.build(c.dtypes)
         self.drop = Dropout(c.dropout)
         # A constant, but a parameter, because Whisper's checkpoints contain it.
@@ -100,7 +101,8 @@ class SpeechEncoder(nn.Module):
     def encode(
         self,
         source: Float[Array, "B S mels"],
-        source_segments: Int[Array, "B S"],
+        source_segments: Int[Array, "B S"] | None = None,
+        *,
         deterministic: bool = True,
     ) -> EncoderOutput:
         """Return the encoder output of log-mel frames; `source_segments` is 0 at padding.
@@ -114,6 +116,8 @@ class SpeechEncoder(nn.Module):
                 f"the encoder accepts at most {c.frames} frames of {c.mels} mels, not {source.shape[1]} of "
                 f"{source.shape[2]}"
             )
+        if source_segments is None:
+            source_segments = jnp.ones_like(source[..., 0], jnp.int32)
         gelu, valid = ACTIVATIONS["gelu_exact"], (source_segments > 0)[..., None]
         # Zero the padding before and between the convolutions, so that it does not affect the
         # output.

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import DecoderCache
+from attnlab.errors import check_fields
 from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Linear
-from attnlab.models.base import TokenFlops
+from attnlab.models.flops import TokenFlops
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from attnlab.models.vit import ViTConfig
 from attnlab.sharding import constrain
@@ -56,6 +57,10 @@ class VisionLanguageConfig(Seq2SeqConfig):
     image_token_id: int | None = None
     prompt_suffix: str | None = None
     bidirectional_prompt: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, "image_token_id", least=0)
 
     @property
     def num_image_tokens(self) -> int:
@@ -110,7 +115,7 @@ class VisionLanguageModel(Seq2Seq):
         return Linear((inputs,), (d.width,), axes, d.init.hidden_std(inputs), c.projector.bias, d.dtypes)
 
     def encode(
-        self, source: Array, source_segments: Int[Array, "B S"] | None = None, deterministic: bool = True
+        self, source: Array, source_segments: Int[Array, "B S"] | None = None, *, deterministic: bool = True
     ) -> EncoderOutput:
         """Return the image tokens of the decoder; see `Seq2Seq.encode` for the arguments."""
         c, first = self.config, self.config.encoder.num_prefix_tokens
@@ -127,22 +132,23 @@ class VisionLanguageModel(Seq2Seq):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: DecoderCache | None = None,
-        deterministic: bool = True,
+        *,
         source: Array | None = None,
         source_segments: Int[Array, "B S"] | None = None,
+        cache: DecoderCache | None = None,
+        deterministic: bool = True,
         prompt: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T E"], DecoderCache | None]:
-        """Return the activations of the text tokens before the logits, and the updated cache.
+    ) -> Float[Array, "B T E"] | tuple[Float[Array, "B T E"], DecoderCache]:
+        """Return the activations of the text tokens before the logits; see `Model`.
 
         Args:
           tokens: token ids, with `config.image_token_id` at the positions of patches.
           segment_ids: 0 at padding; None means no padding.
           positions: position of each text token, not counting image tokens before the text.
-          cache: KV cache of the preceding tokens; it must include the image if `source` is None.
-          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
           source: images, (B, height, width, channels).
           source_segments: 0 at padding rows of pixels; None means no padding.
+          cache: KV cache of the preceding tokens; it must include the image if `source` is None.
+          deterministic: see `Model`.
           prompt: 1 at tokens that attend to each other in both directions, if
             `config.bidirectional_prompt`; None means the image tokens, and with a cache all
             `tokens`.
@@ -151,21 +157,24 @@ class VisionLanguageModel(Seq2Seq):
         if positions is not None:
             positions = positions + n
         if source is None:
-            return self.decoder.hidden(tokens, segment_ids, positions, cache, deterministic)
-        image = self.encode(source, source_segments, deterministic)
+            return self.decoder.hidden(
+                tokens, segment_ids, positions, cache=cache, deterministic=deterministic
+            )
+        image = self.encode(source, source_segments, deterministic=deterministic)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
-            positions = n + jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
+            positions = n + jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32) - 1, 0)
         tokens, segment_ids, positions = (
             constrain(a, "batch", "sequence") for a in (tokens, segment_ids, positions)
         )
         if c.image_token_id is None:
             is_image = jnp.zeros_like(tokens, bool)
-            x = self.decoder.embed(tokens, positions, deterministic)
+            x = self.decoder.embed(tokens, positions, deterministic=deterministic)
         else:
             is_image = tokens == c.image_token_id
-            x = self.decoder.embed(jnp.where(is_image, 0, tokens), positions, deterministic)
+            text = jnp.where(is_image, 0, tokens)
+            x = self.decoder.embed(text, positions, deterministic=deterministic)
             image_index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image.hidden.shape[1] - 1)
             placed = jax.vmap(lambda rows, i: rows[i])(image.hidden, image_index)
             x = jnp.where(is_image[..., None], constrain(placed, "batch", "sequence", None), x)
@@ -178,16 +187,10 @@ class VisionLanguageModel(Seq2Seq):
             x, segment_ids, positions = (jnp.concatenate(pair, axis=1) for pair in pairs)
             prompt = jnp.concatenate([image.segments, prompt], axis=1)
             tokens = jnp.concatenate([jnp.zeros_like(image.segments), tokens], axis=1)
-        x, cache = self.decoder.hidden(
-            tokens,
-            segment_ids,
-            positions,
-            cache,
-            deterministic,
-            embedded=x,
-            bidirectional_ids=prompt if c.bidirectional_prompt else None,
-        )
-        return x[:, n:], cache
+        ids = prompt if c.bidirectional_prompt else None
+        options = {"deterministic": deterministic, "embedded": x, "bidirectional_ids": ids}
+        x = self.decoder.hidden(tokens, segment_ids, positions, cache=cache, **options)
+        return x[:, n:] if cache is None else (x[0][:, n:], x[1])
 
     def init_cache(self, batch: int, slots: int) -> DecoderCache:
         """See `DecoderConfig.empty_cache`; adds slots for image tokens before the text."""

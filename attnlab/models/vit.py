@@ -4,20 +4,21 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import Bidirectional, EncoderOutput, LayerSpec, NoPositions, SequenceInputs
-from attnlab.layers.dropout import Dropout
+from attnlab.layers.attention import EncoderOutput, SequenceInputs
 from attnlab.layers.experts import ExpertsConfig
-from attnlab.layers.linear import Bias, Embedding
+from attnlab.layers.linear import Bias, Dropout, Embedding
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.patches import PatchEmbedding, resize_positions
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Pool, Pooling, pooled_width
-from attnlab.layers.readout import LossTerms, logits, token_loss_terms
-from attnlab.models.base import SourceConfig, TokenFlops, TransformerConfig
+from attnlab.layers.readout import LossTerms
+from attnlab.layers.specs import Bidirectional, LayerSpec
+from attnlab.models.config import Model, SourceConfig, TransformerConfig
+from attnlab.models.decoder import layer_stack
+from attnlab.models.flops import TokenFlops
 from attnlab.sharding import batch_zeros, constrain
 
 
@@ -122,7 +123,7 @@ class ViTConfig(TransformerConfig, SourceConfig):
         return self.layer_flops(tokens) * tokens + TokenFlops(2.0 * self.width * pixels, 0.0)
 
 
-class ViT(nn.Module):
+class ViT(Model):
     """A Vision Transformer: maps images to patch activations, a pooled vector and class logits.
 
     Attributes:
@@ -153,7 +154,7 @@ class ViT(nn.Module):
             self.mask_token = table(1)
         if c.embedding_norm:
             self.embedding_norm = c.norm.build(c.dtypes)
-        self.layers = c.stack(NoPositions())
+        self.layers = layer_stack(c)
         self.norm = c.norm.build(c.dtypes)
         self.drop = Dropout(c.dropout)
         self.pool = Pool(c.pooling, c.num_prefix_tokens, c.attention, c.feed_forward, c.norm, std, c.dtypes)
@@ -173,10 +174,19 @@ class ViT(nn.Module):
         masked: Bool[Array, "B patches"] | None,
         deterministic: bool,
     ) -> EncoderOutput:
-        """Return the input of the first layer: class tokens, registers, then patches row by row."""
+        """Return the input of the first layer: class tokens, registers, then patches row by row.
+
+        Raises:
+          InputError: the images are smaller than a patch, or have other channels than the config.
+        """
         c = self.config
-        b, *sides, _ = images.shape
+        b, *sides, channels = images.shape
         rows, columns = (side // p for side, p in zip(sides, c.patch, strict=True))
+        if not (rows and columns and channels == c.image[2]):
+            raise InputError(
+                f"images of {sides[0]}x{sides[1]} pixels with {channels} channels do not fit the model, "
+                f"whose patches are {c.patch[0]}x{c.patch[1]} with {c.image[2]} channels"
+            )
         x = self.patches(images[:, : rows * c.patch[0], : columns * c.patch[1]])
         if c.mask_token:
             hidden = jnp.zeros((b, 1, 1)) if masked is None else masked[..., None]
@@ -211,22 +221,23 @@ class ViT(nn.Module):
 
     def encode(
         self,
-        images: Float[Array, "B height width channels"],
-        segments: Int[Array, "B height"] | None = None,
+        source: Float[Array, "B height width channels"],
+        source_segments: Int[Array, "B height"] | None = None,
+        *,
+        deterministic: bool = True,
         masked: Bool[Array, "B patches"] | None = None,
         final_norm: bool = True,
-        deterministic: bool = True,
     ) -> EncoderOutput:
         """Return the last layer's tokens: `config.num_prefix_tokens` tokens, then the patches.
 
         Args:
-          images: images of any size of at least one patch.
-          segments: 0 at padding rows of pixels; None means no padding.
+          source: images of any size of at least one patch.
+          source_segments: 0 at padding rows of pixels; None means no padding.
+          deterministic: see `Model`.
           masked: true at patches that the mask token replaces; None masks no patch.
           final_norm: whether to apply the final norm.
-          deterministic: disable dropout; otherwise an rng named "dropout" is needed.
         """
-        tokens = self.embed(images, segments, masked, deterministic)
+        tokens = self.embed(source, source_segments, masked, deterministic)
         positions = jnp.zeros_like(tokens.segments) + jnp.arange(tokens.segments.shape[1])[None]
         x, _ = self.layers(tokens.hidden, None, SequenceInputs(tokens.segments, positions), deterministic)
         if self.config.placement != "post":  # with "post", the last block already ends with a norm
@@ -240,48 +251,45 @@ class ViT(nn.Module):
         return self.pool(tokens)
 
     def hidden(
-        self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
+        self,
+        tokens: Int[Array, "B 1"],
+        segment_ids: Int[Array, "B 1"] | None = None,
+        positions: Int[Array, "B 1"] | None = None,
+        *,
+        source: Float[Array, "B height width channels"],
+        source_segments: Int[Array, "B height"] | None = None,
+        deterministic: bool = True,
     ) -> Float[Array, "B patches E"]:
         """Return the activations of `encode` for the images of a batch; its tokens are ignored."""
         del tokens, segment_ids, positions
         return self.encode(source, source_segments, deterministic=deterministic).hidden
 
-    def __call__(
-        self, tokens, segment_ids=None, positions=None, source=None, source_segments=None, deterministic=True
-    ) -> Float[Array, "B 1 V"]:
-        """Return the class logits of each image, or the pooled vector if there is no head."""
-        x = self.pooled(self.encode(source, source_segments, deterministic=deterministic))
-        return self.classify(x) if self.classes else x
+    def features(
+        self, tokens, segment_ids=None, positions=None, *, source, source_segments=None, deterministic=True
+    ) -> Float[Array, "B 1 pooled"]:
+        """Return the pooled vector of each image."""
+        del tokens, segment_ids, positions
+        return self.pooled(self.encode(source, source_segments, deterministic=deterministic))
 
-    def classify(self, pooled: Float[Array, "B 1 pooled"]) -> Float[Array, "B 1 V"]:
-        """Return the class logits of vectors from `pooled`."""
-        return logits(self._scaled(pooled), *self._readout())
+    def logits_of(self, x: Float[Array, "B 1 pooled"]) -> Float[Array, "B 1 V"]:
+        """Return the class logits of pooled vectors, or the vectors if there is no head."""
+        return super().logits_of(self._scaled(x)) if self.classes else x
 
-    def loss_terms(
-        self,
-        tokens,
-        targets: Int[Array, "B 1"],
-        segment_ids=None,
-        positions=None,
-        source=None,
-        source_segments=None,
-        deterministic=True,
-    ) -> LossTerms:
-        """Return each image's loss terms.
+    def loss_terms_of(self, x: Float[Array, "B 1 pooled"], targets: Int[Array, "B 1"]) -> LossTerms:
+        """Return the loss terms of pooled vectors.
 
         Raises:
           InputError: the model has no head.
         """
         if not self.classes:
             raise InputError("a ViT with model.classes=0 has no head to train")
-        x = self.pooled(self.encode(source, source_segments, deterministic=deterministic))
-        return token_loss_terms(self._scaled(x), targets, *self._readout())
+        return super().loss_terms_of(self._scaled(x), targets)
 
     def _scaled(self, pooled: Float[Array, "B 1 pooled"]) -> Float[Array, "B 1 pooled"]:
         return pooled * jnp.asarray(self.config.init.readout_scale(self.config.width), pooled.dtype)
 
-    def _readout(self):
-        """Return the table, bias, softcap and dtype of the logits.
+    def readout_weights(self):
+        """See `Model.readout_weights`.
 
         The two heads of a distilled model are combined into one of twice the width.
         """

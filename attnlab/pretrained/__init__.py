@@ -49,7 +49,7 @@ def load(
         puts all parameters on one device.
       dtypes: dtypes of parameters, computation and logits.
       unrolled: store the parameters of each layer separately instead of stacked, which makes
-        generation on a CPU faster; see `ModelConfig.unrolled`.
+        generation on a CPU faster; see `TransformerConfig.unrolled`.
 
     Raises:
       InputError: the checkpoint does not exist, its model type or a config field is not supported,
@@ -58,7 +58,7 @@ def load(
     folder = resolve(name)
     family, config = import_export.read_config(folder)
     config = config.with_dtypes(dtypes)
-    config = config.unrolled() if unrolled else config
+    config = config.with_unrolled_layers() if unrolled else config
     params = import_export.read_params(folder, family, import_export.abstract_params(config, mesh))
     return Pretrained(config.build(1), params, import_export.read_tokenizer(folder))
 

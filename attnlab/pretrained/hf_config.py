@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from attnlab.attention import positions
-from attnlab.errors import InputError
+from attnlab.errors import InputError, shorten
 from attnlab.layers import Causal, LayerSpec, Rotary, Sliding
 from attnlab.models import GenerationDefaults
+from attnlab.pretrained import rope
+from attnlab.pretrained.field_types import EXPECTED
+from attnlab.untrusted import Fields
 
 ACTIVATIONS = {
     "gelu": "gelu_exact",
@@ -27,10 +29,12 @@ GENERATION_FIELDS = (
     "begin_suppress_tokens",
     "bad_words_ids",
 )
+# Fields that may be in either file; `generation_config.json` goes first.
+SHARED_GENERATION_FIELDS = ("decoder_start_token_id", "eos_token_id")
 HF_ACTIVATION_NAMES = {param: hf_name for hf_name, param in reversed(ACTIVATIONS.items())}
 
 
-class HFConfig(Mapping):
+class HFConfig(Fields):
     """The fields of a `config.json`, with conversions that several families share.
 
     Args:
@@ -39,27 +43,16 @@ class HFConfig(Mapping):
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str):
-        self._fields, self._where = fields, where
+        super().__init__(fields, where, EXPECTED)
         self.require("quantization_config", None)
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._fields:
-            raise InputError(f"{self._where} lacks {name!r}")
-        return self._fields[name]
+    def changed(self, **fields: Any) -> "HFConfig":
+        """Return a config with other values of these fields."""
+        return HFConfig({**self._fields, **fields}, self._where)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._fields
-
-    def __iter__(self):
-        return iter(self._fields)
-
-    def __len__(self) -> int:
-        return len(self._fields)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a field, or the default if it is absent or null."""
-        value = self._fields.get(name)
-        return default if value is None else value
+    def with_defaults(self, **fields: Any) -> "HFConfig":
+        """Return a config with these values of fields that are absent or null."""
+        return self.changed(**{name: self.get(name, value) for name, value in fields.items()})
 
     def part(self, name: str, defaults: Mapping[str, Any] | None = None, **changes: Any) -> "HFConfig":
         """Return the nested config of a submodel, such as `text_config`.
@@ -80,7 +73,8 @@ class HFConfig(Mapping):
         if name in self._fields and self._fields[name] not in allowed:
             supported = " or ".join(map(repr, allowed))
             raise InputError(
-                f"{self._where}: {name}={self._fields[name]!r} is not supported; it may be {supported}"
+                f"{self._where}: {name}={shorten(repr(self._fields[name]))} is not supported; "
+                f"it may be {supported}"
             )
 
     def generation_defaults(self, decoder_start_token_id: int | None = None) -> GenerationDefaults:
@@ -90,8 +84,7 @@ class HFConfig(Mapping):
           InputError: `bad_words_ids` with a sequence of several tokens, or a forced last token
             other than the end token.
         """
-        end, words = self.get("eos_token_id"), self.get("bad_words_ids", ())
-        ends = end if isinstance(end, list) else [end]
+        ends, words = self.eos_token_ids, self.get("bad_words_ids", ())
         if any(len(word) != 1 for word in words):
             raise InputError(f"{self._where}: bad_words_ids of several tokens are not supported")
         self.require("forced_eos_token_id", None, *ends)
@@ -102,11 +95,19 @@ class HFConfig(Mapping):
             suppress_tokens=(*self.get("suppress_tokens", ()), *(t for (t,) in words if t not in ends)),
             begin_suppress_tokens=tuple(self.get("begin_suppress_tokens", ())),
             forced_eos=self.get("forced_eos_token_id") is not None,
+            eos_token_ids=ends,
         )
 
-    def activation(self, *names: str) -> Any:
-        """Return the activation named by the first of these fields that is present."""
-        name = next((name for name in names if name in self._fields), names[0])
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end tokens, of the nested text model if this config has none."""
+        nested = [Fields(self.get(name, {}), self._where, EXPECTED) for name in ("decoder", "text_config")]
+        ends = (fields.get("eos_token_id") for fields in (self, *nested))
+        end = next((end for end in ends if end is not None), ())
+        return tuple(end) if isinstance(end, list | tuple) else (end,)
+
+    def activation(self, name: str) -> Any:
+        """Return the activation that this field names."""
         if self[name] not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise InputError(f"{self._where}: {name}={self[name]!r} is not supported; supported: {known}")
@@ -140,53 +141,10 @@ class HFConfig(Mapping):
     def rotary(self, layer_type: str = "full_attention", theta: float = 10_000.0) -> Rotary:
         """Return the rotary embedding of a layer type.
 
-        Reads `rope_parameters`, or the fields of older configs (`rope_theta`, `rope_scaling`,
-        `rope_local_base_freq`).
+        Reads `rope_parameters`, or the fields of older configs: see `rope.rotary`.
 
         Args:
           layer_type: selects the parameters in configs where layer types differ.
           theta: the base frequency if the config has none.
         """
-        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        rope = rope.get(layer_type) or rope
-        if layer_type == "sliding_attention" and "rope_local_base_freq" in self:
-            rope = {"rope_theta": self["rope_local_base_freq"]}
-        theta = rope.get("rope_theta") or self.get("rope_theta", theta)
-        fraction = rope.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)
-        return Rotary(float(theta), float(fraction), self._scaling(rope))
-
-    def _scaling(self, rope: Mapping[str, Any]) -> positions.Scaling | None:
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        length, name = self.get("max_position_embeddings"), "original_max_position_embeddings"
-        original: Any = rope.get(name) or self.get(name)
-        factor: Any = rope.get("factor")
-        if kind == "default":
-            return None
-        if kind == "linear":
-            return positions.LinearScaling(factor)
-        if kind == "dynamic":
-            return positions.DynamicNTK(factor, original or length)
-        if kind == "llama3":
-            return positions.Llama3(factor, original, rope["low_freq_factor"], rope["high_freq_factor"])
-        if kind == "yarn":
-            return self._yarn(rope, factor or length / original, original or length)
-        if kind in ("longrope", "su"):
-            short, long = (tuple(map(float, rope[name])) for name in ("short_factor", "long_factor"))
-            return positions.LongRoPE(short, long, original, factor or length / original)
-        raise InputError(
-            f"{self._where}: rope_type={kind!r} is not supported; supported: default, linear, dynamic, "
-            "llama3, yarn, longrope"
-        )
-
-    def _yarn(self, rope: Mapping[str, Any], factor: float, original: int) -> positions.YaRN:
-        for name in ("mscale", "mscale_all_dim"):
-            if rope.get(name):
-                raise InputError(f"{self._where}: yarn with {name} is not supported")
-        return positions.YaRN(
-            factor,
-            original,
-            fast=rope.get("beta_fast") or 32.0,
-            slow=rope.get("beta_slow") or 1.0,
-            truncate=rope.get("truncate", True),
-            temperature=rope.get("attention_factor"),
-        )
+        return rope.rotary(self, layer_type, theta, self._where)

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -11,27 +12,30 @@ import tokenizers
 from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from attnlab import sharding
+from attnlab import sharding, untrusted
 from attnlab.config import differences
 from attnlab.config.types import did_you_mean, short_name
 from attnlab.data import Tokenizer, preprocessor
 from attnlab.data.batch import batch_from_spec, batch_spec, source_kind
-from attnlab.data.tokenizer import CONFIG_FILE, EOS
-from attnlab.errors import InputError
+from attnlab.data.tokenizer import EOS
+from attnlab.data.tokenizer_files import CONFIG_FILE, check_settings, read_backend
+from attnlab.errors import InputError, shorten
 from attnlab.models import (
     ContrastiveConfig,
+    DecoderConfig,
     EncoderConfig,
     ModelConfig,
     Seq2SeqConfig,
     VisionLanguageConfig,
     ViTConfig,
 )
+from attnlab.models.canonical import canonical
 from attnlab.models.contrastive import EndOfText
 from attnlab.paths import write_atomically
-from attnlab.pretrained import repository, tensor_mapping, tensors, tokenizer_files
+from attnlab.pretrained import repository, tensor_mapping, tensors, ties, tokenizer_files
 from attnlab.pretrained.families import FAMILIES, Family
-from attnlab.pretrained.hf_config import GENERATION_FIELDS, HFConfig
-from attnlab.pretrained.tensor_mapping import TensorMapping
+from attnlab.pretrained.field_types import EXPECTED, check_against_tensors
+from attnlab.pretrained.hf_config import GENERATION_FIELDS, SHARED_GENERATION_FIELDS, HFConfig
 
 
 class FromScratch(NamedTuple):
@@ -48,6 +52,7 @@ class FromScratch(NamedTuple):
     preprocessor: Mapping[str, Any] | None = None
 
 
+TEMPLATE_BYTES = 1 << 20
 Origin: TypeAlias = epath.Path | FromScratch
 
 
@@ -57,19 +62,32 @@ def read_config(folder: epath.Path) -> tuple[Family, ModelConfig]:
     Raises:
       InputError: an unknown `model_type`, or an unsupported value of a field.
     """
-    fields = repository.read_json(folder / repository.CONFIG_FILE) | _read_generation_config(folder)
+    file = folder / repository.CONFIG_FILE
+    fields = repository.read_json(file) | _read_generation_config(folder)
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
-        known = f"{did_you_mean(str(model_type), FAMILIES)} Supported: {', '.join(sorted(FAMILIES))}"
-        raise InputError(f"{folder / repository.CONFIG_FILE}: no model_type {model_type!r}{known}")
-    hf_config = HFConfig(fields, str(folder / repository.CONFIG_FILE))
-    try:
-        config = FAMILIES[model_type].config(hf_config)
-        return FAMILIES[model_type].for_config(config), config
-    except InputError:
-        raise
-    except ValueError as error:  # raised by the config class
-        raise InputError(f"{folder / repository.CONFIG_FILE}: {error}") from error
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        hint = did_you_mean(shorten(str(model_type)), FAMILIES)
+        known = f"{hint} Supported: {', '.join(sorted(FAMILIES))}"
+        raise InputError(f"{file}: no model_type {shorten(repr(model_type))}{known}")
+    family, hf_config = FAMILIES[model_type], HFConfig(fields, str(file))
+    reader = repository.SafetensorsReader(folder) if repository.has_tensors(folder) else None
+    if reader is not None:
+        check_against_tensors(fields, reader.shapes(), str(file))
+    _check_architectures(family, hf_config)
+    with untrusted.one_line_errors(str(file)):
+        config = family.config(hf_config)
+        if isinstance(config, DecoderConfig):  # encoder-decoders read theirs with their start token
+            config = dataclasses.replace(config, generation=hf_config.generation_defaults())
+        config = config if reader is None else ties.as_stored(reader, family, config)
+        return family.for_config(config), config
+
+
+def _check_architectures(family: Family, hf_config: HFConfig) -> None:
+    """Check that a checkpoint has no other head than the one that its family reads."""
+    other = r"\w*For(?!CausalLM|ConditionalGeneration)\w+"
+    names = hf_config.get("architectures", ())
+    if isinstance(family.architecture, str) and any(re.fullmatch(other, str(name)) for name in names):
+        hf_config.require("architectures", [family.architecture])
 
 
 def _read_generation_config(folder: epath.Path) -> dict[str, Any]:
@@ -77,14 +95,14 @@ def _read_generation_config(folder: epath.Path) -> dict[str, Any]:
 
     Newer checkpoints store these fields there and not in `config.json`. If the file exists, its
     `GENERATION_FIELDS` replace all of those in `config.json`, even absent ones.
-    `decoder_start_token_id` may be in either file.
+    `SHARED_GENERATION_FIELDS` may be in either file.
     """
     file = folder / repository.GENERATION_CONFIG_FILE
     if not file.exists():
         return {}
     generation = repository.read_json(file)
-    start = {name: generation[name] for name in ("decoder_start_token_id",) if name in generation}
-    return start | {name: generation.get(name) for name in GENERATION_FIELDS}
+    shared = {name: generation[name] for name in SHARED_GENERATION_FIELDS if name in generation}
+    return shared | {name: generation.get(name) for name in GENERATION_FIELDS}
 
 
 def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
@@ -101,26 +119,15 @@ def read_params(folder: epath.Path, family: Family, abstract: Any) -> Any:
     """
     reader = repository.SafetensorsReader(folder)
     shapes = reader.shapes()
-    mappings = [_with_checkpoint_name(mapping, family, shapes) for mapping in family.tensors]
-    slices = tensor_mapping.tensor_slices(mappings, abstract)
+    slices = ties.stored_slices(tensor_mapping.tensor_slices(family.tensors, abstract), family, shapes)
 
     def is_zero(name: str) -> bool:
         return name not in shapes and tensor_mapping.matches(family.optional_zero_tensors, name)
 
     slices = [piece for piece in slices if not is_zero(piece.hf_name)]
-    tensor_mapping.check(slices, shapes, family.ignored, str(folder))
+    copies = ties.check_copies(reader, slices, family, str(folder))
+    tensor_mapping.check(slices, shapes, (*family.ignored, *map(re.escape, copies)), str(folder))
     return tensors.load_params(reader, slices, abstract)
-
-
-def _with_checkpoint_name(mapping: TensorMapping, family: Family, names: Collection[str]) -> TensorMapping:
-    """Adapt a mapping to the tensor names of a checkpoint without a head or of an older version."""
-    hf_name = mapping.hf_name
-    if not any(name.startswith(family.prefix) for name in names):
-        hf_name = hf_name.removeprefix(family.prefix)
-    for new, old in family.renamed_prefixes:
-        if any(old in name for name in names):
-            hf_name = hf_name.replace(new, old)
-    return dataclasses.replace(mapping, hf_name=hf_name)
 
 
 def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
@@ -129,48 +136,55 @@ def read_tokenizer(folder: epath.Path) -> Tokenizer | None:
     Raises:
       InputError: files that cannot be read.
     """
-    file, template = folder / "tokenizer.json", folder / "chat_template.jinja"
     settings: dict[str, Any] = {}
-    source_target_tokenizers = None
     for name in ("special_tokens_map.json", CONFIG_FILE):
         settings |= repository.read_json(folder / name) if (folder / name).exists() else {}
-    if template.exists():
-        settings["chat_template"] = template.read_text()
-    if file.exists():
-        try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text())
-        except Exception as error:  # the library raises plain Exceptions
-            raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
+    if (template := folder / "chat_template.jinja").exists():
+        settings["chat_template"] = untrusted.read_text(template, TEMPLATE_BYTES)
+    check_settings(settings, str(folder / CONFIG_FILE))
+    if (file := folder / "tokenizer.json").exists():
+        backend, source_target_tokenizers = read_backend(file), None
     else:
-        model_type = repository.read_json(folder / repository.CONFIG_FILE)["model_type"]
-        parts = tokenizer_files.read(folder, settings, model_type)
+        model_type = str(repository.read_json(folder / repository.CONFIG_FILE).get("model_type"))
+        with untrusted.one_line_errors(str(folder)):
+            parts = tokenizer_files.read(folder, settings, model_type)
         if parts is None:
             return None
         backend, settings, source_target_tokenizers = parts
     if "eos_token" not in settings:
         settings["eos_token"] = _eos_by_id(folder, backend)
-    return Tokenizer(backend, settings, source_target_tokenizers)
+    with untrusted.one_line_errors(str(folder)):
+        return Tokenizer(backend, settings, source_target_tokenizers)
 
 
 def _eos_by_id(folder: epath.Path, backend: tokenizers.Tokenizer) -> str | None:
     """Return the end-of-text token from `eos_token_id` of the model's config."""
-    eos_id = repository.read_json(folder / repository.CONFIG_FILE).get("eos_token_id")
-    eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
+    file = folder / repository.CONFIG_FILE
+    eos_id = untrusted.Fields(repository.read_json(file), str(file), EXPECTED).get("eos_token_id")
+    eos_id = next(iter(eos_id), None) if isinstance(eos_id, list) else eos_id
     return None if eos_id is None else backend.id_to_token(eos_id)
 
 
 def copy_non_tensor_files(source: epath.Path, target: epath.Path) -> None:
-    """Copy the config, tokenizer and preprocessor files of a checkpoint, without its tensors."""
+    """Copy the config, tokenizer and preprocessor files of a checkpoint, without its tensors.
+
+    Files that cannot be one of them, because they are too large or not regular, are not copied.
+
+    Raises:
+      InputError: one of them is a symlink to a file outside the folder.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if (
-            file.suffix in (".json", ".jinja", ".model", ".spm", ".txt")
-            and file.name != repository.INDEX_FILE
-        ):
-            file.copy(target / file.name, overwrite=True)
-    for file in source.glob(f"*_*/{repository.CONFIG_FILE}"):  # modules of a sentence encoder
-        (target / file.parent.name).mkdir(exist_ok=True)
-        file.copy(target / file.parent.name / file.name, overwrite=True)
+    files = [
+        file.name
+        for file in source.iterdir()
+        if file.suffix in (".json", ".jinja", ".model", ".spm", ".txt") and file.name != repository.INDEX_FILE
+    ]
+    # Modules of a sentence encoder.
+    files += [f"{file.parent.name}/{file.name}" for file in source.glob(f"*_*/{repository.CONFIG_FILE}")]
+    for name in files:
+        if untrusted.is_regular(source / name):
+            untrusted.check_link(source, source / name)
+            write_atomically(target / name, untrusted.read_bytes(source / name))
 
 
 def hf_config_fields(config: ModelConfig, length: int) -> dict[str, Any]:
@@ -213,10 +227,21 @@ def hf_config_fields(config: ModelConfig, length: int) -> dict[str, Any]:
 
 
 def _config_differences(before: ModelConfig, after: ModelConfig) -> list[str]:
-    """List the config fields in which two models differ, with defaults filled in."""
+    """List the config fields in which two models differ, with defaults filled in.
+
+    End tokens are not compared: `write_checkpoint` writes those of the run.
+    """
     if type(before) is not type(after):
         return [f"model: {_class_name(before)} -> {_class_name(after)}"]
-    return differences(before.canonical(), after.canonical())
+    return differences(*(_with_eos_token_ids(canonical(config), ()) for config in (before, after)))
+
+
+def _with_eos_token_ids(config: ModelConfig, ids: tuple[int, ...]) -> ModelConfig:
+    """Return the config with other `GenerationDefaults.eos_token_ids`, if it has any."""
+    if not isinstance(config, DecoderConfig | Seq2SeqConfig):
+        return config
+    generation = dataclasses.replace(config.generation, eos_token_ids=ids)
+    return dataclasses.replace(config, generation=generation)
 
 
 def _class_name(config: ModelConfig) -> str:
@@ -253,6 +278,8 @@ def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origi
             )
     else:
         _, imported = read_config(origin)
+        tied = ties.is_tied(config)
+        imported = imported if tied is None else ties.with_tied(imported, tied)
         if changed := _config_differences(imported, config):
             message = "; ".join(changed)
             raise InputError(
@@ -262,6 +289,8 @@ def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origi
         fields = repository.read_json(temporary / repository.CONFIG_FILE)
     family = FAMILIES[fields["model_type"]].for_config(config)
     fields = family.keep_on_export(config, fields) if family.keep_on_export else fields
+    fields = _untied(fields, family) if ties.is_tied(config) is False else fields
+    _write_eos_token_ids(temporary, config, fields)
     fields |= {"architectures": [family.architecture_of(config)], "dtype": dtype_of(params)}
     fields.pop("torch_dtype", None)
     write_atomically(temporary / repository.CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
@@ -269,6 +298,26 @@ def write_checkpoint(folder: epath.Path, config: ModelConfig, params: Any, origi
     if folder.exists():
         folder.rmdir()
     temporary.rename(folder)
+
+
+def _untied(fields: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return the `config.json` of a model with a separate output table."""
+    for name in family.tie_fields:
+        part, dot, name = name.rpartition(".")
+        changed = {name: False}
+        fields = fields | ({part: fields[part] | changed} if dot else changed)
+    return fields
+
+
+def _write_eos_token_ids(folder: epath.Path, config: ModelConfig, fields: dict[str, Any]) -> None:
+    """Write all end tokens of a run to `generation_config.json`, unless its files have them."""
+    written = HFConfig(fields | _read_generation_config(folder), str(folder)).eos_token_ids
+    if set(config.generation.eos_token_ids) <= set(written):
+        return
+    file = folder / repository.GENERATION_CONFIG_FILE
+    generation = repository.read_json(file) if file.exists() else {}
+    generation["eos_token_id"] = list(dict.fromkeys((*written, *config.generation.eos_token_ids)))
+    write_atomically(file, json.dumps(generation, indent=2) + "\n")
 
 
 def _with_start_token(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

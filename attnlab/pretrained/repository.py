@@ -10,12 +10,15 @@ import safetensors
 from etils import epath
 from safetensors.numpy import save_file
 
+from attnlab import untrusted
 from attnlab.errors import InputError
 from attnlab.paths import write_atomically
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 CONFIG_FILE, SAFETENSORS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+EXPECTED_INDEX = {"weight_map": untrusted.mapping_of(untrusted.string())}
 MAX_SHARD_BYTES = 4 << 30  # bytes of tensors in one file
 
 
@@ -50,15 +53,14 @@ def read_json(file: epath.Path) -> dict[str, Any]:
     Raises:
       InputError: the file does not exist or does not contain a JSON object.
     """
-    try:
-        fields = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{file.parent} is not a checkpoint: it has no {file.name}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{file} is not a JSON object")
-    return fields
+    if not file.exists():
+        raise InputError(f"{file.parent} is not a checkpoint: it has no {file.name}")
+    return untrusted.read_object(file)
+
+
+def has_tensors(folder: epath.Path) -> bool:
+    """Return whether a folder has safetensors files."""
+    return any((folder / name).exists() for name in (INDEX_FILE, SAFETENSORS_FILE))
 
 
 class SafetensorsReader:
@@ -74,12 +76,15 @@ class SafetensorsReader:
     def __init__(self, folder: epath.Path):
         self._files: dict[str, epath.Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for file in _tensor_files(folder):
+            untrusted.check_regular(file)
             try:
                 with _open(file) as opened:
                     for name in opened.keys():  # noqa: SIM118 - not a dict
                         self._files[name] = file
                         self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+                        self._dtypes[name] = opened.get_slice(name).get_dtype()
             except (OSError, safetensors.SafetensorError) as error:
                 raise InputError(f"{file} cannot be read: {error}") from error
 
@@ -88,9 +93,22 @@ class SafetensorsReader:
         return dict(self._shapes)
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor."""
+        """Read a tensor of weights.
+
+        Raises:
+          InputError: it has no floating-point dtype, or only NaN.
+        """
+        if (dtype := self._dtypes[name]) not in WEIGHT_DTYPES:
+            quantized = "; quantised checkpoints are not supported" if dtype.startswith("F") else ""
+            raise InputError(
+                f"{self._files[name]}: {name} has dtype {dtype}; weights must have "
+                f"{', '.join(WEIGHT_DTYPES)}{quantized}"
+            )
         with _open(self._files[name]) as opened:
-            return opened.get_tensor(name)
+            tensor = opened.get_tensor(name)
+        if np.isnan(tensor.reshape(-1)[:1]).any() and np.isnan(tensor).all():
+            raise InputError(f"{self._files[name]}: all elements of {name} are NaN")
+        return tensor
 
 
 def _open(file: epath.Path) -> Any:
@@ -99,13 +117,15 @@ def _open(file: epath.Path) -> Any:
 
 def _tensor_files(folder: epath.Path) -> list[epath.Path]:
     if (folder / INDEX_FILE).exists():
-        names = set(read_json(folder / INDEX_FILE).get("weight_map", {}).values())
-        absent = sorted(name for name in names if not (folder / name).exists())
+        index = untrusted.Fields(read_json(folder / INDEX_FILE), str(folder / INDEX_FILE), EXPECTED_INDEX)
+        names = sorted(set(index["weight_map"].values()))
+        files = [untrusted.inside(folder, name) for name in names]
+        absent = [file.name for file in files if not file.exists()]
         if absent or not names:
             raise InputError(
                 f"{folder / INDEX_FILE} names missing files: {', '.join(absent) or 'no files at all'}"
             )
-        return [folder / name for name in sorted(names)]
+        return files
     if (folder / SAFETENSORS_FILE).exists():
         return [folder / SAFETENSORS_FILE]
     pickles = [name for name in PICKLE_FILES if (folder / name).exists()]

@@ -1,7 +1,6 @@
 """Sentence embeddings from sentence-transformers folders (Sentence-BERT, arXiv 1908.10084)."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +15,25 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from attnlab import pretrained, sharding
+from attnlab import pretrained, sharding, untrusted
 from attnlab.data import Tokenizer
+from attnlab.distributed.collectives import to_host
 from attnlab.errors import InputError
 from attnlab.layers import Dtypes
+from attnlab.layers.linear import check_ids
 from attnlab.models import EncoderConfig, FirstToken, Learned, MeanOfTokens
 from attnlab.models.heads import pool
 from attnlab.pretrained import repository
 from attnlab.pretrained.hf_config import HFConfig
 
+MODULES = untrusted.list_of(
+    untrusted.Expected(
+        'an object with strings "type" and "path"',
+        lambda x: isinstance(x, dict) and all(isinstance(x.get(key), str) for key in ("type", "path")),
+    ),
+    1,
+    10,
+)
 POOLINGS: dict[str, FirstToken | MeanOfTokens] = {
     "pooling_mode_cls_token": FirstToken(),
     "pooling_mode_mean_tokens": MeanOfTokens(),
@@ -71,6 +80,7 @@ class SentenceEncoder:
         tokens, segments = np.zeros((2, count, length), np.int32)
         for i, document in enumerate(documents):
             tokens[i, : len(document)], segments[i, : len(document)] = document, 1
+        check_ids(tokens, self.model.config.vocab_size)
         put: Any = jnp.asarray
         if self.mesh is not None:
             put = partial(
@@ -78,7 +88,7 @@ class SentenceEncoder:
             )
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             static = (self.model, self.pooling, self.normalize)
-            return np.asarray(_pooled(*static, self.params, put(tokens), put(segments)))[: len(documents)]
+            return to_host(_pooled(*static, self.params, put(tokens), put(segments)))[: len(documents)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -125,14 +135,14 @@ def _parts(folder: epath.Path) -> tuple[FirstToken | MeanOfTokens, bool]:
     file = folder / "modules.json"
     if not file.exists():
         raise InputError(f"{folder} is not a sentence encoder: it has no {file.name}")
-    parts = json.loads(file.read_text())
+    parts = untrusted.check(str(file), untrusted.read_json(file), MODULES)
     types = [part["type"].rpartition(".")[2] for part in parts]
     if types not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or parts[0]["path"]:
         names = ", ".join(types)
         raise InputError(
             f"{file}: modules {names} are not supported; supported: Transformer, Pooling, Normalize"
         )
-    file = folder / parts[1]["path"] / repository.CONFIG_FILE
+    file = untrusted.inside(folder, parts[1]["path"]) / repository.CONFIG_FILE
     chosen = [
         name for name, on in repository.read_json(file).items() if name.startswith("pooling_mode") and on
     ]

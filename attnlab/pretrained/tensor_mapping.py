@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from attnlab.errors import InputError
-from attnlab.layers.parameters import parameter_name
+from attnlab.layers.linear import parameter_name
 
 PART = "part"
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlab.layers.parameters import parameter_name
+from attnlab.layers.linear import parameter_name
 from attnlab.pretrained.repository import SafetensorsReader
 from attnlab.pretrained.tensor_mapping import TensorSlice, tensor_shapes
 

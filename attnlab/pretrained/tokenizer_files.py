@@ -1,6 +1,5 @@
 """Tokenizers of checkpoints without a `tokenizer.json`, built from their vocabulary files."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,9 +8,13 @@ import tokenizers
 from etils import epath
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from attnlab.errors import InputError
+from attnlab import untrusted
+from attnlab.data.tokenizer_files import read_vocabulary
+from attnlab.errors import InputError, shorten
 
 TokenizerConfig = dict[str, Any]
+MODEL_BYTES = 16 << 20  # of a SentencePiece model; the largest published ones have 5 MiB
+MAX_PIECE = 1024
 
 
 class TokenizerParts(NamedTuple):
@@ -54,7 +57,8 @@ def read(folder: epath.Path, settings: TokenizerConfig, model_type: str) -> Toke
         ),
     ):
         if (folder / name).exists():
-            parts = make(folder / name, kind or usual, settings)
+            with untrusted.one_line_errors(str(folder / name)):
+                parts = make(folder / name, kind or usual, settings)
             merged = parts.settings | {k: v for k, v in settings.items() if v is not None}
             _add_tokens(parts.backend, folder, merged)
             return parts._replace(settings=merged)
@@ -68,6 +72,11 @@ def _unsupported(file: epath.Path, kind: str, known: Sequence[str]) -> InputErro
     )
 
 
+def _lines(text: str) -> list[str]:
+    """Split at line feeds only: a word may be another line separator, such as U+2028."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
 def _text(token: Any) -> str:
     return token["content"] if isinstance(token, Mapping) else str(token)
 
@@ -77,14 +86,11 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Tok
     special = {_text(v) for k, v in settings.items() if k.endswith("_token") and isinstance(v, str | Mapping)}
     for name in ("additional_special_tokens", "extra_special_tokens"):
         special |= {_text(token) for token in settings.get(name) or ()}
-    numbered = {int(n): _text(token) for n, token in settings.get("added_tokens_decoder", {}).items()}
-    special |= {
-        _text(t)
-        for t in settings.get("added_tokens_decoder", {}).values()
-        if isinstance(t, Mapping) and t.get("special")
-    }
+    listed = settings.get("added_tokens_decoder") or {}
+    numbered = {int(n): _text(token) for n, token in listed.items()}
+    special |= {_text(t) for t in listed.values() if isinstance(t, Mapping) and t.get("special")}
     if (file := folder / "added_tokens.json").exists():
-        numbered |= {number: token for token, number in json.loads(file.read_text()).items()}
+        numbered |= {number: token for token, number in read_vocabulary(file).items()}
     for number, token in sorted(numbered.items()):
         backend.add_tokens([AddedToken(token, normalized=False, special=token in special)])
         if backend.token_to_id(token) != number:
@@ -94,10 +100,17 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: epath.Path, settings: Tok
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in inside])
 
 
+def _id(vocabulary: Mapping[str, int], token: str) -> int:
+    if token not in vocabulary:
+        raise InputError(f"the vocabulary lacks the special token {shorten(repr(token))}")
+    return vocabulary[token]
+
+
 def _set_template(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
     """Add a first and a last token to each text of a single or a pair."""
     ends = [token for token in (first, last) if token]
-    numbers = [(token, backend.token_to_id(token)) for token in dict.fromkeys(ends)]
+    vocabulary = backend.get_vocab()
+    numbers = [(token, _id(vocabulary, token)) for token in dict.fromkeys(ends)]
     single = [*filter(None, (first, "$A", last))]
     pair = [*single, *(f"{t}:1" for t in filter(None, (first, "$B", last)))]
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=numbers)
@@ -169,10 +182,13 @@ def _read_proto(file: epath.Path):
             'pip install "attnlab[sentencepiece]"'
         ) from error
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    data = untrusted.read_bytes(file, MODEL_BYTES)
     try:
-        proto.ParseFromString(file.read_bytes())
+        proto.ParseFromString(data)
     except Exception as error:  # exception types depend on the protobuf implementation
         raise InputError(f"{file} cannot be read as a SentencePiece model: {error}") from error
+    if any(len(piece.piece) > MAX_PIECE for piece in proto.pieces):
+        raise InputError(f"{file} has a piece of more than {MAX_PIECE} characters")
     return proto
 
 
@@ -209,7 +225,7 @@ def _marian(file: epath.Path, kind: str, settings: TokenizerConfig) -> Tokenizer
     if settings.get("separate_vocabs"):
         raise InputError(f"{file.parent}: separate_vocabs=True is not supported, only a joint vocab.json")
     known = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
-    vocabulary = json.loads((file.parent / "vocab.json").read_text())
+    vocabulary = read_vocabulary(file.parent / "vocab.json")
     unknown = _text(settings.get("unk_token") or known["unk_token"])
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown))
     around = decoders.Replace(Regex(r"\A\s+|\s+\z"), "")
@@ -241,7 +257,7 @@ def _word_piece(file: epath.Path, kind: str, settings: TokenizerConfig) -> Token
         raise _unsupported(file, kind, BERT_CLASSES)
     known = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
     token = {k: _text(settings.get(k) or v) for k, v in known.items()}
-    vocabulary = {word: number for number, word in enumerate(file.read_text().splitlines())}
+    vocabulary = {word: number for number, word in enumerate(_lines(untrusted.read_text(file)))}
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=token["unk_token"]))
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -265,8 +281,8 @@ def _byte_level(file: epath.Path, kind: str, settings: TokenizerConfig) -> Token
     }
     if kind not in makers:
         raise _unsupported(file, kind, tuple(makers))
-    vocabulary = json.loads((file.parent / "vocab.json").read_text())
-    lines = file.read_text().splitlines()
+    vocabulary = read_vocabulary(file.parent / "vocab.json")
+    lines = _lines(untrusted.read_text(file))
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     return makers[kind](vocabulary, merges, settings)
 
@@ -284,7 +300,7 @@ def _roberta(vocabulary, merges, settings: TokenizerConfig) -> TokenizerParts:
     known |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
     token = {k: _text(settings.get(k) or v) for k, v in known.items()}
     first, last = token["cls_token"], token["sep_token"]
-    ends = (last, vocabulary[last]), (first, vocabulary[first])
+    ends = (last, _id(vocabulary, last)), (first, _id(vocabulary, first))
     backend.post_processor = processors.RobertaProcessing(
         *ends, True, settings.get("add_prefix_space", False)
     )
@@ -317,6 +333,6 @@ def _clip(vocabulary, merges, settings: TokenizerConfig) -> TokenizerParts:
     )
     backend.decoder = decoders.ByteLevel()
     first, last = token["bos_token"], token["eos_token"]
-    ends = (last, vocabulary[last]), (first, vocabulary[first])
+    ends = (last, _id(vocabulary, last)), (first, _id(vocabulary, first))
     backend.post_processor = processors.RobertaProcessing(*ends, False, False)
     return TokenizerParts(backend, known)

@@ -1,10 +1,14 @@
 """The command line: parse flags, call the runner, and report each user error in one line."""
 
+import contextlib
 import importlib
+import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -12,13 +16,14 @@ import attnlab.runner.flags  # noqa: F401 - defines the flags
 from attnlab import config as configs
 from attnlab.config.tree import Override
 from attnlab.config.types import did_you_mean
-from attnlab.errors import InputError
+from attnlab.errors import InputError, StorageError
 from attnlab.provenance import version_line
 from attnlab.runner import sweep
+from attnlab.runner.bug_report import report_bug
 from attnlab.runner.command import invocation
-from attnlab.runner.request import FLAG_MODES, MODES, build_requests
+from attnlab.runner.exit_codes import ClaimsFailed, ExitCode, Stopped, memory_exhausted
+from attnlab.runner.request import FLAG_MODES, MODES, Request, build_requests
 
-EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 VERSION = ("--version", "-version")
 MODE_HELP = {
@@ -38,32 +43,80 @@ EXAMPLES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
+    """Run the command line, as one process of a job if there is one, and return its exit code."""
+    code = _run(argv)
+    if code in (ExitCode.DONE, ExitCode.CLAIM_FAILED, ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
+        if job := _job():
+            job.finish()
+    else:
+        _leave_job(code)
+    return code
 
-    Any user error prints one line on stderr and returns 2. A loss that is not finite prints one
-    line and returns 1. All other exceptions propagate with their traceback.
+
+def _job() -> Any:
+    """Return the module that connects this process to its job; None in a process alone."""
+    job = sys.modules.get("attnlab.distributed.start")  # imports JAX
+    return job if job is not None and job.in_job() else None
+
+
+def _leave_job(code: int) -> None:
+    """End this process if it is in a job whose other processes do not end together with it."""
+    if job := _job():
+        job.finish(f"it ended with exit code {code}")
+        sys.stdout.flush()
+        os._exit(code)  # a regular exit would wait for the other processes
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run the command line and return its exit code, an `ExitCode`.
+
+    Any user error, failing storage and a loss that is not finite print one line on stderr. Any
+    other exception is a bug: its traceback is written to a file, which one line names; with
+    ATTNLAB_DEBUG=1 it propagates.
     """
+    _print_any_text()
+    output = sys.stdout  # an experiment file may replace it, with None for example, or close it
     try:
         try:
             app.run(_main, argv=list(sys.argv if argv is None else argv), flags_parser=_parse)
         finally:
-            sys.stdout.flush()
+            output.flush()
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except flags.Error as error:
-        return _fail(_flag_error(error), EXIT_BAD_INPUT)
+        return _fail(_flag_error(error), ExitCode.BAD_INPUT)
     except InputError as error:
-        return _fail(f"error: {error}", EXIT_BAD_INPUT)
-    except FloatingPointError as error:
-        return _fail(f"error: {error}", EXIT_DIVERGED)
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+        return _fail(f"error: {error}", ExitCode.BAD_INPUT)
+    except (FloatingPointError, StorageError) as error:
+        return _fail(f"error: {error}", ExitCode.FAILED)
+    except ClaimsFailed as error:
+        return _fail(str(error), ExitCode.CLAIM_FAILED)
+    except Stopped as stopped:  # the run has printed how to resume it
+        return stopped.code
+    except KeyboardInterrupt:  # in this process alone
+        code = _fail("interrupted", ExitCode.INTERRUPTED)
+        _leave_job(code)
+        return code
     except BrokenPipeError:
         # The reader closed the pipe, as in `| head`. Python would report an error when it flushes
         # stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return ExitCode.BROKEN_PIPE
+    except BaseException as error:  # an experiment file may raise anything
+        if os.environ.get("ATTNLAB_DEBUG"):
+            raise
+        if output.closed:
+            return _fail("error: the experiment file closed the standard output", ExitCode.BAD_INPUT)
+        if memory_exhausted(error):
+            return _fail(f"error: does not fit into memory: {str(error)[:300]}", ExitCode.DOES_NOT_FIT)
+        return _fail(report_bug(error), ExitCode.FAILED)
     raise AssertionError("app.run returned")
+
+
+def _print_any_text() -> None:
+    """Let stdout escape characters that it cannot encode, as in file names that are not UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> int:
@@ -74,13 +127,15 @@ def _fail(message: str, code: int) -> int:
 def _flag_error(error: flags.Error) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         return f"error: unknown flag --{error.flagname}{did_you_mean(error.flagname, FLAG_MODES)}"
-    message = re.sub(r"invalid literal for int\(\).*", "expected an integer", str(error))
-    return "error: " + re.sub(r"could not convert string to float.*", "expected a number", message)
+    integer = r"(invalid literal for int\(\)|Exceeds the limit).*"
+    message = re.sub(integer, "expected an integer", str(error), flags=re.DOTALL)
+    message = re.sub(r"could not convert string to float.*", "expected a number", message, flags=re.DOTALL)
+    return "error: " + re.sub(r"=([^=]{60})[^=]+: expected", r"=\1...: expected", message)
 
 
 def _parse(argv: Sequence[str]) -> list[Override]:
     """Parse the flags into absl's FLAGS and return the config overrides."""
-    arguments = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+    arguments = _with_flag_files(argv)
     before_dashes = arguments[: arguments.index("--")] if "--" in arguments else arguments
     for argument in before_dashes[1:]:
         if argument in HELP:
@@ -95,6 +150,20 @@ def _parse(argv: Sequence[str]) -> list[Override]:
     if positional:
         raise InputError(f"unexpected argument {positional[0]!r}; arguments are flags, --name=value")
     return overrides
+
+
+def _with_flag_files(argv: Sequence[str]) -> list[str]:
+    """Return the arguments, each `--flagfile=FILE` replaced by the lines of its file."""
+    warnings = io.StringIO()  # absl only warns of a file that includes itself
+    try:
+        with contextlib.redirect_stderr(warnings):
+            arguments = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+    except (ValueError, RecursionError, flags.CantOpenFlagFileError) as error:
+        reason = str(error).removeprefix("ERROR:: Unable to open flagfile: ")
+        raise InputError(f"the --flagfile cannot be read: {reason}") from None
+    if warnings.getvalue():
+        raise InputError(f"the --flagfile includes itself: {warnings.getvalue().rpartition(': ')[2]}")
+    return arguments
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -134,9 +203,20 @@ def _main(overrides: list[Override]) -> int:
     requests = build_requests(values, present, overrides)
     runner = importlib.import_module("attnlab.runner.modes")  # imports JAX, so only after validation
     if requests[0].swept:
-        return sweep.run_all(requests, runner.run)
+        return _run_sweep(requests, runner.run)
     runner.run(requests[0])
-    return 0
+    return ExitCode.DONE
+
+
+def _run_sweep(requests: Sequence[Request], run: Callable[[Request], Any]) -> int:
+    """Run a sweep. A signal outside of training also ends it with the table of completed runs."""
+    stopping = importlib.import_module("attnlab.train.stopping")  # imports JAX
+    try:
+        with stopping.raise_on_signal(signal.SIGTERM, signal.SIGUSR1):
+            return sweep.run_all(requests, run)
+    except stopping.Terminated as stopped:
+        _leave_job(ExitCode.PREEMPTED)
+        raise Stopped(stopped.name) from None
 
 
 def help_text(program: str = "attnlab") -> str:

@@ -5,6 +5,8 @@ import shlex
 import shutil
 import sys
 
+from etils import epath
+
 
 def invocation(program: str | None = None) -> str:
     """Return the shell command that starts attnlab the way this process was started.
@@ -24,3 +26,8 @@ def invocation(program: str | None = None) -> str:
     if path in (name, shutil.which(name)):
         return name
     return shlex.quote(os.path.relpath(path))
+
+
+def resume_command(workdir: epath.Path) -> str:
+    """Return the command that resumes a run."""
+    return f"{invocation()} --workdir={shlex.quote(str(workdir))}"

@@ -8,8 +8,10 @@ import re
 
 from etils import epath
 
-from attnlab.errors import InputError
-from attnlab.paths import resolve_path
+from attnlab.errors import InputError, shorten
+from attnlab.paths import is_remote, resolve_path
+
+STEP = "[0-9]{1,18}"
 
 
 def resolve_folder(flag: str, text: str | None) -> epath.Path | None:
@@ -19,6 +21,14 @@ def resolve_folder(flag: str, text: str | None) -> epath.Path | None:
     if not text:
         raise InputError(f"--{flag} is empty")
     return resolve_path(text)
+
+
+def resolve_dump_folder(text: str | None) -> epath.Path | None:
+    """Return the absolute path of `--dump_hlo`, which XLA gets in the variable `XLA_FLAGS`."""
+    folder = resolve_folder("dump_hlo", text)
+    if folder is not None and (is_remote(folder) or re.search(r"\s", str(folder))):
+        raise InputError(f"--dump_hlo={folder}: expected a local folder without spaces in its path")
+    return folder
 
 
 def make_default_workdir(name: str) -> epath.Path:
@@ -43,20 +53,23 @@ def make_writable_folder(folder: epath.Path) -> None:
     """Create a folder with its parents, and check that it is writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except RecursionError:
+        raise InputError(f"cannot create the folder {str(folder)[:60]}...: too many nested folders") from None
     except OSError as error:
         raise InputError(f"cannot create the folder {folder}: {error.strerror or error}") from error
     if "://" not in str(folder) and not os.access(folder, os.W_OK):
         raise InputError(f"the folder {folder} is not writable")
 
 
-def parse_seconds(text: str | None) -> float | None:
-    """Parse a duration such as `90`, `90s`, `5m` or `1h`."""
+def parse_seconds(flag: str, text: str | None) -> float | None:
+    """Parse the duration of a flag, such as `90`, `90s`, `5m` or `1h`."""
     if text is None:
         return None
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    parts = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)([smh]?)", text.strip())
     seconds = float(parts[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parts[2]] if parts else 0
     if not 0 < seconds < math.inf:
-        raise InputError(f"--max_time={text}: expected a duration above 0, such as 90, 90s, 5m or 1h")
+        expected = "expected a duration above 0, such as 90, 90s, 5m or 1h"
+        raise InputError(f"--{flag}={shorten(text)}: {expected}")
     return seconds
 
 
@@ -64,9 +77,10 @@ def parse_profile(text: str | None) -> tuple[int, int] | None:
     """Parse `start:stop`, the half-open range of steps to trace."""
     if text is None:
         return None
-    parts = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    parts = re.fullmatch(f"({STEP}):({STEP})", text.strip())
     if not parts or not 1 <= int(parts[1]) < int(parts[2]):
-        raise InputError(f"--profile={text}: expected start:stop with 1 <= start < stop, such as 10:13")
+        expected = "expected start:stop with 1 <= start < stop, such as 10:13"
+        raise InputError(f"--profile={shorten(text)}: {expected}")
     return int(parts[1]), int(parts[2])
 
 
@@ -74,9 +88,17 @@ def parse_checkpoint(text: str) -> str | int:
     """Parse `latest`, `best` or a step number."""
     if text in ("latest", "best"):
         return text
-    if not re.fullmatch(r"\d+", text):
-        raise InputError(f"--checkpoint={text}: expected latest, best or a step")
+    if not re.fullmatch(STEP, text):
+        raise InputError(f"--checkpoint={shorten(text)}: expected latest, best or a step")
     return int(text)
+
+
+def parse_mesh(text: str) -> str:
+    """Check the form of a mesh: a preset, or sizes such as `data:2,fsdp:2`, of few digits each."""
+    if not text.strip() or re.search("[0-9]{7}", text) or not text.isascii():
+        expected = "expected a preset or sizes, such as single or data:2,fsdp:2"
+        raise InputError(f"--mesh={shorten(text)}: {expected}")
+    return text
 
 
 def parse_rename_rule(text: str) -> tuple[str, str]:
@@ -88,6 +110,6 @@ def parse_rename_rule(text: str) -> tuple[str, str]:
         # Substitute once, since `re` checks the groups of a replacement only at a match. The empty
         # alternative always matches.
         re.sub(f"(?:{pattern})|", replacement, "")
-    except (re.error, IndexError) as error:
-        raise InputError(f"--init_rules={text}: {error}") from error
+    except (re.error, IndexError, OverflowError, RecursionError) as error:
+        raise InputError(f"--init_rules={shorten(text)}: {error}") from error
     return pattern, replacement

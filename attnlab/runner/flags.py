@@ -5,7 +5,7 @@
 
 from absl import flags
 
-from attnlab.runner.request import DEFAULT_EXPERIMENT, MODES, SamplingFlags
+from attnlab.runner.request import DEFAULT_EXPERIMENT, KV_CACHES, MODES, SamplingFlags
 
 DEFAULTS = SamplingFlags()
 
@@ -14,14 +14,30 @@ flags.DEFINE_string(
     "config", DEFAULT_EXPERIMENT, "experiment: name, file.py, file.py:argument or config.json"
 )
 flags.DEFINE_string("workdir", None, "folder of the run; train and import create one under runs/ by default")
-flags.DEFINE_string("mesh", "single", "preset or sizes, data:2,fsdp:2,tensor:2; a saved run keeps its mesh")
+flags.DEFINE_string("mesh", "auto", "preset or sizes, data:2,fsdp:2,tensor:2; a saved run keeps its mesh")
+
+flags.DEFINE_enum(
+    "distributed", "auto", ("auto", "on", "off"), "run as one of several processes; auto asks the scheduler"
+)
+flags.DEFINE_string("coordinator", None, "address of process 0, HOST:PORT, without a scheduler")
+flags.DEFINE_integer("num_processes", None, "number of processes, without a scheduler")
+flags.DEFINE_integer("process_id", None, "index of this process, without a scheduler")
+flags.DEFINE_string("startup_timeout", "5m", "time to wait for the other processes")
+flags.DEFINE_string("watchdog", "30m", "end the job if a process makes no progress for this time")
 
 flags.DEFINE_integer("max_steps", None, "stop after this step")
 flags.DEFINE_string("max_time", None, "stop after this time: 90 (seconds), 90s, 5m or 1h")
 flags.DEFINE_integer("seed", None, "seed of training, instead of config.seed, or of sampling")
 flags.DEFINE_bool("fast_dev_run", False, "run every stage with only two steps")
 flags.DEFINE_integer("overfit_batches", None, "train repeatedly on this many first batches")
+flags.DEFINE_bool("allow_changed_data", False, "resume a run whose data or tokenizer has changed")
 flags.DEFINE_string("profile", None, "record a profiler trace of steps start:stop, such as 10:13")
+flags.DEFINE_string("dump_hlo", None, "folder for the programs that XLA compiles, before and after it")
+flags.DEFINE_bool(
+    "no_experiment_code",
+    False,
+    "do not run experiment files of saved runs; all their classes must be attnlab's",
+)
 flags.DEFINE_bool("debug_nans", False, "stop at the operation that produces the first NaN")
 flags.DEFINE_multi_string("sweep", [], "field and values, config.model.depth=2,4; repeats form a grid")
 flags.DEFINE_string(
@@ -30,6 +46,7 @@ flags.DEFINE_string(
     "latest, best or a step; in train: of --init_from; in import: a folder or org/model",
 )
 flags.DEFINE_string("output_dir", None, "folder for the exported checkpoint")
+flags.DEFINE_string("target", None, "describe for a TPU slice or GPUs that are not here: v5e:4x4, h100:8")
 flags.DEFINE_string("init_from", None, "workdir of another run whose parameters initialize this one")
 flags.DEFINE_multi_string("init_rules", [], "regex->replacement that renames parameters of --init_from")
 flags.DEFINE_multi_enum("tracker", [], ["wandb", "mlflow"], "also log metrics to wandb or mlflow")
@@ -50,5 +67,8 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(
     "num_speculative_tokens", DEFAULTS.num_speculative_tokens, "draft tokens verified in each forward pass"
+)
+flags.DEFINE_enum(
+    "kv_cache", DEFAULTS.kv_cache, KV_CACHES, "KV cache: all keys, those in a window, in pages, or in 8 bits"
 )
 flags.DEFINE_multi_string("stop", [], "stop generation at this text")

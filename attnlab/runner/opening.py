@@ -8,6 +8,7 @@ from etils import epath
 from attnlab.config.experiments import Loaded
 from attnlab.config.saved import CONFIG
 from attnlab.config.types import did_you_mean
+from attnlab.paths import CHECKPOINTS_FOLDER, numbered_entries
 
 
 def opening_line(
@@ -19,13 +20,15 @@ def opening_line(
         mode: the mode; the line is empty in modes other than train, import and eval.
         loaded: the experiment.
         workdir: the run's folder; None if it will be created under `runs/`.
-        resumes: whether `workdir` holds a run.
+        resumes: whether `workdir` holds a run, which may have no checkpoint yet.
         default: whether the experiment is the default one, that is, `--config` was not set.
     """
     if mode == "eval":
         return f"evaluating {loaded.name} in {_display_path(workdir)}"
     if mode not in ("train", "import"):
         return ""
+    if resumes and workdir is not None and not numbered_entries(workdir / CHECKPOINTS_FOLDER):
+        return f"starting {loaded.name} in {_display_path(workdir)} again: it has no checkpoint"
     if resumes:
         return f"resuming {loaded.name} in {_display_path(workdir)}"
     name = f"{loaded.name} ({_display_path(loaded.path)})"

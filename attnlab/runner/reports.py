@@ -4,8 +4,6 @@ import numpy as np
 
 from attnlab.data.baselines import compressed_bits_per_byte
 from attnlab.generation import SamplingParams, printable
-from attnlab.inspect.curves import training_curve
-from attnlab.inspect.figures import head_grid
 from attnlab.models import TransformerConfig
 from attnlab.runner.trained_model import TrainedModel
 from attnlab.train.metrics import read_metrics
@@ -44,6 +42,8 @@ def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 
         tokens += sample.tokens
     tokens = tokens[: min(24, data.sequence_length)]
     if isinstance(trained.experiment.model, TransformerConfig):
+        from attnlab.inspect.figures import head_grid  # here, since matplotlib takes a second to import
+
         weights = trained.attention_of_tokens(tokens)
         words = [trained.tokenizer.token_text(i) for i in tokens]
         trained.save_figure(
@@ -54,6 +54,8 @@ def language_model(trained: TrainedModel, prompt: str, *, max_new_tokens: int = 
 
 def _save_training_curve(trained: TrainedModel, baselines: dict[str, float]) -> None:
     """Save a figure of bits per byte by step, from the metrics that the run has written."""
+    from attnlab.inspect.curves import training_curve
+
     file = trained.workdir / "metrics.jsonl"
     lines = [line for line in read_metrics(file) if "bits_per_byte" in line] if file.exists() else []
 

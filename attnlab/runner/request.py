@@ -14,19 +14,23 @@ from attnlab import config as configs
 from attnlab.config.saved import CONFIG
 from attnlab.config.text import split
 from attnlab.config.tree import Override
-from attnlab.errors import InputError
+from attnlab.distributed.job import JobFlags
+from attnlab.errors import InputError, shorten
 from attnlab.runner.flag_values import (
     make_default_workdir,
     make_writable_folder,
     parse_checkpoint,
+    parse_mesh,
     parse_profile,
     parse_rename_rule,
     parse_seconds,
+    resolve_dump_folder,
     resolve_folder,
 )
 from attnlab.runner.opening import opening_line
 
 Mode = Literal["train", "eval", "sample", "describe", "import", "export"]
+KV_CACHES = ("contiguous", "rolling", "paged", "int8", "fp8")
 MODES: tuple[Mode, ...] = ("train", "eval", "sample", "describe", "import", "export")
 DEFAULT_EXPERIMENT = "experiments/lm_docs.py"
 FINE_TUNING = "experiments/finetune.py"
@@ -34,18 +38,28 @@ FINE_TUNING = "experiments/finetune.py"
 # The modes that read each flag. A flag that the mode would ignore is an error.
 FLAG_MODES: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("mode", "config", "workdir", "mesh"), MODES),
+    **dict.fromkeys(("distributed", "coordinator", "num_processes", "process_id"), MODES),
+    **dict.fromkeys(("startup_timeout", "watchdog"), MODES),
     "debug_nans": ("train", "eval", "sample"),
+    "dump_hlo": ("train", "eval", "sample", "describe"),
+    "no_experiment_code": ("train", "eval", "sample", "describe", "export"),
     "checkpoint": ("train", "eval", "sample", "import", "export"),
     "output_dir": ("export",),
+    "target": ("describe",),
     "seed": ("train", "sample"),
     **dict.fromkeys(("max_steps", "max_time", "fast_dev_run", "overfit_batches", "profile"), ("train",)),
+    "allow_changed_data": ("train",),
     **dict.fromkeys(("sweep", "init_from", "init_rules", "tracker"), ("train",)),
     **dict.fromkeys(("prompt", "source", "num_samples", "max_new_tokens", "temperature"), ("sample",)),
     **dict.fromkeys(("top_k", "top_p", "min_p", "stop", "num_beams", "length_penalty"), ("sample",)),
     **dict.fromkeys(("draft_model", "prompt_lookup_ngram", "num_speculative_tokens"), ("sample",)),
+    "kv_cache": ("sample",),
 }
 # Fields (and all nested fields) in which a run may differ from the config saved in its workdir.
-RESUME_MUTABLE_FIELDS = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep")
+RESUME_MUTABLE_FIELDS = (
+    *("steps", "log_every", "eval_every", "eval_batches"),
+    *("checkpoint_every", "checkpoint_minutes", "keep"),
+)
 MODE_MUTABLE_FIELDS: dict[Mode, tuple[str, ...]] = {
     "train": (*(f"train.{name}" for name in RESUME_MUTABLE_FIELDS), "data.prefetch"),
     "eval": ("data",),
@@ -55,11 +69,14 @@ MODE_MUTABLE_FIELDS: dict[Mode, tuple[str, ...]] = {
 BOUNDS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
         (
-            *("max_steps", "overfit_batches", "num_samples", "max_new_tokens", "top_k", "num_beams"),
+            *("max_steps", "num_samples", "max_new_tokens", "top_k", "num_beams"),
             *("prompt_lookup_ngram", "num_speculative_tokens"),
         ),
         ("1 or more", lambda x: x >= 1),
     ),
+    "num_processes": ("1 or more", lambda x: x >= 1),
+    "process_id": ("0 or more", lambda x: x >= 0),
+    "overfit_batches": ("from 1 to 10,000", lambda x: 1 <= x <= 10_000),  # it reads all of them
     "seed": ("from 0 to 4294967295", lambda x: 0 <= x < 2**32),
     "temperature": ("0 or more, and finite", lambda x: 0 <= x < math.inf),
     "length_penalty": ("finite", math.isfinite),
@@ -87,6 +104,7 @@ class SamplingFlags:
         draft_model: speculative decoding with the model in this workdir or checkpoint.
         prompt_lookup_ngram: speculative decoding with prompt lookup of n-grams of this length.
         num_speculative_tokens: the number of draft tokens verified in each forward pass.
+        kv_cache: the kind of KV cache, one of `KV_CACHES`; None is the contiguous one.
     """
 
     prompts: tuple[str, ...] = ()
@@ -103,6 +121,7 @@ class SamplingFlags:
     draft_model: str | None = None
     prompt_lookup_ngram: int | None = None
     num_speculative_tokens: int = 4
+    kv_cache: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,20 +134,26 @@ class Request:
         config: its config with the overrides applied.
         sources: the origin of each value of `config`; see `attnlab.config.sources`.
         workdir: the run's folder, absolute; None only in mode describe.
-        mesh: the device mesh: `--mesh` if set, else the mesh of the saved run, else one device.
+        resumes: whether `workdir` holds a run.
+        mesh: the device mesh: `--mesh` if set, else the mesh of the saved run, else "auto".
         max_steps: stop after this step, if `config.train.steps` is larger.
         max_time: stop after this many seconds.
         seed: in mode train, already applied to `config`; in mode sample, the sampling seed.
         fast_dev_run: run every stage with only two steps.
         overfit_batches: train repeatedly on this many first batches.
+        allow_changed_data: resume although the data or the tokenizer has changed.
         profile: the half-open range (start, stop) of steps to trace.
+        no_experiment_code: do not run the experiment files of saved runs.
+        dump_hlo: the folder for the programs that XLA compiles.
         debug_nans: stop at the operation that produces the first NaN.
         checkpoint: "latest", "best" or a step; in mode train, the checkpoint of `init_from`.
         output_dir: the folder that mode export writes to.
+        target: the accelerator that mode describe assumes, such as "v5e:4x4".
         init_from: the workdir of the run whose parameters initialize this run.
         init_rules: (regular expression, replacement) pairs that rename the parameters of that run.
         trackers: services that receive metrics in addition to the workdir.
         sampling: the options of generation.
+        job: the flags of a job of several processes.
         swept: in a sweep, the swept fields and their values as text.
         opening: the first line that the run prints after validation; empty in some modes.
     """
@@ -138,20 +163,26 @@ class Request:
     config: Any
     sources: Mapping[str, str]
     workdir: epath.Path | None = None
-    mesh: str = "single"
+    resumes: bool = False
+    mesh: str = "auto"
     max_steps: int | None = None
     max_time: float | None = None
     seed: int | None = None
     fast_dev_run: bool = False
     overfit_batches: int | None = None
+    allow_changed_data: bool = False
     profile: tuple[int, int] | None = None
+    dump_hlo: epath.Path | None = None
     debug_nans: bool = False
+    no_experiment_code: bool = False
     checkpoint: str | int = "latest"
     output_dir: epath.Path | None = None
+    target: str | None = None
     init_from: epath.Path | None = None
     init_rules: tuple[tuple[str, str], ...] = ()
     trackers: tuple[str, ...] = ()
     sampling: SamplingFlags = SamplingFlags()
+    job: JobFlags = dataclasses.field(default_factory=JobFlags)
     swept: Mapping[str, str] = dataclasses.field(default_factory=dict)
     opening: str = ""
 
@@ -179,7 +210,7 @@ def build_requests(
     _check_mode_flags(mode, values, present)
     for name, (bounds, within) in BOUNDS.items():
         if values[name] is not None and not within(values[name]):
-            raise InputError(f"--{name}={values[name]} is out of bounds; it must be {bounds}")
+            raise InputError(f"--{name}={shorten(repr(values[name]))} is out of bounds; it must be {bounds}")
     _check_beam_flags(values, present)
     _check_speculative_flags(values, present)
     if "" in values["stop"]:
@@ -192,7 +223,7 @@ def build_requests(
     if mode == "export" and values["output_dir"] is None:
         raise InputError("--mode=export needs --output_dir: the folder to write")
     options = _request_fields(values)
-    mesh = values["mesh"] if "mesh" in present else None
+    mesh = parse_mesh(values["mesh"]) if "mesh" in present else None
     if mode == "train" and values["seed"] is not None:
         overrides = [*overrides, ("seed", str(values["seed"]))]
     workdir = resolve_folder("workdir", values["workdir"])
@@ -241,6 +272,8 @@ def _check_beam_flags(values: Mapping[str, Any], present: set[str]) -> None:
     ):
         if name in present:
             raise InputError(f"--{name} cannot be combined with --num_beams")
+    if values["kv_cache"] == "paged":
+        raise InputError("--kv_cache=paged cannot be combined with --num_beams")
     if values["num_samples"] > values["num_beams"]:
         raise InputError(f"--num_samples={values['num_samples']} exceeds --num_beams={values['num_beams']}")
 
@@ -256,13 +289,15 @@ def _check_speculative_flags(values: Mapping[str, Any], present: set[str]) -> No
 
 def _request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a Request that depend on flags alone."""
-    plain = ("max_steps", "seed", "fast_dev_run", "overfit_batches", "debug_nans")
+    booleans = ("fast_dev_run", "debug_nans", "no_experiment_code", "allow_changed_data")
+    plain = ("max_steps", "seed", "overfit_batches", "target", *booleans)
     lengths = ("num_samples", "max_new_tokens", "num_beams", "length_penalty")
     speculative = ("draft_model", "prompt_lookup_ngram", "num_speculative_tokens")
-    sampling = (*lengths, *speculative, "temperature", "top_k", "top_p", "min_p")
+    sampling = (*lengths, *speculative, "temperature", "top_k", "top_p", "min_p", "kv_cache")
     return {name: values[name] for name in plain} | {
-        "max_time": parse_seconds(values["max_time"]),
+        "max_time": parse_seconds("max_time", values["max_time"]),
         "profile": parse_profile(values["profile"]),
+        "dump_hlo": resolve_dump_folder(values["dump_hlo"]),
         "checkpoint": parse_checkpoint(values["checkpoint"]),
         "output_dir": resolve_folder("output_dir", values["output_dir"]),
         "init_from": resolve_folder("init_from", values["init_from"]),
@@ -273,6 +308,10 @@ def _request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             sources=tuple(values["source"]),
             stop=tuple(values["stop"]),
             **{name: values[name] for name in sampling},
+        ),
+        "job": JobFlags(
+            *(values[name] for name in ("distributed", "coordinator", "num_processes", "process_id")),
+            *(parse_seconds(name, values[name]) or 0.0 for name in ("startup_timeout", "watchdog")),
         ),
     }
 
@@ -286,26 +325,28 @@ def _make_request(
     options: Mapping[str, Any],
 ) -> Request:
     """Return the request for the experiment `spec`, or for the run saved in `workdir`."""
-    run = configs.load_workdir(workdir) if workdir and (workdir / CONFIG).exists() else None
+    # An import starts anew where an earlier one was killed before it saved its checkpoint.
+    holds_run = mode != "import" and workdir and (workdir / CONFIG).exists()
+    code = not options["no_experiment_code"]
+    run = configs.load_workdir(workdir, code) if workdir and holds_run else None
     if run is None and mode in ("eval", "sample", "export"):
         reason = f"{workdir} holds no run (it has no {CONFIG})" if workdir else "set --workdir"
         raise InputError(f"--mode={mode} needs a trained run; {reason}")
-    if run and mode == "import":
-        raise InputError(f"{workdir} already holds a run; import into another --workdir")
     default = FINE_TUNING if mode == "import" else DEFAULT_EXPERIMENT
-    loaded = run if run and spec is None else configs.load(default if spec is None else spec)
+    loaded = run if run and spec is None else configs.load(default if spec is None else spec, code)
     config = loaded.config if loaded is run else _with_checkpoint_model(loaded.config, overrides)
     config = configs.override_all(config, overrides)
     if run and mode != "describe":
         _check_config_matches(mode, workdir, run.config, config)
     field_sources = configs.sources(config, loaded.config, [path for path, _ in overrides], loaded.sources)
-    mesh = mesh or (run.mesh if run else None) or "single"
+    mesh = mesh or parse_mesh((run.mesh if run else None) or "auto")
     return Request(
         mode=mode,
         loaded=loaded,
         config=config,
         sources=field_sources,
         workdir=workdir,
+        resumes=run is not None,
         mesh=mesh,
         opening=opening_line(mode, loaded, workdir, resumes=run is not None, default=spec is None),
         **options,

@@ -21,10 +21,9 @@ from attnlab.generation import (
     SamplingParams,
     printable,
 )
-from attnlab.paths import absolute
+from attnlab.paths import CHECKPOINTS_FOLDER, absolute
 from attnlab.runner.request import Request
 from attnlab.runner.trained_model import PRETRAINED, TrainedModel
-from attnlab.train.checkpoints import CHECKPOINTS_FOLDER
 
 GeneratorInputs: TypeAlias = dict[str, Any]
 OpenRun: TypeAlias = Callable[[Request], TrainedModel]
@@ -41,7 +40,8 @@ def run_sampling(request: Request, trained: TrainedModel, open_run: OpenRun) -> 
     Raises:
       InputError: the model cannot generate, or it cannot read the given inputs.
     """
-    generator = trained.generator()
+    kv_cache = request.sampling.kv_cache
+    generator = trained.generator(kv_cache or "contiguous")
     inputs = _generator_inputs(request, trained)
     speculator = _speculator(request, trained, open_run)
     if request.sampling.num_beams is not None:
@@ -52,6 +52,8 @@ def run_sampling(request: Request, trained: TrainedModel, open_run: OpenRun) -> 
     else:
         completions = _sample(request, generator, inputs, speculator)
         _print_all(completions)
+    if kv_cache is not None:
+        print(f"(KV cache, {kv_cache}: {generator.kv_cache_bytes:,} bytes)", file=sys.stderr)
     if any(completion.finish_reason == "context" for completion in completions):
         length = request.config.data.sequence_length
         print(f"(stopped at the context length of {length} tokens)", file=sys.stderr)
@@ -135,7 +137,8 @@ def _speculator(
         return None
     folder = epath.Path(options.draft_model)
     if (folder / CHECKPOINTS_FOLDER).exists():
-        other = {"workdir": epath.Path(absolute(str(folder))), "config": config.load_workdir(folder).config}
+        draft = config.load_workdir(folder, not request.no_experiment_code)
+        other = {"workdir": epath.Path(absolute(str(folder))), "config": draft.config}
         run = open_run(dataclasses.replace(request, checkpoint="latest", **other))
         return DraftModel(run.generator(), options.num_speculative_tokens)
     loaded, mesh = pretrained.load(options.draft_model, trained.session.mesh), trained.session.mesh

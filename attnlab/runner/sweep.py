@@ -3,12 +3,15 @@
 import json
 import math
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from attnlab.errors import InputError
+from attnlab.distributed.job import find_job, is_main_process
+from attnlab.errors import InputError, StorageError, one_line
 from attnlab.paths import as_json, write_atomically
+from attnlab.runner.bug_report import report_bug
+from attnlab.runner.exit_codes import ClaimsFailed, ExitCode, Stopped
+from attnlab.runner.lock import WorkdirInUse
 from attnlab.runner.request import Request
 
 SHOWN = 4
@@ -17,25 +20,36 @@ SHOWN = 4
 def run_all(requests: Sequence[Request], run: Callable[[Request], Mapping[str, float] | None]) -> int:
     """Run every request, write `sweep.json` after each run, and print the table.
 
-    A run that fails does not stop the sweep; its row contains the error.
+    A run that fails does not stop the sweep; its row contains the error. A signal stops the sweep.
 
     Returns:
-      The exit code: 1 if any run failed.
+      The exit code: FAILED if any run failed, else CLAIM_FAILED if a claim of any run failed.
+
+    Raises:
+      InputError: the flags of the job are invalid.
+      Stopped: a signal stopped a run.
+      WorkdirInUse: another process, such as the same sweep, writes to the workdir of a run.
     """
     first = requests[0].workdir
     assert first is not None
+    job = find_job(requests[0].job)  # JAX does not know it before the first run has joined it
+    prints = job is None or job.process_id == 0
     rows: list[dict[str, Any]] = []
     try:
         for number, request in enumerate(requests, 1):
             values = " ".join(f"config.{path}={text}" for path, text in request.swept.items())
-            print(f"run {number} of {len(requests)}: {values}", flush=True)
+            if prints:
+                print(f"run {number} of {len(requests)}: {values}", flush=True)
             rows.append(_row(request, run))
-            write_atomically(first.parent / "sweep.json", _as_text(rows))
+            if is_main_process():
+                write_atomically(first.parent / "sweep.json", _as_text(rows))
     finally:
         if rows:  # also after an interrupt
             print(table(rows), flush=True)
             print(f"saved in {first.parent / 'sweep.json'}", flush=True)
-    return int(any(row["error"] for row in rows))
+    if any(row["error"] for row in rows):
+        return ExitCode.FAILED
+    return ExitCode.CLAIM_FAILED if any(row["failed_claims"] for row in rows) else ExitCode.DONE
 
 
 def _row(request: Request, run: Callable[[Request], Mapping[str, float] | None]) -> dict[str, Any]:
@@ -44,16 +58,20 @@ def _row(request: Request, run: Callable[[Request], Mapping[str, float] | None])
         "workdir": str(request.workdir),
         "metrics": {},
         "error": None,
+        "failed_claims": [],
     }
+    metrics: Mapping[str, float] = {}
     try:
-        row["metrics"] = {name: float(value) for name, value in (run(request) or {}).items()}
-    except BrokenPipeError:
+        metrics = run(request) or {}
+    except ClaimsFailed as error:
+        metrics, row["failed_claims"] = error.metrics, error.claims
+    except (BrokenPipeError, Stopped, WorkdirInUse):
         raise
     except Exception as error:
-        if not isinstance(error, InputError | FloatingPointError):
-            traceback.print_exc(file=sys.stderr)
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        row["error"] = " ".join(f"{kind}{error}".split())
+        if not isinstance(error, InputError | FloatingPointError | StorageError):
+            print(report_bug(error), file=sys.stderr)
+        row["error"] = one_line(error, 1000)
+    row["metrics"] = {name: float(value) for name, value in metrics.items()}
     return row
 
 

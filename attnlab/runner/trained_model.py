@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 
 from attnlab.data import Batch
 from attnlab.data.batch import source_kind
+from attnlab.distributed.collectives import to_host
+from attnlab.distributed.job import is_main_process
 from attnlab.generation import Completion, Generator
-from attnlab.inspect import figures
 from attnlab.inspect.maps import attention_maps
 from attnlab.runner.claims import Claim, Comparison
 from attnlab.train.experiment import Experiment
@@ -37,6 +38,7 @@ class TrainedModel:
       claims: the claims recorded by `claim`, in order.
       fast: whether this is a `--fast_dev_run`, which limits `batches`, `records` and `generate`
         and disables `claim`.
+      poll: called before each computation; it raises `Terminated` if a signal stops the report.
     """
 
     session: Session
@@ -46,6 +48,7 @@ class TrainedModel:
     log: Callable[[str], None] = print
     claims: list[Claim] = field(default_factory=list)
     fast: bool = False
+    poll: Callable[[], None] = lambda: None
 
     @property
     def experiment(self) -> Experiment:
@@ -58,7 +61,7 @@ class TrainedModel:
         return self.session.tokenizer
 
     def batches(self, split: str, limit: int | None = None) -> list[Batch]:
-        """Return the batches of a split, in which each target occurs once.
+        """Return the whole batches of a split, in which each target occurs once.
 
         The result has at most `limit` batches, and at most `FAST_BATCHES` if `fast`.
         """
@@ -73,27 +76,31 @@ class TrainedModel:
 
     def predict(self, batch: Batch) -> Int[np.ndarray, "B T"]:
         """Return the most probable target at each position."""
+        self.poll()
         with jax.set_mesh(self.session.mesh):
-            return jax.device_get(_predict(self.session.model, self.params, self.session.to_devices(batch)))
+            return to_host(_predict(self.session.model, self.params, self.session.put_whole(batch)))
 
     def apply(self, batch: Batch, method: str) -> Any:
         """Return the output of a method of the model on a batch, on the host."""
+        self.poll()
         with jax.set_mesh(self.session.mesh):
-            batch = self.session.to_devices(batch)
-            return jax.device_get(_apply(self.session.model, method, self.params, batch.inputs))
+            inputs = self.session.put_whole(batch).inputs
+            return to_host(_apply(self.session.model, method, self.params, inputs))
 
     def attention(
         self, batch: Batch, stack: str = "layers", branch: str = "attention"
     ) -> Float[np.ndarray, "L B H T S"]:
         """Return the attention weights of a batch in every layer and head; see `attention_maps`."""
+        self.poll()
         with jax.set_mesh(self.session.mesh):
-            inputs = self.session.to_devices(batch).inputs
+            inputs = self.session.put_whole(batch).inputs
             return attention_maps(self.session.model, self.params, stack, branch, **inputs)
 
-    def generator(self) -> Generator:
-        """Return a `Generator` for this model."""
+    def generator(self, kv_cache: str = "contiguous") -> Generator:
+        """Return a `Generator` for this model, with this kind of KV cache."""
+        self.poll()
         length = self.experiment.data.sequence_length
-        return Generator(self.session.model, self.params, self.tokenizer, length, self.session.mesh)
+        return Generator(self.session.model, self.params, self.tokenizer, length, self.session.mesh, kv_cache)
 
     def as_generator_inputs(self, texts: Sequence[str]) -> dict[str, Any]:
         """Return texts as arguments of a `Generator`.
@@ -145,7 +152,14 @@ class TrainedModel:
         self.log(str(claim))
 
     def save_figure(self, figure, name: str) -> None:
-        """Save a figure as PNG and SVG in `figures` of the workdir, and print the paths."""
+        """Save a figure as PNG and SVG in `figures` of the workdir, and print the paths.
+
+        Only process 0 of a job writes it.
+        """
+        if not is_main_process():
+            return
+        from attnlab.inspect import figures  # here, since matplotlib takes a second to import
+
         paths = figures.save(figure, self.workdir / FIGURES / name)
         self.log(f"figure: {', '.join(str(path) for path in paths)}")
 

@@ -3,19 +3,8 @@
 from attnlab.train.experiment import Experiment, SpikeSkip, Train
 from attnlab.train.lora import LoRA
 from attnlab.train.loss import Loss
-from attnlab.train.optimizers import (
-    SGD,
-    Adafactor,
-    AdamW,
-    Constant,
-    Cosine,
-    InverseSquareRoot,
-    Lion,
-    Muon,
-    Rule,
-    ScheduleFree,
-    WarmupStableDecay,
-)
+from attnlab.train.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Rule, ScheduleFree
+from attnlab.train.schedules import Constant, Cosine, InverseSquareRoot, WarmupStableDecay
 
 __all__ = [
     "SGD",

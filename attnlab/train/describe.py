@@ -5,23 +5,30 @@ from collections.abc import Iterable
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh
 
 from attnlab import sharding
-from attnlab.layers.parameters import parameter_name
+from attnlab.layers.linear import parameter_name
+from attnlab.train.attention_backends import LayerBackend, layer_backends
 from attnlab.train.partition import combine
 from attnlab.train.session import Session
 
 
 def describe(session: Session) -> str:
-    """Return a text with the parameters, FLOPs per token, bytes per device and batch of a session.
+    """Return a text: parameters, FLOPs per token, bytes per device, batch and attention backends.
 
     Each parameter is listed with its shape, dtype, PartitionSpec and size. The memory of
-    activations comes from the compiled training step.
+    activations comes from the compiled training step; an abstract mesh cannot compile it. Each
+    attention layer is listed with its spec, queries x keys, its backend, and the refusals of the
+    backends before it.
     """
     e, state = session.experiment, session.abstract_state
     flops = e.model.token_flops(session.tokenizer.vocab_size, e.data.sequence_length)
     forward = flops.weights + flops.attention
-    memory = session.compile_train_step().memory_analysis()
+    activations = "unknown without the devices"
+    if not isinstance(session.mesh, AbstractMesh):
+        memory = session.compile_train_step().memory_analysis()
+        activations = _bytes(memory.temp_size_in_bytes) if memory else "unknown"
     parameters: list[tuple[str, ...]] = [
         (parameter_name(path), _shape(x), str(x.dtype), _spec(x), f"{x.size:,}")
         for path, x in jax.tree_util.tree_leaves_with_path(combine(state.params, state.frozen))
@@ -41,7 +48,7 @@ def describe(session: Session) -> str:
             [
                 (
                     sharding.format_mesh(session.mesh),
-                    f"{session.mesh.size} of {session.mesh.devices.flat[0].device_kind}",
+                    f"{session.mesh.size} of {sharding.mesh_device(session.mesh).device_kind}",
                 )
             ],
         ),
@@ -59,12 +66,26 @@ def describe(session: Session) -> str:
             [
                 ("parameters", _bytes(per_device((state.params, state.frozen)))),
                 ("optimizer", _bytes(per_device(state.opt_state) + per_device(state.ema))),
-                ("activations and temporaries", _bytes(memory.temp_size_in_bytes) if memory else "unknown"),
+                ("activations and temporaries", activations),
             ],
         ),
         ("batch", batch),
     ]
-    return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in sections)
+    text = "\n\n".join(f"{title}\n{table(rows)}" for title, rows in sections)
+    layers = layer_backends(session)
+    return f"{text}\n\nattention\n{_attention(layers)}" if layers else text
+
+
+def _attention(layers: list[LayerBackend]) -> str:
+    """Return a line for each layer, with the refusals below."""
+    shapes = [(layer.selection.query[1], layer.selection.keys[1]) for layer in layers]
+    lines = table(
+        (layer.layer, layer.spec, f"{queries} x {keys}", layer.selection.backend)
+        for layer, (queries, keys) in zip(layers, shapes, strict=True)
+    ).splitlines()
+    return "\n".join(
+        "\n    ".join([line, *layer.refusals]) for line, layer in zip(lines, layers, strict=True)
+    )
 
 
 def per_device(tree) -> int:

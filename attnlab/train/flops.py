@@ -1,6 +1,7 @@
 """Peak FLOP/s of devices, for model FLOPs utilization (MFU)."""
 
 import time
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ def peak_flops(device: jax.Device) -> float:
     """Return the peak FLOP/s of a device; NaN if unknown.
 
     Accelerators are looked up in `PEAK` by device kind. A CPU is measured with a float32 matrix
-    product, and the result is divided by the number of simulated devices that share the CPU.
+    product once per process, and the result is divided by the number of simulated devices that
+    share the CPU.
     """
     if device.platform == "cpu":
         return _measure_cpu_flops() / len(jax.local_devices(backend="cpu"))
@@ -34,7 +36,8 @@ def peak_flops(device: jax.Device) -> float:
     return PEAK[max(kinds, key=len)] if kinds else float("nan")
 
 
-def _measure_cpu_flops(size: int = 1536, repeats: int = 5) -> float:
+@cache
+def _measure_cpu_flops(size: int = 1024, repeats: int = 5) -> float:
     device = jax.local_devices(backend="cpu")[0]
     x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     product = jax.jit(jnp.matmul)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import InputError
-from attnlab.layers.parameters import parameter_name
+from attnlab.layers.linear import parameter_name
 from attnlab.train.session import Session
 from attnlab.train.step import TrainState
 

@@ -3,29 +3,29 @@
 The metrics of a step are read one step later, so that the device never waits for the host.
 """
 
-import shutil
-import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from etils import epath
 
 from attnlab.data import Batch
-from attnlab.layers.parameters import parameter_name
-from attnlab.paths import is_remote, write_atomically
-from attnlab.train import flops, optimizers
-from attnlab.train.checkpoints import Checkpoints
+from attnlab.distributed.job import is_main_process
+from attnlab.distributed.start import progress
+from attnlab.layers.linear import parameter_name
+from attnlab.train.checkpoints import Checkpoints, SaveFailed
+from attnlab.train.goodput import Goodput
+from attnlab.train.meter import Meter
 from attnlab.train.metrics import MetricWriter
+from attnlab.train.profiler import Profiler
 from attnlab.train.session import Session
+from attnlab.train.slow_steps import SlowSteps
 from attnlab.train.step import TrainState
+from attnlab.train.stopping import Decision, Terminated, agree, stop_on_signal
+from attnlab.train.storage import RETRY_DELAYS, warn
 
 
 class Diverged(FloatingPointError):
@@ -56,12 +56,14 @@ class Outcome:
       step: the number of the last step.
       reason: why training ended: "done", "max_steps", "max_time" or "signal".
       metrics: the metrics of the last evaluation.
+      signal: the name of the signal; empty for other reasons.
     """
 
     state: TrainState
     step: int
     reason: str
     metrics: dict[str, float]
+    signal: str = ""
 
 
 @dataclass(kw_only=True)
@@ -77,6 +79,7 @@ class TrainingLoop:
       limits: conditions to stop before the end of the run.
       profile_dir: folder of the profiler trace.
       log: called with each message for the user.
+      goodput: adds up the time of each part of the run.
     """
 
     session: Session
@@ -87,59 +90,106 @@ class TrainingLoop:
     limits: Limits = Limits()
     profile_dir: str
     log: Callable[[str], None] = print
+    goodput: Goodput = field(default_factory=Goodput)
 
     def run(self, state: TrainState) -> Outcome:
         """Train from `state` to the end of the run or to a limit, and save a checkpoint there.
 
-        `state` is donated. On SIGTERM (preemption) the current step is finished and a checkpoint is
-        written without an evaluation.
+        `state` is donated. On SIGTERM and SIGUSR1 (preemption) and SIGINT (Ctrl-C) the step is
+        finished, or an evaluation ends at its next batch, and a checkpoint is written. A run that
+        resumes first repeats the evaluation. A second SIGINT raises KeyboardInterrupt.
 
         Raises:
           Diverged: the loss or a gradient is not finite; the state is not saved.
+          StorageError: the storage failed again and again.
         """
         config = self.session.experiment.train
         last = min(config.steps, self.limits.max_steps or config.steps)
         self._state, self._step = state, int(state.step)
-        self._meter = Meter(self.session, self._step)
+        self._meter, self._slow_steps = Meter(self.session, self.goodput), SlowSteps(self.log)
+        self._start, self._compiled = time.perf_counter(), False
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._eval_metrics: dict[str, float] = {}
-        self._saved_step = -1
-        reason = "done"
+        self._saved_step, self._saved_time, self._save_is_due = -1, time.perf_counter(), False
+        self._saved_metrics: dict[str, float] | None = None
+        self._failed_saves = 0
         if self._step < last:
             self.log("compiling the training step")
-        with stop_on_signal() as signalled, Tracer(self.limits.profile, self.profile_dir, self.log) as tracer:
-            while self._step < last:
-                self._train_one_step(tracer)
-                if signalled.name:
-                    reason = "signal"
-                    break
-                if self.limits.max_time is not None and self._meter.total() >= self.limits.max_time:
-                    reason = "max_time"
-                    break
-                if self._step < last:
-                    self._evaluate_and_save(final=False)
-            if reason == "signal":
-                # The machine is being preempted: save now, and evaluate after the run resumes.
+        self._decide, stop = Decision(), ""
+        profiler = Profiler(self.limits.profile, self.profile_dir, self.log)
+        with stop_on_signal() as self._signalled, profiler.running():
+            if 0 < self._step < last and self._evaluation_is_missing():
+                stop = self._evaluate()
+            while self._step < last and not stop:
+                stop = self._train_one_step(profiler)
+                if not stop and self._step < last:
+                    stop = self._evaluate_and_save(final=False)
+            if not stop.startswith("SIG"):
+                stop = self._evaluate_and_save(final=True) or stop
+            if stop.startswith("SIG"):  # the machine is being preempted: save now
                 self._flush_pending_metrics(force=True)
-                self.checkpoints.save(self._step, self._state, self.batches.get_state())
-            else:
-                self._evaluate_and_save(final=True)
-            self.checkpoints.wait()
-        if reason == "done" and self._step < config.steps:
-            reason = "max_steps"
+                self._save(evaluated=False)
+            with self.goodput.measure("checkpoint"):
+                self._write_checkpoint(start=False)
+            stop = agree(self._signalled.name) or stop  # a signal may arrive in the last save
+        if stop.startswith("SIG"):
+            return Outcome(self._state, self._step, "signal", self._eval_metrics, stop)
+        reason = stop or ("max_steps" if self._step < config.steps else "done")
         return Outcome(self._state, self._step, reason, self._eval_metrics)
 
-    def _train_one_step(self, tracer: "Tracer") -> None:
-        tracer.before(self._step + 1)
-        with self._meter.waiting():
-            batch = next(self.batches)
-        with self._meter.dispatching():
-            self._state, metrics = self.session.train_step(self._state, self.session.to_devices(batch))
-        self._step += 1
-        # The metrics of the previous step are ready by now, so the device never waits for the host.
-        self._flush_pending_metrics()
+    def _out_of_time(self) -> str:
+        """Return the reason to stop if the time limit has passed; else ""."""
+        limit = self.limits.max_time
+        return "max_time" if limit is not None and time.perf_counter() - self._start >= limit else ""
+
+    def _checkpoint_due(self) -> str:
+        """Return "checkpoint" when this process wants one; else "".
+
+        Any process does so if it could not write the last one, and process 0 if the time of
+        `checkpoint_minutes` has passed. It does so once, since in a job the decision takes effect a
+        step later.
+        """
+        if self.checkpoints.failed():
+            return "checkpoint"
+        minutes, now = self.session.experiment.train.checkpoint_minutes, time.perf_counter()
+        if minutes is None or not is_main_process() or now - self._saved_time < 60 * minutes:
+            return ""
+        self._saved_time = now
+        return "checkpoint"
+
+    def _reason_to_stop(self, own: str, after: Any = None) -> str:
+        """Return the reason for which all processes stop now; record a checkpoint that is due."""
+        decided = self._decide(own or self._checkpoint_due(), after)
+        if decided != "checkpoint":
+            return decided
+        self._save_is_due = True
+        return ""
+
+    def _train_one_step(self, profiler: Profiler) -> str:
+        """Run a step; return the reason for which all processes stop after it, "" to continue."""
+        times = [time.perf_counter()]
+        with profiler.step(self._step + 1):
+            with self.goodput.measure("input"):
+                batch = next(self.batches)
+            times.append(time.perf_counter())
+            with self.goodput.measure("step" if self._compiled else "compile"):
+                self._state, metrics = self.session.train_step(self._state, self.session.to_devices(batch))
+            times.append(time.perf_counter())
+            self._step += 1
+            progress("training", self._step)
+            # The metrics of the previous step are ready by now, so the device never waits for the
+            # host.
+            self._flush_pending_metrics()
+        times.append(time.perf_counter())
         self._pending = (self._step, metrics)
-        tracer.after(self._step, metrics)
+        with self.goodput.measure("step"):  # in a job, it waits for the vote of an earlier step
+            stop = self._reason_to_stop(self._signalled.name or self._out_of_time(), self._pending)
+        times.append(time.perf_counter())
+        if self._compiled:
+            self._slow_steps.add(self._step, *np.diff(times))
+        self._compiled = True
+        profiler.finish(self._step, metrics)
+        return stop
 
     def _flush_pending_metrics(self, force: bool = False) -> None:
         """Check the pending metrics of the last step, and write them if a line is due."""
@@ -147,30 +197,90 @@ class TrainingLoop:
             return
         step, device_metrics = self._pending
         self._pending = None
-        metrics = jax.device_get(device_metrics)
+        with self.goodput.measure("step"):
+            metrics = jax.device_get(device_metrics)
         check_finite(step, metrics, self.session)
         self._meter.count(metrics)
         if step == 1 or step % self.session.experiment.train.log_every == 0 or force:
-            self.writer.write(step, "train", self._meter.read(step, metrics))
+            numbers = self._meter.read(step, metrics) | {"slow_steps": self._slow_steps.count}
+            self.writer.write(step, "train", numbers)
 
-    def _evaluate_and_save(self, final: bool) -> None:
-        """Evaluate and save a checkpoint where this step is due; always both if `final`."""
+    def _evaluate_and_save(self, final: bool) -> str:
+        """Evaluate and save a checkpoint where this step is due; always both if `final`.
+
+        Returns:
+          The name of the signal that ended the evaluation, before the save; else "".
+        """
         config, step = self.session.experiment.train, self._step
         evaluate = final or step % config.eval_every == 0
-        save = final or step % config.checkpoint_every == 0
+        save = final or step % config.checkpoint_every == 0 or self._save_is_due
         if not (evaluate or save):
-            return
+            return ""
         self._flush_pending_metrics(force=final)
-        with self._meter.paused():
-            if evaluate:
-                params = self.session.eval_params(self._state)
-                self._eval_metrics = self.session.evaluate(params, self.validation)
-                if not self.checkpoints.has_metrics(step):  # otherwise the line is already written
-                    self.writer.write(step, "eval", self._eval_metrics)
-            if save and self._saved_step != step:
-                metrics = self._eval_metrics if evaluate else None
-                self.checkpoints.save(step, self._state, self.batches.get_state(), metrics)
-                self._saved_step = step
+        if evaluate and (stop := self._evaluate()):
+            return stop
+        if save or self._save_is_due:  # it may have become due in the evaluation
+            self._save(evaluated=evaluate)
+        return ""
+
+    def _evaluation_is_missing(self) -> bool:
+        """Return whether a signal ended the evaluation of this step before the run resumed."""
+        due = self._step % self.session.experiment.train.eval_every == 0
+        return due and not self.checkpoints.has_metrics(self._step)
+
+    def _evaluate(self) -> str:
+        """Evaluate and write the metrics; return the name of the signal that ended it, else ""."""
+        with self.goodput.measure("evaluation"):
+            params = self.session.eval_params(self._state)
+            try:
+                self._eval_metrics = self.session.evaluate(params, self._until_signal(self.validation))
+            except Terminated as stopped:
+                return stopped.name
+            if not self.checkpoints.has_metrics(self._step):  # otherwise the line is already written
+                self.writer.write(self._step, "eval", self._eval_metrics)
+        return ""
+
+    def _until_signal(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches; raise `Terminated` in all processes once one has got a signal."""
+        for batch in batches:
+            stop = self._reason_to_stop(self._signalled.name)
+            if stop.startswith("SIG"):
+                raise Terminated(stop)
+            yield batch
+
+    def _save(self, evaluated: bool) -> None:
+        """Start writing a checkpoint of this step, with the metrics of its evaluation if any."""
+        if self._saved_step == self._step:
+            return
+        self._saved_metrics = self._eval_metrics if evaluated else None
+        with self.goodput.measure("checkpoint"):
+            self._write_checkpoint(start=True)
+        self._saved_step, self._saved_time, self._save_is_due = self._step, time.perf_counter(), False
+
+    def _write_checkpoint(self, start: bool) -> None:
+        """Start writing a checkpoint of this step, or wait for it, and repeat it if it fails.
+
+        The processes of a job fail together, so they also repeat it together.
+        """
+        attempts = 0
+        while True:
+            try:
+                if start or attempts:
+                    position = self.batches.get_state()
+                    self.checkpoints.save(self._step, self._state, position, self._saved_metrics)
+                if not start:
+                    self.checkpoints.wait()
+                if not attempts:  # the one before is complete
+                    self._failed_saves = 0
+                return
+            except SaveFailed as failure:
+                attempts, self._failed_saves = attempts + 1, self._failed_saves + 1
+                if self._failed_saves > len(RETRY_DELAYS):
+                    raise
+                delay = RETRY_DELAYS[self._failed_saves - 1]
+                if failure.own or is_main_process():
+                    warn(str(failure), delay, self.log)
+                time.sleep(delay)
 
 
 def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
@@ -188,142 +298,3 @@ def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
         f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; "
         f"the first non-finite tensor is {where}"
     )
-
-
-class Tracer:
-    """Profiler trace of a range of steps, also written if training ends within the range."""
-
-    def __init__(self, steps: tuple[int, int] | None, folder: str, log: Callable[[str], None]):
-        self._steps, self._folder, self._log = steps or (0, 0), folder, log
-        self._began: int | None = None
-        self._last, self._local = 0, folder
-
-    def before(self, step: int) -> None:
-        """Start the trace at the first step of the range."""
-        if self._began is None and step in range(*self._steps):
-            # XLA writes only local files; a trace for a bucket is copied there when it stops.
-            self._local = tempfile.mkdtemp() if is_remote(self._folder) else self._folder
-            jax.profiler.start_trace(self._local)
-            self._began = step
-
-    def after(self, step: int, metrics: Any) -> None:
-        """Stop the trace after the last step of the range, once the devices have finished it."""
-        self._last = step
-        if self._began is not None and step + 1 == self._steps[1]:
-            jax.block_until_ready(metrics)
-            self._stop()
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        if self._local != self._folder:
-            for file in filter(Path.is_file, Path(self._local).rglob("*")):
-                target = epath.Path(self._folder) / str(file.relative_to(self._local))
-                write_atomically(target, file.read_bytes())
-            shutil.rmtree(self._local)
-        self._log(f"wrote a profiler trace of steps {self._began} to {self._last} to {self._folder}")
-        self._began, self._steps = None, (0, 0)
-
-    def __enter__(self) -> "Tracer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._began is not None:
-            self._stop()
-
-
-@dataclass
-class StopRequest:
-    """The name of the signal that requested a stop; empty if there was none."""
-
-    name: str = ""
-
-
-@contextmanager
-def stop_on_signal():
-    """Record SIGTERM in the yielded `StopRequest`, which the loop checks between steps."""
-    request = StopRequest()
-
-    def handle(number, _):
-        request.name = signal.Signals(number).name
-
-    try:
-        previous = signal.signal(signal.SIGTERM, handle)
-    except ValueError:  # only the main thread may set signal handlers
-        yield request
-        return
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-@dataclass
-class Meter:
-    """Training speed since the last reading, excluding compilation, evaluation and saving."""
-
-    session: Session
-    step: int
-    _started: float = field(default_factory=time.perf_counter)
-    _tokens: float = 0.0
-    _waited: float = 0.0
-    _paused: float = 0.0
-    _compiled: bool = False
-    _origin: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self):
-        e = self.session.experiment
-        model_flops = e.model.token_flops(self.session.tokenizer.vocab_size, e.data.sequence_length)
-        self._flops_per_token = model_flops.training
-        self._peak = flops.peak_flops(self.session.mesh.devices.flat[0]) * self.session.mesh.size
-
-    @contextmanager
-    def waiting(self):
-        """Measure the time spent waiting for input."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self):
-        """Exclude the enclosed time from the training speed."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    @contextmanager
-    def dispatching(self):
-        """Enclose the dispatch of a step; the first one compiles, and its time is excluded."""
-        start = time.perf_counter()
-        yield
-        if not self._compiled:
-            self._compiled = True
-            self._paused += time.perf_counter() - start
-
-    def total(self) -> float:
-        """Return the seconds since the start, including compilation, evaluation and saving."""
-        return time.perf_counter() - self._origin
-
-    def count(self, metrics: dict[str, Any]) -> None:
-        """Add the tokens of a step."""
-        self._tokens += float(metrics["tokens"])
-
-    def read(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        """Return the scalar metrics of a step with the training speed, and reset the timers."""
-        now = time.perf_counter()
-        seconds = max(now - self._started - self._paused, 1e-9)
-        tokens_per_second = self._tokens / seconds
-        model_flops = tokens_per_second * self._flops_per_token
-        e = self.session.experiment
-        rate = optimizers.learning_rate(e.optimizer, e.train.steps)(step - 1)
-        scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
-        if not scalars["bytes"]:
-            del scalars["bits_per_byte"]  # undefined: the targets are not text
-        self._started, self._tokens, self._paused = now, 0.0, 0.0
-        waited, self._waited = self._waited, 0.0
-        return scalars | {
-            "learning_rate": float(rate),
-            "tokens_per_second": tokens_per_second,
-            "model_flops_per_second": model_flops,
-            "model_flops_utilization": model_flops / self._peak,
-            "input_wait": min(1.0, waited / seconds),
-        }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from attnlab.errors import InputError
+from attnlab.errors import InputError, check_fields
 from attnlab.train.optimizers import check_pattern, matrix_axes
 
 PREFIX = "lora"  # the adapters of x/y/kernel are lora/x/y/kernel/a and lora/x/y/kernel/b
@@ -41,8 +41,8 @@ class LoRA:
     full: str | None = None
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError("rank must be at least 1")
+        check_fields(self, "rank", least=1)
+        check_fields(self, "alpha", above=0)
         check_pattern("lora.rule", self.rule)
         check_pattern("lora.full", self.full or "")
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-import tempfile
+import socket
+import struct
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,15 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from attnlab.distributed.job import is_main_process
 from attnlab.paths import as_json, is_remote, write_atomically
 from attnlab.train.progress import Progress
+from attnlab.train.storage import append, retry
 from attnlab.train.trackers import open_tracker
+from attnlab.untrusted import check_regular
 
 Metrics = Mapping[str, float]
-FLUSH_SECONDS = 5.0  # interval between flushes of the TensorBoard event file
+UPLOAD_SECONDS = 5.0  # interval between writes of the TensorBoard event file in a bucket
 
 
 class MetricWriter(Protocol):
@@ -61,7 +65,7 @@ class MetricWriters:
         primary: bool | None = None,
     ):
         self._sinks: list[Sink] = []
-        if not (_is_first_process() if primary is None else primary):
+        if not (is_main_process() if primary is None else primary):
             return
         workdir = epath.Path(workdir)
         # The trackers come first: if one is not installed, no file is created. The progress bar
@@ -102,12 +106,6 @@ class MetricWriters:
         self.close(failed=kind is not None)
 
 
-def _is_first_process() -> bool:
-    import jax
-
-    return jax.process_index() == 0
-
-
 class JsonLines:
     """JSON Lines file with step, split, time and metrics per line, on disk when `write` returns.
 
@@ -115,7 +113,7 @@ class JsonLines:
 
     NaN and the infinities, which JSON cannot represent, are written as the strings "NaN",
     "Infinity" and "-Infinity"; `read_metrics` converts them back. An unfinished last line, left by
-    a killed process, is dropped.
+    a killed process, is dropped. A complete one that lacks its newline is kept.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -123,113 +121,106 @@ class JsonLines:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Object stores cannot append, so the whole (small) file is rewritten each time.
         self._appends = not is_remote(path)
-        self._text = self._path.read_text() if self._path.exists() else ""
-        if not self._text.endswith("\n"):
-            self._text = self._text[: self._text.rfind("\n") + 1]
-            write_atomically(self._path, self._text)
+        if self._path.exists():
+            check_regular(self._path)  # reading a FIFO would block, and a device may have no end
+        self._content = self._path.read_bytes() if self._path.exists() else b""
+        if not self._content.endswith(b"\n"):
+            before, newline, last = self._content.rpartition(b"\n")
+            last = last + b"\n" if _parse_line(last) else b""
+            self._content = before + newline + last
+            write_atomically(self._path, self._content)
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
         """Append a line."""
         numbers = {name: as_json(value) for name, value in metrics.items()}
         row = {"step": step, "split": split, "time": round(time.time(), 3)} | numbers
-        line = json.dumps(row, allow_nan=False) + "\n"
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
         if self._appends:
-            with _with_path_in_errors(self._path), open(self._path, "a") as file:
-                file.write(line)
+            retry(lambda: append(self._path, line), self._path)
         else:
-            self._text += line
-            write_atomically(self._path, self._text)
+            self._content += line
+            retry(lambda: write_atomically(self._path, self._content), self._path)
 
     def truncate_after(self, step: int) -> None:
-        """Atomically drop the lines of steps after `step`."""
+        """Atomically drop the lines of steps after `step`, and damaged lines."""
         if not self._path.exists():
             return
-        lines = self._path.read_text().splitlines(keepends=True)
-        self._text = "".join(line for line in lines if (row := _parse_line(line)) and row["step"] <= step)
-        write_atomically(self._path, self._text)
+        lines = self._path.read_bytes().splitlines()
+        kept = [line + b"\n" for line in lines if (row := _parse_line(line)) and row["step"] <= step]
+        self._content = b"".join(kept)
+        write_atomically(self._path, self._content)
 
     def close(self, failed: bool = False) -> None:
         """Do nothing: every line is already on disk."""
 
 
-@contextlib.contextmanager
-def _with_path_in_errors(path: epath.PathLike):
-    """Add the path to an OSError: the error of a write to a full disk has none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Read the lines of a `metrics.jsonl` with their original numbers; skips an unfinished line."""
-    return [line for text in epath.Path(path).read_text().splitlines() if (line := _parse_line(text))]
+    """Read the lines of a `metrics.jsonl` with their original numbers; skips damaged lines."""
+    return [row for line in epath.Path(path).read_bytes().splitlines() if (row := _parse_line(line))]
 
 
-def _parse_line(text: str) -> dict[str, Any] | None:
+def _parse_line(text: bytes) -> dict[str, Any] | None:
+    """Return the row of a line; None if it is unfinished or damaged."""
     try:
-        line = json.loads(text)
-    except ValueError:
+        row = json.loads(text)
+        step, split = row.pop("step"), row.pop("split")
+        if type(step) is not int or not isinstance(split, str):
+            return None
+        values = {name: float(x) if isinstance(x, str) else x for name, x in row.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    if not all(type(x) in (int, float) for x in values.values()):
         return None
-    return {k: float(v) if isinstance(v, str) and k != "split" else v for k, v in line.items()}
+    return {"step": step, "split": split} | values
 
 
 class TensorBoard:
-    """Writes scalars named `split/metric` to a TensorBoard event file, flushed every few seconds.
+    """Writes scalars named `split/metric` to a TensorBoard event file.
 
-    The calling thread writes the file. tensorboardX's `SummaryWriter` uses a writer thread, and
-    waits forever for it after a full disk has killed it.
+    In a bucket, which cannot append to a file, it is rewritten every few seconds. The calling
+    thread writes the file: tensorboardX's `SummaryWriter` uses a thread, and waits forever for it
+    after a full disk has killed it.
     """
 
     def __init__(self, folder: epath.PathLike, resume: int | None = None):
-        from tensorboardX.event_file_writer import EventsWriter  # takes a while to import
-
-        self._folder, self._flushed = epath.Path(folder), time.monotonic()
         # File names contain the time in seconds; a run resumed within the same second must not
         # overwrite its earlier file.
-        suffix = f".{uuid.uuid4().hex[:8]}"
-        with _with_path_in_errors(folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            # tensorboardX writes only local files; a file for a bucket is copied there at each
-            # flush.
-            self._local = epath.Path(tempfile.mkdtemp()) if is_remote(folder) else self._folder
-            self._writer = EventsWriter(str(self._local / "events"), suffix)
-            if resume is not None:
-                # Event files are append-only. After this event TensorBoard hides the earlier values
-                # of these steps.
-                self._add(resume + 1, session_log={"status": 1})
-        self._flush()
+        stamp = f"{int(time.time())}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        self._path = epath.Path(folder) / f"events.out.tfevents.{stamp}"
+        self._content, self._uploaded = b"", time.monotonic()
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        self._add(0, file_version="brain.Event:2")
+        if resume is not None:
+            # Event files are append-only. After this event TensorBoard hides the earlier values of
+            # these steps.
+            self._add(resume + 1, session_log={"status": 1})
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
         """Write a scalar for each metric."""
         points = [{"tag": f"{split}/{name}", "simple_value": value} for name, value in metrics.items()]
         self._add(step, summary={"value": points})
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._flush()
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self._upload()
 
     def close(self, failed: bool = False) -> None:
-        """Close the event file."""
-        with _with_path_in_errors(self._folder):
-            self._writer.close()
-            self._upload()
-        if self._local != self._folder:
-            self._local.rmtree()
+        """Complete the event file."""
+        self._upload()
 
     def _add(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # takes a while to import
+        from tensorboardX.record_writer import masked_crc32c
 
-        with _with_path_in_errors(self._folder):
-            self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
-
-    def _flush(self) -> None:
-        with _with_path_in_errors(self._folder):
-            self._writer.flush()
-            self._upload()
-        self._flushed = time.monotonic()
+        event = Event(wall_time=time.time(), step=step, **content).SerializeToString()
+        length = struct.pack("<Q", len(event))  # the format of TFRecord
+        checksums = (struct.pack("<I", masked_crc32c(x)) for x in (length, event))
+        record = length + next(checksums) + event + next(checksums)
+        if is_remote(self._path):
+            self._content += record
+        else:
+            retry(lambda: append(self._path, record), self._path)
 
     def _upload(self) -> None:
-        """Copy the event file to its bucket, if it is for one."""
-        for file in self._local.iterdir() if self._local != self._folder else ():
-            (self._folder / file.name).write_bytes(file.read_bytes())
+        """Write the event file to its bucket, if it is for one."""
+        if is_remote(self._path):
+            retry(lambda: write_atomically(self._path, self._content), self._path)
+            self._uploaded = time.monotonic()

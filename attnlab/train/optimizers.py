@@ -1,8 +1,8 @@
-"""Configs of optimizers and learning-rate schedules, and the Optax transformations they build.
+"""Configs of optimizers, and the Optax transformations they build.
 
 Every optimizer is one chain: direction, weight decay, learning-rate multipliers by parameter name,
 learning rate. The training step clips the gradient by its global norm before the chain, since it
-reports the norm anyway.
+reports the norm anyway. The states of all optimizers have at least float32.
 """
 
 import math
@@ -15,87 +15,9 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from attnlab.errors import InputError
-from attnlab.layers.parameters import parameter_name
-
-
-@dataclass(frozen=True)
-class Constant:
-    """Linear warmup over `warmup` steps, then a constant rate."""
-
-    warmup: int = 0
-
-    def factor(self, steps: int) -> optax.Schedule:
-        """Return the schedule that maps a step to its multiplier of the peak rate."""
-        del steps
-        return _after_warmup(self.warmup, optax.constant_schedule(1.0))
-
-
-@dataclass(frozen=True)
-class Cosine:
-    """Linear warmup, then cosine decay to `final` times the peak rate (arXiv 1608.03983)."""
-
-    warmup: int = 50
-    final: float = 0.1
-
-    def factor(self, steps: int) -> optax.Schedule:
-        """Return the schedule that maps a step to its multiplier of the peak rate."""
-        return _after_warmup(
-            self.warmup, optax.cosine_decay_schedule(1.0, max(1, steps - self.warmup), self.final)
-        )
-
-
-@dataclass(frozen=True)
-class WarmupStableDecay:
-    """Linear warmup, constant rate, then linear decay (arXiv 2404.06395).
-
-    Attributes:
-      warmup: number of warmup steps.
-      decay: fraction of all steps that the final decay takes.
-      final: multiplier of the peak rate at the end.
-    """
-
-    warmup: int = 50
-    decay: float = 0.2
-    final: float = 0.0
-
-    def factor(self, steps: int) -> optax.Schedule:
-        """Return the schedule that maps a step to its multiplier of the peak rate."""
-        fall = max(1, round(steps * self.decay))
-        tail = optax.linear_schedule(1.0, self.final, fall)
-        stable = max(0, steps - self.warmup - fall)
-        return _after_warmup(
-            self.warmup, optax.join_schedules([optax.constant_schedule(1.0), tail], [stable])
-        )
-
-
-@dataclass(frozen=True)
-class InverseSquareRoot:
-    """Linear warmup over `warmup` steps, then sqrt(warmup / step) times the peak rate.
-
-    Vaswani et al. 2017, equation 3, scaled to the peak rate.
-    """
-
-    warmup: int = 100
-
-    def factor(self, steps: int) -> optax.Schedule:
-        """Return the schedule that maps a step to its multiplier of the peak rate."""
-        del steps
-        start = max(1, self.warmup)
-        # During warmup `join_schedules` evaluates this schedule at negative steps and discards the
-        # value.
-        return _after_warmup(self.warmup, lambda step: (start / (jnp.maximum(step, 0) + start)) ** 0.5)
-
-
-def _after_warmup(warmup: int, schedule: optax.Schedule) -> optax.Schedule:
-    if warmup == 0:
-        return schedule
-    # The last warmup step has the full rate.
-    rise = optax.linear_schedule(1 / warmup, 1.0, max(1, warmup - 1))
-    return optax.join_schedules([rise, schedule], [warmup])
-
-
-Schedule = Constant | Cosine | WarmupStableDecay | InverseSquareRoot
+from attnlab.errors import InputError, check_fields
+from attnlab.layers.linear import parameter_name
+from attnlab.train.schedules import Constant, Cosine, Schedule
 
 
 @dataclass(frozen=True)
@@ -116,6 +38,7 @@ class Rule:
 
     def __post_init__(self):
         check_pattern("optimizer.rules", self.pattern)
+        check_fields(self, "learning_rate", "weight_decay", least=0)
 
 
 def check_pattern(field: str, pattern: str) -> None:
@@ -144,16 +67,14 @@ class Optimizer:
     """
 
     learning_rate: float = 1e-3
-    schedule: Constant | Cosine | WarmupStableDecay | InverseSquareRoot = field(default_factory=Cosine)
+    schedule: Schedule = field(default_factory=Cosine)
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     rules: tuple[Rule, ...] = (Rule(r"(scale|bias)$", weight_decay=0.0),)
 
     def __post_init__(self):
-        if self.learning_rate < 0 or self.weight_decay < 0:
-            raise ValueError("learning_rate and weight_decay must be at least 0")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError("clip_norm must be greater than 0, or None")
+        check_fields(self, "learning_rate", "weight_decay", least=0)
+        check_fields(self, "clip_norm", above=0)
 
     def direction(self) -> optax.GradientTransformation:
         """Return the transformation from gradients to an ascent direction of unit learning rate."""
@@ -200,6 +121,11 @@ class AdamW(Optimizer):
     b2: float = 0.95
     epsilon: float = 1e-8
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, "b1", "b2", least=0, under=1)
+        check_fields(self, "epsilon", least=0)
+
     def direction(self):
         """See `Optimizer.direction`."""
         return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
@@ -212,6 +138,10 @@ class Lion(Optimizer):
     learning_rate: float = 1e-4
     b1: float = 0.9
     b2: float = 0.99
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, "b1", "b2", least=0, under=1)
 
     def direction(self):
         """See `Optimizer.direction`."""
@@ -226,6 +156,12 @@ class Adafactor(Optimizer):
     decay_rate: float = 0.8
     momentum: float | None = None
     min_dim_size_to_factor: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, "decay_rate", above=0, most=1)
+        check_fields(self, "momentum", least=0, under=1)
+        check_fields(self, "min_dim_size_to_factor", least=1)
 
     def direction(self):
         """See `Optimizer.direction`."""
@@ -246,6 +182,10 @@ class SGD(Optimizer):
     momentum: float = 0.9
     nesterov: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, "momentum", least=0, under=1)
+
     def direction(self):
         """See `Optimizer.direction`."""
         return optax.trace(self.momentum, self.nesterov)
@@ -263,6 +203,11 @@ class Muon(Optimizer):
     newton_schulz_steps: int = 5
     b1: float = 0.9
     b2: float = 0.95
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, "momentum", "b1", "b2", least=0, under=1)
+        check_fields(self, "newton_schulz_steps", least=1)
 
     def direction(self):
         """See `Optimizer.direction`."""
@@ -333,12 +278,15 @@ class ScheduleFree(Optimizer):
     Defazio et al. 2024, arXiv 2405.15682.
     """
 
-    schedule: Constant | Cosine | WarmupStableDecay | InverseSquareRoot = field(
-        default_factory=lambda: Constant(warmup=50)
-    )
+    schedule: Schedule = field(default_factory=lambda: Constant(warmup=50))
     interpolation: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, "interpolation", "b2", least=0, under=1)
+        check_fields(self, "epsilon", least=0)
 
     def chain(self, rate, factors):
         """See `Optimizer.chain`."""
@@ -391,4 +339,21 @@ def make_optimizer(
         return jax.tree_util.tree_map_with_path(product, params)
 
     by_name = {attribute: factors(attribute) for attribute in ("learning_rate", "weight_decay")}
-    return config.chain(learning_rate(config, steps), by_name)
+    return _in_float32(config.chain(learning_rate(config, steps), by_name))
+
+
+def widened(tree: Any) -> Any:
+    """Return a tree of arrays with those of bfloat16 or float16 as float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _in_float32(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keep the state and compute the updates in float32 if the parameters have fewer bits.
+
+    In bfloat16 a moment stops changing as soon as 1 - decay is below its precision of 2^-8.
+    """
+
+    def update(updates, state, params):
+        return transformation.update(widened(updates), state, widened(params))
+
+    return optax.GradientTransformation(lambda params: transformation.init(widened(params)), update)

@@ -1,21 +1,25 @@
 """`Session`: the model, optimizer and compiled steps of an experiment on a mesh."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from attnlab import sharding
+from attnlab.attention.fallback import Fallback
 from attnlab.config.types import short_name
 from attnlab.data import Batch, Tokenizer
 from attnlab.data.batch import batch_from_spec, source_kind
+from attnlab.distributed.collectives import row_share
+from attnlab.distributed.start import progress
 from attnlab.errors import InputError
 from attnlab.train import optimizers
 from attnlab.train.experiment import Experiment
@@ -36,7 +40,7 @@ class Session:
 
     Attributes:
       experiment: the experiment config.
-      mesh: the device mesh.
+      mesh: the device mesh. An abstract mesh only traces programs; it cannot compile or run any.
       tokenizer: the tokenizer, whose vocabulary size the model gets.
     """
 
@@ -58,17 +62,28 @@ class Session:
                 f"{data_source}: change one"
             )
 
+    def use_mesh(self):
+        """Return the context in which the experiment's functions are traced."""
+        if isinstance(self.mesh, AbstractMesh):
+            return jax.sharding.use_abstract_mesh(self.mesh)
+        return jax.set_mesh(self.mesh)
+
     @cached_property
     def model(self) -> nn.Module:
         """The Flax module, built for the tokenizer's vocabulary."""
         return self.experiment.model.build(self.tokenizer.vocab_size)
 
     @cached_property
+    def _initial_params(self) -> Callable[[], Any]:
+        # Jitted, so that a session traces the initialization once, however often it is used.
+        return jax.jit(lambda: init_params(self.model, self.experiment), inline=True)
+
+    @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """The Optax transformation, with rules checked against the parameter names."""
         e = self.experiment
-        with jax.set_mesh(self.mesh):
-            params, frozen = jax.eval_shape(lambda: init_trainable(self.model, e))
+        with self.use_mesh():
+            params, frozen = jax.eval_shape(lambda: init_trainable(e, self._initial_params()))
         factors = e.model.learning_rate_multipliers()
         rules = tuple(optimizers.Rule(name, learning_rate=factor) for name, factor in factors.items())
         return optimizers.make_optimizer(e.optimizer, params, e.train.steps, rules, frozen)
@@ -77,15 +92,15 @@ class Session:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the training state."""
         optimizer = self.optimizer
-        return self._abstract(lambda: init_state(self.model, self.experiment, optimizer))
+        return self._abstract(lambda: init_state(self.experiment, optimizer, self._initial_params()))
 
     @cached_property
     def abstract_params(self) -> Any:
         """Shapes, dtypes and shardings of the model's parameters."""
-        return self._abstract(lambda: init_params(self.model, self.experiment))
+        return self._abstract(self._initial_params)
 
     def _abstract(self, function) -> Any:
-        with jax.set_mesh(self.mesh):
+        with self.use_mesh():
             shapes = jax.eval_shape(function)
 
         def with_sharding(x):
@@ -103,30 +118,38 @@ class Session:
             experiment's seed.
         """
         optimizer = self.optimizer
-        init = jax.jit(
-            lambda params: init_state(self.model, self.experiment, optimizer, params), donate_argnums=0
-        )
-        return self._on_mesh(init)(params)
+
+        def init(params):
+            return init_state(
+                self.experiment, optimizer, self._initial_params() if params is None else params
+            )
+
+        return self._on_mesh(jax.jit(init, donate_argnums=0))(params)
 
     def new_params(self) -> Any:
         """Return the model's parameters, initialized from the experiment's seed."""
-        return self._on_mesh(jax.jit(lambda: init_params(self.model, self.experiment)))()
+        return self._on_mesh(self._initial_params)()
 
     @cached_property
     def train_step(self):
         """The jitted training step, (state, batch) -> (state, metrics), which donates the state."""
         step = make_train_step(self.model, self.experiment, self.optimizer)
         donated = () if jax.config.jax_debug_nans else (0,)  # jax_debug_nans reruns the step
-        return self._on_mesh(jax.jit(step, donate_argnums=donated))
+        return self._on_mesh(partial(self.fallback, jax.jit(step, donate_argnums=donated)))
 
     @cached_property
     def eval_step(self):
         """The jitted evaluation step, (params, batch) -> sums over tokens."""
-        return self._on_mesh(jax.jit(make_eval_step(self.model)))
+        return self._on_mesh(partial(self.fallback, jax.jit(make_eval_step(self.model))))
+
+    @cached_property
+    def fallback(self) -> Fallback:
+        """Compiles steps again without the attention kernels that the compiler refuses."""
+        return Fallback(print)
 
     def _on_mesh(self, function):
         def call(*args):
-            with jax.set_mesh(self.mesh):
+            with self.use_mesh():
                 return function(*args)
 
         return call
@@ -135,8 +158,8 @@ class Session:
         """Compile the training step ahead of time; the mesh's devices need not be available."""
         step = make_train_step(self.model, self.experiment, self.optimizer)
         state, batch = self.abstract_state, self.abstract_batch
-        with jax.set_mesh(self.mesh):
-            return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        with self.use_mesh():
+            return self.fallback(lambda: jax.jit(step, donate_argnums=0).lower(state, batch).compile())
 
     @cached_property
     def abstract_batch(self) -> Batch:
@@ -150,18 +173,40 @@ class Session:
     def _batch_sharding(self, ndim: int):
         return sharding.named_sharding(self.mesh, P(sharding.spec("batch")[0], *(None,) * (ndim - 1)))
 
+    @cached_property
+    def batch_shard(self) -> dict[str, int]:
+        """The part of each batch's rows that this process holds, as arguments of `Data`.
+
+        Processes whose devices differ only in axes that do not shard the rows hold the same part.
+        """
+        shard, num_shards = row_share(self._batch_sharding(1), self.experiment.data.batch_size)
+        return {"shard": shard, "num_shards": num_shards}
+
+    def put_whole(self, batch: Batch) -> Batch:
+        """Return a whole batch, which every process has, as global arrays over the mesh."""
+
+        def put(x):
+            return jax.make_array_from_callback(x.shape, self._batch_sharding(x.ndim), x.__getitem__)
+
+        return jax.tree.map(put, batch)
+
     def to_devices(self, batch: Batch) -> Batch:
-        """Return this host's part of a batch as global arrays, sharded over the mesh."""
+        """Return this process's rows of a batch as global arrays, sharded over the mesh."""
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self._batch_sharding(x.ndim), x), batch
         )
 
     def eval_params(self, state: TrainState) -> Any:
-        """Return the model's parameters to evaluate: the EMA if enabled, with adapters merged."""
+        """Return the model's parameters to evaluate: the EMA if enabled, with adapters merged.
+
+        They have the dtypes of the parameters.
+        """
         trained = state.ema
         if trained is None:
-            with jax.set_mesh(self.mesh):
+            with self.use_mesh():
                 trained = self.experiment.optimizer.eval_params(state.opt_state, state.params)
+        if jax.tree.map(jnp.result_type, trained) != jax.tree.map(jnp.result_type, state.params):
+            trained = jax.tree.map(lambda x, p: x.astype(p.dtype), trained, state.params)
         return trained if state.frozen is None else self._merged_params(trained, state.frozen)
 
     @cached_property
@@ -176,9 +221,15 @@ class Session:
         Raises:
           InputError: the batches contain no target token.
         """
-        sums: dict[str, float] = {}
+        results: list[dict[str, Any]] = []
         for batch in batches:
-            for name, value in jax.device_get(self.eval_step(params, self.to_devices(batch))).items():
+            progress("evaluating")
+            results.append(self.eval_step(params, self.to_devices(batch)))
+            if len(results) > 2:  # the device does not wait for the host, nor hold many batches
+                jax.block_until_ready(results[-3])
+        sums: dict[str, float] = {}
+        for result in jax.device_get(results):
+            for name, value in result.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         if not sums.get("tokens"):
             raise InputError("cannot evaluate: the split contains no target token")

@@ -16,6 +16,7 @@ from attnlab.data.batch import batch_from_spec
 from attnlab.sharding import out_sharding
 from attnlab.train.experiment import Experiment, SpikeSkip
 from attnlab.train.loss import token_sums
+from attnlab.train.optimizers import widened
 from attnlab.train.partition import merged_params, partition_trainable
 
 StepMetrics = dict[str, Array]
@@ -40,7 +41,7 @@ class TrainState:
       step: number of steps done.
       params: nested dict of the trained parameters.
       opt_state: optimizer state.
-      ema: exponential moving average of `params`, or None.
+      ema: exponential moving average of `params`, in at least float32, or None.
       history: loss statistics for the detection of spikes, or None.
       rng: raw PRNG key data; each step folds in its step number.
       frozen: nested dict of the frozen parameters, or None.
@@ -61,12 +62,8 @@ def init_params(model: nn.Module, experiment: Experiment):
     return model.init(_keys(experiment)[0], **batch.inputs)["params"]
 
 
-def init_trainable(model: nn.Module, experiment: Experiment, params: Any = None) -> tuple[Any, Any]:
-    """Partition `params`, or new parameters if None, into trained and frozen ones.
-
-    See `partition_trainable`.
-    """
-    params = init_params(model, experiment) if params is None else params
+def init_trainable(experiment: Experiment, params: Any) -> tuple[Any, Any]:
+    """Partition the model's parameters into trained and frozen ones; see `partition_trainable`."""
     return partition_trainable(experiment, params, jax.random.fold_in(_keys(experiment)[0], 0))
 
 
@@ -75,18 +72,16 @@ def _keys(experiment: Experiment):
     return jax.random.split(jax.random.key(experiment.seed))
 
 
-def init_state(
-    model: nn.Module, experiment: Experiment, optimizer: optax.GradientTransformation, params: Any = None
-) -> TrainState:
-    """Return the state before the first step, with `params` or, if None, new parameters."""
-    params, frozen = init_trainable(model, experiment, params)
+def init_state(experiment: Experiment, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """Return the state before the first step, with the given parameters of the model."""
+    params, frozen = init_trainable(experiment, params)
     train = experiment.train
     zero = jnp.zeros((), jnp.float32)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if train.ema else None,
+        ema=jax.tree.map(jnp.copy, widened(params)) if train.ema else None,
         history=LossHistory(zero, zero, zero) if train.spike_skip else None,
         rng=jax.random.key_data(_keys(experiment)[1]),
         frozen=frozen,
@@ -99,19 +94,22 @@ def make_train_step(
     """Return the training step of an experiment, to be jitted with the state donated.
 
     The gradient is that of the weighted mean loss over the tokens of the whole batch, for any
-    number of microbatches. An update is skipped if its loss or gradient is not finite, or if its
-    loss is a spike.
+    number of microbatches; gradients are accumulated in at least float32. A batch without weighted
+    targets has loss 0 and, except for the losses of layers, gradient 0. An update is skipped if its
+    loss or gradient is not finite, or if its loss is a spike.
     """
     train, clip = experiment.train, experiment.optimizer.clip_norm
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         grads, sums, layer_losses = _gradients(model, experiment, state, batch, key)
-        loss = sums["nats"] / sums["tokens"]
+        tokens = _or_one(sums["tokens"])
+        loss = sums["nats"] / tokens
         leaf_norms = jnp.stack([_norm(g) for g in jax.tree.leaves(grads)])
         grad_norm = jnp.sqrt(jnp.sum(leaf_norms**2))
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        spike, history = _detect_spike(train.spike_skip, state.history, loss, is_finite)
+        has_loss = is_finite & (sums["tokens"] != 0)
+        spike, history = _detect_spike(train.spike_skip, state.history, loss, has_loss)
 
         def update(state: TrainState):
             scaled = grads
@@ -125,19 +123,21 @@ def make_train_step(
                 decay = jnp.minimum(train.ema or 0.0, (1 + state.step) / (10 + state.step))
                 ema = jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
             new = dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
-            return new, _tree_norm(updates)
+            return new, _norm(updates)
 
         applied = is_finite & ~spike
         frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
-        state, update_norm = jax.lax.cond(applied, update, lambda s: (s, jnp.zeros(())), state)
+        no_update = jnp.zeros_like(grad_norm)
+        state, update_norm = jax.lax.cond(applied, update, lambda s: (s, no_update), state)
         metrics = {
             "loss": loss,
-            "accuracy": sums["correct"] / sums["tokens"],
+            "accuracy": sums["correct"] / tokens,
             "bits_per_byte": _bits_per_byte(sums["nats"], sums["bytes"]),
             "grad_norm": grad_norm,
             "update_norm": update_norm,
-            "param_norm": _tree_norm(state.params),
+            "param_norm": _norm(state.params),
             "tokens": sums["tokens"],
+            "input_tokens": jnp.sum(batch.segments > 0, dtype=jnp.int32),
             "bytes": sums["bytes"],
             "skipped": 1.0 - applied.astype(jnp.float32),
             "leaf_norms": leaf_norms,
@@ -168,14 +168,14 @@ def _gradients(model, experiment: Experiment, state: TrainState, batch: Batch, k
     def objective(params, batch, key):
         params = merged_params(experiment, params, state.frozen)
         terms, layer_losses = _loss_terms(model, params, batch, key if uses_dropout else None)
-        total = experiment.loss(terms, batch.weights) / jnp.maximum(counts["tokens"], 1.0)
+        total = experiment.loss(terms, batch.weights) / _or_one(counts["tokens"])
         layer_losses = jax.tree.map(lambda x: x / count, layer_losses)
         return total + sum(layer_losses.values()), (token_sums(terms, batch.weights), layer_losses)
 
     gradient = jax.grad(objective, has_aux=True)
     if count == 1:
         grads, (sums, layer_losses) = gradient(params, batch, key)
-        return grads, sums | counts, layer_losses
+        return widened(grads), sums | counts, layer_losses
 
     # Microbatch i has rows i, i + count, i + 2 count, ..., so that it stays sharded over all
     # devices.
@@ -184,9 +184,9 @@ def _gradients(model, experiment: Experiment, state: TrainState, batch: Batch, k
     def add(carry, piece):
         batch, i = piece
         grads, sums = gradient(params, batch, jax.random.fold_in(key, i))
-        return jax.tree.map(jnp.add, carry, grads), sums
+        return jax.tree.map(jnp.add, carry, widened(grads)), sums
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(jnp.zeros_like, widened(params))
     grads, parts = jax.lax.scan(add, zeros, (pieces, jnp.arange(count)))
     sums, layer_losses = jax.tree.map(lambda x: x.sum(axis=0), parts)
     return grads, sums | counts, layer_losses
@@ -222,20 +222,21 @@ def _counts(batch: Batch) -> StepMetrics:
     return {"tokens": batch.weights.sum(), "bytes": batch.num_bytes.sum()}
 
 
+def _or_one(weight: Array) -> Array:
+    """Return the total weight of a batch's targets, or 1 if it is 0, to divide by."""
+    return jnp.where(weight == 0, 1.0, weight)
+
+
 def _bits_per_byte(nats: Array, num_bytes: Array) -> Array:
     return nats / jnp.log(2.0) / jnp.maximum(num_bytes, 1.0)
 
 
-def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
+def _norm(tree: Any) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(widened(tree))))
 
 
-def _tree_norm(tree) -> Array:
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
-
-
-def _detect_spike(config: SpikeSkip | None, history: LossHistory | None, loss: Array, finite: Array):
-    """Return whether the loss is a spike, and the history, updated unless spike or not finite."""
+def _detect_spike(config: SpikeSkip | None, history: LossHistory | None, loss: Array, valid: Array):
+    """Return whether the loss is a spike, and the history, updated unless spike or not valid."""
     if config is None or history is None:
         return jnp.zeros((), bool), history
     deviation = jnp.sqrt(history.variance)
@@ -248,5 +249,5 @@ def _detect_spike(config: SpikeSkip | None, history: LossHistory | None, loss: A
         (1 - rate) * (history.variance + rate * difference**2),
         history.count + 1,
     )
-    keep = finite & ~spike
+    keep = valid & ~spike
     return spike, jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, history)

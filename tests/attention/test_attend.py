@@ -105,26 +105,6 @@ def test_mismatched_shardings_are_rejected(mesh_of, refuses, query_spec, key_spe
         attend(query, key, value)
 
 
-def test_dropout_differs_between_shards_and_agrees_between_replicas(mesh_of):
-    ones = jnp.ones((4, 6, 4, 2))
-    eye = jnp.broadcast_to(jnp.eye(6)[None, :, None], (4, 6, 4, 6))  # the output equals the weights
-
-    def run(mesh_text, spec):
-        mesh, arrays = on_mesh(mesh_of, mesh_text, [ones, ones, eye], spec)
-        with jax.set_mesh(mesh):
-            f = jax.jit(lambda *a: attend(*a, dropout_rate=0.5, dropout_key=jax.random.key(0)))
-            return f(*arrays)
-
-    out = np.asarray(run("fsdp:4,tensor:2", P(ROWS, None, "tensor", None)))
-    shards = [(out[i, :, j : j + 2] != 0).tobytes() for i in range(4) for j in (0, 2)]
-    assert len(set(shards)) == 8
-    copies = run("fsdp:4,tensor:2", P(ROWS, None, None, None)).addressable_shards
-    for shard in copies:
-        for other in copies:
-            if shard.index == other.index:
-                np.testing.assert_array_equal(shard.data, other.data)
-
-
 def test_optional_outputs_are_returned_in_order():
     query, key, value = qkv(2)
     out, lse, weights = attend(query, key, value, return_lse=True, return_weights=True)
@@ -153,8 +133,6 @@ def test_invalid_arguments_raise_one_line_errors(refuses, unchecked):
         attend(query, key, value, backend="fast")
     with refuses("'blockwise' does not support", "weights", "return_weights"):
         attend(query, key, value, backend="blockwise", return_weights=True)
-    with refuses("'blockwise' does not support", "weights", "dropout"):
-        attend(query, key, value, backend="blockwise", dropout_rate=0.1, dropout_key=jax.random.key(0))
     with refuses("(batch, keys) in the mask", "has 6 keys; the scores have 7"):
         attend(query, key, value, mask=segments(jnp.ones((2, 5), int), jnp.ones((2, 6), int)))
     with refuses("in the score", "has 3 heads; the scores have 4"):

@@ -5,43 +5,88 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.attention import attend, causal, window
-from attnlab.attention.kv_cache import PagedKVCache, QuantizedKVCache, RollingKVCache
+from attnlab.attention import attend, causal, segments, shift_mask, t5_bias, window
+from attnlab.attention.kv_cache import KVCache, PagedKVCache, QuantizedKVCache, RollingKVCache
 from tests.attention.inputs import qkv
 
 T, D = 24, 8
-ARRAYS = qkv(0, t=T, s=T, d=D, dv=D)
+QUERY, KEY, VALUE = ARRAYS = qkv(0, t=T, s=T, d=D, dv=D)
 CHUNKS = [5, 1, 1, 6, 1, 4, 6]
-assert sum(CHUNKS) == T
-
-
-def attend_in_chunks(cache, attend_over):
-    """Return the outputs of all tokens, writing and attending one chunk at a time."""
-    outs, start = [], 0
-    for count in CHUNKS:
-        query, key, value = (x[:, start : start + count] for x in ARRAYS)
-        cache, out = attend_over(cache, jnp.int32(start), query, key, value)
-        outs.append(out)
-        start += count
-    return jnp.concatenate(outs, axis=1)
+STARTS = jnp.array([0, 9])  # the first token of each row; the second row is left-padded
+SEGMENTS = (jnp.arange(T)[None] >= STARTS[:, None]).astype(jnp.int32)
+TABLE = jnp.array([[3, 0, 5, 1, 9, 8], [7, 2, 4, 6, -1, -1]])  # for pages of 4 tokens
+SPAN = 7
+CACHES = {
+    "contiguous": lambda: KVCache.empty(2, T, 2, D, jnp.float32),
+    "rolling": lambda: RollingKVCache.empty(2, SPAN, 2, D, jnp.float32),
+    "rolling with spare": lambda: RollingKVCache.empty(2, SPAN, 2, D, jnp.float32, spare=4),
+    "paged": lambda: PagedKVCache.empty(TABLE, 10, 4, 2, D, jnp.float32),
+    "int8": lambda: QuantizedKVCache.empty(2, T, 2, D, jnp.int8),
+}
+BIAS = jnp.linspace(-1, 1, 32 * 4).reshape(32, 4)
 
 
 @jax.jit
-def write_and_attend(cache, start, query, key, value):
-    cache = cache.write(start, key, value)
-    return cache, attend(query, *cache.read(query.dtype), mask=cache.mask(start, query.shape[1]))
+def append_and_attend(cache, start, query, key, value, filled):
+    """Return the cache with new tokens, and attention of their queries, as a decoder layer does."""
+    cache, cached = cache.append(start, key, value, STARTS)
+    queries = jax.lax.dynamic_slice_in_dim(filled, start, query.shape[1], axis=1)
+    mask = cached.mask(shift_mask(causal(start) & window(SPAN - 1, None, start), STARTS))
+    mask = mask & segments(queries, cached.gather(filled))
+    return cache, attend(query, cached.key, cached.value, mask=mask)
 
 
-@pytest.mark.parametrize("slots", [12, 17])
-def test_rolling_cache_matches_window_attention(slots):
-    got = attend_in_chunks(RollingKVCache.empty(2, slots, 7, 2, D, jnp.float32), write_and_attend)
-    expected = attend(*ARRAYS, mask=causal() & window(6))
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+def run(cache, chunks, arrays=ARRAYS, start=0):
+    """Return the cache after these chunks, and the outputs of all tokens."""
+    outs = []
+    for count in chunks:
+        query, key, value = (x[:, start : start + count] for x in arrays)
+        filled = SEGMENTS * (jnp.arange(T)[None] < start + count)
+        cache, out = append_and_attend(cache, start, query, key, value, filled)
+        outs.append(out)
+        start += count
+    return cache, jnp.concatenate(outs, axis=1)
 
 
-def test_rolling_cache_rejects_writes_over_the_window(refuses):
-    with refuses("12 slots and window 7", "at most 6 tokens per write, not 8"):
-        RollingKVCache.empty(2, 12, 7, 2, D, jnp.float32).write(0, ARRAYS[1][:, :8], ARRAYS[2][:, :8])
+def expected_output(arrays=ARRAYS):
+    mask = causal() & window(SPAN - 1, None) & segments(SEGMENTS)
+    return attend(*arrays, mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "rolling", "rolling with spare", "paged"])
+def test_cache_in_chunks_matches_attention_over_all_tokens(kind):
+    _, got = run(CACHES[kind](), CHUNKS)
+    np.testing.assert_allclose(got, expected_output(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "rolling with spare", "paged", "int8"])
+def test_tokens_taken_back_leave_no_trace(kind):
+    """Four tokens are written and taken back, as rejected draft tokens are."""
+    cache, before = run(CACHES[kind](), [5, 6])
+    for _ in range(2):
+        cache, _ = run(cache, [4], [x[:, ::-1] for x in ARRAYS], start=11)
+    _, after = run(cache, [1, 3, 1, 8], start=11)
+    _, straight = run(CACHES[kind](), [5, 6, 1, 3, 1, 8])
+    np.testing.assert_array_equal(jnp.concatenate([before, after], axis=1), straight)
+
+
+def test_rolling_cache_holds_one_window():
+    cache = CACHES["rolling"]()
+    assert cache.key.shape == (2, SPAN, 2, D)
+    cache, _ = run(cache, CHUNKS)
+    assert sorted(cache.slots.tolist()) == list(range(T - SPAN, T))
+
+
+def test_scores_see_the_slots_of_the_keys(refuses):
+    cache, _ = run(CACHES["rolling"](), CHUNKS[:-1])
+    _, cached = cache.append(T - 6, KEY[:, T - 6 :], VALUE[:, T - 6 :], STARTS * 0)
+    at = {"mask": cached.mask(window(SPAN - 1, 0, T - 6)), "score": cached.score(t5_bias(BIAS, offset=T - 6))}
+    got = attend(QUERY[:, T - 6 :], cached.key, cached.value, **at)
+    expected = attend(*ARRAYS, mask=window(SPAN - 1, 0), score=t5_bias(BIAS))
+    np.testing.assert_allclose(got, expected[:, T - 6 :], rtol=1e-5, atol=1e-5)
+    _, cached = CACHES["paged"]().append(0, KEY, VALUE, STARTS)
+    with refuses("kv_cache=paged does not support scores"):
+        cached.score(t5_bias(BIAS))
 
 
 @pytest.mark.parametrize(
@@ -49,48 +94,27 @@ def test_rolling_cache_rejects_writes_over_the_window(refuses):
 )
 def test_quantized_cache_error_is_at_most_one_rounding(dtype, bits):
     empty = QuantizedKVCache.empty(2, T, 2, D, dtype)
-    got = attend_in_chunks(empty, write_and_attend)
-    cache = empty.write(0, *ARRAYS[1:])
-    for x, y in zip(cache.read(jnp.float32), ARRAYS[1:], strict=True):
-        # Half a unit in the last place of the largest absolute value of each vector.
-        assert (jnp.abs(x - y) <= 1.01 * 2.0 ** -(bits + 1) * jnp.abs(y).max(-1, keepdims=True)).all()
+    _, cached = empty.append(0, KEY, VALUE, STARTS)
+    for x, y in ((cached.key, KEY), (cached.value, VALUE)):
+        largest = jnp.abs(y).max(-1, keepdims=True)
+        if dtype == jnp.int8:
+            bound = jnp.broadcast_to(largest / 254, y.shape)
+        else:  # half a unit in the last place of a normal number, and of a subnormal one
+            smallest = float(jnp.finfo(dtype).smallest_subnormal) / float(jnp.finfo(dtype).max)
+            bound = jnp.maximum(2.0 ** -(bits + 1) * jnp.abs(y), largest * smallest / 2)
+        assert (jnp.abs(x - y) <= 1.001 * bound).all()
+        assert not (x == y).all()
     # Chunked and single writes store the same values, and attention uses the stored values.
-    expected = attend(ARRAYS[0], *cache.read(jnp.float32), mask=causal())
+    _, got = run(empty, CHUNKS)
+    expected = expected_output((QUERY, cached.key, cached.value))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    if dtype == jnp.int8:
-        np.testing.assert_allclose(got, attend(*ARRAYS, mask=causal()), atol=0.05)
-
-
-def test_paged_cache_with_rows_of_unequal_lengths():
-    """Two rows share a pool. The second has fewer tokens per chunk; pages are not in order."""
-    table = jnp.array([[3, 0, 5, 1, 9, 8, -1], [7, 2, 4, 6, -1, -1, -1]])
-    cache = PagedKVCache.empty(table, 10, 4, 2, D, jnp.float32)
-    query, key, value = ARRAYS
-    positions = jnp.zeros(2, jnp.int32)
-    outs = [[], []]
-    for count in CHUNKS:
-        counts = jnp.array([count, (count + 1) // 2])
-        rows = jnp.arange(2)[:, None]
-        at = jnp.minimum(positions[:, None] + jnp.arange(count)[None], T - 1)
-        q, k, v = query[rows, at], key[rows, at], value[rows, at]
-        cache = cache.write(k, v, counts)
-        # Right-align the queries of the shorter row.
-        q = jnp.stack([jnp.roll(q[r], count - int(counts[r]), axis=0) for r in range(2)])
-        out = attend(q, *cache.read(jnp.float32), mask=cache.mask(count))
-        for r in range(2):
-            outs[r].append(out[r, count - int(counts[r]) :])
-        positions += counts
-    expected = attend(*ARRAYS, mask=causal())
-    assert cache.lengths.tolist() == [T, 14]
-    for r, length in enumerate((T, 14)):
-        np.testing.assert_allclose(jnp.concatenate(outs[r]), expected[r, :length], rtol=1e-5, atol=1e-5)
 
 
 def test_row_without_pages_drops_only_its_own_tokens():
-    cache = PagedKVCache.empty(jnp.array([[0, 1], [-1, -1]]), 2, 4, 2, D, jnp.float32)
-    cache = cache.write(ARRAYS[1][:, :6], ARRAYS[2][:, :6])
-    out = attend(ARRAYS[0][:, :6], *cache.read(jnp.float32), mask=cache.mask(6))
-    np.testing.assert_allclose(
-        out[0], attend(*(x[:1, :6] for x in ARRAYS), mask=causal())[0], rtol=1e-5, atol=1e-5
-    )
+    table = jnp.array([[0, 1], [-1, -1]])
+    cache = PagedKVCache.empty(table, 2, 4, 2, D, jnp.float32)
+    _, cached = cache.append(0, KEY[:, :6], VALUE[:, :6], jnp.zeros(2, int))
+    out = attend(QUERY[:, :6], cached.key, cached.value, mask=cached.mask(causal()))
+    first = attend(*(x[:1, :6] for x in ARRAYS), mask=causal())
+    np.testing.assert_allclose(out[:1], first, rtol=1e-5, atol=1e-5)
     assert (out[1] == 0).all()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from attnlab.attention.absolute_positions import learned, sinusoidal
 from attnlab.attention.positions import (
     NTK,
     DynamicNTK,
@@ -18,11 +19,9 @@ from attnlab.attention.positions import (
     YaRN,
     axial,
     frequencies,
-    learned,
     multimodal,
     rotary,
     rotate,
-    sinusoidal,
     xpos,
 )
 

@@ -10,20 +10,16 @@ from jax.sharding import PartitionSpec as P
 from attnlab.attention import attend, causal, reference
 from attnlab.attention.backends.blockwise import blockwise
 from attnlab.attention.pairwise import pair_indices
+from attnlab.attention.relative_scores import alibi, cope, relative_bias, shaw, t5_bias
 from attnlab.attention.scores import (
     ForgettingScore,
-    alibi,
     as_score,
     bias,
-    cope,
     forgetting,
     log_temperature,
-    relative_bias,
     score_fn,
-    shaw,
     softcap,
     step_temperature,
-    t5_bias,
     temperature,
 )
 

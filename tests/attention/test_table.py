@@ -16,19 +16,15 @@ from attnlab.attention import mask_fn
 from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff
 from attnlab.attention.backends.reference import reference
 from attnlab.attention.backends.registry import apply_sinks
+from attnlab.attention.relative_scores import alibi, cope, relative_bias, shaw, t5_bias
 from attnlab.attention.scores import (
     ForgettingScore,
-    alibi,
     as_score,
     bias,
-    cope,
     log_temperature,
-    relative_bias,
     score_fn,
-    shaw,
     softcap,
     step_temperature,
-    t5_bias,
     temperature,
 )
 from tests.attention.definitions import CASES, B, H, S

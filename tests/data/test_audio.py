@@ -135,8 +135,13 @@ def test_unsupported_settings_are_rejected(settings, message):
 
 @pytest.mark.parametrize("sizes, message", [
     ({"hop": 0}, "hop must be over 0, not 0"),
-    ({"n_fft": 500_000}, "n_fft must be an even number from 2 to the 480000 samples"),
+    ({"n_fft": 16_002, "chunk_seconds": 1}, "n_fft must be an even number from 2 to the 16000 samples"),
     ({"n_fft": 401}, "n_fft must be an even number"),
+    ({"hop": 480_001}, "hop=480001 at most the 480,000 samples"),
+    ({"mels": 10**6}, "n_fft \\* mels must be at most"),
+    ({"sample_rate": 10**9}, "sample_rate=1000000000 must be at most 384000"),
+    ({"chunk_seconds": 10**9}, "chunk_seconds \\* sample_rate must be at most"),
+    ({"hop": 1}, "n_fft \\* frames must be at most"),
     ({"mels": 300}, "mels=300 filters are too narrow for the frequencies of n_fft=400"),
 ])  # fmt: skip
 def test_invalid_sizes_are_rejected(sizes, message):
@@ -162,3 +167,19 @@ def test_features_do_not_depend_on_mesh(mesh_of):
         got = jax.jit(SHORT)(jax.device_put(audio_batch, jax.P(("data", "fsdp"))))
         assert jax.typeof(got).sharding.spec == jax.P(("data", "fsdp"), None, None)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("hop_length", value) for value in (0, -1, [1], 10**9)), *(("n_fft", value) for value in (10**9, "400", 2)),
+    *(("feature_size", value) for value in (10**6, True, {}, 10**30)),
+    *(("chunk_length", value) for value in (10**9, 0, 1.5)),
+    *(("sampling_rate", value) for value in (10**9, 16000.5, 0)),
+    ("feature_extractor_type", 5), ("feature_extractor_type", ["x"]), ("dither", "x" * 10**5),
+])  # fmt: skip
+def test_settings_of_wrong_type_or_size_are_refused(refuses, name, value):
+    with refuses("preprocessor_config.json"):
+        LogMel.from_settings({name: value})
+
+
+def test_null_settings_have_their_defaults():
+    assert LogMel.from_settings({"feature_size": None, "hop_length": None}) == LogMel()

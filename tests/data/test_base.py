@@ -53,12 +53,10 @@ def test_chunks_concatenate_to_document():
     assert tokenizer.decode(np.concatenate([piece[1] for piece in pieces])) == data.documents[0]
 
 
-def test_evaluation_does_not_depend_on_process_count():
+def test_evaluation_does_not_depend_on_number_of_shards():
     tokenizer = POETRY.build_tokenizer()
     whole = list(POETRY.eval_batches("validation", tokenizer))
-    shares = [
-        list(POETRY.eval_batches("validation", tokenizer, process_index=i, process_count=2)) for i in (0, 1)
-    ]
+    shares = [list(POETRY.eval_batches("validation", tokenizer, shard=i, num_shards=2)) for i in (0, 1)]
     assert len(whole) == len(shares[0]) == len(shares[1])
     for batch, *parts in zip(whole, *shares, strict=True):
         assert_equal(batch, jax.tree.map(lambda *x: np.concatenate(x), *parts))
@@ -94,32 +92,25 @@ def test_epochs_are_complete_and_reshuffled():
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_split_an_epoch(count):
-    documents = tuple(f"{i:03}" for i in range(60))
-    data = Documents(documents=documents, sequence_length=4, batch_size=count)
-    tokenizer = data.build_tokenizer()
-    read = []
-    for index in range(count):
-        iterator = data.train_iterator(tokenizer, seed=0, process_index=index, process_count=count)
-        rows = list(islice(iterator, 200))
-        assert rows[0].tokens.shape == (1, 4)
-        # In 200 rows per process, the processes together read every document.
-        read.append([tokenizer.decode(b.targets[0]) for b in rows])
-    assert read[0] != read[1]
-    assert set().union(*map(set, read)) == set(documents)
+def test_shards_are_the_rows_of_the_whole_batch(count):
+    tokenizer = POETRY.build_tokenizer()
+    shards = [
+        POETRY.train_iterator(tokenizer, seed=3, batch_size=4, shard=i, num_shards=count)
+        for i in range(count)
+    ]
+    for whole in islice(POETRY.train_iterator(tokenizer, seed=3, batch_size=4), 12):
+        assert_equal(whole, jax.tree.map(lambda *x: np.concatenate(x), *map(next, shards)))
 
 
-def test_processes_read_different_documents(monkeypatch):
-    # With a pool of one chunk, rows have the order in which documents are read.
-    monkeypatch.setattr("attnlab.data.base.POOL_CHUNKS", 1)
-    documents = tuple(f"{i:03}" for i in range(60))
-    data = Documents(documents=documents, sequence_length=4, batch_size=3)
-    tokenizer = data.build_tokenizer()
-    shares = []
-    for index in range(3):
-        iterator = data.train_iterator(tokenizer, seed=0, process_index=index, process_count=3)
-        shares += [tokenizer.decode(b.targets[0]) for b in islice(iterator, 20)]
-    assert sorted(shares) == sorted(documents)
+def test_state_continues_with_another_number_of_shards():
+    tokenizer = POETRY.build_tokenizer()
+    whole = POETRY.train_iterator(tokenizer, seed=3, batch_size=4)
+    for _ in range(7):
+        next(whole)
+    shard = POETRY.train_iterator(tokenizer, seed=3, batch_size=4, shard=1, num_shards=2)
+    shard.set_state(whole.get_state())
+    for expected, actual in zip(islice(whole, 9), islice(shard, 9), strict=True):
+        assert_equal(jax.tree.map(lambda x: x[2:], expected), actual)
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 40])
@@ -226,9 +217,12 @@ def test_prefetch_changes_threads_but_not_batches():
         (lambda: Data(batch_size=0), "batch_size must be 1"),
         (lambda: Data(prefetch=-1), "prefetch must be 0"),
         (lambda: POETRY.train_iterator(None, seed=-1), "seed must be 0"),
-        (lambda: POETRY.train_iterator(None, seed=0, num_batches=0), "num_batches must be 1"),
-        (lambda: POETRY.train_iterator(None, seed=0, process_count=3), "multiple of the 3"),
-        (lambda: POETRY.train_iterator(None, seed=0, process_index=2, process_count=2), "process_index 2"),
+        (lambda: POETRY.train_iterator(None, seed=0, num_batches=0), "overfit_batches must be from 1 to "),
+        (lambda: POETRY.train_iterator(None, seed=0, num_batches=10**12), "overfit_batches must be from 1"),
+        (lambda: POETRY.train_iterator(None, seed=0, num_batches=10**23), "overfit_batches must be from 1"),
+        (lambda: Documents(sequence_length=10**9), "sequence_length must be 16777216 or less"),
+        (lambda: POETRY.train_iterator(None, seed=0, num_shards=3), "multiple of the 3"),
+        (lambda: POETRY.train_iterator(None, seed=0, shard=2, num_shards=2), "shard 2"),
         (lambda: POETRY.eval_batches("dev", None), "unknown split 'dev'"),
         (lambda: Documents().eval_batches("train", None), "train split of Documents is empty"),
     ],

@@ -1,6 +1,7 @@
 """Batches of examples with source inputs, one example per row."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -82,12 +83,32 @@ def test_resume_repeats_batches(shape):
     assert len({batch.tokens.tobytes() for batch in expected}) > 1
 
 
-def test_processes_split_a_batch():
-    data = Toy()
+@pytest.mark.parametrize("size, count", [(4, 2), (6, 3)])
+def test_shards_split_a_batch(size, count):
+    data = Toy(batch_size=size)
+    options = [{"shard": i, "num_shards": count} for i in range(count)]
     whole = list(data.eval_batches("validation", TOKENIZER))
-    shares = [data.eval_batches("validation", TOKENIZER, process_index=i, process_count=2) for i in (0, 1)]
-    for batch, *parts in zip(whole, *shares, strict=True):
-        np.testing.assert_array_equal(batch.source, np.concatenate([part.source for part in parts]))
+    shards = [list(data.eval_batches("validation", TOKENIZER, **o)) for o in options]
+    for batch, *parts in zip(whole, *shards, strict=True):
+        for name, expected in batch._asdict().items():
+            np.testing.assert_array_equal(expected, np.concatenate([part._asdict()[name] for part in parts]))
+    iterators = [data.train_iterator(TOKENIZER, seed=1, **o) for o in options]
+    for batch in islice(data.train_iterator(TOKENIZER, seed=1), 5):
+        sources = [next(iterator).source for iterator in iterators]
+        np.testing.assert_array_equal(batch.source, np.concatenate(sources))
+
+
+def test_shard_reads_only_its_own_records():
+    class Counting(Toy):
+        def encode(self, record, tokenizer):
+            read.append(record)
+            return super().encode(record, tokenizer)
+
+    read = []
+    list(Counting(batch_size=4).eval_batches("validation", TOKENIZER, shard=1, num_shards=4))
+    whole, read = read, []
+    list(Counting(batch_size=4).eval_batches("validation", TOKENIZER))
+    assert 0 < len(whole) <= len(read) // 4 + 1
 
 
 def test_oversized_examples_are_rejected(refuses):

@@ -1,12 +1,13 @@
 """Chat templates and imported tokenizers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from attnlab.data import BPE, Text, Tokenizer
+from attnlab.data import BPE, Text, Tokenizer, chat
 from attnlab.data.chat import render
 
 TEMPLATE = (
@@ -98,6 +99,70 @@ def test_invalid_chats_are_rejected(imported, refuses):
         render("{% for %}")
     with refuses("has no eos_token"):
         Tokenizer(imported._backend, {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{{ 10**(10**9) }}",
+    ],
+)
+def test_templates_without_end_are_stopped(template, refuses):
+    with refuses("it needs more than"):
+        render(template)
+    assert render("{{ 1 + 1 }}") == "2"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'a' * 10**10 }}", "MiB of memory"),
+        ("{{ ('a'*10**6).center(10**10) }}", "MiB of memory"),
+        ("{{ '%2000000000d' % 1 }}", "MiB of memory"),
+        ("{{ messages|tojson(indent=10**9) }}", "MiB of memory"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "memory",
+        ),
+        (
+            "{% set n = namespace(x=[0]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "memory",
+        ),
+        ("{{ 'a' * (17 * 1024 * 1024) }}", "characters"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself"),
+        ("{% for i in messages recursive %}{{ loop(messages) }}{% endfor %}", "calls itself"),
+        ("{{ raise_exception('one\ntwo') }}", "refuses this chat: one two"),
+        (r"{{ '\ud800' }}", "not Unicode"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ("{{ undefined.field }}", "undefined"),
+        ("{% include 'x' %}", "cannot be used"),
+        ("{{ (" + "(" * 500 + "1" + ")" * 500 + ") }}", "cannot be used"),
+    ],
+)
+def test_templates_are_limited(template, message, refuses):
+    with refuses(message):
+        render(template, messages=MESSAGES)
+
+
+def test_worker_renders_again_after_it_was_killed():
+    assert render("{{ x }}", x="\u00e4\n") == "\u00e4\n"
+    chat._WORKER._process.kill()
+    chat._WORKER._process.wait()
+    assert render("{{ x }}", x=[1]) == "[1]"
+
+
+def test_worker_does_not_import_jax_nor_run_startup_files():
+    render("")
+    process = Path(f"/proc/{chat._WORKER._process.pid}")
+    assert (process / "cmdline").read_bytes().split(b"\0")[1:3] == [b"-I", b"-S"]
+    mapped = (process / "maps").read_text()
+    assert "jax" not in mapped and "numpy" not in mapped
+
+
+def test_chat_that_is_not_json_is_rejected(refuses):
+    with refuses("cannot be written as JSON"):
+        render("{{ x }}", x=object())
 
 
 def test_template_cannot_access_attributes():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from attnlab.data import preprocessor
-from attnlab.data.images import ImageProcessor
+from attnlab.data.images import ImageProcessor, as_8bit
 
 RNG = np.random.default_rng(0)
 SIDES = [(37, 61), (80, 45), (20, 20), (33, 32)]
@@ -107,3 +107,46 @@ def test_invalid_images_are_rejected(refuses):
         ImageProcessor(std=(0.0,))
     with pytest.raises(ValueError, match="size"):
         ImageProcessor(size=0)
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("size", value) for value in (0, -1, "x", [1, 2], 10**6, 2.5, True, {"height": 10**6, "width": 10**6})),
+    *(("size", {"height": value, "width": 2}) for value in (-1, "x", None)),
+    *(("size", {"shortest_edge": value}) for value in (10**9, 0, [])), ("size", {"height": 5}), ("crop_size", {}),
+    *(("image_std", value) for value in (0, [0, 0, 0], {}, "x", [], [1] * 99)),
+    *(("image_mean", value) for value in ("x", [None, None, None], {"a": 1}, [1e30])),
+    *(("rescale_factor", value) for value in ("x", 0, [1])), ("resample", "x"), ("do_resize", "yes"),
+    ("image_processor_type", 5), ("image_processor_type", ["x"]),
+])  # fmt: skip
+def test_settings_of_wrong_type_or_size_are_refused(refuses, name, value):
+    with refuses():
+        ImageProcessor.from_settings({name: value})(smooth(5, 6, 3))
+
+
+def test_huge_results_are_refused(refuses):
+    strip = Image.new("RGB", (10_000, 1))
+    with refuses("224 x 2240000 pixels; at most"):
+        ImageProcessor(size=224)(strip)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_16_bit_images_are_scaled_by_257(mode):
+    values = np.array([[0, 128, 129, 256, 257, 40_000, 65_535]])
+    image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.int32))
+    assert image.mode == mode
+    expected = np.rint(values / 65_535 * 255)
+    np.testing.assert_array_equal(as_8bit(image, "RGB"), np.repeat(expected[..., None], 3, axis=-1))
+    pixels = ImageProcessor(size=None, mean=(0.0,), std=(1.0,))(image)
+    np.testing.assert_allclose(pixels[..., 0], expected / 255, rtol=1e-6)
+
+
+def test_float_images_are_scaled_from_unit_or_byte_range(refuses):
+    unit = np.array([[0.0, 0.5, 0.25, 1.0]], np.float32)
+    np.testing.assert_array_equal(as_8bit(Image.fromarray(unit)), np.rint(unit * 255))
+    byte = np.array([[0.0, 1.4, 1.6, 255.0]], np.float32)
+    np.testing.assert_array_equal(as_8bit(Image.fromarray(byte)), [[0, 1, 2, 255]])
+    for wrong in (np.nan, np.inf, -1.0, 256.0):
+        with refuses("an image of mode F has values", "from 0 to 255"):
+            as_8bit(Image.fromarray(np.array([[0.5, wrong]], np.float32)))
+    with refuses("an image of mode I has values from -1 to 5"):
+        as_8bit(Image.fromarray(np.array([[-1, 5]], np.int32)))

@@ -1,4 +1,6 @@
 import os
+import socket
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +102,75 @@ def test_unreadable_file_is_reported(tmp_path):
 def test_missing_file_is_reported(tmp_path):
     (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
     assert "link.txt" in error_message(tmp_path, "link.txt")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "kmsg", "folder", "socket", "loop"])
+def test_other_than_regular_files_are_refused_without_reading(tmp_path, kind):
+    path = tmp_path / "x.txt"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        path = Path({"zero": "/dev/zero", "kmsg": "/proc/kmsg"}[kind])
+    messages = {
+        "fifo": "is a FIFO",
+        "zero": "is a device",
+        "kmsg": "kmsg",
+        "folder": "is a directory",
+        "socket": "is a socket",
+        "loop": "Too many levels",
+    }
+    with pytest.raises(InputError, match=messages[kind]) as caught:
+        text(f"text:{path}").records("train")
+    assert "\n" not in str(caught.value)
+
+
+def test_symlinks_to_folders_above_are_refused(tmp_path):
+    """`glob` would visit all 2^40 paths that two such links give."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("a line\n" * 50)
+    for name in ("one", "two"):
+        (tmp_path / "deep" / name).symlink_to(tmp_path)
+    with pytest.raises(InputError, match="the symlink .*/deep/(one|two) leads to a folder above it"):
+        text(f"text:{tmp_path}/**/*.txt").records("train")
+
+
+def test_symlink_to_another_folder_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("a line\n" * 50)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    assert joined(text(f"text:{tmp_path}/data/**/*.txt"), "train").startswith("a line")
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_file_names_that_are_not_utf8(tmp_path, count):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("a line\n" * 50)
+    for n in range(count - 1):
+        (tmp_path / f"{n}.txt").write_text("a line\n" * 50)
+    data = text(f"text:{tmp_path}/*.txt")
+    assert name in data.files()
+    assert joined(data, "train") + joined(data, "validation") == "a line\n" * 50 * count
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_byte_order_mark_is_dropped(tmp_path, count):
+    for n in range(count):
+        (tmp_path / f"{n}.txt").write_bytes(b"\xef\xbb\xbf" + b"the cat \xef\xbb\xbf sat\n" * 30)
+    data = text(f"text:{tmp_path}/*.txt")
+    whole = joined(data, "train") + joined(data, "validation")
+    assert whole == "the cat \ufeff sat\n" * 30 * count  # only the mark at the start is one
+    (tmp_path / "0.txt").write_bytes(b"\xef\xbb\xbf \n")
+    with pytest.raises(InputError, match=r"0\.txt is empty"):
+        data.records("train")
+
+
+def test_name_with_a_nul_character_is_refused(tmp_path):
+    with pytest.raises(InputError, match="matches no file"):
+        text("text:a\0b").records("train")

@@ -92,6 +92,17 @@ def test_missing_train_split_is_reported(with_splits):
         ("ag_news_subset", "name one: tfds:ag_news_subset#title, tfds:ag_news_subset#description"),
         ("ted_hrlr_translate/pt_to_en", "name one: .*#pt"),
         ("mnist", "no text feature; only image, label"),
+        *(
+            (name, "is not a name of TFDS")
+            for name in (
+                *("x'y", "..", "../x", "/etc", "#x", ";", "a;b", "a/b/c/d", "a/b/c", "gs://x", ":9.9.9"),
+                *("huggingface:x/y", "åñ", "lm1b:", "lm1b:x", "lm1b/", "a b", "a\nb", "caf\udce9", "\0"),
+                *("__import__('os').system('true')", "lm1b:1.2", "lm1b/x y"),
+            )
+        ),
+        ("lm1b:9.9.9", "cannot be used: .*9.9.9"),
+        ("lm2b:1.0.0", "did you mean lm1b"),
+        ("imdb_reviews/subwords:1.0.0", "no config 'subwords'"),
     ],
 )
 def test_unusable_datasets_are_reported(name, message):
@@ -107,6 +118,27 @@ def test_format_without_random_access_is_rejected(tmp_path, monkeypatch, with_sp
     )
     with pytest.raises(InputError, match="format without random access"):
         text("lm1b").records("train")
+
+
+@pytest.mark.parametrize("length", [0, 100])
+def test_damaged_description_is_reported(tmp_path, monkeypatch, with_splits, length):
+    with_splits("train")
+    (info,) = tmp_path.rglob("dataset_info.json")
+    info.write_bytes(info.read_bytes()[:length])
+    monkeypatch.setattr(
+        "tensorflow_datasets.builder", lambda name, b=tfds.builder: b(name, data_dir=tmp_path)
+    )
+    with pytest.raises(InputError, match="tfds:lm1b cannot be used: ") as caught:
+        text("lm1b").records("train")
+    assert "\n" not in str(caught.value)
+
+
+def test_prepared_files_are_fingerprinted(tmp_path, monkeypatch, with_splits):
+    with_splits("train")
+    monkeypatch.setattr(
+        "tensorflow_datasets.builder", lambda name, b=tfds.builder: b(name, data_dir=tmp_path)
+    )
+    assert list(text("lm1b#text").files()) == ["lm1b/1.1.0/features.json"]  # without dataset_info.json
 
 
 def test_tensorflow_is_not_imported():

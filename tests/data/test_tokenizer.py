@@ -94,3 +94,23 @@ def test_invalid_arguments_are_rejected(tmp_path):
         BPE(vocab_size=256)
     with pytest.raises(InputError, match="no tokenizer"):
         Tokenizer.load(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("tokenizer", [*BYTEWISE.values(), Words().train(["a bb c"])])
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud800", "a\udfff b"])
+def test_text_that_is_not_unicode_is_refused(tokenizer, text, refuses):
+    for encode in (
+        tokenizer.encode,
+        tokenizer.encode_prompt,
+        tokenizer.encode_source,
+        tokenizer.encode_document,
+        tokenizer.token_id,
+    ):
+        with refuses("a text must be UTF-8, but its character", "U+D"):
+            encode(text)
+
+
+@pytest.mark.parametrize("kind", [BPE(vocab_size=260), Words()])
+def test_training_text_that_is_not_unicode_is_refused(kind, refuses):
+    with refuses("its character 1 is U+DC80"):
+        kind.train(["fine", "a\udc80"])

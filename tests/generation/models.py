@@ -60,8 +60,9 @@ def padded(prompts):
 MEAN = PowerLengthPenalty()
 
 
-def search(model, params, prompts, steps, num_beams, length_penalty=MEAN, eos_id=EOS):
-    """Return, for each prompt, the beam search texts up to and including EOS with their scores."""
+def search(model, params, prompts, steps, num_beams, length_penalty=MEAN, *eos_ids):
+    """Return the beam search texts of each prompt, up to an end token, with their scores."""
+    eos_ids = eos_ids or (EOS,)
     tokens, segments = padded(prompts)
     decode_state = prefill(model, tokens.shape[1] + steps, params, tokens, segments)
     hypotheses = beam_search(
@@ -70,18 +71,20 @@ def search(model, params, prompts, steps, num_beams, length_penalty=MEAN, eos_id
         decode_state,
         num_beams=num_beams,
         length_penalty=length_penalty,
-        eos_id=eos_id,
+        eos_ids=eos_ids,
         slots=steps,
         steps=steps,
     )
     return [
-        [(until_end(text, eos_id), s) for text, s in zip(texts.tolist(), scores.tolist(), strict=True)]
+        [(until_end(text, *eos_ids), s) for text, s in zip(texts.tolist(), scores.tolist(), strict=True)]
         for texts, scores in zip(np.asarray(hypotheses.tokens), np.asarray(hypotheses.scores), strict=True)
     ]
 
 
-def until_end(text, eos_id=EOS):
-    return text[: text.index(eos_id) + 1] if eos_id in text else text
+def until_end(text, *eos_ids):
+    """Return the text up to and including its first end token."""
+    end = next((i for i, token in enumerate(text) if token in (eos_ids or (EOS,))), len(text))
+    return text[: end + 1]
 
 
 def assert_same(got, expected):

@@ -98,6 +98,7 @@ def test_batch_rows_are_independent():
         assert_same(search(model, params, [prompt], steps=8, num_beams=3)[0], texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "count"), [("data:2,fsdp:2,tensor:2", 4), ("single", 1)])
 def test_beam_search_does_not_depend_on_mesh(mesh_of, text, count):
     model, params = start(WINDOWED, VOCAB)
@@ -120,7 +121,7 @@ def test_beam_search_does_not_depend_on_mesh(mesh_of, text, count):
             decode_state,
             num_beams=3,
             length_penalty=PowerLengthPenalty(),
-            eos_id=EOS,
+            eos_ids=(EOS,),
             slots=6,
             steps=6,
         )

@@ -11,7 +11,7 @@ TOKENIZER = Bytes().train([])
 
 def detokenize(text, stop=(), piece=1):
     """Detokenize a text `piece` tokens at a time; return the completion and the streamed pieces."""
-    row, pieces = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, stop), []
+    row, pieces = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, stop, [TOKENIZER.eos_id]), []
     ids = TOKENIZER.encode(text).tolist() if isinstance(text, str) else list(text)
     for start in range(0, len(ids), piece):
         pieces.append(row.add(ids[start : start + piece]))
@@ -57,13 +57,13 @@ def test_incomplete_characters_are_withheld():
 
 def test_incomplete_character_at_end_is_replaced():
     ids = TOKENIZER.encode("a€").tolist()[:-1]
-    row = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, ())
+    row = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, (), [TOKENIZER.eos_id])
     assert row.add(ids) == "a"
     assert row.end("length") == row.completion().text[1:] == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_tokens_after_eos_are_ignored():
-    row = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, ["z"])
+    row = IncrementalDetokenizer(GenerationInput("", []), TOKENIZER, ["z"], [TOKENIZER.eos_id])
     ids = TOKENIZER.encode("ab").tolist()
     assert row.add([*ids, TOKENIZER.eos_id, *ids]) == "ab"
     assert row.add(ids) == "" and row.end("length") == ""

@@ -33,6 +33,7 @@ def run_prefill(g, chunk: int, monkeypatch):
         return program(g.params, *args), program.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("mesh", ["single", "data:2,fsdp:2,tensor:2"])
 def test_chunked_prefill_matches_single_pass_with_less_memory(kind, mesh, mesh_of, monkeypatch):

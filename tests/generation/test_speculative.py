@@ -125,7 +125,7 @@ def test_speculative_texts_follow_target_distribution():
     decode_state, draft_state = (
         prefill(m, 12, p, tokens, jnp.ones_like(tokens)) for m, p in ((model, params), (draft, draft_params))
     )
-    options = {"sampling": SamplingParams(), "eos_id": vocabulary}  # no token ends a text
+    options = {"sampling": SamplingParams(), "eos_ids": (vocabulary,)}  # no token ends a text
     keys = row_keys(jax.random.key(0), jnp.arange(rows))
     state = init_speculation(decode_state, draft_state.cache, keys, looks_up=False, **options)
     first = np.asarray(state.last)[:, None]
@@ -156,7 +156,7 @@ def test_accepted_draft_tokens_reduce_forward_passes(kind):
     )
     if kind == "lookup":
         speculator, speculator_state = PromptLookup(2, 3), jnp.full((1, 60), -1).at[:, :3].set(tokens)
-    options = {"sampling": GREEDY, "eos_id": 9}
+    options = {"sampling": GREEDY, "eos_ids": (9,)}
     keys = row_keys(jax.random.key(0), jnp.arange(1))
     state = init_speculation(decode_state, speculator_state, keys, looks_up=kind == "lookup", **options)
     state, tokens, num_new = speculate(

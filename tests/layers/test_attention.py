@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from attnlab import sharding
-from attnlab.layers import AttentionConfig, RelativeBias, Sliding
-from attnlab.layers.attention import EncoderOutput
+from attnlab.attention import mask_fn
+from attnlab.layers import AttentionConfig, Bidirectional, Causal, RelativeBias, Sliding
+from attnlab.layers.attention import EncoderOutput, LayerSpec
 from attnlab.layers.blocks import CrossAttentionConfig
 from attnlab.models import DecoderConfig
 
@@ -103,3 +104,35 @@ def test_cross_attention_on_mesh_repeats_logits(mesh, mesh_of):
         placed = jax.tree.map(jax.sharding.reshard, params, specs)
         got = jax.jit(lambda p: model.apply({"params": p}, tokens, memory=memory))(placed)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(LayerSpec):
+    """A layer spec as in an experiment's file, with a mask function of its own."""
+
+    ahead: int = 0
+
+    def mask(self, offset=0):
+        """See `LayerSpec.mask`."""
+        ends = jnp.arange(0, 4) * self.ahead  # an array, traced where `mask` is called in a program
+        return mask_fn(lambda b, h, q, k: k <= q + offset + ends[3])
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_causal_is_derived_from_the_mask_of_an_own_spec(ahead):
+    assert [spec.causal for spec in (Causal(), Sliding(3), Bidirectional(), Bidirectional(2, 0))] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    config = DecoderConfig(
+        depth=2, width=16, attention=AttentionConfig(heads=2), pattern=(Causal(), Own(ahead))
+    )
+    assert config.causal == (ahead == 0)
+
+    @jax.jit
+    def traced():
+        assert Own(ahead).causal == (ahead == 0)
+
+    traced()

@@ -5,7 +5,7 @@ import pytest
 
 from attnlab.errors import InputError
 from attnlab.layers.convolution import Convolution1d
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.linear import Dtypes
 
 RNG = np.random.default_rng(0)
 CASES = [(3, 1, 1), (3, 2, 1), (4, 3, 0), (1, 1, 2), (5, 2, 4)]  # taps, stride, padding

@@ -82,6 +82,7 @@ def dense(config, params, x):
     return jnp.einsum("btx,btxe->bte", share, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["none", "single", MESH, "tensor:4"])
 @pytest.mark.parametrize("name", CASES)
 def test_experts_match_dense_sum_on_meshes(name, text, mesh_of):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnlab.errors import InputError
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.linear import Dtypes
 from attnlab.layers.patches import PatchEmbedding, patchify, resize_positions
 
 RNG = np.random.default_rng(0)

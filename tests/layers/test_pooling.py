@@ -5,7 +5,7 @@ import pytest
 
 from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
 from attnlab.layers.attention import EncoderOutput
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.linear import Dtypes
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Mean, Pool, Probe, pooled_width
 
 X = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
@@ -48,3 +48,11 @@ def test_probe_ignores_order_and_padding():
     np.testing.assert_allclose(reversed_order, got, rtol=1e-5, atol=1e-6)
     changed, _ = pool(Probe(), X + np.where(SEGMENTS == 0, 5.0, 0.0)[..., None].astype(np.float32))
     np.testing.assert_array_equal(changed, got)
+
+
+def test_mean_in_bfloat16_counts_exactly():
+    x = np.random.default_rng(0).normal(1, 1, (1, PREFIX + 729, 8)).astype(jnp.bfloat16)
+    got, _ = pool(Mean(), x, np.ones((1, PREFIX + 729), np.int32))
+    expected = x[:, PREFIX:].astype(np.float64).mean(axis=1)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got[:, 0], expected.astype(jnp.bfloat16))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnlab.layers import readout
-from attnlab.layers.readout import logits, token_loss_terms
+from attnlab.layers.readout import logits, scaled, token_loss_terms
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 6, 4)), jnp.float32)
@@ -28,18 +28,82 @@ def test_loss_terms_match_logits(cap):
     assert (right.correct == 1).all()
 
 
-@pytest.mark.parametrize("max_logits, num_chunks", [(2 * 3 * 11, 2), (2 * 2 * 11 + 1, 3), (1, 6)])
-def test_chunks_do_not_change_loss_terms(monkeypatch, max_logits, num_chunks):
-    def run(x, table):
-        stats = token_loss_terms(x, TARGETS, table, None, 2.0, "float32")
+@pytest.mark.parametrize("length", [1, 3, 4, 5])
+def test_chunks_do_not_change_loss_terms(monkeypatch, length):
+    """Also if the last chunk is shorter."""
+
+    def run(x, table, bias):
+        stats = token_loss_terms(x, TARGETS, table, bias, 2.0, "float32")
         return sum(jnp.sum(jnp.sin(a + i)) for i, a in enumerate(stats)), stats
 
-    whole = jax.value_and_grad(run, (0, 1), has_aux=True)(X, TABLE)
-    monkeypatch.setattr(readout, "MAX_LOGITS", max_logits)
-    assert readout._num_chunks(X, 11) == num_chunks
-    parts = jax.value_and_grad(run, (0, 1), has_aux=True)(X, TABLE)
+    whole = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(X, TABLE, BIAS)
+    monkeypatch.setattr(readout, "_chunk_length", lambda x, table: length)
+    parts = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(X, TABLE, BIAS)
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "vocab", "expected"),
+    [
+        (1, 8192, 128_256, 1024),  # at least 1,024 rows, although they have 2^27 logits
+        (1, 8191, 128_256, 1024),  # a prime length: the last chunk is padded
+        (1, 8193, 128_256, 911),  # 9 chunks as equal as possible
+        (8, 8192, 128_256, 128),
+        (1, 8192, 4096, 4096),  # 2^24 logits
+        (4, 512, 257, 512),
+    ],
+)
+def test_chunk_length(rows, length, vocab, expected):
+    found = []
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, length, 4), (vocab, 4))]
+    jax.eval_shape(lambda *arrays: found.append(readout._chunk_length(*arrays)), *shapes)
+    assert found == [expected]
+
+
+def test_chunk_length_counts_the_rows_and_the_vocabulary_of_a_device(mesh_of):
+    with jax.set_mesh(mesh_of("fsdp:2,tensor:4")):
+        x = jnp.zeros((8, 4096, 4), out_sharding=jax.P("fsdp"))
+        table = jnp.zeros((32_768, 4), out_sharding=jax.P("tensor"))
+        assert readout._chunk_length(x, table) == (1 << 24) // (8 // 2 * 32_768 // 4)
+
+
+def test_chunks_on_a_mesh_do_not_change_loss_terms(mesh_of, monkeypatch):
+    monkeypatch.setattr(readout, "_chunk_length", lambda x, table: 4)
+    table = jnp.pad(TABLE, [(0, 1), (0, 0)])  # a vocabulary that 4 devices divide
+
+    def loss(x, table):
+        stats = token_loss_terms(x, TARGETS, table, None, None, "float32")
+        return jnp.sum(jnp.sin(stats.lse - stats.target_logit))
+
+    expected = jax.value_and_grad(loss, (0, 1))(X, table)
+    with jax.set_mesh(mesh_of("data:2,tensor:4")):
+        arrays = (jax.device_put(X, jax.P("data")), jax.device_put(table, jax.P("tensor")))
+        got = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_bfloat16_chunks_are_as_exact_as_of_one_product(monkeypatch):
+    """The largest error of the table's gradient, against float64."""
+    t, e, v = 256, 16, 32
+    x = jnp.asarray(RNG.normal(size=(1, t, e)), jnp.bfloat16)
+    table = jnp.asarray(RNG.normal(size=(v, e)), jnp.bfloat16)
+    targets = jnp.asarray(RNG.integers(0, v, (1, t)))
+
+    def gradient(length):
+        def loss(table):
+            stats = token_loss_terms(x, targets, table, None, None, "float32")
+            return jnp.sum(stats.lse - stats.target_logit)
+
+        monkeypatch.setattr(readout, "_chunk_length", lambda x, table: length)
+        return np.asarray(jax.grad(loss)(table), np.float64)
+
+    y = np.asarray(x[0], np.float64) @ np.asarray(table, np.float64).T
+    d_y = np.exp(y - np.log(np.exp(y).sum(-1, keepdims=True))) - np.eye(v)[np.asarray(targets[0])]
+    exact = d_y.T @ np.asarray(x[0], np.float64)
+    errors = [np.abs(gradient(length) - exact).max() for length in (t, 8)]
+    assert 0 < errors[1] <= errors[0] * 1.05
 
 
 def test_logits_have_logits_dtype():
@@ -70,5 +134,11 @@ def test_loss_terms_do_not_materialise_all_logits(monkeypatch):
 
     whole = 4 * b * t * v
     assert memory() >= whole
-    monkeypatch.setattr(readout, "MAX_LOGITS", b * 4 * v)
+    monkeypatch.setattr(readout, "_chunk_length", lambda x, table: 4)
     assert memory() < whole / 2
+
+
+def test_scale_is_not_rounded_to_bfloat16():
+    x = RNG.normal(size=(1, 50, 8)).astype(jnp.bfloat16)
+    expected = (x.astype(np.float64) * 768**-0.5).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(scaled(jnp.asarray(x), 768**-0.5), expected)

@@ -10,8 +10,8 @@ import pytest
 
 from attnlab.layers import AttentionConfig, Causal, MLPConfig
 from attnlab.layers.blocks import GatedCrossAttentionConfig
-from attnlab.layers.resampler import ResamplerConfig
 from attnlab.models import CaptionerConfig, DecoderConfig, ViTConfig
+from attnlab.models.resampler import ResamplerConfig
 
 VOCAB = 29
 ENCODER = ViTConfig(depth=2, width=12, attention=AttentionConfig(2), feed_forward=MLPConfig(20), image=(8, 12, 1), patch=(4, 4))  # fmt: skip
@@ -82,6 +82,7 @@ def test_captioner_cached_decoding_repeats_full_forward():
     check_cache(FLAMINGO)
 
 
+@pytest.mark.slow
 def test_captioner_on_mesh_repeats_gradients(mesh_of):
     check_mesh(FLAMINGO, mesh_of("data:2,fsdp:2,tensor:2"))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import attention_maps
-from attnlab.layers import AttentionConfig, Bidirectional, MLPConfig, MuP
+from attnlab.layers import AttentionConfig, Bidirectional, Dtypes, MLPConfig, MuP
 from attnlab.layers.contrastive_loss import ClipLoss, SiglipLoss
 from attnlab.layers.pooling import Mean, Probe
 from attnlab.models import ContrastiveConfig, ViTConfig
@@ -56,6 +56,7 @@ def expected_loss(config, params, images, texts):
     return np.log1p(np.exp(-signs * (y + np.asarray(params["logit_bias"])))).sum(1), correct
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_contrastive_loss_matches_definition_also_on_mesh(mesh_of, kind):
     config = KINDS[kind]
@@ -122,8 +123,21 @@ def test_contrastive_config_prefixes_names_with_tower():
 def test_contrastive_config_rejects_invalid_values():
     for change, message in (
         ({"image": replace(CLIP.image, classes=None)}, "image.classes must be 0"),
+        ({"width": 0}, "width=0 must be at least 1"),
         ({"text_projection": None}, "must be 8, that of the text tower"),
         ({"image_projection": None}, "must be 16, that of the image tower"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(CLIP, **change)
+    with pytest.raises(ValueError, match="a TextTower has no logits to train"):
+        CLIP.text.build(11).loss_terms()
+
+
+def test_logit_scale_and_bias_are_not_rounded():
+    half = Dtypes(compute="bfloat16")
+    config = replace(SIGLIP, image=replace(SIGLIP.image, dtypes=half), text=replace(SIGLIP.text, dtypes=half))
+    params = {"logit_scale": jnp.float32(2.6592), "logit_bias": jnp.float32(-10.03)}
+    x = jnp.eye(4)
+    got = config.build(11).apply({"params": params}, x, x, method="pair_logits").of_text
+    expected = np.exp(np.float64(2.6592)) * np.eye(4) - 10.03
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

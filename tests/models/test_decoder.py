@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from functools import cache, partial
 
@@ -5,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 
 from attnlab.layers import (
@@ -17,6 +19,7 @@ from attnlab.layers import (
     MuP,
     NoPositions,
     Normal,
+    RelativeBias,
     RMSNormConfig,
     Rotary,
     Sliding,
@@ -69,7 +72,7 @@ def dependence(config, t=8):
     tokens = jnp.arange(t)[None]  # each position has its own row of the table
 
     def rows(table):
-        x, _ = model.apply({"params": params | {"embedding": {"table": table}}}, tokens, method="hidden")
+        x = model.apply({"params": params | {"embedding": {"table": table}}}, tokens, method="hidden")
         return x[0].sum(-1) + (x[0] ** 2).sum(-1)
 
     return np.asarray(jnp.abs(jax.jit(jax.jacrev(rows))(params["embedding"]["table"])).max(-1))
@@ -125,6 +128,7 @@ def loss(config, params, dropout):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_scan_and_remat_do_not_change_gradients():
     config = replace(SMALL, depth=5, dropout=0.2)  # two whole repeats of the pattern and one more layer
     _, params = start(config, scale=0.1)
@@ -170,12 +174,12 @@ def test_cached_decoding_repeats_full_forward(config):
     padded = jnp.stack([tokens[0], jnp.concatenate([jnp.zeros(2, jnp.int32), tokens[1, :7]])])
     segments = jnp.array([[1] * 9, [0] * 2 + [1] * 7])
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    step = jax.jit(lambda params, *a: model.apply({"params": params}, *a))
+    step = jax.jit(lambda params, *a, cache: model.apply({"params": params}, *a, cache=cache))
     for given in (positions, None):  # None: positions are counted from the tokens in the cache
         cache, parts = model.init_cache(2, 11), []
         for chunk in (slice(0, prompt), *(slice(i, i + 1) for i in range(prompt, 9))):
             chunk_positions = None if given is None else given[:, chunk]
-            out, cache = step(params, padded[:, chunk], segments[:, chunk], chunk_positions, cache)
+            out, cache = step(params, padded[:, chunk], segments[:, chunk], chunk_positions, cache=cache)
             parts.append(out)
         got = jnp.concatenate(parts, axis=1)
         np.testing.assert_allclose(got[0], full[0], rtol=1e-4, atol=1e-4)
@@ -187,10 +191,35 @@ def test_decoder_dtypes():
     config = replace(SMALL, dtypes=Dtypes(compute="bfloat16"))
     model, params = start(config)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    hidden, _ = jax.eval_shape(lambda: model.apply({"params": params}, tokens_of(), method="hidden"))
+    hidden = jax.eval_shape(lambda: model.apply({"params": params}, tokens_of(), method="hidden"))
     assert hidden.dtype == jnp.bfloat16
     assert jax.eval_shape(lambda: model.apply({"params": params}, tokens_of())).dtype == jnp.float32
     assert model.init_cache(1, 4).layers[0][0].key.dtype == jnp.bfloat16
+
+
+def test_bfloat16_computation_rounds_no_scale_bias_or_sink():
+    """Only parameters that scale or shift are used unrounded: rounding them changes the logits."""
+    config = replace(
+        GPT2,
+        attention=AttentionConfig(heads=2, sinks=True),
+        positions=RelativeBias(),
+        layer_scale=0.1,
+        readout_bias=True,
+        dtypes=Dtypes(compute="bfloat16"),
+    )
+    model, params = start(config)
+    rng = np.random.default_rng(2)  # with others, the rounding of two sinks can be too small to show
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+    logits = jax.jit(lambda params: model.apply({"params": params}, tokens_of()))
+    expected, flat = logits(params), {"/".join(path): x for path, x in flatten_dict(params).items()}
+    changing = set()
+    for name, value in flat.items():
+        rounded = flat | {name: value.astype(jnp.bfloat16).astype(jnp.float32)}
+        got = logits(unflatten_dict({tuple(name.split("/")): x for name, x in rounded.items()}))
+        changing |= {name} if np.any(got != expected) else set()
+    wide = r"norm/|sinks|layer_scale|readout_bias|relative"
+    assert changing == {name for name in flat if re.search(wide, name)}
+    assert len(changing) == 11
 
 
 def test_tied_decoder_has_one_table():
@@ -254,6 +283,7 @@ def test_decoder_on_mesh_repeats_gradients(mesh_of, text):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got[1:], expected[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_mup_updates_are_independent_of_width():
     """Compare updates of one Adam step by width: coordinate check of arXiv 2203.03466, app. D.1."""

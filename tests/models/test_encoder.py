@@ -17,6 +17,7 @@ from attnlab.models import (
     MeanOfTokens,
     PooledConfig,
 )
+from attnlab.models.heads import pool
 from tests.models.test_decoder import VOCAB, forward, start, tokens_of
 
 BERT = EncoderConfig(
@@ -104,6 +105,7 @@ def test_scan_and_remat_do_not_change_gradients(name):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["albert", "modernbert"])
 def test_encoder_on_mesh_repeats_gradients(mesh_of, name):
     _, params = start(CONFIGS[name], scale=0.1)
@@ -136,6 +138,27 @@ def test_token_types_change_logits():
     zero, one = (run(jnp.full_like(tokens_of(), n)) for n in (0, 1))
     np.testing.assert_allclose(default, zero, rtol=1e-5, atol=1e-6)
     assert jnp.abs(one - zero).max() > 1e-3
+
+
+def test_pooling_in_bfloat16_averages_exactly():
+    x = np.random.default_rng(0).normal(1, 1, (1, 300, 8)).astype(jnp.bfloat16)
+    segments = np.repeat([[1, 2, 0]], [39, 257, 4], axis=1)
+    got = pool(jnp.asarray(x), jnp.asarray(segments), MeanOfTokens())
+    for document in (1, 2):
+        expected = x[segments == document].astype(np.float64).mean(axis=0).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(
+            got[segments == document], np.broadcast_to(expected, (39 if document == 1 else 257, 8))
+        )
+
+
+def test_encoding_counts_positions_not_segment_ids():
+    config = replace(BERT, positions=Learned(32))
+    model, params = start(config)
+    tokens = tokens_of()
+    ones = jnp.ones_like(tokens).at[:, -2:].set(0)
+    encode = partial(model.apply, {"params": params}, tokens, method="encode")
+    expected, got = encode(ones).hidden, encode(3 * ones).hidden
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_pooled_head_has_no_loss(refuses):

@@ -30,8 +30,8 @@ def start(config, scale=0.5):
 
 
 @partial(jax.jit, static_argnums=0)
-def forward(model, params, *args):
-    return model.apply({"params": params}, *args)
+def forward(model, params, *args, cache=None):
+    return model.apply({"params": params}, *args, cache=cache)
 
 
 def sigmoid(x):
@@ -101,7 +101,7 @@ def test_recurrent_outputs_and_gradients_match_torch(name):
 
     @jax.jit
     def loss(params):
-        x, _ = model.apply({"params": params}, tokens, method="hidden")
+        x = model.apply({"params": params}, tokens, method="hidden")
         return jnp.sum(x * cotangent), x
 
     gradients, got = jax.grad(loss, has_aux=True)(params)
@@ -141,7 +141,7 @@ def test_cached_chunks_repeat_full_forward(name):
     whole = forward(model, params, tokens), forward(model, params, jnp.array([[5, 3, 1, 2]]))
     cache, parts = model.init_cache(2, 0), []
     for part in (slice(0, 4), slice(4, 5), slice(5, 7)):
-        out, cache = forward(model, params, rows[:, part], segments[:, part], None, cache)
+        out, cache = forward(model, params, rows[:, part], segments[:, part], cache=cache)
         parts.append(out)
     got = np.concatenate(parts, axis=1)
     np.testing.assert_allclose(got[0], whole[0][0], atol=1e-6)
@@ -161,7 +161,7 @@ def test_greedy_generation_matches_full_forwards(mesh_of):
 def test_beam_search_gathers_states():
     """The score of each beam is the mean log-probability of its tokens in a forward pass."""
     model, params = start(CONFIGS["lstm"])
-    for text, score in search(model, params, [[3, 1, 4]], 5, 3, eos_id=0)[0]:
+    for text, score in search(model, params, [[3, 1, 4]], 5, 3)[0]:
         logits = np.asarray(forward(model, params, jnp.array([[3, 1, 4, *text]])), np.float64)[0]
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         mean = np.mean([log_probs[2 + i, token] for i, token in enumerate(text)])

@@ -136,7 +136,7 @@ def test_cached_chunks_repeat_full_forward(name):
     cache, parts = model.init_cache(2, 0), []
     given = {"source": SOURCE, "source_segments": SOURCE_SEGMENTS}
     for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
-        out, cache = forward(model, params, padded[:, part], segments[:, part], None, cache, **given)
+        out, cache = forward(model, params, padded[:, part], segments[:, part], cache=cache, **given)
         parts.append(out)
         given = {}
     got = np.concatenate(parts, axis=1)

@@ -138,6 +138,7 @@ def test_scan_and_remat_do_not_change_gradients(change):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
+@pytest.mark.slow
 def test_seq2seq_on_mesh_repeats_gradients(mesh_of):
     model, params = start(PAPER)
     arrays = [jnp.tile(x, (4, 1)) for x in (TOKENS, SOURCE, SOURCE_SEGMENTS)]

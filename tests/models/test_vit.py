@@ -41,6 +41,7 @@ def start(config):
     return model, jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape), p.dtype) * 0.3, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_terms_match_logits_also_on_mesh(mesh_of, kind):
     model, params = start(KINDS[kind])
@@ -102,7 +103,7 @@ def test_masked_patches_do_not_change_output():
     model, params = start(ODD)
     masked = jnp.zeros((8, 12), bool).at[:, 3].set(True)
     encode = jax.jit(
-        lambda images: model.apply({"params": params}, images, None, masked, method="encode").hidden
+        lambda images: model.apply({"params": params}, images, masked=masked, method="encode").hidden
     )
     np.testing.assert_array_equal(encode(IMAGES), encode(IMAGES.at[:, :4, 6:8].add(1.0)))
     assert not np.array_equal(encode(IMAGES), encode(IMAGES.at[:, :4, 8:].add(1.0)))
@@ -133,7 +134,10 @@ def test_vit_rejects_invalid_configs_and_lengths(refuses):
         SMALL.build(9)
     headless = replace(SMALL, classes=0).build(9)
     with refuses("no head"):
-        headless.apply({"params": {}}, TOKENS, TARGETS, source=IMAGES, method="loss_terms")
+        headless.init(jax.random.key(0), TOKENS, TARGETS, source=IMAGES, method="loss_terms")
+    for images in (IMAGES[:, :3], IMAGES[..., :1]):
+        with refuses("do not fit the model, whose patches are 4x2 with 3 channels"):
+            SMALL.build(5).init(jax.random.key(0), TOKENS, source=images)
     for change, message in (
         ({"patch": (16, 2)}, "at least one patch"),
         ({"class_tokens": 3}, "0, 1 or 2"),

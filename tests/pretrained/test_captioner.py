@@ -70,7 +70,7 @@ def hf_inputs(ids, valid, pixels):
 
 
 def outputs(model, ids, valid, positions, pixels):
-    hidden, _ = model.hidden(ids, valid, positions, source=pixels)
+    hidden = model.hidden(ids, valid, positions, source=pixels)
     return hidden, model.decoder.logits_of(hidden)
 
 
@@ -175,7 +175,7 @@ def test_greedy_generation_and_beam_search(imported, case):
             first,
             num_beams=3,
             length_penalty=PowerLengthPenalty(),
-            eos_id=EOS,
+            eos_ids=(EOS,),
             slots=STEPS,
             steps=STEPS,
         )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import in_order
+from attnlab.models.canonical import canonical
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
 from tests.pretrained.hf_models import assert_close, assert_export_roundtrip, save_and_import, saved_gradients
@@ -155,4 +156,23 @@ def test_omitted_fields_have_the_defaults_of_transformers(kind, name):
     from_partial, from_full = (
         FAMILIES[kind].config(HFConfig(fields, "config.json")) for fields in (partial_fields, full_fields)
     )
-    assert from_partial.canonical() == from_full.canonical()
+    assert canonical(from_partial) == canonical(from_full)
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"text_config_dict": {"hidden_size": 32, "num_attention_heads": 4}},
+        {"vision_config_dict": {"patch_size": 4, "hidden_act": "gelu"}, "text_config_dict": {}},
+        {"text_config": None, "text_config_dict": TEXT | {"eos_token_id": 2}},
+    ],
+    ids=lambda fields: " ".join(fields),
+)
+def test_older_fields_replace_the_newer_ones_as_in_transformers(older):
+    transformers = pytest.importorskip("transformers")
+    fields = {"text_config": TEXT, "vision_config": IMAGE, "projection_dim": 24} | older
+    fields = {name: value for name, value in fields.items() if value is not None}
+    merged = transformers.CLIPConfig(**fields).to_dict()
+    assert not any(name.endswith("_config_dict") for name in merged)
+    actual, expected = (FAMILIES["clip"].config(HFConfig(f, "config.json")) for f in (fields, merged))
+    assert canonical(actual) == canonical(expected)

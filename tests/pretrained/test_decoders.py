@@ -1,6 +1,7 @@
 """transformers decoders with random weights: outputs, gradients and export."""
 
 from functools import cache
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import in_order
+from attnlab.layers.feed_forward import ACTIVATIONS
+from attnlab.pretrained.families import FAMILIES
+from attnlab.pretrained.hf_config import HFConfig
 from tests.pretrained.hf_models import (
     assert_close,
     assert_export_roundtrip,
@@ -38,6 +42,10 @@ CASES = {
     "gpt2, inner width": (
         "GPT2",
         {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False},
+    ),
+    "gpt2, scores scaled by layer": (
+        "GPT2",
+        {"vocab_size": 67, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
     ),
     "llama": ("Llama", SMALL),
     "llama, tied, biases, multi-query": (
@@ -162,3 +170,29 @@ def test_loss_and_gradients(imported, case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_export_reproduces_checkpoint(imported, case, tmp_path):
     assert_export_roundtrip(imported(case), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"hidden_act": "gelu"},
+        {"hidden_act": "relu"},
+        {"hidden_activation": "gelu"},
+        {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"},
+        {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "relu"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["gemma", "gemma2", "gemma3"])
+def test_gemma_has_the_activation_of_transformers(case, fields):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    name, settings = CASES[case]
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**settings, **fields)
+    modeling = import_module(f"transformers.models.{case}.modeling_{case}")
+    expected = getattr(modeling, f"{name}MLP")(config).act_fn(torch.linspace(-4, 4, 33))
+    # The fields as in the file, which may omit those that transformers fills in.
+    saved = {k: v for k, v in config.to_dict().items() if k not in ("hidden_act", "hidden_activation")}
+    model = FAMILIES[saved["model_type"]].config(HFConfig(saved | fields, "config.json"))
+    actual = ACTIVATIONS[model.feed_forward.activation](jnp.linspace(-4, 4, 33))
+    np.testing.assert_allclose(actual, expected, atol=1e-6)

@@ -9,8 +9,10 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
+from attnlab import sharding
+from attnlab.generation import Generator
 from attnlab.layers import Dtypes
-from attnlab.layers.parameters import parameter_name
+from attnlab.layers.linear import parameter_name
 from attnlab.pretrained import import_export, load, repository
 from tests.pretrained.small_llama import LLAMA, write
 
@@ -129,6 +131,10 @@ def test_names_without_prefix_of_headless_checkpoints(checkpoint_copy, refuses):
             {"model_type": "qwen3", "layer_types": ["linear_attention"] * 2},
             "layer_types has 'linear_attention'",
         ),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "architectures=['LlamaForSequenceClassification'] is not supported; it may be ['LlamaForCausalLM']",
+        ),
         ({"num_attention_heads": 3}, "kv_heads must divide heads=3"),
     ],
 )
@@ -163,6 +169,63 @@ def test_unreadable_files_are_reported(checkpoint_copy, refuses, tmp_path_factor
         load(str(tmp_path_factory.mktemp("empty")))
     with refuses("no checkpoint at nowhere: expected a folder with config.json, or a hub id"):
         load("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "message"),
+    [
+        ("I32", 4, "model.norm.weight has dtype I32; weights must have BF16, F16, F32, F64"),
+        ("U8", 1, "model.norm.weight has dtype U8"),
+        ("BOOL", 1, "model.norm.weight has dtype BOOL"),
+        ("C64", 8, "model.norm.weight has dtype C64"),
+        ("F8_E4M3", 1, "dtype F8_E4M3; weights must have BF16, F16, F32, F64; quantised checkpoints are not"),
+        ("F32", 4, "all elements of model.norm.weight are NaN"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(checkpoint_copy, refuses, dtype, size, message):
+    tensors = load_file(checkpoint_copy / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, checkpoint_copy / "model-1.safetensors")
+    end = 16 * size
+    header = {"model.norm.weight": {"dtype": dtype, "shape": [16], "data_offsets": [0, end]}}
+    data = json.dumps(header).encode()
+    nan = np.full(16, np.nan, np.float32).tobytes()
+    (checkpoint_copy / "model-2.safetensors").write_bytes(
+        len(data).to_bytes(8, "little") + data + (nan if dtype == "F32" else bytes(end))
+    )
+    names = dict.fromkeys(tensors, "model-1.safetensors") | {"model.norm.weight": "model-2.safetensors"}
+    (checkpoint_copy / "model.safetensors").unlink()
+    (checkpoint_copy / repository.INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+    with refuses(message):
+        load(str(checkpoint_copy))
+
+
+def test_prompts_with_tokens_that_the_model_lacks_are_refused(tmp_path, refuses):
+    """Tokens that were added to a tokenizer have no row in the embedding table."""
+    folder = epath.Path(tmp_path) / "llama"
+    write(folder, LLAMA | {"vocab_size": 270})
+    model, params, tokenizer = load(str(folder))
+    mesh = sharding.make_mesh(sharding.parse_mesh("single", 1))
+    ids = tokenizer.encode_prompt("the cat sat")
+    assert max(ids) >= 270
+    with refuses("has the id", "but the model has only 270 tokens"):
+        Generator(model, params, tokenizer, 64, mesh)(["the cat sat"], max_new_tokens=2)
+    with refuses(f"to {max(ids)} are out of range: the table has rows 0 to 269"):
+        model.apply({"params": params}, jnp.asarray([ids]))
+
+
+def test_end_tokens_survive_import_and_export(checkpoint_copy, tmp_path_factory):
+    """Newer checkpoints list end tokens in `generation_config.json`, which goes first."""
+    (checkpoint_copy / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": [5, 6]}))
+    assert load(str(checkpoint_copy)).config.generation.eos_token_ids == (5, 6)
+    (checkpoint_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
+    model, params, tokenizer = load(str(checkpoint_copy))
+    assert model.config.generation.eos_token_ids == (0, 7)
+    for origin in (checkpoint_copy, import_export.FromScratch(tokenizer, 64)):
+        folder = epath.Path(tmp_path_factory.mktemp("exported")) / "llama"
+        import_export.write_checkpoint(folder, model.config, params, origin)
+        assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [0, 7]}
+        assert load(str(folder)).config.generation.eos_token_ids == (0, 7)
 
 
 def test_hub_id_without_network(refuses, monkeypatch):

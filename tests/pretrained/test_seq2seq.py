@@ -44,6 +44,7 @@ CASES = {
         "T5",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6},
     ),
+    "t5, tied, unscaled": ("T5", T5 | {"tie_word_embeddings": False}),
     "mt5": ("MT5", T5 | {"feed_forward_proj": "gated-silu"}),
     "bart": ("Bart", BART),
     "bart, scaled, unequal halves": (
@@ -236,7 +237,7 @@ def test_beam_search(imported, case):
         with jax.set_mesh(imported.mesh):
             got = beam_search(
                 imported.model, imported.params, prefix(imported, forced), num_beams=count, length_penalty=PowerLengthPenalty(alpha),
-                eos_id=EOS, slots=STEPS, steps=STEPS, forced_decoder_ids=forced,
+                eos_ids=(EOS,), slots=STEPS, steps=STEPS, forced_decoder_ids=forced,
             )  # fmt: skip
         for i, wanted in enumerate(scores):
             texts = [until_end(text, EOS) for text in expected[i * count : (i + 1) * count]]
@@ -272,7 +273,7 @@ def test_generation_config_is_followed(imported, case, forced, tmp_path):
                 "slots": STEPS,
                 "steps": STEPS,
                 "length_penalty": PowerLengthPenalty(1.0),
-                "eos_id": EOS,
+                "eos_ids": (EOS,),
                 "forced_decoder_ids": forced,
             }
             got = beam_search(

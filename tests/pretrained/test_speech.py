@@ -178,7 +178,7 @@ def test_beam_search(imported):
         options = {
             "num_beams": 3,
             "length_penalty": PowerLengthPenalty(1.0),
-            "eos_id": EOS,
+            "eos_ids": (EOS,),
             "slots": STEPS,
             "steps": STEPS,
         }

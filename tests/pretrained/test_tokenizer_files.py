@@ -235,3 +235,17 @@ def test_added_tokens_and_unsupported_files(tmp_path, refuses, monkeypatch):
         "tokenizer.model requires the package sentencepiece", 'pip install "attnlab[sentencepiece]"'
     ):
         import_export.read_tokenizer(path)
+
+
+SEPARATORS = ("\u2028", "\u0085", "\u000b", "\u001e")
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_words_that_are_line_separators_keep_the_ids_of_later_words(separator, tmp_path):
+    """bert-base-chinese has the word U+2028."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", separator, "b", "c"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, ""]), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = import_export.read_tokenizer(epath.Path(tmp_path))
+    assert tokenizer.encode_document("a b c") == [2, 5, 7, 8, 3]
+    assert tokenizer.vocab_size == len(words)

@@ -81,10 +81,10 @@ def hf_outputs(imported, case, pixels, masked, **options):
 
 def outputs(model, pixels, masked):
     """Return the hidden states before and after the last norm, pooled, and logits if any."""
-    raw = model.encode(pixels, None, masked, final_norm=False)
+    raw = model.encode(pixels, masked=masked, final_norm=False)
     normed = replace(raw, hidden=model.norm(raw.hidden))
     pooled = model.pooled(normed)
-    return raw.hidden, normed.hidden, pooled, model.classify(pooled) if model.classes else pooled
+    return raw.hidden, normed.hidden, pooled, model.logits_of(pooled)
 
 
 @pytest.mark.parametrize("case", CASES)

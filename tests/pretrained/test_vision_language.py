@@ -87,7 +87,7 @@ def hf_inputs(imported, ids, valid, prompt, pixels):
 
 
 def outputs(model, ids, valid, positions, pixels, prompt):
-    hidden, _ = model.hidden(ids, valid, positions, source=pixels, prompt=prompt)
+    hidden = model.hidden(ids, valid, positions, source=pixels, prompt=prompt)
     return hidden, model.decoder.logits_of(hidden)
 
 

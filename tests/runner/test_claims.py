@@ -7,14 +7,16 @@ import re
 import pytest
 
 from attnlab.runner.claims import Claim
+from attnlab.runner.exit_codes import ExitCode
 from tests.programs import ROOT, call
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 # The threshold is measured: the loss of the initial checkpoint.
 WITHOUT_THRESHOLD = {"finetune"}
 
-# Fewer steps than the experiment's 400: seeds 0, 1 and 2 reach 100% in both claims.
+# Fewer steps and rows than the experiment's 400 and 32: both claims reach 100%.
 SHORT = [f"--config.train.{name}=150" for name in ("steps", "eval_every", "checkpoint_every")]
+SHORT += ["--config.data.batch_size=16"]
 SHUFFLED = '''
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,7 @@ def test_experiment_states_command_and_source(path):
     assert re.search(r"^Source: \S", page, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_claim_holds_and_fails_with_shuffled_labels(tmp_path, capfd):
     """With shuffled training labels the same command refutes the claim."""
     shuffled = tmp_path / "shuffled_pronoun.py"
@@ -111,7 +114,8 @@ def test_claim_holds_and_fails_with_shuffled_labels(tmp_path, capfd):
     claims, printed = {}, {}
     for config in ("pronoun", str(shuffled)):
         workdir = tmp_path / f"run_{len(claims)}"
-        assert call(f"--config={config}", f"--workdir={workdir}", *SHORT) == 0
+        code = ExitCode.DONE if config == "pronoun" else ExitCode.CLAIM_FAILED
+        assert call(f"--config={config}", f"--workdir={workdir}", *SHORT) == code
         claims[config] = json.loads((workdir / "report.json").read_text())["claims"]
         printed[config] = capfd.readouterr().out
     texts = ["pronouns resolved", "sentences where the best head peaks on the antecedent"]

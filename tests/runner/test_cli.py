@@ -1,5 +1,6 @@
 """The command line: from arguments to the requests passed to the runner."""
 
+import io
 import json
 import os
 import platform
@@ -17,8 +18,10 @@ from absl import flags
 import attnlab
 import run
 from attnlab import config as configs
-from attnlab.errors import InputError
+from attnlab.errors import InputError, StorageError
 from attnlab.runner import cli
+from attnlab.runner.exit_codes import ClaimsFailed, Stopped
+from attnlab.runner.lock import exclusive
 from attnlab.runner.request import BOUNDS, FLAG_MODES
 
 ROOT = Path(run.__file__).parent
@@ -109,7 +112,7 @@ def test_train_creates_dated_workdir_by_default(runner, tmp_path):
     assert Path(one.workdir).parent == tmp_path / "runs"
     assert one.workdir.name.startswith("toy-20")
     assert one.config.model.depth == 2
-    assert (one.mesh, one.seed, one.max_steps, one.checkpoint) == ("single", None, None, "latest")
+    assert (one.mesh, one.seed, one.max_steps, one.checkpoint) == ("auto", None, None, "latest")
 
 
 def test_request_contains_opening_line(runner):
@@ -119,10 +122,26 @@ def test_request_contains_opening_line(runner):
     assert call("--workdir=w", "--mode=describe") == 0
     assert [request.opening for request in runner.requests] == [
         "new run of toy (experiments/toy.py) in w",
-        "resuming toy in w",
+        "starting toy in w again: it has no checkpoint",
         "evaluating toy in w",
         "",
     ]
+
+
+def test_no_experiment_code_does_not_run_the_file_of_a_workdir(runner, tmp_path, capsys):
+    assert train("--workdir=w") == 0
+    assert call("--workdir=w", "--mode=eval", "--no_experiment_code") == 2
+    assert "experiment:" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    record = json.loads((tmp_path / "w" / "config.json").read_text())
+    record["config"] = {"$type": "attnlab.data.tokenizer:Bytes"}
+    (tmp_path / "w" / "config.json").write_text(json.dumps(record))
+    (tmp_path / "w" / "experiment.py").write_text("raise SystemExit('this code ran')")
+    for mode in ("eval", "sample", "describe", "export"):
+        more = ["--output_dir=out"] if mode == "export" else []
+        assert call("--workdir=w", f"--mode={mode}", "--no_experiment_code", *more) == 0
+        assert (runner.requests[-1].loaded.module, runner.requests[-1].no_experiment_code) == (None, True)
+    assert call("--workdir=w", "--mode=eval") == 2
+    assert "this code ran" in capsys.readouterr().err
 
 
 def test_overrides_apply_in_order_and_in_both_spellings(runner):
@@ -140,6 +159,7 @@ def test_request_contains_flag_values(runner, tmp_path):
         *("--workdir=w", "--mesh=fsdp=4", "--max_steps=5", "--max_time=1.5m", "--seed=3", "--fast_dev_run"),
         *("--overfit_batches=2", "--profile=10:13", "--debug_nans", "--init_from=~/old", "--checkpoint=12"),
         *("--init_rules=^a/(.*)->b/\\1", "--init_rules=x->", "--tracker=wandb", "--tracker=mlflow"),
+        "--dump_hlo=hlo",
     )
     assert code == 0
     (request,) = runner.requests
@@ -150,6 +170,7 @@ def test_request_contains_flag_values(runner, tmp_path):
     assert request.init_rules == (("^a/(.*)", "b/\\1"), ("x", ""))
     assert request.trackers == ("wandb", "mlflow")
     assert str(request.workdir) == str(tmp_path / "w")
+    assert str(request.dump_hlo) == str(tmp_path / "hlo")
 
 
 def test_request_contains_sampling_flags(runner):
@@ -236,6 +257,7 @@ def test_eval_may_override_data(runner, capsys):
         (["--max_time=soon"], "--max_time=soon: expected a duration"),
         (["--max_time=0s"], "--max_time=0s: expected a duration above 0"),
         (["--profile=13:10"], "--profile=13:10: expected start:stop"),
+        (["--dump_hlo=a b"], "a b: expected a local folder without spaces in its path"),
         (["--mode=eval", "--checkpoint=newest"], "--checkpoint=newest: expected latest, best or a step"),
         (["--checkpoint=best"], "--checkpoint with --mode=train requires --init_from"),
         (["--init_rules=a->b"], "--init_rules requires --init_from"),
@@ -266,7 +288,7 @@ def test_eval_may_override_data(runner, capsys):
         (["--config.model.depth", "--fast_dev_run"], "--config.model.depth needs a value"),
         (["--sweep=model.depth"], "--sweep=model.depth: expected a field and its values"),
         (["--sweep=model.depth=1,x"], "config.model.depth=x: expected int"),
-        ([f"--sweep=model.depth={'1' * 99},{'2' * 210}"], "config.model.depth=22222"),
+        ([f"--sweep=model.depth={'1' * 99},2"], "config.model.depth=11111"),
         (
             [f"--sweep=optimizer=Lion(learning_rate=0.{'1' * 210})"],
             "too long for a folder name; define it in an experiment file",
@@ -277,10 +299,15 @@ def test_eval_may_override_data(runner, capsys):
             ["--sweep=model.depth=1", "--config.model.depth=2"],
             "config.model.depth is both set by a flag and swept",
         ),
-        (["--flagfile=gone"], "gone"),
+        (["--flagfile=gone"], "error: the --flagfile cannot be read: [Errno 2] No such file"),
         (["--mode=sample", "--num_beams=0"], "--num_beams=0 is out of bounds; it must be 1 or more"),
         (["--mode=sample", "--num_beams=2", "--top_k=3"], "--top_k cannot be combined with --num_beams"),
         (["--mode=sample", "--num_beams=2", "--num_samples=3"], "--num_samples=3 exceeds --num_beams=2"),
+        (
+            ["--mode=sample", "--num_beams=2", "--kv_cache=paged"],
+            "--kv_cache=paged cannot be combined with --num_beams",
+        ),
+        (["--mode=sample", "--kv_cache=huge"], "should be one of <contiguous|rolling|paged|int8|fp8>"),
         (
             ["--mode=sample", "--num_beams=2", "--prompt_lookup_ngram=3"],
             "--prompt_lookup_ngram cannot be combined with --num_beams",
@@ -292,7 +319,27 @@ def test_eval_may_override_data(runner, capsys):
             "--num_speculative_tokens requires --draft_model or --prompt_lookup_ngram",
         ),
         (["--mode=sample", "--length_penalty=1"], "--length_penalty requires --num_beams"),
+        (["--max_steps=" + "9" * 5000], "expected an integer"),
+        (["--max_time=" + "9" * 5000], "--max_time=999"),
+        (["--max_time=\u0669"], "--max_time=\u0669: expected a duration"),
+        (["--profile=" + "9" * 5000 + ":" + "9" * 5001], "expected start:stop"),
+        (["--profile=\u0661:\u0662"], "expected start:stop"),
+        (["--mode=eval", "--checkpoint=" + "9" * 5000], "expected latest, best or a step"),
+        (["--mode=eval", "--checkpoint=\u0663"], "--checkpoint=\u0663: expected latest, best or a step"),
+        (["--mesh=data:" + "9" * 5000], "--mesh=data:999"),
+        (["--mesh="], "--mesh=: expected a preset or sizes"),
+        (["--mesh=data:\u0662"], "expected a preset or sizes"),
+        (["--overfit_batches=1000000000000"], "it must be from 1 to 10,000"),
+        (["--config.model.depth=" + "9" * 5000], "expected int"),
+        (["--config.model.depth=1e100"], "config.model.depth=1e100: expected int"),
+        (["--workdir=" + "x/" * 3000], "cannot be used as a path"),
+        (["--workdir=" + "x" * 300], "cannot be used as a path: File name too long"),
+        (["--workdir=" + "x/" * 1500], "too many nested folders"),
+        (["--mode=export", "--output_dir=" + "x" * 300], "cannot be used as a path"),
+        (["--config=" + "x" * 300], "no experiment file 'xxx"),
+        (["--config=" + "x" * 300 + ".json"], "holds no run"),
     ],
+    ids=lambda x: x[:60] if isinstance(x, str) else None,
 )
 def test_bad_input_prints_one_line_and_exits_2(runner, capsys, tmp_path, arguments, message):
     arguments = arguments if any(a.startswith("--conf") for a in arguments) else ["--config=toy", *arguments]
@@ -304,6 +351,20 @@ def test_bad_input_prints_one_line_and_exits_2(runner, capsys, tmp_path, argumen
     assert message in err
     assert runner.requests == []
     assert not (tmp_path / "runs").exists()
+
+
+def test_binary_flagfile_prints_one_line_and_exits_2(runner, capsys, tmp_path):
+    (tmp_path / "binary").write_bytes(b"--mode\xff\x80")
+    assert cli.main(["run.py", "--flagfile=binary"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: the --flagfile cannot be read") and err.count("\n") == 1
+
+
+def test_flagfile_that_includes_itself_prints_one_line_and_exits_2(runner, capsys, tmp_path):
+    (tmp_path / "first").write_text("--flagfile=second")
+    (tmp_path / "second").write_text("--mode=describe\n--flagfile=first\n")
+    assert cli.main(["run.py", "--config=toy", "--flagfile=first"]) == 2
+    assert capsys.readouterr() == ("", "error: the --flagfile includes itself: first\n")
 
 
 OLD_CONFIG = {
@@ -346,13 +407,52 @@ def test_input_error_of_runner_prints_one_line(runner, capsys):
     assert capsys.readouterr().err == "error: no such mesh\n"
 
 
-def test_other_exceptions_propagate(runner):
-    def bug(request):
-        raise ZeroDivisionError
+def test_experiment_file_may_remove_the_standard_output_but_not_close_it(runner, capsys, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr("sys.stdout", output)
+    runner.answer = lambda request: setattr(sys, "stdout", None)
+    assert train() == 0
+    sys.stdout = output
+    runner.answer = lambda request: (sys.stdout.close(), print("x"))
+    assert train() == 2
+    assert capsys.readouterr().err == "error: the experiment file closed the standard output\n"
 
+
+class Unprintable(BaseException):
+    def __str__(self):
+        raise self
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("a\nb"), GeneratorExit(), Unprintable(), ValueError("\ud800")]
+)
+def test_unexpected_exceptions_leave_one_line_and_a_file(runner, capsys, tmp_path, monkeypatch, error):
+    def bug(request):
+        raise error
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("ATTNLAB_DEBUG", raising=False)
     runner.answer = bug
-    with pytest.raises(ZeroDivisionError):
+    assert train() == 1
+    (report,) = tmp_path.glob("attnlab-*.txt")
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: unexpected {type(error).__name__}") and line.endswith(f" {report}\n")
+    assert line.count("\n") == 1
+    text = report.read_text()
+    assert "in bug\n    raise error" in text and "jax" in text and ascii(sys.argv[0]) in text
+    monkeypatch.setenv("ATTNLAB_DEBUG", "1")
+    with pytest.raises(type(error)):
         train()
+
+
+def test_failing_storage_prints_one_line(runner, capsys):
+    def fail(request):
+        raise StorageError("/runs/a/metrics.jsonl could not be written 4 times: Input/output error")
+
+    runner.answer = fail
+    assert train() == 1
+    message = "/runs/a/metrics.jsonl could not be written 4 times: Input/output error"
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_interrupt_prints_one_line(runner, capsys):
@@ -396,6 +496,13 @@ def test_sweep_runs_every_combination_and_prints_table(runner, capsys, tmp_path)
     assert lines[head + 3].endswith("failed: FloatingPointError: loss is NaN at step 4")
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_sweep_of_a_job_is_announced_by_process_0(runner, capsys, index):
+    job = ("--coordinator=node1:8476", "--num_processes=2", f"--process_id={index}")
+    assert train("--workdir=w", "--sweep=model.depth=1,2", *job) == 0
+    assert ("run 1 of 2: config.model.depth=1\n" in capsys.readouterr().out) == (index == 0)
+
+
 def test_sweep_over_components_with_infinite_losses(runner, tmp_path):
     runner.answer = lambda request: {"loss": float("inf")}
     assert train("--sweep=optimizer=AdamW(learning_rate=0.5),Lion") == 0
@@ -420,6 +527,78 @@ def test_interrupted_sweep_prints_completed_runs(runner, capsys):
     assert "model.depth" in out
     assert err == "interrupted\n"
     assert len(runner.requests) == 2
+
+
+@pytest.mark.parametrize(("signal_name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_signal_stops_sweep(runner, capsys, signal_name, code):
+    def answer(request):
+        if request.config.model.depth == 2:
+            raise Stopped(signal_name)
+        return {"loss": 1.0}
+
+    runner.answer = answer
+    assert train("--sweep=model.depth=1,2,3") == code
+    assert len(runner.requests) == 2
+    assert "sweep.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_process_stopped_alone_fails_its_job(runner, monkeypatch, number, code):
+    """Otherwise the others would wait for it in a collective, and it for their end."""
+    reasons, exits = [], []
+    job = types.SimpleNamespace(in_job=lambda: True, finish=lambda reason="": reasons.append(reason))
+    monkeypatch.setitem(sys.modules, "attnlab.distributed.start", job)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    runner.answer = lambda request: signal.raise_signal(number)
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    assert train("--sweep=model.depth=1,2") == code
+    signal.signal(signal.SIGINT, earlier)
+    assert (reasons[0], exits) == (f"it ended with exit code {code}", [code])
+
+
+def test_sigterm_outside_of_training_stops_sweep(runner):
+    runner.answer = lambda request: signal.raise_signal(signal.SIGTERM)
+    assert train("--sweep=model.depth=1,2") == 75
+    assert len(runner.requests) == 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_failed_claim_has_its_own_exit_code(runner, capsys, tmp_path):
+    def answer(request):
+        raise ClaimsFailed(["accuracy"], {"loss": 1.0})
+
+    runner.answer = answer
+    assert train() == 3
+    assert capsys.readouterr().err == "claim failed: accuracy\n"
+    assert train("--workdir=s", "--sweep=model.depth=1,2") == 3
+    row = json.loads((tmp_path / "s" / "sweep.json").read_text())[1]
+    assert (row["metrics"], row["failed_claims"], row["error"]) == ({"loss": 1.0}, ["accuracy"], None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 7 TiB\nfor an array"), RuntimeError("RESOURCE_EXHAUSTED: 9 GiB")],
+)
+def test_exhausted_memory_has_its_own_exit_code(runner, capsys, error):
+    def answer(request):
+        raise error
+
+    runner.answer = answer
+    assert train() == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: does not fit into memory: {' '.join(str(error).split())}"
+
+
+def test_sweep_stops_at_a_workdir_in_use(runner, capsys, tmp_path):
+    def answer(request):
+        with exclusive(request.workdir):
+            return {"loss": 1.0}
+
+    runner.answer = answer
+    with exclusive(tmp_path / "s" / "depth=2"):
+        assert train("--workdir=s", "--sweep=model.depth=1,2,3") == 2
+    assert len(runner.requests) == 2
+    assert f"in use by process {os.getpid()} on " in capsys.readouterr().err
 
 
 def test_sweep_resumes_but_not_in_workdir_of_single_run(runner, capsys):

@@ -36,6 +36,9 @@ def test_opening_line_shows_absolute_path_outside_current_folder(toy, tmp_path, 
 
 
 def test_opening_line_of_existing_run(toy):
+    Path("runs/a/checkpoints").mkdir(parents=True)
+    assert line(toy, "runs/a", resumes=True) == "starting toy in runs/a again: it has no checkpoint"
+    Path("runs/a/checkpoints/20").mkdir()
     assert line(toy, "runs/a", resumes=True) == "resuming toy in runs/a"
     assert line(toy, "runs/a", "eval", resumes=True) == "evaluating toy in runs/a"
     assert line(toy, "runs/a", "sample", resumes=True) == line(toy, None, "describe") == ""

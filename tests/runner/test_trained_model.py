@@ -1,5 +1,6 @@
 """`TrainedModel` in a fast_dev_run: few batches and records, short texts and no claims."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -50,3 +51,21 @@ def test_fast_trained_model_limits_report_and_checks_no_claim(make_trained, monk
     trained.generate(["a"], max_new_tokens=2)
     trained.generate(["a"])
     assert [options["max_new_tokens"] for options in calls] == [FAST_TOKENS, 2, FAST_TOKENS]
+
+
+def test_computations_of_a_report_poll_for_signals(make_trained):
+    class Stop(Exception):
+        pass
+
+    def poll():
+        raise Stop
+
+    trained = dataclasses.replace(make_trained(False)[0], poll=poll)
+    for compute in (
+        lambda: trained.predict(None),
+        lambda: trained.apply(None, "hidden"),
+        lambda: trained.attention(None),
+        lambda: trained.generate(["a"]),
+    ):
+        with pytest.raises(Stop):
+            compute()

@@ -14,7 +14,6 @@ from attnlab.config.types import choices, element_types, fields_of, is_tuple, me
 from attnlab.data.builtin import glyphs
 from attnlab.layers import AttentionConfig
 from attnlab.layers.contrastive_loss import SiglipLoss
-from attnlab.layers.resampler import ResamplerConfig
 from attnlab.models import (
     CaptionerConfig,
     ContrastiveConfig,
@@ -27,6 +26,7 @@ from attnlab.models import (
     ViTConfig,
 )
 from attnlab.models.contrastive import TextTowerConfig
+from attnlab.models.resampler import ResamplerConfig
 from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
 from attnlab.train.session import Session
@@ -41,7 +41,9 @@ def test_describe_lists_every_parameter_with_its_sharding():
     session = make_session(make_experiment(), "fsdp:4,tensor:2")
     text = describe(session)
     sections = dict(part.split("\n", 1) for part in text.split("\n\n"))
-    assert list(sections) == ["mesh", "parameters", "FLOPs per token", "bytes per device", "batch"]
+    assert list(sections) == [
+        *("mesh", "parameters", "FLOPs per token", "bytes per device", "batch", "attention"),
+    ]
     assert "fsdp:4,tensor:2" in sections["mesh"]
     lines = sections["parameters"].splitlines()
     assert len(lines) == len(jax.tree.leaves(session.abstract_state.params)) + 1
@@ -54,6 +56,8 @@ def test_describe_lists_every_parameter_with_its_sharding():
     assert f"{counted.training:,.0f}" in sections["FLOPs per token"]
     assert re.search(r"activations and temporaries +[\d.,]+ [KM]iB", sections["bytes per device"])
     assert "(8, 16)" in sections["batch"]
+    row = ["layers/periods/block0/attention", "Causal()", "16", "x", "16", "blockwise"]
+    assert sections["attention"].split() == row
 
 
 # Every field has an effect ------------------------------------------------------------------------
@@ -92,6 +96,10 @@ CHANGES = {
     "model.positions.interleaved": ("true", "step"),
     "model.pattern": ("(Sliding(window=4),)", "step"),
     "model.pattern.0.positions": ("NoPositions", "step"),
+    "model.pattern.0.scale": ("0.5", "step"),
+    "model.pattern.0.score": ("Softcap(5.0)", "step"),
+    "model.pattern.0.normalizer": ("SoftmaxOne", "step"),
+    "model.pattern.0.mixer": ("GatedOutput", "step"),
     "model.vocab_size": ("5000", "step"),
     "model.tied": ("false", "step"),
     "model.embedding_norm": ("true", "step"),
@@ -107,6 +115,7 @@ CHANGES = {
     "model.dtypes.logits": ("bfloat16", "step"),
     "model.remat": ("full", "step"),
     "model.scan": ("false", "step"),
+    "model.unrolled": ("true", "step"),
     "data.tokenizer": ("Bytes", "batches"),
     "data.tokenizer.vocab_size": ("257", "batches"),
     "data.sequence_length": ("32", "batches"),
@@ -201,6 +210,7 @@ COMPONENT_CHANGES = {
     (LONG_ROPE, "short"): (OTHER_PAIRS, "step"),
     (LONG_ROPE, "long"): (OTHER_PAIRS, "step"),
     (LONG_ROPE, "original"): ("128", "step"),
+    (LONG_ROPE, "temperature"): ("1.5", "step"),
     (LONG_ROPE, "factor"): ("2.0", "step"),
     ("model.positions.scaling=Llama3()", "factor"): ("2.0", "step"),
     ("model.positions.scaling=Llama3()", "original"): ("64", "step"),
@@ -210,6 +220,17 @@ COMPONENT_CHANGES = {
     ("model.init=MuP", "base_head_dim"): ("16", "step"),
     ("model.pattern.0=Sliding", "window"): ("4", "step"),
     ("model.pattern.0=Sliding", "positions"): ("NoPositions", "step"),
+    ("model.pattern.0.score=Softcap", "cap"): ("5.0", "step"),
+    ("model.pattern.0.score=Temperature", "length"): ("4", "state"),
+    ("model.pattern.0.score=T5Bias", "buckets"): ("8", "step"),
+    ("model.pattern.0.score=T5Bias(buckets=4)", "max_distance"): ("8", "step"),
+    ("model.pattern.0.score=Shaw", "max_distance"): ("4", "step"),
+    ("model.pattern.0.score=CoPE", "positions"): ("8", "step"),
+    ("model.pattern.0.score=FoX", "bias"): ("0.5", "state"),
+    ("model.pattern.0.normalizer=Sigmoid", "length"): ("16", "step"),
+    ("model.pattern.0.normalizer=TopK", "k"): ("4", "step"),
+    ("model.pattern.0.mixer=GatedOutput", "gates"): ("head", "step"),
+    ("model.pattern.0.mixer=Differential", "init"): ("0.5", "step"),
     ("model.pattern.0=Bidirectional", "left"): ("4", "step"),
     ("model.pattern.0=Bidirectional", "right"): ("4", "step"),
     ("model.pattern.0=Bidirectional", "positions"): ("NoPositions", "step"),
@@ -347,6 +368,10 @@ SOURCE_EXPERIMENTS["images before a text"] = (
 SOURCE_FIELDS = [(name, field) for name, (_, fields) in SOURCE_EXPERIMENTS.items() for field in fields]
 # Fields of components that the default experiment does not use, with the reason or test file.
 COMPONENT_FIELDS_TESTED_ELSEWHERE = {
+    **{
+        ("model.pattern.0.mixer=LatentAttention", name): "needs as many key heads: tests/layers/test_specs.py"
+        for name in ("rank", "rotary_dim", "query_rank")
+    },
     (
         "model=Seq2SeqConfig(SpeechEncoderConfig())",
         "encoder.mels",
@@ -372,10 +397,14 @@ COMPONENT_FIELDS_TESTED_ELSEWHERE = {
 FIELDS_TESTED_ELSEWHERE = {
     "data": "other data sets belong to other experiments: test_run.py",
     "init": "replaces parameters and model: tests/test_import.py",
-    "model.pattern.0.cross_attends": "selects cross-attention layers: tests/layers/test_resampler.py",
+    "model.pattern.0.cross_attends": "selects cross-attention layers: tests/models/test_resampler.py",
     "data.prefetch": "prepares the same batches earlier; tested with the data",
     **dict.fromkeys(
-        ("train.log_every", "train.eval_every", "train.checkpoint_every"), "used by the loop: test_loop.py"
+        (
+            *("train.log_every", "train.eval_every"),
+            *("train.checkpoint_every", "train.checkpoint_minutes"),
+        ),
+        "used by the loop: test_loop.py",
     ),
     "train.eval_batches": "used by the runner: test_run.py",
     "train.keep": "used by checkpoints: test_checkpoints.py",
@@ -525,6 +554,7 @@ def differ(e, changed, kind):
     return not np.array_equal(cached_representation(e, kind), REPRESENTATIONS[kind](changed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", CHANGES)
 def test_changed_field_changes_representation(base, field):
     e, other = base
@@ -534,6 +564,7 @@ def test_changed_field_changes_representation(base, field):
     assert differ(e, changed, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("choice", "field"), COMPONENT_CHANGES, ids=str)
 def test_changed_field_of_other_component_changes_representation(base, choice, field):
     path, _, component = choice.partition("=")
@@ -542,6 +573,7 @@ def test_changed_field_of_other_component_changes_representation(base, choice, f
     assert differ(e, configs.override(e, f"{path}.{field}", text), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "field"), SOURCE_FIELDS, ids=str)
 def test_changed_field_of_model_with_source_changes_representation(source, field):
     e, changes = SOURCE_EXPERIMENTS[source]

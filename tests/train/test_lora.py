@@ -11,8 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from attnlab.layers import ExpertsConfig
 from attnlab.layers.experts import ExpertLinear
-from attnlab.layers.linear import Linear
-from attnlab.layers.parameters import parameter_name
+from attnlab.layers.linear import Linear, parameter_name
 from attnlab.models import ContrastiveConfig, DecoderConfig, RecurrentSeq2SeqConfig, Seq2SeqConfig
 from attnlab.pretrained.import_export import abstract_params
 from attnlab.train import AdamW, Constant, LoRA, Rule
@@ -111,6 +110,7 @@ def test_matrix_axes_agree_with_the_modules(config):
             assert axes == (0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feed_forward", [None, ExpertsConfig(experts=4, width=8)], ids=["mlp", "experts"])
 def test_lora_on_a_mesh_equals_one_device(feed_forward):
     model = {} if feed_forward is None else {"feed_forward": feed_forward}

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import struct
 import sys
 import types
@@ -25,6 +26,14 @@ def lines(path):
 
 
 # metrics.jsonl ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "fifo"])
+def test_json_lines_refuses_special_file(tmp_path, target):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "metrics.jsonl").symlink_to(target)
+    with pytest.raises(InputError, match=r"metrics.jsonl is a .*; it must be a regular file"):
+        JsonLines(tmp_path / "metrics.jsonl")
 
 
 def test_json_lines_write_is_on_disk_immediately(tmp_path):
@@ -84,13 +93,49 @@ def test_json_lines_open_drops_only_an_unfinished_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonLines(path).write(9, "train", {"loss": 1})
     whole = path.read_text()
-    path.write_text(whole + whole[:-1])  # without the newline, digits may be missing
-    assert len(sinks.read_metrics(path)) == 2
-    JsonLines(path)
-    assert path.read_text() == whole
+    for end in range(len(whole)):
+        path.write_text(whole + whole[:end])
+        JsonLines(path)
+        # Only the closing brace completes a line, whether or not its newline was written.
+        assert path.read_text() == (whole * 2 if end == len(whole) - 1 else whole)
     path.write_text('{"st')
     JsonLines(path).write(1, "train", {})
     assert lines(path) == [{"step": 1, "split": "train"}]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"\xff\xfe",
+        b"\x00" * 40,
+        b'{"step": 1, "split": "train", "lo\xffs": 1}',
+        b'{"step": 1, "split": "train", "loss": "abc"}',
+        b'{"step": 1, "split": "train", "loss": {"a": [1]}}',
+        b'{"step": 1, "split": "train", "loss": null}',
+        b'{"step": 1, "split": "train", "loss": ' + b"[" * 100_000,
+        b'{"step": 1, "split": "train", "loss": ' + b"1" * 5000 + b"}",
+        b'{"step": "1", "split": "train", "loss": 1}',
+        b'{"step": true, "split": "train", "loss": 1}',
+        b'{"step": 1, "loss": 1}',
+        b'{"step": 1, "split": 2, "loss": 1}',
+        b"[1]",
+        b"5",
+        b'"step"',
+        b"null",
+    ],
+    ids=lambda line: repr(line[:50]),
+)
+def test_damaged_lines_are_skipped_and_dropped_on_resume(tmp_path, damaged):
+    path = tmp_path / "metrics.jsonl"
+    JsonLines(path).write(1, "train", {"loss": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole + damaged + b"\n" + whole)
+    assert [row["step"] for row in sinks.read_metrics(path)] == [1, 1]
+    JsonLines(path).truncate_after(1)
+    assert path.read_bytes() == whole * 2
+    path.write_bytes(whole + damaged)  # as the last line
+    JsonLines(path).write(2, "train", {"loss": 1})
+    assert [row["step"] for row in lines(path)] == [1, 2]
 
 
 # TensorBoard --------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def assert_trees_equal(a, b, **tolerance):
         np.testing.assert_allclose(x, y, **({"rtol": 1e-6, "atol": 1e-7} | tolerance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -30,6 +31,7 @@ def losses(mesh):
     return curve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_loss_curve_is_the_same_on_every_mesh(mesh):
     assert losses("single")[0] - losses("single")[-1] > 1
@@ -73,16 +75,40 @@ ROWS, LENGTH, WIDTH = 24, 20, 48  # sizes that distinguish activations from para
 
 @dataclass(frozen=True)
 class Collective:
-    """One array that a collective of the compiled program produces."""
+    """One array that a collective of the compiled program produces.
+
+    Attributes:
+      kind: one of KINDS.
+      shape: its shape on each device.
+      line: the line of the program.
+      in_entry: whether it runs once, not in a loop or a branch.
+    """
 
     kind: str
     shape: tuple[int, ...]
+    line: str = ""
+    in_entry: bool = False
+
+    def groups(self):
+        """Return the devices that communicate, one row per group."""
+        mesh = r"mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+        axes, shape, order, varying = re.search(f"replica_groups={mesh}", self.line).groups()
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+        devices = np.arange(math.prod(sizes.values()))
+        if shape is not None:
+            devices = devices.reshape(list(map(int, shape.split(","))))
+            devices = devices.transpose(list(map(int, order.split(","))) if order else None)
+        last = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", varying)]
+        grid = np.moveaxis(devices.reshape(list(sizes.values())), last, range(-len(last), 0))
+        return grid.reshape(-1, math.prod(grid.shape[len(sizes) - len(last) :]))
 
 
 def collectives(text):
     """Return the collectives in a program's text, one entry per array of a tuple result."""
-    found = []
+    found, in_entry = [], False
     for line in text.splitlines():
+        if line.endswith("{"):  # the start of a computation
+            in_entry = line.startswith("ENTRY")
         match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
         if match:
             result, kind, start = match.groups()
@@ -91,14 +117,14 @@ def collectives(text):
             ]
             if start and kind == "all-gather":
                 shapes = shapes[len(shapes) // 2 :]  # operands, then results
-            found += [Collective(kind, shape) for shape in shapes]
+            found += [Collective(kind, shape, line, in_entry) for shape in shapes]
     return found
 
 
-def compiled(mesh, microbatches=1):
+def compiled(mesh, microbatches=1, **model):
     session = make_session(
         make_experiment(
-            model={"width": WIDTH, "scan": True},
+            model={"width": WIDTH, "scan": True} | model,
             batch_size=ROWS,
             microbatches=microbatches,
         ),
@@ -131,6 +157,7 @@ def of_activations(session, found):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", ["single", "data:8", "fsdp:8", "tensor:2", "fsdp:4,tensor:2", "data:2,fsdp:2,tensor:2"]
 )
@@ -154,6 +181,24 @@ def test_microbatches_add_no_collectives():
     session, found = compiled("data:2,fsdp:2,tensor:2", microbatches=2)
     assert not {"all-to-all", "collective-permute"} & {c.kind for c in found}
     assert of_activations(session, found) == []
+
+
+def crossing(found, slice_of):
+    """Return the collectives whose groups have devices of several slices."""
+    return [c for c in found if any(len(set(slice_of[group])) > 1 for group in c.groups())]
+
+
+def test_gradients_cross_the_slow_axis_once_a_step():
+    """The mesh is that of `dcn_data:2,fsdp:4`: devices 0 to 3 are one slice, and 4 to 7 another."""
+    session, found = compiled("data:2,fsdp:4", tied=False)
+    found_across = crossing(found, np.arange(8) // 4)
+    assert {c.kind for c in found_across} == {"all-reduce"}
+    depth = session.experiment.model.depth  # the layers' gradients are summed in a loop over layers
+    sizes = [math.prod(c.shape) * (1 if c.in_entry else depth) for c in found_across if c.shape]
+    assert sum(sizes) == sum(x.size for x in jax.tree.leaves(session.abstract_state.params))
+    scalars = [c for c in found_across if not c.shape]
+    assert all(c.in_entry for c in scalars) and len(scalars) < 10
+    assert "all-gather" in {c.kind for c in crossing(found, np.arange(8) % 2)}  # of an interleaved mesh
 
 
 def test_of_activations_detects_a_gathered_activation():

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.train import SGD, AdamW, Constant, SpikeSkip
+from attnlab.layers.linear import Dtypes
+from attnlab.train import SGD, Adafactor, AdamW, Constant, Lion, Muon, ScheduleFree, SpikeSkip
 from attnlab.train.loop import Diverged, check_finite
-from attnlab.train.step import LossHistory
+from attnlab.train.optimizers import widened
+from attnlab.train.step import LossHistory, make_train_step
 from tests.train.small import make_experiment, make_session, random_batch
 
 
@@ -129,20 +131,26 @@ def test_dropout_differs_by_step_and_by_microbatch():
     four = same.map(lambda x: x[:4])
     loss = float(run_step(halves, state, same)[1]["loss"])
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), 0)
-    first = _loss_with(one_half, state.params, four, jax.random.fold_in(key, 0))
-    second = _loss_with(one_half, state.params, four, jax.random.fold_in(key, 1))
+    with jax.set_mesh(one_half.mesh):
+        four = one_half.to_devices(four)
+        loss_of = _loss_function(one_half)
+        first, second = (float(loss_of(state.params, four, jax.random.fold_in(key, i))) for i in range(2))
     assert first != second
     assert loss == pytest.approx((first + second) / 2, rel=1e-5)
 
 
-def _loss_with(session, params, batch, key):
-    with jax.set_mesh(session.mesh):
-        sharded = session.to_devices(batch)
+def _loss_function(session):
+    """Return the loss of a batch as a function of the parameters, the batch and the dropout key."""
+
+    @jax.jit
+    def loss(params, batch, key):
         terms = session.model.apply(
-            {"params": params}, sharded.tokens, sharded.targets, sharded.segments, sharded.positions,
+            {"params": params}, batch.tokens, batch.targets, batch.segments, batch.positions,
             deterministic=False, rngs={"dropout": key}, method="loss_terms",
         )  # fmt: skip
-        return float(jnp.mean(terms.lse - terms.target_logit))
+        return jnp.mean(terms.lse - terms.target_logit)
+
+    return loss
 
 
 def test_step_is_deterministic():
@@ -164,3 +172,86 @@ def test_evaluate_weights_tokens_equally_across_batches():
     assert tokens == 8 * 16 + 8 * 2
     assert metrics["loss"] == pytest.approx(nats / tokens, rel=1e-6)
     assert set(metrics) == {"loss", "accuracy", "bits_per_byte"}
+
+
+HALF = {"dtypes": Dtypes(param="bfloat16")}
+
+
+def float_dtypes(tree):
+    return {x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [AdamW(), Lion(), Adafactor(momentum=0.9, min_dim_size_to_factor=8), Muon(), SGD(), ScheduleFree()],
+    ids=lambda optimizer: type(optimizer).__name__,
+)
+def test_state_of_bfloat16_parameters_is_float32(optimizer):
+    train = {"ema": 0.9, "microbatches": 2, "spike_skip": SpikeSkip()}
+    with jax.enable_x64(True):  # which also widens what depends on the default dtype
+        session = make_session(make_experiment(optimizer=optimizer, model=HALF, **train))
+        step = make_train_step(session.model, session.experiment, session.optimizer)
+        before = session.abstract_state
+        with jax.set_mesh(session.mesh):
+            after, metrics = jax.eval_shape(step, before, session.abstract_batch)
+    assert float_dtypes(before.params) == {jnp.dtype("bfloat16")}
+    assert all(dtype.itemsize >= 4 for dtype in float_dtypes((before.opt_state, before.ema)))
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
+    assert metrics["loss"].shape == ()
+
+
+def test_bfloat16_parameters_accumulate_gradients_and_ema_in_float32():
+    sgd = SGD(momentum=0.5, weight_decay=0.0, clip_norm=None)
+    options = {"optimizer": sgd, "batch_size": 64, "ema": 0.9}
+    half = make_session(make_experiment(model=HALF, microbatches=64, **options))
+    exact = make_session(make_experiment(**options))
+    start, batch = half.new_state(), random_batch(rows=64)
+    # The reference has the same parameter values in float32, and one gradient of the whole batch.
+    after, _ = run_step(half, start, batch)
+    reference, _ = run_step(exact, exact.new_state(widened(start.params)), batch)
+    gradient, expected = leaves(after.opt_state[0].trace), leaves(reference.opt_state[0].trace)
+    assert np.linalg.norm(gradient - expected) < 2e-3 * np.linalg.norm(expected)
+    decay = 0.1  # of the first step, (1 + 0) / (10 + 0)
+    average = decay * leaves(start.params) + (1 - decay) * leaves(after.params)
+    np.testing.assert_allclose(leaves(after.ema), average, rtol=1e-6)
+    assert float_dtypes(half.eval_params(after)) == {jnp.dtype("bfloat16")}
+
+
+@pytest.fixture(scope="module")
+def sessions():
+    """Return sessions of 1 and of 4 microbatches, without weight decay."""
+    options = {"optimizer": SGD(weight_decay=0.0), "spike_skip": SpikeSkip()}
+    return [make_session(make_experiment(microbatches=count, **options)) for count in (1, 4)]
+
+
+def test_batch_without_weighted_targets_gives_no_gradient(sessions):
+    batch = random_batch()
+    for session in sessions:
+        state = session.new_state()
+        after, metrics = run_step(session, state, batch._replace(weights=batch.weights * 0))
+        check_finite(1, jax.device_get(metrics), session)
+        assert [float(metrics[name]) for name in ("loss", "accuracy", "grad_norm", "tokens")] == [0] * 4
+        np.testing.assert_array_equal(leaves(after.params), leaves(state.params))
+        assert float(after.history.count) == 0.0  # its loss says nothing about spikes
+
+
+def test_microbatch_without_weighted_targets_changes_nothing(sessions):
+    batch, (one, four) = random_batch(), sessions
+    weights = batch.weights.copy()
+    weights[[1, 5]] = 0  # the rows of microbatch 1
+    start = one.new_state()
+    whole, expected = run_step(one, start, batch._replace(weights=weights))
+    parts, metrics = run_step(four, start, batch._replace(weights=weights))
+    np.testing.assert_allclose(leaves(parts.params), leaves(whole.params), atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    # The loss is a weighted mean, so it and its gradient do not depend on the scale of the weights.
+    small, scaled = run_step(one, start, batch._replace(weights=weights / 1024))
+    np.testing.assert_allclose(leaves(small.params), leaves(whole.params), atol=1e-7)
+    np.testing.assert_allclose(scaled["loss"], expected["loss"], rtol=1e-6)
+
+
+def test_input_tokens_are_those_without_padding(sessions):
+    session, batch = sessions[0], random_batch(uneven=True)
+    segments = (np.arange(16) < np.arange(1, 9)[:, None]).astype(np.int32)  # rows of 1 to 8 tokens
+    _, metrics = run_step(session, session.new_state(), batch._replace(segments=segments))
+    assert int(metrics["input_tokens"]) == sum(range(1, 9))

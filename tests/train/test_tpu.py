@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.compilation import default_environment
 
 PROGRAM = """
 import json
@@ -19,7 +20,7 @@ from jax.experimental import topologies
 from attnlab import sharding
 from attnlab.data import Bytes, Text
 from attnlab.layers import AttentionConfig, GatedMLPConfig
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.linear import Dtypes
 from attnlab.models import DecoderConfig
 from attnlab.train import AdamW, Experiment
 from attnlab.train.session import Session
@@ -42,6 +43,7 @@ kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 import jax
 from attnlab.train.describe import per_device
 state = session.abstract_state
+cube = topologies.get_topology_desc(topology_name="v5p:4x4x4", platform="tpu").devices
 print(json.dumps({
     "devices": len(devices),
     "kind": devices[0].device_kind,
@@ -50,6 +52,10 @@ print(json.dumps({
     "aliased": memory.alias_size_in_bytes,
     "temporary": memory.temp_size_in_bytes,
     "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+    "meshes": [
+        dict(sharding.make_mesh(sharding.parse_mesh(text, 64), cube).shape)
+        for text in ("fsdp:8,tensor:8", "fsdp_tensor", "auto")
+    ],
     "collectives": Counter(re.findall(rf" ({kinds})(?:-start)?\\(", compiled.as_text())),
 }))
 """
@@ -60,7 +66,7 @@ print(json.dumps({
 def test_step_compiles_for_a_slice_of_16_chips():
     """Runs in a subprocess because libtpu takes a lock and warns of the missing TPU on stderr."""
     root = Path(__file__).parents[2]
-    env = os.environ | {
+    env = default_environment() | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -72,6 +78,8 @@ def test_step_compiles_for_a_slice_of_16_chips():
     assert completed.returncode == 0, completed.stderr[-3000:]
     report = json.loads(completed.stdout.splitlines()[-1])
     assert (report["devices"], "v5" in report["kind"]) == (16, True)
+    square = {"data": 1, "fsdp": 8, "tensor": 8}  # of parts of the torus's axes of 4
+    assert report["meshes"] == [square, square, {"data": 1, "fsdp": 64, "tensor": 1}]
     # The arguments contain the state once, which is updated in place. TPUs pad the smallest arrays.
     assert report["state"] <= report["arguments"] <= 1.2 * report["state"] + 2**20
     assert report["aliased"] >= report["state"]

@@ -17,15 +17,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from attnlab.attention.backends.masked_inputs import with_zeroed
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
     sharded_length_reason,
     softmax_only_reason,
 )
-from attnlab.attention.masks.base import AndMask, Mask
-from attnlab.attention.masks.basic import CausalMask, WindowMask
-from attnlab.attention.masks.intervals import KeyLengthMask
+from attnlab.attention.masks.normal_form import NormalForm, normal_form
+
+SUPPORTED_MASKS = "it supports only the masks causal(), window(left, 0) and key_lengths()"
 
 
 class Cudnn:
@@ -50,14 +51,14 @@ class Cudnn:
     def run(self, args, offset):
         """See `Backend.run`."""
         del offset  # its masks depend only on distances and lengths
-        paddings, others = _split_key_lengths(args.mask)
-        left, right = _window_bounds(others)
-        lengths, has_keys = _sequence_lengths(paddings, args)
+        args = with_zeroed(args)
+        form = normal_form(args.mask)
+        lengths, has_keys = _sequence_lengths(form, args)
         out = jax.nn.dot_product_attention(
             *(args.query, args.key, args.value),
             scale=args.scale,
-            is_causal=right is not None,
-            local_window_size=None if left is None else (left, 0),
+            is_causal=form.right is not None,
+            local_window_size=None if form.left is None else (form.left, 0),
             **lengths,
             implementation="cudnn",
         )
@@ -80,66 +81,35 @@ def _unsupported_shapes_reason(args: AttentionArgs) -> str | None:
 
 
 def _unsupported_mask_reason(args: AttentionArgs) -> str | None:
-    paddings, others = _split_key_lengths(args.mask)
-    bounds = _window_bounds(others)
-    if bounds == (None, None):
+    form = normal_form(args.mask)
+    if form.segments is not None or form.intervals or form.rest is not None or form.static_bounds is None:
+        return SUPPORTED_MASKS
+    left, right = form.static_bounds
+    if (left, right) == (None, None):
         return None
-    if bounds is None or bounds[1] != 0 or (bounds[0] or 0) < 0:
-        return "it supports only the masks causal(), window(left, 0) and key_lengths()"
-    if paddings and bounds[0] is not None:
-        return "it does not support a window with key_lengths(), since all keys of a window may be padding"
+    if right != 0 or (left or 0) < 0:
+        return SUPPORTED_MASKS
     if args.query.shape[1] > args.key.shape[1]:
         return "its causal mask supports no more queries than keys"
     return None
 
 
-def _split_key_lengths(mask: Mask | None) -> tuple[list[KeyLengthMask], list[Mask]]:
-    """Return the operands of a conjunction, split into key lengths (padding) and other masks."""
-    match mask:
-        case None:
-            return [], []
-        case KeyLengthMask():
-            return [mask], []
-        case AndMask():
-            left, right = _split_key_lengths(mask.left), _split_key_lengths(mask.right)
-            return left[0] + right[0], left[1] + right[1]
-    return [], [mask]
-
-
-def _window_bounds(masks: list[Mask]) -> tuple[int | None, int | None] | None:
-    """Return how far keys may be before and after their query, if the masks depend on nothing else.
-
-    A limit of None means no limit, as in `WindowMask`. The result is None if any
-    mask is neither causal nor a window, or has a traced offset.
-    """
-    lefts, rights = [], []
-    for mask in masks:
-        match mask:
-            case CausalMask(offset=int(offset)):
-                rights.append(offset)
-            case WindowMask(left=left, right=right, offset=int(offset)):
-                lefts += [] if left is None else [left - offset]
-                rights += [] if right is None else [right + offset]
-            case _:
-                return None
-    return min(lefts, default=None), min(rights, default=None)
-
-
-def _sequence_lengths(
-    paddings: list[KeyLengthMask], args: AttentionArgs
-) -> tuple[dict[str, Array], Array | None]:
+def _sequence_lengths(form: NormalForm, args: AttentionArgs) -> tuple[dict[str, Array], Array | None]:
     """Return cuDNN's length arguments, (B,) each, and which queries have a key, (B, T, 1, 1)."""
-    if not paddings:
+    if form.lengths is None:
         return {}, None
     rows, t, s = *args.query.shape[:2], args.key.shape[1]
 
-    def minimum(numbers, limit):
+    def lengths(limit, *numbers):
         for number in numbers:
             limit = jnp.minimum(limit, jnp.asarray(number, jnp.int32))
         return jnp.broadcast_to(limit, (rows,))
 
-    queries = minimum([p.queries for p in paddings if p.queries is not None], t)
-    keys = minimum([p.keys for p in paddings], s)
+    keys = lengths(s, form.lengths.keys)
+    # All keys in the window of a query from `keys + left` on are padding.
+    queries = lengths(t, *[] if form.left is None else [keys + form.left])
+    if form.lengths.queries is not None:
+        queries = lengths(queries, form.lengths.queries)
     # Lengths are at least 1, since the kernel's results and gradients are undefined without keys.
     options = {
         "query_seq_lengths": jnp.maximum(queries, 1),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.backends import vjp
+from attnlab.attention.backends.masked_inputs import with_zeroed
 from attnlab.attention.backends.reference import MASK_VALUE
 from attnlab.attention.backends.registry import AttentionResult, apply_sinks
 from attnlab.attention.backends.tpu_layout import (
@@ -26,9 +27,8 @@ from attnlab.attention.backends.tpu_layout import (
     to_bhtd,
     tpu_unsupported_reason,
 )
-from attnlab.attention.masks.base import AndMask, Mask
-from attnlab.attention.masks.basic import CausalMask
 from attnlab.attention.masks.dense import GIB, format_bytes, materialize_bias, materialize_mask
+from attnlab.attention.masks.normal_form import normal_form
 
 
 class Flash:
@@ -61,6 +61,11 @@ class Flash:
     def run(self, args, offset):
         """See `Backend.run`."""
         (_, t, h, _), s = args.query.shape, args.key.shape[1]
+        bias = materialize_bias(args.score, args.score_shape, offset)
+        if args.mask is not None:
+            allowed = materialize_mask(args.mask, args.score_shape, offset)
+            bias = jnp.where(allowed, bias, -jnp.inf)
+            args = with_zeroed(args, allowed)
         block_sizes = kernel_block_sizes(args, self.max_block_size or 512)
         padded = round_up((t, s), block_sizes)
         query, key, value = to_bhtd(args, padded)
@@ -70,12 +75,10 @@ class Flash:
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1]))) for x in (query, key, value)
         )
-        bias = materialize_bias(args.score, args.score_shape, offset)
-        if args.mask is not None:
-            allowed = materialize_mask(args.mask, args.score_shape, offset)
-            bias = jnp.where(allowed, bias, -jnp.inf)
         bias = pad_scores(bias, padded, -jnp.inf)
-        config = KernelConfig(block_sizes, _is_causal(args.mask), self.interpret)
+        right = normal_form(args.mask).right
+        is_causal = isinstance(right, int) and right <= 0
+        config = KernelConfig(block_sizes, is_causal, self.interpret)
         out, lse = attention(config, query, key, value, bias)
         out, lse = (jnp.swapaxes(x, 1, 2)[:, :t] for x in (out[..., : args.value.shape[-1]], lse))
         return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
@@ -165,10 +168,3 @@ def _interpret_mode(config: KernelConfig):
         return contextlib.nullcontext()
     # The kernel has no `interpret` argument. `True` selects plain JAX, not the simulation of a TPU.
     return pltpu.force_tpu_interpret_mode(True)  # type: ignore[arg-type]
-
-
-def _is_causal(mask: Mask | None) -> bool:
-    """Return whether a mask statically allows no key after its query."""
-    if isinstance(mask, AndMask):
-        return _is_causal(mask.left) or _is_causal(mask.right)
-    return isinstance(mask, CausalMask) and isinstance(mask.offset, int) and mask.offset <= 0

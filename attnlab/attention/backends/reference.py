@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from attnlab.attention.backends.masked_inputs import zero_masked
 from attnlab.attention.backends.registry import AttentionResult, sharded_length_reason
-from attnlab.attention.masks.base import BlockOffset, Mask
+from attnlab.attention.dropout import AttentionDropout
+from attnlab.attention.masks.base import Mask
+from attnlab.attention.masks.blocks import BlockOffset
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import PairIndices, block_indices
 from attnlab.attention.scores import Score
@@ -27,8 +30,7 @@ def reference(
     scale: float = 1.0,
     sinks: Float[Array, " H"] | None = None,
     normalizer: Callable = softmax,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
+    dropout: AttentionDropout | None = None,
     offset: BlockOffset = (0, 0, 0, 0),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"], Float[Array, "B H T S"]]:
     """Return softmax(score(scale * Q K^T)) V, over all pairs (Vaswani et al. 2017, equation 1).
@@ -42,8 +44,7 @@ def reference(
       scale: factor of the scores.
       sinks: one extra logit per head that takes part in the softmax and has no value, (H,).
       normalizer: maps masked scores to weights and their log-normalizer, over the last axis.
-      dropout_rate: fraction of the weights to drop. Without `dropout_key`, no weight is dropped.
-      dropout_key: random key of the dropout.
+      dropout: drops weights after the normalizer. None for no dropout.
       offset: indices of the first batch row, head, query and key, if the arrays are a shard.
 
     Returns:
@@ -52,33 +53,42 @@ def reference(
     """
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
+    group = h // max(k, 1)
+    at = block_indices(offset, (b, h, t, s))
+    allowed = None if mask is None else mask.evaluate(at)
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    grouped = query.reshape(b, t, k, h // k, d).astype(dtype)
-    scores = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(dtype)).reshape(b, h, t, s)
-    weights, lse = attention_weights(
-        scores, block_indices(offset, scores.shape), mask, score, sinks, normalizer
-    )
-    dropped = _dropout(weights, dropout_rate, dropout_key).reshape(b, k, h // k, t, s)
-    out = jnp.einsum("bkgts,bskd->btkgd", dropped, value.astype(dtype))
-    return out.reshape(b, t, h, -1).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
+    query, keys, values = zero_masked(allowed, query, key, value)
+    grouped = query.reshape(b, t, k, group, d).astype(dtype)
+    scores = scale * _einsum("btkgd,bskd->bkgts", grouped, keys.astype(dtype)).reshape(b, h, t, s)
+    weights, lse = attention_weights(scores, at, allowed, score, sinks, normalizer)
+    kept = weights if dropout is None else dropout(weights, at)
+    out = _einsum("bkgts,bskd->btkgd", kept.reshape(b, k, group, t, s), values.astype(dtype))
+    return out.reshape(b, t, h, value.shape[-1]).astype(value.dtype), jnp.moveaxis(lse, 1, 2), weights
+
+
+def _einsum(subscripts: str, left: Array, right: Array) -> Array:
+    """Return a product in full precision: by default, accelerators round float32 to fewer bits."""
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, left, right, precision=highest, preferred_element_type=left.dtype)
 
 
 def attention_weights(
     scores: Float[Array, "B H T S"],
     at: PairIndices,
-    mask: Mask | None,
+    allowed: Bool[Array, "#B #H #T #S"] | None,
     score: Score | None,
     sinks: Float[Array, " H"] | None,
     normalizer: Callable,
 ) -> tuple[Float[Array, "B H T S"], Float[Array, "B H T"]]:
     """Return weights and log-normalizer of the scaled scores of the pairs `at`; see `reference`."""
-    allowed = None if mask is None else mask.evaluate(at)
     if score is not None:
         scores = score(stop_masked_gradient(allowed, scores), at)
         scores = jnp.where(scores <= MASK_VALUE, -jnp.inf, scores)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -jnp.inf)
     size = scores.shape[-1]
+    if size == 0:  # one masked key, since there is no maximum over an empty axis
+        scores = jnp.full((*scores.shape[:3], 1), -jnp.inf, scores.dtype)
     if sinks is not None:
         column = jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None, None], (*scores.shape[:3], 1))
         scores = jnp.concatenate([scores, column], axis=-1)
@@ -89,13 +99,6 @@ def attention_weights(
 def stop_masked_gradient(allowed: Array | None, scores: Array) -> Array:
     """Stop the gradient of masked scores, where the gradient of a `Score` may be NaN."""
     return scores if allowed is None else jnp.where(allowed, scores, jax.lax.stop_gradient(scores))
-
-
-def _dropout(weights: Array, rate: float, key: Array | None) -> Array:
-    if rate == 0.0 or key is None:
-        return weights
-    keep = jax.random.bernoulli(key, 1.0 - rate, weights.shape)
-    return jnp.where(keep, weights / (1.0 - rate), 0.0)
 
 
 class Reference:
@@ -117,8 +120,7 @@ class Reference:
                 scale=args.scale,
                 sinks=args.sinks,
                 normalizer=args.normalizer,
-                dropout_rate=args.dropout_rate,
-                dropout_key=args.dropout_key,
+                dropout=args.dropout,
                 offset=offset,
             )
         )

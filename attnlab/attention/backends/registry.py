@@ -1,6 +1,8 @@
 """The `Backend` protocol, the arguments and results of a backend, and the registry of backends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -8,9 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.masks.base import BlockOffset, Mask
+from attnlab.attention.block_mask import BlockMask
+from attnlab.attention.dropout import AttentionDropout
+from attnlab.attention.masks.base import Mask
+from attnlab.attention.masks.blocks import BlockOffset
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.scores import Score
+from attnlab.attention.varying import varying_axes
 from attnlab.errors import InputError
 
 
@@ -28,14 +34,15 @@ class AttentionArgs:
       scale: factor of the scores.
       sinks: one extra logit per head, (H,).
       normalizer: maps masked scores to weights.
-      dropout_rate: fraction of the weights to drop; 0 for no dropout.
-      dropout_key: random key of the dropout.
+      dropout: drops weights after the normalizer; None for no dropout.
+      block_mask: the blocks of the mask, if they are known.
       return_weights: whether to return the weights.
       return_lse: whether to return the log-sum-exp. If False, `AttentionResult.lse` is undefined.
       platform: "cpu", "tpu" or "gpu".
       sequence_axes: the mesh axes that the length is sharded over.
       sequence_shards: number of shards of the length.
       is_sharded: whether rows, heads or the length are sharded over devices.
+      auto_axes: mesh axes over which the compiler may shard the arrays, which types do not show.
     """
 
     query: Array
@@ -46,14 +53,15 @@ class AttentionArgs:
     scale: float = 1.0
     sinks: Float[Array, " H"] | None = None
     normalizer: Callable = softmax
-    dropout_rate: float = 0.0
-    dropout_key: Array | None = None
+    dropout: AttentionDropout | None = None
+    block_mask: BlockMask | None = None
     return_weights: bool = False
     return_lse: bool = False
     platform: str = "cpu"
     sequence_axes: tuple[str, ...] = ()
     sequence_shards: int = 1
     is_sharded: bool = False
+    auto_axes: tuple[str, ...] = ()
 
     @property
     def score_shape(self) -> tuple[int, int, int, int]:
@@ -72,7 +80,11 @@ class AttentionResult(NamedTuple):
 
 @runtime_checkable
 class Backend(Protocol):
-    """An implementation of attention that `attend` can select."""
+    """An implementation of attention that `attend` can select.
+
+    A backend that visits the blocks of a `BlockMask` also has a method `block_sizes(args)` that
+    returns the block_q and block_kv it prefers, or None if it would not use a block mask.
+    """
 
     name: str
 
@@ -90,22 +102,50 @@ class Backend(Protocol):
         ...
 
 
+def block_sizes(backend: Backend, args: AttentionArgs) -> tuple[int, int] | None:
+    """Return the block sizes that a backend prefers; None if it uses no block mask."""
+    method = getattr(backend, "block_sizes", None)
+    return None if method is None else method(args)
+
+
 def sharded_length_reason(args: AttentionArgs) -> str | None:
     """Return why a backend that does not support a sharded length cannot run, or None."""
     return f"the length is sharded over {', '.join(args.sequence_axes)}" if args.sequence_axes else None
 
 
-def softmax_only_reason(args: AttentionArgs) -> str | None:
-    """Return why a backend that supports only softmax and keeps no weights cannot run, or None."""
-    if args.dropout_rate:
-        return "it does not materialize the weights, which dropout needs"
+def softmax_only_reason(args: AttentionArgs, dropout: bool = False) -> str | None:
+    """Return why a backend that supports only softmax and keeps no weights cannot run, or None.
+
+    `dropout` is whether the backend supports dropout. Such backends also need lengths that are
+    numbers: only "reference" runs under `jax.export` with symbolic dimensions.
+    """
+    if any(not isinstance(n, int) for n in args.score_shape):
+        return f"it needs lengths that are numbers, not the symbolic scores {args.score_shape}"
+    if args.dropout is not None and not dropout:
+        return "it does not support dropout"
     if args.return_weights:
         return "it does not materialize the weights, which return_weights needs"
     return None if args.normalizer is softmax else "it supports only the softmax normalizer"
 
 
+def kernel_mesh_reason(args: AttentionArgs) -> str | None:
+    """Return why a kernel that is opaque to the compiler cannot run on the mesh, or None."""
+    if args.auto_axes:
+        axes = ", ".join(args.auto_axes)
+        return f"the compiler cannot partition its kernel over the Auto mesh axes {axes}; use Explicit axes"
+    if varying_axes((args.query, args.key, args.value)):
+        return "its kernel does not support the check of jax.shard_map; pass check_vma=False"
+    return None
+
+
 # All backends, in the order in which "auto" tries them. `attend.AUTO_ORDER` fills the list.
 BACKENDS: list[Backend] = []
+
+# Backends in plain JAX, which every compiler accepts. On an accelerator they are the slow path.
+PLAIN_JAX = ("decode", "blockwise", "blockwise_autodiff", "reference")
+
+# Names that "auto" skips, with reasons. `jax.jit` traces again where this value differs.
+_excluded = jax.make_user_context(())
 
 
 def register(backend: Backend, before: str | None = None) -> None:
@@ -120,17 +160,91 @@ def register(backend: Backend, before: str | None = None) -> None:
     BACKENDS.insert(0 if before is None else names.index(before), backend)
 
 
+def exclude_backends(*names: str, **reasons: str) -> AbstractContextManager:
+    """Return a context in which "auto" skips these backends, in programs of `jax.jit` too.
+
+    Args:
+      names: names of backends, such as one that the compiler refuses.
+      reasons: names of backends, with the reason that `explain` reports.
+
+    Raises:
+      InputError: no backend has one of the names.
+    """
+    added = dict.fromkeys(names, "exclude_backends excludes it") | reasons
+    known = [backend.name for backend in BACKENDS]
+    for name in added:
+        if name not in known:
+            raise InputError(f"exclude_backends: no backend {name!r}; there are {', '.join(known)}")
+    return _excluded((*_excluded.value, *added.items()))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The backend that one call of `attend` runs on one platform.
+
+    Attributes:
+      backend: the name of the backend.
+      platform: "cpu", "tpu" or "gpu".
+      refusals: maps the name of each backend that does not support the call to the reason.
+      query: shape of one device's queries, (B, T, H, D).
+      keys: shape of one device's keys, (B, S, K, D).
+    """
+
+    backend: str
+    platform: str
+    refusals: dict[str, str]
+    query: tuple[int, ...]
+    keys: tuple[int, ...]
+
+
+_recorders: ContextVar[tuple[Callable[[Selection], None], ...]] = ContextVar("recorders", default=())
+
+
+@contextmanager
+def record_selections(record: Callable[[Selection], None]) -> Iterator[None]:
+    """Call `record` with the selection of each call of `attend` that is traced in this context."""
+    token = _recorders.set((*_recorders.get(), record))
+    try:
+        yield
+    finally:
+        _recorders.reset(token)
+
+
+def report_selection(backend: Backend, args: AttentionArgs) -> None:
+    """Pass the selection of `backend` for these arguments to `record_selections`."""
+    if not _recorders.get():
+        return
+    refusals = {other.name: _refusal(other, args) for other in BACKENDS if other is not backend}
+    selection = Selection(
+        backend=backend.name,
+        platform=args.platform,
+        refusals={name: reason for name, reason in refusals.items() if reason},
+        query=args.query.shape,
+        keys=args.key.shape,
+    )
+    for record in _recorders.get():
+        record(selection)
+
+
+def _refusal(backend: Backend, args: AttentionArgs) -> str | None:
+    """Return why "auto" skips a backend, or None."""
+    return dict(_excluded.value).get(backend.name) or backend.unsupported_reason(args)
+
+
 def select_backend(name_or_backend: str | Backend, args: AttentionArgs) -> Backend:
     """Return the named backend, or for "auto" the first that supports these arguments.
 
     Raises:
-      InputError: No backend has this name, or the backend does not support the arguments.
+      InputError: This is neither a name nor a backend, no backend has this name, or the backend
+        does not support the arguments.
     """
+    if not isinstance(name_or_backend, str | Backend):
+        raise InputError(f"attend: backend must be a name or a Backend, not {name_or_backend!r}")
     by_name = {backend.name: backend for backend in BACKENDS}
     if name_or_backend == "auto":
         reasons = {}
         for backend in BACKENDS:
-            reason = backend.unsupported_reason(args)
+            reason = _refusal(backend, args)
             if reason is None:
                 return backend
             reasons[backend.name] = reason
@@ -156,4 +270,4 @@ def apply_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     # A row without keys has lse -inf, which is replaced so that the difference is never inf - inf.
     finite_lse = jnp.where(jnp.isneginf(lse), sink - 1e4, lse)
     share = jax.nn.sigmoid(finite_lse - sink)
-    return out * share[..., None].astype(out.dtype), jnp.logaddexp(finite_lse, sink)
+    return (out * share[..., None]).astype(out.dtype), jnp.logaddexp(finite_lse, sink)

@@ -13,11 +13,12 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.tpu_layout import Pair
-from attnlab.attention.masks.base import BlockGrid, Mask, depends_on_batch_and_heads
+from attnlab.attention.masks.base import BlockGrid, Mask
+from attnlab.attention.masks.normal_form import NormalForm, depends_on_batch_and_heads
 from attnlab.attention.pairwise import eval_at_trace_time, pair_indices
 
 Kernel = splash.SplashAttentionKernel
@@ -65,19 +66,35 @@ def dynamic_kernel(block_sizes: Pair, **options) -> Kernel:
     )
 
 
-def segment_ids(
-    queries: Int[Array, "b T"], keys: Int[Array, "b S"], batch: int, lengths: Pair
-) -> splash.SegmentIds:
-    """Return segment ids for the kernel, padded to `lengths`.
+def segment_ids(form: NormalForm, batch: int, lengths: Pair, padded: Pair) -> splash.SegmentIds | None:
+    """Return the segments and lengths of a mask as segment ids for the kernel; None without any.
 
     Padding has id -1 for queries and -2 for keys, so that it matches nothing.
+
+    Args:
+      form: its `segments` and `lengths` are used.
+      batch: number of rows B.
+      lengths: numbers of queries and keys.
+      padded: the lengths of the ids.
     """
+    if form.segments is None and form.lengths is None:
+        return None
+    segments, limits = form.segments, form.lengths
 
-    def pad_ids(x, length, padding):
-        x = jnp.pad(jnp.where(x > 0, x, padding), ((0, 0), (0, length - x.shape[1])), constant_values=padding)
-        return jnp.broadcast_to(x, (batch, length)).astype(jnp.int32)
+    def ids(ids_of_segments, limit, length, padded_length, padding):
+        x = jnp.ones((1, length), jnp.int32) if ids_of_segments is None else ids_of_segments
+        if limit is not None:
+            x = jnp.where(jnp.arange(length)[None] < jnp.reshape(limit, (-1, 1)), x, 0)
+        x = jnp.pad(
+            jnp.where(x > 0, x, padding), ((0, 0), (0, padded_length - length)), constant_values=padding
+        )
+        return jnp.broadcast_to(x, (batch, padded_length)).astype(jnp.int32)
 
-    return splash.SegmentIds(pad_ids(queries, lengths[0], -1), pad_ids(keys, lengths[1], -2))
+    queries, keys = (None, None) if segments is None else (segments.queries, segments.keys)
+    num_queries, num_keys = (None, None) if limits is None else (limits.queries, limits.keys)
+    return splash.SegmentIds(
+        ids(queries, num_queries, lengths[0], padded[0], -1), ids(keys, num_keys, lengths[1], padded[1], -2)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,14 +11,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from attnlab.attention.backends.masked_inputs import with_zeroed
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
+    kernel_mesh_reason,
     sharded_length_reason,
     softmax_only_reason,
 )
-from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.basic import CausalMask
 from attnlab.attention.masks.dense import (
     GIB,
     format_bytes,
@@ -26,6 +26,7 @@ from attnlab.attention.masks.dense import (
     materialize_bias,
     materialize_mask,
 )
+from attnlab.attention.masks.normal_form import normal_form
 
 
 class Tokamax:
@@ -47,7 +48,7 @@ class Tokamax:
             return f"it requires a GPU, not a {args.platform.upper()}"
         if importlib.util.find_spec("tokamax") is None:
             return "tokamax is not installed"
-        if reason := sharded_length_reason(args) or softmax_only_reason(args):
+        if reason := sharded_length_reason(args) or softmax_only_reason(args) or kernel_mesh_reason(args):
             return reason
         if args.return_lse or args.sinks is not None:
             return "it returns no log-sum-exp, which return_lse and sinks need"
@@ -71,8 +72,10 @@ class Tokamax:
 
         bias = None if args.score is None else materialize_bias(args.score, args.score_shape, offset)
         allowed_pairs = has_keys = None
-        if not (args.mask is None or _is_causal(args.mask)):
+        args = with_zeroed(args)
+        if not _needs_no_dense_mask(args):
             allowed_pairs = materialize_mask(args.mask, args.score_shape, offset)
+            args = with_zeroed(args, allowed_pairs)
             has_keys = allowed_pairs.any(3, keepdims=True)
             # Without keys, Tokamax returns the mean of all values. Such rows get all keys here, and
             # their output is set to 0 below.
@@ -80,7 +83,7 @@ class Tokamax:
         out = tokamax.dot_product_attention(
             *(args.query, args.key, args.value, bias, allowed_pairs),
             scale=args.scale,
-            is_causal=_is_causal(args.mask),
+            is_causal=has_keys is None and normal_form(args.mask).right == 0,
             implementation=self.implementation,
         )
         if has_keys is not None:
@@ -106,11 +109,12 @@ def _unsupported_device_reason() -> str | None:
 def _num_bytes(args: AttentionArgs) -> int:
     """Return the size in bytes of the dense mask and bias."""
     size = 0 if args.score is None else 4 * math.prod(args.score_shape)
-    if args.mask is None or _is_causal(args.mask):
+    if args.mask is None or _needs_no_dense_mask(args):
         return size
     return size + mask_size(args.mask, args.score_shape)
 
 
-def _is_causal(mask: Mask | None) -> bool:
-    """Return whether the mask is `causal()`, whose empty blocks the kernel skips."""
-    return isinstance(mask, CausalMask) and isinstance(mask.offset, int) and mask.offset == 0
+def _needs_no_dense_mask(args: AttentionArgs) -> bool:
+    """Return whether the mask is none or `causal()`, whose empty blocks the kernel skips."""
+    form = normal_form(args.mask)
+    return form.is_relative and form.static_bounds in ((None, None), (None, 0))

@@ -5,7 +5,12 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.attention.backends.registry import AttentionArgs, sharded_length_reason, softmax_only_reason
+from attnlab.attention.backends.registry import (
+    AttentionArgs,
+    kernel_mesh_reason,
+    sharded_length_reason,
+    softmax_only_reason,
+)
 from attnlab.attention.block_mask import even_block_size
 
 LANES = 128  # lanes of a TPU vector register; block sizes are multiples of this
@@ -16,7 +21,7 @@ def tpu_unsupported_reason(args: AttentionArgs, interpret: bool) -> str | None:
     """Return why neither kernel supports the arguments, or None."""
     if args.platform != "tpu" and not interpret:
         return f"it requires a TPU, not a {args.platform.upper()}"
-    if reason := sharded_length_reason(args) or softmax_only_reason(args):
+    if reason := sharded_length_reason(args) or softmax_only_reason(args) or kernel_mesh_reason(args):
         return reason
     dtypes = {x.dtype.name for x in (args.query, args.key, args.value)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:

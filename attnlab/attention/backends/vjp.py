@@ -1,5 +1,6 @@
 """Cotangents of the arrays in masks and scores, accumulated over blocks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from attnlab.attention.pairwise import Dims
+from attnlab.attention.pairwise import Dims, as_starts, slice_at
 from attnlab.attention.scores import Score
 
 
@@ -37,6 +38,12 @@ def init(score: Score | None) -> list[Array]:
     return [jnp.zeros(jnp.shape(x) if is_floating(x) else ()) for x in jax.tree.leaves(score)]
 
 
+def add_at(total: Array, part: Array, starts: Sequence) -> Array:
+    """Return `total` with `part` added at these starts, integers of any types."""
+    sums = slice_at(total, starts, part.shape) + part
+    return jax.lax.dynamic_update_slice(total, sums, as_starts(starts))
+
+
 def accumulate_block(
     score: Score | None, sums: list[Array], parts: Any, **starts: int | Array
 ) -> list[Array]:
@@ -58,8 +65,7 @@ def accumulate_block(
             starts.get(name or "", 0) if n < total_n else 0
             for name, n, total_n in zip(dims, part.shape, total.shape, strict=True)
         ]
-        current = jax.lax.dynamic_slice(total, at, part.shape)
-        return jax.lax.dynamic_update_slice(total, current + part, at)
+        return add_at(total, part, at)
 
     leaf_dims = jax.tree.leaves(score.map_arrays(lambda x, dims: _DimsLeaf(dims)))
     return [
@@ -75,7 +81,7 @@ def finalize(score: Score | None, sums: list[Array]) -> Any:
     def to_cotangent(x, total):
         if not is_floating(x):
             return zero_cotangent(x)
-        return jax.lax.slice(total, (0,) * x.ndim, x.shape).astype(x.dtype)
+        return jax.lax.slice(total, (0,) * jnp.ndim(x), jnp.shape(x)).astype(jnp.result_type(x))
 
     return jax.tree.unflatten(jax.tree.structure(score), list(map(to_cotangent, leaves, sums)))
 

@@ -9,51 +9,33 @@ are empty, which are full, and which must be evaluated. Concrete masks are in `b
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.pairwise import PairIndices, PairwiseFn, TracedFn, block_indices, pair_indices, pytree
+from attnlab.attention.checks import check_array, check_function, check_index, describe, is_array
+from attnlab.attention.masks.blocks import (
+    BlockGrid,
+    BlockSummary,
+    Index,
+    KVBounds,
+    count_pairs,
+    map_query_blocks,
+    summarize_blocks,
+    union_bounds,
+)
+from attnlab.attention.pairwise import (
+    PairIndices,
+    PairwiseFn,
+    pair_indices,
+    pytree,
+    static,
+)
+from attnlab.attention.traced_fn import TracedFn
 from attnlab.errors import InputError
-
-Index = int | Int[Array, ""]
-BlockOffset = tuple[Index, Index, Index, Index]  # batch row, head, query, key
-
-
-class BlockSummary(NamedTuple):
-    """Bounds on each block of a mask, each (B or 1, H or 1, query blocks, key blocks).
-
-    Attributes:
-      any_allowed: False if no pair of the block is allowed; True if some pair may be.
-      all_allowed: True if every pair of the block is allowed; False if some pair may not be.
-    """
-
-    any_allowed: Bool[Array, "B H Q S"]
-    all_allowed: Bool[Array, "B H Q S"]
-
-
-class BlockGrid(NamedTuple):
-    """A grid of blocks of `block_q` queries by `block_kv` keys that covers a part of the scores.
-
-    The last blocks may be smaller. `offset` is the global index of the first batch row, head, query
-    and key.
-    """
-
-    num_queries: int
-    num_keys: int
-    block_q: int
-    block_kv: int
-    batch: int = 1
-    heads: int = 1
-    offset: BlockOffset = (0, 0, 0, 0)
-
-    @property
-    def num_blocks(self) -> tuple[int, int]:
-        """Number of blocks along queries, and along keys."""
-        return -(-self.num_queries // self.block_q), -(-self.num_keys // self.block_kv)
 
 
 class Mask(PairwiseFn):
@@ -70,12 +52,21 @@ class Mask(PairwiseFn):
         """
         raise NotImplementedError
 
-    def count_per_block(self, at: PairIndices, block_kv: int) -> Int[Array, "B H T N"]:
-        """Return how many keys of each block a query may attend to.
+    def kv_bounds(self, grid: BlockGrid) -> KVBounds | None:
+        """Return bounds on the keys of each block of queries, or None if they are not known.
+
+        Pairs outside the bounds must be masked in every batch row and head. The bounds are global
+        key indices.
+        """
+        del grid
+        return None
+
+    def count_per_block(self, at: PairIndices, block_kv: int, end: Index) -> Int[Array, "B H T N"]:
+        """Return how many keys of each block, before key `end`, a query may attend to.
 
         This default evaluates every pair.
         """
-        allowed = self.evaluate(at)
+        allowed = self.evaluate(at) & (at.kv < end)
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:3], at.kv.shape[-1]))
         padding = -at.kv.shape[-1] % block_kv
         allowed = jnp.pad(allowed, [(0, 0)] * 3 + [(0, padding)])
@@ -86,32 +77,14 @@ class Mask(PairwiseFn):
 
         This default is exact, and computed from `count_per_block`.
         """
-        starts = np.arange(grid.num_blocks[1]) * grid.block_kv
-        sizes = np.minimum(grid.block_kv, grid.num_keys - starts)[None, None, None]
+        sizes = np.minimum(grid.block_kv, grid.num_keys - grid.kv_blocks * grid.block_kv)
 
-        def summarize(counts, is_query):
-            return (is_query & (counts > 0)).any(2), (~is_query | (counts == sizes)).all(2)
+        def summarize(counts, is_query, i):
+            size = jnp.asarray(sizes)[None, None, i if len(sizes) > 1 else 0][:, :, None]
+            return (is_query & (counts > 0)).any(2), (~is_query | (counts == size)).all(2)
 
-        any_allowed, all_allowed = self._map_query_blocks(grid, summarize)
+        any_allowed, all_allowed = map_query_blocks(self, grid, summarize)
         return BlockSummary(jnp.moveaxis(any_allowed, 0, 2), jnp.moveaxis(all_allowed, 0, 2))
-
-    def _map_query_blocks(self, grid: BlockGrid, summarize: Callable[[Array, Array], Any]) -> Any:
-        """Return `summarize(counts, is_query)` of each block of queries, stacked on a new axis 0.
-
-        `counts` is `count_per_block` of the block; `is_query` is False for padding queries.
-        """
-        count, _ = grid.num_blocks
-        padded = self.pad_to(queries=count * grid.block_q)
-
-        def query_block(i):
-            b, h, q, k = grid.offset
-            shape = grid.batch, grid.heads, grid.block_q, grid.num_keys
-            at = block_indices((b, h, q + i * grid.block_q, k), shape)
-            part = padded.slice_block(queries=(i * grid.block_q, grid.block_q))
-            counts = part.count_per_block(at, grid.block_kv)
-            return summarize(counts, at.q - q < grid.num_queries)
-
-        return jax.lax.map(query_block, jnp.arange(count))
 
     def materialize(
         self, num_queries: int, num_keys: int, batch: int = 1, heads: int = 1
@@ -124,16 +97,8 @@ class Mask(PairwiseFn):
         return jnp.broadcast_to(allowed, (*allowed.shape[:2], num_queries, num_keys))
 
     def density(self, num_queries: int, num_keys: int, batch: int = 1, heads: int = 1) -> float:
-        """Return the exact fraction of allowed pairs, counted one block of queries at a time."""
-        rows = max(1, min(num_queries, 2**22 // (num_keys * batch * heads)))
-        grid = BlockGrid(num_queries, num_keys, rows, num_keys, batch, heads)
-
-        def count(counts, is_query):
-            return jnp.where(is_query, counts, 0).sum(2)
-
-        counts = np.asarray(self._map_query_blocks(grid, count))
-        num_pairs = num_queries * num_keys * counts.shape[1] * counts.shape[2]
-        return counts.sum(dtype=np.int64).item() / num_pairs
+        """Return the exact fraction of allowed pairs. Pairs of partial blocks are evaluated."""
+        return count_pairs(self, num_queries, num_keys, batch, heads) / (num_queries * num_keys)
 
     def draw(self, num_queries: int, num_keys: int, row: int = 0, head: int = 0) -> str:
         """Return the mask as text, one line per query: `x` is an allowed key, `.` a masked one."""
@@ -161,10 +126,10 @@ class CountingMask(Mask):
         """Return how many keys before each of `at.kv` are allowed, plus a constant per query."""
         raise NotImplementedError
 
-    def count_per_block(self, at, block_kv):
+    def count_per_block(self, at, block_kv, end):
         """See `Mask.count_per_block`: differences of `count_before` between the block edges."""
-        ends = jnp.concatenate([at.kv[..., ::block_kv], at.kv[..., -1:] + 1], axis=-1)
-        return jnp.diff(self.count_before(at._replace(kv=ends)), axis=-1)
+        edges = jnp.concatenate([at.kv[..., ::block_kv], at.kv[..., -1:] + 1], axis=-1)
+        return jnp.diff(self.count_before(at._replace(kv=jnp.minimum(edges, end))), axis=-1)
 
 
 @pytree
@@ -180,8 +145,15 @@ class AndMask(Mask):
 
     def block_summary(self, grid):
         """See `Mask.block_summary`."""
-        a, b = self.left.block_summary(grid), self.right.block_summary(grid)
+        a, b = summarize_blocks(self.left, grid), summarize_blocks(self.right, grid)
         return BlockSummary(a.any_allowed & b.any_allowed, a.all_allowed & b.all_allowed)
+
+    def kv_bounds(self, grid):
+        """See `Mask.kv_bounds`."""
+        a, b = self.left.kv_bounds(grid), self.right.kv_bounds(grid)
+        if a is None or b is None:
+            return a or b
+        return np.maximum(a[0], b[0]), np.minimum(a[1], b[1])
 
 
 @pytree
@@ -197,8 +169,12 @@ class OrMask(Mask):
 
     def block_summary(self, grid):
         """See `Mask.block_summary`."""
-        a, b = self.left.block_summary(grid), self.right.block_summary(grid)
+        a, b = summarize_blocks(self.left, grid), summarize_blocks(self.right, grid)
         return BlockSummary(a.any_allowed | b.any_allowed, a.all_allowed | b.all_allowed)
+
+    def kv_bounds(self, grid):
+        """See `Mask.kv_bounds`."""
+        return union_bounds([self.left.kv_bounds(grid), self.right.kv_bounds(grid)])
 
 
 @pytree
@@ -213,7 +189,7 @@ class NotMask(Mask):
 
     def block_summary(self, grid):
         """See `Mask.block_summary`."""
-        summary = self.mask.block_summary(grid)
+        summary = summarize_blocks(self.mask, grid)
         return BlockSummary(~summary.all_allowed, ~summary.any_allowed)
 
 
@@ -227,7 +203,7 @@ class PerHeadMask(Mask):
     """
 
     masks: list[Mask]
-    mask_of_head: tuple[int, ...]
+    mask_of_head: tuple[int, ...] = static()
 
     def evaluate(self, at):
         """See `Mask.evaluate`."""
@@ -236,8 +212,12 @@ class PerHeadMask(Mask):
     def block_summary(self, grid):
         """See `Mask.block_summary`."""
         heads = jnp.reshape(grid.offset[1] + jnp.arange(grid.heads), (1, -1, 1, 1))
-        summaries = [mask.block_summary(grid) for mask in self.masks]
+        summaries = [summarize_blocks(mask, grid) for mask in self.masks]
         return BlockSummary(*(self._select(heads, parts) for parts in zip(*summaries, strict=True)))
+
+    def kv_bounds(self, grid):
+        """See `Mask.kv_bounds`."""
+        return union_bounds([mask.kv_bounds(grid) for mask in self.masks])
 
     def _select(self, heads, parts):
         """Return, for each head, the part that belongs to its mask."""
@@ -264,11 +244,11 @@ class ShiftedMask(Mask):
         at = self._shift(at)
         return self.mask.evaluate(at) & (at.kv >= 0)
 
-    def count_per_block(self, at, block_kv):
+    def count_per_block(self, at, block_kv, end):
         """See `Mask.count_per_block`."""
         if isinstance(self.mask, CountingMask):
-            return CountingMask.count_per_block(self, at, block_kv)  # type: ignore[arg-type]
-        return super().count_per_block(at, block_kv)
+            return CountingMask.count_per_block(self, at, block_kv, end)  # type: ignore[arg-type]
+        return super().count_per_block(at, block_kv, end)
 
     def count_before(self, at):
         """See `CountingMask.count_before`: keys before the offset count 0."""
@@ -297,12 +277,12 @@ class DenseMask(Mask):
 class MaskFn(Mask):
     """A user-defined function of the indices of one pair; see `mask_fn`."""
 
-    function: TracedFn
+    function: TracedFn = static()
     captured: Any
 
     def evaluate(self, at):
         """See `Mask.evaluate`."""
-        return self.function(self.captured, at.b, at.h, at.q, at.kv) != 0
+        return self.function(self.captured, at.b, at.h, at.q, at.kv)
 
 
 def mask_fn(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
@@ -312,9 +292,12 @@ def mask_fn(function: Callable[[Array, Array, Array, Array], Array]) -> Mask:
     it captures are replicated on every device.
 
     Raises:
-      InputError: the function does not return one scalar.
+      InputError: the function does not take four indices, or does not return one boolean.
     """
-    return MaskFn(*TracedFn.trace(function, [jnp.int32(0)] * 4, "a mask function"))
+    if not callable(function):
+        raise InputError(f"mask_fn takes a function of (b, h, q, k), not {describe(function)}")
+    check_function(function, "a mask function", "b, h, q, k")
+    return MaskFn(*TracedFn.trace(function, [jnp.int32(0)] * 4, "a mask function", jnp.bool_))
 
 
 def per_head(masks: Sequence[Any]) -> Mask:
@@ -323,12 +306,17 @@ def per_head(masks: Sequence[Any]) -> Mask:
     Masks of the same structure that hold the same arrays are evaluated once.
 
     Raises:
-      InputError: `masks` is empty.
+      InputError: `masks` is empty or not a sequence. `attend` also raises it if the number of masks
+        is not the number of query heads.
     """
-    if not masks:
-        raise InputError("per_head: masks must hold one mask per query head; got an empty sequence")
+    if not isinstance(masks, list | tuple) or not masks:
+        raise InputError(f"per_head takes a list of one mask per query head, not {describe(masks)}")
     masks = [as_mask(mask) for mask in masks]
-    keys = [(jax.tree.structure(mask), *map(id, jax.tree.leaves(mask))) for mask in masks]
+
+    def identity(leaf):
+        return (type(leaf), leaf) if isinstance(leaf, int | float) else id(leaf)
+
+    keys = [(jax.tree.structure(mask), *map(identity, jax.tree.leaves(mask))) for mask in masks]
     distinct = dict(zip(keys, masks, strict=True))
     return PerHeadMask(list(distinct.values()), tuple(list(distinct).index(key) for key in keys))
 
@@ -339,8 +327,10 @@ def shift_mask(mask: Any, offset: Index | Int[Array, " B"]) -> Mask:
     Use it for left padding. Keys before the offset are masked.
 
     Raises:
-      InputError: the mask holds an array with one entry per query or key, which cannot be shifted.
+      InputError: the offset is not an integer, or the mask holds an array with one entry per query
+        or key, which cannot be shifted.
     """
+    check_index("shift_mask", 1, offset=offset)
 
     def check(x, dims):
         for name, n in zip(dims, jnp.shape(x), strict=True):
@@ -361,19 +351,39 @@ def shift_mask(mask: Any, offset: Index | Int[Array, " B"]) -> Mask:
 
 
 def as_mask(value: Any) -> Mask:
-    """Return `value` as a mask: a mask, a boolean array of at most 4 dimensions, or a function."""
+    """Return `value` as a mask: a mask, a boolean array of at most 4 dimensions, or a function.
+
+    Raises:
+      InputError: `value` is anything else, such as an additive mask or a mask of 0 and 1.
+    """
     if isinstance(value, Mask):
         return value
+    if isinstance(value, PairwiseFn):
+        raise InputError(f"a mask is needed, and {type(value).__name__} is a score: pass it as score=")
     if callable(value):
         return mask_fn(value)
-    array: Any = value if isinstance(value, jax.Array) else np.asarray(value)
-    return DenseMask(array.reshape(*(1,) * (4 - array.ndim), *array.shape).astype(bool))
+    if not is_array(value) and isinstance(value, list | tuple):
+        value = _as_array(value)
+    if not is_array(value) or isinstance(value, np.bool_):
+        raise InputError(f"a mask must be a Mask, a boolean array or a function, not {describe(value)}")
+    if value.dtype != bool:
+        raise InputError(
+            f"a mask must be boolean, True where a query attends to a key; got {describe(value)}. Pass "
+            "mask == 1 for a mask of 0 and 1, and mask == 0 or score=bias(mask) for an additive mask"
+        )
+    check_array("a mask", value, "boolean", range(5))
+    return DenseMask(value.reshape(*(1,) * (4 - value.ndim), *value.shape))
 
 
-def depends_on_batch_and_heads(mask: Mask) -> tuple[bool, bool]:
-    """Return whether a mask depends on the batch row, and whether it depends on the head."""
-    # Evaluate two rows and two heads, so that a dependence on their index shows in the shape.
-    two, one = (0, 2), (0, 1)
-    ranges = {"batch": two, "heads": two, "queries": one, "keys": one}
-    evaluated = jax.eval_shape(lambda: mask.slice_block(**ranges).evaluate(pair_indices(2, 2, 1, 1)))
-    return evaluated.shape[0] > 1, evaluated.shape[1] > 1
+def _as_array(value: list | tuple) -> np.ndarray:
+    """Return nested lists of booleans as an array."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError):  # ragged lists, masks, tracers
+        array = np.array(None)
+    if array.dtype.kind == "b":
+        return array
+    raise InputError(
+        "a list is a mask only if it holds nested lists of booleans; combine masks with & or |, and pass "
+        f"one mask per head with per_head; got {describe(value)}"
+    )

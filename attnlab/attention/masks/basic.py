@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from attnlab.attention.checks import check_array, check_index, check_window, is_array
 from attnlab.attention.masks.base import BlockGrid, BlockSummary, Index, Mask
 from attnlab.attention.masks.intervals import (
     IntervalMask,
@@ -13,7 +14,7 @@ from attnlab.attention.masks.intervals import (
     split_blocks,
     window_bounds,
 )
-from attnlab.attention.pairwise import pytree
+from attnlab.attention.pairwise import pytree, static
 from attnlab.errors import InputError
 
 
@@ -59,8 +60,8 @@ class WindowMask(IntervalMask):
     query 2   . x x .
     """
 
-    left: int | None = None
-    right: int | None = None
+    left: int | None = static(default=None)
+    right: int | None = static(default=None)
     offset: Index = 0
 
     def kv_intervals(self, at):
@@ -137,7 +138,7 @@ class SegmentMask(Mask):
         """See `Mask.block_summary`: from bounds on the segment ids of each block of tokens."""
         q = _segment_bounds(self.queries, grid.block_q)
         k = _segment_bounds(self.keys, grid.block_kv)
-        q, k = [x[:, None, :, None] for x in q], [x[:, None, None, :] for x in k]
+        q, k = [x[:, None, :, None] for x in q], [grid.take_kv_blocks(x[:, None]) for x in k]
         (q_least, q_first, q_last), (k_least, k_first, k_last) = q, k
         any_allowed = (q_first <= k_last) & (k_first <= q_last)
         all_allowed = (q_least == k_last) & (k_least == k_last) & (q_last == k_last) & (k_last > 0)
@@ -146,11 +147,11 @@ class SegmentMask(Mask):
 
 def _distance_bounds(grid: BlockGrid):
     """Return the least and greatest key index minus query index of each block, (1, 1, Q, S)."""
-    q, k = np.arange(0, grid.num_queries, grid.block_q), np.arange(0, grid.num_keys, grid.block_kv)
+    q, k = np.arange(0, grid.num_queries, grid.block_q)[:, None], grid.kv_blocks * grid.block_kv
     q_last = np.minimum(q + grid.block_q, grid.num_queries) - 1
     k_last = np.minimum(k + grid.block_kv, grid.num_keys) - 1
     shift = grid.offset[3] - grid.offset[2]
-    low, high = k[None, :] - q_last[:, None], k_last[None, :] - q[:, None]
+    low, high = k - q_last, k_last - q
     return low[None, None] + shift, high[None, None] + shift
 
 
@@ -165,18 +166,35 @@ def _segment_bounds(segments: Array, size: int):
 
 
 def causal(offset: Index = 0) -> Mask:
-    """Return the mask that allows keys at or before the query's position."""
+    """Return the mask that allows keys at or before the query's position.
+
+    Raises:
+      InputError: `offset` is not an integer.
+    """
+    check_index("causal", offset=offset)
     return CausalMask(offset)
 
 
 def window(left: int | None = None, right: int | None = None, offset: Index = 0) -> Mask:
-    """Return the mask of a window from `left` keys before to `right` keys after the query."""
+    """Return the mask of a window from `left` keys before to `right` keys after the query.
+
+    Raises:
+      InputError: an argument is not an integer, or `left` or `right` is negative.
+    """
+    check_window("window", left, right, offset)
     return WindowMask(left, right, offset)
 
 
 def segments(queries: Int[Array, "B T"], keys: Int[Array, "B S"] | None = None) -> Mask:
-    """Return the mask of pairs within one packed document; `keys` defaults to `queries`."""
-    return SegmentMask(queries, queries if keys is None else keys)
+    """Return the mask of pairs within one packed document; `keys` defaults to `queries`.
+
+    Raises:
+      InputError: the segment ids are not integer arrays (B, T) and (B, S).
+    """
+    keys = queries if keys is None else keys
+    check_array("segments: queries", queries, "integer", 2)
+    check_array("segments: keys", keys, "integer", 2)
+    return SegmentMask(queries, keys)
 
 
 def tree(parents: tuple[int, ...] | Int[Array, "*B N"], prefix: Index | Int[Array, " B"] = 0) -> Mask:
@@ -188,8 +206,12 @@ def tree(parents: tuple[int, ...] | Int[Array, "*B N"], prefix: Index | Int[Arra
       prefix: number of keys before the tree, an int or (B,).
 
     Raises:
-      InputError: a parent does not precede its node.
+      InputError: a parent is not an integer or does not precede its node, or `prefix` is negative.
     """
+    check_array(
+        "tree: parents", parents if is_array(parents) else np.asarray(parents), "integer", range(1, 3)
+    )
+    check_index("tree", 1, 0, prefix=prefix)
     if not isinstance(parents, jax.core.Tracer):
         array = np.asarray(parents)
         if (array >= np.arange(array.shape[-1])).any() or (array < -1).any():

@@ -1,14 +1,15 @@
 """Masks for tokens on a grid, such as the patches of an image or the frames of a video."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from attnlab.attention.checks import check_at_least
 from attnlab.attention.masks.base import CountingMask, Mask
-from attnlab.attention.pairwise import pytree
+from attnlab.attention.pairwise import pytree, static
 from attnlab.errors import InputError
 
 
@@ -58,9 +59,9 @@ class NeighbourhoodMask(CountingMask):
       dilation: distance between neighbouring allowed cells along each axis.
     """
 
-    shape: tuple[int, ...]
-    window: tuple[int, ...]
-    dilation: tuple[int, ...]
+    shape: tuple[int, ...] = static()
+    window: tuple[int, ...] = static()
+    dilation: tuple[int, ...] = static()
 
     def evaluate(self, at):
         """See `Mask.evaluate`."""
@@ -99,8 +100,8 @@ def neighbourhood(
     Raises:
       InputError: a window does not fit its axis, or the arguments differ in number of axes.
     """
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    window, dilation = ((x,) * len(shape) if isinstance(x, int) else tuple(x) for x in (window, dilation))
+    (shape,) = _axis_sizes("neighbourhood", shape=shape)
+    window, dilation = _axis_sizes("neighbourhood", len(shape), window=window, dilation=dilation)
     if not len(shape) == len(window) == len(dilation):
         raise InputError(
             f"neighbourhood: shape {shape}, window {window} and dilation {dilation} must have the same "
@@ -132,6 +133,7 @@ def sliding_tile(shape: tuple[int, ...], tile: tuple[int, ...], window: tuple[in
       InputError: the tiles do not divide the grid, or `neighbourhood` rejects the window.
     """
     tiles = _tiles(shape, tile)
+    (window,) = _axis_sizes("sliding_tile", len(tiles), window=window)
     tokens = math.prod(tile)
     return neighbourhood((*tiles, tokens), (*window, tokens))
 
@@ -147,7 +149,20 @@ def tile_order(shape: tuple[int, ...], tile: tuple[int, ...]) -> Int[np.ndarray,
     return order.transpose(*range(0, len(sides), 2), *range(1, len(sides), 2)).reshape(-1)
 
 
+def _axis_sizes(where: str, axes: int = 1, **sizes: Any) -> list[tuple[int, ...]]:
+    """Return sizes along each axis as tuples; an integer applies to every axis.
+
+    Raises:
+      InputError: a size is not an integer of at least 1.
+    """
+    for name, x in sizes.items():
+        for size in x if isinstance(x, list | tuple) else [x]:
+            check_at_least(1, f"{where}: ", **{name: size})
+    return [tuple(x) if isinstance(x, list | tuple) else (x,) * axes for x in sizes.values()]
+
+
 def _tiles(shape, tile) -> list[int]:
+    shape, tile = _axis_sizes("sliding_tile", shape=shape, tile=tile)
     if len(shape) != len(tile) or any(cells % side for cells, side in zip(shape, tile, strict=False)):
         raise InputError(f"sliding_tile: tiles of {tuple(tile)} do not divide a grid of {tuple(shape)}")
     return [cells // side for cells, side in zip(shape, tile, strict=True)]

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from attnlab.attention.checks import check_array, check_at_least, check_index
 from attnlab.attention.masks.base import CountingMask, Index, Mask
-from attnlab.attention.pairwise import PairIndices, pytree
-from attnlab.errors import InputError
+from attnlab.attention.pairwise import PairIndices, pytree, static
 
 UNBOUNDED = 2**30  # further than any key
 
@@ -20,6 +21,22 @@ class IntervalMask(CountingMask):
     def kv_intervals(self, at: PairIndices) -> list[tuple[Index, Index]]:
         """Return the disjoint intervals of allowed keys of each query, as (first, end) pairs."""
         raise NotImplementedError
+
+    def kv_bounds(self, grid):
+        """See `Mask.kv_bounds`."""
+        count, _ = grid.num_blocks
+        padded = self.pad_to(queries=count * grid.block_q)
+        last = grid.num_queries - 1
+        q = grid.offset[2] + np.minimum(np.arange(count * grid.block_q), last)[None, None, :, None]
+        at = PairIndices(*(np.zeros((1, 1, 1, 1), int) for _ in range(2)), q, np.zeros((1, 1, 1, 1), int))
+        firsts, ends = [], []
+        for first, end in padded.kv_intervals(at):
+            bounds = np.broadcast_arrays(*(np.asarray(x) for x in (first, end)), q)[:2]
+            first, end = (np.moveaxis(x, 2, 0).reshape(count, -1) for x in bounds)
+            empty = first >= end
+            firsts.append(np.where(empty, UNBOUNDED, first).min(1))
+            ends.append(np.where(empty, -UNBOUNDED, end).max(1))
+        return np.min(firsts, axis=0), np.max(ends, axis=0)
 
     def evaluate(self, at):
         """See `Mask.evaluate`."""
@@ -101,7 +118,7 @@ class ChunkedMask(IntervalMask):
     query 3   . . x x
     """
 
-    size: int
+    size: int = static()
     offset: Index = 0
 
     def kv_intervals(self, at):
@@ -123,7 +140,7 @@ class BlockCausalMask(IntervalMask):
     query 3   x x x x
     """
 
-    size: int
+    size: int = static()
     offset: Index = 0
 
     def kv_intervals(self, at):
@@ -149,8 +166,8 @@ class BlockDiffusionMask(IntervalMask):
     query 7   . . . . x x x x
     """
 
-    length: int
-    size: int
+    length: int = static()
+    size: int = static()
 
     def kv_intervals(self, at):
         """See `IntervalMask.kv_intervals`."""
@@ -175,8 +192,8 @@ class SinksAndWindowMask(IntervalMask):
     query 4   x . . x x
     """
 
-    sinks: int
-    left: int
+    sinks: int = static()
+    left: int = static()
     offset: Index = 0
 
     def kv_intervals(self, at):
@@ -268,7 +285,7 @@ class MediaMask(IntervalMask):
     """
 
     images: Int[Array, "B T"]
-    tokens: int
+    tokens: int = static()
 
     dims = {"images": ("batch", "queries")}
 
@@ -306,21 +323,28 @@ def as_row_values(x: Index) -> Index:
     return x if isinstance(x, int) else jnp.reshape(x, (-1,))
 
 
-def check_at_least(least: int, **sizes: int) -> None:
-    """Raise InputError if a size is less than `least`."""
-    for name, size in sizes.items():
-        if size < least:
-            raise InputError(f"{name} must be at least {least}, not {size}")
-
-
 def prefix(length: Index | Int[Array, " B"], offset: Index = 0) -> Mask:
-    """Return the prefix-LM mask: causal, plus the first `length` keys for every query."""
+    """Return the prefix-LM mask: causal, plus the first `length` keys for every query.
+
+    Raises:
+      InputError: an argument is not an integer, or `length` is negative.
+    """
+    check_index("prefix", 1, 0, length=length)
+    check_index("prefix", offset=offset)
     return PrefixMask(as_row_values(length), offset)
 
 
 def key_lengths(keys: Index | Int[Array, " B"], queries: Index | Int[Array, " B"] | None = None) -> Mask:
-    """Return the padding mask: only the first `keys` keys of each batch row are allowed."""
-    return KeyLengthMask(as_row_values(keys), None if queries is None else as_row_values(queries))
+    """Return the padding mask: only the first `keys` keys of each batch row are allowed.
+
+    Raises:
+      InputError: a length is negative or not an integer; a boolean padding mask is itself a mask.
+    """
+    check_index("key_lengths", 1, 0, keys=keys, **({} if queries is None else {"queries": queries}))
+    rows = as_row_values(keys)
+    if queries is None or queries is keys:  # `queries is keys` stays visible
+        return KeyLengthMask(rows, None if queries is None else rows)
+    return KeyLengthMask(rows, as_row_values(queries))
 
 
 def chunked(size: int, offset: Index = 0) -> Mask:
@@ -329,7 +353,8 @@ def chunked(size: int, offset: Index = 0) -> Mask:
     Raises:
       InputError: `size` is below 1.
     """
-    check_at_least(1, size=size)
+    check_at_least(1, "chunked: ", size=size)
+    check_index("chunked", offset=offset)
     return ChunkedMask(size, offset)
 
 
@@ -339,7 +364,8 @@ def block_causal(size: int, offset: Index = 0) -> Mask:
     Raises:
       InputError: `size` is below 1.
     """
-    check_at_least(1, size=size)
+    check_at_least(1, "block_causal: ", size=size)
+    check_index("block_causal", offset=offset)
     return BlockCausalMask(size, offset)
 
 
@@ -349,7 +375,7 @@ def block_diffusion(length: int, size: int) -> Mask:
     Raises:
       InputError: `length` or `size` is below 1.
     """
-    check_at_least(1, length=length, size=size)
+    check_at_least(1, "block_diffusion: ", length=length, size=size)
     return BlockDiffusionMask(length, size)
 
 
@@ -359,7 +385,8 @@ def sinks_and_window(sinks: int, left: int, offset: Index = 0) -> Mask:
     Raises:
       InputError: `sinks` or `left` is negative.
     """
-    check_at_least(0, sinks=sinks, left=left)
+    check_at_least(0, "sinks_and_window: ", sinks=sinks, left=left)
+    check_index("sinks_and_window", offset=offset)
     return SinksAndWindowMask(sinks, left, offset)
 
 
@@ -367,7 +394,12 @@ def islands(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
     """Return the causal mask that also allows all pairs within each island.
 
     An island is a run of consecutive tokens with the same id; tokens with id 0 are outside islands.
+
+    Raises:
+      InputError: `ids` is not an integer array (B, S), or `offset` not an integer.
     """
+    check_array("islands: ids", ids, "integer", 2)
+    check_index("islands", offset=offset)
     with jax.ensure_compile_time_eval():  # keeps a static mask static under a trace
         return IslandMask(_run_ends(jnp.asarray(ids)), offset)
 
@@ -384,7 +416,12 @@ def shared_prefix(ids: Int[Array, "B S"], offset: Index = 0) -> Mask:
 
     Each continuation attends to the prefix and, causally, to itself. `ids` is 0 in the prefix and
     the number of the continuation, from 1, after it.
+
+    Raises:
+      InputError: `ids` is not an integer array (B, S), or `offset` not an integer.
     """
+    check_array("shared_prefix: ids", ids, "integer", 2)
+    check_index("shared_prefix", offset=offset)
     with jax.ensure_compile_time_eval():
         ids = jnp.asarray(ids)
         return SharedPrefixMask((ids == 0).sum(1), _run_starts(ids), offset)
@@ -404,8 +441,9 @@ def media(markers: Bool[Array, "B T"], tokens: int) -> Mask:
       tokens: keys per image.
 
     Raises:
-      InputError: `tokens` is below 1.
+      InputError: `markers` is not a boolean array (B, T), or `tokens` is below 1.
     """
-    check_at_least(1, tokens=tokens)
+    check_array("media: markers", markers, "boolean", 2)
+    check_at_least(1, "media: ", tokens=tokens)
     with jax.ensure_compile_time_eval():
         return MediaMask(jnp.cumsum(jnp.asarray(markers), axis=1, dtype=jnp.int32), tokens)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from attnlab.attention.checks import check_array, check_at_least, check_index, check_window, is_array
 from attnlab.attention.masks.base import BlockSummary, CountingMask, Index, Mask
-from attnlab.attention.masks.intervals import check_at_least, split_blocks, window_bounds
-from attnlab.attention.pairwise import pytree
+from attnlab.attention.masks.intervals import split_blocks, window_bounds
+from attnlab.attention.pairwise import pytree, static
 
 
 @pytree
@@ -25,9 +26,9 @@ class DilatedMask(CountingMask):
     query 3   . x . x . x
     """
 
-    step: int
-    left: int | None = None
-    right: int | None = None
+    step: int = static()
+    left: int | None = static(default=None)
+    right: int | None = static(default=None)
     offset: Index = 0
 
     def evaluate(self, at):
@@ -57,7 +58,7 @@ class StridedMask(CountingMask):
     query 5   . x . x x x
     """
 
-    stride: int
+    stride: int = static()
     offset: Index = 0
 
     def evaluate(self, at):
@@ -105,8 +106,9 @@ class GlobalTokenMask(Mask):
         queries = grid.offset[2] + self.offset + jnp.arange(grid.num_queries)
         keys = grid.offset[3] + jnp.arange(grid.num_keys)
         q = split_blocks(self._has(queries[None])[:, None], grid.block_q)[..., None, :]
-        k = split_blocks(self._has(keys[None])[:, None], grid.block_kv)[:, :, None]
-        return BlockSummary(q.any(-1) | k.any(-1), q.all(-1) | k.all(-1))
+        k = split_blocks(self._has(keys[None])[:, None], grid.block_kv)
+        k_any, k_all = (grid.take_kv_blocks(x) for x in (k.any(-1), k.all(-1)))
+        return BlockSummary(q.any(-1) | k_any, q.all(-1) | k_all)
 
     def _has(self, index):
         """Return whether each token is a global token."""
@@ -134,7 +136,7 @@ class BlockSparseMask(Mask):
     """
 
     allowed: Bool[Array, "B H Q S"]
-    size: int
+    size: int = static()
 
     dims = {"allowed": ("batch", "heads", None, None)}
 
@@ -164,9 +166,10 @@ def dilated(step: int, left: int | None = None, right: int | None = None, offset
     """Return the sliding-window mask of every `step`-th key, counted from the query.
 
     Raises:
-      InputError: `step` is below 1.
+      InputError: `step` is below 1, `left` or `right` is negative, or one is not an integer.
     """
-    check_at_least(1, step=step)
+    check_at_least(1, "dilated: ", step=step)
+    check_window("dilated", left, right, offset)
     return DilatedMask(step, left, right, offset)
 
 
@@ -176,7 +179,8 @@ def strided(stride: int, offset: Index = 0) -> Mask:
     Raises:
       InputError: `stride` is below 1.
     """
-    check_at_least(1, stride=stride)
+    check_at_least(1, "strided: ", stride=stride)
+    check_index("strided", offset=offset)
     return StridedMask(stride, offset)
 
 
@@ -184,8 +188,14 @@ def global_tokens(positions: tuple[int, ...] | Int[Array, "*B N"], offset: Index
     """Return the mask that allows all pairs in which query or key is a global token.
 
     Positions of shape (N,) apply to every batch row; (B, N) sets them per row.
+
+    Raises:
+      InputError: a position is not an integer.
     """
-    array: Any = positions if isinstance(positions, jax.Array) else np.asarray(positions, np.int32)
+    array: Any = positions if is_array(positions) else np.asarray(positions or np.zeros(0, np.int32))
+    check_array("global_tokens: positions", array, "integer", range(1, 3))
+    check_index("global_tokens", offset=offset)
+    array = array if isinstance(array, jax.Array) else array.astype(np.int32)
     return GlobalTokenMask(array.reshape(-1, array.shape[-1]), offset)
 
 
@@ -195,10 +205,11 @@ def blocks(allowed: Bool[Array | np.ndarray, "*b Q S"], size: int) -> Mask:
     An array of fewer than four dimensions applies to all batch rows and heads.
 
     Raises:
-      InputError: `size` is below 1.
+      InputError: `allowed` is not a boolean array of 2 to 4 dimensions, or `size` is below 1.
     """
-    check_at_least(1, size=size)
+    check_at_least(1, "blocks: ", size=size)
     array: Any = allowed if isinstance(allowed, jax.Array) else np.asarray(allowed)
+    check_array("blocks: allowed", array, "boolean", range(2, 5))
     return BlockSparseMask(array.reshape(*(1,) * (4 - array.ndim), *array.shape), size)
 
 
@@ -220,8 +231,8 @@ def bigbird(
     Raises:
       InputError: `length` or `size` is below 1, or another number is negative.
     """
-    check_at_least(1, length=length, size=size)
-    check_at_least(0, neighbours=neighbours, globals=globals, random=random)
+    check_at_least(1, "bigbird: ", length=length, size=size)
+    check_at_least(0, "bigbird: ", neighbours=neighbours, globals=globals, random=random, seed=seed)
     block = np.arange(-(-length // size))
     query, key = block[:, None], block[None, :]
     allowed = (abs(query - key) <= neighbours) | (query < globals) | (key < globals)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attnlab.attention.masks.base import BlockSummary, Mask
-from attnlab.attention.pairwise import pytree
+from attnlab.attention.pairwise import pytree, static
 from attnlab.errors import InputError
 
 
@@ -29,7 +29,7 @@ class SelectedBlocksMask(Mask):
     """
 
     selected: Bool[Array, "B H T N"]
-    size: int
+    size: int = static()
 
     dims: ClassVar = {"selected": ("batch", "heads", "queries", None)}
 

@@ -14,7 +14,7 @@ from attnlab.attention.mixers.block_selection import (
     check_selection,
     select_blocks,
 )
-from attnlab.attention.pairwise import pytree
+from attnlab.attention.pairwise import pytree, static
 from attnlab.errors import InputError
 
 
@@ -31,7 +31,7 @@ class CompletedBlocksMask(Mask):
     query 3   x x
     """
 
-    size: int
+    size: int = static()
 
     def evaluate(self, at):
         """See `Mask.evaluate`."""

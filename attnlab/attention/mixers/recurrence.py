@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.attention.varying import unify_varying
 from attnlab.errors import InputError
 
 
@@ -106,6 +107,7 @@ def scan_tokens(
     # An outer product of key and value, to get the shape and sharding of the state.
     zero = jnp.zeros_like(tokens.key[:, 0, :, :, None] * tokens.value[:, 0, :, None, :])
     state = zero if state is None else state.astype(zero.dtype)
+    tokens, state = unify_varying((tokens, state))
     if chunk is None:
         state, out = jax.lax.scan(token_step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
         return jnp.moveaxis(out, 0, 1), state

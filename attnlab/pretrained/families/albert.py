@@ -10,7 +10,6 @@ from attnlab.pretrained.hf_config import HFConfig
 
 def albert(hf: HFConfig) -> EncoderConfig:
     """ALBERT (Lan et al. 2019, arXiv 1909.11942, section 3.1)."""
-    hf.require("tie_word_embeddings", True)
     masked = DenseConfig(hf.activation("hidden_act"), norm=True)
     dropouts = (hf.get("classifier_dropout_prob", 0.1),) * 2
     inner = hf.get("inner_group_num", 1)
@@ -39,9 +38,9 @@ TENSORS = (
     *linear("projection", "albert.encoder.embedding_hidden_mapping_in"),
     *layers("albert.encoder.albert_layer_groups.{period}.albert_layers.{block}", NAMES),
     *linear("pooled/dense/map", "albert.pooler"),
-    *masked_lm("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
+    *masked_lm("predictions.dense", "predictions.LayerNorm", "predictions.bias", "predictions.decoder"),
     *classifier("document_labels", "classifier", "albert.pooler"),
     *classifier("token_labels", "classifier"),
 )
-IGNORED = (r"predictions\.decoder\.(weight|bias)", r"sop_classifier\.classifier\.(weight|bias)")
+IGNORED = (r"sop_classifier\.classifier\.(weight|bias)",)
 FAMILIES = {"albert": family(albert, "Albert", "albert.", TENSORS, IGNORED)}

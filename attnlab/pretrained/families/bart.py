@@ -99,6 +99,7 @@ def _tensors(config: Seq2SeqConfig | None = None) -> tuple[TensorMapping, ...]:
             "decoder/embedding/table", f"model.{'shared' if shared else 'decoder.embed_tokens'}.weight"
         ),
         TensorMapping("encoder/embedding/table", "model.encoder.embed_tokens.weight"),
+        TensorMapping("decoder/readout/table", "lm_head.weight"),
         TensorMapping("decoder/readout_bias/bias", "final_logits_bias", "1 v -> v"),
         *half("encoder", "model.encoder"),
         *half("decoder", "model.decoder"),
@@ -131,15 +132,18 @@ def half(param: str, hf_name: str) -> list[TensorMapping]:
 
 
 def _family(config, architecture: str, *ignored: str) -> Family:
-    copies = (r"lm_head\.weight", r"model\.(en|de)coder\.embed_tokens\.weight", r"(en|de)coder\.version")
-    bare = r"(en|de)coder\.embed_tokens\.weight"
+    table = "decoder/embedding/table"
+    copies = (f"model.{half}.embed_tokens.weight" for half in ("encoder", "decoder"))
     return Family(
         config,
         _tensors(),
         prefix="model.",
         architecture=architecture,
         fields=fields,
-        ignored=(*copies, bare, *ignored),
+        ignored=(r"(model\.)?(en|de)coder\.version", *ignored),
+        readout=TensorMapping(table, "lm_head.weight"),
+        copies=tuple(TensorMapping(table, name) for name in copies),
+        tie_fields=(),
         config_class=Seq2SeqConfig,
         tensors_of=_tensors,
         optional_zero_tensors=("final_logits_bias",),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnlab.models import DecoderConfig, ModelConfig
-from attnlab.models.base import TransformerConfig
+from attnlab.models.config import TransformerConfig
 from attnlab.pretrained.hf_config import HFConfig
 from attnlab.pretrained.tensor_mapping import PART, TensorMapping
 
@@ -23,7 +23,7 @@ class Family:
       fields: for models trained from scratch: returns the fields of `config.json` for a model
         config and a context length. Export checks that importing them gives an equivalent config.
         None if the family does not support this.
-      ignored: regular expressions of tensors to ignore: buffers and copies of tied tables.
+      ignored: regular expressions of tensors to ignore: buffers and heads that are not supported.
       config_class: the class of configs that `fields` accepts.
       renamed_prefixes: pairs of a part of a tensor name and its name in older checkpoints.
       tensors_of: replaces `tensors` if tensor names depend on the config: a function from the model
@@ -31,6 +31,12 @@ class Family:
       optional_zero_tensors: regular expressions of tensors that are zero if absent.
       keep_on_export: for a model that uses only some layers of its checkpoint: a function from the
         model config and the checkpoint's fields to the exported `config.json`.
+      readout: the tensor of the output table, and the parameter that it may be tied to.
+      copies: other tensors that must equal a parameter if a checkpoint has them.
+      always_tied: whether transformers ties the output table if the checkpoint has none, even with
+        `tie_word_embeddings=False`.
+      tie_fields: fields of `config.json` that say whether the output table is tied; those of a
+        nested config as "text_config.tie_word_embeddings".
     """
 
     config: Callable[[HFConfig], ModelConfig]
@@ -44,6 +50,10 @@ class Family:
     tensors_of: Callable[[Any], tuple[TensorMapping, ...]] | None = None
     optional_zero_tensors: tuple[str, ...] = ()
     keep_on_export: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+    readout: TensorMapping | None = None
+    copies: tuple[TensorMapping, ...] = ()
+    always_tied: bool = False
+    tie_fields: tuple[str, ...] = ("tie_word_embeddings",)
 
     def for_config(self, config: ModelConfig) -> "Family":
         """Return the family with the tensor mappings of a model."""

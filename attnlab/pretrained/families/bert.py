@@ -52,7 +52,6 @@ def dropouts(hf: HFConfig) -> tuple[float, float]:
 
 def bert(hf: HFConfig) -> EncoderConfig:
     """BERT (Devlin et al. 2018, arXiv 1810.04805, section 3)."""
-    hf.require("tie_word_embeddings", True)
     masked = DenseConfig(hf.activation("hidden_act"), norm=True)
     return encoder(
         hf, head(hf, "Bert", pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(hf))
@@ -70,6 +69,7 @@ def fields(config: EncoderConfig, length: int) -> dict[str, Any]:
         "max_position_embeddings": positions,
         "type_vocab_size": config.token_types,
         "vocab_size": config.vocab_size,
+        "tie_word_embeddings": getattr(config.head, "tied", True),
         **label_fields(count),
     }
 
@@ -82,7 +82,6 @@ def roberta(classes: str) -> Callable[[HFConfig], EncoderConfig]:
 
         Position ids start after the padding id.
         """
-        hf.require("tie_word_embeddings", True)
         masked = DenseConfig("gelu_exact", norm=True)
         model_head = head(hf, classes, pooler=POOLER, masked=masked, documents=POOLER, dropouts=dropouts(hf))
         offset = hf.get("pad_token_id", 1) + 1
@@ -117,7 +116,12 @@ BERT = (
     *tables("bert.embeddings"),
     *layers("bert.encoder.layer.{layer}", NAMES),
     *linear("pooled/dense/map", "bert.pooler.dense"),
-    *masked_lm(f"{MASKED_LM}.transform.dense", f"{MASKED_LM}.transform.LayerNorm", f"{MASKED_LM}.bias"),
+    *masked_lm(
+        f"{MASKED_LM}.transform.dense",
+        f"{MASKED_LM}.transform.LayerNorm",
+        f"{MASKED_LM}.bias",
+        f"{MASKED_LM}.decoder",
+    ),
     *classifier("document_labels", "classifier", "bert.pooler.dense"),
     *classifier("token_labels", "classifier"),
 )
@@ -125,7 +129,7 @@ ROBERTA = (
     *tables("roberta.embeddings"),
     *layers("roberta.encoder.layer.{layer}", NAMES),
     *linear("pooled/dense/map", "roberta.pooler.dense"),
-    *masked_lm("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    *masked_lm("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder"),
     *classifier("document_labels", "classifier.out_proj", "classifier.dense"),
     *classifier("token_labels", "classifier"),
 )
@@ -138,7 +142,6 @@ ELECTRA = (
     *classifier("document_labels", "classifier.out_proj", "classifier.dense"),
     *classifier("token_labels", "classifier"),
 )
-COPIES = r"lm_head\.decoder\.(weight|bias)"
 FAMILIES = {
     # The next-sentence head is ignored.
     "bert": family(
@@ -146,11 +149,11 @@ FAMILIES = {
         "Bert",
         "bert.",
         BERT,
-        (r"cls\.predictions\.decoder\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"),
+        (r"cls\.seq_relationship\.(weight|bias)",),
         fields,
     ),
-    "roberta": family(roberta("Roberta"), "Roberta", "roberta.", ROBERTA, (COPIES,)),
-    "xlm-roberta": family(roberta("XLMRoberta"), "XLMRoberta", "roberta.", ROBERTA, (COPIES,)),
-    "camembert": family(roberta("Camembert"), "Camembert", "roberta.", ROBERTA, (COPIES,)),
-    "electra": family(electra, "Electra", "electra.", ELECTRA, (r"generator_lm_head\.weight",)),
+    "roberta": family(roberta("Roberta"), "Roberta", "roberta.", ROBERTA),
+    "xlm-roberta": family(roberta("XLMRoberta"), "XLMRoberta", "roberta.", ROBERTA),
+    "camembert": family(roberta("Camembert"), "Camembert", "roberta.", ROBERTA),
+    "electra": family(electra, "Electra", "electra.", ELECTRA),
 }

@@ -20,6 +20,7 @@ def vision_encoder_decoder(hf: HFConfig) -> CaptionerConfig:
     hf_decoder.require("add_cross_attention", True)
     architecture, config = ENCODERS[hf_encoder["model_type"]]
     encoder = config(hf.part("encoder", architectures=[architecture]))
+    hf_decoder.require("scale_attn_by_inverse_layer_idx", False)
     decoder = gpt2.decoder(hf_decoder)
     start_tokens = (
         hf.get("decoder_start_token_id"),
@@ -70,6 +71,8 @@ FAMILIES = {
         architecture="VisionEncoderDecoderModel",
         fields=fields,
         ignored=DECODER.ignored,
+        readout=TensorMapping("decoder/embedding/table", "decoder.lm_head.weight"),
+        tie_fields=("decoder.tie_word_embeddings",),
         config_class=CaptionerConfig,
         tensors_of=tensors,
     )

@@ -15,7 +15,7 @@ from attnlab.pretrained.tensor_mapping import TensorMapping
 # Defaults of transformers' config classes: configs on the hub may omit fields equal to them.
 COMMON = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 IMAGE = COMMON | {"image_size": 224, "patch_size": 16, "num_channels": 3}
-CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
 SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 SMALLER = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
 CLIP_IMAGE = IMAGE | CLIP | {"patch_size": 32}
@@ -44,15 +44,27 @@ def _text(hf: HFConfig, spec: LayerSpec, pooling: EndOfText | LastToken) -> Text
 
 def clip(hf: HFConfig) -> ContrastiveConfig:
     """CLIP (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
-    text = hf.part("text_config", CLIP_TEXT)
+    text = _part(hf, "text_config", CLIP_TEXT)
     end = text["eos_token_id"]
     return ContrastiveConfig(
-        image=clip_vision(hf.part("vision_config", CLIP_IMAGE)),
+        image=clip_vision(_part(hf, "vision_config", CLIP_IMAGE)),
         # Older configs have eos_token_id=2, which means that the end token is the highest id.
         text=_text(text, Causal(), EndOfText(None if end == 2 else end)),
         width=hf.get("projection_dim", 512),
         objective=ClipLoss(hf.get("logit_scale_init_value", 2.6592)),
     )
+
+
+def _part(hf: HFConfig, name: str, defaults: dict[str, Any]) -> HFConfig:
+    """Return a nested config.
+
+    Older configs also have a `text_config_dict`. As in transformers, its fields, and the defaults
+    of those that it omits, replace those of `text_config`.
+    """
+    older = hf.get(f"{name}_dict")
+    if older is not None:
+        hf = hf.changed(**{name: {**hf.get(name, {}), **defaults, **older}})
+    return hf.part(name, defaults)
 
 
 def siglip(hf: HFConfig) -> ContrastiveConfig:

@@ -48,6 +48,4 @@ TENSORS = (
     *classifier("document_labels", "classifier", "pre_classifier"),
     *classifier("token_labels", "classifier"),
 )
-FAMILIES = {
-    "distilbert": family(distilbert, "DistilBert", "distilbert.", TENSORS, (r"vocab_projector\.weight",))
-}
+FAMILIES = {"distilbert": family(distilbert, "DistilBert", "distilbert.", TENSORS)}

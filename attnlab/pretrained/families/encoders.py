@@ -1,6 +1,8 @@
 """Heads and tensor mappings shared by encoder families."""
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from attnlab.models import (
     ClassifierConfig,
@@ -18,6 +20,7 @@ from attnlab.pretrained.tensor_mapping import TensorMapping
 
 # Suffixes of transformers' class names.
 MODEL, MASKED_LM = "Model", "ForMaskedLM"
+BIAS = "masked_lm/readout_bias/bias"
 DOCUMENTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 
 
@@ -102,8 +105,8 @@ def layers(hf_name: str, names: Mapping[str, str]) -> tuple[TensorMapping, ...]:
     return tuple(rows)
 
 
-def masked_lm(dense: str, dense_norm: str, bias: str, decoder: str = "") -> tuple[TensorMapping, ...]:
-    """Return the mappings of a `MaskedLMConfig`; `decoder` names the output table if untied."""
+def masked_lm(dense: str, dense_norm: str, bias: str, decoder: str) -> tuple[TensorMapping, ...]:
+    """Return the mappings of a `MaskedLMConfig`; `decoder` names the output table."""
     return (
         *linear("masked_lm/dense/map", dense),
         *norm("masked_lm/dense/norm", dense_norm),
@@ -130,9 +133,25 @@ def family(
     ignored: tuple[str, ...] = (),
     fields: Callable[[EncoderConfig, int], dict] | None = None,
 ) -> Family:
-    """Return a family of encoders; pooler tensors are ignored if the head has no pooler."""
-    ignored = (r".*\bposition_ids", r".*\bpooler\..*", *ignored)
-    renamed_prefixes = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+    """Return a family of encoders; pooler tensors are ignored if the head has no pooler.
+
+    A separate output table has a bias of its own, and transformers ignores that of the head. A tied
+    one may have a copy of it.
+    """
+    named = {row.param: row.hf_name for row in tensors}
+    output, head_bias = named["masked_lm/readout/table"], named[BIAS]
+    output_bias = f"{output.removesuffix('.weight')}.bias"
+    untied = tuple(replace(row, hf_name=output_bias) if row.param == BIAS else row for row in tensors)
     return Family(
-        config, tensors, prefix, architecture(classes), fields, ignored, EncoderConfig, renamed_prefixes
+        config,
+        tensors,
+        prefix,
+        architecture(classes),
+        fields,
+        ignored=(r".*\bposition_ids", r".*\bpooler\..*", re.escape(head_bias), *ignored),
+        readout=TensorMapping("embedding/table", output),
+        copies=tuple(TensorMapping(BIAS, name) for name in (output_bias, head_bias)),
+        config_class=EncoderConfig,
+        renamed_prefixes=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
+        tensors_of=lambda config: tensors if getattr(config.head, "tied", True) else untied,
     )

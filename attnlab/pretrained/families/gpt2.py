@@ -1,8 +1,9 @@
 """GPT-2: a decoder with learned positions, layer norms and biases."""
 
+from dataclasses import replace
 from typing import Any
 
-from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
+from attnlab.layers import AttentionConfig, Causal, LayerNormConfig, MLPConfig
 from attnlab.models import DecoderConfig, Learned
 from attnlab.pretrained.families.base import Family, norm
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
@@ -12,17 +13,25 @@ from attnlab.pretrained.tensor_mapping import TensorMapping
 def gpt2(hf: HFConfig) -> DecoderConfig:
     """GPT-2 (Radford et al. 2019)."""
     hf.require("add_cross_attention", False)
-    return decoder(hf)
+    config = decoder(hf)
+    if not hf.get("scale_attn_by_inverse_layer_idx", False):
+        return config
+    scales = [(config.attention.scale or config.head_dim**-0.5) / (i + 1) for i in range(config.depth)]
+    return replace(config, pattern=tuple(Causal(scale=scale) for scale in scales))
 
 
 def decoder(hf: HFConfig) -> DecoderConfig:
-    """Return the decoder config of GPT-2, with or without cross-attention."""
-    hf.require("scale_attn_by_inverse_layer_idx", False)
-    hf.require("scale_attn_weights", True)
+    """Return the decoder config of GPT-2, with or without cross-attention.
+
+    `reorder_and_upcast_attn` only changes the rounding of half-precision scores.
+    """
+    scale = None if hf.get("scale_attn_weights", True) else 1.0
     return DecoderConfig(
         depth=hf["n_layer"],
         width=hf["n_embd"],
-        attention=AttentionConfig(heads=hf["n_head"], bias=True, dropout=hf.get("attn_pdrop", 0.0)),
+        attention=AttentionConfig(
+            heads=hf["n_head"], bias=True, scale=scale, dropout=hf.get("attn_pdrop", 0.0)
+        ),
         feed_forward=MLPConfig(hf.get("n_inner"), hf.activation("activation_function")),
         norm=LayerNormConfig(hf["layer_norm_epsilon"]),
         positions=Learned(hf["n_positions"]),
@@ -43,6 +52,8 @@ def fields(config: DecoderConfig, length: int) -> dict[str, Any]:
         "n_positions": positions,
         "activation_function": HF_ACTIVATION_NAMES.get(config.feed_forward.activation),
         "layer_norm_epsilon": config.norm.epsilon,
+        "scale_attn_weights": config.attention.scale is None,
+        "scale_attn_by_inverse_layer_idx": any(spec.scale is not None for spec in config.layer_specs),
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
     }
@@ -97,6 +108,7 @@ FAMILIES = {
         prefix="transformer.",
         architecture="GPT2LMHeadModel",
         fields=fields,
-        ignored=(r".*\.(cross)?att(entio)?n\.(masked_)?bias", r"(decoder\.)?lm_head\.weight"),
+        ignored=(r".*\.(cross)?att(entio)?n\.(masked_)?bias",),
+        readout=TensorMapping("embedding/table", "lm_head.weight"),
     )
 }

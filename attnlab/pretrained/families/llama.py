@@ -10,9 +10,14 @@ from attnlab.pretrained.families.base import Family, linear, size_fields
 from attnlab.pretrained.hf_config import HF_ACTIVATION_NAMES, HFConfig
 from attnlab.pretrained.tensor_mapping import TensorMapping
 
+TANH_GELU = "gelu_pytorch_tanh"
 
-def llama(hf: HFConfig) -> DecoderConfig:
-    """Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2)."""
+
+def llama(hf: HFConfig, activation: str = "hidden_act") -> DecoderConfig:
+    """Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2).
+
+    `activation` names the field of the activation function.
+    """
     heads = hf["num_attention_heads"]
     return DecoderConfig(
         depth=hf["num_hidden_layers"],
@@ -26,7 +31,7 @@ def llama(hf: HFConfig) -> DecoderConfig:
         ),
         feed_forward=GatedMLPConfig(
             hf["intermediate_size"],
-            hf.activation("hidden_act", "hidden_activation"),
+            hf.activation(activation),
             hf.get("mlp_bias", False),
         ),
         norm=RMSNormConfig(hf["rms_norm_eps"]),
@@ -95,21 +100,32 @@ def olmo2(hf: HFConfig) -> DecoderConfig:
 
 def phi3(hf: HFConfig) -> DecoderConfig:
     """Phi-3: fused projections (arXiv 2404.14219)."""
+    hf = hf.with_defaults(original_max_position_embeddings=4096)
     return replace(mistral(hf), dropout=hf.get("resid_pdrop", 0.0))
 
 
 def gemma(hf: HFConfig) -> DecoderConfig:
-    """Gemma (arXiv 2403.08295, section 2): scaled embeddings, zero-centered scales, GeGLU."""
-    norm, tied = (
-        RMSNormConfig(hf["rms_norm_eps"], zero_centered_scale=True),
-        hf.get("tie_word_embeddings", True),
-    )
-    return replace(llama(hf), norm=norm, scale_embedding=True, tied=tied)
+    """Gemma (arXiv 2403.08295, section 2): scaled embeddings, zero-centered scales, GeGLU.
+
+    Its first configs call the tanh approximation "gelu". transformers ignores `hidden_activation`.
+    """
+    name = hf.get("hidden_act", "gelu")
+    return _gemma(hf.changed(hidden_act=TANH_GELU if name == "gelu" else name), "hidden_act")
+
+
+def _gemma(hf: HFConfig, activation: str) -> DecoderConfig:
+    """Return the settings that all versions of Gemma share.
+
+    `activation` names the field of the activation function.
+    """
+    norm = RMSNormConfig(hf["rms_norm_eps"], zero_centered_scale=True)
+    tied = hf.get("tie_word_embeddings", True)
+    return replace(llama(hf, activation), norm=norm, scale_embedding=True, tied=tied)
 
 
 def gemma2(hf: HFConfig) -> DecoderConfig:
     """Gemma 2: norms before and after branches, softcaps (arXiv 2408.00118, section 2)."""
-    config = gemma(hf)
+    config = _gemma(hf.with_defaults(hidden_activation=TANH_GELU), "hidden_activation")
     hf.require("use_bidirectional_attention", None, False)
     attention = replace(
         config.attention,
@@ -127,6 +143,7 @@ def gemma2(hf: HFConfig) -> DecoderConfig:
 
 def gemma3(hf: HFConfig) -> DecoderConfig:
     """Gemma 3: five sliding layers, with their own RoPE, per full layer (arXiv 2503.19786)."""
+    hf = hf.with_defaults(rope_local_base_freq=10_000.0)
     config = gemma2(hf)
     return replace(
         config,
@@ -204,8 +221,9 @@ BOTH = BRANCH | {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_
 
 def family(config, architecture: str, tensors: tuple[TensorMapping, ...] = llama_tensors(PRE)) -> Family:
     """Return a family of Llama-like decoders."""
-    ignored = (r".*\.rotary_emb\.inv_freq", r"lm_head\.weight")
-    return Family(config, tensors, "model.", architecture, fields, ignored)
+    readout = TensorMapping("embedding/table", "lm_head.weight")
+    ignored = (r".*\.rotary_emb\.inv_freq",)
+    return Family(config, tensors, "model.", architecture, fields, ignored, readout=readout)
 
 
 FAMILIES = {

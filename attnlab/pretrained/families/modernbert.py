@@ -111,4 +111,4 @@ TENSORS = (
     *classifier("document_labels", "classifier", "head.dense", "head.norm"),
     *classifier("token_labels", "classifier", "head.dense", "head.norm"),
 )
-FAMILIES = {"modernbert": family(modernbert, "ModernBert", "model.", TENSORS, (r"decoder\.weight",), fields)}
+FAMILIES = {"modernbert": family(modernbert, "ModernBert", "model.", TENSORS, fields=fields)}

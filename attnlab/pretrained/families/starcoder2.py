@@ -46,6 +46,10 @@ TENSORS = (
 )
 FAMILIES = {
     "starcoder2": Family(
-        starcoder2, TENSORS, "model.", "Starcoder2ForCausalLM", ignored=(r"lm_head\.weight",)
+        starcoder2,
+        TENSORS,
+        "model.",
+        "Starcoder2ForCausalLM",
+        readout=TensorMapping("embedding/table", "lm_head.weight"),
     )
 }

@@ -13,17 +13,18 @@ def t5(hf: HFConfig) -> Seq2SeqConfig:
     """T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1) and T5 1.1.
 
     T5 reads logits from the embedding table, with scaled decoder outputs. T5 1.1 has a separate
-    output table without scaling, which transformers exports as `scale_decoder_outputs=False`.
+    output table without scaling. transformers 5 decides by the tensors whether there is one.
     """
-    return _t5(hf, tied=hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True)))
+    tied = hf.get("tie_word_embeddings", True)
+    return _t5(hf, tied, hf.get("scale_decoder_outputs", tied))
 
 
 def mt5(hf: HFConfig) -> Seq2SeqConfig:
     """mT5 (Xue et al. 2021, arXiv 2010.11934, section 3.2)."""
-    return _t5(hf, tied=False)
+    return _t5(hf, tied=False, scaled=False)
 
 
-def _t5(hf: HFConfig, tied: bool) -> Seq2SeqConfig:
+def _t5(hf: HFConfig, tied: bool, scaled: bool) -> Seq2SeqConfig:
     half: dict[str, Any] = {
         "width": hf["d_model"],
         "attention": AttentionConfig(
@@ -40,7 +41,7 @@ def _t5(hf: HFConfig, tied: bool) -> Seq2SeqConfig:
     depth = hf["num_layers"]
     return Seq2SeqConfig(
         EncoderConfig(depth=depth, **half),
-        DecoderConfig(depth=hf.get("num_decoder_layers", depth), tied=tied, scale_readout=tied, **half),
+        DecoderConfig(depth=hf.get("num_decoder_layers", depth), tied=tied, scale_readout=scaled, **half),
         shared_embedding=True,
         generation=hf.generation_defaults(hf.get("decoder_start_token_id", hf.get("pad_token_id", 0))),
     )
@@ -76,6 +77,7 @@ def fields(config: Seq2SeqConfig, length: int) -> dict[str, Any]:
         "relative_attention_max_distance": buckets.max_distance,
         "vocab_size": decoder.vocab_size,
         "tie_word_embeddings": decoder.tied,
+        "scale_decoder_outputs": decoder.scale_readout,
         "decoder_start_token_id": config.generation.decoder_start_token_id,
     }
 
@@ -116,15 +118,20 @@ def _half(half: str, branches: tuple[str, ...], gated: bool) -> list[TensorMappi
     return [*rows, TensorMapping(f"{half}/norm/scale", f"{half}.final_layer_norm.weight")]
 
 
-def _family(config, architecture: str, *ignored: str) -> Family:
-    copies = (r"(en|de)coder\.embed_tokens\.weight", r".*\.EncDecAttention\.relative_attention_bias\.weight")
+def _family(config, architecture: str) -> Family:
+    table = "decoder/embedding/table"
+    copies = (f"{half}.embed_tokens.weight" for half in ("encoder", "decoder"))
     return Family(
         config,
         _tensors(),
         prefix="",
         architecture=architecture,
         fields=fields,
-        ignored=(*copies, *ignored),
+        ignored=(r".*\.EncDecAttention\.relative_attention_bias\.weight",),
+        readout=TensorMapping(table, "lm_head.weight"),
+        copies=tuple(TensorMapping(table, name) for name in copies),
+        always_tied=True,
+        tie_fields=(),
         config_class=Seq2SeqConfig,
         tensors_of=_tensors,
     )

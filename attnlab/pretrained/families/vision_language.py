@@ -21,7 +21,7 @@ LLAMA = {
     "rms_norm_eps": 1e-6,
     "vocab_size": 32000,
 }
-GEMMA = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6}
+GEMMA = {"head_dim": 256, "rms_norm_eps": 1e-6}
 
 
 def llava(hf: HFConfig) -> VisionLanguageConfig:
@@ -29,12 +29,13 @@ def llava(hf: HFConfig) -> VisionLanguageConfig:
     image, text = hf.part("vision_config", CLIP_IMAGE), hf.part("text_config", LLAMA)
     image.require("model_type", "clip_vision_model")
     text.require("model_type", "llama")
+    tied = hf.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
     hf.require("vision_feature_select_strategy", "default")
     encoder, layer = vit.clip_vision(image), hf.get("vision_feature_layer", -2)
     hf.require("vision_feature_layer", *range(-encoder.depth, 0), *range(1, encoder.depth + 1))
     return VisionLanguageConfig(
         encoder=replace(encoder, depth=layer if layer > 0 else encoder.depth + 1 + layer),
-        decoder=llama.llama(text),
+        decoder=replace(llama.llama(text), tied=tied),
         projector=ProjectorConfig(
             hf.activation("projector_hidden_act"), hf.get("multimodal_projector_bias", True)
         ),
@@ -61,7 +62,7 @@ def paligemma(hf: HFConfig) -> VisionLanguageConfig:
     text = hf.part("text_config", GEMMA)
     text.require("model_type", "gemma")
     text.require("use_bidirectional_attention", None, True)
-    decoder = llama.gemma(text)
+    decoder = replace(llama.gemma(text), tied=hf.get("tie_word_embeddings", True))
     hf.require("projection_dim", decoder.width)
     return VisionLanguageConfig(
         encoder=vit.siglip_vision(hf.part("vision_config", SIGLIP_IMAGE, vision_use_head=True)),
@@ -111,7 +112,9 @@ def _family(
         tuple(row for part in rows for row in part),
         prefix="",
         architecture=architecture,
-        ignored=(*ignored, r"language_model\.lm_head\.weight", r".*\.(rotary_emb\.inv_freq|position_ids)"),
+        ignored=(*ignored, r".*\.(rotary_emb\.inv_freq|position_ids)"),
+        readout=TensorMapping("decoder/embedding/table", "language_model.lm_head.weight"),
+        tie_fields=("tie_word_embeddings", "text_config.tie_word_embeddings"),
         config_class=VisionLanguageConfig,
         fields=partial(fields, vision=vision, text=decoder),
         renamed_prefixes=(("vision_tower.", "vision_tower.vision_model."),),

@@ -110,7 +110,7 @@ FAMILIES = {
         prefix="model.",
         architecture="WhisperForConditionalGeneration",
         fields=fields,
-        ignored=(r"proj_out\.weight",),
+        readout=TensorMapping("decoder/embedding/table", "proj_out.weight"),
         config_class=Seq2SeqConfig,
     )
 }

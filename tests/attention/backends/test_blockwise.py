@@ -177,21 +177,22 @@ def test_empty_blocks_are_never_read(traced):
 
 
 def test_only_partial_blocks_are_masked():
-    block_mask, info = make_block_mask(causal(), BlockGrid(64, 64, 8, 16))
-    np.testing.assert_array_equal(block_mask.kv_num_blocks, [1, 1, 2, 2, 3, 3, 4, 4])
-    np.testing.assert_array_equal(block_mask.kv_num_blocks - block_mask.full_kv_num_blocks, 1)
-    assert (info.has_full, info.has_partial) == (True, True)
-    assert make_block_mask(None, BlockGrid(64, 64, 8, 16))[1].has_partial is False
+    block_mask = make_block_mask(causal(), BlockGrid(64, 64, 8, 16))
+    np.testing.assert_array_equal(block_mask.full_kv_num_blocks[0, 0], [0, 0, 1, 1, 2, 2, 3, 3])
+    np.testing.assert_array_equal(block_mask.kv_num_blocks, 1)
+    assert (block_mask.info.has_full, block_mask.info.has_partial) == (True, True)
+    assert make_block_mask(None, BlockGrid(64, 64, 8, 16)).info.has_partial is False
     padded = BlockGrid(64, 60, 8, 16)  # the last block of keys is padded
-    assert make_block_mask(None, padded)[1].has_partial is True
+    assert make_block_mask(None, padded).info.has_partial is True
 
 
 def test_blocks_visited_at_4096_with_default_blocks():
     """Upper bounds on the fraction of visited blocks for causal masks, segments and windows."""
 
     def share(mask, length=4096):
-        block_mask, _ = make_block_mask(mask, BlockGrid(length, length, *default_block_sizes(length, length)))
-        return np.sum(block_mask.kv_num_blocks) / block_mask.kv_indices.size
+        grid = BlockGrid(length, length, *default_block_sizes(length, length))
+        block_mask = make_block_mask(mask, grid)
+        return block_mask.num_visits / np.prod(grid.num_blocks)
 
     documents = segments(jnp.arange(4096)[None] // 512 + 1)
     sliding = causal() & window(511)
@@ -199,6 +200,14 @@ def test_blocks_visited_at_4096_with_default_blocks():
     assert share(causal()) < 0.6
     assert share(causal() & documents) < 0.2
     assert share(sliding, 16384) < 1.1 / 4 * share(sliding)
+
+
+def test_blocks_on_a_gpu_are_few_and_bounded():
+    """Each visited block is ten kernel launches; the scores of a block take at most 256 MiB."""
+    grid = BlockGrid(4096, 4096, *default_block_sizes(4096, 4096, None, "gpu", rows=16))
+    assert int(make_block_mask(causal(), grid).num_visits) == 10
+    assert default_block_sizes(1024, 8192, None, "gpu", rows=8 * 16) == (512, 512)
+    assert default_block_sizes(8192, 8192, None, "gpu", rows=2**16) == (256, 256)
 
 
 def test_static_part_of_a_mask_is_used_if_the_rest_is_traced():
@@ -214,7 +223,7 @@ def test_static_part_of_a_mask_is_used_if_the_rest_is_traced():
             (causal(row) & causal(), (0, 0, 0, 0)),
             (DenseMask(np.ones((1, 4, 1, 1), bool)) | (lambda b, h, q, k: q >= k + h), (row, row, 0, 0)),
         ):
-            unrolled.append(make_block_mask(mask, grid._replace(offset=offset))[1].unrolled)
+            unrolled.append(make_block_mask(mask, grid._replace(offset=offset)).info.unrolled)
         return ids
 
     run(jnp.ones((2, 64), jnp.int32), 0)

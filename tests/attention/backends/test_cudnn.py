@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
 
-from attnlab.attention import attend, causal, key_lengths, segments, softcap, window
-from attnlab.attention.backends.cudnn import Cudnn, _split_key_lengths, _window_bounds
+from attnlab.attention import attend, causal, key_lengths, prefix, segments, softcap, window
+from attnlab.attention.attend import make_dropout
+from attnlab.attention.backends.cudnn import Cudnn
 from attnlab.attention.backends.registry import AttentionArgs
-from tests.attention.inputs import allowed_pairs, masks, qkv
+from tests.attention.inputs import qkv
 from tests.programs import run_python_json
 
 ARGS = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3, platform="gpu")
@@ -27,7 +27,7 @@ def of_shape(*shape, dtype=jnp.bfloat16):
     [
         ({"platform": "tpu"}, "requires a GPU"),
         ({"sequence_axes": ("sequence",)}, "length is sharded over sequence"),
-        ({"dropout_rate": 0.1}, "weights"),
+        ({"dropout": make_dropout(0.1, jax.random.key(0), None, False, False)}, "dropout"),
         ({"return_weights": True}, "weights"),
         ({"normalizer": jax.nn.relu}, "only the softmax"),
         ({"return_lse": True}, "no gradient"),
@@ -39,11 +39,10 @@ def of_shape(*shape, dtype=jnp.bfloat16):
         (dict.fromkeys(("query", "key", "value"), of_shape(2, 256, 4, 160)), "at most 128"),
         ({"mask": segments(jnp.ones((2, 256), int))}, "only the masks"),
         ({"mask": causal(3)}, "only the masks"),
-        ({"mask": causal(jnp.int32(0))}, "only the masks"),
         ({"mask": window(3, 3)}, "only the masks"),
         ({"mask": ~causal()}, "only the masks"),
         ({"mask": key_lengths(9) | causal()}, "only the masks"),
-        ({"mask": key_lengths(9) & window(3, 0)}, "a window with key_lengths()"),
+        ({"mask": prefix(3)}, "only the masks"),
         ({"mask": causal(), "query": of_shape(2, 257, 4, 64)}, "no more queries than keys"),
     ],
 )
@@ -52,19 +51,13 @@ def test_unsupported_reasons(change, words):
     assert words in Cudnn().unsupported_reason(dataclasses.replace(ARGS, **change))
 
 
-@settings(max_examples=50, deadline=None)
-@given(masks(1, 7, 9))
-def test_window_bounds_describe_the_whole_mask(mask):
-    paddings, others = _split_key_lengths(mask)
-    assert not paddings
-    bounds = _window_bounds(others)
-    if bounds is None:
-        assert any(name in repr(mask) for name in ("NotMask", "OrMask", "SegmentMask"))
-        return
-    left, right = bounds
-    distance = np.arange(9)[None] - np.arange(7)[:, None]
-    expected = (distance >= -(99 if left is None else left)) & (distance <= (99 if right is None else right))
-    np.testing.assert_array_equal(allowed_pairs(mask, 1, 7, 9)[0], expected)
+def test_traced_offset_is_unsupported():
+    @jax.jit
+    def check(offset):
+        args = dataclasses.replace(ARGS, mask=causal(offset))
+        assert "only the masks" in Cudnn().unsupported_reason(args)
+
+    check(0)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +70,8 @@ def test_window_bounds_describe_the_whole_mask(mask):
         key_lengths(jnp.array([7, 0])),
         key_lengths(12, jnp.array([20, 3])),
         causal() & key_lengths(jnp.array([4, 99]), jnp.array([99, 0])) & key_lengths(6),
+        window(3, 0) & key_lengths(jnp.array([4, 25])),
+        window(9) & causal() & key_lengths(jnp.array([3, 0]), jnp.array([17, 20])),
     ],
     ids=str,
 )
@@ -171,6 +166,7 @@ print(json.dumps({
     "window": calls(lambda ids: causal() & window(100)),
     "replicated": calls(lambda ids: causal(), P(None, None, None, None)),
     "padding": calls(lambda ids: key_lengths(ids.sum(1))),
+    "window and padding": calls(lambda ids: window(100, 0) & key_lengths(ids.sum(1))),
     "causal and padding": calls(lambda ids: causal() & key_lengths(ids.sum(1), ids.max(1))),
     "segments": calls(lambda ids: causal() & segments(ids)),
 }))

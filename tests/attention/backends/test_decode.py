@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from attnlab.attention import attend, bias, causal, explain, segments, softcap, window
+from attnlab.attention.backends.blockwise import default_block_sizes
 from attnlab.attention.backends.decode import decode
 from attnlab.attention.backends.reference import reference
+from attnlab.attention.backends.registry import AttentionArgs, select_backend
 from tests.attention.inputs import qkv, weighted_sum
 from tests.attention.test_table import SCORES, assert_agree
 
@@ -49,6 +51,15 @@ def test_auto_selects_decode_only_for_one_query():
     two_queries = jnp.concatenate([query, query], axis=1)
     text = str(explain(two_queries, key, value, mask=causal(4)))
     assert "blockwise" in text.splitlines()[0] and "it supports one query per row, not 2" in text
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_accelerators_decode_in_one_block_of_all_keys(platform):
+    query, key, value = qkv(0, t=1, s=5000)
+    args = AttentionArgs(query, key, value, mask=causal(4999), platform=platform)
+    assert select_backend("auto", args).name == "blockwise"
+    assert default_block_sizes(1, 5000, None, platform, rows=2 * 4) == (1, 5000)
+    assert default_block_sizes(1, 2**20, None, platform, rows=2**10) == (1, 2**16)
 
 
 def test_results_do_not_depend_on_the_mesh(mesh_of):

@@ -94,3 +94,16 @@ def test_dropout_drops_the_given_fraction_of_weights():
     is_kept = out != 0
     np.testing.assert_allclose(is_kept.mean(), 0.7, atol=0.03)
     np.testing.assert_allclose(out[is_kept], weights[is_kept] / 0.7, rtol=1e-5)
+
+
+def test_products_have_the_highest_precision():
+    arrays = qkv(0, dtype=jnp.bfloat16)
+
+    def loss(*x):
+        return attend(*x, mask=causal(), backend="reference").astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 5  # one forward, and the gradients of two operands of each product
+    for line in products:
+        assert "precision = [HIGHEST, HIGHEST]" in line and line.endswith("xf32>")

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnlab.attention import attend, bias, causal, explain, mask_fn, segments, softcap, window
+from attnlab.attention import (
+    attend,
+    bias,
+    causal,
+    explain,
+    key_lengths,
+    mask_fn,
+    segments,
+    softcap,
+    window,
+)
+from attnlab.attention.attend import make_dropout
 from attnlab.attention.backends.registry import AttentionArgs
 from attnlab.attention.backends.splash import Splash
 from tests.attention import definitions
@@ -29,6 +40,9 @@ MASKS = {
     "no pair": causal(-T),
     "segments": segments(*DOCUMENTS),
     "segments within a conjunction": causal(40) & segments(*DOCUMENTS) & mask_fn(lambda b, h, q, k: k != 3),
+    "lengths": causal(40) & key_lengths(jnp.array([150, 0]), jnp.array([180, 200])),
+    "lengths and segments": key_lengths(jnp.array([280, 90])) & segments(*DOCUMENTS) & window(70, 9),
+    "equal lengths": causal(40) & key_lengths(120),
     "dense": RNG.random((T, S)) < 0.3,
     "differs by head": mask_fn(lambda b, h, q, k: (k <= q) & ((h != 1) | (q - k < 20))),
     "dense per head": RNG.random((4, T, S)) < 0.3,
@@ -134,7 +148,7 @@ ARGS = AttentionArgs(*(jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16),) * 3
     [
         ({"platform": "cpu"}, "requires a TPU"),
         ({"sequence_axes": ("sequence",)}, "length is sharded over sequence"),
-        ({"dropout_rate": 0.1}, "weights"),
+        ({"dropout": make_dropout(0.1, jax.random.key(0), None, False, False)}, "dropout"),
         ({"return_weights": True}, "weights"),
         ({"normalizer": jax.nn.relu}, "only the softmax"),
         ({"value": jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)}, "bfloat16, float32"),

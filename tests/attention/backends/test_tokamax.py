@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab.attention import alibi, attend, bias, causal, key_lengths, segments, softcap, window
+from attnlab.attention.attend import make_dropout
 from attnlab.attention.backends.registry import AttentionArgs
 from attnlab.attention.backends.tokamax import Tokamax
 from tests.attention.backends.test_cudnn import H100
@@ -25,7 +26,7 @@ IDS = jnp.array([[0, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 3, 3, 3]])
     "change, words",
     [
         ({"sequence_axes": ("sequence",)}, "length is sharded over sequence"),
-        ({"dropout_rate": 0.1}, "weights"),
+        ({"dropout": make_dropout(0.1, jax.random.key(0), None, False, False)}, "dropout"),
         ({"return_lse": True}, "log-sum-exp"),
         ({"sinks": jnp.zeros(4)}, "log-sum-exp"),
         ({"score": softcap(3.0)}, "only additive"),

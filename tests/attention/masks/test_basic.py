@@ -149,7 +149,11 @@ def test_static_masks_stay_static_under_jit():
         ids = np.array([[0, 0, 1, 1]])
         masks.extend([attention.islands(ids), attention.shared_prefix(ids), attention.media(ids > 0, 2)])
         masks.extend(
-            [attention.tree((-1, 0)), attention.global_tokens((1,)), attention.blocks(ids[0, :2, None], 2)]
+            [
+                attention.tree((-1, 0)),
+                attention.global_tokens((1,)),
+                attention.blocks(ids[0, :2, None] == 0, 2),
+            ]
         )
 
     step()
@@ -170,7 +174,7 @@ def test_rejects_invalid_arguments(refuses):
         attention.sinks_and_window(1, -1)
     with refuses("earlier node", "[0, 1]"):
         attention.tree((0, 1))
-    with refuses("per_head", "empty"):
+    with refuses("per_head", "one mask per query head"):
         attention.per_head([])
     with refuses("shift_mask", "4 queries"):
         attention.shift_mask(attention.segments(jnp.ones((1, 4), int)), 1)

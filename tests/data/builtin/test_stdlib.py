@@ -39,7 +39,8 @@ def test_concurrent_preparation_prints_nothing(tmp_path):
     assert outputs[0] == outputs[1]
     assert outputs[0][1] == ""
     assert len(outputs[0][0].splitlines()) == 2
-    assert [path.name for path in (tmp_path / f"format-{prepare.FORMAT}").iterdir()] == ["stdlib_docs"]
+    inside = {path.name for path in (tmp_path / f"format-{prepare.FORMAT}").iterdir()}
+    assert inside == {"stdlib_docs", prepare.LOCK}
 
 
 def test_killed_preparation_leaves_no_partial_data(tmp_path):
@@ -56,6 +57,7 @@ def test_killed_preparation_leaves_no_partial_data(tmp_path):
     output, errors = after.communicate()
     assert after.returncode == 0, errors
     assert int(output.split()[-1]) > 10
+    assert not list(tmp_path.glob("format-*/.preparing-*"))
 
 
 def test_small_library_has_both_splits(small_library):

@@ -10,9 +10,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from attnlab.layers.attention import Bidirectional, EncoderOutput, NoPositions, SequenceInputs
+from attnlab.layers.attention import EncoderOutput, SequenceInputs
 from attnlab.layers.blocks import BlockConfig, LayerStack, PerceiverAttentionConfig
 from attnlab.layers.linear import Embedding
+from attnlab.layers.specs import Bidirectional, NoPositions
+from attnlab.models.decoder import Block
 from attnlab.sharding import constrain
 
 
@@ -60,7 +62,7 @@ class Resampler(nn.Module):
         x = constrain(x, "batch", "sequence", None)
         block = replace(block, depth=c.depth, positions=NoPositions(), cross=PerceiverAttentionConfig())
         segments: Int[Array, "B R"] = constrain(jnp.ones(x.shape[:2], jnp.int32), "batch", "sequence")
-        stack = LayerStack(block, (Bidirectional(),), self.scan, self.remat, name="layers")
+        stack = LayerStack(Block, block, (Bidirectional(),), self.scan, self.remat, name="layers")
         x, _ = stack(
             x, None, SequenceInputs(segments, jnp.zeros_like(segments), memory=memory), deterministic
         )

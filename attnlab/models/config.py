@@ -3,76 +3,97 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import flax.linen as nn
+from jaxtyping import Array, Float, Int
 
-from attnlab.layers.attention import AttentionConfig, Causal, LayerSpec, NoPositions, RelativeBias, Rotary
-from attnlab.layers.blocks import BlockConfig, Cross, LayerStack, Placement
+from attnlab.errors import InputError
+from attnlab.layers.attention import AttentionConfig
+from attnlab.layers.blocks import BlockConfig, Cross, Placement
 from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
-from attnlab.layers.initialization import MuP, Normal
+from attnlab.layers.linear import Dtypes, MuP, Normal
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.parameters import Dtypes
+from attnlab.layers.readout import LossTerms, logits, token_loss_terms
+from attnlab.layers.specs import (
+    Causal,
+    LayerSpec,
+    Learned,
+    NoPositions,
+    RelativeBias,
+    Rotary,
+    Sinusoidal,
+)
+from attnlab.models.flops import TokenFlops, attention_flops, feed_forward_weights, inactive_expert_params
+from attnlab.models.generation_defaults import GenerationDefaults
 
 
-@dataclass(frozen=True)
-class TokenFlops:
-    """Forward FLOPs per token; a multiply-add counts as two.
+class Model(nn.Module):
+    """Base module of models: one signature of `hidden`, `__call__` and `loss_terms`.
 
-    Attributes:
-      weights: FLOPs of products with parameters.
-      attention: FLOPs of attention scores and weighted sums.
+    They take the arguments of this list, in this order. All but the first three are given by
+    keyword, and a model without a use for an argument does not have it. Arguments of one family
+    only, such as the `token_types` of encoders, follow by keyword; see its `hidden`.
+
+    Args:
+      tokens: token ids, (B, T).
+      segment_ids: document id of each token in a packed row, 0 at padding, (B, T); None means one
+        document per row.
+      positions: position of each token in its document, (B, T); None counts from 0, or from the
+        number of tokens in the cache.
+      source: source of each row: token ids (B, S), or images or audio features (B, S, ...). None
+        means that the cache holds its encoding.
+      source_segments: 0 at padding of the source, (B, S); None means no padding.
+      cache: state of the model after the preceding tokens, from `init_cache`. `hidden` and
+        `__call__` then return a pair: the result and the updated cache.
+      deterministic: disable dropout; otherwise an rng named "dropout" is needed.
     """
 
-    weights: float
-    attention: float
+    def hidden(self, *args: Any, **inputs: Any) -> Any:
+        """Return the activations of the last layer."""
+        raise NotImplementedError
 
-    @property
-    def training(self) -> float:
-        """FLOPs of the forward and the backward pass; the backward pass costs twice the forward."""
-        return 3 * (self.weights + self.attention)
+    def features(self, *args: Any, **inputs: Any) -> Any:
+        """Return the input of the logits: the activations, or those of a head after them."""
+        return self.hidden(*args, **inputs)
 
-    def __add__(self, other: "TokenFlops") -> "TokenFlops":
-        return TokenFlops(self.weights + other.weights, self.attention + other.attention)
+    def logits_of(self, x: Any) -> Float[Array, "B T V"]:
+        """Return the logits of `features`."""
+        return logits(x, *self.readout_weights())
 
-    def __mul__(self, factor: float) -> "TokenFlops":
-        return TokenFlops(self.weights * factor, self.attention * factor)
+    def loss_terms_of(self, x: Any, targets: Int[Array, "B T"]) -> LossTerms:
+        """Return the loss terms of `features` without materialising all logits."""
+        return token_loss_terms(x, targets, *self.readout_weights())
 
+    def readout_weights(self) -> tuple[Array, Array | None, float | None, str]:
+        """Return the table, bias, softcap and dtype of the logits."""
+        raise NotImplementedError
 
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """Forced and suppressed tokens of generation, named as in Hugging Face's `GenerationConfig`.
+    def __call__(self, tokens, segment_ids=None, positions=None, **inputs):
+        """Return the logits at each token."""
+        x = self.features(tokens, segment_ids, positions, **inputs)
+        if inputs.get("cache") is None:
+            return self.logits_of(x)
+        x, cache = x
+        return self.logits_of(x), cache
 
-    Attributes:
-      decoder_start_token_id: first input token of the decoder; None means the tokenizer's beginning
-        token.
-      forced_decoder_ids: first tokens of every generated text, such as a language token.
-      suppress_tokens: tokens that are never generated.
-      begin_suppress_tokens: tokens that are never generated first after the forced ones.
-      forced_eos: whether a text of maximum length must end with the end token
-        (`forced_eos_token_id`).
-    """
-
-    decoder_start_token_id: int | None = None
-    forced_decoder_ids: tuple[int, ...] = ()
-    suppress_tokens: tuple[int, ...] = ()
-    begin_suppress_tokens: tuple[int, ...] = ()
-    forced_eos: bool = False
+    def loss_terms(self, tokens, targets, segment_ids=None, positions=None, **inputs) -> LossTerms:
+        """Return each token's loss terms; has no cache."""
+        return self.loss_terms_of(self.features(tokens, segment_ids, positions, **inputs), targets)
 
 
 class ModelConfig(ABC):
     """Base class of model configs: frozen dataclasses that determine a model's outputs.
 
-    `build` returns a module with three methods that accept `Batch.inputs` and `deterministic`:
-    `hidden` (activations), `__call__` (logits) and `loss_terms`, which also takes the targets.
+    `build` returns a `Model`.
     """
 
-    # Models that generate from a source override this with a field.
+    # Transformer decoders and models that generate from a source override this with a field.
     generation: GenerationDefaults = GenerationDefaults()
 
     @abstractmethod
-    def build(self, vocab_size: int) -> nn.Module:
+    def build(self, vocab_size: int) -> Model:
         """Return the Flax module of this config for a tokenizer with `vocab_size` tokens.
 
         Raises:
@@ -150,40 +171,29 @@ class ModelConfig(ABC):
 
     def with_dtypes(self, dtypes: Dtypes) -> Self:
         """Return the config with other dtypes, in this model and the models that are its fields."""
-        config = self._map_submodels(lambda part: part.with_dtypes(dtypes))
+        config = self.map_submodels(lambda part: part.with_dtypes(dtypes))
         return replace(config, dtypes=dtypes) if hasattr(config, "dtypes") else config  # type: ignore
 
-    def unrolled(self) -> Self:
-        """Return the config of the same model with separate parameters per layer, not stacked ones.
+    def with_unrolled_layers(self) -> Self:
+        """Return the config with `unrolled` set, also in the models that are its fields."""
+        return self.map_submodels(lambda part: part.with_unrolled_layers())
 
-        It takes longer to compile. Decoding steps, which read each parameter once, are faster on a
-        CPU, where XLA would copy every layer's parameters out of the stack.
-        """
-        return self._map_submodels(lambda part: part.unrolled())
-
-    def canonical(self) -> Self:
-        """Return the config with defaults made explicit and training-only options reset.
-
-        Two configs compute the same function if their canonical configs are equal.
-        """
-        return self._map_submodels(lambda part: part.canonical()).with_dtypes(Dtypes())
+    def map_submodels(self, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
+        """Return the config with `change` applied to every model config that is a field."""
+        parts = {name: change(part) for name, part in self._submodels().items()}
+        return replace(self, **parts)  # type: ignore[type-var]
 
     def _submodels(self) -> dict[str, "ModelConfig"]:
         """Return the model configs that are fields of this one."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {name: part for name, part in values.items() if isinstance(part, ModelConfig)}
 
-    def _map_submodels(self, change: Callable[["ModelConfig"], "ModelConfig"]) -> Self:
-        """Return the config with `change` applied to every model config that is a field."""
-        parts = {name: change(part) for name, part in self._submodels().items()}
-        return replace(self, **parts)  # type: ignore[type-var]
-
 
 class SourceConfig(ModelConfig):
     """Base class of models that can encode a source (text, images, audio) for a decoder.
 
-    The module also has a method `encode(source, source_segments, deterministic)`, which returns an
-    `EncoderOutput`.
+    The module also has a method `encode(source, source_segments=None, *, deterministic=True)`,
+    which returns an `EncoderOutput`.
     """
 
     @property
@@ -219,6 +229,9 @@ class TransformerConfig(ModelConfig):
       remat: activations recomputed in the backward pass: "none", all of a layer ("full"), or all
         except matrix products ("dots").
       scan: compile one repeat of the pattern and loop over it, instead of compiling every layer.
+      unrolled: keep the parameters of each layer apart, instead of stacking those of the repeats
+        of the pattern. It takes longer to compile. Decoding steps, which read each parameter once,
+        are faster on a CPU, where XLA would copy every layer's parameters out of the stack.
     """
 
     depth: int = 6
@@ -234,6 +247,7 @@ class TransformerConfig(ModelConfig):
     dtypes: Dtypes = field(default_factory=Dtypes)
     remat: Literal["none", "full", "dots"] = "none"
     scan: bool = True
+    unrolled: bool = False
 
     def __post_init__(self):
         if self.depth < 1 or self.width < 1:
@@ -245,10 +259,19 @@ class TransformerConfig(ModelConfig):
             )
         if not self.pattern:
             raise ValueError("pattern must name at least one kind of attention, such as Causal()")
+        for index, spec in enumerate(self.pattern):
+            self._check_rotary(f"pattern.{index}.positions", spec.positions)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and under 1, not {self.dropout}")
         if self.layer_scale is not None and self.layer_scale <= 0:
             raise ValueError(f"layer_scale must be over 0, or none, not {self.layer_scale}")
+
+    def _check_rotary(self, field: str, positions: object) -> None:
+        if isinstance(positions, Rotary) and self.head_dim * positions.fraction < 2:
+            raise ValueError(
+                f"{field}=Rotary must rotate at least 2 components of a head, but "
+                f"head_dim={self.head_dim} times fraction={positions.fraction} is less"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -266,6 +289,11 @@ class TransformerConfig(ModelConfig):
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
 
     @property
+    def num_stacked_repeats(self) -> int:
+        """Number of repeats of the pattern with stacked parameters; other layers follow."""
+        return 0 if self.unrolled else self.depth // len(self.pattern)
+
+    @property
     def num_cross_attention_layers(self) -> int:
         """Number of layers that cross-attend, in a model with cross-attention."""
         return sum(spec.cross_attends for spec in self.layer_specs)
@@ -280,19 +308,10 @@ class TransformerConfig(ModelConfig):
         """See `ModelConfig.uses_dropout`."""
         return self.dropout > 0 or self.attention.dropout > 0
 
-    def stack(self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None) -> LayerStack:
-        """Return the module of all layers.
-
-        Args:
-          positions: position embedding of the layers whose spec has none of its own.
-          cross: kind of cross-attention; None disables it.
-        """
-        return LayerStack(self.block(positions, cross), self.pattern, self.scan, self.remat)
-
     def block(
         self, positions: Rotary | RelativeBias | NoPositions, cross: Cross | None = None
     ) -> BlockConfig:
-        """Return the settings that all blocks share; see `stack`."""
+        """Return the settings that all blocks share; see `decoder.layer_stack`."""
         return BlockConfig(
             width=self.width,
             depth=self.depth,
@@ -308,28 +327,9 @@ class TransformerConfig(ModelConfig):
             dtypes=self.dtypes,
         )
 
-    def unrolled(self) -> Self:
-        """See `ModelConfig.unrolled`.
-
-        A pattern longer than the depth has no whole repeat, so no parameters are stacked.
-        """
-        return replace(self, pattern=(*self.layer_specs, self.layer_specs[0]))
-
-    def canonical(self) -> Self:
-        """See `ModelConfig.canonical`."""
-        config = super().canonical()
-        attention = replace(config.attention, kv_heads=self.kv_heads, head_dim=self.head_dim, dropout=0.0)
-        return replace(
-            config,
-            attention=attention,
-            feed_forward=replace(config.feed_forward, width=self.feed_forward.hidden(self.width)),
-            pattern=self.layer_specs,
-            layer_scale=self.layer_scale and 1.0,
-            dropout=0.0,
-            init=replace(config.init, std=1.0),
-            remat="none",
-            scan=True,
-        )
+    def with_unrolled_layers(self) -> Self:
+        """See `ModelConfig.with_unrolled_layers`."""
+        return replace(self, unrolled=True)
 
     def sharded_dimensions(self) -> dict[str, tuple[str, int]]:
         """See `ModelConfig.sharded_dimensions`."""
@@ -349,34 +349,74 @@ class TransformerConfig(ModelConfig):
         return {r"\b(layers|pool)/.*kernel$": factor} if factor != 1 else {}
 
     def token_flops(self, vocab_size: int, length: int) -> TokenFlops:
-        """Return the forward FLOPs per token (Kaplan et al. 2020, arXiv 2001.08361, table 1).
-
-        Attention counts only the pairs that its masks allow, experts only the k that a token uses.
-        """
+        """See `ModelConfig.token_flops`."""
         readout = TokenFlops(2.0 * vocab_size * self.width, 0.0)
         return self.layer_flops(length) + readout
 
     def layer_flops(self, length: int) -> TokenFlops:
         """Return the part of `token_flops` that the layers contribute, without the logits."""
-        heads, d = self.attention.heads, self.head_dim
-        projections = self.width * d * (2 * heads + 2 * self.kv_heads)
-        weights = self.depth * (projections + self.feed_forward_weights())
-        # Average number of keys per query; evaluate each distinct mask once.
-        keys = {spec: length * spec.mask().density(length, length) for spec in set(self.layer_specs)}
-        pairs = sum(keys[spec] for spec in self.layer_specs)
-        return TokenFlops(2.0 * weights, 4.0 * heads * d * pairs)
-
-    def feed_forward_weights(self) -> int:
-        """Return the number of feed-forward weights per layer that one token is multiplied with."""
-        layer, matrix = self.feed_forward, self.width * self.feed_forward.hidden(self.width)
-        if isinstance(layer, ExpertsConfig):
-            return layer.experts * self.width + 3 * layer.top_k * matrix
-        return (3 if isinstance(layer, GatedMLPConfig) else 2) * matrix
+        sizes = self.width, self.attention.heads, self.kv_heads, self.head_dim
+        feed_forward = self.depth * feed_forward_weights(self.feed_forward, self.width)
+        return attention_flops(self.layer_specs, *sizes, length) + TokenFlops(2.0 * feed_forward, 0.0)
 
     def inactive_expert_params(self) -> int:
         """See `ModelConfig.inactive_expert_params`."""
-        layer, hidden = self.feed_forward, self.feed_forward.hidden(self.width)
-        if not isinstance(layer, ExpertsConfig):
-            return 0
-        biases = 2 * hidden + self.width if layer.bias else 0
-        return self.depth * (layer.experts - layer.top_k) * (3 * self.width * hidden + biases)
+        return self.depth * inactive_expert_params(self.feed_forward, self.width)
+
+
+@dataclass(frozen=True)
+class TextConfig(TransformerConfig):
+    """A Transformer over text tokens.
+
+    Attributes:
+      positions: `Rotary`, `Learned`, `Sinusoidal`, `RelativeBias` or `NoPositions`.
+      vocab_size: number of tokens in the embedding table; None means that of the tokenizer.
+      scale_embedding: multiply embeddings by sqrt(E) (Vaswani et al. 2017, section 3.4).
+      embedding_norm: normalise the sum of the embeddings.
+    """
+
+    positions: Rotary | Learned | Sinusoidal | RelativeBias | NoPositions = field(default_factory=Rotary)
+    vocab_size: int | None = None
+    scale_embedding: bool = False
+    embedding_norm: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_rotary("positions", self.positions)
+
+    def check_length(self, length: int) -> None:
+        """Check that the model has positions for `length` tokens.
+
+        Raises:
+          InputError: the learned position table is shorter.
+        """
+        if isinstance(self.positions, Learned) and length > self.positions.length - self.positions.offset:
+            rows, offset = self.positions.length, self.positions.offset
+            minus = f" minus offset={offset}" if offset else ""
+            raise InputError(f"length {length} exceeds positions.length={rows}{minus} learned positions")
+
+    @property
+    def table_width(self) -> int:
+        """Width of the tables of tokens and positions."""
+        return self.width
+
+    def with_vocab_size(self, vocab_size: int) -> Self:
+        """Return the config with `vocab_size` set; see `set_vocab_size`.
+
+        Raises:
+          InputError: the config's own `vocab_size` is smaller.
+        """
+        return set_vocab_size(self, vocab_size)
+
+
+def set_vocab_size(config: Any, vocab_size: int) -> Any:
+    """Return the config with `vocab_size` set to that of a tokenizer, unless it is set already.
+
+    Raises:
+      InputError: the config's own `vocab_size` is smaller.
+    """
+    if config.vocab_size is not None and config.vocab_size < vocab_size:
+        raise InputError(
+            f"model.vocab_size={config.vocab_size} is less than the {vocab_size} tokens of the tokenizer"
+        )
+    return replace(config, vocab_size=config.vocab_size or vocab_size)

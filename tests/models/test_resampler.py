@@ -12,8 +12,8 @@ from attnlab.attention import media
 from attnlab.layers import AttentionConfig, Causal, Dtypes, LayerNormConfig, MLPConfig, NoPositions, Normal
 from attnlab.layers.attention import EncoderOutput
 from attnlab.layers.blocks import BlockConfig, CrossAttentionConfig, GatedCrossAttentionConfig
-from attnlab.layers.resampler import Resampler, ResamplerConfig
 from attnlab.models import DecoderConfig
+from attnlab.models.resampler import Resampler, ResamplerConfig
 
 RNG = np.random.default_rng(0)
 BLOCK = BlockConfig(
@@ -139,6 +139,7 @@ def test_media_mask_attends_to_last_preceding_image():
     assert attended.tolist() == [[none, first], [first, first], [second, second]]
 
 
+@pytest.mark.slow
 def test_resampler_on_mesh_repeats_gradients(mesh_of):
     resampler = Resampler(ResamplerConfig(latents=4, depth=2), BLOCK, scan=True, remat="full")
     text = TEXT.build(30, cross=GatedCrossAttentionConfig())

@@ -1,0 +1,1 @@
+"""Several processes as one job: start, roll call, agreement, and the watch over stuck processes."""
