@@ -15,6 +15,7 @@ from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
     Backend,
+    needs_only_shapes,
     report_selection,
     select_backend,
 )
@@ -82,7 +83,8 @@ def select_run(
         report_selection(backend, dataclasses.replace(args, platform=platform))
 
     def run(args, offset):
-        if 0 in args.score_shape:  # other backends do not support empty arrays
+        # Other backends do not support empty arrays.
+        if 0 in args.score_shape or needs_only_shapes():
             return Reference().run(args, offset)
         runs = {
             platform: partial(_run, backend, dataclasses.replace(args, platform=platform), offset)

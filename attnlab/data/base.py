@@ -181,7 +181,8 @@ class Data:
 
     def element_spec(self, batch_size: int | None = None) -> batching.Spec:
         """Return name, shape and dtype of each array of a global batch."""
-        return batching.batch_spec(batch_size or self.batch_size, self.sequence_length, self.source_shape)
+        size = batch_size or self.batch_size
+        return batching.batch_spec(size, self.sequence_length, self.source_shape, self.packs)
 
     def _training_texts(self) -> Iterator[str]:
         records = self.records("train")

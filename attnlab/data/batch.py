@@ -42,13 +42,22 @@ class Batch(NamedTuple):
     """Encoder input: int32 (B, S) token ids, or float32 (B, S, ...) images or audio features."""
     source_segments: np.ndarray | None = None
     """1 at the source of a row and 0 at its padding, int32 (B, S); None without a source."""
+    lengths: np.ndarray | None = None
+    """Number of tokens of a row with one document, int32 (B,); None if rows are packed."""
+    source_lengths: np.ndarray | None = None
+    """Length of the source of a row without its padding, int32 (B,); None without a source."""
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The keyword arguments of a model."""
-        named = {"tokens": self.tokens, "segment_ids": self.segments, "positions": self.positions}
-        if self.source is not None and self.source_segments is not None:
-            named |= {"source": self.source, "source_segments": self.source_segments}
+        """The keyword arguments of a model.
+
+        Lengths replace segment ids where there are any, since more attention backends support them.
+        """
+        segments = self.segments if self.lengths is None else self.lengths
+        named: dict[str, Any] = {"tokens": self.tokens, "segment_ids": segments, "positions": self.positions}
+        if self.source is not None:
+            padding = self.source_segments if self.source_lengths is None else self.source_lengths
+            named |= {"source": self.source, "source_segments": padding}
         return named
 
     def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Batch":
@@ -67,13 +76,16 @@ def source_kind(source_shape: tuple[int, ...] | None) -> Literal["text", "audio"
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
-def batch_spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None = None) -> Spec:
+def batch_spec(
+    num_rows: int, length: int, source_shape: tuple[int, ...] | None = None, packed: bool = True
+) -> Spec:
     """Return shape and dtype of every array of a batch of `num_rows` rows of `length` tokens.
 
     Args:
       num_rows: B.
       length: T.
       source_shape: the largest shape of the source of a row; None without sources.
+      packed: whether a row may hold several documents; rows with a source hold one.
     """
     integer, number = np.dtype(np.int32), np.dtype(np.float32)
     tokens = (num_rows, length)
@@ -89,6 +101,9 @@ def batch_spec(num_rows: int, length: int, source_shape: tuple[int, ...] | None 
         dtype = integer if source_kind(source_shape) == "text" else number
         arrays["source"] = ((num_rows, *source_shape), dtype)
         arrays["source_segments"] = ((num_rows, source_shape[0]), integer)
+        arrays["source_lengths"] = ((num_rows,), integer)
+    if not packed or source_shape is not None:
+        arrays["lengths"] = ((num_rows,), integer)
     return arrays
 
 
@@ -149,7 +164,7 @@ def unpacked_row(example: Example, length: int, source_shape: tuple[int, ...] | 
         raise InputError(
             f"encode() returned {len(arrays[0])} tokens, but a row has data.sequence_length={length}"
         )
-    row = pack_row([Example(*arrays)], length)
+    row = pack_row([Example(*arrays)], length)._replace(lengths=np.asarray(len(arrays[0]), np.int32))
     if source_shape is None:
         return row
     source = np.asarray(example.source)
@@ -159,7 +174,11 @@ def unpacked_row(example: Example, length: int, source_shape: tuple[int, ...] | 
     padded = np.pad(source, room + [(0, 0)] * (source.ndim - 1))
     dtype = np.int32 if source.ndim == 1 else np.float32
     source_segments = np.pad(np.ones(len(source), np.int32), room)
-    return row._replace(source=padded.astype(dtype), source_segments=source_segments)
+    return row._replace(
+        source=padded.astype(dtype),
+        source_segments=source_segments,
+        source_lengths=np.asarray(len(source), np.int32),
+    )
 
 
 def stack_rows(rows: Sequence[Batch], num_rows: int) -> Batch:

@@ -11,13 +11,14 @@ from attnlab.layers.alignment import (
     MultiplicativeAttention,
     NoAttention,
 )
-from attnlab.layers.attention import AttentionConfig, CrossAttention, PerceiverAttention
+from attnlab.layers.attention import AttentionConfig
 from attnlab.layers.blocks import (
     BlockConfig,
     CrossAttentionConfig,
     GatedCrossAttentionConfig,
     PerceiverAttentionConfig,
 )
+from attnlab.layers.cross_attention import CrossAttention, PerceiverAttention
 from attnlab.layers.experts import Experts, ExpertsConfig
 from attnlab.layers.feed_forward import MLP, GatedMLP, GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, Embedding, Linear, MuP, Normal

@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from attnlab.attention import attend, prepare, segments, softcap
+from attnlab.attention import attend, key_lengths, prepare, segments, softcap
 from attnlab.attention.attend import make_dropout
 from attnlab.attention.block_mask import BlockMask
-from attnlab.attention.kv_cache import DecoderCache, KVCache, LayerCache
+from attnlab.attention.kv_cache import DecoderCache
 from attnlab.attention.masks.base import Mask
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import pytree, static
@@ -30,7 +30,7 @@ from attnlab.layers.specs import (  # noqa: F401 - saved configs name these clas
     Rotary,
     Sliding,
 )
-from attnlab.sharding import out_sharding
+from attnlab.sharding import constrain, out_sharding
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,82 @@ class AttentionConfig:
             raise ValueError(f"scale must be over 0, or none, not {self.scale}")
 
 
+# Which tokens of a row belong together; see `Model`.
+SegmentIds = Int[Array, "B T"] | Int[Array, " B"] | None
+
+
+@pytree
+class Documents:
+    """The documents of each row of a batch.
+
+    Attributes:
+      ids: document id of each token, 0 at padding.
+      lengths: number of tokens of each row, if it holds one document with its padding at the end;
+        None otherwise.
+      whole: whether each row is one document without padding.
+    """
+
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, " B"] | None = None
+    whole: bool = static(default=False)
+
+    @property
+    def segment_ids(self) -> SegmentIds:
+        """The documents as an argument of `Model`."""
+        return None if self.whole else self.ids if self.lengths is None else self.lengths
+
+    def mask(self, keys: "Documents") -> Mask | None:
+        """Return the mask of the keys in a query's own document; None allows all.
+
+        Backends support key lengths more often than document ids.
+        """
+        packed = any(x.lengths is None and not x.whole for x in (self, keys))
+        if packed:
+            return segments(self.ids, keys.ids)
+        if keys.lengths is None:
+            return None
+        return key_lengths(keys.lengths, keys.lengths if self is keys else None)
+
+    def every(self, stride: int) -> "Documents":
+        """Return the documents of every `stride`-th token."""
+        lengths = None if self.lengths is None else (self.lengths + stride - 1) // stride
+        return self._with(self.ids[:, ::stride], lengths)
+
+    def repeated(self, times: int) -> "Documents":
+        """Return the documents of each token repeated."""
+        lengths = None if self.lengths is None else self.lengths * times
+        return self._with(jnp.repeat(self.ids, times, axis=1), lengths)
+
+    def followed_by(self, other: "Documents") -> "Documents":
+        """Return the documents of the rows of `self` and `other`, concatenated."""
+        ids = jnp.concatenate([self.ids, other.ids], axis=1)
+        if self.whole and (other.whole or other.lengths is not None):
+            lengths = None if other.lengths is None else other.lengths + self.ids.shape[1]
+            return other._with(ids, lengths)
+        return Documents(constrain(ids, "batch", "sequence"))
+
+    def after(self, number: int) -> "Documents":
+        """Return the documents without the first tokens."""
+        lengths = None if self.lengths is None else jnp.maximum(self.lengths - number, 0)
+        return self._with(self.ids[:, number:], lengths)
+
+    def _with(self, ids: Int[Array, "B T"], lengths: Int[Array, " B"] | None) -> "Documents":
+        return Documents(constrain(ids, "batch", "sequence"), lengths, self.whole)
+
+
+def documents(segment_ids: SegmentIds, x: Shaped[Array, "B T"]) -> Documents:
+    """Return the documents of rows like `x`; see `segment_ids` of `Model`."""
+    if segment_ids is None:
+        ids = constrain(jnp.ones_like(x, jnp.int32), "batch", "sequence")
+        return Documents(ids, whole=True)
+    if segment_ids.ndim == 2:
+        return Documents(constrain(segment_ids, "batch", "sequence"))
+    lengths = jnp.minimum(segment_ids, x.shape[1])
+    index = jnp.zeros_like(x, jnp.int32) + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    ids = (index < lengths[:, None]).astype(jnp.int32)
+    return Documents(constrain(ids, "batch", "sequence"), lengths)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EncoderOutput:
@@ -90,13 +166,18 @@ class EncoderOutput:
 
     Attributes:
       hidden: activations; their width M may differ from the model's.
-      segments: document id of each position, 0 for padding. Queries attend to their own document.
+      documents: its documents. Queries attend to their own document.
       mask: further restriction of those pairs, such as `media`; None allows all.
     """
 
     hidden: Float[Array, "B S M"]
-    segments: Int[Array, "B S"]
+    documents: Documents
     mask: Mask | None = None
+
+    @property
+    def segments(self) -> Int[Array, "B S"]:
+        """Document id of each position, 0 at padding."""
+        return self.documents.ids
 
 
 @pytree
@@ -122,7 +203,7 @@ class SequenceInputs:
     """Inputs that all layers of a stack share, besides the activations.
 
     Attributes:
-      segments: document id of each token in a packed row, 0 for padding.
+      documents: the documents of each row.
       positions: position of each token in its document.
       cache: state of the KV cache without the layers' keys and values; None without a cache.
       memory: encoder output for cross-attention; None if the layers do not cross-attend, or if
@@ -134,7 +215,7 @@ class SequenceInputs:
       first_value: the first layer's values, if a layer's mixer uses them.
     """
 
-    segments: Int[Array, "B T"]
+    documents: Documents
     positions: Int[Array, "B T"]
     cache: DecoderCache | None = None
     memory: EncoderOutput | None = None
@@ -142,6 +223,11 @@ class SequenceInputs:
     bidirectional_ids: Int[Array, "B T"] | None = None
     block_masks: SharedBlockMasks | None = None
     first_value: FirstValue | None = None
+
+    @property
+    def segments(self) -> Int[Array, "B T"]:
+        """Document id of each token, 0 at padding."""
+        return self.documents.ids
 
 
 class AttentionLayer(nn.Module):
@@ -240,76 +326,10 @@ class AttentionLayer(nn.Module):
         return Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")(out)
 
 
-class CrossAttention(AttentionLayer):
-    """Cross-attention to the whole encoder output, without positions.
-
-    Vaswani et al. 2017, section 3.2.3.
-    """
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        inputs: SequenceInputs,
-        layer_cache: LayerCache | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], LayerCache | None, FirstValue | None]:
-        """Return the layer's output, its cache, which holds the memory's keys and values, and None.
-
-        `inputs.memory` replaces the contents of the cache; if it is None, the cache must hold them.
-        """
-        assert layer_cache is None or isinstance(layer_cache, KVCache)
-        memory, embed = inputs.memory, x.shape[-1]
-        query = self.project(x, "query", embed)
-        if memory is not None:
-            key, value = (self.project(memory.hidden, name, embed) for name in ("key", "value"))
-            key_segments = memory.segments
-            if layer_cache is not None:
-                assert memory.mask is None, "a KV cache cannot hold memory.mask"
-                cache_dtype = layer_cache.key.dtype
-                layer_cache = KVCache(key.astype(cache_dtype), value.astype(cache_dtype))
-        else:
-            assert layer_cache is not None and inputs.cache is not None, (
-                "cross-attention needs a memory or cache"
-            )
-            key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
-            key_segments = inputs.cache.context
-        mask = self.spec.mask() & segments(inputs.segments, key_segments)
-        if memory is not None and memory.mask is not None:
-            mask = mask & memory.mask
-        return self._attend(query, key, value, mask, embed, deterministic), layer_cache, None
-
-
-class PerceiverAttention(AttentionLayer):
-    """Attention to the concatenation of the normalised memory and the tokens, without positions.
-
-    The memory must have the model's width.
-    """
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        inputs: SequenceInputs,
-        layer_cache: LayerCache | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T E"], LayerCache | None, FirstValue | None]:
-        """Return the layer's output, the unchanged cache (it caches nothing), and None."""
-        memory, embed = inputs.memory, x.shape[-1]
-        assert memory is not None, "Perceiver attention needs a memory"
-        normed = self.norm.build(self.dtypes, name="memory_norm")(memory.hidden)
-        memory_and_tokens = jnp.concatenate([normed, x], axis=1)
-        query = self.project(x, "query", embed)
-        key, value = (self.project(memory_and_tokens, name, embed) for name in ("key", "value"))
-        key_segments = jnp.concatenate([memory.segments, inputs.segments], axis=1)
-        mask = segments(inputs.segments, key_segments)
-        return self._attend(query, key, value, mask, embed, deterministic), layer_cache, None
-
-
 def join_documents(
     mask: Mask,
     inputs,
-    key_segments: Int[Array, "B S"],
+    key_segments: Int[Array, "B S"] | None = None,
     gather: Callable[[Array], Array] = lambda x: x,
 ) -> Mask:
     """Return the mask of self-attention: the mask of the spec, within documents.
@@ -317,15 +337,18 @@ def join_documents(
     Args:
       mask: mask of the layer's spec.
       inputs: `SequenceInputs` of the stack.
-      key_segments: document id of each slot of the KV cache, or of each token without a cache.
+      key_segments: document id of each slot of the KV cache; None without a cache.
       gather: returns the values of the slots that the keys are in.
     """
     if inputs.bidirectional_ids is not None:
         # Pad to the cache's length: the remaining slots are empty.
-        padding = key_segments.shape[1] - inputs.segments.shape[1]
+        padding = 0 if key_segments is None else key_segments.shape[1] - inputs.segments.shape[1]
         key_ids = jnp.pad(inputs.bidirectional_ids, [(0, 0), (0, padding)])
         mask = mask | segments(inputs.bidirectional_ids, gather(key_ids))
-    return mask & segments(inputs.segments, gather(key_segments))
+    if key_segments is not None:
+        return mask & segments(inputs.segments, gather(key_segments))
+    own = inputs.documents.mask(inputs.documents)
+    return mask if own is None else mask & own
 
 
 def share_block_masks(
@@ -356,7 +379,7 @@ def share_block_masks(
     distinct = tuple(dict.fromkeys(specs))
     masks = []
     for spec in distinct:
-        mask = join_documents(spec.mask(), inputs, inputs.segments)
+        mask = join_documents(spec.mask(), inputs)
         queries = shape(attention.heads, "heads")
         options: dict[str, Any] = {"dropout": dropout, "return_weights": sow}
         if spec.normalizer is not None and spec.normalizer.softmax_sink is None:

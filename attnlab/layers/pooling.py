@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.layers.attention import AttentionConfig, CrossAttention, EncoderOutput, SequenceInputs
+from attnlab.layers.attention import AttentionConfig, EncoderOutput, SequenceInputs, documents
+from attnlab.layers.cross_attention import CrossAttention
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, Embedding, Linear
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
@@ -111,7 +112,7 @@ class Pool(nn.Module):
         probe = Embedding(1, e, ("sequence", "embed"), self.std, self.dtypes, name="probe")()
         query = constrain(jnp.broadcast_to(probe[None], (b, 1, e)), "batch", "sequence", None)
         zero = jnp.zeros_like(tokens.segments[:, :1])
-        inputs = SequenceInputs(segments=zero + 1, positions=zero, memory=tokens)
+        inputs = SequenceInputs(documents(None, zero), positions=zero, memory=tokens)
         attention = CrossAttention(
             self.attention,
             Bidirectional(),

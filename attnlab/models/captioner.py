@@ -5,9 +5,9 @@ arXiv 1502.03044; Flamingo, arXiv 2204.14198.
 
 from dataclasses import dataclass, field, replace
 
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.attention import EncoderOutput, SegmentIds
 from attnlab.layers.blocks import CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.layers.linear import Linear
 from attnlab.layers.specs import NoPositions
@@ -96,7 +96,7 @@ class Captioner(Seq2Seq):
             self.projection = Linear(*sizes, ("norm", "embed"), std, True, c.decoder.dtypes)
 
     def encode(
-        self, source: Array, source_segments: Int[Array, "B S"] | None = None, *, deterministic: bool = True
+        self, source: Array, source_segments: SegmentIds = None, *, deterministic: bool = True
     ) -> EncoderOutput:
         """Return the sequence that the decoder cross-attends to; see `Seq2Seq.encode`."""
         memory = super().encode(source, source_segments, deterministic=deterministic)

@@ -38,13 +38,14 @@ class Model(nn.Module):
 
     Args:
       tokens: token ids, (B, T).
-      segment_ids: document id of each token in a packed row, 0 at padding, (B, T); None means one
-        document per row.
+      segment_ids: document id of each token in a packed row, 0 at padding, (B, T). If each row
+        holds one document with its padding at the end, its number of tokens, (B,). None means one
+        document per row without padding.
       positions: position of each token in its document, (B, T); None counts from 0, or from the
         number of tokens in the cache.
       source: source of each row: token ids (B, S), or images or audio features (B, S, ...). None
         means that the cache holds its encoding.
-      source_segments: 0 at padding of the source, (B, S); None means no padding.
+      source_segments: the same for the source, (B, S) or (B,).
       cache: state of the model after the preceding tokens, from `init_cache`. `hidden` and
         `__call__` then return a pair: the result and the updated cache.
       deterministic: disable dropout; otherwise an rng named "dropout" is needed.

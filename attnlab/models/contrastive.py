@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError, check_fields
+from attnlab.layers.attention import SegmentIds, documents
 from attnlab.layers.contrastive_loss import ClipLoss, PairLogits, SiglipLoss
 from attnlab.layers.linear import Linear, parameter
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
@@ -76,16 +77,14 @@ class TextTower(TextModel):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B 1 E"]:
         """Return the activations of each row's pooled token; see `Model`."""
         x, _ = self.forward(tokens, segment_ids, positions, deterministic=deterministic)
-        index = self.config.pooling.token_index(
-            tokens, jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        )
+        index = self.config.pooling.token_index(tokens, documents(segment_ids, tokens).ids)
         selected = index[:, None] == jnp.arange(tokens.shape[1])[None]
         return jnp.sum(x * selected[..., None].astype(x.dtype), axis=1, keepdims=True)
 
@@ -206,7 +205,7 @@ class Contrastive(Model):
     def encode_image(
         self,
         source: Float[Array, "B height width channels"],
-        source_segments: Int[Array, "B height"] | None = None,
+        source_segments: SegmentIds = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B width"]:
@@ -217,7 +216,7 @@ class Contrastive(Model):
     def encode_text(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         deterministic: bool = True,
@@ -229,11 +228,11 @@ class Contrastive(Model):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         source: Float[Array, "B height width channels"],
-        source_segments: Int[Array, "B height"] | None = None,
+        source_segments: SegmentIds = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B width"], Float[Array, "B width"]]:
         """Return the vectors of a batch's images and texts; see `Model`."""
@@ -244,13 +243,13 @@ class Contrastive(Model):
         self,
         images: Float[Array, "B width"],
         texts: Float[Array, "B width"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
     ) -> PairLogits:
         """Return the logits of all pairs; rows without tokens are padding of the batch."""
         all_images, all_texts = (constrain(x, None, None) for x in (images, texts))
         if segment_ids is None:
-            segment_ids = jnp.ones((len(texts), 1), jnp.int32)
-        valid = constrain(jnp.any(segment_ids > 0, axis=1), None)
+            segment_ids = jnp.ones(len(texts), jnp.int32)
+        valid = constrain(jnp.any(segment_ids.reshape(len(texts), -1) > 0, axis=1), None)
         return PairLogits(self._logits(texts, all_images), self._logits(images, all_texts), valid)
 
     def _logits(self, x: Float[Array, "B width"], others: Float[Array, "C width"]) -> Float[Array, "B C"]:

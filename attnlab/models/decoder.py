@@ -18,10 +18,10 @@ from attnlab.attention.masks.base import Index
 from attnlab.attention.scores import Score
 from attnlab.layers.attention import (
     AttentionLayer,
-    CrossAttention,
     EncoderOutput,
-    PerceiverAttention,
+    SegmentIds,
     SequenceInputs,
+    documents,
     join_documents,
 )
 from attnlab.layers.blocks import (
@@ -33,6 +33,7 @@ from attnlab.layers.blocks import (
     LayerStack,
     PerceiverAttentionConfig,
 )
+from attnlab.layers.cross_attention import CrossAttention, PerceiverAttention
 from attnlab.layers.experts import Experts, ExpertsConfig
 from attnlab.layers.linear import Bias, Dropout, Embedding, look_up, parameter
 from attnlab.layers.readout import scaled
@@ -176,7 +177,7 @@ class TextModel(Model):
     def forward(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         cache: DecoderCache | None = None,
@@ -202,27 +203,24 @@ class TextModel(Model):
           embedded: input of the first layer; None means the output of `embed`.
           bidirectional_ids: see `SequenceInputs`; supported only with an empty cache or none.
         """
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
+        rows = documents(segment_ids, tokens)
         if positions is None:
             positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1])[None]
             if cache is not None:
                 before = jnp.sum(cache.segments > 0, axis=1, keepdims=True, dtype=jnp.int32)
-                counts = jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32)
+                counts = jnp.cumsum(rows.ids > 0, axis=1, dtype=jnp.int32)
                 positions = jnp.maximum(before + counts - 1, 0)
-        segment_ids, positions = (constrain(a, "batch", "sequence") for a in (segment_ids, positions))
+        positions = constrain(positions, "batch", "sequence")
         if embedded is None:
             embedded = self.embed(tokens, positions, deterministic=deterministic, table=table, added=added)
         layer_caches, shared = None, None
         if cache is not None:
-            layer_caches, cache = cache.layers, cache.advance(segment_ids)
+            layer_caches, cache = cache.layers, cache.advance(rows.ids)
             if memory is not None:
                 cache = replace(cache, context=constrain(memory.segments, "batch", None))
             shared = replace(cache, layers=None)
         relative_bias_table = self.relative() if isinstance(self.config.positions, RelativeBias) else None
-        inputs = SequenceInputs(
-            segment_ids, positions, shared, memory, relative_bias_table, bidirectional_ids
-        )
+        inputs = SequenceInputs(rows, positions, shared, memory, relative_bias_table, bidirectional_ids)
         x, layer_caches = self.layers(embedded, layer_caches, inputs, deterministic)
         if self.config.placement != "post":  # with "post", the last block already ends with a norm
             x = self.norm(x)
@@ -246,7 +244,7 @@ class Decoder(TextModel):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         cache: DecoderCache | None = None,
@@ -415,7 +413,7 @@ class SelfAttention(AttentionLayer):
         query, key, value = mixer.project(self, x, rotate)
         value, first_value = mixer.mix_values(self, value, inputs.first_value)
         offset: Index = 0
-        mask, key_segments, cache = spec.mask(), inputs.segments, inputs.cache
+        mask, key_segments, cache = spec.mask(), None, inputs.cache
         cached = CachedKeys(key, value)
         if cache is not None and layer_cache is not None:
             offset, key_segments = cache.index - x.shape[1], cache.segments

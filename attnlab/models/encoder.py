@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.attention import EncoderOutput, SegmentIds, documents
 from attnlab.layers.blocks import LayerStack
 from attnlab.layers.linear import Linear, look_up
 from attnlab.layers.readout import LossTerms
@@ -145,7 +145,7 @@ class Encoder(TextModel):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         deterministic: bool = True,
@@ -168,25 +168,23 @@ class Encoder(TextModel):
     def encode(
         self,
         source: Int[Array, "B S"],
-        source_segments: Int[Array, "B S"] | None = None,
+        source_segments: SegmentIds = None,
         *,
         deterministic: bool = True,
         table: Float[Array, "V E"] | None = None,
     ) -> EncoderOutput:
         """Return the encoder output of a text; `source_segments` is 0 at padding."""
-        if source_segments is None:
-            source_segments = jnp.ones_like(source)
-        positions = jnp.maximum(jnp.cumsum(source_segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
+        rows = documents(source_segments, source)
+        positions = jnp.maximum(jnp.cumsum(rows.ids > 0, axis=1, dtype=jnp.int32) - 1, 0)
         x = self.hidden(source, source_segments, positions, deterministic=deterministic, table=table)
-        return EncoderOutput(x, source_segments)
+        return EncoderOutput(x, rows)
 
     def features(
         self, tokens, segment_ids=None, positions=None, *, deterministic=True, **inputs
     ) -> Float[Array, "B T W"]:
         """Return the head's features; those of a document are repeated at all of its tokens."""
         x = self.hidden(tokens, segment_ids, positions, deterministic=deterministic, **inputs)
-        segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        return self.head(x, segments, deterministic)
+        return self.head(x, documents(segment_ids, tokens).ids, deterministic)
 
     def logits_of(self, x: Float[Array, "B T W"]) -> Float[Array, "B T outputs"]:
         """Return the head's logits, or pooled vectors, of `features`."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import gather_rows
-from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.attention import EncoderOutput, SegmentIds, documents
 from attnlab.layers.linear import Dropout, Dtypes, Embedding, look_up
 from attnlab.layers.recurrent import GRUConfig, LSTMConfig, RecurrentLayerConfig, RecurrentStack, State
 from attnlab.models.config import Model, ModelConfig, set_vocab_size
@@ -143,7 +143,7 @@ class Recurrent(Model):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         cache: RecurrentCache | None = None,
@@ -160,10 +160,9 @@ class Recurrent(Model):
           deterministic: see `Model`.
         """
         c = self.config
-        valid = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         places = jnp.ones_like(tokens) if positions is None else positions
         states = c.layers.empty(tokens.shape[0], c.depth) if cache is None else cache.layers
-        valid, is_first = (valid > 0)[..., None], (places == 0)[..., None]
+        valid, is_first = (documents(segment_ids, tokens).ids > 0)[..., None], (places == 0)[..., None]
         x, states = self.layers(self.embed(tokens), valid, is_first, states, deterministic)
         x = self.drop(x, deterministic=deterministic)
         return x if cache is None else (x, RecurrentCache(states))

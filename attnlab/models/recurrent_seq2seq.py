@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.errors import InputError
 from attnlab.layers.alignment import AdditiveConfig, AlignedStack, DotConfig, GeneralConfig, NoAttention
-from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.attention import Documents, EncoderOutput, SegmentIds, documents
 from attnlab.layers.recurrent import RecurrentStack
 from attnlab.models.flops import TokenFlops
 from attnlab.models.recurrent import Recurrent, RecurrentCache, RecurrentConfig
@@ -79,24 +79,24 @@ class RecurrentSeq2Seq(Recurrent):
     def encode(
         self,
         source: Int[Array, "B S"],
-        source_segments: Int[Array, "B S"] | None = None,
+        source_segments: SegmentIds = None,
         *,
         deterministic: bool = True,
     ) -> RecurrentCache:
         """Return the decoder's initial states, and the encoder output that it attends to."""
-        segment_ids = jnp.ones_like(source) if source_segments is None else source_segments
-        valid, states = (segment_ids > 0)[..., None], self.init_cache(len(source), 0).layers
+        rows = documents(source_segments, source)
+        valid, states = (rows.ids > 0)[..., None], self.init_cache(len(source), 0).layers
         x, states = self.encoder(self.embed(source), valid, jnp.zeros_like(valid), states, deterministic)
-        return RecurrentCache(states, EncoderOutput(x, (segment_ids > 0).astype(jnp.int32)))
+        return RecurrentCache(states, EncoderOutput(x, Documents((rows.ids > 0).astype(jnp.int32))))
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         source: Int[Array, "B S"] | None = None,
-        source_segments: Int[Array, "B S"] | None = None,
+        source_segments: SegmentIds = None,
         cache: RecurrentCache | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T E"] | tuple[Float[Array, "B T E"], RecurrentCache]:
@@ -116,7 +116,7 @@ class RecurrentSeq2Seq(Recurrent):
           InputError: neither a source nor a cache with an encoder output is given.
         """
         del positions
-        segments = jnp.ones_like(tokens) if segment_ids is None else (segment_ids > 0).astype(jnp.int32)
+        segments = (documents(segment_ids, tokens).ids > 0).astype(jnp.int32)
         encoded = (
             cache if source is None else self.encode(source, source_segments, deterministic=deterministic)
         )

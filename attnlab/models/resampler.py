@@ -8,9 +8,8 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
-from attnlab.layers.attention import EncoderOutput, SequenceInputs
+from attnlab.layers.attention import EncoderOutput, SequenceInputs, documents
 from attnlab.layers.blocks import BlockConfig, LayerStack, PerceiverAttentionConfig
 from attnlab.layers.linear import Embedding
 from attnlab.layers.specs import Bidirectional, NoPositions
@@ -56,16 +55,14 @@ class Resampler(nn.Module):
 
         They attend to document 1 of `memory`.
         """
-        c, block, rows = self.config, self.block, memory.hidden.shape[0]
+        c, block, batch = self.config, self.block, memory.hidden.shape[0]
         table = Embedding(c.latents, block.width, ("sequence", "embed"), block.init.std, block.dtypes)
-        x = jnp.broadcast_to(table()[None], (rows, c.latents, block.width))
+        x = jnp.broadcast_to(table()[None], (batch, c.latents, block.width))
         x = constrain(x, "batch", "sequence", None)
         block = replace(block, depth=c.depth, positions=NoPositions(), cross=PerceiverAttentionConfig())
-        segments: Int[Array, "B R"] = constrain(jnp.ones(x.shape[:2], jnp.int32), "batch", "sequence")
+        rows = documents(None, x[..., 0])
         stack = LayerStack(Block, block, (Bidirectional(),), self.scan, self.remat, name="layers")
-        x, _ = stack(
-            x, None, SequenceInputs(segments, jnp.zeros_like(segments), memory=memory), deterministic
-        )
+        x, _ = stack(x, None, SequenceInputs(rows, jnp.zeros_like(rows.ids), memory=memory), deterministic)
         if block.placement != "post":  # with "post", the last block already ends with a norm
             x = block.norm.build(block.dtypes, name="norm")(x)
-        return EncoderOutput(x, segments)
+        return EncoderOutput(x, rows)

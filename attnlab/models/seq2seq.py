@@ -3,18 +3,16 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import DecoderCache
-from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.attention import EncoderOutput, SegmentIds
 from attnlab.layers.blocks import CrossAttentionConfig
 from attnlab.models.config import Model, ModelConfig, SourceConfig
 from attnlab.models.decoder import DecoderConfig, TextConfig
 from attnlab.models.encoder import EncoderConfig
 from attnlab.models.flops import TokenFlops
 from attnlab.models.generation_defaults import GenerationDefaults
-from attnlab.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -117,25 +115,22 @@ class Seq2Seq(Model):
     def encode(
         self,
         source: Array,
-        source_segments: Int[Array, "B S"] | None = None,
+        source_segments: SegmentIds = None,
         *,
         deterministic: bool = True,
     ) -> EncoderOutput:
         """Return the encoder output that the decoder cross-attends to; see `Model`."""
-        if source_segments is None:
-            source_segments = jnp.ones_like(source[(..., *(0,) * (source.ndim - 2))], jnp.int32)
-        source_segments = constrain(source_segments, "batch", "sequence")
         table = {"table": self.decoder.embedding()} if self.config.shared_embedding else {}
         return self.encoder.encode(source, source_segments, deterministic=deterministic, **table)
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         source: Array | None = None,
-        source_segments: Int[Array, "B S"] | None = None,
+        source_segments: SegmentIds = None,
         cache: DecoderCache | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T E"] | tuple[Float[Array, "B T E"], DecoderCache]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import EncoderOutput, SequenceInputs
+from attnlab.layers.attention import EncoderOutput, SegmentIds, SequenceInputs, documents
 from attnlab.layers.convolution import Convolution1d
 from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Dropout, parameter
@@ -101,7 +101,7 @@ class SpeechEncoder(Model):
     def encode(
         self,
         source: Float[Array, "B S mels"],
-        source_segments: Int[Array, "B S"] | None = None,
+        source_segments: SegmentIds = None,
         *,
         deterministic: bool = True,
     ) -> EncoderOutput:
@@ -116,19 +116,18 @@ class SpeechEncoder(Model):
                 f"the encoder accepts at most {c.frames} frames of {c.mels} mels, not {source.shape[1]} of "
                 f"{source.shape[2]}"
             )
-        if source_segments is None:
-            source_segments = jnp.ones_like(source[..., 0], jnp.int32)
-        gelu, valid = ACTIVATIONS["gelu_exact"], (source_segments > 0)[..., None]
+        frames = documents(source_segments, source[..., 0])
+        gelu, valid = ACTIVATIONS["gelu_exact"], (frames.ids > 0)[..., None]
         # Zero the padding before and between the convolutions, so that it does not affect the
         # output.
         x = jnp.where(valid, gelu(self.convolution1(jnp.where(valid, source, 0))), 0)
         x = gelu(self.convolution2(x))
-        segments = constrain(source_segments[:, ::2], "batch", "sequence")
+        rows = frames.every(2)
         x = x + jax.lax.stop_gradient(self.position_embedding)[None, : x.shape[1]]
         x = self.drop(constrain(x, "batch", "sequence", None), deterministic=deterministic)
-        positions = jnp.zeros_like(segments) + jnp.arange(segments.shape[1])[None]
-        x, _ = self.layers(x, None, SequenceInputs(segments, positions), deterministic)
-        return EncoderOutput(x if c.placement == "post" else self.norm(x), segments)
+        positions = jnp.zeros_like(rows.ids) + jnp.arange(rows.ids.shape[1])[None]
+        x, _ = self.layers(x, None, SequenceInputs(rows, positions), deterministic)
+        return EncoderOutput(x if c.placement == "post" else self.norm(x), rows)
 
 
 def sinusoids(length: int, width: int) -> Float[np.ndarray, "T E"]:

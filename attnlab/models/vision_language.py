@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab.attention.kv_cache import DecoderCache
 from attnlab.errors import check_fields
-from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.attention import EncoderOutput, SegmentIds, documents
 from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Linear
 from attnlab.models.flops import TokenFlops
@@ -115,7 +115,7 @@ class VisionLanguageModel(Seq2Seq):
         return Linear((inputs,), (d.width,), axes, d.init.hidden_std(inputs), c.projector.bias, d.dtypes)
 
     def encode(
-        self, source: Array, source_segments: Int[Array, "B S"] | None = None, *, deterministic: bool = True
+        self, source: Array, source_segments: SegmentIds = None, *, deterministic: bool = True
     ) -> EncoderOutput:
         """Return the image tokens of the decoder; see `Seq2Seq.encode` for the arguments."""
         c, first = self.config, self.config.encoder.num_prefix_tokens
@@ -125,16 +125,16 @@ class VisionLanguageModel(Seq2Seq):
         x = self.projection(encoded.hidden[:, first:])
         if c.projector.activation:
             x = self.projection_out(ACTIVATIONS[c.projector.activation](x))
-        return EncoderOutput(x, encoded.segments[:, first:])
+        return EncoderOutput(x, encoded.documents.after(first))
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: SegmentIds = None,
         positions: Int[Array, "B T"] | None = None,
         *,
         source: Array | None = None,
-        source_segments: Int[Array, "B S"] | None = None,
+        source_segments: SegmentIds = None,
         cache: DecoderCache | None = None,
         deterministic: bool = True,
         prompt: Int[Array, "B T"] | None = None,
@@ -143,7 +143,7 @@ class VisionLanguageModel(Seq2Seq):
 
         Args:
           tokens: token ids, with `config.image_token_id` at the positions of patches.
-          segment_ids: 0 at padding; None means no padding.
+          segment_ids: see `Model`.
           positions: position of each text token, not counting image tokens before the text.
           source: images, (B, height, width, channels).
           source_segments: 0 at padding rows of pixels; None means no padding.
@@ -161,13 +161,10 @@ class VisionLanguageModel(Seq2Seq):
                 tokens, segment_ids, positions, cache=cache, deterministic=deterministic
             )
         image = self.encode(source, source_segments, deterministic=deterministic)
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
+        rows = documents(segment_ids, tokens)
         if positions is None:
-            positions = n + jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32) - 1, 0)
-        tokens, segment_ids, positions = (
-            constrain(a, "batch", "sequence") for a in (tokens, segment_ids, positions)
-        )
+            positions = n + jnp.maximum(jnp.cumsum(rows.ids > 0, axis=1, dtype=jnp.int32) - 1, 0)
+        tokens, positions = (constrain(a, "batch", "sequence") for a in (tokens, positions))
         if c.image_token_id is None:
             is_image = jnp.zeros_like(tokens, bool)
             x = self.decoder.embed(tokens, positions, deterministic=deterministic)
@@ -179,17 +176,18 @@ class VisionLanguageModel(Seq2Seq):
             placed = jax.vmap(lambda rows, i: rows[i])(image.hidden, image_index)
             x = jnp.where(is_image[..., None], constrain(placed, "batch", "sequence", None), x)
         if prompt is None:
-            prompt = (segment_ids > 0) if cache is not None else is_image
+            prompt = (rows.ids > 0) if cache is not None else is_image
         prompt = constrain(prompt.astype(jnp.int32), "batch", "sequence")
         if n:
             places = jnp.zeros_like(image.segments) + jnp.arange(n)[None]
-            pairs = ((image.hidden, x), (image.segments, segment_ids), (places, positions))
-            x, segment_ids, positions = (jnp.concatenate(pair, axis=1) for pair in pairs)
+            rows = image.documents.followed_by(rows)
+            x = jnp.concatenate([image.hidden, x], axis=1)
+            positions = jnp.concatenate([places, positions], axis=1)
             prompt = jnp.concatenate([image.segments, prompt], axis=1)
             tokens = jnp.concatenate([jnp.zeros_like(image.segments), tokens], axis=1)
         ids = prompt if c.bidirectional_prompt else None
         options = {"deterministic": deterministic, "embedded": x, "bidirectional_ids": ids}
-        x = self.decoder.hidden(tokens, segment_ids, positions, cache=cache, **options)
+        x = self.decoder.hidden(tokens, rows.segment_ids, positions, cache=cache, **options)
         return x[:, n:] if cache is None else (x[0][:, n:], x[1])
 
     def init_cache(self, batch: int, slots: int) -> DecoderCache:

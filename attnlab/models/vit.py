@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.errors import InputError
-from attnlab.layers.attention import EncoderOutput, SequenceInputs
+from attnlab.layers.attention import EncoderOutput, SegmentIds, SequenceInputs, documents
 from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.linear import Bias, Dropout, Embedding
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
@@ -19,7 +19,7 @@ from attnlab.layers.specs import Bidirectional, LayerSpec
 from attnlab.models.config import Model, SourceConfig, TransformerConfig
 from attnlab.models.decoder import layer_stack
 from attnlab.models.flops import TokenFlops
-from attnlab.sharding import batch_zeros, constrain
+from attnlab.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class ViT(Model):
     def embed(
         self,
         images: Float[Array, "B height width channels"],
-        segments: Int[Array, "B height"] | None,
+        segment_ids: SegmentIds,
         masked: Bool[Array, "B patches"] | None,
         deterministic: bool,
     ) -> EncoderOutput:
@@ -202,15 +202,11 @@ class ViT(Model):
             x = jnp.concatenate([constrain(prefix, "batch", "sequence", None), x], axis=1)
         if c.embedding_norm:
             x = self.embedding_norm(x)
-        if segments is None:
-            segments = batch_zeros((b, sides[0]), jnp.int32) + 1
-        # A patch has the segment of its first row of pixels.
-        patch_segments = segments[:, :: c.patch[0], None][:, :rows]
-        patch_segments = jnp.broadcast_to(patch_segments, (b, rows, columns)).reshape(b, rows * columns)
-        patch_segments = jnp.concatenate(
-            [batch_zeros((b, c.num_prefix_tokens), jnp.int32) + 1, patch_segments], axis=1
-        )
-        return EncoderOutput(self.drop(x, deterministic=deterministic), patch_segments)
+        # A patch has the document of its first row of pixels.
+        pixels = documents(segment_ids, images[:, : rows * c.patch[0], 0, 0])
+        of_patches = pixels.every(c.patch[0]).repeated(columns)
+        of_prefix = documents(None, x[:, : c.num_prefix_tokens, 0])
+        return EncoderOutput(self.drop(x, deterministic=deterministic), of_prefix.followed_by(of_patches))
 
     def _prefix_tokens(self, positions: Float[Array, "class_tokens E"]) -> Float[Array, "prefix E"]:
         c = self.config
@@ -222,7 +218,7 @@ class ViT(Model):
     def encode(
         self,
         source: Float[Array, "B height width channels"],
-        source_segments: Int[Array, "B height"] | None = None,
+        source_segments: SegmentIds = None,
         *,
         deterministic: bool = True,
         masked: Bool[Array, "B patches"] | None = None,
@@ -239,7 +235,7 @@ class ViT(Model):
         """
         tokens = self.embed(source, source_segments, masked, deterministic)
         positions = jnp.zeros_like(tokens.segments) + jnp.arange(tokens.segments.shape[1])[None]
-        x, _ = self.layers(tokens.hidden, None, SequenceInputs(tokens.segments, positions), deterministic)
+        x, _ = self.layers(tokens.hidden, None, SequenceInputs(tokens.documents, positions), deterministic)
         if self.config.placement != "post":  # with "post", the last block already ends with a norm
             # Always call the norm: checkpoints contain its parameters even where they are unused.
             normed = self.norm(x)
@@ -257,7 +253,7 @@ class ViT(Model):
         positions: Int[Array, "B 1"] | None = None,
         *,
         source: Float[Array, "B height width channels"],
-        source_segments: Int[Array, "B height"] | None = None,
+        source_segments: SegmentIds = None,
         deterministic: bool = True,
     ) -> Float[Array, "B patches E"]:
         """Return the activations of `encode` for the images of a batch; its tokens are ignored."""

@@ -1,6 +1,7 @@
 """The attention backend of each layer of an experiment, with the reasons against faster ones."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from attnlab.attention.backends.registry import (
     PLAIN_JAX,
     Selection,
     exclude_backends,
+    only_shapes,
     record_selections,
 )
 from attnlab.config import render
@@ -79,8 +81,16 @@ def layer_backends(session: Session) -> list[LayerBackend]:
 
     step = make_train_step(session.model, session.experiment, session.optimizer)
     state, batch = session.abstract_state, session.abstract_batch
-    recording = record_selections(record), nn.intercept_methods(intercept)
-    with session.use_mesh(), exclude_backends(**session.fallback.refused), recording[0], recording[1]:
+    contexts = (
+        session.use_mesh(),
+        only_shapes(),
+        exclude_backends(**session.fallback.refused),
+        record_selections(record),
+        nn.intercept_methods(intercept),
+    )
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
         jax.eval_shape(step, state, batch)
     return list(layers.values())
 

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array
 
 from attnlab import sharding
+from attnlab.attention.backends.registry import only_shapes
 from attnlab.data import Batch
 from attnlab.data.batch import batch_from_spec
 from attnlab.sharding import out_sharding
@@ -59,7 +60,8 @@ class TrainState:
 def init_params(model: nn.Module, experiment: Experiment):
     """Initialize the model's parameters from the experiment's seed, sharded over the mesh."""
     batch = batch_from_spec(experiment.data.element_spec(), sharding.batch_zeros)
-    return model.init(_keys(experiment)[0], **batch.inputs)["params"]
+    with only_shapes():  # parameters do not depend on activations
+        return model.init(_keys(experiment)[0], **batch.inputs)["params"]
 
 
 def init_trainable(experiment: Experiment, params: Any) -> tuple[Any, Any]:

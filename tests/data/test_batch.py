@@ -49,20 +49,20 @@ def test_each_row_is_one_example(shape):
     for batch in batches:
         shapes = {name: (a.shape, a.dtype) for name, a in batch._asdict().items() if a is not None}
         assert shapes == spec
-    rows = [row for batch in batches for row in zip(*(a for a in batch if a is not None), strict=True)]
+    rows = [batch.map(lambda x, i=i: x[i]) for batch in batches for i in range(4)]
     assert len(rows) == 12  # ten examples, padded to three batches of four rows
     for i, row in enumerate(rows):
-        tokens, targets, weights, segments, positions, num_bytes, *source = row
+        tokens, targets, weights, segments, positions, num_bytes, values, valid, length, source_length = row
         n = i % 3 + 1 if i < 10 else 0
         np.testing.assert_array_equal(tokens, targets)
         np.testing.assert_array_equal(tokens, [i] * n + [0] * (3 - n))
         np.testing.assert_array_equal(weights, segments)
         np.testing.assert_array_equal(segments, [1] * n + [0] * (3 - n))
         np.testing.assert_array_equal(positions, [*range(n), *[0] * (3 - n)])
-        assert num_bytes == n
-        if source:
+        assert num_bytes == length == n
+        if shape is not None:
             s = i % 4 + 1 if i < 10 else 0
-            values, valid = source
+            assert source_length == s
             np.testing.assert_array_equal(valid, [1] * s + [0] * (4 - s))
             assert values.dtype == (np.int32 if len(shape) == 1 else np.float32)
             assert (values[:s] == i + 1).all() and not values[s:].any()

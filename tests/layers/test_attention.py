@@ -10,7 +10,7 @@ import pytest
 from attnlab import sharding
 from attnlab.attention import mask_fn
 from attnlab.layers import AttentionConfig, Bidirectional, Causal, RelativeBias, Sliding
-from attnlab.layers.attention import EncoderOutput, LayerSpec
+from attnlab.layers.attention import Documents, EncoderOutput, LayerSpec
 from attnlab.layers.blocks import CrossAttentionConfig
 from attnlab.models import DecoderConfig
 
@@ -21,7 +21,7 @@ SLIDING = dataclasses.replace(CONFIG, pattern=(Sliding(4), Sliding(9)))
 RNG = np.random.default_rng(0)
 TOKENS = jnp.asarray(RNG.integers(1, 30, (2, 9)), jnp.int32)
 MEMORY = EncoderOutput(
-    jnp.asarray(RNG.normal(size=(2, 5, 12)), jnp.float32), jnp.array([[1] * 5, [1, 1, 1, 0, 0]])
+    jnp.asarray(RNG.normal(size=(2, 5, 12)), jnp.float32), Documents(jnp.array([[1] * 5, [1, 1, 1, 0, 0]]))
 )
 
 
@@ -46,11 +46,11 @@ def test_cross_attention_attends_to_all_but_padding():
 def test_cross_attention_keeps_packed_documents_apart():
     model, params = decoder()
     segments = jnp.array([[1] * 4 + [2] * 5])
-    memory = EncoderOutput(MEMORY.hidden[:1], jnp.array([[1, 1, 2, 2, 2]]))
+    memory = EncoderOutput(MEMORY.hidden[:1], Documents(jnp.array([[1, 1, 2, 2, 2]])))
     positions = jnp.array([[*range(4), *range(5)]])
     both = model.apply({"params": params}, TOKENS[:1], segments, positions, memory=memory)
     for own, part in ((slice(4), slice(2)), (slice(4, 9), slice(2, 5))):
-        alone = EncoderOutput(memory.hidden[:, part], jnp.ones_like(memory.segments[:, part]))
+        alone = EncoderOutput(memory.hidden[:, part], Documents(jnp.ones_like(memory.segments[:, part])))
         expected = model.apply({"params": params}, TOKENS[:1, own], memory=alone)
         np.testing.assert_allclose(both[:, own], expected, rtol=1e-4, atol=1e-4)
 
@@ -96,7 +96,7 @@ def test_cross_attention_on_mesh_repeats_logits(mesh, mesh_of):
     expected = model.apply({"params": params}, TOKENS, memory=MEMORY)
     with jax.set_mesh(mesh_of(mesh)):
         tokens, segments = (sharding.constrain(x, "batch", None) for x in (TOKENS, MEMORY.segments))
-        memory = EncoderOutput(sharding.constrain(MEMORY.hidden, "batch", None, None), segments)
+        memory = EncoderOutput(sharding.constrain(MEMORY.hidden, "batch", None, None), Documents(segments))
         specs = jax.tree.map(
             lambda x: x.sharding.spec,
             jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, memory=memory))["params"],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnlab.layers import AttentionConfig, LayerNormConfig, MLPConfig
-from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.attention import Documents, EncoderOutput
 from attnlab.layers.linear import Dtypes
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Mean, Pool, Probe, pooled_width
 
@@ -24,7 +24,7 @@ def pool(kind, x, segments=SEGMENTS):
     module = Pool(
         kind, PREFIX, AttentionConfig(2, bias=True), MLPConfig(12), LayerNormConfig(), 0.5, Dtypes()
     )
-    tokens = EncoderOutput(jnp.asarray(x), jnp.asarray(segments))
+    tokens = EncoderOutput(jnp.asarray(x), Documents(jnp.asarray(segments)))
     return module.init_with_output(jax.random.key(0), tokens)
 
 

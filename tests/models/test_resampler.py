@@ -10,7 +10,7 @@ import pytest
 from attnlab import sharding
 from attnlab.attention import media
 from attnlab.layers import AttentionConfig, Causal, Dtypes, LayerNormConfig, MLPConfig, NoPositions, Normal
-from attnlab.layers.attention import EncoderOutput
+from attnlab.layers.attention import Documents, EncoderOutput
 from attnlab.layers.blocks import BlockConfig, CrossAttentionConfig, GatedCrossAttentionConfig
 from attnlab.models import DecoderConfig
 from attnlab.models.resampler import Resampler, ResamplerConfig
@@ -31,7 +31,7 @@ BLOCK = BlockConfig(
     dtypes=Dtypes(),
 )
 MEMORY = EncoderOutput(
-    jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32), jnp.array([[1] * 5, [1, 1, 1, 0, 0]])
+    jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32), Documents(jnp.array([[1] * 5, [1, 1, 1, 0, 0]]))
 )
 TEXT = DecoderConfig(
     depth=2,
@@ -120,7 +120,7 @@ def test_gated_cross_attention_starts_closed_and_learns():
 
 def test_media_mask_attends_to_last_preceding_image():
     model = TEXT.build(30, cross=CrossAttentionConfig())
-    images = EncoderOutput(MEMORY.hidden[:, :4], jnp.ones((2, 4), jnp.int32))
+    images = EncoderOutput(MEMORY.hidden[:, :4], Documents(jnp.ones((2, 4), jnp.int32)))
     markers = jnp.array([[0, 1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1]], bool)
 
     @jax.jit
@@ -128,7 +128,7 @@ def test_media_mask_attends_to_last_preceding_image():
         params = model.init(jax.random.key(0), TOKENS, memory=images)["params"]
 
         def at(values):
-            memory = EncoderOutput(values, images.segments, media(markers, tokens=2))
+            memory = EncoderOutput(values, images.documents, media(markers, tokens=2))
             return jnp.sin(model.apply({"params": params}, TOKENS, memory=memory)).sum((0, 2))
 
         return jax.jacrev(at)(values)[jnp.array([0, 3, 6])]

@@ -146,6 +146,8 @@ PLAIN_JAX = ("decode", "blockwise", "blockwise_autodiff", "reference")
 
 # Names that "auto" skips, with reasons. `jax.jit` traces again where this value differs.
 _excluded = jax.make_user_context(())
+# Whether only shapes are needed, see `only_shapes`.
+_only_shapes = jax.make_user_context(False)
 
 
 def register(backend: Backend, before: str | None = None) -> None:
@@ -208,6 +210,19 @@ def record_selections(record: Callable[[Selection], None]) -> Iterator[None]:
         yield
     finally:
         _recorders.reset(token)
+
+
+def only_shapes() -> AbstractContextManager:
+    """Trace `reference` instead of every backend in this context, for `jax.eval_shape`.
+
+    The libraries of a kernel's platform may then be absent.
+    """
+    return _only_shapes(True)
+
+
+def needs_only_shapes() -> bool:
+    """Return whether the program is traced within `only_shapes`."""
+    return _only_shapes.value
 
 
 def report_selection(backend: Backend, args: AttentionArgs) -> None:

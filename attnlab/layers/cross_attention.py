@@ -1,0 +1,80 @@
+"""Attention layers that attend to an encoder output."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnlab.attention import segments
+from attnlab.attention.kv_cache import KVCache, LayerCache
+from attnlab.layers.attention import AttentionLayer, SequenceInputs
+from attnlab.layers.specs import FirstValue
+
+
+class CrossAttention(AttentionLayer):
+    """Cross-attention to the whole encoder output, without positions.
+
+    Vaswani et al. 2017, section 3.2.3.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        inputs: SequenceInputs,
+        layer_cache: LayerCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T E"], LayerCache | None, FirstValue | None]:
+        """Return the layer's output, its cache, which holds the memory's keys and values, and None.
+
+        `inputs.memory` replaces the contents of the cache; if it is None, the cache must hold them.
+        """
+        assert layer_cache is None or isinstance(layer_cache, KVCache)
+        memory, embed = inputs.memory, x.shape[-1]
+        query = self.project(x, "query", embed)
+        if memory is not None:
+            key, value = (self.project(memory.hidden, name, embed) for name in ("key", "value"))
+            documents_mask = inputs.documents.mask(memory.documents)
+            if layer_cache is not None:
+                assert memory.mask is None, "a KV cache cannot hold memory.mask"
+                cache_dtype = layer_cache.key.dtype
+                layer_cache = KVCache(key.astype(cache_dtype), value.astype(cache_dtype))
+        else:
+            assert layer_cache is not None and inputs.cache is not None, (
+                "cross-attention needs a memory or cache"
+            )
+            key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
+            documents_mask = segments(inputs.segments, inputs.cache.context)
+        mask = self.spec.mask()
+        if documents_mask is not None:
+            mask = mask & documents_mask
+        if memory is not None and memory.mask is not None:
+            mask = mask & memory.mask
+        return self._attend(query, key, value, mask, embed, deterministic), layer_cache, None
+
+
+class PerceiverAttention(AttentionLayer):
+    """Attention to the concatenation of the normalised memory and the tokens, without positions.
+
+    The memory must have the model's width.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        inputs: SequenceInputs,
+        layer_cache: LayerCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T E"], LayerCache | None, FirstValue | None]:
+        """Return the layer's output, the unchanged cache (it caches nothing), and None."""
+        memory, embed = inputs.memory, x.shape[-1]
+        assert memory is not None, "Perceiver attention needs a memory"
+        normed = self.norm.build(self.dtypes, name="memory_norm")(memory.hidden)
+        memory_and_tokens = jnp.concatenate([normed, x], axis=1)
+        query = self.project(x, "query", embed)
+        key, value = (self.project(memory_and_tokens, name, embed) for name in ("key", "value"))
+        mask = self.spec.mask()
+        documents_mask = inputs.documents.mask(memory.documents.followed_by(inputs.documents))
+        if documents_mask is not None:
+            mask = mask & documents_mask
+        return self._attend(query, key, value, mask, embed, deterministic), layer_cache, None
