@@ -6,7 +6,8 @@ axes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "tensor")
-PRESETS = ("auto", "single", "data", "fsdp", "tensor", "fsdp_tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+PRESETS = ("auto", "single", "data", "fsdp", "tensor", "sequence", "fsdp_tensor")
 # Parts of the axes that cross the slow network between TPU slices, GPU nodes or processes. Only
 # axes with few collectives a step are worth it.
 SLOW_AXES = {"dcn_data": "data", "dcn_fsdp": "fsdp"}
@@ -27,7 +28,7 @@ SLOW_AXES = {"dcn_data": "data", "dcn_fsdp": "fsdp"}
 # parameters but not in activations.
 LOGICAL_AXIS_RULES: dict[str, tuple] = {
     "batch": (("data", "fsdp"), None),
-    "sequence": (None, None),
+    "sequence": ("sequence", None),
     "embed": (None, "fsdp"),
     "heads": ("tensor", "tensor"),
     "kv_heads": ("tensor", "tensor"),
@@ -51,9 +52,53 @@ def has_rules() -> bool:
     return set(MESH_AXES) <= set(explicit_axes)
 
 
-def spec(*names: str | None) -> P:
-    """Return the PartitionSpec of an activation whose dimensions have these logical names."""
-    return P(*(LOGICAL_AXIS_RULES[name][0] if name else None for name in names))
+# False where the length is not sharded, see `set_mesh_of_rows`.
+_shards_sequences = jax.make_user_context(True)
+
+
+@contextmanager
+def set_mesh_of_rows(mesh: Mesh) -> Iterator[None]:
+    """Use a mesh without sharding the length of activations, as for generation from a cache."""
+    with jax.set_mesh(mesh), _shards_sequences(False):
+        yield
+
+
+def axis_size(axis: str) -> int:
+    """Return the size of an axis of the current mesh; 1 if there is none."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def has_sharded_length(x: jax.Array) -> bool:
+    """Return whether the second dimension of an array of activations is sharded."""
+    return has_rules() and jax.typeof(x).sharding.spec[1] is not None
+
+
+def gather_length(x: jax.Array) -> jax.Array:
+    """Return activations with the whole length on every device that has a part of it."""
+    if not has_sharded_length(x):
+        return x
+    batch, _, *others = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, P(batch, None, *others))
+
+
+def shards_length(length: int) -> bool:
+    """Return whether a dimension "sequence" of this size is sharded: its mesh axis divides it."""
+    shards = axis_size("sequence")
+    return shards > 1 and has_rules() and _shards_sequences.value and length % shards == 0
+
+
+def spec(*names: str | None, shape: Sequence[int] | None = None) -> P:
+    """Return the PartitionSpec of an activation whose dimensions have these logical names.
+
+    Dimensions named "sequence" are sharded only if `shape` is given, see `shards_length`.
+    """
+
+    def axes(i: int, name: str | None):
+        if name is None or (name == "sequence" and not (shape and shards_length(shape[i]))):
+            return None
+        return LOGICAL_AXIS_RULES[name][0]
+
+    return P(*(axes(i, name) for i, name in enumerate(names)))
 
 
 def param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
@@ -84,12 +129,15 @@ def _param_mesh_axis(mesh, name: str, size: int, axis: str | None) -> str | None
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Reshard `x` by its logical axes; returns `x` unchanged where `has_rules` is false."""
-    return jax.sharding.reshard(x, spec(*names)) if has_rules() else x
+    return jax.sharding.reshard(x, spec(*names, shape=x.shape)) if has_rules() else x
 
 
-def out_sharding(*names: str | None) -> P | None:
-    """Return the `out_sharding` for a result with these axes; None where `has_rules` is false."""
-    return spec(*names) if has_rules() else None
+def out_sharding(*names: str | None, shape: Sequence[int] | None = None) -> P | None:
+    """Return the `out_sharding` for a result with these axes; None where `has_rules` is false.
+
+    See `spec` for `shape`.
+    """
+    return spec(*names, shape=shape) if has_rules() else None
 
 
 def batch_zeros(shape: Sequence[int], dtype) -> jax.Array:
@@ -167,7 +215,7 @@ def make_mesh(sizes: dict[str, int], devices: Sequence | None = None) -> Mesh:
 
     The slowest-varying part of an axis crosses slices, if `sizes` has one of `SLOW_AXES`.
     """
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
     slow = tuple(sizes.get(f"dcn_{axis}", 1) for axis in MESH_AXES)
     if math.prod(slow) > 1:

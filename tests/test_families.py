@@ -68,7 +68,7 @@ def name(request):
 @pytest.mark.slow
 def test_family_trains_on_mesh(name, mesh_of):
     e = small_experiment(name)
-    session = Session(e, mesh_of("data:2,fsdp:2,tensor:2"), e.data.build_tokenizer())
+    session = Session(e, mesh_of("fsdp:2,sequence:2,tensor:2"), e.data.build_tokenizer())
     state, losses = session.new_state(), []
     batches = e.data.train_iterator(session.tokenizer, seed=0, num_batches=2)
     for _ in range(e.train.steps):

@@ -18,19 +18,21 @@ from attnlab.sharding import (
 @pytest.mark.parametrize(
     "text, devices, sizes",
     [
-        ("single", 8, (1, 1, 1)),
-        ("data", 8, (8, 1, 1)),
-        ("fsdp", 6, (1, 6, 1)),
-        ("tensor", 4, (1, 1, 4)),
-        ("fsdp_tensor", 8, (1, 4, 2)),
-        ("fsdp_tensor", 16, (1, 4, 4)),
-        ("fsdp_tensor", 6, (1, 3, 2)),
-        ("fsdp_tensor", 7, (1, 7, 1)),
-        ("fsdp_tensor", 1, (1, 1, 1)),
-        ("data:2,fsdp:2,tensor:2", 8, (2, 2, 2)),
-        ("tensor:2", 8, (1, 1, 2)),
-        (" fsdp:4, data:2", 8, (2, 4, 1)),
-        ("auto", 8, (1, 8, 1)),
+        ("single", 8, (1, 1, 1, 1)),
+        ("data", 8, (8, 1, 1, 1)),
+        ("fsdp", 6, (1, 6, 1, 1)),
+        ("tensor", 4, (1, 1, 1, 4)),
+        ("fsdp_tensor", 8, (1, 4, 1, 2)),
+        ("fsdp_tensor", 16, (1, 4, 1, 4)),
+        ("fsdp_tensor", 6, (1, 3, 1, 2)),
+        ("fsdp_tensor", 7, (1, 7, 1, 1)),
+        ("fsdp_tensor", 1, (1, 1, 1, 1)),
+        ("data:2,fsdp:2,tensor:2", 8, (2, 2, 1, 2)),
+        ("tensor:2", 8, (1, 1, 1, 2)),
+        (" fsdp:4, data:2", 8, (2, 4, 1, 1)),
+        ("auto", 8, (1, 8, 1, 1)),
+        ("sequence", 4, (1, 1, 4, 1)),
+        ("fsdp:2,tensor:2,sequence:2", 8, (1, 2, 2, 2)),
     ],
 )
 def test_parse_mesh_accepts_presets_and_sizes(text, devices, sizes):
@@ -48,8 +50,9 @@ class Device:
 
 def test_slow_axes_are_multiplied_and_cross_slices():
     sizes = parse_mesh("dcn_data:2,data:2,fsdp:2,tensor:2", 16, num_slices=2)
-    assert sizes == {"data": 4, "fsdp": 2, "tensor": 2, "dcn_data": 2}
-    assert parse_mesh("auto", 16, num_slices=2) == {"data": 2, "fsdp": 8, "tensor": 1, "dcn_data": 2}
+    assert sizes == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 2, "dcn_data": 2}
+    auto = parse_mesh("auto", 16, num_slices=2)
+    assert auto == {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 1, "dcn_data": 2}
     devices = [Device(i, 8) for i in range(16)]
     assert num_slices(devices) == 2
     grid = make_mesh(sizes, devices).devices
@@ -60,7 +63,7 @@ def test_slow_axes_are_multiplied_and_cross_slices():
 @pytest.mark.parametrize(
     "text, devices, words",
     [
-        ("fdsp:8", 8, ["--mesh=fdsp:8", "data, fsdp, tensor", "fsdp_tensor"]),
+        ("fdsp:8", 8, ["--mesh=fdsp:8", "data, fsdp, tensor, sequence, fsdp_tensor"]),
         ("", 8, ["expected one of"]),
         ("fsdp:0", 8, ["size of fsdp", "at least 1"]),
         ("fsdp:-1", 8, ["size of fsdp"]),
@@ -70,7 +73,7 @@ def test_slow_axes_are_multiplied_and_cross_slices():
         ("fsdp:8,tensor:2", 8, ["needs 16 devices", "are 8", "single, data:8, fsdp:8, fsdp:4,tensor:2"]),
         ("data:2", 1, ["needs 2 devices", "is 1", "these fit: single"]),
         ("dcn_data:2,fsdp:4", 8, ["has 2 slices, and there are 1"]),
-        ("dcn_tensor:2", 8, ["axes data, fsdp, tensor, dcn_data, dcn_fsdp"]),
+        ("dcn_tensor:2", 8, ["axes data, fsdp, sequence, tensor, dcn_data, dcn_fsdp"]),
     ],
 )
 def test_parse_mesh_rejects_invalid_meshes(refuses, text, devices, words):

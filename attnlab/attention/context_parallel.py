@@ -22,6 +22,7 @@ from attnlab.attention.backends.registry import (
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.masks.blocks import BlockGrid
 from attnlab.attention.masks.normal_form import normal_form
+from attnlab.attention.pairwise import slice_at
 
 
 class ContextParallelBackend:
@@ -241,29 +242,37 @@ class _RingState:
         grid = BlockGrid(*self.sizes, *self.block_sizes)
         count, width = grid.num_blocks
         start = 0, 0, 0, i * count, k // grid.block_kv
-        partial_, full = jax.lax.dynamic_slice(self.blocks, start, (*self.blocks.shape[:3], count, width))
+        partial_, full = slice_at(self.blocks, start, (*self.blocks.shape[:3], count, width))
         return BlockMask.from_partial_and_full(partial_, full, grid)
 
     def halves(self, *arrays):
         """Return the halves of several arrays, or the whole arrays without zig-zag."""
         return list(zip(*(jnp.split(x, self.count, axis=1) for x in arrays), strict=True))
 
-    def ring_scan(self, carry, step, rotating):
-        """Scan `step(carry, owner, rotating)` over all owners, one ring rotation per step.
+    def ring_scan(self, carry, step, keys, sums=()):
+        """Scan `step(carry, owner, keys, sums)`, which returns carry and sums, over all owners.
 
-        After n steps, the `rotating` arrays are back on their own device.
+        The keys and values of the next owner are sent while those of this one are used: n - 1
+        times. The sums travel with them, after each step, and arrive at their owner: n times.
+
+        Returns:
+          The carry, and the sums of this device's own keys.
         """
 
-        def rotate(state, i):
-            carry, rotating = state
-            carry, rotating = step(carry, (self.me - i) % self.n, rotating)
+        def send(arrays):
             next_device = [(d, (d + 1) % self.n) for d in range(self.n)]
-            return (
-                carry,
-                jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, next_device), rotating),
-            ), None
+            return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, next_device), arrays)
 
-        return jax.lax.scan(rotate, (carry, rotating), jnp.arange(self.n))[0]
+        def rotate(state, i):
+            carry, keys, sums = state
+            next_keys = send(keys)
+            carry, sums = step(carry, (self.me - i) % self.n, keys, sums)
+            return (carry, next_keys, send(sums)), None
+
+        last = self.n - 1
+        (carry, keys, sums), _ = jax.lax.scan(rotate, (carry, keys, sums), jnp.arange(last))
+        carry, sums = step(carry, (self.me - last) % self.n, keys, sums)
+        return carry, send(sums)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -274,14 +283,14 @@ def _ring(static, query, key, value, mask, score, dropout, offset, blocks):
 def _ring_forward(static, query, key, value, mask, score, dropout, offset, blocks):
     ring = _RingState(static, query, key, mask, score, dropout, offset, blocks)
 
-    def step(carry, owner, rotating):
+    def step(carry, owner, keys, sums):
         results = []
         for i, ((q,), state) in enumerate(zip(ring.halves(query), carry, strict=True)):
-            for j, (k, v) in enumerate(ring.halves(*rotating)):
+            for j, (k, v) in enumerate(ring.halves(*keys)):
                 _, options = ring.blockwise_options(owner, i, j)
                 state = _merge_softmax(state, blockwise(q, k, v, **options))
             results.append(state)
-        return results, rotating
+        return results, sums
 
     rows = (*query.shape[:1], ring.sizes[0], query.shape[2])
     start = (jnp.zeros((*rows, value.shape[-1])), jnp.full(rows, -jnp.inf))
@@ -296,7 +305,7 @@ def _merge_softmax(left, right):
     lse = jnp.logaddexp(lse_1, lse_2)
     finite_lse = jnp.where(jnp.isneginf(lse), 0, lse)
     weights = [jnp.exp(x - finite_lse)[..., None] for x in (lse_1, lse_2)]
-    return out_1 * weights[0] + out_2.astype(jnp.float32) * weights[1], lse
+    return out_1 * weights[0] + out_2.astype(vjp.wide(out_2)) * weights[1], lse
 
 
 def _ring_backward(static, residuals, d_outputs):
@@ -306,9 +315,9 @@ def _ring_backward(static, residuals, d_outputs):
     ring = _RingState(static, query, key, mask, score, dropout, offset, blocks)
     q_halves = ring.halves(query, d_out, lse, delta)
 
-    def step(carry, owner, rotating):
+    def step(carry, owner, keys, sums):
         d_queries, d_score = carry
-        k_parts, d_parts = ring.halves(*rotating[:2]), ring.halves(*rotating[2:])
+        k_parts, d_parts = ring.halves(*keys), ring.halves(*sums)
         d_queries, d_parts = list(d_queries), [list(x) for x in d_parts]
         for i, (q, d_out_i, lse_i, delta_i) in enumerate(q_halves):
             for j, (k, v) in enumerate(k_parts):
@@ -321,11 +330,12 @@ def _ring_backward(static, residuals, d_outputs):
                 d_parts[j][1] += d_v
                 d_score = vjp.accumulate_block(score, d_score, d_score_block, **starts)
         d_key, d_value = (jnp.concatenate(x, axis=1) for x in zip(*d_parts, strict=True))
-        return (d_queries, d_score), (*rotating[:2], d_key, d_value)
+        return (d_queries, d_score), (d_key, d_value)
 
     zeros = [jnp.zeros(q.shape) for q, *_ in q_halves], vjp.init(score)
-    rotating = (key, value, jnp.zeros(key.shape), jnp.zeros(value.shape))
-    (d_queries, d_score), (*_, d_key, d_value) = ring.ring_scan(zeros, step, rotating)
+    # The sums stay in float32: rounding them to bfloat16 after each of n steps would add n errors.
+    sums = jnp.zeros(key.shape), jnp.zeros(value.shape)
+    (d_queries, d_score), (d_key, d_value) = ring.ring_scan(zeros, step, (key, value), sums)
     d_query = jnp.concatenate(d_queries, axis=1)
     grads = [g.astype(x.dtype) for x, g in zip((query, key, value), (d_query, d_key, d_value), strict=True)]
     d_mask, *d_others = (vjp.zero_cotangent(x) for x in (mask, dropout, offset, blocks))

@@ -18,6 +18,7 @@ from attnlab.attention.backends.registry import (
     needs_only_shapes,
     report_selection,
     select_backend,
+    zero_result,
 )
 from attnlab.attention.fallback import kernel_scope
 from attnlab.attention.masks.blocks import BlockOffset
@@ -83,8 +84,9 @@ def select_run(
         report_selection(backend, dataclasses.replace(args, platform=platform))
 
     def run(args, offset):
-        # Other backends do not support empty arrays.
-        if 0 in args.score_shape or needs_only_shapes():
+        if needs_only_shapes():
+            return zero_result(args)
+        if 0 in args.score_shape:  # other backends do not support empty arrays
             return Reference().run(args, offset)
         runs = {
             platform: partial(_run, backend, dataclasses.replace(args, platform=platform), offset)

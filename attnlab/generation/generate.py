@@ -134,7 +134,7 @@ class Generator:
             new_text = row.add(list(forced_ids))
             if stream is not None and new_text:
                 stream(i, new_text)
-        with jax.set_mesh(self.mesh):
+        with sharding.set_mesh_of_rows(self.mesh):
             decode = self._sample if speculator is None else partial(self._speculate, speculator)
             num_decoded = 0
             for tokens in decode(inputs, steps, sampling or SamplingParams(), seed):
@@ -181,7 +181,7 @@ class Generator:
         inputs = self._inputs(prompts, sources, forced_ids)
         steps = self._steps(inputs, forced_ids, max_new_tokens)
         slots = round_up_to_chunk(steps)
-        with jax.set_mesh(self.mesh):
+        with sharding.set_mesh_of_rows(self.mesh):
             hypotheses = beam_search(
                 self.model,
                 self.params,

@@ -30,7 +30,7 @@ from attnlab.layers.specs import (  # noqa: F401 - saved configs name these clas
     Rotary,
     Sliding,
 )
-from attnlab.sharding import constrain, out_sharding
+from attnlab.sharding import constrain, gather_length, has_sharded_length, out_sharding
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Documents:
         if self.whole and (other.whole or other.lengths is not None):
             lengths = None if other.lengths is None else other.lengths + self.ids.shape[1]
             return other._with(ids, lengths)
-        return Documents(constrain(ids, "batch", "sequence"))
+        return Documents(constrain(ids, "batch", None))
 
     def after(self, number: int) -> "Documents":
         """Return the documents without the first tokens."""
@@ -143,20 +143,20 @@ class Documents:
         return self._with(self.ids[:, number:], lengths)
 
     def _with(self, ids: Int[Array, "B T"], lengths: Int[Array, " B"] | None) -> "Documents":
-        return Documents(constrain(ids, "batch", "sequence"), lengths, self.whole)
+        return Documents(constrain(ids, "batch", None), lengths, self.whole)
 
 
 def documents(segment_ids: SegmentIds, x: Shaped[Array, "B T"]) -> Documents:
     """Return the documents of rows like `x`; see `segment_ids` of `Model`."""
     if segment_ids is None:
-        ids = constrain(jnp.ones_like(x, jnp.int32), "batch", "sequence")
+        ids = constrain(jnp.ones_like(x, jnp.int32), "batch", None)
         return Documents(ids, whole=True)
     if segment_ids.ndim == 2:
-        return Documents(constrain(segment_ids, "batch", "sequence"))
+        return Documents(constrain(segment_ids, "batch", None))
     lengths = jnp.minimum(segment_ids, x.shape[1])
     index = jnp.zeros_like(x, jnp.int32) + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     ids = (index < lengths[:, None]).astype(jnp.int32)
-    return Documents(constrain(ids, "batch", "sequence"), lengths)
+    return Documents(constrain(ids, "batch", None), lengths)
 
 
 @jax.tree_util.register_dataclass
@@ -317,9 +317,11 @@ class AttentionLayer(nn.Module):
         self, query, key, value, mask: Mask, embed: int, deterministic: bool
     ) -> Float[Array, "B T E"]:
         """Return plain attention without scores, projected to the model width `embed`."""
+        if has_sharded_length(query) != has_sharded_length(key):  # the mesh divides one of the lengths
+            query, key, value = map(gather_length, (query, key, value))
         score = softcap(self.config.softcap) if self.config.softcap else None
         result = attend(query, key, value, score=score, **self._options(mask, deterministic))
-        return self._project_out(self._sow_weights(result), embed)
+        return constrain(self._project_out(self._sow_weights(result), embed), "batch", "sequence", None)
 
     def _project_out(self, out: Float[Array, "B T H D"], embed: int) -> Float[Array, "B T E"]:
         axes, bias = ("heads", "head_dim", "embed"), self.config.has_bias("out")
@@ -370,7 +372,7 @@ def share_block_masks(
     head_dim, dtype = attention.head_dim or width // attention.heads, x.dtype
 
     def shape(heads: int, axis: str) -> jax.ShapeDtypeStruct:
-        spec = out_sharding("batch", "sequence", axis, "head_dim")
+        spec = out_sharding("batch", "sequence", axis, "head_dim", shape=(b, t, heads, head_dim))
         sharding = spec and NamedSharding(jax.sharding.get_abstract_mesh(), spec)
         return jax.ShapeDtypeStruct((b, t, heads, head_dim), dtype, sharding=sharding)
 

@@ -226,7 +226,7 @@ class LayerStack(nn.Module):
             return None
         c = self.config.attention
         shape = (*x.shape[:2], c.kv_heads or c.heads, c.head_dim or self.config.width // c.heads)
-        spec = out_sharding("batch", "sequence", "kv_heads", None)
+        spec = out_sharding("batch", "sequence", "kv_heads", None, shape=shape)
         value = jnp.zeros(shape, self.config.dtypes.compute, out_sharding=spec)
         return FirstValue(value, jnp.zeros((), bool))
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from attnlab.errors import InputError
 from attnlab.layers.linear import Dtypes, add_bias, parameter
-from attnlab.sharding import out_sharding
+from attnlab.sharding import constrain, out_sharding
 
 
 class Convolution1d(nn.Module):
@@ -49,11 +49,11 @@ class Convolution1d(nn.Module):
         shape = (self.size, self.inputs, self.outputs)
         kernel = parameter(self, "kernel", shape, ("window", *self.axes), self.dtypes, std=self.std)
         y = jax.lax.conv_general_dilated(
-            x.astype(kernel.dtype),
+            constrain(x, "batch", None, None).astype(kernel.dtype),
             kernel,
             window_strides=(self.stride,),
             padding=[(self.padding, self.padding)],
             dimension_numbers=("NWC", "WIO", "NWC"),
-            out_sharding=out_sharding("batch", "sequence", self.axes[1]),
+            out_sharding=out_sharding("batch", None, self.axes[1]),
         )
         return add_bias(self, y, (self.outputs,), self.axes[1:], self.dtypes) if self.bias else y

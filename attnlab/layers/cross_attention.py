@@ -8,6 +8,7 @@ from attnlab.attention import segments
 from attnlab.attention.kv_cache import KVCache, LayerCache
 from attnlab.layers.attention import AttentionLayer, SequenceInputs
 from attnlab.layers.specs import FirstValue
+from attnlab.sharding import gather_length
 
 
 class CrossAttention(AttentionLayer):
@@ -70,7 +71,7 @@ class PerceiverAttention(AttentionLayer):
         memory, embed = inputs.memory, x.shape[-1]
         assert memory is not None, "Perceiver attention needs a memory"
         normed = self.norm.build(self.dtypes, name="memory_norm")(memory.hidden)
-        memory_and_tokens = jnp.concatenate([normed, x], axis=1)
+        memory_and_tokens = jnp.concatenate([gather_length(normed), gather_length(x)], axis=1)
         query = self.project(x, "query", embed)
         key, value = (self.project(memory_and_tokens, name, embed) for name in ("key", "value"))
         mask = self.spec.mask()

@@ -142,7 +142,7 @@ def sharded_mixture(
     """Return `mixture`: each device computes its own experts, and the outputs are summed."""
     if jax.sharding.get_abstract_mesh().empty:
         return mixture(x, weights, choices, maps, activation)
-    tokens, experts = spec("batch", "sequence", None), spec("experts")
+    tokens, experts = spec("batch", "sequence", None, shape=x.shape), spec("experts")
     token_axes, expert_axis = tuple(jax.tree.leaves(tuple(tokens))), experts[0]
 
     def local(token_inputs, maps):

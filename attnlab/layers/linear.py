@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import InputError, check_fields
-from attnlab.sharding import has_rules, out_sharding
+from attnlab.sharding import has_rules, has_sharded_length, out_sharding
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,9 @@ def contract(
         kernel = jax.sharding.reshard(kernel, jax.P(*rows[2:], *columns))
         spec = jax.P(*rows[:2], *columns)
         return jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, kernel, out_sharding=spec)
+    if has_sharded_length(x):  # two sharded dimensions cannot be merged
+        where = out_sharding("batch", "sequence", *out_axes, shape=(b, t))
+        return jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, kernel, out_sharding=where)
     rows = x.reshape(b * t, *x.shape[2:])
     y = jnp.einsum(
         f"n{inputs},{inputs}{outputs}->n{outputs}",
@@ -195,7 +198,7 @@ def contract(
         kernel,
         out_sharding=out_sharding("batch", *out_axes),
     )
-    return y.reshape(b, t, *y.shape[1:], out_sharding=out_sharding("batch", "sequence", *out_axes))
+    return y.reshape(b, t, *y.shape[1:], out_sharding=out_sharding("batch", None, *out_axes))
 
 
 def add_bias(
@@ -275,7 +278,7 @@ def look_up(table: Float[Array, "V E"], ids: Int[Array, "B T"]) -> Float[Array, 
     """
     if not isinstance(ids, jax.core.Tracer) and getattr(ids, "is_fully_addressable", True):
         check_ids(np.asarray(ids), len(table))  # jnp would trace the comparison under eval_shape
-    rows = out_sharding("batch", "sequence", None)
+    rows = out_sharding("batch", "sequence", None, shape=ids.shape)
     return table.at[ids].get(mode="promise_in_bounds", out_sharding=rows)
 
 

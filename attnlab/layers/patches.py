@@ -71,7 +71,7 @@ def patchify(x: Float[Array, "B *sides channels"], size: int | tuple[int, ...]) 
     x = x.reshape(b, *interleaved, out_sharding=out_sharding("batch", *[None] * (n + 1)))
     x = x.transpose(0, *range(1, n, 2), *range(2, n + 1, 2), n + 1)
     shape = (b, math.prod(grid), math.prod(size) * channels)
-    return x.reshape(shape, out_sharding=out_sharding("batch", "sequence", None))
+    return x.reshape(shape, out_sharding=out_sharding("batch", None, None))
 
 
 def _each(size: int | tuple[int, ...], sides: list[int]) -> tuple[int, ...]:

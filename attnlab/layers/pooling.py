@@ -1,6 +1,6 @@
 """Pooling of a sequence of tokens to one vector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, Embedding, Linear
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.specs import Bidirectional, NoPositions
-from attnlab.sharding import constrain
+from attnlab.sharding import constrain, gather_length
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Pool(nn.Module):
     @nn.compact
     def __call__(self, tokens: EncoderOutput) -> Float[Array, "B 1 pooled"]:
         """Return one vector per row; tokens of segment 0 (padding) are ignored."""
+        tokens = replace(tokens, hidden=gather_length(tokens.hidden))
         x, config = tokens.hidden, self.config
         if isinstance(config, Probe):
             return self._probe(tokens)
@@ -110,7 +111,7 @@ class Pool(nn.Module):
     def _probe(self, tokens: EncoderOutput) -> Float[Array, "B 1 E"]:
         b, _, e = tokens.hidden.shape
         probe = Embedding(1, e, ("sequence", "embed"), self.std, self.dtypes, name="probe")()
-        query = constrain(jnp.broadcast_to(probe[None], (b, 1, e)), "batch", "sequence", None)
+        query = constrain(jnp.broadcast_to(probe[None], (b, 1, e)), "batch", None, None)
         zero = jnp.zeros_like(tokens.segments[:, :1])
         inputs = SequenceInputs(documents(None, zero), positions=zero, memory=tokens)
         attention = CrossAttention(

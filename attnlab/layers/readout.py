@@ -1,5 +1,6 @@
 """Logits, and the statistics of logits that losses need, computed in chunks of the length."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnlab.sharding import gathered_param_spec, out_sharding
+from attnlab.sharding import axis_size, constrain, gathered_param_spec, out_sharding, shards_length
 
 # Maximum number of logits of a device in memory at once, and minimum number of rows of a chunk.
 MAX_LOGITS, MIN_ROWS = 1 << 24, 1024
@@ -36,24 +37,28 @@ def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
 
 
 def logits(
-    x: Float[Array, "B T E"],
+    x: Float[Array, "*rows E"],
     table: Float[Array, "V E"],
     bias: Float[Array, " V"] | None,
     softcap: float | None,
     dtype: str,
-) -> Float[Array, "B T V"]:
+) -> Float[Array, "*rows V"]:
     """Return x table^T + bias, softcapped to softcap * tanh(. / softcap) if `softcap` is set."""
-    b, t, e = x.shape
-    rows, vocab = out_sharding("batch"), None
-    if rows is not None:
-        rows, vocab = rows[0], gathered_param_spec(table.shape, ("vocab", "embed"))[0]
-    where = None if rows is None else jax.P(rows, vocab)
-    y = jnp.einsum("ne,ve->nv", x.reshape(b * t, e), table, preferred_element_type=dtype, out_sharding=where)
+    *rows, e = x.shape
+    where = whole = None
+    if (batch := out_sharding("batch")) is not None:
+        vocab = gathered_param_spec(table.shape, ("vocab", "embed"))[0]
+        where, whole = jax.P(batch[0], vocab), jax.P(*jax.typeof(x).sharding.spec[:-1], vocab)
+    if whole is not None and any(whole[1:-1]):  # two sharded dimensions cannot be merged
+        y = jnp.einsum("...e,ve->...v", x, table, preferred_element_type=dtype, out_sharding=whole)
+    else:
+        flat = x.reshape(math.prod(rows), e)
+        y = jnp.einsum("ne,ve->nv", flat, table, preferred_element_type=dtype, out_sharding=where)
     if bias is not None:
-        y = y + bias.astype(dtype)[None]
+        y = y + bias.astype(dtype).reshape(*[1] * (y.ndim - 1), -1)
     if softcap is not None:
         y = softcap * jnp.tanh(y / softcap)
-    return y.reshape(b, t, -1, out_sharding=None if rows is None else jax.P(rows, None, vocab))
+    return y.reshape(*rows, -1, out_sharding=whole)
 
 
 def token_loss_terms(
@@ -66,33 +71,39 @@ def token_loss_terms(
 ) -> LossTerms:
     """Return the loss terms of each token without materialising all logits.
 
-    The length is processed in chunks. The backward pass recomputes the logits of each chunk, and
-    sums the gradients of the table and the bias over the chunks in at least float32.
+    Each shard of the length is processed in chunks. The backward pass recomputes the logits of each
+    chunk, and sums the gradients of the table and the bias over the chunks in at least float32.
     """
+    b, t, e = x.shape
+    shards = axis_size("sequence") if shards_length(t) else 1
+    x, targets = constrain(x, "batch", "sequence", None), constrain(targets, "batch", "sequence")
+    x, targets = x.reshape(b, shards, t // shards, e), targets.reshape(b, shards, t // shards)
     length = _chunk_length(x, table)
-    if length == x.shape[1]:
-        return _loss_terms(x, targets, table, bias, softcap, dtype)
-    return _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length)
+    if length == x.shape[2]:
+        terms = _loss_terms(x, targets, table, bias, softcap, dtype)
+    else:
+        terms = _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length)
+    return jax.tree.map(lambda a: constrain(a.reshape(b, t), "batch", None), terms)
 
 
 def _loss_terms(x, targets, table, bias, softcap: float | None, dtype: str) -> LossTerms:
     y = logits(x, table, bias, softcap, dtype)
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    is_target = jnp.arange(y.shape[-1])[None, None] == targets[..., None]
-    target_logit = jnp.where(is_target, y, 0).sum(-1)
+    ids = jnp.arange(y.shape[-1]).reshape(*[1] * targets.ndim, -1)
+    target_logit = jnp.where(ids == targets[..., None], y, 0).sum(-1)
     correct = (target_logit >= jax.lax.stop_gradient(y.max(-1))).astype(y.dtype)
     return LossTerms(target_logit, jax.nn.logsumexp(y, axis=-1), y.mean(-1), correct)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length: int) -> LossTerms:
-    """Return `_loss_terms`, computed in chunks of `length` tokens of each row."""
+    """Return `_loss_terms`, computed in chunks of `length` tokens of each shard of a row."""
 
     def step(_, chunk):
         return None, _loss_terms(*chunk, table, bias, softcap, dtype)
 
     _, parts = jax.lax.scan(step, None, (_split(x, length), _split(targets, length)))
-    return jax.tree.map(lambda a: _join(a, x.shape[1]), parts)
+    return jax.tree.map(lambda a: _join(a, x.shape[2]), parts)
 
 
 def _forward(x, targets, table, bias, softcap, dtype, length: int):
@@ -118,32 +129,33 @@ def _backward(softcap, dtype, length: int, arrays, cotangents: LossTerms):
     chunks = jax.tree.map(lambda a: _split(a, length), (x, targets, cotangents))
     sums, d_x = jax.lax.scan(step, sums, chunks)
     d_table, d_bias = jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
-    return _join(d_x, x.shape[1]), np.zeros(targets.shape, jax.dtypes.float0), d_table, d_bias
+    return _join(d_x, x.shape[2]), np.zeros(targets.shape, jax.dtypes.float0), d_table, d_bias
 
 
 _chunked_loss_terms.defvjp(_forward, _backward)
 
 
 def _split(a: Array, length: int) -> Array:
-    """Return (N, B, length, ...), the length padded with zeros to a multiple of `length`."""
-    b, t, *rest = a.shape
-    a = jnp.pad(a, [(0, 0), (0, -t % length), *((0, 0) for _ in rest)])
-    return jnp.moveaxis(a.reshape(b, -1, length, *rest), 1, 0)
+    """Return (N, B, shards, length, ...) of (B, shards, t, ...), with t padded with zeros."""
+    b, shards, t, *rest = a.shape
+    a = jnp.pad(a, [(0, 0), (0, 0), (0, -t % length), *((0, 0) for _ in rest)])
+    return jnp.moveaxis(a.reshape(b, shards, -(-t // length), length, *rest), 2, 0)
 
 
 def _join(chunks: Array, t: int) -> Array:
-    """Return (B, t, ...), the inverse of `_split`."""
-    a = jnp.moveaxis(chunks, 0, 1)
-    return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :t]
+    """Return (B, shards, t, ...), the inverse of `_split`."""
+    a = jnp.moveaxis(chunks, 0, 2)
+    b, shards, count, length, *rest = a.shape
+    return a.reshape(b, shards, count * length, *rest)[:, :, :t]
 
 
 def _chunk_length(x: Array, table: Array) -> int:
-    """Return the tokens of each row in a chunk: at most `MAX_LOGITS` logits per device.
+    """Return the tokens of each shard of a row in a chunk: at most `MAX_LOGITS` logits per device.
 
     Each chunk reads the whole table, which costs more than the logits if a chunk has few rows. So
     it has at least `MIN_ROWS` rows per device. The chunks are as equal as possible.
     """
-    (rows, t, _), (vocab, _) = (_local_shape(a) for a in (x, table))
+    (rows, _, t, _), (vocab, _) = (_local_shape(a) for a in (x, table))
     length = max(MAX_LOGITS // (rows * vocab), -(-MIN_ROWS // rows))
     count = -(-t // length)
     return -(-t // count)

@@ -264,9 +264,7 @@ class Selective(LayerScore):
 
     def token_state(self, inputs, declare):
         """Return the subtrahend of each token and key, (B, T, S), and which tokens are first."""
-        query, key = (
-            constrain(x, "batch", "sequence", None, None)[:, :, 0] for x in (inputs.query, inputs.key)
-        )
+        query, key = (constrain(x, "batch", None, None, None)[:, :, 0] for x in (inputs.query, inputs.key))
         products = inputs.scale * jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=jnp.float32)
         at = pair_indices(len(query), 1, query.shape[1], key.shape[1])
         subtracts = (inputs.mask.evaluate(at) & (at.kv != at.q + inputs.offset))[:, 0]

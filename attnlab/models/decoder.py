@@ -160,6 +160,7 @@ class TextModel(Model):
     ) -> Float[Array, "B T E"]:
         """Return the input of the first layer; `added` is an additional embedding of each token."""
         c = self.config
+        tokens = constrain(tokens, "batch", "sequence")
         x = look_up(self.embedding() if table is None else table, tokens)
         if c.scale_embedding:
             x = x * jnp.asarray(c.width**0.5, x.dtype)
@@ -213,6 +214,7 @@ class TextModel(Model):
         positions = constrain(positions, "batch", "sequence")
         if embedded is None:
             embedded = self.embed(tokens, positions, deterministic=deterministic, table=table, added=added)
+        embedded = constrain(embedded, "batch", "sequence", None)
         layer_caches, shared = None, None
         if cache is not None:
             layer_caches, cache = cache.layers, cache.advance(rows.ids)

@@ -56,7 +56,7 @@ def pool(
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     pooled = (same & pooling.pooling_mask(segments)[:, None, :]).astype(dtype)
     weights = pooled / jnp.maximum(pooled.sum(-1, keepdims=True), 1)
-    spec = out_sharding("batch", "sequence", None)
+    spec = out_sharding("batch", "sequence", None, shape=x.shape)
     return jnp.einsum("bts,bse->bte", weights, x.astype(dtype), out_sharding=spec).astype(x.dtype)
 
 

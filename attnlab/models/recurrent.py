@@ -138,7 +138,7 @@ class Recurrent(Model):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Return the token embeddings."""
-        return constrain(look_up(self.embedding(), tokens), "batch", "sequence", None)
+        return constrain(look_up(self.embedding(), tokens), "batch", None, None)
 
     def hidden(
         self,

@@ -3,7 +3,7 @@
 LLaVA, arXiv 2304.08485; PaliGemma, arXiv 2407.07726.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -18,7 +18,7 @@ from attnlab.layers.linear import Linear
 from attnlab.models.flops import TokenFlops
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from attnlab.models.vit import ViTConfig
-from attnlab.sharding import constrain
+from attnlab.sharding import constrain, gather_length
 
 
 @dataclass(frozen=True)
@@ -161,23 +161,25 @@ class VisionLanguageModel(Seq2Seq):
                 tokens, segment_ids, positions, cache=cache, deterministic=deterministic
             )
         image = self.encode(source, source_segments, deterministic=deterministic)
+        image = replace(image, hidden=gather_length(image.hidden))
         rows = documents(segment_ids, tokens)
         if positions is None:
             positions = n + jnp.maximum(jnp.cumsum(rows.ids > 0, axis=1, dtype=jnp.int32) - 1, 0)
-        tokens, positions = (constrain(a, "batch", "sequence") for a in (tokens, positions))
+        tokens, positions = (constrain(a, "batch", None) for a in (tokens, positions))
         if c.image_token_id is None:
             is_image = jnp.zeros_like(tokens, bool)
             x = self.decoder.embed(tokens, positions, deterministic=deterministic)
         else:
             is_image = tokens == c.image_token_id
             text = jnp.where(is_image, 0, tokens)
-            x = self.decoder.embed(text, positions, deterministic=deterministic)
+            x = gather_length(self.decoder.embed(text, positions, deterministic=deterministic))
             image_index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image.hidden.shape[1] - 1)
             placed = jax.vmap(lambda rows, i: rows[i])(image.hidden, image_index)
-            x = jnp.where(is_image[..., None], constrain(placed, "batch", "sequence", None), x)
+            x = jnp.where(is_image[..., None], constrain(placed, "batch", None, None), x)
+        x = gather_length(x)
         if prompt is None:
             prompt = (rows.ids > 0) if cache is not None else is_image
-        prompt = constrain(prompt.astype(jnp.int32), "batch", "sequence")
+        prompt = constrain(prompt.astype(jnp.int32), "batch", None)
         if n:
             places = jnp.zeros_like(image.segments) + jnp.arange(n)[None]
             rows = image.documents.followed_by(rows)
@@ -188,7 +190,9 @@ class VisionLanguageModel(Seq2Seq):
         ids = prompt if c.bidirectional_prompt else None
         options = {"deterministic": deterministic, "embedded": x, "bidirectional_ids": ids}
         x = self.decoder.hidden(tokens, rows.segment_ids, positions, cache=cache, **options)
-        return x[:, n:] if cache is None else (x[0][:, n:], x[1])
+        x, *new_cache = (x,) if cache is None else x
+        x = gather_length(x)[:, n:]
+        return (x, *new_cache) if new_cache else x
 
     def init_cache(self, batch: int, slots: int) -> DecoderCache:
         """See `DecoderConfig.empty_cache`; adds slots for image tokens before the text."""

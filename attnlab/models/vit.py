@@ -19,7 +19,7 @@ from attnlab.layers.specs import Bidirectional, LayerSpec
 from attnlab.models.config import Model, SourceConfig, TransformerConfig
 from attnlab.models.decoder import layer_stack
 from attnlab.models.flops import TokenFlops
-from attnlab.sharding import constrain
+from attnlab.sharding import constrain, gather_length
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,12 @@ class ViT(Model):
         positions = resize_positions(
             self.position_embedding(), c.grid, (rows, columns), c.class_tokens, c.antialias
         )
-        x = x + positions[None, c.class_tokens :]
+        x = gather_length(x) + positions[None, c.class_tokens :]
         if c.num_prefix_tokens:
             prefix = self._prefix_tokens(positions[: c.class_tokens])
             prefix = jnp.broadcast_to(prefix[None], (b, *prefix.shape))
-            x = jnp.concatenate([constrain(prefix, "batch", "sequence", None), x], axis=1)
+            x = jnp.concatenate([constrain(prefix, "batch", None, None), x], axis=1)
+        x = constrain(x, "batch", "sequence", None)
         if c.embedding_norm:
             x = self.embedding_norm(x)
         # A patch has the document of its first row of pixels.

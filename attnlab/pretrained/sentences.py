@@ -86,7 +86,7 @@ class SentenceEncoder:
             put = partial(
                 jax.device_put, device=sharding.named_sharding(self.mesh, P(("data", "fsdp"), None))
             )
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+        with contextlib.nullcontext() if self.mesh is None else sharding.set_mesh_of_rows(self.mesh):
             static = (self.model, self.pooling, self.normalize)
             return to_host(_pooled(*static, self.params, put(tokens), put(segments)))[: len(documents)]
 

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
+from attnlab import sharding
 from attnlab.data import Batch
 from attnlab.data.batch import source_kind
 from attnlab.distributed.collectives import to_host
@@ -77,13 +78,13 @@ class TrainedModel:
     def predict(self, batch: Batch) -> Int[np.ndarray, "B T"]:
         """Return the most probable target at each position."""
         self.poll()
-        with jax.set_mesh(self.session.mesh):
+        with sharding.set_mesh_of_rows(self.session.mesh):
             return to_host(_predict(self.session.model, self.params, self.session.put_whole(batch)))
 
     def apply(self, batch: Batch, method: str) -> Any:
         """Return the output of a method of the model on a batch, on the host."""
         self.poll()
-        with jax.set_mesh(self.session.mesh):
+        with sharding.set_mesh_of_rows(self.session.mesh):
             inputs = self.session.put_whole(batch).inputs
             return to_host(_apply(self.session.model, method, self.params, inputs))
 
@@ -92,7 +93,7 @@ class TrainedModel:
     ) -> Float[np.ndarray, "L B H T S"]:
         """Return the attention weights of a batch in every layer and head; see `attention_maps`."""
         self.poll()
-        with jax.set_mesh(self.session.mesh):
+        with sharding.set_mesh_of_rows(self.session.mesh):
             inputs = self.session.put_whole(batch).inputs
             return attention_maps(self.session.model, self.params, stack, branch, **inputs)
 

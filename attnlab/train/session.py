@@ -53,6 +53,8 @@ class Session:
         dimensions = e.model.sharded_dimensions() | {
             "data.batch_size": ("batch", e.data.batch_size // e.train.microbatches),
         }
+        if e.data.packs:
+            dimensions["data.sequence_length"] = ("sequence", e.data.sequence_length)
         sharding.check_divisible(dict(self.mesh.shape), dimensions)
         model_source, data_source = _source_name(e.model.source_shape), _source_name(e.data.source_shape)
         if model_source != data_source:

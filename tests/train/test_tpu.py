@@ -61,10 +61,44 @@ print(json.dumps({
 """
 
 
+LONG_ROWS = """
+import json
+import re
+
+from jax.experimental import topologies
+
+from attnlab import config, sharding
+from attnlab.train.session import Session
+
+devices = topologies.get_topology_desc(topology_name="v5p:4x4x4", platform="tpu").devices
+mesh = sharding.make_mesh(sharding.parse_mesh("sequence:64", 64), devices)
+length = {"data.sequence_length": "131072", "data.batch_size": "8"}
+model = {"model.dtypes.compute": "bfloat16", "model.remat": "full"}
+experiment = config.override_all(config.load("experiments/long_context.py").config, [*(length | model).items()])
+compiled = Session(experiment, mesh, experiment.data.build_tokenizer()).compile_train_step()
+text = compiled.as_text()
+print(json.dumps({
+    "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    "gathers": len(re.findall("all-gather", text)),
+    "permutes": len(re.findall("collective-permute", text)),
+}))
+"""
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)"
+)
+
+
 @pytest.mark.preflight
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
-def test_step_compiles_for_a_slice_of_16_chips():
-    """Runs in a subprocess because libtpu takes a lock and warns of the missing TPU on stderr."""
+@needs_libtpu
+def test_rows_of_131072_tokens_compile_for_a_slice_of_64_chips():
+    """No chip holds a row: activations of 8 rows of width 64 take 128 MiB, in bfloat16."""
+    report = run_program(LONG_ROWS)
+    assert 0 < report["temporary"] < 128 * 2**20
+    assert report["gathers"] == 0 and report["permutes"] > 0
+
+
+def run_program(program):
+    """Run in a subprocess because libtpu takes a lock and warns of the missing TPU on stderr."""
     root = Path(__file__).parents[2]
     env = default_environment() | {
         "JAX_PLATFORMS": "cpu",
@@ -73,13 +107,19 @@ def test_step_compiles_for_a_slice_of_16_chips():
         "PYTHONPATH": str(root),
     }
     completed = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=600, env=env
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600, env=env, cwd=root
     )
     assert completed.returncode == 0, completed.stderr[-3000:]
-    report = json.loads(completed.stdout.splitlines()[-1])
+    return json.loads(completed.stdout.splitlines()[-1])
+
+
+@pytest.mark.preflight
+@needs_libtpu
+def test_step_compiles_for_a_slice_of_16_chips():
+    report = run_program(PROGRAM)
     assert (report["devices"], "v5" in report["kind"]) == (16, True)
-    square = {"data": 1, "fsdp": 8, "tensor": 8}  # of parts of the torus's axes of 4
-    assert report["meshes"] == [square, square, {"data": 1, "fsdp": 64, "tensor": 1}]
+    square = {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 8}  # of parts of the torus's axes of 4
+    assert report["meshes"] == [square, square, {"data": 1, "fsdp": 64, "sequence": 1, "tensor": 1}]
     # The arguments contain the state once, which is updated in place. TPUs pad the smallest arrays.
     assert report["state"] <= report["arguments"] <= 1.2 * report["state"] + 2**20
     assert report["aliased"] >= report["state"]

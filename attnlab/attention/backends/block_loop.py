@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from attnlab.attention.backends import vjp
 from attnlab.attention.backends.reference import MASK_VALUE, stop_masked_gradient
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.dropout import AttentionDropout
@@ -118,7 +119,7 @@ class Blocks:
         The scores are (B, K, G, block_q, block_kv). The VJP returns the gradients of the products
         of queries and keys, and of the `Score`. `allowed` is from `allowed_pairs`, or None.
         """
-        raw = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
+        raw = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=vjp.wide(q))
         shape, flat = raw.shape, (raw.shape[0], raw.shape[1] * raw.shape[2], *raw.shape[3:])
         scores, pull_back = self._scaled(raw), lambda g: (self._scaled(g), None)
         if self.score is not None:
@@ -132,7 +133,7 @@ class Blocks:
             scores = modified.reshape(shape)
 
             def pull_back(g):
-                g, g_score = score_vjp(g.reshape(flat))
+                g, g_score = score_vjp(g.reshape(flat).astype(modified.dtype))
                 return self._scaled(g.reshape(shape)), g_score
 
         return scores if allowed is None else jnp.where(allowed, scores, MASK_VALUE), pull_back

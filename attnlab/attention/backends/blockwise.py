@@ -273,7 +273,7 @@ def _online_softmax(blocks: Blocks, query, key, value, at: QueryBlock, zero_all:
         new_max = jax.lax.stop_gradient(jnp.maximum(row_max, scores.max(axis=-1)))
         weights, rescale = jnp.exp(scores - new_max[..., None]), jnp.exp(row_max - new_max)
         kept = blocks.drop(weights, at, j).astype(v.dtype)
-        update = jnp.einsum("bkgts,bksd->bkgtd", kept, v, preferred_element_type=jnp.float32)
+        update = jnp.einsum("bkgts,bksd->bkgtd", kept, v, preferred_element_type=vjp.wide(v))
         return new_max, row_sum * rescale + weights.sum(axis=-1), out * rescale[..., None] + update
 
     return step
@@ -328,13 +328,13 @@ def _backward_blocks(static, query, key, value, values, d_out, lse, delta):
             k, v = blocks.zero_masked_keys(allowed, k, v)
             scores, pull_back = blocks.scores(q, k, at, j, allowed)
             weights = jnp.exp(scores - lse_i[..., None])
-            d_kept = jnp.einsum("bkgtd,bksd->bkgts", d_out_i, v, preferred_element_type=jnp.float32)
+            d_kept = jnp.einsum("bkgtd,bksd->bkgts", d_out_i, v, preferred_element_type=vjp.wide(v))
             d_weights = blocks.drop(d_kept, at, j)
             d_scores, d_score_block = pull_back(weights * (d_weights - delta_i[..., None]))
             d_scores = d_scores.astype(q.dtype)
             d_k = _sum_over_queries(q_width_first, d_scores)
             d_v = _sum_over_queries(d_out_width_first, blocks.drop(weights, at, j).astype(d_out.dtype))
-            d_q += jnp.einsum("bkgts,bksd->bkgtd", d_scores, k, preferred_element_type=jnp.float32)
+            d_q += jnp.einsum("bkgts,bksd->bkgtd", d_scores, k, preferred_element_type=vjp.wide(k))
             sums = (
                 vjp.add_at(d_key, d_k, blocks.key_starts(at, j, 3)),
                 vjp.add_at(d_value, d_v, blocks.key_starts(at, j, 3)),
@@ -353,7 +353,7 @@ def _backward_blocks(static, query, key, value, values, d_out, lse, delta):
 
 def _sum_over_queries(rows: Array, block: Array) -> Array:
     """Contract rows (B, K, D, G, T) with a block (B, K, G, T, S) to (B, K, D, S)."""
-    return jnp.einsum("bkdgt,bkgts->bkds", rows, block, preferred_element_type=jnp.float32)
+    return jnp.einsum("bkdgt,bkgts->bkds", rows, block, preferred_element_type=vjp.wide(rows))
 
 
 _blockwise.defvjp(_forward, _backward)

@@ -213,11 +213,19 @@ def record_selections(record: Callable[[Selection], None]) -> Iterator[None]:
 
 
 def only_shapes() -> AbstractContextManager:
-    """Trace `reference` instead of every backend in this context, for `jax.eval_shape`.
+    """Let every backend return zeros in this context, for `jax.eval_shape`.
 
     The libraries of a kernel's platform may then be absent.
     """
     return _only_shapes(True)
+
+
+def zero_result(args: AttentionArgs) -> AttentionResult:
+    """Return zeros of the shapes of a backend's result."""
+    rows = args.query.shape[:3]
+    out = jnp.zeros((*rows, args.value.shape[-1]), args.value.dtype)
+    lse = jnp.zeros(rows, jnp.promote_types(args.query.dtype, jnp.float32))
+    return AttentionResult(out, lse, jnp.zeros(args.score_shape, lse.dtype) if args.return_weights else None)
 
 
 def needs_only_shapes() -> bool:

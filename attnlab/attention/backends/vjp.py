@@ -17,13 +17,18 @@ def is_floating(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
+def wide(x: Array) -> Any:
+    """Return the dtype of sums and products of `x`: float32, or float64 if `x` is float64."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def row_term(out: Array, d_out: Array, d_lse: Array) -> Array:
     """Return delta = sum(out * d_out) - d_lse, summed over the head width.
 
     d scores = weights * (d weights - sum(weights * d weights) + d lse)
              = weights * (d weights - delta), since sum(weights * d weights) = out . d out.
     """
-    return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    return jnp.sum(out.astype(wide(out)) * d_out.astype(wide(d_out)), axis=-1) - d_lse
 
 
 def zero_cotangent(tree: Any) -> Any:
