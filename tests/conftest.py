@@ -52,6 +52,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: next((i for i, x in enumerate(_LONGEST) if x in item.nodeid), len(_LONGEST)))
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.slow)
         if missing and item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)} (extra `parity`)"))
 

@@ -50,11 +50,13 @@ TINY = {
 FEW_STEPS, FEW_STEPS_MORE = 12, 32
 DEVICES = "--xla_force_host_platform_device_count=8"
 MOST_STEPS = 20  # of a command with a --max_steps of its own
-# Pages whose commands take over ten seconds in total.
-LONG = (
-    *("README.md", "CONTRIBUTING.md", "attention.md", "checkpoints.md", "configuration.md", "data.md"),
-    *("getting_started.md", "sharding.md", "trust.md"),
-)
+# Pages whose commands take over ten seconds in total, and their marks.
+LONG = {
+    **dict.fromkeys(("README.md", "attention.md", "data.md", "sharding.md", "trust.md"), pytest.mark.slow),
+    **dict.fromkeys(
+        ("CONTRIBUTING.md", "checkpoints.md", "configuration.md", "getting_started.md"), pytest.mark.long
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,9 @@ def project(page, tmp_path) -> Path:
 
 
 def executable_pages(long: bool | None = None) -> list[Any]:
-    """Return the pages with commands, filtered by length; by default all, long ones marked slow."""
+    """Return the pages with commands, filtered by length; by default all, with their marks."""
     return [
-        pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (long is None and page.name in LONG))
+        pytest.param(page, id=page.name, marks=LONG.get(page.name, ()) if long is None else ())
         for page in PAGES
         if any(
             b.language in ("bash", "console", "python") and not b.note.startswith("from ")

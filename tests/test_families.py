@@ -58,7 +58,10 @@ def small_experiment(name):
     return dataclasses.replace(e, model=with_scan_and_remat(e.model))
 
 
-@pytest.fixture(params=EXPERIMENTS)
+VARIANTS = ("recurrent_translate", "caption:gates", "caption:prefix")  # of a family of this table
+
+
+@pytest.fixture(params=[pytest.param(x, marks=[pytest.mark.long] * (x in VARIANTS)) for x in EXPERIMENTS])
 def name(request):
     if request.param in OPTIONAL_DEPENDENCIES:
         pytest.importorskip(OPTIONAL_DEPENDENCIES[request.param])

@@ -1,6 +1,7 @@
 """Two real processes with four simulated devices each, through the command line."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -41,7 +42,13 @@ def parameters(folder, workdir):
     return next(line for line in done.stdout.splitlines() if line.startswith("params_sha256"))
 
 
-@pytest.mark.parametrize("mesh", ["data:8", "fsdp:2,tensor:4", "tensor:8", "dcn_data:2,fsdp:4"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        *("tensor:8", "dcn_data:2,fsdp:4"),
+        *(pytest.param(mesh, marks=pytest.mark.long) for mesh in ("data:8", "fsdp:2,tensor:4")),
+    ],
+)
 def test_losses_equal_those_of_one_process(folder, mesh):
     """The axis `tensor` of size 8 spans both processes, which then hold the same rows.
 
@@ -69,12 +76,15 @@ def test_report_is_written_once(trained):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--mode=eval"],
-        ["--mode=describe"],
-        ["--mode=sample", "--prompt=the", "--max_new_tokens=4", "--temperature=0"],
-        ["--mode=export", "--output_dir={}"],
+        pytest.param(["--mode=eval"], id="eval"),
+        pytest.param(["--mode=describe"], id="describe", marks=pytest.mark.long),
+        pytest.param(
+            ["--mode=sample", "--prompt=the", "--max_new_tokens=4", "--temperature=0"],
+            id="sample",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(["--mode=export", "--output_dir={}"], id="export", marks=pytest.mark.long),
     ],
-    ids=lambda arguments: arguments[0],
 )
 def test_modes_print_the_output_of_one_process(trained, arguments):
     one, two = ([text.format(name) for text in arguments] for name in ("exported-one", "exported-two"))
@@ -89,6 +99,7 @@ def test_modes_print_the_output_of_one_process(trained, arguments):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.long
 def test_sweep(folder):
     arguments = ["--config=small.py", "--config.train.steps=2", "--sweep=config.model.depth=1,2"]
     codes, outs, errs = job(*arguments, "--workdir=sweep", MESH, folder=folder)
@@ -125,33 +136,31 @@ def test_death_of_a_process_ends_the_other(folder):
     assert "resuming at step" in one.stdout
 
 
-@pytest.mark.parametrize("restart", ["two processes", "one process"])
-def test_killed_job_restarts_as_if_undisturbed(folder, restart):
-    name = restart.replace(" ", "-")
+def test_killed_job_restarts_as_if_undisturbed(folder):
+    """With two processes, and with one."""
     options = [
         "--config=small.py",
         MESH,
         *FLOAT64,
-        "--config.train.steps=60",
+        "--config.train.steps=40",
         "--config.train.checkpoint_every=10",
     ]
     x64 = {"JAX_ENABLE_X64": "1"}
-    codes, _, errs = job(*options, f"--workdir=whole-{name}", folder=folder, **x64)
+    whole, killed, alone = (folder / name for name in ("whole", "killed", "alone"))
+    codes, _, errs = job(*options, f"--workdir={whole.name}", folder=folder, **x64)
     assert codes == [0, 0], errs
-    with started(*options, f"--workdir=killed-{name}", folder=folder, **x64) as processes:
-        wait_for_step(folder / f"killed-{name}", 25)
+    with started(*options, f"--workdir={killed.name}", folder=folder, **x64) as processes:
+        wait_for_step(killed, 15)
         for process in processes:
             process.kill()
-    whole, killed = folder / f"whole-{name}", folder / f"killed-{name}"
-    if restart == "two processes":
-        codes, _, errs = job(f"--workdir={killed.name}", folder=folder, **x64)
-        assert codes == [0, 0], errs
-        assert losses(killed) == losses(whole)
-        assert parameters(folder, killed.name) == parameters(folder, whole.name)
-    else:
-        one = program(f"--workdir={killed.name}", cwd=folder, **x64)
-        assert one.returncode == 0, one.stderr
-        assert losses(killed) == pytest.approx(losses(whole), rel=0, abs=1e-8)
+    shutil.copytree(killed, alone)
+    codes, _, errs = job(f"--workdir={killed.name}", folder=folder, **x64)
+    assert codes == [0, 0], errs
+    assert losses(killed) == losses(whole)
+    assert parameters(folder, killed.name) == parameters(folder, whole.name)
+    one = program(f"--workdir={alone.name}", cwd=folder, **x64)
+    assert one.returncode == 0, one.stderr
+    assert losses(alone) == pytest.approx(losses(whole), rel=0, abs=1e-8)
 
 
 def test_stopped_process_is_named_by_the_watchdog(folder):
@@ -175,15 +184,15 @@ def test_signal_to_one_process_stops_both_at_the_same_step(folder):
 
 
 def test_missing_process_is_named(folder):
-    with started("--config=small.py", "--workdir=alone", "--startup_timeout=2s", folder=folder, count=1) as (
-        first,
-    ):
+    with started(
+        "--config=small.py", "--workdir=missing", "--startup_timeout=2s", folder=folder, count=1
+    ) as (first,):
         _, error = first.communicate(timeout=60)
     assert first.returncode == 2
     assert (
         error.startswith("error: the job did not start: 1 of 2 processes") and "missing: process 1" in error
     )
-    assert not (folder / "alone").exists() or not list((folder / "alone").iterdir())
+    assert not (folder / "missing").exists() or not list((folder / "missing").iterdir())
 
 
 def test_different_flags_are_refused(folder):
@@ -219,7 +228,7 @@ def report(trained):
 """
 
 
-@pytest.mark.parametrize("part", ["evaluation", "report"])
+@pytest.mark.parametrize("part", ["evaluation", pytest.param("report", marks=pytest.mark.long)])
 def test_signal_to_one_process_stops_both_in_the_same(folder, part):
     text = write_text(folder / f"{part}.txt", lines=30_000 if part == "evaluation" else 200)
     experiment = EXPERIMENT.format(text=text).partition("\ndef report")[0] + SLOW_REPORT

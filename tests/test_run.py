@@ -104,7 +104,7 @@ def test_eval_and_describe_print_metrics_and_config(lm):
     assert "model.depth" in out and "FLOPs per token" in out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_prints_samples_of_prompt(lm):
     folder, _ = lm
     out = run_ok("--mode=sample", "--workdir=run", "--prompt=the cat", "--max_new_tokens=8", cwd=folder)
@@ -122,7 +122,7 @@ def test_sample_prints_samples_of_prompt(lm):
     assert " " not in stopped.removeprefix("the").removesuffix("\n")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_captions_image_files(tmp_path, capfd):
     run, (cat, dog) = f"--workdir={tmp_path / 'run'}", [tmp_path / f"{name}.png" for name in ("cat", "dog")]
     for seed, file in enumerate((cat, dog)):
@@ -150,7 +150,7 @@ def test_sample_captions_image_files(tmp_path, capfd):
         assert message in capfd.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pronoun_experiment_writes_report_and_figures(tmp_path):
     config = f"--config={ROOT / 'experiments' / 'pronoun.py'}"
     out = run_ok(config, "--fast_dev_run", "--workdir=run", "--config.model.width=16", cwd=tmp_path)

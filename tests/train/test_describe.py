@@ -554,7 +554,7 @@ def differ(e, changed, kind):
     return not np.array_equal(cached_representation(e, kind), REPRESENTATIONS[kind](changed))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("field", CHANGES)
 def test_changed_field_changes_representation(base, field):
     e, other = base
@@ -564,7 +564,7 @@ def test_changed_field_changes_representation(base, field):
     assert differ(e, changed, kind)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("choice", "field"), COMPONENT_CHANGES, ids=str)
 def test_changed_field_of_other_component_changes_representation(base, choice, field):
     path, _, component = choice.partition("=")
@@ -573,7 +573,7 @@ def test_changed_field_of_other_component_changes_representation(base, choice, f
     assert differ(e, configs.override(e, f"{path}.{field}", text), kind)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("source", "field"), SOURCE_FIELDS, ids=str)
 def test_changed_field_of_model_with_source_changes_representation(source, field):
     e, changes = SOURCE_EXPERIMENTS[source]
