@@ -28,7 +28,10 @@ SLOW_AXES = {"dcn_data": "data", "dcn_fsdp": "fsdp"}
 # parameters but not in activations.
 LOGICAL_AXIS_RULES: dict[str, tuple] = {
     "batch": (("data", "fsdp"), None),
-    "sequence": ("sequence", None),
+    "sequence": (("sequence",), None),
+    # Of activations of the model's width E, between products that are sharded over tensor
+    # (sequence parallelism, Korthikanti et al. 2022, arXiv 2205.05198).
+    "residual": (("sequence", "tensor"), None),
     "embed": (None, "fsdp"),
     "heads": ("tensor", "tensor"),
     "kv_heads": ("tensor", "tensor"),
@@ -81,30 +84,45 @@ def gather_length(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, P(batch, None, *others))
 
 
-def shards_length(length: int) -> bool:
-    """Return whether a dimension "sequence" of this size is sharded: its mesh axis divides it."""
-    shards = axis_size("sequence")
-    return shards > 1 and has_rules() and _shards_sequences.value and length % shards == 0
+def length_axes(name: str, length: int) -> str | tuple[str, ...] | None:
+    """Return the mesh axes of a length: those of the rules of "sequence" or "residual".
+
+    An axis is left out if its size is 1 or does not divide the (rest of the) length.
+    """
+    axes: tuple[str, ...] = ()
+    for axis in LOGICAL_AXIS_RULES[name][0] if has_rules() and _shards_sequences.value else ():
+        size = axis_size(axis)
+        if size > 1 and length % size == 0:
+            axes, length = (*axes, axis), length // size
+    return axes if len(axes) > 1 else next(iter(axes), None)
 
 
 def spec(*names: str | None, shape: Sequence[int] | None = None) -> P:
     """Return the PartitionSpec of an activation whose dimensions have these logical names.
 
-    Dimensions named "sequence" are sharded only if `shape` is given, see `shards_length`.
+    Dimensions named "sequence" or "residual" are sharded only if `shape` is given, see
+    `length_axes`. A single key head is not sharded.
     """
 
     def axes(i: int, name: str | None):
-        if name is None or (name == "sequence" and not (shape and shards_length(shape[i]))):
+        if name in ("sequence", "residual"):
+            return length_axes(name, shape[i]) if shape else None
+        if name == "kv_heads" and shape and shape[i] == 1:
             return None
-        return LOGICAL_AXIS_RULES[name][0]
+        return LOGICAL_AXIS_RULES[name][0] if name else None
 
     return P(*(axes(i, name) for i, name in enumerate(names)))
+
+
+def is_sharded_over(axis: str, names: Sequence[str]) -> bool:
+    """Return whether activations with these logical axes are sharded over a mesh axis."""
+    return any(LOGICAL_AXIS_RULES[name][0] == axis for name in names)
 
 
 def param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
     """Return the PartitionSpec of a stored parameter.
 
-    A vocabulary axis whose size is not divisible by its mesh axis is not sharded.
+    A single key head, and a vocabulary that its mesh axis does not divide, are not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return P(
@@ -121,10 +139,10 @@ def gathered_param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
 
 
 def _param_mesh_axis(mesh, name: str, size: int, axis: str | None) -> str | None:
-    # The vocabulary size comes from the tokenizer and may be odd, such as 257 for bytes.
-    if name == "vocab" and axis in mesh.shape and size % mesh.shape[axis]:
-        return None
-    return axis
+    # The vocabulary size comes from the tokenizer and may be odd, such as 257 for bytes. A single key
+    # head serves all query heads (multi-query attention).
+    is_whole = name == "vocab" or (name == "kv_heads" and size == 1)
+    return None if is_whole and size % mesh.shape.get(axis, 1) else axis
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -321,7 +321,7 @@ class AttentionLayer(nn.Module):
             query, key, value = map(gather_length, (query, key, value))
         score = softcap(self.config.softcap) if self.config.softcap else None
         result = attend(query, key, value, score=score, **self._options(mask, deterministic))
-        return constrain(self._project_out(self._sow_weights(result), embed), "batch", "sequence", None)
+        return constrain(self._project_out(self._sow_weights(result), embed), "batch", "residual", None)
 
     def _project_out(self, out: Float[Array, "B T H D"], embed: int) -> Float[Array, "B T E"]:
         axes, bias = ("heads", "head_dim", "embed"), self.config.has_bias("out")

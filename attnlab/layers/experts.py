@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig, check_width
 from attnlab.layers.linear import Dtypes, Linear, parameter
-from attnlab.sharding import spec
+from attnlab.sharding import constrain, spec
 
 # One linear map per expert: kernels (X, inputs, outputs), and biases (X, outputs) or None.
 Maps = tuple[Array, Array | None]
@@ -198,6 +198,7 @@ class Experts(nn.Module):
         """Return the layer's output; `valid` is false at padding."""
         c, embed = self.config, x.shape[-1]
         hidden = c.hidden(embed)
+        x = constrain(x, "batch", "sequence", None)
         # Routing must not depend on rounding: use float32 even where a device would multiply in
         # bfloat16.
         exact = dataclasses.replace(self.dtypes, compute="float32")
@@ -217,4 +218,5 @@ class Experts(nn.Module):
             "up": maps("up", embed, hidden, into, self.std),
             "down": maps("down", hidden, embed, back, self.out_std),
         }
-        return sharded_mixture(x, weights, choices, params, c.activation)
+        y = sharded_mixture(x, weights, choices, params, c.activation)
+        return constrain(y, "batch", "residual", None)

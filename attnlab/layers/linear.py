@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import InputError, check_fields
-from attnlab.sharding import has_rules, has_sharded_length, out_sharding
+from attnlab.sharding import axis_size, constrain, has_rules, is_sharded_over, length_axes, out_sharding, spec
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ def parameter(
     std: float = 0.0,
     mean: float | np.ndarray = 0.0,
     wide: bool = False,
+    gather: bool = True,
 ) -> Array:
     """Declare a parameter with a normal initialisation and return it in the compute dtype.
 
     The parameter is stored sharded over the mesh according to its logical axes. The returned array
-    is gathered over the fsdp axis, so that callers can ignore parameter sharding. With `wide` it
-    has at least float32, for values that scale or shift whole activations, scores or logits.
+    is gathered over the fsdp axis, so that callers can ignore parameter sharding, unless `gather`
+    is false. With `wide` it has at least float32, for values that scale or shift whole activations,
+    scores or logits.
     """
 
     def init(key):
@@ -62,7 +64,7 @@ def parameter(
 
     dtype = jnp.promote_types(dtypes.compute, jnp.float32) if wide else dtypes.compute
     value = module.param(name, init).astype(dtype)
-    if not sharding.has_rules():
+    if not gather or not sharding.has_rules():
         return value
     return jax.sharding.reshard(value, sharding.gathered_param_spec(shape, axes))
 
@@ -186,19 +188,40 @@ def contract(
             for entry in jax.typeof(kernel).sharding.spec[num_inputs:]
         ]
         kernel = jax.sharding.reshard(kernel, jax.P(*rows[2:], *columns))
-        spec = jax.P(*rows[:2], *columns)
-        return jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, kernel, out_sharding=spec)
-    if has_sharded_length(x):  # two sharded dimensions cannot be merged
-        where = out_sharding("batch", "sequence", *out_axes, shape=(b, t))
+        where = jax.P(*rows[:2], *columns)
+        return jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, kernel, out_sharding=where)
+    sizes = kernel.shape[num_inputs:]
+    x, length = _length_of_product(x, out_axes)
+    if length is not None:  # two sharded dimensions cannot be merged
+        where = jax.P(spec("batch")[0], length, *spec(*out_axes, shape=sizes))
         return jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, kernel, out_sharding=where)
     rows = x.reshape(b * t, *x.shape[2:])
     y = jnp.einsum(
         f"n{inputs},{inputs}{outputs}->n{outputs}",
         rows,
         kernel,
-        out_sharding=out_sharding("batch", *out_axes),
+        out_sharding=out_sharding("batch", *out_axes, shape=(b * t, *sizes)),
     )
-    return y.reshape(b, t, *y.shape[1:], out_sharding=out_sharding("batch", None, *out_axes))
+    return y.reshape(b, t, *sizes, out_sharding=out_sharding("batch", None, *out_axes, shape=(b, t, *sizes)))
+
+
+def _length_of_product(
+    x: Float[Array, "B T *inputs"], out_axes: tuple[str, ...]
+) -> tuple[Float[Array, "B T *inputs"], Any]:
+    """Return the input of a product and the mesh axes of the length of its output.
+
+    A product whose outputs are sharded over tensor gathers the parts of the length on that axis;
+    one whose inputs are sharded over tensor scatters its sum.
+    """
+    if not has_rules():
+        return x, None
+    batch, length, *inputs = jax.typeof(x).sharding.spec
+    if is_sharded_over("tensor", out_axes):
+        length = "sequence" if "sequence" in _mesh_axes(length) else None
+        return jax.sharding.reshard(x, jax.P(batch, length, *inputs)), length
+    if any("tensor" in _mesh_axes(entry) for entry in inputs):
+        return x, length_axes("residual", x.shape[1])
+    return x, length
 
 
 def add_bias(
@@ -240,10 +263,28 @@ class Embedding(nn.Module):
     wide: bool = False
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V E"]:
-        """Return the table."""
-        shape = (self.size, self.width)
-        return parameter(self, "table", shape, self.axes, self.dtypes, std=self.std, wide=self.wide)
+    def __call__(self, ids: Int[Array, "B T"] | None = None) -> Float[Array, "V E"] | Float[Array, "B T E"]:
+        """Return the table, or with `ids` the row of each; see `look_up`.
+
+        With `ids` the table is not gathered: each device looks up its part of the width for the
+        tokens of all devices of its fsdp axis, which then exchange the parts. This moves two
+        activations a step, and the gathered table two tables: the table and its gradient.
+        """
+        gather = ids is None or not has_rules() or axis_size("fsdp") == 1
+        table = parameter(
+            *(self, "table", (self.size, self.width), self.axes, self.dtypes),
+            std=self.std,
+            wide=self.wide,
+            gather=gather,
+        )
+        if ids is None:
+            return table
+        if gather:
+            return look_up(table, ids)
+        length, width = length_axes("sequence", ids.shape[1]), jax.typeof(table).sharding.spec[1]
+        ids = jax.sharding.reshard(ids, jax.P("data", length))
+        rows = table.at[ids].get(mode="promise_in_bounds", out_sharding=jax.P("data", length, width))
+        return constrain(rows, "batch", "sequence", None)
 
 
 class Bias(nn.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnlab.sharding import axis_size, constrain, gathered_param_spec, out_sharding, shards_length
+from attnlab.sharding import axis_size, constrain, gathered_param_spec, length_axes, out_sharding
 
 # Maximum number of logits of a device in memory at once, and minimum number of rows of a chunk.
 MAX_LOGITS, MIN_ROWS = 1 << 24, 1024
@@ -45,6 +45,8 @@ def logits(
 ) -> Float[Array, "*rows V"]:
     """Return x table^T + bias, softcapped to softcap * tanh(. / softcap) if `softcap` is set."""
     *rows, e = x.shape
+    if len(rows) == 2:
+        x = constrain(x, "batch", "sequence", None)
     where = whole = None
     if (batch := out_sharding("batch")) is not None:
         vocab = gathered_param_spec(table.shape, ("vocab", "embed"))[0]
@@ -75,7 +77,7 @@ def token_loss_terms(
     chunk, and sums the gradients of the table and the bias over the chunks in at least float32.
     """
     b, t, e = x.shape
-    shards = axis_size("sequence") if shards_length(t) else 1
+    shards = 1 if length_axes("sequence", t) is None else axis_size("sequence")
     x, targets = constrain(x, "batch", "sequence", None), constrain(targets, "batch", "sequence")
     x, targets = x.reshape(b, shards, t // shards, e), targets.reshape(b, shards, t // shards)
     length = _chunk_length(x, table)

@@ -233,7 +233,7 @@ class LayerSpec(ABC):
         def zeros(dims: TokenDims, dtype) -> Array:
             shape = (*stack, batch, slots, *(size for size, _ in dims))
             axes = (*(None for _ in stack), "batch", None, *(axis for _, axis in dims))
-            return jnp.zeros(shape, dtype, out_sharding=out_sharding(*axes))
+            return jnp.zeros(shape, dtype, out_sharding=out_sharding(*axes, shape=shape))
 
         key, value = (self.mixer or Mixer()).cache_dims(kv_heads, head_dim)
         state = {k: v for score in self.scores for k, v in score.state_dims(heads, slots).items()}

@@ -340,7 +340,8 @@ class TransformerConfig(ModelConfig):
         return {
             "model.width": ("embed", self.width),
             "model.attention.heads": ("heads", self.attention.heads),
-            "model.attention.kv_heads": ("kv_heads", self.kv_heads),
+            # A single key head is on every device.
+            **({"model.attention.kv_heads": ("kv_heads", self.kv_heads)} if self.kv_heads > 1 else {}),
             **feed_forward,
         }
 

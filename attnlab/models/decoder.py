@@ -161,7 +161,10 @@ class TextModel(Model):
         """Return the input of the first layer; `added` is an additional embedding of each token."""
         c = self.config
         tokens = constrain(tokens, "batch", "sequence")
-        x = look_up(self.embedding() if table is None else table, tokens)
+        if table is None and not getattr(self.config, "tied", False):
+            x = self.embedding(tokens)
+        else:  # the logits need the whole table anyway
+            x = look_up(self.embedding() if table is None else table, tokens)
         if c.scale_embedding:
             x = x * jnp.asarray(c.width**0.5, x.dtype)
         if isinstance(c.positions, Learned):
@@ -170,7 +173,7 @@ class TextModel(Model):
             x = x + sinusoidal(positions, c.table_width, c.positions.halves).astype(x.dtype)
         if added is not None:
             x = x + added
-        x = constrain(x, "batch", "sequence", None)
+        x = constrain(x, "batch", "residual", None)
         if c.embedding_norm:
             x = self.embedding_norm(x)
         return self.drop(x, deterministic=deterministic)
@@ -214,7 +217,7 @@ class TextModel(Model):
         positions = constrain(positions, "batch", "sequence")
         if embedded is None:
             embedded = self.embed(tokens, positions, deterministic=deterministic, table=table, added=added)
-        embedded = constrain(embedded, "batch", "sequence", None)
+        embedded = constrain(embedded, "batch", "residual", None)
         layer_caches, shared = None, None
         if cache is not None:
             layer_caches, cache = cache.layers, cache.advance(rows.ids)

@@ -11,7 +11,7 @@ from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Bias, Dropout, Dtypes, Embedding, Linear, Normal
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.readout import scaled
-from attnlab.sharding import out_sharding
+from attnlab.sharding import gather_length, out_sharding
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def pool(
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     pooled = (same & pooling.pooling_mask(segments)[:, None, :]).astype(dtype)
     weights = pooled / jnp.maximum(pooled.sum(-1, keepdims=True), 1)
-    spec = out_sharding("batch", "sequence", None, shape=x.shape)
-    return jnp.einsum("bts,bse->bte", weights, x.astype(dtype), out_sharding=spec).astype(x.dtype)
+    spec = out_sharding("batch", None, None)
+    pooled = jnp.einsum("bts,bse->bte", weights, gather_length(x).astype(dtype), out_sharding=spec)
+    return pooled.astype(x.dtype)
 
 
 @dataclass(frozen=True)

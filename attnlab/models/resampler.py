@@ -58,7 +58,7 @@ class Resampler(nn.Module):
         c, block, batch = self.config, self.block, memory.hidden.shape[0]
         table = Embedding(c.latents, block.width, ("sequence", "embed"), block.init.std, block.dtypes)
         x = jnp.broadcast_to(table()[None], (batch, c.latents, block.width))
-        x = constrain(x, "batch", "sequence", None)
+        x = constrain(x, "batch", "residual", None)
         block = replace(block, depth=c.depth, positions=NoPositions(), cross=PerceiverAttentionConfig())
         rows = documents(None, x[..., 0])
         stack = LayerStack(Block, block, (Bidirectional(),), self.scan, self.remat, name="layers")

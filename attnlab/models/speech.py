@@ -124,7 +124,7 @@ class SpeechEncoder(Model):
         x = gelu(self.convolution2(x))
         rows = frames.every(2)
         x = x + jax.lax.stop_gradient(self.position_embedding)[None, : x.shape[1]]
-        x = self.drop(constrain(x, "batch", "sequence", None), deterministic=deterministic)
+        x = self.drop(constrain(x, "batch", "residual", None), deterministic=deterministic)
         positions = jnp.zeros_like(rows.ids) + jnp.arange(rows.ids.shape[1])[None]
         x, _ = self.layers(x, None, SequenceInputs(rows, positions), deterministic)
         return EncoderOutput(x if c.placement == "post" else self.norm(x), rows)

@@ -200,7 +200,7 @@ class ViT(Model):
             prefix = self._prefix_tokens(positions[: c.class_tokens])
             prefix = jnp.broadcast_to(prefix[None], (b, *prefix.shape))
             x = jnp.concatenate([constrain(prefix, "batch", None, None), x], axis=1)
-        x = constrain(x, "batch", "sequence", None)
+        x = constrain(x, "batch", "residual", None)
         if c.embedding_norm:
             x = self.embedding_norm(x)
         # A patch has the document of its first row of pixels.

@@ -76,6 +76,34 @@ def test_bytes_of_activations_fall_with_the_axis():
     assert sizes[1] < 0.4 * sizes[0]
 
 
+def test_look_up_exchanges_rows_and_gathers_no_table():
+    text = compiled("fsdp:8", 64, tied=False, width=64, scan=False, depth=1).as_text()
+    assert re.search(r" all-to-all(-start)?\(", text)
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+    assert gathered.count("257,64") == 1  # the table of the logits
+
+
+def test_residual_stream_is_sharded_over_tensor():
+    """Between two products that are sharded over tensor, a device holds a part of each row."""
+    saved = []
+    for mesh in ("single", "tensor:4"):
+        program = compiled(mesh, 1024, depth=8, width=64, attention=AttentionConfig(heads=4))
+        saved.append(program.memory_analysis().temp_size_in_bytes)
+    assert saved[1] < 0.5 * saved[0]
+
+
+def test_one_key_head_on_a_tensor_axis():
+    """Multi-query attention: every device holds the single key head."""
+    expected = []
+    for mesh in ("single", "fsdp:2,tensor:4"):
+        e = make_experiment(model={"attention": AttentionConfig(heads=4, kv_heads=1)})
+        session = make_session(e, mesh)
+        state, _ = session.train_step(session.new_state(), random_batch())
+        _, metrics = session.train_step(state, random_batch())
+        expected.append(float(metrics["loss"]))
+    np.testing.assert_allclose(*expected, rtol=1e-5)
+
+
 def test_indivisible_length_is_not_sharded():
     """Rows of 15 tokens on an axis of size 4."""
     expected = []
