@@ -139,8 +139,8 @@ def gathered_param_spec(shape: Sequence[int], names: Sequence[str]) -> P:
 
 
 def _param_mesh_axis(mesh, name: str, size: int, axis: str | None) -> str | None:
-    # The vocabulary size comes from the tokenizer and may be odd, such as 257 for bytes. A single key
-    # head serves all query heads (multi-query attention).
+    # The vocabulary size comes from the tokenizer and may be odd, such as 257 for bytes. A single
+    # key head serves all query heads (multi-query attention).
     is_whole = name == "vocab" or (name == "kv_heads" and size == 1)
     return None if is_whole and size % mesh.shape.get(axis, 1) else axis
 

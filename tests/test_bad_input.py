@@ -415,6 +415,31 @@ def test_program_rejects_invalid_arguments(workspace, arguments, message):
     assert message in done.stderr
 
 
+def test_parameters_that_are_too_large_are_rejected(workspace, assert_rejected):
+    """XLA would abort the process."""
+    arguments = ("--mode=describe", "--config=tiny.py", "--config.model.width=1000000000")
+    assert_rejected(*arguments, message="a dimension can be at most 2,147,483,647")
+
+
+@pytest.mark.parametrize(
+    "source, code, message",
+    [
+        ("import builtins; del builtins.print", 2, "error: odd.py:4: NameError"),
+        (
+            "import threading; t = threading.Thread(target=lambda: 1 / 0); t.start(); t.join()",
+            0,
+            "error: unexpected ZeroDivisionError",
+        ),
+    ],
+    ids=["no print", "thread"],
+)
+def test_odd_experiment_file_prints_no_traceback(workspace, source, code, message):
+    (workspace / "odd.py").write_text(f"{source}\n{(workspace / 'tiny.py').read_text()}")
+    done = program("--mode=describe", "--config=odd.py", cwd=workspace)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_nan_loss_prints_one_line_and_exits_1(workspace, capfd):
     run = workspace / "nan"
     big = [

@@ -1,5 +1,6 @@
 """Parameters and their initialisation, linear maps, embedding tables and dropout."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, Int
 from attnlab import sharding
 from attnlab.errors import InputError, check_fields
 from attnlab.sharding import axis_size, constrain, has_rules, is_sharded_over, length_axes, out_sharding, spec
+
+MAX_DIMENSION, MAX_ELEMENTS = 2**31 - 1, 2**40  # of a parameter
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ def parameter(
             return jnp.broadcast_to(jnp.asarray(mean, dtype), shape, out_sharding=spec)
         return mean + std * jax.random.normal(key, shape, dtype, out_sharding=spec)
 
+    # XLA aborts the process for much larger arrays.
+    if max(shape, default=0) > MAX_DIMENSION or math.prod(shape) > MAX_ELEMENTS:
+        raise InputError(
+            f"the parameter {'/'.join((*module.path, name))} would have the shape {tuple(shape)}: a "
+            f"dimension can be at most {MAX_DIMENSION:,}, and the number of elements at most {MAX_ELEMENTS:,}"
+        )
     dtype = jnp.promote_types(dtypes.compute, jnp.float32) if wide else dtypes.compute
     value = module.param(name, init).astype(dtype)
     if not gather or not sharding.has_rules():

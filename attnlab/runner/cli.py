@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,8 @@ def _run(argv: Sequence[str] | None) -> int:
     ATTNLAB_DEBUG=1 it propagates.
     """
     _print_any_text()
+    if not os.environ.get("ATTNLAB_DEBUG"):
+        threading.excepthook = _report_thread
     output = sys.stdout  # an experiment file may replace it, with None for example, or close it
     try:
         try:
@@ -120,8 +123,14 @@ def _print_any_text() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    sys.stderr.write(" ".join(message.split()) + "\n")  # an experiment file may delete print
     return code
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Report an exception that ended a thread in one line; the run goes on."""
+    if failure.exc_value is not None and failure.exc_type is not SystemExit:
+        _fail(report_bug(failure.exc_value), 0)
 
 
 def _flag_error(error: flags.Error) -> str:
