@@ -1,11 +1,13 @@
 """Agreement between the processes of a job, and host values of arrays that span processes."""
 
 import json
+import time
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,25 +16,68 @@ def broadcast(value: Any) -> Any:
     """Return the value of process 0, which JSON can represent, in every process."""
     if jax.process_count() == 1:
         return value
-    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    # Only the values of process 0 count, but the shapes must agree.
-    padded = np.zeros(length, np.uint8)
-    padded[: min(length, len(content))] = content[:length]
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    content = json.dumps(value).encode() if jax.process_index() == 0 else b""
+    padded = np.zeros(largest(len(content)), np.int32)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    return json.loads(_Processes().largest(padded).astype(np.uint8).tobytes())
 
 
 def largest(number: int) -> int:
     """Return the largest number of all processes. Every process waits for the others."""
     if jax.process_count() == 1:
         return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return int(_Processes().largest(np.array(number, np.int32)))
 
 
-def barrier(name: str) -> None:
-    """Wait until every process has reached the barrier of this name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+class _Processes:
+    """Programs on one device of each process, so that no device is busy when a result is there."""
+
+    def __init__(self) -> None:
+        first: dict[int, Any] = {}
+        devices: Any = jax.devices()
+        for device in devices:
+            first.setdefault(device.process_index, device)
+        mesh = Mesh(np.array([first[i] for i in sorted(first)]), ("process",))
+        self._sharding = NamedSharding(mesh, P("process"))
+
+    def start_largest(self, numbers: np.ndarray) -> jax.Array:
+        """Start the elementwise maximum of the int32 arrays of all processes."""
+        parts = jax.make_array_from_process_local_data(self._sharding, numbers[None])
+        return _maximum(self._sharding.mesh)(parts)
+
+    def largest(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the elementwise maximum of the int32 arrays of all processes."""
+        return np.asarray(self.start_largest(numbers).addressable_data(0))
+
+
+@cache
+def _maximum(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x.max(axis=0), out_shardings=NamedSharding(mesh, P()))
+
+
+def barrier() -> None:
+    """Wait until every process has called it."""
+    largest(0)
+
+
+def one_at_a_time(tree: Any) -> Any:
+    """Return the results of a program; in a job on CPUs, wait for all of them first.
+
+    CPUs may run the next program at the same time, and the collectives of the two would mix.
+    """
+    if _may_mix():
+        jax.block_until_ready(tree)
+    return tree
+
+
+def settle() -> None:
+    """In a job on CPUs, wait for the small programs of a library, whose results are not known."""
+    if _may_mix():
+        time.sleep(0.1)
+
+
+def _may_mix() -> bool:
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
 
 
 def to_host(tree: Any) -> Any:
@@ -47,7 +92,7 @@ def to_host(tree: Any) -> Any:
         if x.is_fully_replicated:
             return np.asarray(x.addressable_data(0))
         replicated = jax.jit(lambda y: y, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
-        return np.asarray(replicated.addressable_data(0))
+        return np.asarray(one_at_a_time(replicated).addressable_data(0))
 
     return jax.tree.map(fetch, tree)
 
@@ -61,16 +106,7 @@ class Vote:
 
     def __init__(self) -> None:
         self._previous: jax.Array | None = None
-        if jax.process_count() == 1:
-            return
-        first: dict[int, Any] = {}
-        devices: Any = jax.devices()
-        for device in devices:
-            first.setdefault(device.process_index, device)
-        mesh = Mesh(np.array([first[i] for i in sorted(first)]), ("process",))
-        self._serial = mesh.devices.flat[0].platform == "cpu"
-        self._sharding = NamedSharding(mesh, P("process"))
-        self._largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+        self._processes = _Processes()
 
     def __call__(self, number: int, after: Any = None) -> int:
         """Return the largest number of the previous call; in a single process, this number.
@@ -81,12 +117,9 @@ class Vote:
         """
         if jax.process_count() == 1:
             return number
-        numbers = jax.make_array_from_process_local_data(self._sharding, np.array([number], np.int32))
-        if self._serial:  # the CPU may run two programs at once, and would mix their collectives
-            jax.block_until_ready(after)
-        previous, self._previous = self._previous, self._largest(numbers)
-        if self._serial:
-            jax.block_until_ready(self._previous)
+        one_at_a_time(after)
+        previous = self._previous
+        self._previous = one_at_a_time(self._processes.start_largest(np.array(number, np.int32)))
         return 0 if previous is None else int(np.asarray(previous.addressable_data(0)))
 
 

@@ -27,8 +27,6 @@ def start(job: Job, timeout: float, watchdog: float) -> None:
         return
     monitor = Monitor(job, watchdog)
     monitor.start(timeout)
-    # Otherwise CPUs may run two programs at once, and their collectives would mix.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             job.coordinator,

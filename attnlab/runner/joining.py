@@ -63,7 +63,7 @@ def _check_shared(workdir: epath.Path) -> None:
     if is_main_process():
         workdir.mkdir(parents=True, exist_ok=True)
         file.touch()
-    collectives.barrier("workdir written")
+    collectives.barrier()
     deadline = time.monotonic() + MOST_DELAY
     while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.1)

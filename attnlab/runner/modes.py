@@ -85,7 +85,7 @@ def _workdir_lock(request: Request):
         return
     devices()  # reports in one line that there are none
     if not is_main_process():
-        barrier("workdir lock")
+        barrier()
         yield
         return
     with exclusive(request.folder):
@@ -93,7 +93,7 @@ def _workdir_lock(request: Request):
         started = request.mode == "train" and (request.folder / CONFIG).exists()
         if started and not request.resumes:
             raise InputError(f"another process has started a run in {request.folder}: run the command again")
-        barrier("workdir lock")
+        barrier()
         yield
 
 

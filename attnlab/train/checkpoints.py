@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from attnlab.distributed.collectives import broadcast, largest, to_host
+from attnlab.distributed.collectives import broadcast, largest, settle, to_host
 from attnlab.distributed.job import is_main_process
 from attnlab.errors import InputError, StorageError, one_line
 from attnlab.layers.linear import parameter_name
@@ -188,6 +188,7 @@ class Checkpoints:
             with options:
                 self.root.mkdir(parents=True, exist_ok=True)
                 written = ocp.save_async(self._partial_folder(step), state, overwrite=True)
+                settle()  # Orbax compares the paths of all processes
         except Exception as error:
             # A process that called Orbax again alone would wait for the others forever.
             kind = SaveFailed if jax.process_count() == 1 else StorageError

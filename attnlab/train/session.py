@@ -18,7 +18,7 @@ from attnlab.attention.fallback import Fallback
 from attnlab.config.types import short_name
 from attnlab.data import Batch, Tokenizer
 from attnlab.data.batch import batch_from_spec, source_kind
-from attnlab.distributed.collectives import row_share
+from attnlab.distributed.collectives import one_at_a_time, row_share
 from attnlab.distributed.start import progress
 from attnlab.errors import InputError
 from attnlab.train import optimizers
@@ -152,7 +152,7 @@ class Session:
     def _on_mesh(self, function):
         def call(*args):
             with self.use_mesh():
-                return function(*args)
+                return one_at_a_time(function(*args))
 
         return call
 
