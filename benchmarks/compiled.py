@@ -35,8 +35,8 @@ COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permut
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 TEXT = """# Compiled programs
 
-A training step of Llama 3.1 8B (rows of 8,192 tokens, bfloat16, full remat), compiled for TPU slices
-that were not there. `python benchmarks/compiled.py` writes this page. Cycles are the compiler's
+A training step of Llama 3.1 8B (rows of 8,192 tokens, bfloat16, full remat), compiled for absent
+TPU slices. `python benchmarks/compiled.py` writes this page. Cycles are the compiler's
 estimates without Pallas kernels and without waits for collectives, so they are not step times.
 Collective bytes are the sizes of the results on one device, times the trips of the loops.
 

@@ -111,7 +111,7 @@ INVALID_ARGUMENTS = [
     (["--config.loss.label_smoothing=1"], "label_smoothing"),
     # the mesh
     (["--mesh=daat"], "--mesh=daat: expected one of auto, single, data, fsdp"),
-    (["--mesh=model:2"], "sizes of the axes data, fsdp, tensor"),
+    (["--mesh=model:2"], "sizes of the axes data, fsdp, sequence, tensor"),
     (["--mesh=data:none"], "the size of data must be a whole number"),
     (["--mesh=data:16"], "needs 16 devices and there are 8; these fit: single, data:8, fsdp:8"),
     (["--mesh=data:4", "--config.data.batch_size=6"], "data.batch_size=6 cannot be sharded 4 ways"),

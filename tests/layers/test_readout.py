@@ -56,14 +56,14 @@ def test_chunks_do_not_change_loss_terms(monkeypatch, length):
 )
 def test_chunk_length(rows, length, vocab, expected):
     found = []
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, length, 4), (vocab, 4))]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 1, length, 4), (vocab, 4))]
     jax.eval_shape(lambda *arrays: found.append(readout._chunk_length(*arrays)), *shapes)
     assert found == [expected]
 
 
 def test_chunk_length_counts_the_rows_and_the_vocabulary_of_a_device(mesh_of):
     with jax.set_mesh(mesh_of("fsdp:2,tensor:4")):
-        x = jnp.zeros((8, 4096, 4), out_sharding=jax.P("fsdp"))
+        x = jnp.zeros((8, 1, 4096, 4), out_sharding=jax.P("fsdp"))
         table = jnp.zeros((32_768, 4), out_sharding=jax.P("tensor"))
         assert readout._chunk_length(x, table) == (1 << 24) // (8 // 2 * 32_768 // 4)
 
