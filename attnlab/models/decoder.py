@@ -52,7 +52,7 @@ from attnlab.layers.specs import (
 )
 from attnlab.models.config import Model, TextConfig, TransformerConfig
 from attnlab.models.generation_defaults import GenerationDefaults
-from attnlab.sharding import constrain, out_sharding
+from attnlab.sharding import constrain, gather_length, out_sharding
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Decoder(TextModel):
         )
         c = self.config
         x = scaled(x, c.init.readout_scale(c.width) / (c.width**0.5 if c.scale_readout else 1.0))
-        return x if new_cache is None else (x, new_cache)
+        return x if new_cache is None else (gather_length(x), new_cache)
 
     def readout_weights(self):
         """See `Model.readout_weights`."""
