@@ -12,7 +12,10 @@ from attnlab.layers import AttentionConfig, Causal, MLPConfig, Sliding
 from attnlab.layers.linear import Dtypes
 from tests.train.small import TOKENIZER, make_experiment, make_session, random_batch
 
-MESHES = ("data:2,sequence:4", "sequence:8", "fsdp:2,sequence:2,tensor:2")
+MESHES = (
+    pytest.param("data:2,sequence:4", marks=pytest.mark.long),
+    *("sequence:8", "fsdp:2,sequence:2,tensor:2"),
+)
 FLOAT64 = Dtypes("float64", "float64", "float64")
 MODEL = {
     "pattern": (Sliding(window=5), Causal()),
