@@ -171,8 +171,10 @@ class LatentAttention(Mixer):
             source = norm(linear(x, "query_down", self.query_rank), "query_norm")
         query = linear(source, "query", heads, d + self.rotary_dim, axes=("heads", "head_dim"))
         query = jnp.concatenate([query[..., :d], rotate(query[..., d:])], axis=-1)
-        vector = norm(linear(x, "latent", self.rank), "latent_norm")
-        rotated_key = rotate(linear(x, "rotated_key", self.rotary_dim)[:, :, None])
+        # Keys and values are sharded over heads, so every device of a tensor axis needs both.
+        names = "batch", "sequence", None
+        vector = constrain(norm(linear(x, "latent", self.rank), "latent_norm"), *names)
+        rotated_key = rotate(constrain(linear(x, "rotated_key", self.rotary_dim), *names)[:, :, None])
         return query, vector[:, :, None], rotated_key
 
     def attend(self, layer, query, key, value, score_of, **options):
