@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,14 +18,14 @@ def broadcast(value: Any) -> Any:
     content = json.dumps(value).encode() if jax.process_index() == 0 else b""
     padded = np.zeros(largest(len(content)), np.int32)
     padded[: len(content)] = np.frombuffer(content, np.uint8)
-    return json.loads(_Processes().largest(padded).astype(np.uint8).tobytes())
+    return json.loads(_processes().largest(padded).astype(np.uint8).tobytes())
 
 
 def largest(number: int) -> int:
     """Return the largest number of all processes. Every process waits for the others."""
     if jax.process_count() == 1:
         return number
-    return int(_Processes().largest(np.array(number, np.int32)))
+    return int(_processes().largest(np.array(number, np.int32)))
 
 
 class _Processes:
@@ -39,11 +38,12 @@ class _Processes:
             first.setdefault(device.process_index, device)
         mesh = Mesh(np.array([first[i] for i in sorted(first)]), ("process",))
         self._sharding = NamedSharding(mesh, P("process"))
+        self._maximum = jax.jit(lambda x: x.max(axis=0), out_shardings=NamedSharding(mesh, P()))
 
     def start_largest(self, numbers: np.ndarray) -> jax.Array:
         """Start the elementwise maximum of the int32 arrays of all processes."""
         parts = jax.make_array_from_process_local_data(self._sharding, numbers[None])
-        return _maximum(self._sharding.mesh)(parts)
+        return self._maximum(parts)
 
     def largest(self, numbers: np.ndarray) -> np.ndarray:
         """Return the elementwise maximum of the int32 arrays of all processes."""
@@ -51,8 +51,8 @@ class _Processes:
 
 
 @cache
-def _maximum(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x.max(axis=0), out_shardings=NamedSharding(mesh, P()))
+def _processes() -> _Processes:
+    return _Processes()
 
 
 def barrier() -> None:
@@ -106,7 +106,6 @@ class Vote:
 
     def __init__(self) -> None:
         self._previous: jax.Array | None = None
-        self._processes = _Processes()
 
     def __call__(self, number: int, after: Any = None) -> int:
         """Return the largest number of the previous call; in a single process, this number.
@@ -119,7 +118,7 @@ class Vote:
             return number
         one_at_a_time(after)
         previous = self._previous
-        self._previous = one_at_a_time(self._processes.start_largest(np.array(number, np.int32)))
+        self._previous = one_at_a_time(_processes().start_largest(np.array(number, np.int32)))
         return 0 if previous is None else int(np.asarray(previous.addressable_data(0)))
 
 
