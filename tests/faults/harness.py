@@ -47,13 +47,19 @@ class Harness:
         folder.mkdir()
         return folder
 
-    def run(self, cwd: Path, *commands: Sequence[str], environ: Mapping[str, str] | None = None) -> Outcome:
-        """Run command lines in one forked process.
+    def run(
+        self,
+        cwd: Path,
+        *commands: Sequence[str],
+        environ: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> Outcome:
+        """Run command lines in one forked process, which may use the CPU time of `limit` commands.
 
-        A mesh of 8 devices may use the CPU time of 8 commands.
+        The default is their number.
         """
         child = process.fork(process.command_line(*commands), cwd, environ)
-        return child.wait(sum(8 if "--mesh=data:8" in words else 1 for words in commands))
+        return child.wait(limit or len(commands))
 
     def call(self, cwd: Path, function: Callable[[], Any]) -> Outcome:
         """Call a function of the library in a forked process."""

@@ -83,6 +83,8 @@ TIMES = (
     *("goodput", "compile_share", "input_share", "checkpoint_share", "evaluation_share", "other_share"),
     "slow_steps",
 )
+# A run from its start to its report may use the CPU time of this many commands.
+WHOLE_RUN = {"single": 3, "data:8": 8}
 SIGNALS = (signal.SIGKILL,) * 8 + (signal.SIGTERM, signal.SIGINT)
 
 
@@ -105,12 +107,12 @@ def case(mesh: str, rng: Random, harness: Harness, number: int) -> Result:
             sent = signal.SIGKILL
         ended = run.ended()
         run.kill(sent)
-        outcome = run.wait(8 if mesh == "data:8" else 1)
+        outcome = run.wait(WHOLE_RUN[mesh])
         hits.append(f"{sent.name} at {awaited}")
         killed = outcome.code == -sent and not outcome.err.strip()
         if (ended or not killed) and outcome.result("").verdict != "clean":
             return outcome.result(f"{mesh}: after {', '.join(hits)}")
-    outcome = harness.run(folder, arguments, environ=environ)
+    outcome = harness.run(folder, arguments, environ=environ, limit=WHOLE_RUN[mesh])
     if outcome.code == 0 and not outcome.limit:
         found = _contents(harness, folder, mesh)
         return outcome.result(f"{mesh}: after {', '.join(hits)}", _differences(expected, found))
@@ -156,7 +158,8 @@ def _undisturbed(harness: Harness, mesh: str) -> dict[str, Any]:
     if mesh not in made:
         folder = _new_folder(harness)
         arguments = ["--config=counted.py", "--workdir=run", f"--mesh={mesh}"]
-        outcome = harness.run(folder, arguments, environ={"ATTNLAB_DATA_DIR": str(folder / "data")})
+        environ = {"ATTNLAB_DATA_DIR": str(folder / "data")}
+        outcome = harness.run(folder, arguments, environ=environ, limit=WHOLE_RUN[mesh])
         assert outcome.code == 0, f"without any fault, {arguments} ended with {outcome}"
         made[mesh] = _contents(harness, folder, mesh)
     return made[mesh]
@@ -165,14 +168,15 @@ def _undisturbed(harness: Harness, mesh: str) -> dict[str, Any]:
 def _contents(harness: Harness, folder: Path, mesh: str) -> dict[str, Any]:
     """Return everything of a finished run that must not depend on kills."""
     environ = {"ATTNLAB_DATA_DIR": str(folder / "data")}
-    describe = harness.run(folder, ["--mode=describe", "--workdir=run", f"--mesh={mesh}"], environ=environ)
+    describe = ["--mode=describe", "--workdir=run", f"--mesh={mesh}"]
+    described = harness.run(folder, describe, environ=environ, limit=WHOLE_RUN[mesh])
     run = folder / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         for name in TIMES:
             line.pop(name, None)
     return {
-        "parameters": digests_in(describe.out),
+        "parameters": digests_in(described.out),
         "metrics": lines,
         "report": (run / "report.json").read_text(),
         "checkpoints": sorted(file.name for file in (run / "checkpoints").iterdir()),
