@@ -1,18 +1,18 @@
-"""Logits, and the statistics of logits that losses need, computed in chunks of the length."""
+"""Logits, and the statistics of logits that losses need, computed in chunks of the vocabulary."""
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnlab.sharding import axis_size, constrain, gathered_param_spec, length_axes, out_sharding
+from attnlab.sharding import constrain, gathered_param_spec, has_rules, has_sharded_length, out_sharding
 
-# Maximum number of logits of a device in memory at once, and minimum number of rows of a chunk.
-MAX_LOGITS, MIN_ROWS = 1 << 24, 1024
+# Maximum number of logits of a device in memory at once, and minimum number of columns of a chunk.
+MAX_LOGITS, MIN_COLUMNS = 1 << 24, 8192
 
 
 class LossTerms(NamedTuple):
@@ -73,18 +73,18 @@ def token_loss_terms(
 ) -> LossTerms:
     """Return the loss terms of each token without materialising all logits.
 
-    Each shard of the length is processed in chunks. The backward pass recomputes the logits of each
-    chunk, and sums the gradients of the table and the bias over the chunks in at least float32.
+    The logits are computed in chunks of the vocabulary. The backward pass recomputes the logits of
+    each chunk. A chunk of the table's gradient is one product, and the gradient of `x` is summed
+    over the chunks in at least float32.
     """
     b, t, e = x.shape
-    shards = 1 if length_axes("sequence", t) is None else axis_size("sequence")
     x, targets = constrain(x, "batch", "sequence", None), constrain(targets, "batch", "sequence")
-    x, targets = x.reshape(b, shards, t // shards, e), targets.reshape(b, shards, t // shards)
-    length = _chunk_length(x, table)
-    if length == x.shape[2]:
+    if (count := _num_chunks(x, table)) == 1:
         terms = _loss_terms(x, targets, table, bias, softcap, dtype)
     else:
-        terms = _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length)
+        if not has_sharded_length(x):  # XLA's CPU backend is slow with two dimensions of rows
+            x, targets = x.reshape(b * t, e), targets.reshape(b * t)
+        terms = _chunked_loss_terms(x, targets, table, bias, softcap, dtype, count)
     return jax.tree.map(lambda a: constrain(a.reshape(b, t), "batch", None), terms)
 
 
@@ -97,70 +97,136 @@ def _loss_terms(x, targets, table, bias, softcap: float | None, dtype: str) -> L
     return LossTerms(target_logit, jax.nn.logsumexp(y, axis=-1), y.mean(-1), correct)
 
 
+class _Chunk(NamedTuple):
+    """A chunk of each device's part of the vocabulary: n parts of c ids, with -1 as padding.
+
+    The bias and the ids have a dimension of size 1 for each dimension of rows.
+    """
+
+    table: Float[Array, "n c E"]
+    bias: Float[Array, "*ones n c"] | None
+    ids: Int[Array, "*ones n c"]
+
+    def logits(self, x, softcap: float | None, dtype: str) -> Float[Array, "*rows n c"]:
+        """Return the logits in at least float32; -inf at padding."""
+        y = _product("...e,nce->...nc", x, self.table, (*_rows(x), _vocab(self.table), None), dtype)
+        if self.bias is not None:
+            y = y + self.bias.astype(dtype)
+        if softcap is not None:
+            y = softcap * jnp.tanh(y / softcap)
+        return jnp.where(self.ids >= 0, y.astype(jnp.promote_types(dtype, jnp.float32)), -jnp.inf)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length: int) -> LossTerms:
-    """Return `_loss_terms`, computed in chunks of `length` tokens of each shard of a row."""
+def _chunked_loss_terms(x, targets, table, bias, softcap, dtype, count: int) -> LossTerms:
+    """Return `_loss_terms`, computed in `count` chunks of each device's part of the vocabulary."""
 
-    def step(_, chunk):
-        return None, _loss_terms(*chunk, table, bias, softcap, dtype)
+    def step(_, chunk: _Chunk):
+        y = chunk.logits(x, softcap, dtype)
+        chosen = jnp.where(chunk.ids == targets[..., None, None], y, 0).sum(-1)
+        total = jnp.where(chunk.ids >= 0, y, 0).sum(-1)
+        return None, (chosen, jax.nn.logsumexp(y, axis=-1), total, y.max(-1))
 
-    _, parts = jax.lax.scan(step, None, (_split(x, length), _split(targets, length)))
-    return jax.tree.map(lambda a: _join(a, x.shape[2]), parts)
+    # Statistics of each chunk and each part of the vocabulary: (count, *rows, n).
+    _, (chosen, lse, total, largest) = jax.lax.scan(step, None, _chunks(x, table, bias, count))
+    target_logit, mean_logit = chosen.sum((0, -1)), total.sum((0, -1)) / len(table)
+    correct = (target_logit >= largest.max((0, -1))).astype(chosen.dtype)
+    return LossTerms(target_logit, jax.nn.logsumexp(lse, axis=(0, -1)), mean_logit, correct)
 
 
-def _forward(x, targets, table, bias, softcap, dtype, length: int):
-    terms = _chunked_loss_terms(x, targets, table, bias, softcap, dtype, length)
-    return terms, (x, targets, table, bias)
+def _forward(x, targets, table, bias, softcap, dtype, count: int):
+    terms = _chunked_loss_terms(x, targets, table, bias, softcap, dtype, count)
+    return terms, (x, targets, table, bias, terms.lse)
 
 
-def _backward(softcap, dtype, length: int, arrays, cotangents: LossTerms):
-    x, targets, table, bias = arrays
+def _backward(softcap, dtype, count: int, arrays, cotangents: LossTerms):
+    x, targets, table, bias, lse = arrays
+    targets, lse, d_target, d_lse, d_mean = (
+        a[..., None, None]
+        for a in (targets, lse, cotangents.target_logit, cotangents.lse, cotangents.mean_logit / len(table))
+    )
 
-    def step(sums, chunk):
-        x, targets, cotangents = chunk
+    def step(d_x, chunk: _Chunk):
+        y = chunk.logits(x, softcap, dtype)
+        d_y = d_lse * jnp.exp(y - lse) + d_mean + jnp.where(chunk.ids == targets, d_target, 0)
+        if softcap is not None:
+            d_y *= 1 - (y / softcap) ** 2
+        d_y = jnp.where(chunk.ids >= 0, d_y, 0)
+        vocab = _vocab(chunk.table)
+        d_table = _product("...nc,...e->nce", d_y, x, (vocab, None, None), table.dtype)
+        d_x += _product("...nc,nce->...ne", d_y, chunk.table, (*_rows(x), vocab, None), d_x.dtype)
+        d_bias = None if bias is None else d_y.sum(range(d_y.ndim - 2)).astype(bias.dtype)
+        return d_x, (d_table, d_bias)
 
-        def terms(x, weights):
-            return _loss_terms(x, targets, *weights, softcap, dtype)
-
-        _, vjp = jax.vjp(terms, x, (table, bias))
-        d_x, d_weights = vjp(cotangents)
-        return jax.tree.map(lambda total, d: total + d.astype(total.dtype), sums, d_weights), d_x
-
-    weights = table, bias
-    sums = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.promote_types(w.dtype, jnp.float32)), weights)
-    chunks = jax.tree.map(lambda a: _split(a, length), (x, targets, cotangents))
-    sums, d_x = jax.lax.scan(step, sums, chunks)
-    d_table, d_bias = jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
-    return _join(d_x, x.shape[2]), np.zeros(targets.shape, jax.dtypes.float0), d_table, d_bias
+    chunks = _chunks(x, table, bias, count)
+    _, parts, _, e = chunks.table.shape
+    where = jax.P(*_rows(x), _vocab(table), None) if has_rules() else None
+    shape, wide = (*x.shape[:-1], parts, e), jnp.promote_types(x.dtype, jnp.float32)
+    d_x, d_weights = jax.lax.scan(step, jnp.zeros(shape, wide, out_sharding=where), chunks)
+    # Devices with other parts of the vocabulary add theirs in the dtype of x.
+    d_x = jax.lax.reduce_sum(d_x.astype(x.dtype), axes=[x.ndim - 1])
+    d_table, d_bias = jax.tree.map(partial(_join, vocab_size=len(table)), d_weights)
+    return d_x, np.zeros(arrays[1].shape, jax.dtypes.float0), d_table, d_bias
 
 
 _chunked_loss_terms.defvjp(_forward, _backward)
 
 
-def _split(a: Array, length: int) -> Array:
-    """Return (N, B, shards, length, ...) of (B, shards, t, ...), with t padded with zeros."""
-    b, shards, t, *rest = a.shape
-    a = jnp.pad(a, [(0, 0), (0, 0), (0, -t % length), *((0, 0) for _ in rest)])
-    return jnp.moveaxis(a.reshape(b, shards, -(-t // length), length, *rest), 2, 0)
+def _product(equation: str, a: Array, b: Array, axes: tuple, dtype) -> Array:
+    """Return an einsum of this dtype whose dimensions are sharded over these mesh axes."""
+    where = jax.P(*axes) if has_rules() else None
+    return jnp.einsum(equation, a, b, preferred_element_type=dtype, out_sharding=where)
 
 
-def _join(chunks: Array, t: int) -> Array:
-    """Return (B, shards, t, ...), the inverse of `_split`."""
-    a = jnp.moveaxis(chunks, 0, 2)
-    b, shards, count, length, *rest = a.shape
-    return a.reshape(b, shards, count * length, *rest)[:, :, :t]
+def _rows(x: Array) -> tuple:
+    """Return the mesh axes of all dimensions but the last."""
+    return tuple(jax.typeof(x).sharding.spec[:-1])
 
 
-def _chunk_length(x: Array, table: Array) -> int:
-    """Return the tokens of each shard of a row in a chunk: at most `MAX_LOGITS` logits per device.
+def _vocab(table: Array) -> Any:
+    """Return the mesh axis of the first dimension."""
+    return jax.typeof(table).sharding.spec[0]
 
-    Each chunk reads the whole table, which costs more than the logits if a chunk has few rows. So
-    it has at least `MIN_ROWS` rows per device. The chunks are as equal as possible.
+
+def _chunks(x: Array, table: Float[Array, "V E"], bias: Float[Array, " V"] | None, count: int) -> _Chunk:
+    """Return the chunks, stacked along a new first dimension."""
+    ids = jnp.arange(len(table))
+    ids = jax.sharding.reshard(ids, jax.P(_vocab(table))) if has_rules() else ids
+    ones = range(1, x.ndim)
+    biases = None if bias is None else jnp.expand_dims(_split(bias, count), ones)
+    return _Chunk(_split(table, count), biases, jnp.expand_dims(_split(ids, count, padding=-1), ones))
+
+
+def _split(a: Array, count: int, padding: int = 0) -> Array:
+    """Return (count, n, c, ...) of (V, ...), where the vocabulary is on n devices."""
+    v, *rest = a.shape
+    parts = v // _local_shape(a)[0]
+    where = jax.P(_vocab(a)) if has_rules() else None
+    a = a.reshape(parts, v // parts, *rest, out_sharding=where)
+    a = jnp.pad(a, [(0, 0), (0, -(v // parts) % count), *((0, 0) for _ in rest)], constant_values=padding)
+    return jnp.moveaxis(a.reshape(parts, count, -1, *rest), 1, 0)
+
+
+def _join(a: Array, vocab_size: int) -> Array:
+    """Return (V, ...) of (count, n, c, ...), the inverse of `_split`."""
+    count, parts, size, *rest = a.shape
+    vocab = jax.typeof(a).sharding.spec[1]
+    a = jnp.moveaxis(a, 0, 1).reshape(parts, count * size, *rest)[:, : vocab_size // parts]
+    where = jax.P(vocab) if has_rules() else None
+    return a.reshape(vocab_size, *rest, out_sharding=where)
+
+
+def _num_chunks(x: Array, table: Array) -> int:
+    """Return the number of chunks of a device's vocabulary: at most `MAX_LOGITS` logits in each.
+
+    Each chunk adds to the gradient of all rows, which costs more than the logits if a chunk has
+    few columns. So it has at least `MIN_COLUMNS`. A number that divides the vocabulary needs no
+    copy of the table with padding.
     """
-    (rows, _, t, _), (vocab, _) = (_local_shape(a) for a in (x, table))
-    length = max(MAX_LOGITS // (rows * vocab), -(-MIN_ROWS // rows))
-    count = -(-t // length)
-    return -(-t // count)
+    *rows, _ = _local_shape(x)
+    vocab = _local_shape(table)[0]
+    count = -(-vocab // max(MAX_LOGITS // max(math.prod(rows), 1), MIN_COLUMNS))
+    return next((n for n in range(count, 2 * count) if vocab % n == 0), count)
 
 
 def _local_shape(a: Array) -> tuple[int, ...]:
