@@ -211,6 +211,7 @@ class RecurrentStack(nn.Module):
             out_axes=1,
             length=self.depth,
             unroll=1 if self.scan else self.depth,
+            check_constancy_invariants=False,  # it would trace the body twice
         )
         return loop(self.config, self.bidirectional, deterministic, name="periods")(
             x, valid, is_first, states
