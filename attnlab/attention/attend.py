@@ -1,4 +1,4 @@
-"""The attention call `attend`, `prepare` for its block mask, and the checks of their arguments."""
+"""The attention call `attend`, from its arguments to the backend, and `prepare` for block masks."""
 
 import dataclasses
 import math
@@ -17,21 +17,39 @@ from attnlab.attention.backends.cudnn import Cudnn
 from attnlab.attention.backends.decode import Decode
 from attnlab.attention.backends.flash import Flash
 from attnlab.attention.backends.reference import Reference
-from attnlab.attention.backends.registry import BACKENDS, AttentionArgs, Backend, block_sizes
+from attnlab.attention.backends.registry import (
+    BACKENDS,
+    PLAIN_JAX,
+    AttentionArgs,
+    AttentionResult,
+    Backend,
+    block_sizes,
+    needs_only_shapes,
+    report_selection,
+    select_backends,
+    target_platforms,
+    zero_result,
+)
 from attnlab.attention.backends.splash import Splash
 from attnlab.attention.backends.tokamax import Tokamax
 from attnlab.attention.block_mask import BlockMask, make_block_mask
-from attnlab.attention.checks import check_array, check_number, describe, is_array
+from attnlab.attention.checks import (
+    check_array,
+    check_arrays,
+    check_number,
+    check_options,
+    describe,
+    is_array,
+)
 from attnlab.attention.context_parallel import AllGather, AllToAll, Ring
 from attnlab.attention.dropout import AttentionDropout, HashDropout, MaskDropout
+from attnlab.attention.fallback import kernel_scope
 from attnlab.attention.masks.base import Mask, PerHeadMask, as_mask
-from attnlab.attention.masks.blocks import BlockGrid, BlockOffset
 from attnlab.attention.masks.normal_form import depends_on_batch_and_heads, is_static
 from attnlab.attention.normalizers import softmax
-from attnlab.attention.pairwise import PairwiseFn
-from attnlab.attention.platforms import select_backends, target_platforms
+from attnlab.attention.pairwise import BlockGrid, BlockOffset, PairwiseFn
 from attnlab.attention.scores import as_score
-from attnlab.attention.sharded import local_args, map_shards, run_compiled, with_mesh
+from attnlab.attention.sharded import local_args, prepare_shards, run_shards, with_mesh
 from attnlab.errors import InputError
 
 # The order in which "auto" tries backends. `register` inserts other backends before these.
@@ -116,10 +134,113 @@ def attend(
         return_lse=return_lse,
     )
     batch, platforms = query.shape[:-3], target_platforms((query, key, value))
-    result = run_compiled(backend, args, platforms)
+    result = _run_compiled(backend, args, platforms)
     out, lse, weights = (x if x is None else _restore_batch(x, batch) for x in result)
     extras = [lse] * return_lse + [weights] * return_weights
     return (out, *extras) if extras else out
+
+
+# Fields of `AttentionArgs` that hold arrays, or masks and scores with arrays.
+_ARRAYS = ("query", "key", "value", "mask", "score", "scale", "sinks", "dropout", "block_mask")
+
+
+def _run_compiled(
+    name_or_backend: str | Backend, args: AttentionArgs, platforms: Sequence[str]
+) -> AttentionResult:
+    """Return `_run(...)`, compiled unless a caller traces it into a program of its own.
+
+    Python numbers, such as the offset of a mask, are constants of the program. Arrays are its
+    arguments. A backend that loops over blocks would otherwise compile its loops in every call.
+    """
+    values = {name: getattr(args, name) for name in _ARRAYS}
+    leaves, structure = jax.tree.flatten(values)
+    numbers = tuple((type(x), x) if isinstance(x, int | float) else None for x in leaves)
+    others = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in _ARRAYS}
+    # The choice of "auto" depends on the registered backends.
+    key = structure, numbers, tuple(others.items()), name_or_backend, tuple(platforms), tuple(BACKENDS)
+    if _is_traced() or not _is_hashable(key):
+        return _run(name_or_backend, args, platforms)
+    return _run_program(key, [x for x, number in zip(leaves, numbers, strict=True) if number is None])
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_program(key, arrays: list[Any]) -> AttentionResult:
+    structure, numbers, others, name_or_backend, platforms, _ = key
+    remaining = iter(arrays)
+    leaves = [next(remaining) if number is None else number[1] for number in numbers]
+    args = AttentionArgs(**structure.unflatten(leaves), **dict(others))
+    return _run(name_or_backend, args, platforms)
+
+
+def _is_traced() -> bool:
+    """Return whether operations on constants are traced, as by `jax.jit` but not by `jax.grad`."""
+    return isinstance(jax.lax.full((), np.float32(0)), jax.core.Tracer)
+
+
+def _is_hashable(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
+def _run(name_or_backend: str | Backend, args: AttentionArgs, platforms: Sequence[str]) -> AttentionResult:
+    """Run a backend on each device's shard, as the shardings in the arguments' types specify.
+
+    Types contain only the shardings over Explicit axes. Over Auto axes, the compiler shards the
+    operations of the backend like their operands.
+    """
+    args, layouts = _with_mesh(args)
+    if layouts is None:
+        return _select_run(name_or_backend, args, platforms)(args, (0, 0, 0, 0))
+    run = _select_run(name_or_backend, local_args(args, layouts), platforms)
+    return run_shards(run, args, layouts)
+
+
+def _with_mesh(args: AttentionArgs) -> tuple[AttentionArgs, list[P] | None]:
+    """Return the result of `with_mesh`, or the arguments themselves if there is no mesh."""
+    return (args, None) if jax.sharding.get_abstract_mesh().empty else with_mesh(args)
+
+
+def _select_run(
+    name_or_backend: str | Backend, args: AttentionArgs, platforms: Sequence[str]
+) -> Callable[[AttentionArgs, BlockOffset], AttentionResult]:
+    """Return `run` of the selected backend.
+
+    If "auto" selects different backends on these platforms, the compiler takes that of the platform
+    it compiles for.
+    """
+    backends = select_backends(name_or_backend, args, platforms)
+
+    for platform, backend in backends.items():
+        report_selection(backend, dataclasses.replace(args, platform=platform))
+
+    def run(args, offset):
+        if needs_only_shapes():
+            return zero_result(args)
+        if 0 in args.score_shape:  # other backends do not support empty arrays
+            return Reference().run(args, offset)
+        runs = {
+            platform: partial(_run_backend, backend, dataclasses.replace(args, platform=platform), offset)
+            for platform, backend in backends.items()
+        }
+        default = runs.pop(next(iter(runs)))
+        if len({id(backend) for backend in backends.values()}) == 1:
+            return default()
+        if "gpu" in runs:  # the compiler's names of its two platforms
+            runs["cuda"] = runs["rocm"] = runs.pop("gpu")
+        return jax.lax.platform_dependent(default=default, **runs)
+
+    return run
+
+
+def _run_backend(backend: Backend, args: AttentionArgs, offset: BlockOffset) -> AttentionResult:
+    """Run a backend. The compiler's errors about a kernel contain the name of this scope."""
+    if backend.name in PLAIN_JAX:
+        return backend.run(args, offset)
+    with jax.named_scope(kernel_scope(backend.name)):
+        return backend.run(args, offset)
 
 
 def make_args(query, key, value, *, mask, score, scale, normalizer, **options) -> AttentionArgs:
@@ -127,7 +248,7 @@ def make_args(query, key, value, *, mask, score, scale, normalizer, **options) -
     check_options(scale, normalizer)
     args = AttentionArgs(
         *map(_flatten_batch, (query, key, value)),
-        mask=None if mask is None else as_mask(mask),
+        mask=mask if isinstance(mask, Mask | None) else as_mask(mask),
         score=None if score is None else as_score(score),
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
         normalizer=normalizer,
@@ -153,42 +274,6 @@ def _restore_batch(x: Array, batch: tuple) -> Array:
 
 # Fields without a meaning if there is no pair.
 _NO_PAIRS: dict[str, Any] = {"mask": None, "score": None, "dropout": None, "block_mask": None}
-
-
-def check_arrays(query: Any, key: Any, value: Any) -> None:
-    """Check dtypes and shapes of query, key and value.
-
-    Raises:
-      InputError: an argument is not a floating-point array, or the shapes do not match.
-    """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_array(f"attend: {name}", x, "floating")
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
-        raise InputError(f"attend takes (batch, length, heads, head_dim) arrays; got {shapes}")
-    if key.shape[:-1] != value.shape[:-1] or query.shape[:-3] != key.shape[:-3]:
-        raise InputError(f"attend: batch, length and heads of key and value must be equal; got {shapes}")
-    if query.shape[-1] != key.shape[-1]:
-        raise InputError(f"attend: query and key must have the same head_dim; got {shapes}")
-    if query.shape[-1] == 0:
-        raise InputError(f"attend: head_dim must be at least 1; got {shapes}")
-    if query.shape[-2] % max(key.shape[-2], 1) or (key.shape[-2] == 0 and query.shape[-2]):
-        hint = ""
-        if key.shape[-3] and query.shape[-3] % key.shape[-3] == 0:
-            hint = "; attend takes (batch, length, heads, head_dim), not (batch, heads, length, head_dim)"
-        raise InputError(f"attend: query heads must be a multiple of key heads; got {shapes}{hint}")
-
-
-def check_options(scale: Any, normalizer: Any) -> None:
-    """Check the scale and the normalizer of `attend`.
-
-    Raises:
-      InputError: a value is of the wrong type or not finite.
-    """
-    if scale is not None:
-        check_number("attend", scale=scale)
-    if not callable(normalizer):
-        raise InputError(f"attend: normalizer must be a function, not {describe(normalizer)}")
 
 
 def make_dropout(
@@ -326,7 +411,7 @@ def prepare(
     args = make_args(query, key, value, mask=mask, score=score, **fields)
     if 0 in args.score_shape:
         return None
-    args, layouts = with_mesh(args)
+    args, layouts = _with_mesh(args)
     shard = args if layouts is None else local_args(args, layouts)
     platforms = target_platforms((query, key, value))
     sizes = _block_sizes(backend, shard, platforms)
@@ -336,7 +421,7 @@ def prepare(
         # Of the heads of one device, so that all devices decide alike which lists are shared.
         b, h, t, s = shard.score_shape
         return make_block_mask(args.mask, BlockGrid(t, s, *sizes, b, h))
-    return _prepare_shards(args, layouts, sizes)
+    return prepare_shards(args, layouts, sizes)
 
 
 def _block_sizes(
@@ -353,31 +438,3 @@ def _block_sizes(
 
 def _is_same_on_all_devices(mask) -> bool:
     return mask is None or (is_static(mask) and not any(depends_on_batch_and_heads(mask)))
-
-
-def _prepare_shards(args: AttentionArgs, layouts: list[P], sizes: tuple[int, int]) -> BlockMask:
-    """Return the block mask that each device computes for its rows, heads and queries."""
-    _, _, t, s = args.score_shape
-    (batch, sequence, heads), axes = layouts[0][:3], args.sequence_axes
-    made: list[BlockMask] = []
-
-    def local(shard: AttentionArgs, offset: BlockOffset):
-        b, h, count, _ = shard.score_shape
-        mask = shard.mask
-        if axes:
-            start = jax.lax.axis_index(axes) * count
-            offset = (*offset[:2], start, 0)
-            mask = None if mask is None else mask.slice_block(queries=(start, count))
-        part = whole = make_block_mask(mask, BlockGrid(count, s, *sizes, b, h, offset))
-        if axes:
-            partial_, full = (jax.lax.all_gather(x, axes, axis=2, tiled=True) for x in part.to_dense())
-            whole = BlockMask.from_partial_and_full(partial_, full, BlockGrid(t, s, *sizes))
-        made.append(dataclasses.replace(whole, info=part.info))  # type: ignore[type-var]
-        arrays = *part.arrays[:4], *whole.arrays[4:]
-        return tuple(map(jnp.asarray, arrays))
-
-    differ = (False, False) if args.mask is None else depends_on_batch_and_heads(args.mask)
-    batch, heads = (axis if differs else None for axis, differs in zip((batch, heads), differ, strict=True))
-    out_specs = (P(batch, heads, sequence),) * 4 + (P(batch, heads),) * 4
-    arrays = map_shards(local, args, layouts, (), out_specs)
-    return made[0].with_arrays(arrays)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from attnlab.attention.arrays import eval_at_trace_time
 from attnlab.attention.masks.base import BlockGrid, Mask
-from attnlab.attention.masks.blocks import restrict_to_bounds, summarize_blocks
 from attnlab.attention.masks.normal_form import is_static, static_part
-from attnlab.attention.pairwise import Dims, eval_at_trace_time, pytree, static
+from attnlab.attention.pairwise import Dims, pytree, restrict_to_bounds, static, summarize_blocks
 
 
 @dataclass(frozen=True)

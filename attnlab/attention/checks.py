@@ -124,6 +124,42 @@ def check_function(function: Callable, name: str, arguments: str) -> None:
         ) from None
 
 
+def check_arrays(query: Any, key: Any, value: Any) -> None:
+    """Check dtypes and shapes of query, key and value.
+
+    Raises:
+      InputError: an argument is not a floating-point array, or the shapes do not match.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_array(f"attend: {name}", x, "floating")
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
+        raise InputError(f"attend takes (batch, length, heads, head_dim) arrays; got {shapes}")
+    if key.shape[:-1] != value.shape[:-1] or query.shape[:-3] != key.shape[:-3]:
+        raise InputError(f"attend: batch, length and heads of key and value must be equal; got {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise InputError(f"attend: query and key must have the same head_dim; got {shapes}")
+    if query.shape[-1] == 0:
+        raise InputError(f"attend: head_dim must be at least 1; got {shapes}")
+    if query.shape[-2] % max(key.shape[-2], 1) or (key.shape[-2] == 0 and query.shape[-2]):
+        hint = ""
+        if key.shape[-3] and query.shape[-3] % key.shape[-3] == 0:
+            hint = "; attend takes (batch, length, heads, head_dim), not (batch, heads, length, head_dim)"
+        raise InputError(f"attend: query heads must be a multiple of key heads; got {shapes}{hint}")
+
+
+def check_options(scale: Any, normalizer: Any) -> None:
+    """Check the scale and the normalizer of `attend`.
+
+    Raises:
+      InputError: a value is of the wrong type or not finite.
+    """
+    if scale is not None:
+        check_number("attend", scale=scale)
+    if not callable(normalizer):
+        raise InputError(f"attend: normalizer must be a function, not {describe(normalizer)}")
+
+
 def check_positions(where: str, x: Any, positions: Any, ndim: int) -> None:
     """Raise InputError unless `x` is floating-point (B, T, H, D), and `positions` are numbers."""
     check_array(f"{where}: x", x, "floating", 4)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from attnlab.attention.arrays import slice_at
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.blockwise import blockwise, blockwise_gradients, default_block_sizes
 from attnlab.attention.backends.registry import (
@@ -20,9 +21,8 @@ from attnlab.attention.backends.registry import (
     softmax_only_reason,
 )
 from attnlab.attention.block_mask import BlockMask
-from attnlab.attention.masks.blocks import BlockGrid
 from attnlab.attention.masks.normal_form import normal_form
-from attnlab.attention.pairwise import slice_at
+from attnlab.attention.pairwise import BlockGrid
 
 
 class ContextParallelBackend:

@@ -1,22 +1,27 @@
-"""Base classes of masks and scores: functions of a (query, key) pair that may hold arrays.
+"""Functions of a (query, key) pair, the base of masks and scores, and grids of blocks of pairs.
 
 A `PairwiseFn` names the dimensions of its arrays, so that a backend can slice them to one block of
-the scores, pad them, and shard them like the scores.
+the scores, pad them, and shard them like the scores. A `BlockGrid` divides the scores into blocks,
+and a `BlockSummary` bounds the pairs that a mask allows in each of them.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 Dims = tuple[str | None, ...]
 T = TypeVar("T")
+Index = int | Int[Array, ""]
+BlockOffset = tuple[Index, Index, Index, Index]  # batch row, head, query, key
+# The first allowed key and the end (exclusive) of the allowed keys of each block of queries.
+KVBounds = tuple[np.ndarray, np.ndarray]
 
 
 class PairIndices(NamedTuple):
@@ -44,17 +49,6 @@ def pair_indices(*indices: int | Int[Array, " N"]) -> PairIndices:
 def block_indices(offset: Sequence[int | Array], shape: Sequence[int]) -> PairIndices:
     """Return the indices of a block with this shape and this (batch, head, query, key) offset."""
     return pair_indices(*(start + jnp.arange(n) for start, n in zip(offset, shape, strict=True)))
-
-
-def eval_at_trace_time(function: Callable[[], T]) -> T:
-    """Call `function` eagerly, even under a trace, and return its result as NumPy arrays.
-
-    `function` must not close over tracers. It runs in a separate thread, which has neither a trace
-    nor a mesh. `jax.ensure_compile_time_eval` would run on the devices of the mesh instead, which
-    may belong to other hosts or, for ahead-of-time compilation, not exist.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: jax.tree.map(np.asarray, function())).result()
 
 
 class PairwiseFn:
@@ -146,12 +140,100 @@ def pytree(cls: type[T]) -> type[T]:
     return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False)(cls))
 
 
-def slice_at(x: Array, starts: Sequence, sizes: Sequence[int]) -> Array:
-    """Return the slice of an array at these starts, integers of any types."""
-    return jax.lax.dynamic_slice(x, as_starts(starts), sizes)
+class BlockSummary(NamedTuple):
+    """Bounds on each block of a mask, each (B or 1, H or 1, query blocks, key blocks).
+
+    Attributes:
+      any_allowed: False if no pair of the block is allowed; True if some pair may be.
+      all_allowed: True if every pair of the block is allowed; False if some pair may not be.
+    """
+
+    any_allowed: Bool[Array, "B H Q S"]
+    all_allowed: Bool[Array, "B H Q S"]
 
 
-def as_starts(starts: Sequence) -> list[Array]:
-    """Return the starts of a slice as int32, from integers of any types."""
-    # With 64-bit types enabled, loop counters are int64 and the indices of a block mask int32.
-    return [jnp.asarray(start, jnp.int32) for start in starts]
+class BlockGrid(NamedTuple):
+    """A grid of blocks of `block_q` queries by `block_kv` keys that covers a part of the scores.
+
+    The last blocks may be smaller.
+
+    Attributes:
+      num_queries: number of queries.
+      num_keys: number of keys.
+      block_q: queries of a block.
+      block_kv: keys of a block.
+      batch: number of batch rows.
+      heads: number of query heads.
+      offset: global index of the first batch row, head, query and key.
+      band: restricts the grid to a band of consecutive kv blocks of each block of queries: their
+        number, and the first one of each block of queries. None for all kv blocks. The last
+        dimension of a `BlockSummary` then counts the blocks of the band.
+    """
+
+    num_queries: int
+    num_keys: int
+    block_q: int
+    block_kv: int
+    batch: int = 1
+    heads: int = 1
+    offset: BlockOffset = (0, 0, 0, 0)
+    band: tuple[int, np.ndarray] | None = None
+
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        """Number of blocks along queries, and along keys."""
+        return -(-self.num_queries // self.block_q), -(-self.num_keys // self.block_kv)
+
+    @property
+    def kv_blocks(self) -> np.ndarray:
+        """Indices of the kv blocks, (1, all kv blocks) or (query blocks, blocks of the band)."""
+        if self.band is None:
+            return np.arange(self.num_blocks[1])[None]
+        width, first = self.band
+        return first[:, None] + np.arange(width)
+
+    @property
+    def block_areas(self) -> np.ndarray:
+        """Number of pairs of each block, (query blocks, all kv blocks or those of the band)."""
+        q = np.arange(0, self.num_queries, self.block_q)[:, None]
+        kv = self.kv_blocks * self.block_kv
+        rows, columns = self.num_queries - q, self.num_keys - kv
+        return np.minimum(rows, self.block_q) * np.minimum(columns, self.block_kv)
+
+    def take_kv_blocks(self, x: Array) -> Array:
+        """Return values per kv block, (..., all kv blocks), as (..., 1 or query blocks, blocks)."""
+        return x[..., None, :] if self.band is None else jnp.asarray(x)[..., self.kv_blocks]
+
+
+def summarize_blocks(mask: Any, grid: BlockGrid) -> BlockSummary:
+    """Return `mask.block_summary(grid)`, also if the mask ignores the band of the grid."""
+    summary = mask.block_summary(grid)
+    if grid.band is None or summary.any_allowed.shape[-1] == grid.band[0]:
+        return summary
+    index = jnp.asarray(grid.kv_blocks)[None, None]
+    return BlockSummary(*(jnp.take_along_axis(x, index, axis=3) for x in summary))
+
+
+def restrict_to_bounds(grid: BlockGrid, mask: Any) -> BlockGrid:
+    """Return the grid with a band of the kv blocks that the bounds of a static mask leave.
+
+    All kv blocks stay if the bounds leave most of them.
+    """
+    bounds = None if mask is None else mask.kv_bounds(grid)
+    if bounds is None:
+        return grid
+    first, end = (np.clip(np.asarray(x) - int(grid.offset[3]), 0, grid.num_keys) for x in bounds)
+    first, end = first // grid.block_kv, -(-end // grid.block_kv)
+    width = max(1, (end - first).max().item())
+    if 2 * width > grid.num_blocks[1]:
+        return grid
+    return grid._replace(band=(width, np.minimum(first, grid.num_blocks[1] - width)))
+
+
+def union_bounds(bounds: Sequence[KVBounds | None]) -> KVBounds | None:
+    """Return bounds that hold for each of several masks."""
+    known = [x for x in bounds if x is not None]
+    if len(known) < len(bounds):
+        return None
+    firsts, ends = zip(*known, strict=True)
+    return reduce(np.minimum, firsts), reduce(np.maximum, ends)

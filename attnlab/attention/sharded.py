@@ -1,9 +1,8 @@
-"""Runs a backend on each device's shard, as the shardings in the types of the arrays specify."""
+"""Runs functions on each device's shard, as the shardings in the types of the arrays specify."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,31 +11,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from attnlab.attention.backends.registry import BACKENDS, AttentionArgs, AttentionResult, Backend
-from attnlab.attention.block_mask import BlockMask
-from attnlab.attention.masks.blocks import BlockOffset
-from attnlab.attention.masks.normal_form import is_static
-from attnlab.attention.platforms import select_run
+from attnlab.attention.backends.registry import AttentionArgs, AttentionResult
+from attnlab.attention.block_mask import BlockMask, make_block_mask
+from attnlab.attention.masks.normal_form import depends_on_batch_and_heads, is_static
+from attnlab.attention.pairwise import BlockGrid, BlockOffset
 from attnlab.errors import InputError
-
-
-def run_sharded(
-    name_or_backend: str | Backend, args: AttentionArgs, platforms: Sequence[str]
-) -> AttentionResult:
-    """Run a backend on each device's shard, as the shardings in the arguments' types specify.
-
-    Types contain only the shardings over Explicit axes. Over Auto axes, the compiler shards the
-    operations of the backend like their operands.
-    """
-    arrays = args.query, args.key, args.value
-    args, layouts = with_mesh(args)
-    if layouts is None:
-        return select_run(name_or_backend, args, platforms)(args, (0, 0, 0, 0))
-    run = select_run(name_or_backend, local_args(args, layouts), platforms)
-    batch, sequence, heads = layouts[0][:3]
-    weights = P(batch, heads, sequence, None) if args.return_weights else None
-    out_specs = P(batch, sequence, heads, None), P(batch, sequence, heads), weights
-    return AttentionResult(*map_shards(lambda *x: tuple(run(*x)), args, layouts, arrays, out_specs))
 
 
 def with_mesh(args: AttentionArgs) -> tuple[AttentionArgs, list[P] | None]:
@@ -80,6 +59,17 @@ def local_args(args: AttentionArgs, layouts: list[P]) -> AttentionArgs:
     """Return the arguments with the shapes of one device's query, key and value."""
     query, key, value = map(_local_shape, (args.query, args.key, args.value), layouts)
     return dataclasses.replace(args, query=query, key=key, value=value)
+
+
+def run_shards(
+    run: Callable[[AttentionArgs, BlockOffset], AttentionResult], args: AttentionArgs, layouts: list[P]
+) -> AttentionResult:
+    """Return the result of `run` on each device's shard, sharded like the query."""
+    batch, sequence, heads = layouts[0][:3]
+    weights = P(batch, heads, sequence, None) if args.return_weights else None
+    out_specs = P(batch, sequence, heads, None), P(batch, sequence, heads), weights
+    arrays = args.query, args.key, args.value
+    return AttentionResult(*map_shards(lambda *x: tuple(run(*x)), args, layouts, arrays, out_specs))
 
 
 def map_shards(
@@ -146,6 +136,34 @@ def map_shards(
     )(tuple(arrays), list(map(jax.sharding.reshard, arguments, specs)), sinks)
 
 
+def prepare_shards(args: AttentionArgs, layouts: list[P], sizes: tuple[int, int]) -> BlockMask:
+    """Return the block mask that each device computes for its rows, heads and queries."""
+    _, _, t, s = args.score_shape
+    (batch, sequence, heads), axes = layouts[0][:3], args.sequence_axes
+    made: list[BlockMask] = []
+
+    def local(shard: AttentionArgs, offset: BlockOffset):
+        b, h, count, _ = shard.score_shape
+        mask = shard.mask
+        if axes:
+            start = jax.lax.axis_index(axes) * count
+            offset = (*offset[:2], start, 0)
+            mask = None if mask is None else mask.slice_block(queries=(start, count))
+        part = whole = make_block_mask(mask, BlockGrid(count, s, *sizes, b, h, offset))
+        if axes:
+            partial_, full = (jax.lax.all_gather(x, axes, axis=2, tiled=True) for x in part.to_dense())
+            whole = BlockMask.from_partial_and_full(partial_, full, BlockGrid(t, s, *sizes))
+        made.append(dataclasses.replace(whole, info=part.info))  # type: ignore[type-var]
+        arrays = *part.arrays[:4], *whole.arrays[4:]
+        return tuple(map(jnp.asarray, arrays))
+
+    differ = (False, False) if args.mask is None else depends_on_batch_and_heads(args.mask)
+    batch, heads = (axis if differs else None for axis, differs in zip((batch, heads), differ, strict=True))
+    out_specs = (P(batch, heads, sequence),) * 4 + (P(batch, heads),) * 4
+    arrays = map_shards(local, args, layouts, (), out_specs)
+    return made[0].with_arrays(arrays)
+
+
 def _local_shape(x, spec: P) -> Any:
     """Return the shape and dtype of one device's shard."""
     lengths = (n // _count_shards(axes) for n, axes in zip(x.shape, spec, strict=True))
@@ -206,48 +224,3 @@ def _check_layouts(layouts, kv_heads: int):
             f"reshard first; {message}"
         )
     return query[0], query[1], query[2]
-
-
-# Fields of `AttentionArgs` that hold arrays, or masks and scores with arrays.
-_ARRAYS = ("query", "key", "value", "mask", "score", "scale", "sinks", "dropout", "block_mask")
-
-
-def run_compiled(
-    name_or_backend: str | Backend, args: AttentionArgs, platforms: Sequence[str]
-) -> AttentionResult:
-    """Return `run_sharded(...)`, compiled unless a caller traces it into a program of its own.
-
-    Python numbers, such as the offset of a mask, are constants of the program. Arrays are its
-    arguments. A backend that loops over blocks would otherwise compile its loops in every call.
-    """
-    values = {name: getattr(args, name) for name in _ARRAYS}
-    leaves, structure = jax.tree.flatten(values)
-    numbers = tuple((type(x), x) if isinstance(x, int | float) else None for x in leaves)
-    others = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in _ARRAYS}
-    # The choice of "auto" depends on the registered backends.
-    key = structure, numbers, tuple(others.items()), name_or_backend, tuple(platforms), tuple(BACKENDS)
-    if _is_traced() or not _is_hashable(key):
-        return run_sharded(name_or_backend, args, platforms)
-    return _run(key, [x for x, number in zip(leaves, numbers, strict=True) if number is None])
-
-
-@partial(jax.jit, static_argnums=0)
-def _run(key, arrays: list[Any]) -> AttentionResult:
-    structure, numbers, others, name_or_backend, platforms, _ = key
-    remaining = iter(arrays)
-    leaves = [next(remaining) if number is None else number[1] for number in numbers]
-    args = AttentionArgs(**structure.unflatten(leaves), **dict(others))
-    return run_sharded(name_or_backend, args, platforms)
-
-
-def _is_traced() -> bool:
-    """Return whether operations on constants are traced, as by `jax.jit` but not by `jax.grad`."""
-    return isinstance(jax.lax.full((), np.float32(0)), jax.core.Tracer)
-
-
-def _is_hashable(key: Any) -> bool:
-    try:
-        hash(key)
-    except TypeError:
-        return False
-    return True

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
-from attnlab.attention.varying import eval_varying, varying_axes
+from attnlab.attention.arrays import eval_varying, varying_axes
 from attnlab.errors import InputError
 
 

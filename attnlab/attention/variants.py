@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.attention.arrays import rms_norm
 from attnlab.attention.attend import attend
 from attnlab.attention.masks.base import as_mask
 from attnlab.attention.masks.basic import causal
@@ -98,7 +99,8 @@ def differential(
 
     The difference cancels noise that both attention maps share (Ye et al. 2024, arXiv 2410.05258,
     equation 1). `factor` is the paper's lambda; see `differential_factor`. The paper then applies
-    (1 - lambda_init) * RMSNorm to each head, which is not included here; see `rms_norm`.
+    (1 - lambda_init) * RMSNorm to each head, which is not included here; see
+    `arrays.rms_norm`.
     """
     results = (attend(query, key, value, **options) for query, key in zip(queries, keys, strict=True))
     return jax.tree.map(lambda signal, noise: signal - jnp.asarray(factor, signal.dtype) * noise, *results)
@@ -230,22 +232,6 @@ def selective(
     reductions = jnp.where(may_reduce, jax.nn.relu(scores), 0)
     f = jnp.cumsum(jnp.pad(reductions[:, :-1], ((0, 0), (1, 0), (0, 0))), axis=1)
     return attend(query, key, value, mask=mask, score=[score, bias(-f[:, None])], scale=scale, **options)
-
-
-def rms_norm(
-    x: Float[Array, "..."],
-    scale: Float[Array, "..."],
-    epsilon: float = 1e-6,
-    axes: tuple[int, ...] = (-1,),
-) -> Float[Array, "..."]:
-    """Return scale * x / sqrt(mean(x^2) + epsilon), computed in at least float32.
-
-    (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.) The mean is over `axes`; a
-    scale with fewer dimensions than x broadcasts from the right.
-    """
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + epsilon)
-    return (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(x.dtype)
 
 
 def qk_norm(

@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from attnlab.attention import attend
+from attnlab.attention.arrays import rms_norm
 from attnlab.attention.variants import (
     differential,
     differential_factor,
     expand_latent,
     gated,
     latent,
-    rms_norm,
     talking_heads,
     value_residual,
 )

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.variants import rms_norm
+from attnlab.attention.arrays import rms_norm, wide
 from attnlab.errors import check_fields
 from attnlab.layers.linear import Dtypes, parameter
 
@@ -109,4 +109,4 @@ def _vector(module: RMSNorm | LayerNorm, name: str, x: Array, mean: float) -> Ar
 
 
 def _widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.attention import attend, causal, t5_bias, window
+from attnlab.attention.arrays import eval_at_trace_time
 from attnlab.attention.kv_cache import KVCache
 from attnlab.attention.masks.base import Index, Mask
 from attnlab.attention.masks.normal_form import is_causal
-from attnlab.attention.pairwise import eval_at_trace_time
 from attnlab.attention.positions import Scaling, rotary
 from attnlab.attention.scores import Score
 from attnlab.errors import check_fields

@@ -1,4 +1,4 @@
-"""Masks, scores and caches as pytrees."""
+"""Masks, scores and caches as pytrees; grids of blocks, and bounds on the blocks of masks."""
 
 import dataclasses
 
@@ -17,14 +17,16 @@ from attnlab.attention import (
     per_head,
     prefix,
     score_fn,
+    segments,
     shift_mask,
     sinks_and_window,
     softcap,
     window,
 )
+from attnlab.attention.block_mask import make_block_mask
 from attnlab.attention.kv_cache import RollingKVCache
-from attnlab.attention.pairwise import PairwiseFn
-from tests.attention.definitions import CASES, B, H, S
+from attnlab.attention.pairwise import BlockGrid, PairwiseFn, restrict_to_bounds, summarize_blocks
+from tests.attention.definitions import CASES, B, H, S, expected_mask
 from tests.attention.inputs import qkv
 
 VALUES = {name: case().mask for name, case in CASES.items()} | {
@@ -126,3 +128,53 @@ def test_functions_with_the_same_operations_have_the_same_structure():
         return mask_fn(lambda b, h, q, k: jnp.where(q > n, q - k > n, k == q))
 
     assert jax.tree.structure(make(1)) == jax.tree.structure(make(1)) != jax.tree.structure(make(2))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bounds_leave_no_allowed_pair_out(name):
+    mask, _, queries = CASES[name]()
+    grid, allowed = BlockGrid(queries, S, 2, 3, B, H), expected_mask(name)
+    bounds = mask.kv_bounds(grid)
+    if bounds is None:
+        return
+    first, end = (np.asarray(x)[np.arange(queries) // 2, None] for x in bounds)
+    keys = np.arange(S)[None]
+    outside = (keys < first) | (keys >= end)
+    assert not (allowed & outside).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_summary_of_a_band_is_that_of_all_blocks(name):
+    mask, _, queries = CASES[name]()
+    grid = BlockGrid(queries, S, 2, 3, B, H)
+    count, width = grid.num_blocks
+    first = np.arange(count) % (width - 1)
+    band = summarize_blocks(mask, grid._replace(band=(2, first)))
+    for part, whole in zip(band, mask.block_summary(grid), strict=True):
+        whole = np.broadcast_to(whole, (*np.shape(whole)[:2], count, width))
+        columns = np.broadcast_to((first[:, None] + np.arange(2))[None, None], (*whole.shape[:3], 2))
+        expected = np.take_along_axis(whole, columns, axis=3)
+        np.testing.assert_array_equal(np.broadcast_to(part, expected.shape), expected)
+
+
+def test_traced_parts_are_looked_at_within_the_bounds_of_static_parts():
+    """Traced segments are summarized only in the band that the static window leaves."""
+
+    ids, grid = jnp.ones((1, 4096), jnp.int32), BlockGrid(4096, 4096, 64, 64)
+
+    @jax.jit
+    def widths(ids):
+        block_mask = make_block_mask(causal() & window(100) & segments(ids), grid)
+        return block_mask.kv_indices[0, 0], block_mask.kv_num_blocks[0, 0]
+
+    indices, counts = widths(ids)
+    assert indices.shape == (64, 3)
+    np.testing.assert_array_equal(counts, np.minimum(np.arange(64) + 1, 3))
+    np.testing.assert_array_equal(np.sort(indices[5]), [3, 4, 5])
+
+
+def test_masks_without_bounds_keep_all_blocks():
+    grid = BlockGrid(64, 64, 8, 8)
+    for mask in (None, ~window(3), causal() | mask_fn(lambda b, h, q, k: k == 60), key_lengths(60)):
+        assert restrict_to_bounds(grid, mask).band is None
+    assert restrict_to_bounds(grid, window(3, 0) | window(0, 3)).band is not None

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from attnlab.attention.backends import vjp
+from attnlab.attention.arrays import slice_at, wide
 from attnlab.attention.backends.reference import MASK_VALUE, stop_masked_gradient
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.blocks import BlockOffset
-from attnlab.attention.pairwise import block_indices, slice_at
+from attnlab.attention.pairwise import BlockOffset, block_indices
 from attnlab.attention.scores import Score
 
 
@@ -119,7 +118,7 @@ class Blocks:
         The scores are (B, K, G, block_q, block_kv). The VJP returns the gradients of the products
         of queries and keys, and of the `Score`. `allowed` is from `allowed_pairs`, or None.
         """
-        raw = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=vjp.wide(q))
+        raw = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=wide(q))
         shape, flat = raw.shape, (raw.shape[0], raw.shape[1] * raw.shape[2], *raw.shape[3:])
         scores, pull_back = self._scaled(raw), lambda g: (self._scaled(g), None)
         if self.score is not None:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.attention.arrays import cast_varying, unify_varying, varying_axes, wide
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.block_loop import Blocks, QueryBlock
-from attnlab.attention.backends.masked_inputs import padding_is_all, zero_padding
 from attnlab.attention.backends.reference import MASK_VALUE
 from attnlab.attention.backends.registry import (
     AttentionResult,
@@ -26,10 +26,9 @@ from attnlab.attention.backends.registry import (
 from attnlab.attention.block_mask import BlockMask, StaticBlockInfo, even_block_size, make_block_mask
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.blocks import BlockGrid, BlockOffset
-from attnlab.attention.masks.normal_form import normal_form
+from attnlab.attention.masks.normal_form import normal_form, padding_is_all, zero_padding
+from attnlab.attention.pairwise import BlockGrid, BlockOffset
 from attnlab.attention.scores import Score
-from attnlab.attention.varying import cast_varying, unify_varying, varying_axes
 
 FEW_QUERIES, MAX_BLOCK_SCORES = 16, 2**26  # of blocks on a TPU or GPU
 
@@ -273,7 +272,7 @@ def _online_softmax(blocks: Blocks, query, key, value, at: QueryBlock, zero_all:
         new_max = jax.lax.stop_gradient(jnp.maximum(row_max, scores.max(axis=-1)))
         weights, rescale = jnp.exp(scores - new_max[..., None]), jnp.exp(row_max - new_max)
         kept = blocks.drop(weights, at, j).astype(v.dtype)
-        update = jnp.einsum("bkgts,bksd->bkgtd", kept, v, preferred_element_type=vjp.wide(v))
+        update = jnp.einsum("bkgts,bksd->bkgtd", kept, v, preferred_element_type=wide(v))
         return new_max, row_sum * rescale + weights.sum(axis=-1), out * rescale[..., None] + update
 
     return step
@@ -328,13 +327,13 @@ def _backward_blocks(static, query, key, value, values, d_out, lse, delta):
             k, v = blocks.zero_masked_keys(allowed, k, v)
             scores, pull_back = blocks.scores(q, k, at, j, allowed)
             weights = jnp.exp(scores - lse_i[..., None])
-            d_kept = jnp.einsum("bkgtd,bksd->bkgts", d_out_i, v, preferred_element_type=vjp.wide(v))
+            d_kept = jnp.einsum("bkgtd,bksd->bkgts", d_out_i, v, preferred_element_type=wide(v))
             d_weights = blocks.drop(d_kept, at, j)
             d_scores, d_score_block = pull_back(weights * (d_weights - delta_i[..., None]))
             d_scores = d_scores.astype(q.dtype)
             d_k = _sum_over_queries(q_width_first, d_scores)
             d_v = _sum_over_queries(d_out_width_first, blocks.drop(weights, at, j).astype(d_out.dtype))
-            d_q += jnp.einsum("bkgts,bksd->bkgtd", d_scores, k, preferred_element_type=vjp.wide(k))
+            d_q += jnp.einsum("bkgts,bksd->bkgtd", d_scores, k, preferred_element_type=wide(k))
             sums = (
                 vjp.add_at(d_key, d_k, blocks.key_starts(at, j, 3)),
                 vjp.add_at(d_value, d_v, blocks.key_starts(at, j, 3)),
@@ -353,7 +352,7 @@ def _backward_blocks(static, query, key, value, values, d_out, lse, delta):
 
 def _sum_over_queries(rows: Array, block: Array) -> Array:
     """Contract rows (B, K, D, G, T) with a block (B, K, G, T, S) to (B, K, D, S)."""
-    return jnp.einsum("bkdgt,bkgts->bkds", rows, block, preferred_element_type=vjp.wide(rows))
+    return jnp.einsum("bkdgt,bkgts->bkds", rows, block, preferred_element_type=wide(rows))
 
 
 _blockwise.defvjp(_forward, _backward)

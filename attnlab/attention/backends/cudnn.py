@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.attention.backends.masked_inputs import with_zeroed
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
     sharded_length_reason,
     softmax_only_reason,
+    with_zeroed,
 )
 from attnlab.attention.masks.normal_form import NormalForm, normal_form
 

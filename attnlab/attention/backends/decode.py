@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.attention.arrays import unify_varying, wide
 from attnlab.attention.backends.reference import attention_weights
 from attnlab.attention.backends.registry import AttentionResult, sharded_length_reason, softmax_only_reason
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.blocks import BlockOffset
 from attnlab.attention.normalizers import softmax
-from attnlab.attention.pairwise import block_indices
+from attnlab.attention.pairwise import BlockOffset, block_indices
 from attnlab.attention.scores import Score
-from attnlab.attention.varying import unify_varying
 
 
 def decode(
@@ -34,7 +33,7 @@ def decode(
     k = key.shape[2]
     at = block_indices(offset, (b, h, 1, key.shape[1]))
     allowed = None if mask is None else mask.evaluate(at)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = wide(query)
     keys, values = (_squeeze_single_row(x.astype(dtype)) for x in (key, value))  # ([B], S, K, D)
     if allowed is not None:
         query = jnp.where(allowed.any(3)[..., None].reshape(-1, 1, allowed.shape[1], 1), query, 0)

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnlab.attention.backends import vjp
-from attnlab.attention.backends.masked_inputs import with_zeroed
 from attnlab.attention.backends.reference import MASK_VALUE
-from attnlab.attention.backends.registry import AttentionResult, apply_sinks
+from attnlab.attention.backends.registry import AttentionResult, apply_sinks, with_zeroed
 from attnlab.attention.backends.tpu_layout import (
     LANES,
     kernel_block_sizes,

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attnlab.attention.backends.masked_inputs import zero_masked
+from attnlab.attention.arrays import wide
 from attnlab.attention.backends.registry import AttentionResult, sharded_length_reason
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.blocks import BlockOffset
+from attnlab.attention.masks.dense import zero_masked
 from attnlab.attention.normalizers import softmax
-from attnlab.attention.pairwise import PairIndices, block_indices
+from attnlab.attention.pairwise import BlockOffset, PairIndices, block_indices
 from attnlab.attention.scores import Score
 
 # A modified score that is at most this value masks its pair, in every backend. It is finite, since
@@ -56,7 +56,7 @@ def reference(
     group = h // max(k, 1)
     at = block_indices(offset, (b, h, t, s))
     allowed = None if mask is None else mask.evaluate(at)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = wide(query)
     query, keys, values = zero_masked(allowed, query, key, value)
     grouped = query.reshape(b, t, k, group, d).astype(dtype)
     scores = scale * _einsum("btkgd,bskd->bkgts", grouped, keys.astype(dtype)).reshape(b, h, t, s)

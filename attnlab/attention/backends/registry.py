@@ -1,22 +1,25 @@
-"""The `Backend` protocol, the arguments and results of a backend, and the registry of backends."""
+"""Backends: the `Backend` protocol, its arguments and results, the registry and the selection."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
+from attnlab.attention.arrays import varying_axes, wide
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.blocks import BlockOffset
+from attnlab.attention.masks.dense import zero_masked
+from attnlab.attention.masks.normal_form import zero_padding
 from attnlab.attention.normalizers import softmax
+from attnlab.attention.pairwise import BlockOffset
 from attnlab.attention.scores import Score
-from attnlab.attention.varying import varying_axes
 from attnlab.errors import InputError
 
 
@@ -224,7 +227,7 @@ def zero_result(args: AttentionArgs) -> AttentionResult:
     """Return zeros of the shapes of a backend's result."""
     rows = args.query.shape[:3]
     out = jnp.zeros((*rows, args.value.shape[-1]), args.value.dtype)
-    lse = jnp.zeros(rows, jnp.promote_types(args.query.dtype, jnp.float32))
+    lse = jnp.zeros(rows, wide(args.query))
     return AttentionResult(out, lse, jnp.zeros(args.score_shape, lse.dtype) if args.return_weights else None)
 
 
@@ -281,6 +284,79 @@ def select_backend(name_or_backend: str | Backend, args: AttentionArgs) -> Backe
     if reason := backend.unsupported_reason(args):
         raise InputError(f"attend: backend {backend.name!r} does not support these arguments: {reason}")
     return backend
+
+
+def select_backends(
+    name_or_backend: str | Backend, args: AttentionArgs, platforms: Sequence[str]
+) -> dict[str, Backend]:
+    """Return the selected backend of each platform; of one platform if the backend is requested."""
+    candidates = {platform: replace(args, platform=platform) for platform in platforms}
+    if name_or_backend == "auto":
+        return {platform: select_backend("auto", x) for platform, x in candidates.items()}
+    # The requested backend runs on one of the platforms: take the first that it supports.
+    supported = (p for p, x in candidates.items() if _is_supported(name_or_backend, x))
+    platform = next(supported, platforms[0])
+    return {platform: select_backend(name_or_backend, candidates[platform])}
+
+
+def _is_supported(name_or_backend: str | Backend, args: AttentionArgs) -> bool:
+    try:
+        select_backend(name_or_backend, args)
+    except InputError:
+        return False
+    return True
+
+
+def target_platforms(arrays: Sequence[Array]) -> tuple[str, ...]:
+    """Return the platforms that may run a call with these arrays: "cpu", "gpu" or "tpu".
+
+    It is the platform of the mesh, else of the device that an array is committed to, else of the
+    default device. A function under `jax.jit` does not see where its arguments are: they may be on
+    any platform of the process, most likely the default one, which comes first.
+    """
+    mesh_device = jax.sharding.get_abstract_mesh().abstract_device
+    if mesh_device is not None:
+        return (_platform_name(mesh_device),)
+    concrete = [x for x in map(_concrete_value, arrays) if not isinstance(x, jax.core.Tracer)]
+    placed = [x for x in concrete if getattr(x, "sharding", None) is not None]
+    committed = [x for x in placed if getattr(x, "committed", True)]  # as is the shape of an array
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # defined at run time
+    if committed or (placed and default is None):
+        return (_platform_name(next(iter((committed or placed)[0].sharding.device_set))),)
+    first = _platform_name(default or jax.default_backend())
+    if len(concrete) == len(arrays):
+        return (first,)
+    others = [x for x in (_platform_name(jax.default_backend()), "cpu") if _has_devices(x)]
+    return tuple(dict.fromkeys([first] * (default is not None) + others)) or (first,)
+
+
+def _concrete_value(x: Any) -> Any:
+    """Return the array in a tracer of `jax.grad` or `jax.vmap`, or the tracer of a `jax.jit`."""
+    while isinstance(x, jax.core.Tracer):
+        inner = getattr(x, "primal", getattr(x, "val", None))
+        if not isinstance(inner, jax.Array | np.ndarray):
+            break
+        x = inner
+    return x
+
+
+def _has_devices(platform: str) -> bool:
+    try:
+        return bool(jax.devices(platform))
+    except RuntimeError:
+        return False
+
+
+def _platform_name(device: Any) -> str:
+    platform = device if isinstance(device, str) else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def with_zeroed(args: AttentionArgs, allowed: Bool[Array, "b h t s"] | None = None) -> AttentionArgs:
+    """Return the arguments with zeros by `zero_masked`, or without `allowed` by `zero_padding`."""
+    arrays = args.query, args.key, args.value
+    query, key, value = zero_padding(args.mask, *arrays) if allowed is None else zero_masked(allowed, *arrays)
+    return replace(args, query=query, key=key, value=value)
 
 
 def apply_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:

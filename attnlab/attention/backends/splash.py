@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
-from attnlab.attention.backends.masked_inputs import with_zeroed
-from attnlab.attention.backends.registry import AttentionResult, apply_sinks
+from attnlab.attention.backends.registry import AttentionResult, apply_sinks, with_zeroed
 from attnlab.attention.backends.splash_blocks import max_block_size
 from attnlab.attention.backends.tpu_layout import (
     kernel_block_sizes,

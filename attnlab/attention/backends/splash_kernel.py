@@ -15,11 +15,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 from jaxtyping import Array, Bool, Float
 
+from attnlab.attention.arrays import eval_at_trace_time
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.tpu_layout import Pair
 from attnlab.attention.masks.base import BlockGrid, Mask
 from attnlab.attention.masks.normal_form import NormalForm, depends_on_batch_and_heads
-from attnlab.attention.pairwise import eval_at_trace_time, pair_indices
+from attnlab.attention.pairwise import pair_indices
 
 Kernel = splash.SplashAttentionKernel
 _NO_BLOCKS = splash_mask_info.MaskInfo(None, None, None, None, None)

@@ -11,13 +11,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention.backends.masked_inputs import with_zeroed
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
     kernel_mesh_reason,
     sharded_length_reason,
     softmax_only_reason,
+    with_zeroed,
 )
 from attnlab.attention.masks.dense import (
     GIB,

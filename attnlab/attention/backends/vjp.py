@@ -8,18 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from attnlab.attention.pairwise import Dims, as_starts, slice_at
+from attnlab.attention.arrays import as_starts, slice_at, wide
+from attnlab.attention.pairwise import Dims
 from attnlab.attention.scores import Score
 
 
 def is_floating(x: Any) -> bool:
     """Return whether an array has a floating-point dtype, so that it has a gradient."""
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
-def wide(x: Array) -> Any:
-    """Return the dtype of sums and products of `x`: float32, or float64 if `x` is float64."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def row_term(out: Array, d_out: Array, d_lse: Array) -> Array:

@@ -17,22 +17,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from attnlab.attention.checks import check_array, check_function, check_index, describe, is_array
-from attnlab.attention.masks.blocks import (
+from attnlab.attention.masks.counts import count_pairs, map_query_blocks
+from attnlab.attention.pairwise import (
     BlockGrid,
     BlockSummary,
     Index,
     KVBounds,
-    count_pairs,
-    map_query_blocks,
-    summarize_blocks,
-    union_bounds,
-)
-from attnlab.attention.pairwise import (
     PairIndices,
     PairwiseFn,
     pair_indices,
     pytree,
     static,
+    summarize_blocks,
+    union_bounds,
 )
 from attnlab.attention.traced_fn import TracedFn
 from attnlab.errors import InputError

@@ -1,7 +1,7 @@
 """Normal form of a mask: a conjunction of the parts that kernels support, and the rest.
 
-Every backend reads the masks that it supports from the normal form. The functions that tell which
-parts of a mask are static, that is, not traced, are here as well.
+Every backend reads the masks that it supports from the normal form, and the padding. The functions
+that tell which parts of a mask are static, that is, not traced, are here as well.
 """
 
 import operator
@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from attnlab.attention.masks.base import AndMask, Mask
 from attnlab.attention.masks.basic import CausalMask, SegmentMask, WindowMask
-from attnlab.attention.masks.blocks import BlockOffset, Index
 from attnlab.attention.masks.intervals import IntervalMask, KeyLengthMask
-from attnlab.attention.pairwise import pair_indices
+from attnlab.attention.pairwise import BlockOffset, Index, pair_indices
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,64 @@ def _minimum(values: Iterable[Any]) -> Any:
 def _static_number(x: Index) -> Index:
     """Return a static scalar as an int, and a traced one unchanged."""
     return int(x) if is_static(x) else x
+
+
+def zero_padding(mask: Mask | None, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Return the arrays with 0 in padding, which a part of the mask excludes from all pairs.
+
+    As `dense.zero_masked`, it keeps a NaN in padding from the output and the gradients, but it does
+    not evaluate the mask. The parts are those of the normal form: segment 0, lengths, causal masks
+    and windows.
+    """
+    has_keys, has_queries = _used(normal_form(mask), query.shape[1], key.shape[1])
+    for used in has_keys:
+        query = jnp.where(used[..., None, None], query, 0)
+    for used in has_queries:
+        key, value = (jnp.where(used[..., None, None], x, 0) for x in (key, value))
+    return query, key, value
+
+
+def padding_is_all(mask: Mask | None, offset: BlockOffset, t: int, s: int) -> bool:
+    """Return whether `zero_padding` is known to find every masked position.
+
+    In self-attention it does if all positions but padding attend to themselves.
+    """
+    if mask is None:
+        return True
+    form = normal_form(mask)
+    is_aligned = t == s and all(isinstance(i, int) and i == 0 for i in offset[2:])
+    if not is_aligned or form.static_bounds is None or form.intervals or form.rest is not None:
+        return False
+    segments, lengths = form.segments, form.lengths
+    if segments is not None and segments.queries is not segments.keys:
+        return False
+    # Queries after the last key may have keys, if no other part masks those.
+    only_keys = lengths is not None and lengths.queries is None and segments is form.left is None
+    if lengths is not None and lengths.queries is not lengths.keys and not only_keys:
+        return False
+    return all(bound is None or bound >= 0 for bound in form.static_bounds)
+
+
+def _used(form: NormalForm, t: int, s: int) -> tuple[list[Array], list[Array]]:
+    """Return which queries have keys, (b, T), and which keys have queries, (b, S)."""
+    q, k = jnp.arange(t)[None], jnp.arange(s)[None]
+    has_keys, has_queries = [], []
+    if form.segments is not None:
+        has_keys.append(jnp.asarray(form.segments.queries) > 0)
+        has_queries.append(jnp.asarray(form.segments.keys) > 0)
+    if form.lengths is not None:
+        keys, num_queries = jnp.reshape(form.lengths.keys, (-1, 1)), form.lengths.queries
+        queries = jnp.full((1, 1), t) if num_queries is None else jnp.reshape(num_queries, (-1, 1))
+        has_keys += [] if num_queries is None else [(q < queries) & (keys > 0)]
+        has_queries.append((k < keys) & (queries > 0))
+    left, right = form.static_bounds or (None, None)
+    if right is not None:
+        has_keys += [q + right >= 0] if right < 0 else []
+        has_queries += [k < t + right] if t + right < s else []
+    if left is not None:
+        has_keys += [q - left < s] if t - left > s else []
+        has_queries += [k + left >= 0] if left < 0 else []
+    return has_keys, has_queries
 
 
 def is_static(tree: Any) -> bool:

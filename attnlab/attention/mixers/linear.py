@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnlab.attention.arrays import wide
 from attnlab.attention.mixers.recurrence import (
     check_shapes,
     chunk_decays,
@@ -40,7 +41,7 @@ def linear_attention(
     `gated_linear_attention` for values with an additional column of ones, which accumulates the
     denominator. The other arguments are those of `gated_linear_attention`.
     """
-    promoted = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    promoted = value.astype(wide(value))
     out, state = gated_linear_attention(
         feature(query),
         feature(key),

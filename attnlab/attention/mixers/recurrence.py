@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.varying import unify_varying
+from attnlab.attention.arrays import unify_varying, wide
 from attnlab.errors import InputError
 
 
@@ -86,7 +86,7 @@ def read_chunk(state: Array, x: TokenInputs, written: Array, decays: ChunkDecays
 
 def token_inputs(query, key, value, log_decay, beta, segments) -> TokenInputs:
     """Return the inputs in at least float32, with the starts of segments."""
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = wide(query)
     if segments is None:
         starts = jnp.zeros((query.shape[0], query.shape[1]), bool)
     else:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.attention import attend, causal, explain, platforms
-from attnlab.attention.platforms import target_platforms
+from attnlab.attention import attend, causal, explain
+from attnlab.attention.backends import registry
+from attnlab.attention.backends.registry import target_platforms
 from tests.attention.inputs import qkv
 
 SHAPE = jax.ShapeDtypeStruct((2, 256, 4, 16), jnp.float32)
@@ -54,7 +55,7 @@ def test_mesh_decides(default):
 
 
 def test_arrays_under_transformations(default, monkeypatch):
-    monkeypatch.setattr(platforms, "_has_devices", lambda platform: True)
+    monkeypatch.setattr(registry, "_has_devices", lambda platform: True)
     cpu, seen = jax.device_put(jnp.ones(3), jax.devices("cpu")[0]), []
 
     def record(x):
@@ -79,7 +80,7 @@ def test_arrays_on_the_cpu_take_its_order_while_an_accelerator_is_default(defaul
 def test_compiler_selects_within_jit(monkeypatch):
     """`jit` does not tell where its arguments are; a TPU kernel is not compiled for a CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(platforms, "_has_devices", lambda platform: True)
+    monkeypatch.setattr(registry, "_has_devices", lambda platform: True)
     query, key, value = qkv(0, b=1, t=128, s=128, h=1, k=1)
     run = jax.jit(lambda *x: attend(*x, mask=causal()))
     assert "splash" in str(jax.make_jaxpr(run)(query, key, value))
@@ -88,7 +89,7 @@ def test_compiler_selects_within_jit(monkeypatch):
 
 
 def test_named_backend_runs_on_a_platform_that_supports_it(monkeypatch, refuses):
-    monkeypatch.setattr(platforms, "_has_devices", lambda platform: True)
+    monkeypatch.setattr(registry, "_has_devices", lambda platform: True)
     arrays = qkv(0, b=1, t=128, s=128, h=1, k=1)
     with jax.default_device(jax.devices("cpu")[0]):
         monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
