@@ -14,7 +14,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,13 @@ class _SlotScore(Score):
 
 
 class LayerCache(ABC):
-    """Base class of the KV caches of one layer, or of L scanned layers."""
+    """Base class of the KV caches of one layer, or of L scanned layers.
+
+    Attributes:
+      keeps_slots: whether it keeps a key for every slot, key i in slot i.
+    """
+
+    keeps_slots: ClassVar[bool] = False
 
     @abstractmethod
     def append(
@@ -153,6 +159,8 @@ class KVCache(LayerCache):
     key: Float[Array, "*L B S K D"]
     value: Float[Array, "*L B S K Dv"]
     state: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    keeps_slots = True
 
     def append(self, start, key, value, row_starts):
         """See `LayerCache.append`."""
@@ -301,6 +309,8 @@ class QuantizedKVCache(LayerCache):
     value: Array
     key_scale: Float[Array, "*L B S K 1"]
     value_scale: Float[Array, "*L B S K 1"]
+
+    keeps_slots = True
 
     @staticmethod
     def empty(batch: int, slots: int, kv_heads: int, head_dim: int, dtype) -> "QuantizedKVCache":

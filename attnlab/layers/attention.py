@@ -1,21 +1,18 @@
 """Multi-head attention modules: projections, positions and KV cache around one call of `attend`."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Shaped
 
-from attnlab.attention import attend, key_lengths, prepare, segments, softcap
-from attnlab.attention.attend import make_dropout
+from attnlab.attention import attend, key_lengths, segments, shift_mask, softcap
 from attnlab.attention.block_mask import BlockMask
-from attnlab.attention.kv_cache import DecoderCache
+from attnlab.attention.kv_cache import CachedKeys, DecoderCache
 from attnlab.attention.masks.base import Mask
+from attnlab.attention.masks.normal_form import conjunction
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import pytree, static
 from attnlab.layers.linear import Dtypes, Linear, parameter
@@ -30,7 +27,7 @@ from attnlab.layers.specs import (  # noqa: F401 - saved configs name these clas
     Rotary,
     Sliding,
 )
-from attnlab.sharding import constrain, gather_length, has_sharded_length, out_sharding
+from attnlab.sharding import constrain, gather_length, has_sharded_length
 
 
 @dataclass(frozen=True)
@@ -182,18 +179,20 @@ class EncoderOutput:
 
 @pytree
 class SharedBlockMasks:
-    """The block mask of the self-attention of each distinct spec of a stack.
+    """The block masks of the attention of a stack, which its layers share.
 
     Attributes:
-      specs: the specs.
-      masks: their block masks; None if the backend uses none.
+      specs: the distinct specs of the layers.
+      masks: the block mask of the layers of each spec; None if the backend uses none.
+      cross: the block mask of the cross-attention branches; None if there is none.
     """
 
-    specs: tuple[LayerSpec, ...] = static()
-    masks: tuple[BlockMask | None, ...]
+    specs: tuple[LayerSpec, ...] = static(default=())
+    masks: tuple[BlockMask | None, ...] = ()
+    cross: BlockMask | None = None
 
     def get(self, spec: LayerSpec) -> BlockMask | None:
-        """Return the block mask of a spec; None if there is none."""
+        """Return the block mask of the layers of a spec; None if there is none."""
         return dict(zip(self.specs, self.masks, strict=True)).get(spec)
 
 
@@ -211,7 +210,7 @@ class SequenceInputs:
       relative_bias_table: the table of `RelativeBias`.
       bidirectional_ids: tokens with the same id over 0 attend to each other in both directions in
         every layer (prefix LM); None disables this.
-      block_masks: block masks of self-attention, from `share_block_masks`.
+      block_masks: block masks that the layers share, from `share_block_masks`.
       first_value: the first layer's values, if a layer's mixer uses them.
     """
 
@@ -221,7 +220,7 @@ class SequenceInputs:
     memory: EncoderOutput | None = None
     relative_bias_table: Float[Array, "buckets H"] | None = None
     bidirectional_ids: Int[Array, "B T"] | None = None
-    block_masks: SharedBlockMasks | None = None
+    block_masks: SharedBlockMasks = SharedBlockMasks()  # noqa: RUF009 - frozen, so safe to share
     first_value: FirstValue | None = None
 
     @property
@@ -283,7 +282,7 @@ class AttentionLayer(nn.Module):
     def _scale(self) -> float | None:
         return self.spec.scale or self.config.scale or self.scale
 
-    def _options(self, mask: Mask, deterministic: bool) -> dict[str, Any]:
+    def _options(self, mask: Mask, block_mask: BlockMask | None, deterministic: bool) -> dict[str, Any]:
         """Return arguments of `attend` besides its arrays; declare the sinks."""
         config, normalizer = self.config, self.spec.normalizer
         sinks = None
@@ -296,6 +295,7 @@ class AttentionLayer(nn.Module):
         use_dropout = config.dropout > 0 and not deterministic
         return {
             "mask": mask,
+            "block_mask": block_mask,
             "scale": self._scale,
             "sinks": sinks,
             "normalizer": softmax if normalizer is None or sink is not None else normalizer,
@@ -314,13 +314,21 @@ class AttentionLayer(nn.Module):
         return out
 
     def _attend(
-        self, query, key, value, mask: Mask, embed: int, deterministic: bool
+        self,
+        query: Float[Array, "B T H D"],
+        key: Float[Array, "B S K D"],
+        value: Float[Array, "B S K D"],
+        mask: Mask,
+        block_mask: BlockMask | None,
+        embed: int,
+        deterministic: bool,
     ) -> Float[Array, "B T E"]:
         """Return plain attention without scores, projected to the model width `embed`."""
         if has_sharded_length(query) != has_sharded_length(key):  # the mesh divides one of the lengths
             query, key, value = map(gather_length, (query, key, value))
         score = softcap(self.config.softcap) if self.config.softcap else None
-        result = attend(query, key, value, score=score, **self._options(mask, deterministic))
+        options = self._options(mask, block_mask, deterministic)
+        result = attend(query, key, value, score=score, **options)
         return constrain(self._project_out(self._sow_weights(result), embed), "batch", "residual", None)
 
     def _project_out(self, out: Float[Array, "B T H D"], embed: int) -> Float[Array, "B T E"]:
@@ -328,63 +336,24 @@ class AttentionLayer(nn.Module):
         return Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")(out)
 
 
-def join_documents(
-    mask: Mask,
-    inputs,
-    key_segments: Int[Array, "B S"] | None = None,
-    gather: Callable[[Array], Array] = lambda x: x,
-) -> Mask:
-    """Return the mask of self-attention: the mask of the spec, within documents.
+def self_attention_mask(spec: LayerSpec, inputs: SequenceInputs, keys: CachedKeys) -> Mask:
+    """Return the mask of self-attention: the mask of the layer's spec, within documents.
 
     Args:
-      mask: mask of the layer's spec.
-      inputs: `SequenceInputs` of the stack.
-      key_segments: document id of each slot of the KV cache; None without a cache.
-      gather: returns the values of the slots that the keys are in.
+      spec: the spec of the layer.
+      inputs: the inputs of the stack.
+      keys: the keys of the layer, from its cache if there is one.
     """
-    if inputs.bidirectional_ids is not None:
-        # Pad to the cache's length: the remaining slots are empty.
-        padding = 0 if key_segments is None else key_segments.shape[1] - inputs.segments.shape[1]
-        key_ids = jnp.pad(inputs.bidirectional_ids, [(0, 0), (0, padding)])
-        mask = mask | segments(inputs.bidirectional_ids, gather(key_ids))
-    if key_segments is not None:
-        return mask & segments(inputs.segments, gather(key_segments))
-    own = inputs.documents.mask(inputs.documents)
-    return mask if own is None else mask & own
-
-
-def share_block_masks(
-    config, specs: Sequence[LayerSpec], x: Float[Array, "B T E"], inputs, deterministic: bool, sow: bool
-):
-    """Return `SequenceInputs` with the block mask of each spec, unless they have a cache.
-
-    Args:
-      config: `BlockConfig` of the stack.
-      specs: specs of the layers.
-      x: input of the stack.
-      inputs: `SequenceInputs` of the stack.
-      deterministic: whether dropout is disabled.
-      sow: whether the layers store their weights.
-    """
-    if inputs.cache is not None:  # the keys depend on the kind of each layer's cache
-        return inputs
-    attention, (b, t, width) = config.attention, x.shape
-    head_dim, dtype = attention.head_dim or width // attention.heads, x.dtype
-
-    def shape(heads: int, axis: str) -> jax.ShapeDtypeStruct:
-        spec = out_sharding("batch", "sequence", axis, "head_dim", shape=(b, t, heads, head_dim))
-        sharding = spec and NamedSharding(jax.sharding.get_abstract_mesh(), spec)
-        return jax.ShapeDtypeStruct((b, t, heads, head_dim), dtype, sharding=sharding)
-
-    keys = shape(attention.kv_heads or attention.heads, "kv_heads")
-    dropout = make_dropout(attention.dropout, jax.random.key(0), None, deterministic, False)
-    distinct = tuple(dict.fromkeys(specs))
-    masks = []
-    for spec in distinct:
-        mask = join_documents(spec.mask(), inputs)
-        queries = shape(attention.heads, "heads")
-        options: dict[str, Any] = {"dropout": dropout, "return_weights": sow}
-        if spec.normalizer is not None and spec.normalizer.softmax_sink is None:
-            options["normalizer"] = spec.normalizer
-        masks.append(prepare(queries, keys, keys, mask=mask, **options))
-    return dataclasses.replace(inputs, block_masks=SharedBlockMasks(distinct, tuple(masks)))
+    cache, ids = inputs.cache, inputs.bidirectional_ids
+    if cache is None:
+        mask, documents_mask = spec.mask(), inputs.documents.mask(inputs.documents)
+        key_ids = ids
+    else:
+        new, slots = inputs.segments.shape[1], cache.segments.shape[1]
+        mask = keys.mask(shift_mask(spec.mask(cache.index - new), cache.row_starts))
+        documents_mask = segments(inputs.segments, keys.gather(cache.segments))
+        # `ids` need an empty cache: the remaining slots are empty.
+        key_ids = None if ids is None else keys.gather(jnp.pad(ids, [(0, 0), (0, slots - new)]))
+    if ids is not None:
+        mask = mask | segments(ids, key_ids)
+    return conjunction(mask, documents_mask)

@@ -1,25 +1,38 @@
-"""Stacks of blocks under `nn.scan`, and the settings of blocks."""
+"""Stacks of blocks under `nn.scan`, the settings of blocks, and the block masks that they share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from itertools import cycle
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from attnlab.attention.kv_cache import LayerCache
+from attnlab.attention import prepare
+from attnlab.attention.attend import make_dropout
+from attnlab.attention.block_mask import BlockMask
+from attnlab.attention.kv_cache import CachedKeys, LayerCache
+from attnlab.attention.masks.base import Mask
 from attnlab.layers.attention import (
     AttentionConfig,
     SequenceInputs,
-    share_block_masks,
+    SharedBlockMasks,
+    self_attention_mask,
+)
+from attnlab.layers.cross_attention import (
+    CROSS_SPEC,
+    cross_attention_mask,
+    perceiver_attention_mask,
 )
 from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, Normal
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.specs import FirstValue, LayerSpec, NoPositions, RelativeBias, Rotary
-from attnlab.sharding import out_sharding
+from attnlab.sharding import has_sharded_length, length_axes, out_sharding
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -59,6 +72,8 @@ class PerceiverAttentionConfig:
 Cross: TypeAlias = CrossAttentionConfig | GatedCrossAttentionConfig | PerceiverAttentionConfig
 # Self-attention cache, or (self-attention cache, cross-attention cache).
 BlockCache = LayerCache | tuple[LayerCache | None, LayerCache | None]
+# Of the repeats of the pattern, one stacked cache for each spec, and of the remaining layers.
+LayerCaches = tuple[Sequence[BlockCache | None] | None, Sequence[BlockCache | None] | None]
 
 
 @dataclass(frozen=True)
@@ -194,9 +209,8 @@ class LayerStack(nn.Module):
         """Return the activations after all blocks, and their caches: (of the scan, of the rest)."""
         config, specs, depth = self.config, self.pattern, self.config.depth
         scanned, remainder = layer_caches if layer_caches is not None else (None, None)
-        if not isinstance(config.cross, PerceiverAttentionConfig):
-            sow = self.is_mutable_collection("intermediates")
-            inputs = share_block_masks(config, specs, x, inputs, deterministic, sow)
+        sow = self.is_mutable_collection("intermediates")
+        inputs = share_block_masks(config, specs, x, layer_caches, inputs, deterministic, sow)
         carry = x, self._no_first_value(x)
         if self.skip_first_attention_norm:
             first_block = self._pattern_block(looped=False)(
@@ -238,3 +252,79 @@ class LayerStack(nn.Module):
         # In a loop, XLA cannot merge the recomputation with the forward pass, so prevent_cse is not
         # needed. Outside a loop it would merge them.
         return nn.remat(PatternBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)
+
+
+def share_block_masks(
+    config: BlockConfig,
+    specs: tuple[LayerSpec, ...],
+    x: Float[Array, "B T E"],
+    layer_caches: LayerCaches | None,
+    inputs: SequenceInputs,
+    deterministic: bool,
+    sow: bool,
+) -> SequenceInputs:
+    """Return the inputs with the block masks of a stack, each made once for all layers of a spec.
+
+    Layers with a cache whose keys are not in the order of its slots make their own.
+
+    Args:
+      config: settings of the stack.
+      specs: specs of the layers.
+      x: input of the stack.
+      layer_caches: caches of the layers; None if they have none.
+      inputs: inputs of the stack.
+      deterministic: whether dropout is disabled.
+      sow: whether the layers store their weights.
+    """
+    c, length = config.attention, x.shape[1]
+    dropout = make_dropout(c.dropout, jax.random.key(0), None, deterministic, False)
+    head_dim = c.head_dim or config.width // c.heads
+
+    def shape(length: int, heads: int, axis: str, sharded: bool) -> jax.ShapeDtypeStruct:
+        sizes = x.shape[0], length, heads, head_dim
+        spec = out_sharding("batch", "sequence" if sharded else None, axis, "head_dim", shape=sizes)
+        sharding = spec and NamedSharding(jax.sharding.get_abstract_mesh(), spec)
+        return jax.ShapeDtypeStruct(sizes, x.dtype, sharding=sharding)
+
+    def prepare_mask(spec: LayerSpec, mask: Mask, num_keys: int, sharded: bool) -> BlockMask | None:
+        query = shape(length, c.heads, "heads", sharded)
+        key = shape(num_keys, c.kv_heads or c.heads, "kv_heads", sharded)
+        options: dict[str, Any] = {"dropout": dropout, "return_weights": sow}
+        if spec.normalizer is not None and spec.normalizer.softmax_sink is None:
+            options["normalizer"] = spec.normalizer
+        return prepare(query, key, key, mask=mask, **options)
+
+    def prepare_spec(spec: LayerSpec) -> BlockMask | None:
+        if isinstance(config.cross, PerceiverAttentionConfig) and inputs.memory is not None:
+            num_keys = inputs.memory.hidden.shape[1] + length
+            return prepare_mask(spec, perceiver_attention_mask(spec, inputs), num_keys, sharded=False)
+        num_keys = length if inputs.cache is None else inputs.cache.segments.shape[1]
+        keys = CachedKeys(x, x)  # key i is in slot i; the mask depends on nothing else of the keys
+        return prepare_mask(spec, self_attention_mask(spec, inputs, keys), num_keys, sharded=True)
+
+    cross = None
+    if isinstance(config.cross, CrossAttentionConfig | GatedCrossAttentionConfig):
+        num_keys, sharded = _memory_length(inputs)
+        sharded = sharded and all(length_axes("sequence", n) for n in (length, num_keys))
+        cross = prepare_mask(CROSS_SPEC, cross_attention_mask(CROSS_SPEC, inputs), num_keys, sharded)
+    distinct = tuple(spec for spec in dict.fromkeys(specs) if _keeps_slots(spec, specs, layer_caches))
+    masks = SharedBlockMasks(distinct, tuple(map(prepare_spec, distinct)), cross)
+    return replace(inputs, block_masks=masks)
+
+
+def _memory_length(inputs: SequenceInputs) -> tuple[int, bool]:
+    """Return the number of keys of cross-attention, and whether their length may be sharded."""
+    if inputs.memory is not None:
+        return inputs.memory.hidden.shape[1], has_sharded_length(inputs.memory.hidden)
+    assert inputs.cache is not None, "cross-attention needs a memory or cache"
+    return inputs.cache.context.shape[1], False
+
+
+def _keeps_slots(spec: LayerSpec, specs: tuple[LayerSpec, ...], layer_caches: LayerCaches | None) -> bool:
+    """Return whether the keys of all layers of a spec are in the order of the slots of the cache."""
+    for part in layer_caches or ():
+        for other, layer_cache in zip(cycle(specs), part or ()):
+            own = layer_cache[0] if isinstance(layer_cache, tuple) else layer_cache
+            if other == spec and not (own is None or own.keeps_slots):
+                return False
+    return True

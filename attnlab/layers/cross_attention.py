@@ -6,9 +6,13 @@ from jaxtyping import Array, Float
 
 from attnlab.attention import segments
 from attnlab.attention.kv_cache import KVCache, LayerCache
+from attnlab.attention.masks.base import Mask
+from attnlab.attention.masks.normal_form import conjunction
 from attnlab.layers.attention import AttentionLayer, SequenceInputs
-from attnlab.layers.specs import FirstValue
+from attnlab.layers.specs import Bidirectional, FirstValue, LayerSpec
 from attnlab.sharding import gather_length
+
+CROSS_SPEC = Bidirectional()  # of the cross-attention branches of all layers
 
 
 class CrossAttention(AttentionLayer):
@@ -34,23 +38,15 @@ class CrossAttention(AttentionLayer):
         query = self.project(x, "query", embed)
         if memory is not None:
             key, value = (self.project(memory.hidden, name, embed) for name in ("key", "value"))
-            documents_mask = inputs.documents.mask(memory.documents)
             if layer_cache is not None:
                 assert memory.mask is None, "a KV cache cannot hold memory.mask"
                 cache_dtype = layer_cache.key.dtype
                 layer_cache = KVCache(key.astype(cache_dtype), value.astype(cache_dtype))
         else:
-            assert layer_cache is not None and inputs.cache is not None, (
-                "cross-attention needs a memory or cache"
-            )
+            assert layer_cache is not None, "cross-attention needs a memory or cache"
             key, value = (y.astype(query.dtype) for y in (layer_cache.key, layer_cache.value))
-            documents_mask = segments(inputs.segments, inputs.cache.context)
-        mask = self.spec.mask()
-        if documents_mask is not None:
-            mask = mask & documents_mask
-        if memory is not None and memory.mask is not None:
-            mask = mask & memory.mask
-        return self._attend(query, key, value, mask, embed, deterministic), layer_cache, None
+        masks = cross_attention_mask(self.spec, inputs), inputs.block_masks.cross
+        return self._attend(query, key, value, *masks, embed, deterministic), layer_cache, None
 
 
 class PerceiverAttention(AttentionLayer):
@@ -74,8 +70,21 @@ class PerceiverAttention(AttentionLayer):
         memory_and_tokens = jnp.concatenate([gather_length(normed), gather_length(x)], axis=1)
         query = self.project(x, "query", embed)
         key, value = (self.project(memory_and_tokens, name, embed) for name in ("key", "value"))
-        mask = self.spec.mask()
-        documents_mask = inputs.documents.mask(memory.documents.followed_by(inputs.documents))
-        if documents_mask is not None:
-            mask = mask & documents_mask
-        return self._attend(query, key, value, mask, embed, deterministic), layer_cache, None
+        masks = perceiver_attention_mask(self.spec, inputs), inputs.block_masks.get(self.spec)
+        return self._attend(query, key, value, *masks, embed, deterministic), layer_cache, None
+
+
+def cross_attention_mask(spec: LayerSpec, inputs: SequenceInputs) -> Mask:
+    """Return the mask of `CrossAttention`, over the memory or the memory in the cache."""
+    memory, cache = inputs.memory, inputs.cache
+    if memory is not None:
+        return conjunction(spec.mask(), inputs.documents.mask(memory.documents), memory.mask)
+    assert cache is not None, "cross-attention needs a memory or cache"
+    return spec.mask() & segments(inputs.segments, cache.context)
+
+
+def perceiver_attention_mask(spec: LayerSpec, inputs: SequenceInputs) -> Mask:
+    """Return the mask of `PerceiverAttention`, over the memory followed by the tokens."""
+    assert inputs.memory is not None, "Perceiver attention needs a memory"
+    keys = inputs.memory.documents.followed_by(inputs.documents)
+    return conjunction(spec.mask(), inputs.documents.mask(keys))

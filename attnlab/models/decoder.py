@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention import shift_mask, softcap
+from attnlab.attention import softcap
 from attnlab.attention.absolute_positions import sinusoidal
 from attnlab.attention.kv_cache import CachedKeys, DecoderCache, KVCache, LayerCache
 from attnlab.attention.masks.base import Index
@@ -22,7 +22,7 @@ from attnlab.layers.attention import (
     SegmentIds,
     SequenceInputs,
     documents,
-    join_documents,
+    self_attention_mask,
 )
 from attnlab.layers.blocks import (
     BlockCache,
@@ -33,13 +33,12 @@ from attnlab.layers.blocks import (
     LayerStack,
     PerceiverAttentionConfig,
 )
-from attnlab.layers.cross_attention import CrossAttention, PerceiverAttention
+from attnlab.layers.cross_attention import CROSS_SPEC, CrossAttention, PerceiverAttention
 from attnlab.layers.experts import Experts, ExpertsConfig
 from attnlab.layers.linear import Bias, Dropout, Embedding, look_up, parameter
 from attnlab.layers.readout import scaled
 from attnlab.layers.scores import ScoreInputs, ScoreModule, score_names
 from attnlab.layers.specs import (
-    Bidirectional,
     Causal,
     FirstValue,
     LayerSpec,
@@ -344,7 +343,7 @@ class Block(nn.Module):
 
     def _cross_attend(self, x, inputs: SequenceInputs, cross_cache: LayerCache | None, gated: bool = False):
         """Return the activations after a cross-attention branch, and the branch's cache."""
-        layer = self._attention(CrossAttention, "cross_attention", Bidirectional(), NoPositions())
+        layer = self._attention(CrossAttention, "cross_attention", CROSS_SPEC, NoPositions())
         normed = self._pre_norm(x, "cross_attention")
         y, cross_cache, _ = layer(normed, inputs, cross_cache, self.deterministic)
         return self._residual(x, y, "cross_attention", gated), cross_cache
@@ -418,13 +417,11 @@ class SelfAttention(AttentionLayer):
         query, key, value = mixer.project(self, x, rotate)
         value, first_value = mixer.mix_values(self, value, inputs.first_value)
         offset: Index = 0
-        mask, key_segments, cache = spec.mask(), None, inputs.cache
-        cached = CachedKeys(key, value)
+        cached, cache = CachedKeys(key, value), inputs.cache
         if cache is not None and layer_cache is not None:
-            offset, key_segments = cache.index - x.shape[1], cache.segments
+            offset = cache.index - x.shape[1]
             layer_cache, cached = layer_cache.append(offset, key, value, cache.row_starts)
-            mask = cached.mask(shift_mask(spec.mask(offset), cache.row_starts))
-        mask = join_documents(mask, inputs, key_segments, cached.gather)
+        mask = self_attention_mask(spec, inputs, cached)
         stored = layer_cache if isinstance(layer_cache, KVCache) else None
         state: dict[str, Array] = {}
 
@@ -441,9 +438,7 @@ class SelfAttention(AttentionLayer):
             scores += [softcap(self.config.softcap)] if self.config.softcap else []
             return scores or None
 
-        options = self._options(mask, deterministic)
-        if inputs.block_masks is not None and cache is None:
-            options["block_mask"] = inputs.block_masks.get(spec)
+        options = self._options(mask, inputs.block_masks.get(spec), deterministic)
         out = self._sow_weights(mixer.attend(self, query, cached.key, cached.value, score_of, **options))
         if stored is not None:
             layer_cache = replace(stored, state=state)

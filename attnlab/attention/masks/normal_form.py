@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class NormalForm:
     def as_mask(self) -> Mask | None:
         """Return the conjunction of all parts; None if there are none."""
         parts = (*self._bounds(), self.segments, self.lengths, *self.intervals, self.rest)
-        return conjunction(part for part in parts if part is not None)
+        return conjunction(*parts)
 
     def _bounds(self) -> list[Mask]:
         """Return `left` and `right` as masks."""
@@ -93,7 +93,7 @@ def normal_form(mask: Mask | None) -> NormalForm:
         segments=segments,
         lengths=_shortest(lengths),
         intervals=tuple(intervals),
-        rest=conjunction(rest),
+        rest=conjunction(*rest),
     )
 
 
@@ -106,10 +106,18 @@ def conjuncts(mask: Mask | None) -> Iterator[Mask]:
         yield mask
 
 
-def conjunction(masks: Iterable[Mask]) -> Mask | None:
-    """Return the conjunction of masks; None without masks."""
-    masks = list(masks)
-    return reduce(operator.and_, masks) if masks else None
+@overload
+def conjunction(mask: Mask, /, *masks: Mask | None) -> Mask: ...
+
+
+@overload
+def conjunction(*masks: Mask | None) -> Mask | None: ...
+
+
+def conjunction(*masks: Mask | None) -> Mask | None:
+    """Return the conjunction of masks. None is the mask that allows every pair."""
+    parts = [mask for mask in masks if mask is not None]
+    return reduce(operator.and_, parts) if parts else None
 
 
 def _shortest(lengths: list[KeyLengthMask]) -> KeyLengthMask | None:
@@ -276,4 +284,4 @@ def static_part(mask: Mask | None, offset: BlockOffset) -> tuple[Mask | None, bo
     static = [part for part in parts if is_static_here(part)]
     if len(static) == len(parts):
         return mask, True
-    return conjunction(static), False
+    return conjunction(*static), False
