@@ -171,7 +171,7 @@ def _loop(body: type[nn.Module], length: int, scan: bool, shared: bool = False):
         in_axes=(0, nn.broadcast),
         length=length,
         unroll=1 if scan else length,
-        check_constancy_invariants=shared,  # traces the body twice; only shared parameters need it
+        check_constancy_invariants=shared,  # shared parameters need a second trace of the body
     )
 
 

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
@@ -23,7 +23,8 @@ from attnlab.runner import sweep
 from attnlab.runner.bug_report import report_bug
 from attnlab.runner.command import invocation
 from attnlab.runner.exit_codes import ClaimsFailed, ExitCode, Stopped, memory_exhausted
-from attnlab.runner.request import FLAG_MODES, MODES, Request, build_requests
+from attnlab.runner.request import FLAG_MODES, MODES, build_requests
+from attnlab.signals import Terminated, raise_on_signal
 
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 VERSION = ("--version", "-version")
@@ -204,6 +205,17 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 
 def _main(overrides: list[Override]) -> int:
+    try:
+        # A run handles these signals while it trains and reports, where it has something to save.
+        with raise_on_signal(signal.SIGTERM, signal.SIGUSR1):
+            return _run_command(overrides)
+    except Terminated as stopped:
+        _leave_job(ExitCode.PREEMPTED)
+        print(f"stopped by {stopped.name}; start again with the same command", flush=True)
+        raise Stopped(stopped.name) from None
+
+
+def _run_command(overrides: list[Override]) -> int:
     values = {name: flags.FLAGS[name].value for name in FLAG_MODES}
     present = {name for name in FLAG_MODES if flags.FLAGS[name].present}
     values |= {
@@ -212,20 +224,9 @@ def _main(overrides: list[Override]) -> int:
     requests = build_requests(values, present, overrides)
     runner = importlib.import_module("attnlab.runner.modes")  # imports JAX, so only after validation
     if requests[0].swept:
-        return _run_sweep(requests, runner.run)
+        return sweep.run_all(requests, runner.run)
     runner.run(requests[0])
     return ExitCode.DONE
-
-
-def _run_sweep(requests: Sequence[Request], run: Callable[[Request], Any]) -> int:
-    """Run a sweep. A signal outside of training also ends it with the table of completed runs."""
-    stopping = importlib.import_module("attnlab.train.stopping")  # imports JAX
-    try:
-        with stopping.raise_on_signal(signal.SIGTERM, signal.SIGUSR1):
-            return sweep.run_all(requests, run)
-    except stopping.Terminated as stopped:
-        _leave_job(ExitCode.PREEMPTED)
-        raise Stopped(stopped.name) from None
 
 
 def help_text(program: str = "attnlab") -> str:

@@ -16,8 +16,8 @@ class ExitCode(IntEnum):
     DOES_NOT_FIT = 4
     """The memory of the machine or of a device is too small."""
     PREEMPTED = 75
-    """SIGTERM or SIGUSR1: a checkpoint is saved, and the same command resumes (EX_TEMPFAIL of
-    sysexits.h)."""
+    """SIGTERM or SIGUSR1: a checkpoint is saved if training had begun, and the same command resumes
+    (EX_TEMPFAIL of sysexits.h)."""
     INTERRUPTED = 130
     """Ctrl-C. A checkpoint is saved if training had begun."""
     BROKEN_PIPE = 141

@@ -22,12 +22,12 @@ from attnlab.runner.sampling import run_sampling
 from attnlab.runner.sessions import open_session, restore
 from attnlab.runner.trained_model import PRETRAINED, TrainedModel
 from attnlab.runner.training import run_import, run_train
+from attnlab.signals import handlers
 from attnlab.train.attention_backends import warn_of_slow_paths
 from attnlab.train.checkpoints import has_checkpoint, params_sha256
 from attnlab.train.describe import describe
 from attnlab.train.experiment import Experiment
 from attnlab.train.partition import combine
-from attnlab.train.stopping import handlers
 
 # Errors caused by the machine or by user input, reported in one line without a traceback.
 ENVIRONMENT_ERRNOS = (

@@ -21,6 +21,7 @@ from attnlab.runner.reporting import failed_claims, run_report
 from attnlab.runner.request import Request
 from attnlab.runner.sessions import open_session, restore
 from attnlab.runner.trained_model import PRETRAINED, TrainedModel
+from attnlab.signals import Terminated
 from attnlab.train.attention_backends import warn_of_slow_paths
 from attnlab.train.checkpoints import Checkpoints, has_checkpoint
 from attnlab.train.experiment import Experiment
@@ -29,7 +30,7 @@ from attnlab.train.initialize import init_from_run
 from attnlab.train.loop import Limits, TrainingLoop
 from attnlab.train.metrics import MetricWriters
 from attnlab.train.session import Session
-from attnlab.train.stopping import Terminated, stop_report
+from attnlab.train.stopping import stop_report
 
 
 def run_train(request: Request) -> dict[str, float]:

@@ -16,6 +16,7 @@ from attnlab.data import Batch
 from attnlab.distributed.job import is_main_process
 from attnlab.distributed.start import progress
 from attnlab.layers.linear import parameter_name
+from attnlab.signals import Terminated
 from attnlab.train.checkpoints import Checkpoints, SaveFailed
 from attnlab.train.goodput import Goodput
 from attnlab.train.meter import Meter
@@ -24,7 +25,7 @@ from attnlab.train.profiler import Profiler
 from attnlab.train.session import Session
 from attnlab.train.slow_steps import SlowSteps
 from attnlab.train.step import TrainState
-from attnlab.train.stopping import Decision, Terminated, agree, stop_on_signal
+from attnlab.train.stopping import Decision, agree, stop_on_signal
 from attnlab.train.storage import RETRY_DELAYS, warn
 
 

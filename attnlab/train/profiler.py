@@ -13,7 +13,7 @@ from etils import epath
 
 from attnlab.distributed.job import log_of_process
 from attnlab.paths import is_remote, write_atomically
-from attnlab.train.stopping import handlers
+from attnlab.signals import handlers
 
 STEPS_AFTER_SIGNAL = 5
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from attnlab.distributed.collectives import Vote, largest
+from attnlab.signals import Terminated, handlers, raise_on_signal
 
 NOTICE = b"\nstopping with a checkpoint; press Ctrl-C again to stop at once\n"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -70,29 +71,6 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield request
 
 
-class Terminated(BaseException):
-    """A signal arrived in a part of a run that needs no further checkpoint.
-
-    Args:
-      name: the name of the signal.
-    """
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.name = name
-
-
-@contextmanager
-def raise_on_signal(*numbers: signal.Signals) -> Iterator[None]:
-    """Raise `Terminated` at these signals, as Python raises KeyboardInterrupt at SIGINT."""
-
-    def handle(number: int, _: object) -> None:
-        raise Terminated(signal.Signals(number).name)
-
-    with handlers(handle, *numbers):
-        yield
-
-
 @contextmanager
 def stop_report() -> Iterator[Callable[[], None]]:
     """Raise `Terminated` if a signal arrives; yield a function that every process calls often.
@@ -111,18 +89,3 @@ def stop_report() -> Iterator[Callable[[], None]]:
                 raise Terminated(name)
 
         yield poll
-
-
-@contextmanager
-def handlers(handle: Callable[[int, Any], None], *numbers: signal.Signals) -> Iterator[None]:
-    """Handle these signals within the context; does nothing outside of the main thread."""
-    try:
-        previous = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # only the main thread may set signal handlers
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -556,11 +556,15 @@ def test_process_stopped_alone_fails_its_job(runner, monkeypatch, number, code):
     assert (reasons[0], exits) == (f"it ended with exit code {code}", [code])
 
 
-def test_sigterm_outside_of_training_stops_sweep(runner):
-    runner.answer = lambda request: signal.raise_signal(signal.SIGTERM)
-    assert train("--sweep=model.depth=1,2") == 75
+@pytest.mark.parametrize("arguments", [[], ["--sweep=model.depth=1,2"]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_outside_of_training_stops_command(runner, capsys, number, arguments):
+    runner.answer = lambda request: signal.raise_signal(number)
+    assert train(*arguments) == 75
     assert len(runner.requests) == 1
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    out, err = capsys.readouterr()
+    assert out.endswith(f"stopped by {number.name}; start again with the same command\n") and not err
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_failed_claim_has_its_own_exit_code(runner, capsys, tmp_path):

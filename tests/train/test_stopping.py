@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from attnlab.train import stopping
-from attnlab.train.stopping import Terminated, stop_report
+from attnlab.signals import Terminated
+from attnlab.train.stopping import stop_report
 
 
 @pytest.mark.parametrize("number", stopping.STOP_SIGNALS)
