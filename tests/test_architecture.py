@@ -8,12 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # `attnlab` itself contains only the version, and `flax_attention_fn`, imported at its first use.
-BASE = {"attnlab", "errors", "paths", "untrusted"}
+BASE = {"attnlab", "errors", "paths", "signals", "untrusted"}
 MODEL = BASE | {"attention", "data", "config", "sharding", "layers", "models", "distributed"}
 # Each part of attnlab, with the other parts that it may import.
 MAY_IMPORT = {
     "attnlab": {"layers"},  # only when `attnlab.flax_attention_fn` is used
     "errors": set(),
+    "signals": set(),
     "paths": {"errors"},
     "untrusted": {"errors", "paths"},
     "provenance": BASE,

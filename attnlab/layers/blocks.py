@@ -321,7 +321,7 @@ def _memory_length(inputs: SequenceInputs) -> tuple[int, bool]:
 
 
 def _keeps_slots(spec: LayerSpec, specs: tuple[LayerSpec, ...], layer_caches: LayerCaches | None) -> bool:
-    """Return whether the keys of all layers of a spec are in the order of the slots of the cache."""
+    """Return whether the keys of every layer of a spec follow the slots of its cache."""
     for part in layer_caches or ():
         for other, layer_cache in zip(cycle(specs), part or ()):
             own = layer_cache[0] if isinstance(layer_cache, tuple) else layer_cache
