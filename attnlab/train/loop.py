@@ -193,16 +193,21 @@ class TrainingLoop:
         return stop
 
     def _flush_pending_metrics(self, force: bool = False) -> None:
-        """Check the pending metrics of the last step, and write them if a line is due."""
+        """Check that the last step was finite, and write its metrics if a line is due.
+
+        Otherwise one number is copied to the host: whether the step was finite.
+        """
         if self._pending is None:
             return
         step, device_metrics = self._pending
         self._pending = None
         with self.goodput.measure("step"):
-            metrics = jax.device_get(device_metrics)
-        check_finite(step, metrics, self.session)
-        self._meter.count(metrics)
+            is_finite = bool(device_metrics["is_finite"])
+        if not is_finite:
+            raise divergence(step, jax.device_get(device_metrics), self.session)
+        self._meter.count(device_metrics)
         if step == 1 or step % self.session.experiment.train.log_every == 0 or force:
+            metrics = jax.device_get(device_metrics)
             numbers = self._meter.read(step, metrics) | {"slow_steps": self._slow_steps.count}
             self.writer.write(step, "train", numbers)
 
@@ -284,18 +289,15 @@ class TrainingLoop:
                 time.sleep(delay)
 
 
-def check_finite(step: int, metrics: dict[str, Any], session: Session) -> None:
-    """Check that the loss and all gradients of a step are finite.
+def divergence(step: int, metrics: dict[str, Any], session: Session) -> Diverged:
+    """Return the error of a step that was not finite.
 
-    Raises:
-      Diverged: with the step and the first non-finite gradient, in the order of the parameters.
+    It names the first non-finite gradient, in the order of the parameters.
     """
-    if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
-        return
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(session.abstract_state.params)]
     non_finite = [i for i, norm in enumerate(metrics["leaf_norms"]) if not np.isfinite(norm)]
     where = f"the gradient of {parameter_name(paths[non_finite[0]])}" if non_finite else "the loss itself"
-    raise Diverged(
+    return Diverged(
         f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; "
         f"the first non-finite tensor is {where}"
     )

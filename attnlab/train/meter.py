@@ -24,7 +24,7 @@ class Meter:
         self._flops_per_token = model_flops.training
         self._positions_per_step = e.data.batch_size * e.data.sequence_length
         self._peak = flops.peak_flops(session.mesh.devices.flat[0]) * session.mesh.size
-        self._tokens = self._positions = 0
+        self._counts: list[jax.Array] = []  # input tokens of each step, copied to the host when read
         self._read = self._times()
 
     def _times(self) -> tuple[float, float]:
@@ -35,27 +35,27 @@ class Meter:
 
     def count(self, metrics: dict[str, Any]) -> None:
         """Add the tokens of a step."""
-        tokens, has_source = int(metrics["input_tokens"]), self._session.experiment.data.source_shape
-        self._tokens += tokens
-        self._positions += self._positions_per_step if has_source else tokens
+        self._counts.append(metrics["input_tokens"])
 
     def read(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
         """Return the scalar metrics of a step with the training speed, and reset the timers."""
         times = self._times()
         seconds, waited = (now - before for now, before in zip(times, self._read, strict=True))
         seconds = max(seconds, 1e-9)
-        tokens_per_second = self._tokens / seconds
-        model_flops = self._positions / seconds * self._flops_per_token
         e = self._session.experiment
+        positions = tokens = sum(map(int, jax.device_get(self._counts)))
+        if e.data.source_shape:
+            positions = len(self._counts) * self._positions_per_step
         rate = optimizers.learning_rate(e.optimizer, e.train.steps)(step - 1)
         scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+        scalars.pop("is_finite", None)
         if not scalars["bytes"]:
             del scalars["bits_per_byte"]  # undefined: the targets are not text
-        self._read, self._tokens, self._positions = times, 0, 0
+        self._read, self._counts = times, []
         speed = {
             "learning_rate": float(rate),
-            "tokens_per_second": tokens_per_second,
-            "model_flops_per_second": model_flops,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_per_second": (model_flops := positions / seconds * self._flops_per_token),
             "model_flops_utilization": model_flops / self._peak,
             "input_wait": min(1.0, waited / seconds),
         }

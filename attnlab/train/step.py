@@ -142,6 +142,7 @@ def make_train_step(
             "input_tokens": jnp.sum(batch.segments > 0, dtype=jnp.int32),
             "bytes": sums["bytes"],
             "skipped": 1.0 - applied.astype(jnp.float32),
+            "is_finite": is_finite,
             "leaf_norms": leaf_norms,
         }
         metrics |= layer_losses

@@ -5,8 +5,8 @@ import signal
 import jax
 import pytest
 
-from attnlab.train import stopping
 from attnlab.signals import Terminated
+from attnlab.train import stopping
 from attnlab.train.stopping import stop_report
 
 
