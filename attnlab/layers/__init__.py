@@ -40,6 +40,7 @@ from attnlab.layers.normalizers import (
 )
 from attnlab.layers.norms import LayerNorm, LayerNormConfig, RMSNorm, RMSNormConfig
 from attnlab.layers.recurrent import GRUConfig, LSTMConfig
+from attnlab.layers.remat import Save
 from attnlab.layers.scores import (
     ALiBi,
     CoPE,
@@ -111,6 +112,7 @@ __all__ = [
     "RMSNormConfig",
     "RelativeBias",
     "Rotary",
+    "Save",
     "ScoreInputs",
     "Selective",
     "Shaw",

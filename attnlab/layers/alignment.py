@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 from attnlab.attention import attend, segments
 from attnlab.attention.normalizers import softmax
 from attnlab.layers.attention import EncoderOutput
-from attnlab.layers.blocks import REMAT_POLICIES
 from attnlab.layers.linear import Dropout, Linear, parameter
 from attnlab.layers.recurrent import (
     RecurrentKernel,
@@ -21,6 +20,7 @@ from attnlab.layers.recurrent import (
     scan_tokens,
     select_state,
 )
+from attnlab.layers.remat import REMAT_POLICIES
 
 
 @dataclass(frozen=True)

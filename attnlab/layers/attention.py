@@ -6,6 +6,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from attnlab.attention import attend, key_lengths, segments, shift_mask, softcap
@@ -269,6 +270,7 @@ class AttentionLayer(nn.Module):
         shape, axes = (heads, self.head_dim(embed or inputs)), (axis, "head_dim")
         bias = config.has_bias(name)
         y = Linear((inputs,), shape, ("embed", *axes), self.std, bias, self.dtypes, name=name)(x)
+        y = checkpoint_name(y, name)
         if not config.qk_norm or name == "value":
             return y
         norm_axes = axes if config.qk_norm == "whole" else ("norm",)
@@ -333,7 +335,8 @@ class AttentionLayer(nn.Module):
 
     def _project_out(self, out: Float[Array, "B T H D"], embed: int) -> Float[Array, "B T E"]:
         axes, bias = ("heads", "head_dim", "embed"), self.config.has_bias("out")
-        return Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")(out)
+        linear = Linear(out.shape[2:], (embed,), axes, self.out_std, bias, self.dtypes, name="out")
+        return checkpoint_name(linear(out), "branch_out")
 
 
 def self_attention_mask(spec: LayerSpec, inputs: SequenceInputs, keys: CachedKeys) -> Mask:

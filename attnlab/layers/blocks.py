@@ -6,7 +6,6 @@ from itertools import cycle
 from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
@@ -31,14 +30,9 @@ from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, Normal
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
+from attnlab.layers.remat import Remat, remat_policy
 from attnlab.layers.specs import FirstValue, LayerSpec, NoPositions, RelativeBias, Rotary
 from attnlab.sharding import has_sharded_length, length_axes, out_sharding
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
 
 Placement = Literal["pre", "post", "both", "branch"]
 
@@ -144,7 +138,6 @@ class SharedLayers(nn.Module):
     ALBERT, arXiv 1909.11942, section 3.1.
     """
 
-    body: type[nn.Module]
     times: int
     scan: bool
     block: type[nn.Module]
@@ -155,7 +148,7 @@ class SharedLayers(nn.Module):
     @nn.compact
     def __call__(self, carry, layer_caches, inputs: SequenceInputs):
         """Return the carry after the last repeat, and the caches; see `PatternBlock`."""
-        loop = _loop(self.body, self.times, self.scan, shared=True)
+        loop = _loop(PatternBlock, self.times, self.scan, shared=True)
         options = (self.block, self.config, self.specs, self.deterministic)
         return loop(*options, name="shared")(carry, layer_caches, inputs)
 
@@ -199,7 +192,7 @@ class LayerStack(nn.Module):
     config: BlockConfig
     pattern: tuple[LayerSpec, ...]
     scan: bool
-    remat: Literal["none", "full", "dots"]
+    remat: Remat
     num_param_groups: int | None = None
     skip_first_attention_norm: bool = False
     unrolled: bool = False
@@ -213,25 +206,25 @@ class LayerStack(nn.Module):
         inputs = share_block_masks(config, specs, x, layer_caches, inputs, deterministic, sow)
         carry = x, self._no_first_value(x)
         if self.skip_first_attention_norm:
-            first_block = self._pattern_block(looped=False)(
-                self.block, config, specs[:1], deterministic, skip_attention_norm=True, name="first"
+            first_block = PatternBlock(
+                self._block(looped=False), config, specs[:1], deterministic, True, name="first"
             )
             carry, _ = first_block(carry, None, inputs)
             specs, depth = (*specs[1:], specs[0]), depth - 1
         repeats = 0 if self.unrolled else depth // len(specs)
         if self.num_param_groups:
-            options = (self._pattern_block(self.scan), repeats // self.num_param_groups, self.scan)
+            options = (repeats // self.num_param_groups, self.scan, self._block(self.scan))
             stack = _loop(SharedLayers, self.num_param_groups, self.scan)(
-                *options, self.block, config, specs, deterministic, name="periods"
+                *options, config, specs, deterministic, name="periods"
             )
             carry, scanned = stack(carry, scanned, inputs)
         elif repeats:
-            loop = _loop(self._pattern_block(self.scan), repeats, self.scan)
-            stack = loop(self.block, config, specs, deterministic, name="periods")
+            loop = _loop(PatternBlock, repeats, self.scan)
+            stack = loop(self._block(self.scan), config, specs, deterministic, name="periods")
             carry, scanned = stack(carry, scanned, inputs)
         rest = tuple(specs[i % len(specs)] for i in range(repeats * len(specs), depth))
         if rest:
-            last = self._pattern_block(looped=False)(self.block, config, rest, deterministic, name="tail")
+            last = PatternBlock(self._block(looped=False), config, rest, deterministic, name="tail")
             carry, remainder = last(carry, remainder, inputs)
         return carry[0], (scanned, remainder) if layer_caches is not None else None
 
@@ -245,13 +238,13 @@ class LayerStack(nn.Module):
         value = jnp.zeros(shape, self.config.dtypes.compute, out_sharding=spec)
         return FirstValue(value, jnp.zeros((), bool))
 
-    def _pattern_block(self, looped: bool) -> type[nn.Module]:
-        """Return the module class of one repeat of the pattern, with `nn.remat` unless "none"."""
+    def _block(self, looped: bool) -> type[nn.Module]:
+        """Return the module class of a block, with `nn.remat` unless "none"."""
         if self.remat == "none":
-            return PatternBlock
+            return self.block
         # In a loop, XLA cannot merge the recomputation with the forward pass, so prevent_cse is not
         # needed. Outside a loop it would merge them.
-        return nn.remat(PatternBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=not looped)
+        return nn.remat(self.block, policy=remat_policy(self.remat), prevent_cse=not looped)
 
 
 def share_block_masks(

@@ -7,6 +7,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig, check_width
@@ -125,7 +126,7 @@ def mixture(
         return y if biases is None else y + biases.at[expert].get(mode="fill", fill_value=0)
 
     rows = jnp.where(is_local, x.reshape(-1, x.shape[-1])[order // top_k], 0)
-    gate, up = apply("gate", rows), apply("up", rows)
+    gate, up = (checkpoint_name(apply(name, rows), "mlp_hidden") for name in ("gate", "up"))
     clamped = activation == "clamped_swiglu"
     y = apply("down", clamped_swiglu(gate, up) if clamped else ACTIVATIONS[activation](gate) * up)
     y = jnp.where(is_local, y, 0)[jnp.argsort(order)]
@@ -219,4 +220,4 @@ class Experts(nn.Module):
             "down": maps("down", hidden, embed, back, self.out_std),
         }
         y = sharded_mixture(x, weights, choices, params, c.activation)
-        return constrain(y, "batch", "residual", None)
+        return checkpoint_name(constrain(y, "batch", "residual", None), "branch_out")

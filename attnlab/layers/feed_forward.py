@@ -7,6 +7,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from attnlab.layers.linear import Dtypes, Linear
@@ -153,10 +154,12 @@ class GatedMLP(nn.Module):
 def _up(module: MLP | GatedMLP, name: str, x: Float[Array, "B T E"]) -> Float[Array, "B T F"]:
     c, embed = module.config, x.shape[-1]
     sizes = (embed,), (c.hidden(embed),)
-    return Linear(*sizes, ("embed", "mlp"), module.std, c.bias, module.dtypes, name=name)(x)
+    linear = Linear(*sizes, ("embed", "mlp"), module.std, c.bias, module.dtypes, name=name)
+    return checkpoint_name(linear(x), "mlp_hidden")
 
 
 def _down(module: MLP | GatedMLP, y: Float[Array, "B T F"], embed: int) -> Float[Array, "B T E"]:
     sizes = (y.shape[-1],), (embed,)
     bias, dtypes = module.config.bias, module.dtypes
-    return Linear(*sizes, ("mlp", "embed"), module.out_std, bias, dtypes, name="down")(y)
+    linear = Linear(*sizes, ("mlp", "embed"), module.out_std, bias, dtypes, name="down")
+    return checkpoint_name(linear(y), "branch_out")

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from attnlab.attention import attend
@@ -170,11 +171,14 @@ class LatentAttention(Mixer):
         if self.query_rank:
             source = norm(linear(x, "query_down", self.query_rank), "query_norm")
         query = linear(source, "query", heads, d + self.rotary_dim, axes=("heads", "head_dim"))
+        query = checkpoint_name(query, "query")
         query = jnp.concatenate([query[..., :d], rotate(query[..., d:])], axis=-1)
         # Keys and values are sharded over heads, so every device of a tensor axis needs both.
         names = "batch", "sequence", None
-        vector = constrain(norm(linear(x, "latent", self.rank), "latent_norm"), *names)
-        rotated_key = rotate(constrain(linear(x, "rotated_key", self.rotary_dim), *names)[:, :, None])
+        vector = checkpoint_name(linear(x, "latent", self.rank), "key")
+        vector = constrain(norm(vector, "latent_norm"), *names)
+        rotated_key = checkpoint_name(linear(x, "rotated_key", self.rotary_dim), "key")
+        rotated_key = rotate(constrain(rotated_key, *names)[:, :, None])
         return query, vector[:, :, None], rotated_key
 
     def attend(self, layer, query, key, value, score_of, **options):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attnlab.layers.blocks import REMAT_POLICIES
 from attnlab.layers.linear import Dropout, Dtypes, Linear, parameter
+from attnlab.layers.remat import REMAT_POLICIES
 from attnlab.sharding import batch_zeros
 
 # Arrays of one layer (B, E), or of all layers (B, L, E); the first array is the layer's output.

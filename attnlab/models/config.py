@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
@@ -16,6 +16,7 @@ from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, MuP, Normal
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
 from attnlab.layers.readout import LossTerms, logits, token_loss_terms
+from attnlab.layers.remat import Remat
 from attnlab.layers.specs import (
     Causal,
     LayerSpec,
@@ -227,8 +228,8 @@ class TransformerConfig(ModelConfig):
       dropout: dropout rate of embeddings and residual branches in training.
       init: `Normal` or `MuP`.
       dtypes: dtypes of parameters, computation and logits.
-      remat: activations recomputed in the backward pass: "none", all of a layer ("full"), or all
-        except matrix products ("dots").
+      remat: activations recomputed in the backward pass: "none", all of a layer ("full"), all
+        except matrix products ("dots"), or all except those named by `Save`.
       scan: compile one repeat of the pattern and loop over it, instead of compiling every layer.
       unrolled: keep the parameters of each layer apart, instead of stacking those of the repeats
         of the pattern. It takes longer to compile. Decoding steps, which read each parameter once,
@@ -246,7 +247,7 @@ class TransformerConfig(ModelConfig):
     dropout: float = 0.0
     init: Normal | MuP = field(default_factory=Normal)
     dtypes: Dtypes = field(default_factory=Dtypes)
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Remat = "none"
     scan: bool = True
     unrolled: bool = False
 

@@ -4,7 +4,6 @@ Flamingo, arXiv 2204.14198, section 3.1.1.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from attnlab.layers.attention import EncoderOutput, SequenceInputs, documents
 from attnlab.layers.blocks import BlockConfig, LayerStack, PerceiverAttentionConfig
 from attnlab.layers.linear import Embedding
+from attnlab.layers.remat import Remat
 from attnlab.layers.specs import Bidirectional, NoPositions
 from attnlab.models.decoder import Block
 from attnlab.sharding import constrain
@@ -47,7 +47,7 @@ class Resampler(nn.Module):
     config: ResamplerConfig
     block: BlockConfig
     scan: bool
-    remat: Literal["none", "full", "dots"]
+    remat: Remat
 
     @nn.compact
     def __call__(self, memory: EncoderOutput, deterministic: bool = True) -> EncoderOutput:

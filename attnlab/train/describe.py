@@ -25,10 +25,13 @@ def describe(session: Session) -> str:
     e, state = session.experiment, session.abstract_state
     flops = e.model.token_flops(session.tokenizer.vocab_size, e.data.sequence_length)
     forward = flops.weights + flops.attention
-    activations = "unknown without the devices"
+    activations = [("activations and temporaries", "unknown without the devices")]
     if not isinstance(session.mesh, AbstractMesh):
         memory = session.compile_train_step().memory_analysis()
-        activations = _bytes(memory.temp_size_in_bytes) if memory else "unknown"
+        size = _bytes(memory.temp_size_in_bytes) if memory else "unknown"
+        activations = [("activations and temporaries", size)]
+        if memory and memory.host_temp_size_in_bytes:
+            activations.append(("activations in host memory", _bytes(memory.host_temp_size_in_bytes)))
     parameters: list[tuple[str, ...]] = [
         (parameter_name(path), _shape(x), str(x.dtype), _spec(x), f"{x.size:,}")
         for path, x in jax.tree_util.tree_leaves_with_path(combine(state.params, state.frozen))
@@ -66,7 +69,7 @@ def describe(session: Session) -> str:
             [
                 ("parameters", _bytes(per_device((state.params, state.frozen)))),
                 ("optimizer", _bytes(per_device(state.opt_state) + per_device(state.ema))),
-                ("activations and temporaries", activations),
+                *activations,
             ],
         ),
         ("batch", batch),

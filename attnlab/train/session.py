@@ -21,6 +21,7 @@ from attnlab.data.batch import batch_from_spec, source_kind
 from attnlab.distributed.collectives import one_at_a_time, row_share
 from attnlab.distributed.start import progress
 from attnlab.errors import InputError
+from attnlab.layers.remat import check_host_memory
 from attnlab.train import optimizers
 from attnlab.train.experiment import Experiment
 from attnlab.train.partition import merged_params
@@ -56,6 +57,8 @@ class Session:
         if e.data.packs:
             dimensions["data.sequence_length"] = ("sequence", e.data.sequence_length)
         sharding.check_divisible(dict(self.mesh.shape), dimensions)
+        if not isinstance(self.mesh, AbstractMesh):
+            check_host_memory(e.model, sharding.mesh_device(self.mesh))
         model_source, data_source = _source_name(e.model.source_shape), _source_name(e.data.source_shape)
         if model_source != data_source:
             model, data = short_name(type(e.model)), short_name(type(e.data))

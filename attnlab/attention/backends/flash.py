@@ -126,6 +126,7 @@ def _forward(config, query, key, value, bias):
         out, total, top = flash._flash_attention_impl(
             *(query, key, value, _finite(bias), None, True, config.causal, 1.0, 1, q, k, k, False)
         )
+    out, total, top = vjp.named_output(out, total, top)
     out = jnp.where(empty[..., None], 0, out)
     # A row without keys gets sum 1 and maximum 0: masked scores have weight 0 in `_backward`.
     total, top = jnp.where(empty, 1, total), jnp.where(empty, 0, top)

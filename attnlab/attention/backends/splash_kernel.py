@@ -124,7 +124,9 @@ def _forward(kernel, query, key, value, ids, allowed):
     def forward_row(query, key, value, ids, allowed):
         return _with_mask_info(kernel, allowed)(query, key, value, ids)
 
-    out, (lse,) = jax.vmap(forward_row, (0, 0, 0, 0, _batch_axis(allowed)))(query, key, value, ids, allowed)
+    forward_rows = jax.vmap(forward_row, (0, 0, 0, 0, _batch_axis(allowed)))
+    out, (lse,) = forward_rows(query, key, value, ids, allowed)
+    out, lse = vjp.named_output(out, lse)
     # For a query without keys, the kernel returns the mean of the values of its blocks, or 0 / 0.
     empty = lse < kernel.kwargs["mask_value"] / 2
     out, lse = jnp.where(empty[..., None], 0, out), jnp.where(empty, -jnp.inf, lse)
