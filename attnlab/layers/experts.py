@@ -202,7 +202,7 @@ class Experts(nn.Module):
         x = constrain(x, "batch", "sequence", None)
         # Routing must not depend on rounding: use float32 even where a device would multiply in
         # bfloat16.
-        exact = dataclasses.replace(self.dtypes, compute="float32")
+        exact = dataclasses.replace(self.dtypes, compute="float32", products="compute")
         with jax.default_matmul_precision("float32"):
             router = Linear((embed,), (c.experts,), ("embed", "norm"), self.std, c.bias, exact, name="router")
             logits = router(x.astype(jnp.float32))

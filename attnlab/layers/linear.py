@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import InputError, check_fields
+from attnlab.layers.products import QUANTIZED, product
 from attnlab.sharding import axis_size, constrain, has_rules, is_sharded_over, length_axes, out_sharding, spec
 
 MAX_DIMENSION, MAX_ELEMENTS = 2**31 - 1, 2**40  # of a parameter
@@ -26,16 +27,21 @@ class Dtypes:
       param: dtype of stored parameters.
       compute: dtype of activations and matrix products.
       logits: dtype of the logits.
+      products: precision of the products of `Linear`: "compute", or with qwix "int8" or "fp8"; see
+        `products.product`.
     """
 
     param: str = "float32"
     compute: str = "float32"
     logits: str = "float32"
+    products: str = "compute"
 
     def __post_init__(self):
         for name in ("param", "compute", "logits"):
             if (dtype := getattr(self, name)) not in ("float32", "bfloat16", "float16", "float64"):
                 raise ValueError(f"{name} dtype must be float32, bfloat16, float16 or float64, not {dtype}")
+        if self.products not in ("compute", *QUANTIZED):
+            raise ValueError(f"products must be compute, {' or '.join(QUANTIZED)}, not {self.products}")
 
 
 def parameter(
@@ -174,12 +180,16 @@ class Linear(nn.Module):
         )
         out_axes = self.axes[len(self.inputs) :]
         # The model width is sharded in parameters only, never in activations.
-        y = contract(x, kernel, len(self.inputs), out_axes)
+        y = contract(x, kernel, len(self.inputs), out_axes, self.dtypes.products)
         return add_bias(self, y, self.outputs, out_axes, self.dtypes) if self.bias else y
 
 
 def contract(
-    x: Float[Array, "B T *inputs"], kernel: Float[Array, "..."], num_inputs: int, out_axes: tuple[str, ...]
+    x: Float[Array, "B T *inputs"],
+    kernel: Float[Array, "..."],
+    num_inputs: int,
+    out_axes: tuple[str, ...],
+    products: str = "compute",
 ) -> Float[Array, "B T *outputs"]:
     """Contract the last `num_inputs` dimensions of `x` with the first ones of `kernel`.
 
@@ -188,7 +198,6 @@ def contract(
     sharded like the rows of `x` and the outputs of `kernel`, where these use different mesh axes.
     """
     b, t = x.shape[:2]
-    inputs, outputs = "hijk"[:num_inputs], "xyz"[: len(out_axes)]
     if _has_other_mesh():
         rows = jax.typeof(x).sharding.spec
         used = {axis for entry in rows for axis in _mesh_axes(entry)}
@@ -198,19 +207,15 @@ def contract(
         ]
         kernel = jax.sharding.reshard(kernel, jax.P(*rows[2:], *columns))
         where = jax.P(*rows[:2], *columns)
-        return jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, kernel, out_sharding=where)
+        return product(x, kernel, num_inputs, where, products)
     sizes = kernel.shape[num_inputs:]
     x, length = _length_of_product(x, out_axes)
     if length is not None:  # two sharded dimensions cannot be merged
         where = jax.P(spec("batch")[0], length, *spec(*out_axes, shape=sizes))
-        return jnp.einsum(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, kernel, out_sharding=where)
+        return product(x, kernel, num_inputs, where, products)
     rows = x.reshape(b * t, *x.shape[2:])
-    y = jnp.einsum(
-        f"n{inputs},{inputs}{outputs}->n{outputs}",
-        rows,
-        kernel,
-        out_sharding=out_sharding("batch", *out_axes, shape=(b * t, *sizes)),
-    )
+    of_rows = out_sharding("batch", *out_axes, shape=(b * t, *sizes))
+    y = product(rows, kernel, num_inputs, of_rows, products)
     return y.reshape(b, t, *sizes, out_sharding=out_sharding("batch", None, *out_axes, shape=(b, t, *sizes)))
 
 

@@ -259,6 +259,10 @@ class TransformerConfig(ModelConfig):
                 f"width={self.width} is not a multiple of attention.heads={self.attention.heads}: "
                 "change one, or set attention.head_dim"
             )
+        if isinstance(self.feed_forward, ExpertsConfig) and self.dtypes.products != "compute":
+            raise ValueError(
+                f"dtypes.products={self.dtypes.products} is not supported by feed_forward=Experts"
+            )
         if not self.pattern:
             raise ValueError("pattern must name at least one kind of attention, such as Causal()")
         for index, spec in enumerate(self.pattern):

@@ -113,6 +113,7 @@ CHANGES = {
     "model.dtypes.param": ("bfloat16", "step"),
     "model.dtypes.compute": ("bfloat16", "step"),
     "model.dtypes.logits": ("bfloat16", "step"),
+    "model.dtypes.products": ("int8", "step"),
     "model.remat": ("full", "step"),
     "model.scan": ("false", "step"),
     "model.unrolled": ("true", "step"),

@@ -100,16 +100,14 @@ from attnlab.train.session import Session
 devices = topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices
 model = DecoderConfig(depth=4, width=128, attention=AttentionConfig(2), feed_forward=MLPConfig(8192))
 sizes = {}
-for name, remat in {
-    "full": "full", "save": Save(mlp_hidden="device"), "host": Save(mlp_hidden="host")
-}.items():
+for storage in ("device", "host"):
     e = Experiment(
-        model=replace(model, remat=remat),
-        data=Text(tokenizer=Bytes(), sequence_length=128, batch_size=8), optimizer=SGD(),
+        model=replace(model, remat=Save(mlp_hidden=storage)),
+        data=Text(tokenizer=Bytes(), sequence_length=128, batch_size=128), optimizer=SGD(),
     )
     session = Session(e, sharding.make_mesh({"fsdp": 2, "tensor": 2}, devices=devices), Bytes().train([]))
     memory = session.compile_train_step().memory_analysis()
-    sizes[name] = memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
+    sizes[storage] = memory.temp_size_in_bytes, memory.host_temp_size_in_bytes
 print(json.dumps(sizes))
 """
 needs_libtpu = pytest.mark.skipif(
@@ -165,10 +163,8 @@ def test_step_compiles_for_a_slice_of_16_chips():
 @pytest.mark.preflight
 @needs_libtpu
 def test_stored_activations_take_memory_of_the_device_or_of_the_host():
-    device, host = zip(*run_program(REMAT).values(), strict=True)
-    # The products of 4 layers, 8 rows of 128 tokens and a width of 8192, in float32, over 4 chips.
-    stored = 4 * 8 * 128 * 8192 * 4 / 4
-    full, save, offloaded = device
-    assert save - full == pytest.approx(stored, rel=0.1)
-    assert offloaded < full + 0.6 * stored  # a layer in the loop, and its copies in flight
-    assert host == pytest.approx((0, 0, stored), rel=0.1)
+    device, host = run_program(REMAT).values()
+    # Products of 4 layers, 128 rows of 128 tokens and a width of 8192, in float32, over 4 chips.
+    stored = 4 * 128 * 128 * 8192 * 4 / 4
+    assert device[0] - host[0] > 0.5 * stored  # the host has those of the other layers
+    assert (device[1], host[1]) == pytest.approx((0, stored), rel=0.1)
