@@ -212,10 +212,10 @@ def test_init_from_copies_parameters(tiny, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "fsdp_tensor", "data:2,fsdp:2,tensor:2"])
 def test_training_on_named_and_sized_meshes(tiny, mesh, capfd):
-    assert call(tiny, "--workdir=run", f"--mesh={mesh}", "--max_steps=1") == 0
+    assert call(tiny, "--workdir=run", f"--mesh={mesh}", "--max_steps=1", "--xla_flags=recommended") == 0
     out, err = capfd.readouterr()
     assert (
-        f"on mesh {'data:8' if mesh == 'data' else 'fsdp:4,tensor:2' if mesh == 'fsdp_tensor' else mesh} (8 cpu devices)"
+        f"on mesh {'data:8' if mesh == 'data' else 'fsdp:4,tensor:2' if mesh == 'fsdp_tensor' else mesh} (8 cpu devices; no recommended XLA flags)"
         in out
     )
     assert err == ""

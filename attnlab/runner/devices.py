@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from attnlab import sharding
 from attnlab.distributed.job import Job
 from attnlab.errors import InputError
+from attnlab.runner import xla_flags
 from attnlab.runner.flag_values import make_writable_folder
 from attnlab.runner.request import Request
 
@@ -23,16 +24,18 @@ MAX_SIMULATED = 8  # CPU devices simulated for a mesh with explicit sizes
 
 
 def configure_jax(request: Request, job: Job | None) -> None:
-    """Configure JAX: simulated devices, which the processes of a job share, NaN checks and dumps.
+    """Configure JAX: XLA's flags and dumps, NaN checks, and simulated devices, which a job shares.
 
     Raises:
-      InputError: `--dump_hlo` comes too late, because JAX has started.
+      InputError: `--dump_hlo` or `--xla_flags` comes too late, because JAX has started.
     """
     if request.dump_hlo is not None:
         _dump_hlo(request.dump_hlo, job)
     # Libraries raise their errors, which are reported once here, so their own logs are not needed.
     logging.set_verbosity(logging.FATAL)
     _use_cpu_without_tpu()
+    if request.xla_flags == "recommended":
+        xla_flags.apply(xla_flags.local_kind())
     sizes = [int(size) for size in re.findall(r":(\d+)", request.mesh)]
     count = 1
     for size in sizes:

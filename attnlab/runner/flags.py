@@ -33,6 +33,9 @@ flags.DEFINE_integer("overfit_batches", None, "train repeatedly on this many fir
 flags.DEFINE_bool("allow_changed_data", False, "resume a run whose data or tokenizer has changed")
 flags.DEFINE_string("profile", None, "record a profiler trace of steps start:stop, such as 10:13")
 flags.DEFINE_string("dump_hlo", None, "folder for the programs that XLA compiles, before and after it")
+flags.DEFINE_enum(
+    "xla_flags", "none", ("none", "recommended"), "set the flags of XLA recommended for this accelerator"
+)
 flags.DEFINE_bool(
     "no_experiment_code",
     False,

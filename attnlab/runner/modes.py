@@ -12,6 +12,7 @@ from attnlab.distributed.job import find_job, is_main_process
 from attnlab.errors import InputError
 from attnlab.paths import CHECKPOINTS_FOLDER, is_remote
 from attnlab.pretrained import import_export
+from attnlab.runner import xla_flags
 from attnlab.runner.devices import configure_jax, devices
 from attnlab.runner.exit_codes import ClaimsFailed
 from attnlab.runner.joining import join
@@ -163,6 +164,9 @@ def run_describe(request: Request) -> dict[str, float]:
     session = open_session(request, request.config)
     print("config\n" + config.show(request.config, request.sources) + "\n")
     print(describe(session))
+    if request.xla_flags == "recommended":
+        target = request.target
+        print(f"\n{xla_flags.table(xla_flags.target_kind(target) if target else xla_flags.local_kind())}")
     if request.workdir is not None and has_checkpoint(request.workdir) and request.target is None:
         restored = restore(request, session)
         print(f"\ncheckpoint\n  step {restored.step}")

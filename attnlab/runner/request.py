@@ -41,7 +41,7 @@ FLAG_MODES: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys(("distributed", "coordinator", "num_processes", "process_id"), MODES),
     **dict.fromkeys(("startup_timeout", "watchdog"), MODES),
     "debug_nans": ("train", "eval", "sample"),
-    "dump_hlo": ("train", "eval", "sample", "describe"),
+    **dict.fromkeys(("dump_hlo", "xla_flags"), ("train", "eval", "sample", "describe")),
     "no_experiment_code": ("train", "eval", "sample", "describe", "export"),
     "checkpoint": ("train", "eval", "sample", "import", "export"),
     "output_dir": ("export",),
@@ -145,6 +145,7 @@ class Request:
         profile: the half-open range (start, stop) of steps to trace.
         no_experiment_code: do not run the experiment files of saved runs.
         dump_hlo: the folder for the programs that XLA compiles.
+        xla_flags: "recommended" sets XLA's flags for the accelerator, "none" sets none.
         debug_nans: stop at the operation that produces the first NaN.
         checkpoint: "latest", "best" or a step; in mode train, the checkpoint of `init_from`.
         output_dir: the folder that mode export writes to.
@@ -173,6 +174,7 @@ class Request:
     allow_changed_data: bool = False
     profile: tuple[int, int] | None = None
     dump_hlo: epath.Path | None = None
+    xla_flags: str = "none"
     debug_nans: bool = False
     no_experiment_code: bool = False
     checkpoint: str | int = "latest"
@@ -290,7 +292,7 @@ def _check_speculative_flags(values: Mapping[str, Any], present: set[str]) -> No
 def _request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a Request that depend on flags alone."""
     booleans = ("fast_dev_run", "debug_nans", "no_experiment_code", "allow_changed_data")
-    plain = ("max_steps", "seed", "overfit_batches", "target", *booleans)
+    plain = ("max_steps", "seed", "overfit_batches", "target", "xla_flags", *booleans)
     lengths = ("num_samples", "max_new_tokens", "num_beams", "length_penalty")
     speculative = ("draft_model", "prompt_lookup_ngram", "num_speculative_tokens")
     sampling = (*lengths, *speculative, "temperature", "top_k", "top_p", "min_p", "kv_cache")

@@ -13,6 +13,7 @@ from attnlab.distributed.job import is_main_process
 from attnlab.distributed.monitor import ranges
 from attnlab.errors import InputError
 from attnlab.pretrained import import_export, repository
+from attnlab.runner import xla_flags
 from attnlab.runner.changed_data import TOKENIZER, DataRecord, compare, set_position
 from attnlab.runner.command import resume_command
 from attnlab.runner.devices import devices
@@ -57,9 +58,11 @@ def run_train(request: Request) -> dict[str, float]:
         if step > experiment.train.steps:
             print(f"the run has reached step {step}, above config.train.steps={experiment.train.steps}")
         verb = f"resuming at step {step}" if step else "training"
-        print(
-            f"{verb} in {workdir} on mesh {sharding.format_mesh(session.mesh)} ({_describe_devices(session)})"
-        )
+        flags = ""
+        if request.xla_flags == "recommended":
+            flags = f"; {xla_flags.summary(xla_flags.local_kind())}"
+        mesh = sharding.format_mesh(session.mesh)
+        print(f"{verb} in {workdir} on mesh {mesh} ({_describe_devices(session)}{flags})")
         warn_of_slow_paths(session)
         flat = config.flatten(experiment)
         with MetricWriters(

@@ -32,7 +32,9 @@ def test_idle_devices_are_named(mesh, text):
 def request_with_dump(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # nothing else changes in this process
-    return SimpleNamespace(dump_hlo=epath.Path(tmp_path / "hlo"), mesh="single", debug_nans=False)
+    return SimpleNamespace(
+        dump_hlo=epath.Path(tmp_path / "hlo"), mesh="single", debug_nans=False, xla_flags="none"
+    )
 
 
 def test_each_process_dumps_into_its_own_folder(request_with_dump, monkeypatch, tmp_path):

@@ -124,14 +124,18 @@ def test_rows_of_131072_tokens_compile_for_a_slice_of_64_chips():
     assert report["gathers"] == 0 and report["permutes"] > 0
 
 
-def run_program(program):
-    """Run in a subprocess because libtpu takes a lock and warns of the missing TPU on stderr."""
+def run_program(program, **variables):
+    """Run in a subprocess because libtpu takes a lock and warns of the missing TPU on stderr.
+
+    `variables` are added to its environment.
+    """
     root = Path(__file__).parents[2]
     env = default_environment() | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "PYTHONPATH": str(root),
+        **variables,
     }
     completed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=600, env=env, cwd=root
