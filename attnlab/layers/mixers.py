@@ -21,6 +21,7 @@ from attnlab.attention.variants import (
 )
 from attnlab.errors import InputError
 from attnlab.layers.linear import Linear, parameter
+from attnlab.layers.scores import Products
 from attnlab.layers.specs import FirstValue, Mixer
 from attnlab.sharding import constrain
 
@@ -48,6 +49,11 @@ class TalkingHeads(Mixer):
         out = constrain(out, "batch", "sequence", "heads", None)
         return (out, *weights) if weights else out
 
+    def products(self, sizes):
+        """See `Mixer.products`: weights times the values of all K heads; two mixes of the heads."""
+        (token, pair), (_, h, k, d) = super().products(sizes), sizes
+        return Products(token + h * h * d, pair + h * h + h * (k - 1) * d)
+
 
 @dataclass(frozen=True)
 class GatedOutput(Mixer):
@@ -65,6 +71,12 @@ class GatedOutput(Mixer):
         axes = ("embed", "heads", "head_dim")
         gate = Linear((x.shape[-1],), shape, axes, layer.std, False, layer.dtypes, name="gate")(x)
         return gated(out, gate)
+
+    def products(self, sizes):
+        """See `Mixer.products`."""
+        token, pair = super().products(sizes)
+        gates = sizes.heads * (sizes.head_dim if self.gates == "element" else 1)
+        return Products(token + sizes.width * gates, pair)
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,10 @@ class Differential(Mixer):
         out, *weights = result if isinstance(result, tuple) else (result,)
         out = (1 - self.init) * rms_norm(out, scale)
         return (out, *weights) if weights else out
+
+    def products(self, sizes):
+        """See `Mixer.products`: two products of half heads, and two with the whole values."""
+        return Products(super().products(sizes).token, 3 * sizes.heads * sizes.head_dim)
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,14 @@ class LatentAttention(Mixer):
             query, key, value = expand_latent(*arrays)
             return attend(query, key, value, score=score_of(query, key), **options)
         return latent(*arrays, score=score_of(query, key), **options)
+
+    def products(self, sizes):
+        """See `Mixer.products`: keys and values are projected from the vectors, as in training."""
+        width, heads, _, d = sizes
+        query = heads * (d + self.rotary_dim)
+        down = width * (self.rank + self.rotary_dim + (self.query_rank or 0))
+        up = query * (self.query_rank or width) + 2 * heads * self.rank * d
+        return Products(down + up + heads * d * width, heads * (2 * d + self.rotary_dim))
 
 
 def _halves(x: Float[Array, "B T H D"]) -> Float[Array, "2 B T H D/2"]:

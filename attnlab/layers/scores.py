@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -58,6 +59,27 @@ class ScoreInputs:
         return self.query.shape[2]
 
 
+class LayerSizes(NamedTuple):
+    """Sizes of an attention layer: model width E, heads H, key/value heads K, head width D."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Products(NamedTuple):
+    """Multiply-adds of the matrix products of an attention layer.
+
+    Attributes:
+      token: with parameters, per token.
+      pair: of scores and weighted sums, of all heads, per pair of a query and a key.
+    """
+
+    token: int = 0
+    pair: int = 0
+
+
 class LayerScore(ABC):
     """Score of a layer. For a new one, derive a frozen dataclass in an experiment's file.
 
@@ -81,6 +103,11 @@ class LayerScore(ABC):
         """Return the dimensions of each token's state, for a cache with this number of slots."""
         del heads, slots
         return {}
+
+    def products(self, sizes: LayerSizes) -> Products:
+        """Return the multiply-adds that the score adds to the layer's, for the count of FLOPs."""
+        del sizes
+        return Products()
 
 
 class ScoreModule(nn.Module):
@@ -203,6 +230,10 @@ class Shaw(LayerScore):
         table = declare("table", shape, ("window", "head_dim"), std=0.02)
         return shaw(inputs.query, table, scale=inputs.scale, offset=inputs.offset)
 
+    def products(self, sizes):
+        """See `LayerScore.products`."""
+        return Products(sizes.heads * sizes.head_dim * (2 * self.max_distance + 1))
+
 
 @dataclass(frozen=True)
 class CoPE(LayerScore):
@@ -221,6 +252,11 @@ class CoPE(LayerScore):
         """See `LayerScore.score`."""
         table = declare("table", (self.positions, inputs.query.shape[-1]), ("window", "head_dim"), std=0.02)
         return cope(inputs.query, inputs.key, table, inputs.mask, scale=inputs.scale)
+
+    def products(self, sizes):
+        """See `LayerScore.products`; the gates need the scores once more."""
+        width = sizes.heads * sizes.head_dim
+        return Products(width * self.positions, width)
 
 
 @dataclass(frozen=True)
@@ -253,6 +289,10 @@ class FoX(LayerScore):
         """See `LayerScore.state_dims`."""
         return {"log_gates": ((heads, "heads"),)}
 
+    def products(self, sizes):
+        """See `LayerScore.products`."""
+        return Products(sizes.width * sizes.heads)
+
 
 @dataclass(frozen=True)
 class Selective(LayerScore):
@@ -280,6 +320,10 @@ class Selective(LayerScore):
     def state_dims(self, heads, slots):
         """See `LayerScore.state_dims`."""
         return {"subtracted": ((slots, None),), "first": ()}
+
+    def products(self, sizes):
+        """See `LayerScore.products`: the scores of the first head once more."""
+        return Products(0, sizes.head_dim)
 
 
 def _rows(x: Array, inputs: ScoreInputs, axis: int) -> Array:

@@ -19,7 +19,7 @@ from attnlab.attention.positions import Scaling, rotary
 from attnlab.attention.scores import Score
 from attnlab.errors import check_fields
 from attnlab.layers.normalizers import LayerNormalizer
-from attnlab.layers.scores import LayerScore, TokenDims
+from attnlab.layers.scores import LayerScore, LayerSizes, Products, TokenDims
 from attnlab.sharding import out_sharding
 
 
@@ -178,6 +178,11 @@ class Mixer:
         del layer, x
         return out
 
+    def products(self, sizes: LayerSizes) -> Products:
+        """Return the multiply-adds of the layer in training, for the count of FLOPs."""
+        token = sizes.width * sizes.head_dim * 2 * (sizes.heads + sizes.kv_heads)
+        return Products(token, 2 * sizes.heads * sizes.head_dim)
+
 
 @dataclass(frozen=True)
 class LayerSpec(ABC):
@@ -216,6 +221,14 @@ class LayerSpec(ABC):
         """The scores, in order."""
         scores = self.score or ()
         return scores if isinstance(scores, tuple) else (scores,)
+
+    def products(self, sizes: LayerSizes) -> Products:
+        """Return the multiply-adds of the layer, with those of its scores."""
+        token, pair = (self.mixer or Mixer()).products(sizes)
+        for score in self.scores:
+            added = score.products(sizes)
+            token, pair = token + added.token, pair + added.pair
+        return Products(token, pair)
 
     def empty_cache(
         self,

@@ -1,10 +1,12 @@
 """Forward FLOPs per token (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
+from attnlab.layers.scores import LayerSizes
 from attnlab.layers.specs import LayerSpec
 
 
@@ -37,6 +39,8 @@ def attention_flops(
 ) -> TokenFlops:
     """Return the FLOPs of self-attention layers; counts only the pairs that their masks allow.
 
+    A layer counts the matrix products of its mixer and its scores; see `Mixer.products`.
+
     Args:
       specs: spec of each layer.
       width: model width E.
@@ -45,10 +49,13 @@ def attention_flops(
       head_dim: width D of a head.
       length: number of tokens of a row.
     """
-    projections = len(specs) * width * head_dim * (2 * heads + 2 * kv_heads)
-    # Average number of keys per query; evaluate each distinct mask once.
-    keys = {spec: length * spec.mask().density(length, length) for spec in set(specs)}
-    return TokenFlops(2.0 * projections, 4.0 * heads * head_dim * sum(keys[spec] for spec in specs))
+    sizes = LayerSizes(width, heads, kv_heads, head_dim)
+    total = TokenFlops(0.0, 0.0)
+    for spec, count in Counter(specs).items():  # evaluate each distinct mask once
+        token, pair = spec.products(sizes)
+        keys = length * spec.mask().density(length, length)  # average number of keys per query
+        total += TokenFlops(2.0 * token, 2.0 * pair * keys) * count
+    return total
 
 
 def feed_forward_weights(config: MLPConfig | GatedMLPConfig | ExpertsConfig, width: int) -> int:

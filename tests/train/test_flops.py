@@ -1,11 +1,23 @@
 """FLOPs computed from the config against XLA's cost analysis of the program."""
 
+import functools
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers import AttentionConfig, Bidirectional, Causal, GatedMLPConfig, MLPConfig, Sliding
+from attnlab.layers import (
+    AttentionConfig,
+    Bidirectional,
+    Causal,
+    GatedMLPConfig,
+    MLPConfig,
+    Sliding,
+    mixers,
+    scores,
+)
 from attnlab.models import DecoderConfig
 from attnlab.train.flops import PEAK, peak_flops
 
@@ -36,6 +48,58 @@ def test_token_flops_equal_cost_analysis(feed_forward, kv_heads):
     expected = (counted.weights + counted.attention) * ROWS * LENGTH
     assert analysis["flops"] == pytest.approx(expected, rel=0.06)
     assert counted.training == 3 * (counted.weights + counted.attention)
+
+
+WIDE = DecoderConfig(
+    depth=1,
+    width=128,
+    attention=AttentionConfig(heads=4),
+    feed_forward=MLPConfig(width=8),
+    pattern=(Bidirectional(),),
+    scan=False,
+)
+
+
+@functools.cache
+def analyzed_and_counted(spec):
+    """Return the FLOPs per token of a model with a layer of this spec: XLA's, and those counted."""
+    config = replace(WIDE, pattern=(spec,))
+    model, tokens = config.build(VOCAB), jnp.zeros((1, LENGTH), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    analyzed = jax.jit(model.apply).lower(params, tokens).cost_analysis()["flops"] / LENGTH
+    counted = config.token_flops(VOCAB, LENGTH)
+    return np.array([analyzed, counted.weights + counted.attention])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixer": mixers.TalkingHeads()},
+        {"mixer": mixers.GatedOutput()},
+        {"mixer": mixers.Differential()},
+        {"mixer": mixers.LatentAttention(96, 32, query_rank=64)},
+        {"score": scores.Shaw(32)},
+    ],
+    ids=lambda options: repr(*options.values()),
+)
+def test_mixers_and_scores_add_the_flops_of_cost_analysis(options):
+    """Compare the difference to plain attention within 15%: XLA counts the second softmax too."""
+    analyzed, counted = analyzed_and_counted(Bidirectional(**options)) - analyzed_and_counted(Bidirectional())
+    assert abs(counted) > 1e4
+    assert counted == pytest.approx(analyzed, rel=0.15)
+
+
+def test_scores_count_their_products():
+    """Width 128, 4 heads of 32; a query has 32.5 keys on average."""
+    plain = WIDE.token_flops(VOCAB, LENGTH)
+
+    def added(*score):
+        flops = replace(WIDE, pattern=(Causal(score=score),)).token_flops(VOCAB, LENGTH)
+        return flops.weights - plain.weights, flops.attention - 4 * 128 * 32.5
+
+    assert added(scores.ALiBi(), scores.Softcap()) == (0, 0)
+    assert added(scores.CoPE(64)) == (2 * 128 * 64, 2 * 128 * 32.5)  # the gates are products of all heads
+    assert added(scores.FoX(), scores.Selective()) == (2 * 128 * 4, 2 * 32 * 32.5)
 
 
 def brute_force(kind, length):
