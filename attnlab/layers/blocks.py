@@ -6,6 +6,7 @@ from itertools import cycle
 from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
