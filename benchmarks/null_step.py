@@ -4,7 +4,7 @@
     python benchmarks/null_step.py --config lm_docs --steps 60
 
 Both loops are the real one, with the experiment's input and log lines. The null step returns its
-state, and constants in place of the metrics. While it takes less time than the experiment's own
+state, and constants for the metrics. While it takes less time than the experiment's own
 step, the devices do not wait for the host.
 """
 
@@ -102,7 +102,7 @@ def main() -> None:
     real, null = Session(experiment, mesh, tokenizer), Session(experiment, mesh, tokenizer)
     batch = next(experiment.data.train_iterator(tokenizer, seed=0))
     _, metrics = real.train_step(real.new_state(), real.to_devices(batch))
-    null.__dict__["train_step"] = null_step(null, metrics)  # in place of the cached property
+    null.__dict__["train_step"] = null_step(null, metrics)  # of this session alone
     sessions = {"experiment's step": real, "null step": null}
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for turn in range(arguments.rounds):
