@@ -73,7 +73,7 @@ def get_config(variant: str = "alibi") -> Experiment:
         ),
         data=Text(name="stdlib_docs", tokenizer=Bytes(), sequence_length=128, batch_size=16),
         optimizer=Muon(learning_rate=1e-2, schedule=WarmupStableDecay(warmup=10, decay=0.4)),
-        train=Train(steps=120, eval_every=120, eval_batches=8, checkpoint_every=120),
+        train=Train(steps=240, eval_every=240, eval_batches=8, checkpoint_every=240),
     )
 
 
