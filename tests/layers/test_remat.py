@@ -101,7 +101,7 @@ FAMILIES = {
     "latent": DecoderConfig(**SMALL | {"attention": AttentionConfig(H)}, pattern=(Causal(mixer=LATENT),)),
     "encoder": EncoderConfig(**SMALL),
     "seq2seq": Seq2SeqConfig(EncoderConfig(**SMALL), DecoderConfig(**SMALL)),
-    "vit": ViTConfig(**SMALL, image=(8, 8, 3), patch=(4, 4), classes=5),
+    "vit": ViTConfig(**SMALL, image=(8, 8, 3), patch=(4, 4)),
 }
 SETTINGS = {
     "full": "full",
