@@ -17,8 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
-PRESETS = ("auto", "single", "data", "fsdp", "tensor", "sequence", "fsdp_tensor")
+# Devices that differ only in the last axis are nearest to each other, so the axes are ordered by
+# what they communicate, from gradients once a step to activations several times a layer. The axes
+# of the batch come first, so that each process holds consecutive rows.
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+PRESETS = ("auto", "single", "data", "fsdp", "expert", "tensor", "sequence", "fsdp_tensor")
 # Parts of the axes that cross the slow network between TPU slices, GPU nodes or processes. Only
 # axes with few collectives a step are worth it.
 SLOW_AXES = {"dcn_data": "data", "dcn_fsdp": "fsdp"}
@@ -27,7 +31,7 @@ SLOW_AXES = {"dcn_data": "data", "dcn_fsdp": "fsdp"}
 # Parameters are stored sharded over fsdp and gathered just before use, so "embed" is sharded in
 # parameters but not in activations.
 LOGICAL_AXIS_RULES: dict[str, tuple] = {
-    "batch": (("data", "fsdp"), None),
+    "batch": (BATCH_AXES, None),
     "sequence": (("sequence",), None),
     # Of activations of the model's width E, between products that are sharded over tensor
     # (sequence parallelism, Korthikanti et al. 2022, arXiv 2205.05198).
@@ -37,8 +41,8 @@ LOGICAL_AXIS_RULES: dict[str, tuple] = {
     "kv_heads": ("tensor", "tensor"),
     "head_dim": (None, None),
     "mlp": ("tensor", "tensor"),
-    "experts": ("tensor", "tensor"),
-    "expert_mlp": (None, None),  # the expert axis is sharded instead
+    "experts": ("expert", "expert"),
+    "expert_mlp": ("tensor", "tensor"),
     "vocab": ("tensor", "tensor"),
     "norm": (None, None),
     "state": (None, None),  # of a recurrent layer
@@ -69,6 +73,11 @@ def set_mesh_of_rows(mesh: Mesh) -> Iterator[None]:
 def axis_size(axis: str) -> int:
     """Return the size of an axis of the current mesh; 1 if there is none."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Return the number of parts of the rows of a batch on a mesh."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def has_sharded_length(x: jax.Array) -> bool:
@@ -274,7 +283,7 @@ def check_divisible(sizes: dict[str, int], dimensions: dict[str, tuple[str, int]
     """
     for field, (logical, size) in dimensions.items():
         for axes in {a for a in LOGICAL_AXIS_RULES[logical] if a}:
-            axes = (axes,) if isinstance(axes, str) else axes
+            axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if sizes.get(a, 1) > 1)
             shards = math.prod(sizes[a] for a in axes)
             if size % shards:
                 smaller = [d for d in range(1, size + 1) if size % d == 0 and d < shards]

@@ -111,13 +111,16 @@ INVALID_ARGUMENTS = [
     (["--config.loss.label_smoothing=1"], "label_smoothing"),
     # the mesh
     (["--mesh=daat"], "--mesh=daat: expected one of auto, single, data, fsdp"),
-    (["--mesh=model:2"], "sizes of the axes data, fsdp, sequence, tensor"),
+    (["--mesh=model:2"], "sizes of the axes data, fsdp, expert, sequence, tensor"),
     (["--mesh=data:none"], "the size of data must be a whole number"),
     (["--mesh=data:16"], "needs 16 devices and there are 8; these fit: single, data:8, fsdp:8"),
     (["--mesh=data:4", "--config.data.batch_size=6"], "data.batch_size=6 cannot be sharded 4 ways"),
     (["--mesh=tensor:4"], "model.attention.kv_heads=2 cannot be sharded 4 ways over mesh axes tensor: "
                           "use a multiple of 4, or tensor of 1 or 2"),
     (["--mesh=tensor:8"], "model.attention.heads=4 cannot be sharded 8 ways"),
+    (["--mesh=expert:4", "--config.model.feed_forward=Experts(experts=6,width=16)"],
+     "model.feed_forward.experts=6 cannot be sharded 4 ways over mesh axes expert: use a multiple of 4, or expert of "
+     "1 or 2 or 3"),
     (["--mesh=fsdp:3"], "model.width=16 cannot be sharded 3 ways"),
     # the data
     ([f"--{TEXT}none/*.txt"], "/none/*.txt matches no file"),

@@ -4,6 +4,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from attnlab.sharding import (
+    BATCH_AXES,
     check_divisible,
     format_mesh,
     gathered_param_spec,
@@ -18,21 +19,23 @@ from attnlab.sharding import (
 @pytest.mark.parametrize(
     "text, devices, sizes",
     [
-        ("single", 8, (1, 1, 1, 1)),
-        ("data", 8, (8, 1, 1, 1)),
-        ("fsdp", 6, (1, 6, 1, 1)),
-        ("tensor", 4, (1, 1, 1, 4)),
-        ("fsdp_tensor", 8, (1, 4, 1, 2)),
-        ("fsdp_tensor", 16, (1, 4, 1, 4)),
-        ("fsdp_tensor", 6, (1, 3, 1, 2)),
-        ("fsdp_tensor", 7, (1, 7, 1, 1)),
-        ("fsdp_tensor", 1, (1, 1, 1, 1)),
-        ("data:2,fsdp:2,tensor:2", 8, (2, 2, 1, 2)),
-        ("tensor:2", 8, (1, 1, 1, 2)),
-        (" fsdp:4, data:2", 8, (2, 4, 1, 1)),
-        ("auto", 8, (1, 8, 1, 1)),
-        ("sequence", 4, (1, 1, 4, 1)),
-        ("fsdp:2,tensor:2,sequence:2", 8, (1, 2, 2, 2)),
+        ("single", 8, (1, 1, 1, 1, 1)),
+        ("data", 8, (8, 1, 1, 1, 1)),
+        ("fsdp", 6, (1, 6, 1, 1, 1)),
+        ("tensor", 4, (1, 1, 1, 1, 4)),
+        ("fsdp_tensor", 8, (1, 4, 1, 1, 2)),
+        ("fsdp_tensor", 16, (1, 4, 1, 1, 4)),
+        ("fsdp_tensor", 6, (1, 3, 1, 1, 2)),
+        ("fsdp_tensor", 7, (1, 7, 1, 1, 1)),
+        ("fsdp_tensor", 1, (1, 1, 1, 1, 1)),
+        ("data:2,fsdp:2,tensor:2", 8, (2, 2, 1, 1, 2)),
+        ("tensor:2", 8, (1, 1, 1, 1, 2)),
+        (" fsdp:4, data:2", 8, (2, 4, 1, 1, 1)),
+        ("auto", 8, (1, 8, 1, 1, 1)),
+        ("sequence", 4, (1, 1, 1, 4, 1)),
+        ("fsdp:2,tensor:2,sequence:2", 8, (1, 2, 1, 2, 2)),
+        ("expert", 8, (1, 1, 8, 1, 1)),
+        ("tensor:2,expert:4,data:2", 16, (2, 1, 4, 1, 2)),
     ],
 )
 def test_parse_mesh_accepts_presets_and_sizes(text, devices, sizes):
@@ -50,9 +53,9 @@ class Device:
 
 def test_slow_axes_are_multiplied_and_cross_slices():
     sizes = parse_mesh("dcn_data:2,data:2,fsdp:2,tensor:2", 16, num_slices=2)
-    assert sizes == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 2, "dcn_data": 2}
+    assert sizes == {"data": 4, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 2, "dcn_data": 2}
     auto = parse_mesh("auto", 16, num_slices=2)
-    assert auto == {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 1, "dcn_data": 2}
+    assert auto == {"data": 2, "fsdp": 8, "expert": 1, "sequence": 1, "tensor": 1, "dcn_data": 2}
     devices = [Device(i, 8) for i in range(16)]
     assert num_slices(devices) == 2
     grid = make_mesh(sizes, devices).devices
@@ -63,7 +66,7 @@ def test_slow_axes_are_multiplied_and_cross_slices():
 @pytest.mark.parametrize(
     "text, devices, words",
     [
-        ("fdsp:8", 8, ["--mesh=fdsp:8", "data, fsdp, tensor, sequence, fsdp_tensor"]),
+        ("fdsp:8", 8, ["--mesh=fdsp:8", "data, fsdp, expert, tensor, sequence, fsdp_tensor"]),
         ("", 8, ["expected one of"]),
         ("fsdp:0", 8, ["size of fsdp", "at least 1"]),
         ("fsdp:-1", 8, ["size of fsdp"]),
@@ -73,7 +76,7 @@ def test_slow_axes_are_multiplied_and_cross_slices():
         ("fsdp:8,tensor:2", 8, ["needs 16 devices", "are 8", "single, data:8, fsdp:8, fsdp:4,tensor:2"]),
         ("data:2", 1, ["needs 2 devices", "is 1", "these fit: single"]),
         ("dcn_data:2,fsdp:4", 8, ["has 2 slices, and there are 1"]),
-        ("dcn_tensor:2", 8, ["axes data, fsdp, sequence, tensor, dcn_data, dcn_fsdp"]),
+        ("dcn_tensor:2", 8, ["axes data, fsdp, expert, sequence, tensor, dcn_data, dcn_fsdp"]),
     ],
 )
 def test_parse_mesh_rejects_invalid_meshes(refuses, text, devices, words):
@@ -81,7 +84,7 @@ def test_parse_mesh_rejects_invalid_meshes(refuses, text, devices, words):
         parse_mesh(text, devices)
 
 
-@pytest.mark.parametrize("text", ["single", "fsdp:8", "data:2,fsdp:2,tensor:2", "tensor:4"])
+@pytest.mark.parametrize("text", ["single", "fsdp:8", "data:2,expert:2,tensor:2", "tensor:4"])
 def test_format_mesh_is_inverse_of_parse_mesh(text):
     mesh = make_mesh(parse_mesh(text, 8))
     assert format_mesh(mesh) == text
@@ -90,7 +93,7 @@ def test_format_mesh_is_inverse_of_parse_mesh(text):
 
 def test_specs_of_activations_and_parameters(mesh_of):
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        assert spec("batch", "sequence", "heads", None) == P(("data", "fsdp"), None, "tensor", None)
+        assert spec("batch", "sequence", "heads", None) == P(BATCH_AXES, None, "tensor", None)
         assert param_spec((512, 64), ("vocab", "embed")) == P("tensor", "fsdp")
         assert gathered_param_spec((512, 64), ("vocab", "embed")) == P("tensor", None)
         assert param_spec((257, 64), ("vocab", "embed")) == P(None, "fsdp")
@@ -104,5 +107,7 @@ def test_check_divisible_names_field_and_valid_sizes(refuses):
         check_divisible(sizes, {"data.batch": ("batch", 12)})
     with refuses("model.width=10", "4 ways over mesh axes fsdp", "fsdp of 1 or 2"):
         check_divisible(sizes, {"model.width": ("embed", 10)})
+    with refuses("experts=6", "4 ways over mesh axes expert", "a multiple of 4, or expert of 1 or 2 or 3"):
+        check_divisible({"expert": 4}, {"experts": ("experts", 6)})
     with refuses("kv_heads=2", "tensor of 1 or 2"):
         check_divisible(sizes, {"kv_heads": ("kv_heads", 2)})

@@ -339,11 +339,11 @@ class Generator:
 
     @property
     def _batch_shards(self) -> int:
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return sharding.num_batch_shards(self.mesh)
 
     def _put(self, x):
         """Shard the rows of arrays over the mesh."""
-        return jax.device_put(x, sharding.named_sharding(self.mesh, P(("data", "fsdp"))))
+        return jax.device_put(x, sharding.named_sharding(self.mesh, P(sharding.BATCH_AXES)))
 
     def _prefill(self, inputs: Sequence[GenerationInput], room: int, spare: int = 0) -> DecodeState:
         """Return the state after the prompts, with `room` free cache slots.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -23,7 +24,7 @@ class ExpertsConfig:
     """Weighted sum of the `top_k` gated MLPs with the highest router logits.
 
     Mixtral, arXiv 2401.04088, section 2.1. Experts have no capacity limit, so no token is dropped.
-    The tensor axis of a mesh shards the experts, not their width.
+    A mesh shards the experts over its expert axis, and their width over tensor.
 
     Attributes:
       experts: number of experts X.
@@ -77,7 +78,11 @@ def route(
     logits: Float[Array, "B T X"], top_k: int, renormalize: bool
 ) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
     """Return the weights and the indices of each token's experts."""
-    top_logits, choices = jax.lax.top_k(logits, top_k)
+    find = partial(jax.lax.top_k, k=top_k)
+    if not jax.sharding.get_abstract_mesh().empty:  # the compiler would gather the logits
+        tokens = spec("batch", "sequence", None, shape=logits.shape)
+        find = jax.shard_map(find, in_specs=tokens, out_specs=tokens)
+    top_logits, choices = find(logits)
     normalized_over = top_logits if renormalize else logits
     return jnp.exp(top_logits - jax.nn.logsumexp(normalized_over, axis=-1, keepdims=True)), choices
 
@@ -140,22 +145,34 @@ def sharded_mixture(
     maps: dict[str, Maps],
     activation: str,
 ) -> Float[Array, "B T E"]:
-    """Return `mixture`: each device computes its own experts, and the outputs are summed."""
+    """Return `mixture`: each device computes its own experts, and its part of their width.
+
+    Devices of one expert axis gather their tokens, so that each has all tokens for its experts,
+    and the sums over experts are scattered back to the devices of the tokens. No token is dropped
+    however uneven the routing is.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return mixture(x, weights, choices, maps, activation)
-    tokens, experts = spec("batch", "sequence", None, shape=x.shape), spec("experts")
-    token_axes, expert_axis = tuple(jax.tree.leaves(tuple(tokens))), experts[0]
+    tokens = spec("batch", "sequence", None, shape=x.shape)
+    expert_axis, width_axis = spec("experts", "expert_mlp")
+    token_axes = set(jax.tree.leaves(tuple(tokens)))
 
     def local(token_inputs, maps):
         # JAX 0.10 to 0.12 omits the gradient's sum over an axis along which the indices of a gather
         # vary but its operand does not. Casting every input to varying avoids such gathers.
-        x, weights, choices = jax.lax.pcast(token_inputs, expert_axis, to="varying")
-        maps = jax.lax.pcast(maps, token_axes, to="varying")
-        first_expert = jax.lax.axis_index(expert_axis) * maps["up"][0].shape[0]
-        return jax.lax.psum(mixture(x, weights, choices, maps, activation, first_expert), expert_axis)
+        token_inputs = jax.lax.pcast(token_inputs, width_axis, to="varying")
+        maps = jax.lax.pcast(maps, tuple(token_axes - {expert_axis}), to="varying")
+        kernels, biases = maps["down"]
+        if biases is not None:  # of a sum over the width, which one device adds
+            biases = jax.lax.pcast(biases, width_axis, to="varying")
+            maps |= {"down": (kernels, jnp.where(jax.lax.axis_index(width_axis) == 0, biases, 0))}
+        x, weights, choices = jax.lax.all_gather(token_inputs, expert_axis, tiled=True)
+        first_expert = jax.lax.axis_index(expert_axis) * kernels.shape[0]
+        y = mixture(x, weights, choices, maps, activation, first_expert)
+        return jax.lax.psum(jax.lax.psum_scatter(y, expert_axis, tiled=True), width_axis)
 
-    sharded = jax.shard_map(local, in_specs=(tokens, experts), out_specs=tokens)
-    return sharded((x, weights, choices), maps)
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, maps)
+    return jax.shard_map(local, in_specs=(tokens, specs), out_specs=tokens)((x, weights, choices), maps)
 
 
 class ExpertLinear(nn.Module):
@@ -176,7 +193,8 @@ class ExpertLinear(nn.Module):
         kernels = parameter(self, "kernel", shape, axes, self.dtypes, std=self.std)
         if not self.bias:
             return kernels, None
-        return kernels, parameter(self, "bias", (shape[0], shape[2]), ("experts", "norm"), self.dtypes)
+        outputs = "norm" if self.axes[1] == "embed" else self.axes[1]
+        return kernels, parameter(self, "bias", (shape[0], shape[2]), ("experts", outputs), self.dtypes)
 
 
 class Experts(nn.Module):
@@ -186,7 +204,7 @@ class Experts(nn.Module):
       config: see `ExpertsConfig`.
       std: standard deviation of the initial weights of the router and of the experts' first maps.
       out_std: standard deviation of the initial weights of the experts' last maps.
-      dtypes: dtypes of parameters and computation; the router computes in float32.
+      dtypes: dtypes of parameters and computation; the router computes in at least float32.
     """
 
     config: ExpertsConfig
@@ -202,10 +220,11 @@ class Experts(nn.Module):
         x = constrain(x, "batch", "sequence", None)
         # Routing must not depend on rounding: use float32 even where a device would multiply in
         # bfloat16.
-        exact = dataclasses.replace(self.dtypes, compute="float32", products="compute")
+        dtype = jnp.promote_types(self.dtypes.compute, jnp.float32)
+        exact = dataclasses.replace(self.dtypes, compute=str(dtype), products="compute")
         with jax.default_matmul_precision("float32"):
             router = Linear((embed,), (c.experts,), ("embed", "norm"), self.std, c.bias, exact, name="router")
-            logits = router(x.astype(jnp.float32))
+            logits = router(x.astype(dtype))
         weights, choices = route(logits, c.top_k, c.renormalize)
         if c.balance_loss_weight and not self.is_initializing():
             self.sow("losses", "balance", c.balance_loss_weight * balance_loss(logits, choices, valid))

@@ -14,7 +14,16 @@ from jaxtyping import Array, Float, Int
 from attnlab import sharding
 from attnlab.errors import InputError, check_fields
 from attnlab.layers.products import QUANTIZED, product
-from attnlab.sharding import axis_size, constrain, has_rules, is_sharded_over, length_axes, out_sharding, spec
+from attnlab.sharding import (
+    BATCH_AXES,
+    axis_size,
+    constrain,
+    has_rules,
+    is_sharded_over,
+    length_axes,
+    out_sharding,
+    spec,
+)
 
 MAX_DIMENSION, MAX_ELEMENTS = 2**31 - 1, 2**40  # of a parameter
 
@@ -296,8 +305,9 @@ class Embedding(nn.Module):
         if gather:
             return look_up(table, ids)
         length, width = length_axes("sequence", ids.shape[1]), jax.typeof(table).sharding.spec[1]
-        ids = jax.sharding.reshard(ids, jax.P("data", length))
-        rows = table.at[ids].get(mode="promise_in_bounds", out_sharding=jax.P("data", length, width))
+        batch = tuple(axis for axis in BATCH_AXES if axis != "fsdp")
+        ids = jax.sharding.reshard(ids, jax.P(batch, length))
+        rows = table.at[ids].get(mode="promise_in_bounds", out_sharding=jax.P(batch, length, width))
         return constrain(rows, "batch", "sequence", None)
 
 

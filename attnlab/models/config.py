@@ -341,7 +341,10 @@ class TransformerConfig(ModelConfig):
         """See `ModelConfig.sharded_dimensions`."""
         feed_forward = {"model.feed_forward.width": ("mlp", self.feed_forward.hidden(self.width))}
         if isinstance(self.feed_forward, ExpertsConfig):
-            feed_forward = {"model.feed_forward.experts": ("experts", self.feed_forward.experts)}
+            feed_forward = {
+                "model.feed_forward.experts": ("experts", self.feed_forward.experts),
+                "model.feed_forward.width": ("expert_mlp", self.feed_forward.hidden(self.width)),
+            }
         return {
             "model.width": ("embed", self.width),
             "model.attention.heads": ("heads", self.attention.heads),

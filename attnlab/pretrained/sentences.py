@@ -75,7 +75,7 @@ class SentenceEncoder:
     def _vectors(self, documents: Sequence[Sequence[int]]) -> Float[np.ndarray, "N E"]:
         # Round lengths up to multiples of 16 and rows to powers of two, to compile few programs.
         length = min(-(-max(map(len, documents)) // 16) * 16, self.length)
-        shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = 1 if self.mesh is None else sharding.num_batch_shards(self.mesh)
         count = -(-(1 << (len(documents) - 1).bit_length()) // shards) * shards
         tokens, segments = np.zeros((2, count, length), np.int32)
         for i, document in enumerate(documents):
@@ -84,7 +84,7 @@ class SentenceEncoder:
         put: Any = jnp.asarray
         if self.mesh is not None:
             put = partial(
-                jax.device_put, device=sharding.named_sharding(self.mesh, P(("data", "fsdp"), None))
+                jax.device_put, device=sharding.named_sharding(self.mesh, P(sharding.BATCH_AXES, None))
             )
         with contextlib.nullcontext() if self.mesh is None else sharding.set_mesh_of_rows(self.mesh):
             static = (self.model, self.pooling, self.normalize)

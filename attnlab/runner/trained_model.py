@@ -128,7 +128,7 @@ class TrainedModel:
 
     def batch_from_tokens(self, tokens: Sequence[int]) -> Batch:
         """Return a batch of one sequence, repeated once per data shard of the mesh."""
-        rows = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
+        rows = sharding.num_batch_shards(self.session.mesh)
         ids = np.tile(np.asarray(tokens, np.int32), (rows, 1))
         zero, one = np.zeros_like(ids), np.ones_like(ids)
         return Batch(

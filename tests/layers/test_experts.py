@@ -1,7 +1,6 @@
 """Mixture of experts: compared with a loop and a dense sum, on meshes, and in training."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,16 @@ from attnlab.models import DecoderConfig
 from attnlab.sharding import constrain
 from attnlab.train import AdamW, Constant
 from tests.train.small import make_experiment, make_session, random_batch
+from tests.train.test_sharding_step import collectives
 
 CASES = {
-    "two of four": ExpertsConfig(4, 2, width=6),
-    "shares of all": ExpertsConfig(4, 2, width=6, renormalize=False),
-    "one": ExpertsConfig(4, 1, width=6, renormalize=False),
-    "all": ExpertsConfig(4, 4, width=6),
-    "biases, clamped": ExpertsConfig(4, 3, width=6, bias=True, activation="clamped_swiglu"),
+    "two of four": ExpertsConfig(4, 2, width=12),
+    "shares of all": ExpertsConfig(4, 2, width=12, renormalize=False),
+    "one": ExpertsConfig(4, 1, width=12, renormalize=False),
+    "all": ExpertsConfig(4, 4, width=12),
+    "biases, clamped": ExpertsConfig(4, 3, width=12, bias=True, activation="clamped_swiglu"),
 }
-EMBED, MESH = 8, "data:2,fsdp:2,tensor:2"
+EMBED, MESH = 8, "fsdp:2,expert:2,tensor:2"
 
 
 def started(config, seed=0):
@@ -83,7 +83,7 @@ def dense(config, params, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["none", "single", MESH, "tensor:4"])
+@pytest.mark.parametrize("text", ["none", "tensor:4", MESH, "data:2,expert:2,sequence:2"])
 @pytest.mark.parametrize("name", CASES)
 def test_experts_match_dense_sum_on_meshes(name, text, mesh_of):
     config = CASES[name]
@@ -119,18 +119,30 @@ def sharded_params(layer, params, x):
     return jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), params, shapes)
 
 
-def test_experts_are_not_gathered(mesh_of):
-    """Devices keep their own experts: only activations are communicated, by one all-reduce."""
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        ("tensor:4", [("all-reduce", (4, 6, EMBED))]),
+        (
+            "expert:4",
+            [
+                *(("all-gather", shape) for shape in ((4, 6, 2), (4, 6, 2), (4, 6, EMBED))),
+                ("reduce-scatter", (1, 6, EMBED)),
+            ],
+        ),
+    ],
+)
+def test_experts_are_not_gathered(mesh_of, mesh, expected):
+    """Devices keep their own experts, or their part of the width: only activations are sent."""
     layer, params, x = started(CASES["two of four"])
-    with jax.set_mesh(mesh_of("tensor:4")):
+    with jax.set_mesh(mesh_of(mesh)):
         sharded = sharded_params(layer, params, x)
-        assert sharded["up"]["kernel"].sharding.spec == P("tensor", "fsdp", None)
-        assert sharded["down"]["kernel"].sharding.spec == P("tensor", None, "fsdp")
+        assert sharded["up"]["kernel"].sharding.spec == P("expert", "fsdp", "tensor")
+        assert sharded["down"]["kernel"].sharding.spec == P("expert", "tensor", "fsdp")
         x = constrain(x, "batch", "sequence", None)
         valid = jnp.ones_like(x[..., 0], bool)
         text = jax.jit(layer.apply).lower({"params": sharded}, x, valid).compile().as_text()
-    assert not re.findall(r" all-gather(?:-start)?\(", text)
-    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
+    assert sorted((c.kind, c.shape) for c in collectives(text)) == expected
 
 
 def test_balance_loss_is_minimal_for_uniform_routing():
@@ -204,8 +216,10 @@ def test_experts_config_rejects_invalid_values(fields, message):
 
 def test_mesh_must_divide_number_of_experts(refuses):
     model = {"feed_forward": ExpertsConfig(3, 2, width=16)}
-    with refuses("model.feed_forward.experts=3 cannot be sharded 2 ways"):
-        make_session(make_experiment(model=model), "tensor:2")
+    with refuses("model.feed_forward.experts=3 cannot be sharded 2 ways", "a multiple of 2, or expert of 1"):
+        make_session(make_experiment(model=model), "expert:2")
+    with refuses("model.feed_forward.width=16 cannot be sharded 3 ways over mesh axes tensor"):
+        make_session(make_experiment(model=model), "tensor:3")
 
 
 def test_flops_and_active_parameters_count_selected_experts_only():
