@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.errors import InputError
 
-# Devices that differ only in the last axis are nearest to each other, so the axes are ordered by
-# what they communicate, from gradients once a step to activations several times a layer. The axes
-# of the batch come first, so that each process holds consecutive rows.
+# Devices that differ only in the last axis are nearest to each other. So the axes are ordered by
+# the number of collectives: gradients once a step over data, to activations several times a layer
+# over tensor. The axes of the batch come first, so that each process holds consecutive rows.
 MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 PRESETS = ("auto", "single", "data", "fsdp", "expert", "tensor", "sequence", "fsdp_tensor")

@@ -10,6 +10,7 @@ import pytest
 from attnlab.data import preprocessor
 from attnlab.data.audio import LogMel, mel_filters
 from attnlab.errors import InputError
+from attnlab.sharding import BATCH_AXES
 
 RNG = np.random.default_rng(0)
 SHORT = LogMel(chunk_seconds=2)
@@ -164,8 +165,8 @@ def test_features_do_not_depend_on_mesh(mesh_of):
     audio_batch = RNG.normal(size=(8, 20_000)).astype(np.float32)
     expected = SHORT(jnp.asarray(audio_batch))
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        got = jax.jit(SHORT)(jax.device_put(audio_batch, jax.P(("data", "fsdp"))))
-        assert jax.typeof(got).sharding.spec == jax.P(("data", "fsdp"), None, None)
+        got = jax.jit(SHORT)(jax.device_put(audio_batch, jax.P(BATCH_AXES)))
+        assert jax.typeof(got).sharding.spec == jax.P(BATCH_AXES, None, None)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

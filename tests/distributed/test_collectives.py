@@ -29,7 +29,9 @@ class Device:
 )
 def test_processes_hold_consecutive_rows_of_a_mesh_with_experts(monkeypatch, mesh, per_process, shares):
     devices = [Device(i, per_process) for i in range(8)]
-    rows = jax.NamedSharding(sharding.make_mesh(sharding.parse_mesh(mesh, 8), devices), sharding.spec("batch"))
+    rows = jax.NamedSharding(
+        sharding.make_mesh(sharding.parse_mesh(mesh, 8), devices), sharding.spec("batch")
+    )
     found = []
     for process in range(8 // per_process):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)

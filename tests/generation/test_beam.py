@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from attnlab.generation import BeamSearchOptions, GNMTLengthPenalty, PowerLengthPenalty, beam_search, prefill
+from attnlab.sharding import BATCH_AXES
 from tests.generation.models import (
     EOS,
     WINDOWED,
@@ -106,9 +107,7 @@ def test_beam_search_does_not_depend_on_mesh(mesh_of, text, count):
     expected = search(model, params, prompts, steps=6, num_beams=3)
     mesh = mesh_of(text)
     with jax.set_mesh(mesh):
-        rows = jax.ShapeDtypeStruct(
-            (count, 4), jnp.int32, sharding=jax.NamedSharding(mesh, P(("data", "fsdp")))
-        )
+        rows = jax.ShapeDtypeStruct((count, 4), jnp.int32, sharding=jax.NamedSharding(mesh, P(BATCH_AXES)))
         shapes = jax.eval_shape(model.init, jax.random.key(0), rows)["params"]
         sharded_params = jax.tree.map(
             lambda x, like: jax.device_put(x, jax.NamedSharding(mesh, like.sharding.spec)), params, shapes
@@ -125,7 +124,7 @@ def test_beam_search_does_not_depend_on_mesh(mesh_of, text, count):
             slots=6,
             steps=6,
         )
-        assert jax.typeof(hypotheses.tokens).sharding.spec[0] == ("data", "fsdp")
+        assert jax.typeof(hypotheses.tokens).sharding.spec[0] == BATCH_AXES
     for texts, scores, row in zip(*map(np.asarray, hypotheses), expected, strict=True):
         assert_same([*zip(map(until_end, texts.tolist()), scores, strict=True)], row)
 

@@ -28,7 +28,7 @@ def run_prefill(g, chunk: int, monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 200, (8, 256), np.int32)
     segments = (np.arange(256) >= 256 - lengths[:, None]).astype(np.int32)
     with jax.set_mesh(g.mesh):
-        args = jax.device_put((tokens, segments), sharding.named_sharding(g.mesh, jax.P(("data", "fsdp"))))
+        args = jax.device_put((tokens, segments), sharding.named_sharding(g.mesh, jax.P(sharding.BATCH_AXES)))
         program = prefill.lower(g.model, 272, g.params, *args).compile()
         return program(g.params, *args), program.memory_analysis().temp_size_in_bytes
 

@@ -13,6 +13,7 @@ from attnlab.generation import Generator, SamplingParams
 from attnlab.generation import generate as module
 from attnlab.layers import AttentionConfig, Bidirectional, Causal, LayerSpec, Sliding
 from attnlab.models import DecoderConfig, Learned
+from attnlab.sharding import BATCH_AXES
 
 TOKENIZER = Bytes().train([])
 GREEDY = SamplingParams(temperature=0.0)
@@ -36,7 +37,7 @@ def generator(mesh, config=CONFIG, context=CONTEXT):
         return jax.device_put(jnp.asarray(mean + 0.3 * rng.normal(size=x.shape), x.dtype), sharding)
 
     with jax.set_mesh(mesh):
-        rows = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=jax.NamedSharding(mesh, P(("data", "fsdp"))))
+        rows = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=jax.NamedSharding(mesh, P(BATCH_AXES)))
         shapes = jax.eval_shape(model.init, jax.random.key(0), rows)["params"]
         params = jax.tree_util.tree_map_with_path(draw, shapes)
     return Generator(model, params, TOKENIZER, context, mesh)

@@ -20,7 +20,7 @@ from attnlab.runner import request
 from tests.generation.models import WINDOWED, padded, start
 from tests.generation.test_generate import CONFIG, GREEDY, generator
 
-ROWS = jax.P(("data", "fsdp"))
+ROWS = jax.P(sharding.BATCH_AXES)
 PROMPTS = ["abcdefgh", "hello wor", "x" * 14, "q"]
 
 

@@ -9,6 +9,7 @@ from attnlab.errors import InputError
 from attnlab.inspect.maps import attention_maps
 from attnlab.layers import AttentionConfig, Bidirectional, Causal, NoPositions, Sliding
 from attnlab.models import DecoderConfig, EncoderConfig, Seq2SeqConfig
+from attnlab.sharding import BATCH_AXES
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 6)).astype(np.int32)
 IDS = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]], np.int32)
@@ -96,7 +97,7 @@ def test_maps_do_not_depend_on_mesh(mesh_of):
     expected = attention_maps(model, params, tokens=np.tile(TOKENS, (2, 1)), segment_ids=np.tile(IDS, (2, 1)))
     mesh = mesh_of("data:2,fsdp:2,tensor:2")
     with jax.set_mesh(mesh):
-        rows = jax.NamedSharding(mesh, P(("data", "fsdp"), None))
+        rows = jax.NamedSharding(mesh, P(BATCH_AXES, None))
         tokens, ids = (jax.device_put(np.tile(x, (2, 1)), rows) for x in (TOKENS, IDS))
         params = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P())), params)
         got = attention_maps(model, params, tokens=tokens, segment_ids=ids)

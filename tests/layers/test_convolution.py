@@ -6,6 +6,7 @@ import pytest
 from attnlab.errors import InputError
 from attnlab.layers.convolution import Convolution1d
 from attnlab.layers.linear import Dtypes
+from attnlab.sharding import BATCH_AXES
 
 RNG = np.random.default_rng(0)
 CASES = [(3, 1, 1), (3, 2, 1), (4, 3, 0), (1, 1, 2), (5, 2, 4)]  # taps, stride, padding
@@ -76,12 +77,12 @@ def test_convolution_sharded_matches_single_device(mesh_of, axes):
     mesh = mesh_of("data:2,fsdp:2,tensor:2")
     stored = {"window": None, "embed": "fsdp", "mlp": "tensor"}
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, jax.P(("data", "fsdp"), None, "tensor" if axes[0] == "mlp" else None))
+        x = jax.device_put(x, jax.P(BATCH_AXES, None, "tensor" if axes[0] == "mlp" else None))
         init = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
         assert init["kernel"].sharding.spec == jax.P(None, *(stored[axis] for axis in axes))
         params = jax.tree.map(lambda p, like: jax.device_put(p, like.sharding.spec), params, init)
         (_, got), got_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, x)
-        where = jax.P(("data", "fsdp"), None, "tensor" if axes[1] == "mlp" else None)
+        where = jax.P(BATCH_AXES, None, "tensor" if axes[1] == "mlp" else None)
         assert jax.typeof(got).sharding.spec == where
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients.items():

@@ -6,6 +6,7 @@ import pytest
 from attnlab.layers import LayerNormConfig, RMSNormConfig
 from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig, MLPConfig, gelu
 from attnlab.layers.linear import Dropout, Dtypes, Embedding, Linear, look_up
+from attnlab.sharding import BATCH_AXES
 
 RNG = np.random.default_rng(0)
 F32 = Dtypes()
@@ -150,7 +151,7 @@ def test_dropout_on_mesh_repeats_single_device(mesh_of, text):
     rngs = {"dropout": jax.random.key(0)}
     expected = module.apply({}, jnp.ones((8, 16, 16)), False, rngs=rngs)
     with jax.set_mesh(mesh):
-        x = jax.device_put(jnp.ones((8, 16, 16)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        x = jax.device_put(jnp.ones((8, 16, 16)), jax.NamedSharding(mesh, jax.P(BATCH_AXES)))
         got = module.apply({}, x, False, rngs=rngs)
         assert jax.typeof(got).sharding == jax.typeof(x).sharding
         assert module.apply({}, x, True) is x

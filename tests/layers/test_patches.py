@@ -6,6 +6,7 @@ import pytest
 from attnlab.errors import InputError
 from attnlab.layers.linear import Dtypes
 from attnlab.layers.patches import PatchEmbedding, patchify, resize_positions
+from attnlab.sharding import BATCH_AXES
 
 RNG = np.random.default_rng(0)
 CASES = [((8, 8), 4), ((6, 20), (3, 4)), ((5, 7), (5, 1)), ((4, 6, 8), (2, 3, 4)), ((12,), 3)]
@@ -53,12 +54,12 @@ def test_patch_embedding_sharded_matches_single_device(mesh_of, bias):
     (_, expected), gradients = jax.value_and_grad(loss, has_aux=True)(params, x)
     mesh = mesh_of("data:2,fsdp:2,tensor:2")
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, jax.P(("data", "fsdp")))
+        x = jax.device_put(x, jax.P(BATCH_AXES))
         init = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
         assert init["kernel"].sharding.spec == jax.P(None, None, None, "fsdp")
         params = jax.tree.map(lambda p, like: jax.device_put(p, like.sharding.spec), params, init)
         (_, got), got_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, x)
-        assert jax.typeof(got).sharding.spec == jax.P(("data", "fsdp"), None, None)
+        assert jax.typeof(got).sharding.spec == jax.P(BATCH_AXES, None, None)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients.items():
         assert got_gradients[name].sharding.spec == init[name].sharding.spec

@@ -12,6 +12,7 @@ from attnlab.layers import AttentionConfig, Causal, MLPConfig
 from attnlab.layers.blocks import GatedCrossAttentionConfig
 from attnlab.models import CaptionerConfig, DecoderConfig, ViTConfig
 from attnlab.models.resampler import ResamplerConfig
+from attnlab.sharding import BATCH_AXES
 
 VOCAB = 29
 ENCODER = ViTConfig(depth=2, width=12, attention=AttentionConfig(2), feed_forward=MLPConfig(20), image=(8, 12, 1), patch=(4, 4))  # fmt: skip
@@ -69,7 +70,7 @@ def check_mesh(config, mesh):
     halves = {half: replace(getattr(config, half), remat="full") for half in ("encoder", "decoder")}
     other = replace(config, **halves).build(VOCAB)
     with jax.set_mesh(mesh):
-        rows = jax.device_put((TOKENS, IMAGES), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        rows = jax.device_put((TOKENS, IMAGES), jax.NamedSharding(mesh, jax.P(BATCH_AXES)))
         shapes = jax.eval_shape(lambda: other.init(jax.random.key(0), rows[0], source=rows[1]))["params"]
         sharded = jax.tree.map(
             lambda x, s: jax.device_put(x, jax.NamedSharding(mesh, s.sharding.spec)), params, shapes

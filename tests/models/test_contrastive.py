@@ -13,6 +13,7 @@ from attnlab.layers.contrastive_loss import ClipLoss, SiglipLoss
 from attnlab.layers.pooling import Mean, Probe
 from attnlab.models import ContrastiveConfig, ViTConfig
 from attnlab.models.contrastive import EndOfText, LastToken, ProjectionConfig, TextTowerConfig
+from attnlab.sharding import BATCH_AXES
 
 SHARED = {"depth": 2, "width": 16, "attention": AttentionConfig(4, bias=True), "feed_forward": MLPConfig(24)}
 CLIP = ContrastiveConfig(
@@ -81,11 +82,11 @@ def test_contrastive_loss_matches_definition_also_on_mesh(mesh_of, kind):
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradients))
 
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        inputs = [jax.device_put(x, jax.P(("data", "fsdp"))) for x in (TOKENS, SEGMENTS, IMAGES, IMAGE_ROWS)]
+        inputs = [jax.device_put(x, jax.P(BATCH_AXES)) for x in (TOKENS, SEGMENTS, IMAGES, IMAGE_ROWS)]
         like = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs[0], source=inputs[2]))["params"]
         sharded = jax.tree.map(lambda p, x: jax.device_put(p, x.sharding.spec), params, like)
         (got, (s, _)), got_gradients = compute(sharded, *inputs)
-        assert jax.typeof(s.lse).sharding.spec[0] == ("data", "fsdp")
+        assert jax.typeof(s.lse).sharding.spec[0] == BATCH_AXES
     np.testing.assert_allclose(got, value, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got_gradients, gradients

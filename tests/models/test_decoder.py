@@ -25,7 +25,7 @@ from attnlab.layers import (
     Sliding,
 )
 from attnlab.models import DecoderConfig, Learned
-from attnlab.sharding import out_sharding
+from attnlab.sharding import BATCH_AXES, out_sharding
 
 VOCAB = 13
 SMALL = DecoderConfig(
@@ -278,7 +278,7 @@ def test_decoder_on_mesh_repeats_gradients(mesh_of, text):
     expected = jax.jit(run)(tokens)
     mesh = mesh_of(text)
     with jax.set_mesh(mesh):
-        got = jax.jit(run)(jax.device_put(tokens, jax.NamedSharding(mesh, P(("data", "fsdp"), None))))
+        got = jax.jit(run)(jax.device_put(tokens, jax.NamedSharding(mesh, P(BATCH_AXES, None))))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), got[0], expected[0])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got[1:], expected[1:])
 

@@ -18,6 +18,7 @@ from attnlab.models import (
     PooledConfig,
 )
 from attnlab.models.heads import pool
+from attnlab.sharding import BATCH_AXES
 from tests.models.test_decoder import VOCAB, forward, start, tokens_of
 
 BERT = EncoderConfig(
@@ -111,7 +112,7 @@ def test_encoder_on_mesh_repeats_gradients(mesh_of, name):
     _, params = start(CONFIGS[name], scale=0.1)
     run, tokens = value_and_grad(CONFIGS[name])
     expected = run(params, tokens)
-    mesh, rows = mesh_of("data:2,fsdp:2,tensor:2"), P(("data", "fsdp"), None)
+    mesh, rows = mesh_of("data:2,fsdp:2,tensor:2"), P(BATCH_AXES, None)
     with jax.set_mesh(mesh):
         like = jnp.zeros_like(tokens, out_sharding=rows)
         shapes = jax.eval_shape(CONFIGS[name].build(VOCAB).init, jax.random.key(0), like)["params"]

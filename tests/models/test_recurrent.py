@@ -9,6 +9,7 @@ import pytest
 
 from attnlab.config.types import short_name
 from attnlab.models.recurrent import GRUConfig, LSTMConfig, RecurrentConfig
+from attnlab.sharding import BATCH_AXES
 from tests.generation.models import padded, search
 from tests.generation.test_generate import GREEDY, by_full_forwards, generator
 
@@ -187,7 +188,7 @@ def test_mesh_scan_and_remat_do_not_change_gradients(mesh_of):
     config, tokens = replace(CONFIGS["gru"], depth=2, dropout=0.2), tokens_of(8, 3)
     expected = jax.jit(partial(run, config))(tokens)
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        sharded_tokens = jax.device_put(tokens, jax.P(("data", "fsdp"), None))
+        sharded_tokens = jax.device_put(tokens, jax.P(BATCH_AXES, None))
         got = jax.jit(partial(run, config))(sharded_tokens)
         layer = got[0]["layers"]["periods"]["forward"]
         assert layer["input"]["kernel"].sharding.spec == jax.P(None, "fsdp", None)

@@ -10,6 +10,7 @@ from attnlab.inspect.maps import attention_maps
 from attnlab.layers import GRUConfig, LSTMConfig
 from attnlab.layers.alignment import AdditiveConfig, DotConfig, GeneralConfig, NoAttention
 from attnlab.models import RecurrentSeq2SeqConfig
+from attnlab.sharding import BATCH_AXES
 from tests.models.test_recurrent import VOCAB, matmul_flops, sigmoid, tokens_of
 
 SMALL = RecurrentSeq2SeqConfig(depth=2, width=8, cell=GRUConfig())
@@ -182,7 +183,7 @@ def test_mesh_scan_and_remat_do_not_change_gradients(mesh_of, name):
     expected = jax.jit(partial(run, config))(inputs)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        sharded_inputs = jax.device_put(inputs, jax.P(("data", "fsdp"), None))
+        sharded_inputs = jax.device_put(inputs, jax.P(BATCH_AXES, None))
         other = replace(config, scan=False, remat="full")
         jax.tree.map(close, jax.jit(partial(run, other))(sharded_inputs), expected)
 

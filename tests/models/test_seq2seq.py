@@ -19,6 +19,7 @@ from attnlab.layers import (
     Sliding,
 )
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig, Sinusoidal
+from attnlab.sharding import BATCH_AXES
 
 VOCAB = 29
 HALF = {"depth": 2, "width": 16, "attention": AttentionConfig(heads=4), "feed_forward": MLPConfig(24, "relu")}
@@ -144,7 +145,7 @@ def test_seq2seq_on_mesh_repeats_gradients(mesh_of):
     arrays = [jnp.tile(x, (4, 1)) for x in (TOKENS, SOURCE, SOURCE_SEGMENTS)]
     expected = gradients(PAPER, params, *arrays)
     mesh = mesh_of("data:2,fsdp:2,tensor:2")
-    rows = jax.NamedSharding(mesh, P(("data", "fsdp")))
+    rows = jax.NamedSharding(mesh, P(BATCH_AXES))
     with jax.set_mesh(mesh):
         arrays = jax.device_put(arrays, rows)
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), arrays[0], source=arrays[1]))["params"]

@@ -11,6 +11,7 @@ from attnlab.inspect.maps import attention_maps
 from attnlab.layers import AttentionConfig, GatedMLPConfig, MLPConfig
 from attnlab.layers.pooling import ClassAndMean, Distilled, Probe
 from attnlab.models import ViTConfig
+from attnlab.sharding import BATCH_AXES
 
 SMALL = ViTConfig(depth=2, width=16, attention=AttentionConfig(4), feed_forward=MLPConfig(24), image=(8, 12, 3), patch=(4, 2), classes=5)  # fmt: skip
 ODD = replace(
@@ -59,11 +60,11 @@ def test_loss_terms_match_logits_also_on_mesh(mesh_of, kind):
     )
 
     with jax.set_mesh(mesh_of("data:2,fsdp:2,tensor:2")):
-        images = jax.device_put(IMAGES, jax.P(("data", "fsdp")))
+        images = jax.device_put(IMAGES, jax.P(BATCH_AXES))
         like = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS, source=images))["params"]
         sharded = jax.tree.map(lambda p, x: jax.device_put(p, x.sharding.spec), params, like)
         (_, got), got_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(sharded, images)
-        assert jax.typeof(got).sharding.spec[0] == ("data", "fsdp")
+        assert jax.typeof(got).sharding.spec[0] == BATCH_AXES
     np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got_gradients, gradients

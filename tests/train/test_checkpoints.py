@@ -31,8 +31,18 @@ def mesh(text):
 def state_on(text, seed=0):
     """Return arrays sharded like a model's, with the same values on every mesh."""
     rng = np.random.default_rng(seed)
-    specs = {"kernel": P("fsdp", "tensor"), "scale": P(None), "step": P()}
-    values = {"kernel": rng.normal(size=(16, 8)), "scale": rng.normal(size=(16,)), "step": np.array(seed)}
+    specs = {
+        "kernel": P("fsdp", "tensor"),
+        "experts": P("expert", "fsdp", "tensor"),
+        "scale": P(None),
+        "step": P(),
+    }
+    values = {
+        "kernel": rng.normal(size=(16, 8)),
+        "experts": rng.normal(size=(8, 8, 4)),
+        "scale": rng.normal(size=(16,)),
+        "step": np.array(seed),
+    }
     return {
         n: jax.device_put(jnp.float32(x), sharding.named_sharding(mesh(text), specs[n]))
         for n, x in values.items()
@@ -88,7 +98,9 @@ def test_save_keeps_latest_and_best(tmp_path):
             reader.restore(like, "4")
 
 
-@pytest.mark.parametrize("text", ["single", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
+@pytest.mark.parametrize(
+    "text", ["single", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2", "expert:8", "fsdp:2,expert:2,tensor:2"]
+)
 def test_restore_onto_another_mesh(three, text):
     wanted = state_on(text, 3)
     with Checkpoints(three) as checkpoints:

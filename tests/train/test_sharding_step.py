@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from attnlab.sharding import num_batch_shards
 from attnlab.train import AdamW, Constant
 from tests.train.small import make_experiment, make_session, random_batch
 
-MESHES = ["single", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"]
+MESHES = ["single", "data:8", "fsdp:8", "data:2,fsdp:2,tensor:2", "fsdp:4,expert:2"]
 ALL = [*MESHES, "tensor:2", "fsdp:4,tensor:2"]
 STEPS = 50
 
@@ -160,14 +161,23 @@ def of_activations(session, found):
     Those of the residual stream are left out: a tensor axis shards its length.
     """
     shape, length = session.mesh.shape, session.experiment.data.sequence_length
-    rows = ROWS // shape["data"] // shape["fsdp"] // session.experiment.train.microbatches
+    rows = ROWS // num_batch_shards(session.mesh) // session.experiment.train.microbatches
     known = parameter_shapes(session) | ({rows * length * WIDTH} if shape["tensor"] > 1 else set())
     return [c for c in found if c.kind == "all-gather" and math.prod(c.shape) not in known]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh", ["single", "data:8", "fsdp:8", "tensor:2", "fsdp:4,tensor:2", "data:2,fsdp:2,tensor:2"]
+    "mesh",
+    [
+        "single",
+        "data:8",
+        "fsdp:8",
+        "tensor:2",
+        "fsdp:4,tensor:2",
+        "data:2,fsdp:2,tensor:2",
+        "fsdp:4,expert:2",
+    ],
 )
 def test_step_has_only_expected_collectives(mesh):
     session, found = compiled(mesh)

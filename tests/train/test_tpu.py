@@ -149,8 +149,18 @@ def run_program(program, **variables):
 def test_step_compiles_for_a_slice_of_16_chips():
     report = run_program(PROGRAM)
     assert (report["devices"], "v5" in report["kind"]) == (16, True)
-    square = {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 8}  # of parts of the torus's axes of 4
-    assert report["meshes"] == [square, square, {"data": 1, "fsdp": 64, "sequence": 1, "tensor": 1}]
+    square = {
+        "data": 1,
+        "fsdp": 8,
+        "expert": 1,
+        "sequence": 1,
+        "tensor": 8,
+    }  # of parts of the torus's axes of 4
+    assert report["meshes"] == [
+        square,
+        square,
+        {"data": 1, "fsdp": 64, "expert": 1, "sequence": 1, "tensor": 1},
+    ]
     # The arguments contain the state once, which is updated in place. TPUs pad the smallest arrays.
     assert report["state"] <= report["arguments"] <= 1.2 * report["state"] + 2**20
     assert report["aliased"] >= report["state"]
