@@ -79,7 +79,7 @@ def route(
 ) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
     """Return the weights and the indices of each token's experts."""
     find = partial(jax.lax.top_k, k=top_k)
-    if not jax.sharding.get_abstract_mesh().empty:  # the compiler would gather the logits
+    if not jax.sharding.get_abstract_mesh().empty:  # XLA for CPUs would gather the logits
         tokens = spec("batch", "sequence", None, shape=logits.shape)
         find = jax.shard_map(find, in_specs=tokens, out_specs=tokens)
     top_logits, choices = find(logits)

@@ -218,8 +218,9 @@ def test_mesh_must_divide_number_of_experts(refuses):
     model = {"feed_forward": ExpertsConfig(3, 2, width=16)}
     with refuses("model.feed_forward.experts=3 cannot be sharded 2 ways", "a multiple of 2, or expert of 1"):
         make_session(make_experiment(model=model), "expert:2")
-    with refuses("model.feed_forward.width=16 cannot be sharded 3 ways over mesh axes tensor"):
-        make_session(make_experiment(model=model), "tensor:3")
+    model = {"feed_forward": ExpertsConfig(4, 2, width=15)}
+    with refuses("model.feed_forward.width=15 cannot be sharded 2 ways over mesh axes tensor"):
+        make_session(make_experiment(model=model), "tensor:2")
 
 
 def test_flops_and_active_parameters_count_selected_experts_only():
