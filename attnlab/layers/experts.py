@@ -155,13 +155,13 @@ def sharded_mixture(
         return mixture(x, weights, choices, maps, activation)
     tokens = spec("batch", "sequence", None, shape=x.shape)
     expert_axis, width_axis = spec("experts", "expert_mlp")
-    token_axes = set(jax.tree.leaves(tuple(tokens)))
+    other_axes = tuple(axis for axis in jax.tree.leaves(tuple(tokens)) if axis != expert_axis)
 
     def local(token_inputs, maps):
         # JAX 0.10 to 0.12 omits the gradient's sum over an axis along which the indices of a gather
         # vary but its operand does not. Casting every input to varying avoids such gathers.
         token_inputs = jax.lax.pcast(token_inputs, width_axis, to="varying")
-        maps = jax.lax.pcast(maps, tuple(token_axes - {expert_axis}), to="varying")
+        maps = jax.lax.pcast(maps, other_axes, to="varying")
         kernels, biases = maps["down"]
         if biases is not None:  # of a sum over the width, which one device adds
             biases = jax.lax.pcast(biases, width_axis, to="varying")
