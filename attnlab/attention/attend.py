@@ -41,13 +41,14 @@ from attnlab.attention.checks import (
     describe,
     is_array,
 )
-from attnlab.attention.context_parallel import AllGather, AllToAll, Ring
+from attnlab.attention.context_parallel import AllGather, AllToAll
 from attnlab.attention.dropout import AttentionDropout, HashDropout, MaskDropout
 from attnlab.attention.fallback import kernel_scope
 from attnlab.attention.masks.base import Mask, PerHeadMask, as_mask
 from attnlab.attention.masks.normal_form import depends_on_batch_and_heads, is_static
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import BlockGrid, BlockOffset, PairwiseFn
+from attnlab.attention.ring import Ring
 from attnlab.attention.scores import as_score
 from attnlab.attention.sharded import local_args, prepare_shards, run_shards, with_mesh
 from attnlab.errors import InputError

@@ -22,6 +22,8 @@ class Explanation:
 
     Attributes:
       backend: the name of the selected backend.
+      kernel: the name of the backend that it runs on each part of a sharded length; None if there
+        is none.
       rejected: maps the name of every other backend to the reason why it was not selected.
       block_sizes: `blockwise`'s default block_q and block_kv.
       blocks: numbers of empty, partial and full blocks in all lists of the block mask. None for a
@@ -42,9 +44,11 @@ class Explanation:
     density: float | None
     flops: float
     memory: int
+    kernel: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"backend   {self.backend}"]
+        kernel = f" ({self.kernel})" if self.kernel else ""
+        lines = [f"backend   {self.backend}{kernel}"]
         lines += [f"          not {name}: {reason}" for name, reason in self.rejected.items()]
         if self.blocks is None:
             lines.append("mask      traced: blocks are counted at run time")
@@ -111,4 +115,5 @@ def explain(
         density=density,
         flops=2.0 * pairs * (d + value.shape[-1]),
         memory=compiled.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
+        kernel=selection.kernel,
     )

@@ -54,7 +54,8 @@ def refused_kernels(message: str, selections: list[Selection]) -> list[str]:
     """Return the kernels among the selected backends that a compiler's message is about."""
     if _DEVICE_MEMORY in message or not _KERNEL_ERRORS.search(message):
         return []
-    kernels = dict.fromkeys(s.backend for s in selections if s.backend not in PLAIN_JAX)
+    used = (s.kernel or s.backend for s in selections)
+    kernels = dict.fromkeys(name for name in used if name not in PLAIN_JAX)
     return [name for name in kernels if kernel_scope(name) in message] or list(kernels)
 
 

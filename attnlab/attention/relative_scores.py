@@ -117,7 +117,7 @@ def shaw(
     check_index("shaw", offset=offset)
     scale = _scale("shaw", query, scale)
     table = _check_odd(table, "shaw")
-    products = jnp.einsum("bthd,md->bhtm", query, table, preferred_element_type=jnp.float32)
+    products = jnp.einsum("bthd,md->bhtm", query, table, preferred_element_type=_wide(query))
     return ShawScore(scale * products, offset)
 
 
@@ -152,16 +152,35 @@ def cope(
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
     scale, mask = _scale("cope", query, scale), as_mask(mask)
+    key = _gather_length(key)
     grouped = query.reshape(b, t, k, h // k, d)
-    products = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    products = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=_wide(query))
     allowed = mask.evaluate(pair_indices(b, h, t, s))
-    gates = jnp.where(allowed, nn.sigmoid(scale * products.reshape(b, h, t, s)), 0)
+    products = products.reshape(b, h, t, s)
+    gates = jnp.where(_shard_like(allowed, products), nn.sigmoid(scale * products), 0)
     position = jnp.minimum(lax.cumsum(gates, axis=3, reverse=True), table.shape[0] - 1)
     low = jnp.floor(position).astype(jnp.int32)
-    by_position = jnp.einsum("bthd,pd->bhtp", query, table, preferred_element_type=jnp.float32)
+    by_position = jnp.einsum("bthd,pd->bhtp", query, table, preferred_element_type=_wide(query))
     lower = jnp.take_along_axis(by_position, low, axis=-1)
     upper = jnp.take_along_axis(by_position, jnp.minimum(low + 1, table.shape[0] - 1), axis=-1)
     return BiasScore(lower + (position - low) * (upper - lower))
+
+
+def _gather_length(x: Float[Array, "B S K D"]) -> Float[Array, "B S K D"]:
+    """Return an array whose length is whole on every device of an Explicit mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    batch, _, heads, width = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(batch, None, heads, width))
+
+
+def _shard_like(x: Array, other: Array) -> Array:
+    """Return an array sharded like another one, which it broadcasts to."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec = jax.typeof(other).sharding.spec
+    axes = (axis if n > 1 else None for axis, n in zip(spec, x.shape, strict=True))
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*axes))
 
 
 def _scale(where: str, query: Array, scale: float | None) -> float:
@@ -177,3 +196,8 @@ def _check_odd(table: Array, name: str) -> Array:
     if table.shape[0] % 2:
         return table
     raise InputError(f"{name}: the table must have 2m + 1 rows, for distances -m to m; {len(table)} is even")
+
+
+def _wide(x: Array) -> jnp.dtype:
+    """Return float32, or float64 if `x` is float64."""
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -28,9 +28,11 @@ class Score(PairwiseFn):
 
     Attributes:
       is_additive: whether it adds a bias that does not depend on the scores.
+      mixes_heads: whether the score of a head depends on those of other heads.
     """
 
     is_additive: ClassVar[bool] = False
+    mixes_heads: ClassVar[bool] = False
 
     def __call__(self, scores: Float[Array, "B H T S"], at: PairIndices) -> Float[Array, "B H T S"]:
         """Return the modified scores; this object's arrays are already sliced to these pairs."""
@@ -307,7 +309,8 @@ def forgetting(log_gates: Float[Array, "B T H"]) -> Score:
       InputError: `log_gates` is not a floating-point array (B, T, H).
     """
     check_array("forgetting: log_gates", log_gates, "floating", 3)
-    sums = jnp.cumsum(jnp.moveaxis(log_gates.astype(jnp.float32), 2, 1), axis=-1)
+    dtype = jnp.promote_types(log_gates.dtype, jnp.float32)
+    sums = jnp.cumsum(jnp.moveaxis(log_gates.astype(dtype), 2, 1), axis=-1)
     return ForgettingScore(sums[:, :, :, None], sums[:, :, None, :])
 
 

@@ -89,11 +89,11 @@ def map_shards(
       out_specs: the specs of the results.
     """
     batch, sequence, heads = layouts[0][:3]
-    axes = {"batch": batch, "heads": heads, "q_blocks": sequence}
+    axes = {"batch": batch, "heads": heads, "queries": sequence, "q_blocks": sequence}
     shapes = local_args(args, layouts)
 
     def spec(x, dims) -> P:
-        # Shard batch and heads like the scores. Dimensions of 1 and the length are replicated.
+        # Shard like the scores, whose keys are not sharded. Dimensions of 1 are replicated.
         return P(*(axes.get(name) if n > 1 else None for name, n in zip(dims, jnp.shape(x), strict=True)))
 
     # Replicated constants stay constants: as arguments of `shard_map` they would be traced, and a
@@ -144,12 +144,9 @@ def prepare_shards(args: AttentionArgs, layouts: list[P], sizes: tuple[int, int]
 
     def local(shard: AttentionArgs, offset: BlockOffset):
         b, h, count, _ = shard.score_shape
-        mask = shard.mask
         if axes:
-            start = jax.lax.axis_index(axes) * count
-            offset = (*offset[:2], start, 0)
-            mask = None if mask is None else mask.slice_block(queries=(start, count))
-        part = whole = make_block_mask(mask, BlockGrid(count, s, *sizes, b, h, offset))
+            offset = (*offset[:2], jax.lax.axis_index(axes) * count, 0)
+        part = whole = make_block_mask(shard.mask, BlockGrid(count, s, *sizes, b, h, offset))
         if axes:
             partial_, full = (jax.lax.all_gather(x, axes, axis=2, tiled=True) for x in part.to_dense())
             whole = BlockMask.from_partial_and_full(partial_, full, BlockGrid(t, s, *sizes))

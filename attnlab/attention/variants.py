@@ -26,6 +26,8 @@ class HeadMixScore(Score):
 
     matrix: Float[Array, "H H"]
 
+    mixes_heads = True
+
     def __call__(self, scores, at):
         """See `Score.__call__`."""
         return jnp.einsum("bhts,hg->bgts", scores, self.matrix.astype(scores.dtype))

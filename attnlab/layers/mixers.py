@@ -43,7 +43,7 @@ class TalkingHeads(Mixer):
             for name in ("before", "after")
         )
         score = score_of(query, key)
-        arrays = (constrain(x, "batch", None, None, None) for x in (query, key, value))
+        arrays = (constrain(x, "batch", "sequence", None, None) for x in (query, key, value))
         result = talking_heads(*arrays, before, after, score=score, **options)
         out, *weights = result if isinstance(result, tuple) else (result,)
         out = constrain(out, "batch", "sequence", "heads", None)

@@ -18,7 +18,7 @@ from attnlab.attention.masks.base import Index, Mask
 from attnlab.attention.pairwise import pair_indices
 from attnlab.attention.scores import BidirectionalForgettingScore, ForgettingScore, Score
 from attnlab.layers.linear import Dtypes, contract, parameter
-from attnlab.sharding import constrain
+from attnlab.sharding import constrain, gather_length
 
 # (name, shape, logical axes, std=, mean=) -> the parameter, in at least float32; see `parameter`.
 Declare = Callable[..., Array]
@@ -122,7 +122,8 @@ class ScoreModule(nn.Module):
         state = self.config.token_state(inputs, self._declare)
         if cache is not None:
             put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=inputs.offset, axis=1)
-            state = {name: put(cache.state[name], x) for name, x in state.items()}
+            stored = cache.state
+            state = {name: put(stored[name], x.astype(stored[name].dtype)) for name, x in state.items()}
         return self.config.score(replace(inputs, state=state), self._declare), state
 
     def _declare(self, name, shape, axes, std: float = 0.0, mean=0.0) -> Array:
@@ -275,7 +276,8 @@ class FoX(LayerScore):
         kernel = declare("kernel", (width, inputs.heads), ("embed", "heads"), std=width**-0.5)
         shift = declare("bias", (inputs.heads,), ("heads",), mean=self.bias)
         logits = contract(inputs.hidden.astype(kernel.dtype), kernel, 1, ("heads",))
-        return {"log_gates": jax.nn.log_sigmoid(logits + shift[None, None])}
+        # One number per token and head: every device sums over the whole length.
+        return {"log_gates": gather_length(jax.nn.log_sigmoid(logits + shift[None, None]))}
 
     def score(self, inputs, declare):
         """See `LayerScore.score`."""
@@ -299,15 +301,19 @@ class Selective(LayerScore):
     """score - what earlier queries subtract from the key (selective attention, arXiv 2410.02703).
 
     A token subtracts max(0, score) of the first head, but nothing from itself or from the first
-    token of its document. Memory, also of a KV cache, is quadratic in the length.
+    token of its document. Memory, also of a KV cache, is quadratic in the length. A mesh axis
+    `sequence` shards the sums over earlier queries by their keys.
     """
 
     def token_state(self, inputs, declare):
         """Return the subtrahend of each token and key, (B, T, S), and which tokens are first."""
-        query, key = (constrain(x, "batch", None, None, None)[:, :, 0] for x in (inputs.query, inputs.key))
-        products = inputs.scale * jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=jnp.float32)
+        query = constrain(inputs.query, "batch", None, None, None)[:, :, 0]
+        key = constrain(inputs.key, "batch", "sequence", None, None)[:, :, 0]
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        products = inputs.scale * jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=wide)
         at = pair_indices(len(query), 1, query.shape[1], key.shape[1])
         subtracts = (inputs.mask.evaluate(at) & (at.kv != at.q + inputs.offset))[:, 0]
+        subtracts = constrain(subtracts, "batch" if len(subtracts) > 1 else None, None, "sequence")
         first = (inputs.positions == 0).astype(jnp.float32)
         return {"subtracted": jnp.where(subtracts, jax.nn.relu(products), 0), "first": first}
 

@@ -22,7 +22,7 @@ from attnlab.train.session import Session
 from attnlab.train.step import make_train_step
 
 # Beginnings of refusals that say nothing about the layer.
-OBVIOUS = ("the length is not sharded", "it requires a ")
+OBVIOUS = ("the length is not sharded", "the length is sharded over ", "it requires a ")
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,22 @@ class LayerBackend:
     @property
     def is_slow(self) -> bool:
         """Whether an accelerator runs plain JAX here, not a kernel."""
-        return self.selection.platform != "cpu" and self.selection.backend in PLAIN_JAX
+        name = self.selection.kernel or self.selection.backend
+        return self.selection.platform != "cpu" and name in PLAIN_JAX
 
     @property
     def refusals(self) -> list[str]:
-        """Why "auto" did not select each backend before this one, one line each."""
-        names = [backend.name for backend in BACKENDS]
-        before = names[: names.index(self.selection.backend)]
-        reasons = [(name, self.selection.refusals[name]) for name in before]
+        """Why "auto" did not select each backend before this one, one line each.
+
+        If it runs another backend on parts of the arrays, also why it does not run those before.
+        """
+        names, selection = [backend.name for backend in BACKENDS], self.selection
+        index = names.index(selection.backend)
+        before = names[:index]
+        if selection.kernel:
+            others = BACKENDS[index + 1 : names.index(selection.kernel)]
+            before += [other.name for other in others if not hasattr(other, "local_kernel")]
+        reasons = [(name, selection.refusals[name]) for name in before if name in selection.refusals]
         return [
             f"not {name}: {reason}"
             for name, reason in reasons

@@ -83,7 +83,7 @@ def _attention(layers: list[LayerBackend]) -> str:
     """Return a line for each layer, with the refusals below."""
     shapes = [(layer.selection.query[1], layer.selection.keys[1]) for layer in layers]
     lines = table(
-        (layer.layer, layer.spec, f"{queries} x {keys}", layer.selection.backend)
+        (layer.layer, layer.spec, f"{queries} x {keys}", str(layer.selection))
         for layer, (queries, keys) in zip(layers, shapes, strict=True)
     ).splitlines()
     return "\n".join(

@@ -9,7 +9,18 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from attnlab.attention import attend, bias, causal, mask_fn, score_fn, segments, softcap, window
+from attnlab.attention import (
+    attend,
+    bias,
+    causal,
+    explain,
+    mask_fn,
+    normalizers,
+    score_fn,
+    segments,
+    softcap,
+    window,
+)
 from attnlab.attention.block_mask import make_block_mask
 from attnlab.attention.masks.base import BlockGrid
 from tests.attention.inputs import qkv, weighted_sum
@@ -69,6 +80,62 @@ def test_outputs_and_gradients_match_reference(mesh, case, backend):
             desired = np.asarray(desired)
             size = max(1.0, np.abs(desired[np.isfinite(desired)]).max())
             np.testing.assert_allclose(np.asarray(actual), desired, rtol=1e-5, atol=1e-5 * size)
+
+
+NORMALIZERS = {
+    "off_by_one": normalizers.off_by_one,
+    "sigmoid": normalizers.sigmoid(8),
+    "top_k": normalizers.top_k(3),
+    "sparsemax": normalizers.sparsemax,
+    "entmax15": normalizers.entmax15,
+}
+
+
+@pytest.mark.parametrize(
+    "backend, name", [*(("all_gather", name) for name in NORMALIZERS), ("all_to_all", "entmax15")]
+)
+def test_normalizers_equal_those_of_one_device_in_float64(mesh, backend, name):
+    """With segments, a bias of every pair, and one of each query, whose gradients stay sharded."""
+    t, h = 16, 4
+    rng = np.random.default_rng(0)
+
+    def loss(query, key, value, pairs, rows, backend):
+        out, lse = attend(
+            *(query, key, value),
+            mask=causal() & segments(IDS[:, :t]),
+            score=[bias(pairs), bias(rows)],
+            sinks=jnp.linspace(-1, 1, h),
+            normalizer=NORMALIZERS[name],
+            return_lse=True,
+            backend=backend,
+        )
+        if not jax.sharding.get_abstract_mesh().empty:
+            out, lse = jax.sharding.reshard((out, lse), P())
+        weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+        return jnp.sum(weights * out) + jnp.sum(jnp.sin(jnp.where(jnp.isneginf(lse), 0, lse)))
+
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4)), static_argnums=5)
+    with jax.enable_x64(True):
+        arrays = qkv(0, b=B, t=t, s=t, h=h, k=h, dtype=jnp.float64)
+        biases = [jnp.asarray(rng.normal(size=shape)) for shape in [(h, t, t), (B, 1, t, 1)]]
+        expected = gradients(*arrays, *biases, "reference")
+        with jax.set_mesh(mesh):
+            got = gradients(*placed(mesh, arrays), *biases, backend)
+    for actual, desired in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(actual), np.asarray(desired), rtol=0, atol=1e-8)
+
+
+def test_another_normalizer_selects_a_backend_with_all_keys(mesh, refuses):
+    shape = jax.ShapeDtypeStruct(
+        (B, T, H, 6), jnp.float32, sharding=jax.NamedSharding(mesh, P("data", "sequence"))
+    )
+    with jax.set_mesh(mesh):
+        for k, backend in ((4, "all_to_all"), (2, "all_gather")):
+            keys = shape.update(shape=(B, T, k, 6))
+            text = str(explain(shape, keys, keys, normalizer=normalizers.sparsemax))
+            assert text.splitlines()[0] == f"backend   {backend} (reference)"
+        with refuses("'ring' does not support", "only the softmax"):
+            attend(*placed(mesh, qkv(0, b=B, t=T, s=T)), normalizer=normalizers.sparsemax, backend="ring")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

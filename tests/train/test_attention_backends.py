@@ -43,6 +43,15 @@ def test_description_for_an_absent_device_gives_refusals():
     assert refusals == [f"    not splash: {few}", f"    not flash: {few}"]
 
 
+@pytest.mark.parametrize("length, kernel", [(1024, "splash"), (512, "blockwise")])
+def test_kernel_of_a_ring_depends_on_the_length_of_its_parts(length, kernel):
+    """Each of four devices has two parts; `splash` needs 128 tokens."""
+    (layer,) = layer_backends(target_session("v5e:2x2", "sequence:4", length=length))
+    assert str(layer.selection) == f"ring ({kernel})"
+    assert layer.is_slow == (kernel == "blockwise")
+    assert layer.refusals == ["not splash: it needs at least 128 queries and 128 keys"] * layer.is_slow
+
+
 @pytest.mark.parametrize(
     "target, model, reason",
     [

@@ -2,14 +2,20 @@
 
 import dataclasses
 import re
+from itertools import zip_longest
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnlab import sharding
 from attnlab.generation import Generator, SamplingParams
 from attnlab.layers import AttentionConfig, Causal, MLPConfig, Sliding
 from attnlab.layers.linear import Dtypes
+from attnlab.models import DecoderConfig
+from experiments.zoo import VARIANTS
+from tests.layers.test_specs import initial
 from tests.train.small import TOKENIZER, make_experiment, make_session, random_batch
 
 MESHES = (
@@ -58,6 +64,42 @@ def test_losses_equal_those_of_one_device(mesh, losses_of_one_device):
     with jax.enable_x64(True):
         found = losses(mesh, 30, dtypes=FLOAT64)
     np.testing.assert_allclose(found, losses_of_one_device, rtol=0, atol=1e-8)
+
+
+def loss_and_gradients(model, mesh):
+    """Return the loss of packed rows in float64, and its gradients, with random parameters."""
+    batch = jax.tree.map(jnp.asarray, packed_batch(0))
+    config = DecoderConfig(width=16, feed_forward=MLPConfig(width=32), dtypes=FLOAT64)
+    mesh = sharding.make_mesh(sharding.parse_mesh(mesh, len(jax.devices())))
+    with jax.set_mesh(mesh):
+        model = dataclasses.replace(config, attention=AttentionConfig(heads=4), **model).build(257)
+        params = initial(model, batch.tokens, mesh)
+
+        def loss(params):
+            inputs = batch.tokens, batch.targets, batch.segments, batch.positions
+            terms = model.apply({"params": params}, *inputs, method="loss_terms")
+            return jnp.mean((terms.lse - terms.target_logit) * batch.weights)
+
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
+
+
+def specs_of_every_part():
+    """Return a layer with every score, and layers that pair every normalizer and every mixer."""
+    scores = [score for spec in VARIANTS.values() for score in spec.scores]
+    normalizers = [spec.normalizer for spec in VARIANTS.values() if spec.normalizer]
+    mixers = [spec.mixer for spec in VARIANTS.values() if spec.mixer]
+    pairs = zip_longest(normalizers, mixers)
+    return (Causal(score=tuple(scores)),), tuple(Causal(normalizer=n, mixer=m) for n, m in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", specs_of_every_part(), ids=("scores", "normalizers and mixers"))
+def test_every_score_normalizer_and_mixer_equals_one_device_in_float64(pattern):
+    model = {"pattern": pattern, "depth": len(pattern)}
+    with jax.enable_x64(True):
+        results = [loss_and_gradients(model, mesh) for mesh in ("single", "data:2,sequence:4")]
+    for expected, got in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-8)
 
 
 def compiled(mesh, length, **model):

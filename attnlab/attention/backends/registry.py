@@ -86,7 +86,9 @@ class Backend(Protocol):
     """An implementation of attention that `attend` can select.
 
     A backend that visits the blocks of a `BlockMask` also has a method `block_sizes(args)` that
-    returns the block_q and block_kv it prefers, or None if it would not use a block mask.
+    returns the block_q and block_kv it prefers, or None if it would not use a block mask. One that
+    runs another backend on parts of the arrays has a method `local_kernel(args)` that returns its
+    name, and maps the names of others to the reason why it does not run them.
     """
 
     name: str
@@ -191,6 +193,7 @@ class Selection:
       backend: the name of the backend.
       platform: "cpu", "tpu" or "gpu".
       refusals: maps the name of each backend that does not support the call to the reason.
+      kernel: the name of the backend that runs on parts of the arrays; None if there is none.
       query: shape of one device's queries, (B, T, H, D).
       keys: shape of one device's keys, (B, S, K, D).
     """
@@ -200,6 +203,10 @@ class Selection:
     refusals: dict[str, str]
     query: tuple[int, ...]
     keys: tuple[int, ...]
+    kernel: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.kernel})" if self.kernel else self.backend
 
 
 _recorders: ContextVar[tuple[Callable[[Selection], None], ...]] = ContextVar("recorders", default=())
@@ -240,19 +247,22 @@ def report_selection(backend: Backend, args: AttentionArgs) -> None:
     """Pass the selection of `backend` for these arguments to `record_selections`."""
     if not _recorders.get():
         return
-    refusals = {other.name: _refusal(other, args) for other in BACKENDS if other is not backend}
+    refusals = {other.name: refusal(other, args) for other in BACKENDS if other is not backend}
+    local_kernel = getattr(backend, "local_kernel", None)
+    kernel, kernel_refusals = (None, {}) if local_kernel is None else local_kernel(args)
     selection = Selection(
         backend=backend.name,
         platform=args.platform,
-        refusals={name: reason for name, reason in refusals.items() if reason},
+        refusals={name: reason for name, reason in refusals.items() if reason} | kernel_refusals,
         query=args.query.shape,
         keys=args.key.shape,
+        kernel=kernel,
     )
     for record in _recorders.get():
         record(selection)
 
 
-def _refusal(backend: Backend, args: AttentionArgs) -> str | None:
+def refusal(backend: Backend, args: AttentionArgs) -> str | None:
     """Return why "auto" skips a backend, or None."""
     return dict(_excluded.value).get(backend.name) or backend.unsupported_reason(args)
 
@@ -270,7 +280,7 @@ def select_backend(name_or_backend: str | Backend, args: AttentionArgs) -> Backe
     if name_or_backend == "auto":
         reasons = {}
         for backend in BACKENDS:
-            reason = _refusal(backend, args)
+            reason = refusal(backend, args)
             if reason is None:
                 return backend
             reasons[backend.name] = reason

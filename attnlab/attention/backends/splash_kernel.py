@@ -117,20 +117,25 @@ def attention(
       ids: from `segment_ids`.
       allowed: the mask of a dynamic kernel, (H or 1, T, S), or (B, H or 1, T, S) if rows differ.
     """
-    return _forward(kernel, query, key, value, ids, allowed)[0]
+    return forward(kernel, query, key, value, ids, allowed)
 
 
 def _forward(kernel, query, key, value, ids, allowed):
+    out, lse = vjp.named_output(*forward(kernel, query, key, value, ids, allowed))
+    return (out, lse), (query, key, value, ids, allowed, out, lse)
+
+
+def forward(kernel: Kernel, query, key, value, ids, allowed):
+    """Return the result of `attention`, whose gradients JAX cannot compute."""
+
     def forward_row(query, key, value, ids, allowed):
         return _with_mask_info(kernel, allowed)(query, key, value, ids)
 
     forward_rows = jax.vmap(forward_row, (0, 0, 0, 0, _batch_axis(allowed)))
     out, (lse,) = forward_rows(query, key, value, ids, allowed)
-    out, lse = vjp.named_output(out, lse)
     # For a query without keys, the kernel returns the mean of the values of its blocks, or 0 / 0.
     empty = lse < kernel.kwargs["mask_value"] / 2
-    out, lse = jnp.where(empty[..., None], 0, out), jnp.where(empty, -jnp.inf, lse)
-    return (out, lse), (query, key, value, ids, allowed, out, lse)
+    return jnp.where(empty[..., None], 0, out), jnp.where(empty, -jnp.inf, lse)
 
 
 def _backward(kernel, residuals, d_outputs):
@@ -139,6 +144,24 @@ def _backward(kernel, residuals, d_outputs):
     # JAX's own VJP of the kernel ignores d_lse, so this calls its two backward kernels directly.
     delta = vjp.row_term(out, d_out, d_lse)
     lse = jnp.where(jnp.isneginf(lse), 0, lse)  # masked scores then have weight 0
+    grads = gradients(kernel, query, key, value, d_out, lse, delta, ids, allowed)
+    return *grads, vjp.zero_cotangent(ids), vjp.zero_cotangent(allowed)
+
+
+def gradients(kernel: Kernel, query, key, value, d_out, lse, delta, ids, allowed):
+    """Return the gradients of query, key and value, given a finite log-sum-exp of all keys.
+
+    Args:
+      kernel: as in `attention`.
+      query: as in `attention`.
+      key: as in `attention`.
+      value: as in `attention`.
+      d_out: gradient of the output, (B, H, T, Dv).
+      lse: log-sum-exp over all keys, including those that are not in `key`, (B, H, T).
+      delta: `vjp.row_term` of the output over all keys, (B, H, T).
+      ids: as in `attention`.
+      allowed: as in `attention`.
+    """
     sizes, options = kernel.kwargs["block_sizes"], kernel.kwargs
     common = {
         **{name: options[name] for name in ("is_mqa", "mask_value", "attn_logits_soft_cap")},
@@ -162,8 +185,7 @@ def _backward(kernel, residuals, d_outputs):
         return to_queries(*arrays, mask_info=masked.dq_mask_info), d_key, d_value
 
     backward_rows = jax.vmap(backward_row, (0, 0, 0, 0, _batch_axis(allowed), 0, 0, 0))
-    gradients = backward_rows(query, key, value, ids, allowed, lse, d_out, delta)
-    return *gradients, vjp.zero_cotangent(ids), vjp.zero_cotangent(allowed)
+    return backward_rows(query, key, value, ids, allowed, lse, d_out, delta)
 
 
 attention.defvjp(_forward, _backward)
