@@ -92,7 +92,7 @@ def specs_of_every_part():
     return (Causal(score=tuple(scores)),), tuple(Causal(normalizer=n, mixer=m) for n, m in pairs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("pattern", specs_of_every_part(), ids=("scores", "normalizers and mixers"))
 def test_every_score_normalizer_and_mixer_equals_one_device_in_float64(pattern):
     model = {"pattern": pattern, "depth": len(pattern)}
