@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from attnlab.sharding import MESH_AXES
-
 from tests.compilation import default_environment
 
 PROGRAM = """
