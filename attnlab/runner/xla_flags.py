@@ -4,7 +4,7 @@ import os
 from typing import NamedTuple
 
 import jax
-from jax._src import hardware_utils, xla_bridge
+from jax._src import xla_bridge
 
 from attnlab.errors import InputError
 from attnlab.train.targets import GPUS
@@ -69,6 +69,8 @@ def local_kind() -> str | None:
 
     It does not start JAX, which reads the flags when it starts.
     """
+    from jax._src import hardware_utils  # deferred: a private module, which other runs do not need
+
     platforms = (jax.config.values["jax_platforms"] or "tpu,cuda").split(",")
     _, version = hardware_utils.num_available_tpu_chips_and_device_id()
     if version is not None and "tpu" in platforms:
