@@ -11,6 +11,7 @@ import pytest
 from attnlab import config as configs
 from attnlab.layers import Dtypes, Linear
 from attnlab.layers.products import product
+from attnlab.sharding import BATCH_AXES
 from attnlab.train import AdamW, Constant
 from tests.train.small import make_experiment, make_session, random_batch
 from tests.train.test_tpu import needs_libtpu, run_program
@@ -76,7 +77,7 @@ def test_sharded_product_equals_that_of_one_device(mesh_of, axes):
         return y, jax.grad(loss, (0, 1))(variables["params"]["kernel"], x)
 
     expected = jax.jit(run)(x)
-    spec = jax.P(("data", "fsdp"), "sequence", "tensor" if axes[0] == "mlp" else None)
+    spec = jax.P(BATCH_AXES, "sequence", "tensor" if axes[0] == "mlp" else None)
     with jax.set_mesh(mesh := mesh_of("fsdp:2,sequence:2,tensor:2")):
         got = jax.jit(run)(jax.device_put(x, jax.NamedSharding(mesh, spec)))
     assert jax.typeof(got[0]).sharding.spec[2] == ("tensor" if axes[1] == "mlp" else None)
