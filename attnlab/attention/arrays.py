@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jaxtyping import Array, Float
 
@@ -114,3 +115,12 @@ def _axes_of(x: Any) -> frozenset[str]:
         return frozenset()
     kind = jax.typeof(x)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def named_output(*arrays: Array) -> tuple[Array, ...]:
+    """Return the outputs of attention, named "attention_out" for policies of `jax.checkpoint`.
+
+    In a forward rule these are the residuals. A policy that saves them, and the queries, keys and
+    values, then does not repeat the forward pass.
+    """
+    return tuple(checkpoint_name(x, "attention_out") for x in arrays)

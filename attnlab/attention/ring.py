@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.attention.arrays import slice_at
+from attnlab.attention.arrays import named_output, slice_at
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.blockwise import Blockwise, blockwise, blockwise_gradients
 from attnlab.attention.backends.registry import (
@@ -283,7 +283,7 @@ def _ring_forward(static, query, key, value, mask, score, dropout, offset, block
     start = (jnp.zeros((*rows, value.shape[-1])), jnp.full(rows, -jnp.inf))
     carry, _ = ring.ring_scan([start] * ring.count, step, (key, value))
     out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*carry, strict=True))
-    out, lse = vjp.named_output(out, lse)
+    out, lse = named_output(out, lse)
     return (out.astype(value.dtype), lse), (query, key, value, mask, score, dropout, offset, blocks, out, lse)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
 from attnlab.errors import InputError, check_fields
-from attnlab.layers.products import QUANTIZED, product
+from attnlab.layers.products import QUANTIZED, quantized_product
 from attnlab.sharding import (
     BATCH_AXES,
     axis_size,
@@ -37,7 +37,7 @@ class Dtypes:
       compute: dtype of activations and matrix products.
       logits: dtype of the logits.
       products: precision of the products of `Linear`: "compute", or with qwix "int8" or "fp8"; see
-        `products.product`.
+        `quantized_product`.
     """
 
     param: str = "float32"
@@ -216,16 +216,24 @@ def contract(
         ]
         kernel = jax.sharding.reshard(kernel, jax.P(*rows[2:], *columns))
         where = jax.P(*rows[:2], *columns)
-        return product(x, kernel, num_inputs, where, products)
+        return _product(x, kernel, num_inputs, where, products)
     sizes = kernel.shape[num_inputs:]
     x, length = _length_of_product(x, out_axes)
     if length is not None:  # two sharded dimensions cannot be merged
         where = jax.P(spec("batch")[0], length, *spec(*out_axes, shape=sizes))
-        return product(x, kernel, num_inputs, where, products)
+        return _product(x, kernel, num_inputs, where, products)
     rows = x.reshape(b * t, *x.shape[2:])
     of_rows = out_sharding("batch", *out_axes, shape=(b * t, *sizes))
-    y = product(rows, kernel, num_inputs, of_rows, products)
+    y = _product(rows, kernel, num_inputs, of_rows, products)
     return y.reshape(b, t, *sizes, out_sharding=out_sharding("batch", None, *out_axes, shape=(b, t, *sizes)))
+
+
+def _product(x: Array, kernel: Array, num_inputs: int, where: Any, products: str) -> Array:
+    if products != "compute":
+        return quantized_product(x, kernel, num_inputs, where, products)
+    rows, inputs = "bt"[: x.ndim - num_inputs], "hijk"[:num_inputs]
+    outputs = "xyz"[: kernel.ndim - num_inputs]
+    return jnp.einsum(f"{rows}{inputs},{inputs}{outputs}->{rows}{outputs}", x, kernel, out_sharding=where)
 
 
 def _length_of_product(

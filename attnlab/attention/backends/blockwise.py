@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.arrays import cast_varying, unify_varying, varying_axes, wide
+from attnlab.attention.arrays import cast_varying, named_output, unify_varying, varying_axes, wide
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.block_loop import Blocks, QueryBlock
 from attnlab.attention.backends.reference import MASK_VALUE
@@ -186,7 +186,7 @@ def blockwise_autodiff(
         carry, _ = jax.lax.scan(step, _init_state(q, value), jnp.arange(len(full)))
         return None, _finalize(carry, value.dtype)
 
-    out, lse = vjp.named_output(*blocks.map_q_blocks(queries, None)[1])
+    out, lse = named_output(*blocks.map_q_blocks(queries, None)[1])
     return inputs.ungroup_heads(out), inputs.ungroup_heads(lse)
 
 
@@ -253,7 +253,7 @@ def _forward(static, query, key, value, *values):
         step = _online_softmax(blocks, q, key, value, at)
         return None, _finalize(blocks.loop_kv_blocks(step, _init_state(q, value), at), value.dtype)
 
-    out, lse = vjp.named_output(*blocks.map_q_blocks(queries, None)[1])
+    out, lse = named_output(*blocks.map_q_blocks(queries, None)[1])
     return (out, lse), (query, key, value, values, out, lse)
 
 

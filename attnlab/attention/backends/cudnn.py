@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from attnlab.attention.backends import vjp
+from attnlab.attention.arrays import named_output
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
@@ -63,7 +63,7 @@ class Cudnn:
             **lengths,
             implementation="cudnn",
         )
-        (out,) = vjp.named_output(out)
+        (out,) = named_output(out)
         if has_keys is not None:
             out = jnp.where(has_keys, out, 0)
         return AttentionResult(out, jnp.full(out.shape[:3], jnp.nan))  # an lse is unsupported

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.attention.arrays import named_output
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.reference import MASK_VALUE
 from attnlab.attention.backends.registry import AttentionResult, apply_sinks, with_zeroed
@@ -126,7 +127,7 @@ def _forward(config, query, key, value, bias):
         out, total, top = flash._flash_attention_impl(
             *(query, key, value, _finite(bias), None, True, config.causal, 1.0, 1, q, k, k, False)
         )
-    out, total, top = vjp.named_output(out, total, top)
+    out, total, top = named_output(out, total, top)
     out = jnp.where(empty[..., None], 0, out)
     # A row without keys gets sum 1 and maximum 0: masked scores have weight 0 in `_backward`.
     total, top = jnp.where(empty, 1, total), jnp.where(empty, 0, top)

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attnlab.attention.arrays import wide
-from attnlab.attention.backends import vjp
+from attnlab.attention.arrays import named_output, wide
 from attnlab.attention.backends.registry import AttentionResult, sharded_length_reason
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
@@ -64,7 +63,7 @@ def reference(
     weights, lse = attention_weights(scores, at, allowed, score, sinks, normalizer)
     kept = weights if dropout is None else dropout(weights, at)
     out = _einsum("bkgts,bskd->btkgd", kept.reshape(b, k, group, t, s), values.astype(dtype))
-    (out,) = vjp.named_output(out.reshape(b, t, h, value.shape[-1]).astype(value.dtype))
+    (out,) = named_output(out.reshape(b, t, h, value.shape[-1]).astype(value.dtype))
     return out, jnp.moveaxis(lse, 1, 2), weights
 
 

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 from jaxtyping import Array, Bool, Float
 
-from attnlab.attention.arrays import eval_at_trace_time
+from attnlab.attention.arrays import eval_at_trace_time, named_output
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.tpu_layout import Pair
 from attnlab.attention.masks.base import BlockGrid, Mask
@@ -121,7 +121,7 @@ def attention(
 
 
 def _forward(kernel, query, key, value, ids, allowed):
-    out, lse = vjp.named_output(*forward(kernel, query, key, value, ids, allowed))
+    out, lse = named_output(*forward(kernel, query, key, value, ids, allowed))
     return (out, lse), (query, key, value, ids, allowed, out, lse)
 
 

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnlab.attention.backends import vjp
+from attnlab.attention.arrays import named_output
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
@@ -87,7 +87,7 @@ class Tokamax:
             is_causal=has_keys is None and normal_form(args.mask).right == 0,
             implementation=self.implementation,
         )
-        (out,) = vjp.named_output(out)
+        (out,) = named_output(out)
         if has_keys is not None:
             out = jnp.where(jnp.swapaxes(has_keys, 1, 2), out, 0)
         lse = jnp.full(out.shape[:3], jnp.nan)  # `unsupported_reason` rejects calls that use it

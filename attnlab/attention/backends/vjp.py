@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from attnlab.attention.arrays import as_starts, slice_at, wide
@@ -26,15 +25,6 @@ def row_term(out: Array, d_out: Array, d_lse: Array) -> Array:
              = weights * (d weights - delta), since sum(weights * d weights) = out . d out.
     """
     return jnp.sum(out.astype(wide(out)) * d_out.astype(wide(d_out)), axis=-1) - d_lse
-
-
-def named_output(*arrays: Array) -> tuple[Array, ...]:
-    """Return the outputs of attention, named "attention_out" for policies of `jax.checkpoint`.
-
-    In a forward rule these are the residuals. A policy that saves them, and the queries, keys and
-    values, then does not repeat the forward pass.
-    """
-    return tuple(checkpoint_name(x, "attention_out") for x in arrays)
 
 
 def zero_cotangent(tree: Any) -> Any:
