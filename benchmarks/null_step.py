@@ -102,7 +102,7 @@ def main() -> None:
     real, null = Session(experiment, mesh, tokenizer), Session(experiment, mesh, tokenizer)
     batch = next(experiment.data.train_iterator(tokenizer, seed=0))
     _, metrics = real.train_step(real.new_state(), real.to_devices(batch))
-    null.__dict__["train_step"] = null_step(null, metrics)  # of this session alone
+    null.__dict__["train_step"] = null_step(null, metrics)  # hides the cached property
     sessions = {"experiment's step": real, "null step": null}
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for turn in range(arguments.rounds):

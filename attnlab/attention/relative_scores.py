@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax, nn
 from jaxtyping import Array, Float
 
+from attnlab.attention.arrays import wide
 from attnlab.attention.checks import (
     check_array,
     check_at_least,
@@ -117,7 +118,7 @@ def shaw(
     check_index("shaw", offset=offset)
     scale = _scale("shaw", query, scale)
     table = _check_odd(table, "shaw")
-    products = jnp.einsum("bthd,md->bhtm", query, table, preferred_element_type=_wide(query))
+    products = jnp.einsum("bthd,md->bhtm", query, table, preferred_element_type=wide(query))
     return ShawScore(scale * products, offset)
 
 
@@ -154,13 +155,13 @@ def cope(
     scale, mask = _scale("cope", query, scale), as_mask(mask)
     key = _gather_length(key)
     grouped = query.reshape(b, t, k, h // k, d)
-    products = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=_wide(query))
+    products = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide(query))
     allowed = mask.evaluate(pair_indices(b, h, t, s))
     products = products.reshape(b, h, t, s)
     gates = jnp.where(_shard_like(allowed, products), nn.sigmoid(scale * products), 0)
     position = jnp.minimum(lax.cumsum(gates, axis=3, reverse=True), table.shape[0] - 1)
     low = jnp.floor(position).astype(jnp.int32)
-    by_position = jnp.einsum("bthd,pd->bhtp", query, table, preferred_element_type=_wide(query))
+    by_position = jnp.einsum("bthd,pd->bhtp", query, table, preferred_element_type=wide(query))
     lower = jnp.take_along_axis(by_position, low, axis=-1)
     upper = jnp.take_along_axis(by_position, jnp.minimum(low + 1, table.shape[0] - 1), axis=-1)
     return BiasScore(lower + (position - low) * (upper - lower))
@@ -196,8 +197,3 @@ def _check_odd(table: Array, name: str) -> Array:
     if table.shape[0] % 2:
         return table
     raise InputError(f"{name}: the table must have 2m + 1 rows, for distances -m to m; {len(table)} is even")
-
-
-def _wide(x: Array) -> jnp.dtype:
-    """Return float32, or float64 if `x` is float64."""
-    return jnp.promote_types(x.dtype, jnp.float32)

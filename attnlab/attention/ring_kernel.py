@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.attention.backends import vjp
+from attnlab.attention.arrays import wide
 from attnlab.attention.backends.registry import AttentionArgs, refusal
 from attnlab.attention.backends.splash import Splash
 from attnlab.attention.backends.splash_blocks import max_block_size
@@ -237,4 +237,4 @@ def merge_softmax(left: State, right: State) -> State:
     lse = jnp.logaddexp(lse_1, lse_2)
     finite_lse = jnp.where(jnp.isneginf(lse), 0, lse)
     weights = [jnp.exp(x - finite_lse)[..., None] for x in (lse_1, lse_2)]
-    return out_1 * weights[0] + out_2.astype(vjp.wide(out_2)) * weights[1], lse
+    return out_1 * weights[0] + out_2.astype(wide(out_2)) * weights[1], lse

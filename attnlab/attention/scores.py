@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnlab.attention.arrays import wide
 from attnlab.attention.checks import (
     check_array,
     check_at_least,
@@ -309,8 +310,7 @@ def forgetting(log_gates: Float[Array, "B T H"]) -> Score:
       InputError: `log_gates` is not a floating-point array (B, T, H).
     """
     check_array("forgetting: log_gates", log_gates, "floating", 3)
-    dtype = jnp.promote_types(log_gates.dtype, jnp.float32)
-    sums = jnp.cumsum(jnp.moveaxis(log_gates.astype(dtype), 2, 1), axis=-1)
+    sums = jnp.cumsum(jnp.moveaxis(log_gates.astype(wide(log_gates)), 2, 1), axis=-1)
     return ForgettingScore(sums[:, :, :, None], sums[:, :, None, :])
 
 

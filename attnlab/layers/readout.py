@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from attnlab.attention.arrays import wide
 from attnlab.sharding import constrain, gathered_param_spec, has_rules, has_sharded_length, out_sharding
 
 # Maximum number of logits of a device in memory at once, and minimum number of columns of a chunk.
@@ -33,7 +34,7 @@ class LossTerms(NamedTuple):
 
 def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
     """Return x times a constant in the dtype of x, without rounding the constant to that dtype."""
-    return (x * jnp.asarray(scale, jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+    return (x * jnp.asarray(scale, wide(x))).astype(x.dtype)
 
 
 def logits(
@@ -56,11 +57,14 @@ def logits(
     else:
         flat = x.reshape(math.prod(rows), e)
         y = jnp.einsum("ne,ve->nv", flat, table, preferred_element_type=dtype, out_sharding=where)
-    if bias is not None:
-        y = y + bias.astype(dtype).reshape(*[1] * (y.ndim - 1), -1)
-    if softcap is not None:
-        y = softcap * jnp.tanh(y / softcap)
-    return y.reshape(*rows, -1, out_sharding=whole)
+    bias = None if bias is None else bias.reshape(*[1] * (y.ndim - 1), -1)
+    return _biased_and_capped(y, bias, softcap).reshape(*rows, -1, out_sharding=whole)
+
+
+def _biased_and_capped(y: Array, bias: Array | None, softcap: float | None) -> Array:
+    """Return y + bias, softcapped; the bias has the dimensions of y."""
+    y = y if bias is None else y + bias.astype(y.dtype)
+    return y if softcap is None else softcap * jnp.tanh(y / softcap)
 
 
 def token_loss_terms(
@@ -90,7 +94,7 @@ def token_loss_terms(
 
 def _loss_terms(x, targets, table, bias, softcap: float | None, dtype: str) -> LossTerms:
     y = logits(x, table, bias, softcap, dtype)
-    y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    y = y.astype(wide(y))
     ids = jnp.arange(y.shape[-1]).reshape(*[1] * targets.ndim, -1)
     target_logit = jnp.where(ids == targets[..., None], y, 0).sum(-1)
     correct = (target_logit >= jax.lax.stop_gradient(y.max(-1))).astype(y.dtype)
@@ -110,11 +114,8 @@ class _Chunk(NamedTuple):
     def logits(self, x, softcap: float | None, dtype: str) -> Float[Array, "*rows n c"]:
         """Return the logits in at least float32; -inf at padding."""
         y = _product("...e,nce->...nc", x, self.table, (*_rows(x), _vocab(self.table), None), dtype)
-        if self.bias is not None:
-            y = y + self.bias.astype(dtype)
-        if softcap is not None:
-            y = softcap * jnp.tanh(y / softcap)
-        return jnp.where(self.ids >= 0, y.astype(jnp.promote_types(dtype, jnp.float32)), -jnp.inf)
+        y = _biased_and_capped(y, self.bias, softcap)
+        return jnp.where(self.ids >= 0, y.astype(wide(y)), -jnp.inf)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -161,8 +162,8 @@ def _backward(softcap, dtype, count: int, arrays, cotangents: LossTerms):
     chunks = _chunks(x, table, bias, count)
     _, parts, _, e = chunks.table.shape
     where = jax.P(*_rows(x), _vocab(table), None) if has_rules() else None
-    shape, wide = (*x.shape[:-1], parts, e), jnp.promote_types(x.dtype, jnp.float32)
-    d_x, d_weights = jax.lax.scan(step, jnp.zeros(shape, wide, out_sharding=where), chunks)
+    zeros = jnp.zeros((*x.shape[:-1], parts, e), wide(x), out_sharding=where)
+    d_x, d_weights = jax.lax.scan(step, zeros, chunks)
     # Devices with other parts of the vocabulary add theirs in the dtype of x.
     d_x = jax.lax.reduce_sum(d_x.astype(x.dtype), axes=[x.ndim - 1])
     d_table, d_bias = jax.tree.map(partial(_join, vocab_size=len(table)), d_weights)

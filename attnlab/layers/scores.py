@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention import alibi, bias, cope, forgetting, shaw, softcap, t5_bias, temperature
+from attnlab.attention.arrays import wide
 from attnlab.attention.kv_cache import KVCache
 from attnlab.attention.masks.base import Index, Mask
 from attnlab.attention.pairwise import pair_indices
@@ -309,8 +310,7 @@ class Selective(LayerScore):
         """Return the subtrahend of each token and key, (B, T, S), and which tokens are first."""
         query = constrain(inputs.query, "batch", None, None, None)[:, :, 0]
         key = constrain(inputs.key, "batch", "sequence", None, None)[:, :, 0]
-        wide = jnp.promote_types(query.dtype, jnp.float32)
-        products = inputs.scale * jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=wide)
+        products = jnp.einsum("btd,bsd->bts", query, key, preferred_element_type=wide(query)) * inputs.scale
         at = pair_indices(len(query), 1, query.shape[1], key.shape[1])
         subtracts = (inputs.mask.evaluate(at) & (at.kv != at.q + inputs.offset))[:, 0]
         subtracts = constrain(subtracts, "batch" if len(subtracts) > 1 else None, None, "sequence")
