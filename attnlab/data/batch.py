@@ -140,14 +140,14 @@ def _arrays(example: Example) -> list[np.ndarray]:
 def pack_row(examples: Sequence[Example], length: int) -> Batch:
     """Concatenate examples to a row of `length` tokens, one segment per example."""
     row = batch_from_spec(batch_spec(1, length), lambda shape, dtype: np.zeros(shape[1:], dtype))
-    at = 0
+    counts, at = np.arange(length), 0
     for segment, example in enumerate(examples, start=1):
         here = slice(at, at + len(example.tokens))
         row.tokens[here] = example.tokens
         row.targets[here] = example.targets
         row.weights[here] = example.weights
         row.segments[here] = segment
-        row.positions[here] = np.arange(len(example.tokens))
+        row.positions[here] = counts[: len(example.tokens)]
         row.num_bytes[...] += np.sum(example.num_bytes, where=example.weights > 0)
         at = here.stop
     return row

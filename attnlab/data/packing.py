@@ -12,6 +12,8 @@ the origins of the pool's chunks and not the chunks, because reading them again 
 """
 
 import bisect
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -25,8 +27,10 @@ from attnlab.errors import InputError
 POOL_CHUNKS = 1024
 POOL_TOKENS = 2**18
 
-# Hides the latency of remote storage; on a local disk one thread is enough.
-READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
+# Several threads hide the latency of remote storage. Each reads a group of documents at a time,
+# because Grain's cost of an element in a thread exceeds that of a small document.
+GROUP = 16
+READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 BATCH_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)  # each is a batch
 
 
@@ -69,7 +73,7 @@ class Pack(grain.IterDataset[Batch]):
         seed: int | None,
         pool: int = POOL_CHUNKS,
     ):
-        super().__init__(documents.to_iter_dataset(READ_OPTIONS))
+        super().__init__(documents.batch(GROUP, batch_fn=list).to_iter_dataset(READ_OPTIONS))
         self._documents = documents
         self._length = length
         self._seed = seed
@@ -83,7 +87,7 @@ class Pack(grain.IterDataset[Batch]):
 class _PackIterator(grain.DatasetIterator[Batch]):
     def __init__(
         self,
-        reader: grain.DatasetIterator[list[Example]],
+        reader: grain.DatasetIterator[list[list[Example]]],
         documents: grain.MapDataset[list[Example]],
         length: int,
         seed: int | None,
@@ -99,6 +103,7 @@ class _PackIterator(grain.DatasetIterator[Batch]):
 
     def _begin(self, read: int, row: int) -> None:
         self._read = read  # documents read so far
+        self._group: Iterator[list[Example]] = iter(())  # documents of the current group, not yet read
         self._row = row  # rows made so far
         self._tokens = 0  # tokens in the pool
         # Sorted by (length, -document, -chunk): among chunks of the same length the oldest is last.
@@ -128,10 +133,13 @@ class _PackIterator(grain.DatasetIterator[Batch]):
 
     def _refill(self) -> None:
         while len(self._pool) < self._pool_size and self._tokens < POOL_TOKENS:
-            try:
-                chunks = next(self._reader)
-            except StopIteration:
-                return
+            chunks = next(self._group, None)
+            if chunks is None:
+                try:
+                    self._group = iter(next(self._reader))
+                except StopIteration:
+                    return
+                continue
             for index, chunk in enumerate(chunks):
                 self._put(self._read, index, chunk)
             self._read += 1
@@ -149,7 +157,7 @@ class _PackIterator(grain.DatasetIterator[Batch]):
     def get_state(self) -> dict[str, Any]:
         # A string, because Grain deep-copies the state with every batch, number by number.
         pool = " ".join(f"{-document}:{-index}" for _, document, index in self._pool)
-        return {"reader": self._reader.get_state(), "read": self._read, "row": self._row, "pool": pool}
+        return {"read": self._read, "row": self._row, "pool": pool}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a state of `get_state`.
@@ -157,8 +165,11 @@ class _PackIterator(grain.DatasetIterator[Batch]):
         Raises:
           InputError: the documents have fewer chunks than those of the state.
         """
-        self._reader.set_state(state["reader"])
         self._begin(state["read"], state["row"])
+        group, skipped = divmod(self._read, GROUP)
+        self._reader.set_state({"next_index": group})
+        if skipped:
+            self._group = itertools.islice(next(self._reader), skipped, None)
         sources = sorted(tuple(map(int, source.split(":"))) for source in state["pool"].split())
         opened, chunks = -1, []
         for document, index in sources:
