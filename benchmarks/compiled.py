@@ -1,6 +1,6 @@
-"""Compile training steps of Llama 3.1 for TPU slices, and compare them with MaxText's programs.
+"""Compile training steps of Llama models for TPU slices, and compare them with MaxText's programs.
 
-    python benchmarks/compiled.py              # works A and B; writes docs/compiled.md
+    python benchmarks/compiled.py              # all works; writes docs/compiled.md
     python benchmarks/compiled.py --works A    # prints one work
 
 Needs libtpu (extra `preflight`), but no TPU: the numbers are the compiler's. Cycles are its
@@ -18,27 +18,47 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compiled.md"
-# Chips, their configuration, mesh and rows. A torus wraps around, as in MaxText's table of slices.
+
+
+class Work(NamedTuple):
+    """A model on a slice of chips; `wrap` is whether the torus wraps around."""
+
+    model: str
+    topology: str
+    chip: str
+    wrap: bool
+    mesh: str
+    rows: int
+    length: int
+
+
+# A torus wraps around as in MaxText's table of slices.
 WORKS = {
-    "A": ("v5:4x4x4", "megacore", "fsdp:64", 64),
-    "B": ("v5e:16x16", "default", "fsdp:256", 256),
-    "tensor": ("v5:4x4x4", "megacore", "fsdp:8,tensor:8", 8),
+    "A": Work("8B", "v5:4x4x4", "megacore", True, "fsdp:64", 64, 8192),
+    "B": Work("8B", "v5e:16x16", "default", True, "fsdp:256", 256, 8192),
+    "C": Work("1B", "v5e:4x4", "default", False, "fsdp:16", 16, 4096),
+    "tensor": Work("8B", "v5:4x4x4", "megacore", True, "fsdp:8,tensor:8", 8, 8192),
 }
+# Layers, width, heads, key heads, width of the feed-forward layers, vocabulary.
+MODELS = {"8B": (32, 4096, 32, 8, 14_336, 128_256), "1B": (16, 2048, 16, 8, 8192, 32_768)}
 # Of MaxText 0.2.5 with libtpu 0.0.52 for the same model, slice and rows.
 MAXTEXT = {
     "A": {"cycles": 2_468_544_591, "peak": 9_197_812_480, "collective": 28_970 + 15_010 + 134},
     "B": {"cycles": 5_264_728_052, "peak": 6_883_676_672, "collective": 27_894 + 16_092 + 134},
+    "C": {"cycles": 592_749_609, "peak": 2_038_025_728, "collective": 1_611 + 4_991 + 34},
 }
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 TEXT = """# Compiled programs
 
-A training step of Llama 3.1 8B (rows of 8,192 tokens, bfloat16, full remat), compiled for absent
-TPU slices. `python benchmarks/compiled.py` writes this page. Cycles are the compiler's
-estimates without Pallas kernels and without waits for collectives, so they are not step times.
-Collective bytes are the sizes of the results on one device, times the trips of the loops.
+A training step in bfloat16 with full remat, compiled for absent TPU slices: Llama 3.1 8B with rows
+of 8,192 tokens and, in C, a model of 1.1B parameters with rows of 4,096.
+`python benchmarks/compiled.py` writes this page. Cycles are the compiler's estimates without Pallas
+kernels and without waits for collectives, so they are not step times. Collective bytes are the
+sizes of the results on one device, times the trips of the loops.
 
 {table}
 
@@ -58,26 +78,27 @@ def step(work: str) -> None:
     from attnlab.train import AdamW, Experiment
     from attnlab.train.session import Session
 
-    topology, chip, mesh, rows = WORKS[work]
+    name, topology, chip, wrap, mesh, rows, length = WORKS[work]
     devices = topologies.get_topology_desc(
         topology_name=topology,
         platform="tpu",
         chip_config_name=chip,
         chips_per_host_bounds=(2, 2, 1),
         num_slices=1,
-        wrap=(True, True, True),
+        wrap=(wrap,) * 3,
     ).devices
+    depth, width, heads, kv_heads, hidden, vocab_size = MODELS[name]
     model = DecoderConfig(
-        depth=32,
-        width=4096,
-        vocab_size=128_256,
+        depth=depth,
+        width=width,
+        vocab_size=vocab_size,
         tied=False,
-        attention=AttentionConfig(heads=32, kv_heads=8),
-        feed_forward=GatedMLPConfig(width=14_336, activation="silu"),
+        attention=AttentionConfig(heads=heads, kv_heads=kv_heads),
+        feed_forward=GatedMLPConfig(width=hidden, activation="silu"),
         dtypes=Dtypes(compute="bfloat16"),
         remat="full",
     )
-    data = Text(tokenizer=Bytes(), sequence_length=8192, batch_size=rows)
+    data = Text(tokenizer=Bytes(), sequence_length=length, batch_size=rows)
     experiment = Experiment(model=model, data=data, optimizer=AdamW())
     sizes = sharding.parse_mesh(mesh, len(devices))
     session = Session(experiment, sharding.make_mesh(sizes, devices), Bytes().train([]))
@@ -153,7 +174,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     """Return a Markdown table of the works, with MaxText's numbers and the ratios."""
     rows = ["| work | number | attnlab | MaxText | ratio |", "| --- | --- | --- | --- | --- |"]
     for work, result in results.items():
-        topology, _, mesh, _ = WORKS[work]
+        topology, mesh = WORKS[work].topology, WORKS[work].mesh
         numbers = {"cycles": "estimated cycles", "peak": "peak bytes", "collective": "collective MB"}
         for key, label in numbers.items():
             peer = MAXTEXT.get(work, {}).get(key)
@@ -170,11 +191,11 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Compile the works; write the page if all of A and B were compiled."""
+    """Compile the works; write the page if all were compiled."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--works", default="A,B,tensor", help="works, separated by commas")
+    parser.add_argument("--works", default=",".join(WORKS), help="works, separated by commas")
     parser.add_argument("--step", choices=WORKS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:

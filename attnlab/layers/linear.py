@@ -294,14 +294,18 @@ class Embedding(nn.Module):
     wide: bool = False
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B T"] | None = None) -> Float[Array, "V E"] | Float[Array, "B T E"]:
+    def __call__(
+        self, ids: Int[Array, "B T"] | None = None, gather: bool = True
+    ) -> Float[Array, "V E"] | Float[Array, "B T E"]:
         """Return the table, or with `ids` the row of each; see `look_up`.
+
+        The table is gathered over the fsdp axis unless `gather` is false.
 
         With `ids` the table is not gathered: each device looks up its part of the width for the
         tokens of all devices of its fsdp axis, which then exchange the parts. This moves two
         activations a step, and the gathered table two tables: the table and its gradient.
         """
-        gather = ids is None or not has_rules() or axis_size("fsdp") == 1
+        gather = (gather and ids is None) or not has_rules() or axis_size("fsdp") == 1
         table = parameter(
             *(self, "table", (self.size, self.width), self.axes, self.dtypes),
             std=self.std,

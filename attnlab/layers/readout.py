@@ -45,6 +45,7 @@ def logits(
     dtype: str,
 ) -> Float[Array, "*rows V"]:
     """Return x table^T + bias, softcapped to softcap * tanh(. / softcap) if `softcap` is set."""
+    table = _gathered(table)
     *rows, e = x.shape
     if len(rows) == 2:
         x = constrain(x, "batch", "sequence", None)
@@ -79,7 +80,8 @@ def token_loss_terms(
 
     The logits are computed in chunks of the vocabulary. The backward pass recomputes the logits of
     each chunk. A chunk of the table's gradient is one product, and the gradient of `x` is summed
-    over the chunks in at least float32.
+    over the chunks in at least float32. The table may be sharded over fsdp; then so is its
+    gradient.
     """
     b, t, e = x.shape
     x, targets = constrain(x, "batch", "sequence", None), constrain(targets, "batch", "sequence")
@@ -129,19 +131,21 @@ def _chunked_loss_terms(x, targets, table, bias, softcap, dtype, count: int) -> 
         return None, (chosen, jax.nn.logsumexp(y, axis=-1), total, y.max(-1))
 
     # Statistics of each chunk and each part of the vocabulary: (count, *rows, n).
-    _, (chosen, lse, total, largest) = jax.lax.scan(step, None, _chunks(x, table, bias, count))
+    chunks = _chunks(x, _gathered(table), bias, count)
+    _, (chosen, lse, total, largest) = jax.lax.scan(step, None, chunks)
     target_logit, mean_logit = chosen.sum((0, -1)), total.sum((0, -1)) / len(table)
     correct = (target_logit >= largest.max((0, -1))).astype(chosen.dtype)
     return LossTerms(target_logit, jax.nn.logsumexp(lse, axis=(0, -1)), mean_logit, correct)
 
 
 def _forward(x, targets, table, bias, softcap, dtype, count: int):
-    terms = _chunked_loss_terms(x, targets, table, bias, softcap, dtype, count)
-    return terms, (x, targets, table, bias, terms.lse)
+    gathered = _gathered(table)
+    terms = _chunked_loss_terms(x, targets, gathered, bias, softcap, dtype, count)
+    return terms, (x, targets, table, gathered, bias, terms.lse)
 
 
 def _backward(softcap, dtype, count: int, arrays, cotangents: LossTerms):
-    x, targets, table, bias, lse = arrays
+    x, targets, table, gathered, bias, lse = arrays
     targets, lse, d_target, d_lse, d_mean = (
         a[..., None, None]
         for a in (targets, lse, cotangents.target_logit, cotangents.lse, cotangents.mean_logit / len(table))
@@ -154,12 +158,14 @@ def _backward(softcap, dtype, count: int, arrays, cotangents: LossTerms):
             d_y *= 1 - (y / softcap) ** 2
         d_y = jnp.where(chunk.ids >= 0, d_y, 0)
         vocab = _vocab(chunk.table)
-        d_table = _product("...nc,...e->nce", d_y, x, (vocab, None, None), table.dtype)
+        d_table = _product("...nc,...e->nce", d_y, x, (vocab, None, embed), table.dtype)
         d_x += _product("...nc,nce->...ne", d_y, chunk.table, (*_rows(x), vocab, None), d_x.dtype)
         d_bias = None if bias is None else d_y.sum(range(d_y.ndim - 2)).astype(bias.dtype)
         return d_x, (d_table, d_bias)
 
-    chunks = _chunks(x, table, bias, count)
+    # A sum over the devices of fsdp is scattered: no device holds or receives all of it.
+    embed = jax.typeof(table).sharding.spec[1] if has_rules() else None
+    chunks = _chunks(x, gathered, bias, count)
     _, parts, _, e = chunks.table.shape
     where = jax.P(*_rows(x), _vocab(table), None) if has_rules() else None
     zeros = jnp.zeros((*x.shape[:-1], parts, e), wide(x), out_sharding=where)
@@ -177,6 +183,11 @@ def _product(equation: str, a: Array, b: Array, axes: tuple, dtype) -> Array:
     """Return an einsum of this dtype whose dimensions are sharded over these mesh axes."""
     where = jax.P(*axes) if has_rules() else None
     return jnp.einsum(equation, a, b, preferred_element_type=dtype, out_sharding=where)
+
+
+def _gathered(table: Float[Array, "V E"]) -> Float[Array, "V E"]:
+    """Return a table that may be sharded along its width as one that is not."""
+    return jax.sharding.reshard(table, jax.P(_vocab(table), None)) if has_rules() else table
 
 
 def _rows(x: Array) -> tuple:
@@ -211,9 +222,9 @@ def _split(a: Array, count: int, padding: int = 0) -> Array:
 def _join(a: Array, vocab_size: int) -> Array:
     """Return (V, ...) of (count, n, c, ...), the inverse of `_split`."""
     count, parts, size, *rest = a.shape
-    vocab = jax.typeof(a).sharding.spec[1]
+    _, vocab, _, *axes = jax.typeof(a).sharding.spec
     a = jnp.moveaxis(a, 0, 1).reshape(parts, count * size, *rest)[:, : vocab_size // parts]
-    where = jax.P(vocab) if has_rules() else None
+    where = jax.P(vocab, *axes) if has_rules() else None
     return a.reshape(vocab_size, *rest, out_sharding=where)
 
 

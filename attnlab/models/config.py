@@ -69,7 +69,7 @@ class Model(nn.Module):
         return token_loss_terms(x, targets, *self.readout_weights())
 
     def readout_weights(self) -> tuple[Array, Array | None, float | None, str]:
-        """Return the table, bias, softcap and dtype of the logits."""
+        """Return the table as it is stored, and bias, softcap and dtype of the logits."""
         raise NotImplementedError
 
     def __call__(self, tokens, segment_ids=None, positions=None, **inputs):

@@ -275,7 +275,7 @@ class Decoder(TextModel):
     def readout_weights(self):
         """See `Model.readout_weights`."""
         c = self.config
-        table = self.embedding() if c.tied else self.readout()
+        table = (self.embedding if c.tied else self.readout)(gather=False)
         return table, self.readout_bias() if c.readout_bias else None, c.logit_softcap, c.dtypes.logits
 
     def init_cache(self, batch: int, slots: int) -> DecoderCache:

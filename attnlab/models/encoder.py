@@ -202,4 +202,4 @@ class Encoder(TextModel):
 
     def readout_weights(self):
         """See `Model.readout_weights`."""
-        return self.head.table(self.embedding()), self.head.bias(), None, self.config.dtypes.logits
+        return self.head.table(self.embedding), self.head.bias(), None, self.config.dtypes.logits

@@ -199,9 +199,10 @@ class Head(nn.Module):
         x = self.drop(x, deterministic=deterministic)
         return x if isinstance(c, PooledConfig) else scaled(x, self.initial.readout_scale(self.width))
 
-    def table(self, embedding: Float[Array, "V W"]) -> Float[Array, "outputs W"]:
-        """Return the weights of the logits, given the token embedding table."""
-        return embedding if isinstance(self.config, MaskedLMConfig) and self.config.tied else self.readout()
+    def table(self, embedding: Embedding) -> Float[Array, "outputs W"]:
+        """Return the weights of the logits as stored, given the token embedding."""
+        tied = isinstance(self.config, MaskedLMConfig) and self.config.tied
+        return (embedding if tied else self.readout)(gather=False)
 
     def bias(self) -> Float[Array, " outputs"] | None:
         """Return the bias of the logits, or None."""

@@ -169,7 +169,7 @@ class Recurrent(Model):
 
     def readout_weights(self):
         """See `Model.readout_weights`."""
-        table = self.embedding() if self.config.tied else self.readout()
+        table = (self.embedding if self.config.tied else self.readout)(gather=False)
         return table, None, None, self.config.dtypes.logits
 
     def init_cache(self, batch: int, slots: int) -> RecurrentCache:

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +70,7 @@ def test_number_of_chunks_counts_the_rows_and_the_vocabulary_of_a_device(mesh_of
         assert readout._num_chunks(x, table) == (1 << 17) // 4 // readout.MIN_COLUMNS
 
 
-@pytest.mark.parametrize("mesh", ["data:2,tensor:4", "data:2,sequence:2,tensor:2"])
+@pytest.mark.parametrize("mesh", ["data:2,tensor:4", "data:2,sequence:2,tensor:2", "fsdp:2,tensor:4"])
 def test_chunks_on_a_mesh_do_not_change_loss_terms(mesh_of, monkeypatch, mesh):
     table, bias = jnp.pad(TABLE, [(0, 1), (0, 0)]), jnp.pad(BIAS, (0, 1))  # 4 devices divide 12
 
@@ -79,10 +81,37 @@ def test_chunks_on_a_mesh_do_not_change_loss_terms(mesh_of, monkeypatch, mesh):
     expected = jax.value_and_grad(loss, (0, 1, 2))(X, table, bias)
     monkeypatch.setattr(readout, "_num_chunks", lambda x, table: 2)  # of 3 or 6 ids, one is padding
     with jax.set_mesh(mesh_of(mesh)):
-        arrays = (jax.device_put(X, jax.P("data")), *jax.device_put((table, bias), jax.P("tensor")))
+        tables = jax.device_put(table, jax.P("tensor", "fsdp")), jax.device_put(bias, jax.P("tensor"))
+        arrays = jax.device_put(X, jax.P(("data", "fsdp"))), *tables
         got = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_a_table_over_fsdp_is_not_gathered(mesh_of, monkeypatch):
+    """The table is gathered once, and no loop returns its gradient as a whole."""
+    monkeypatch.setattr(readout, "_num_chunks", lambda x, table: 4)
+
+    def loss(table, x, targets):
+        return token_loss_terms(x, targets, table, None, None, "float32").lse.sum()
+
+    def array(dtype, spec, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    mesh, rows = mesh_of("fsdp:4,tensor:2"), jax.P(("data", "fsdp", "expert"))
+    with jax.set_mesh(mesh):
+        arrays = (
+            array(jnp.float32, jax.P("tensor", "fsdp"), 64, 16),
+            array(jnp.float32, rows, 8, 6, 16),
+            array(jnp.int32, rows, 8, 6),
+        )
+        text = jax.jit(jax.grad(loss)).lower(*arrays).compile().as_text()
+    assert len(re.findall(r" all-gather(?:-start)?\(", text)) == 1
+    loops = [line for line in text.splitlines() if " while(" in line]
+    shard, whole = "f32[4,1,8,4]", "f32[4,1,8,16]"  # chunks, parts of the vocabulary, ids, width
+    assert any(shard in line for line in loops)
+    # The chunks of the table are in both loops; a gradient would be a second such array in one.
+    assert all(line.split(" while(")[0].count(whole) == 1 for line in loops)
 
 
 def test_gradients_of_bfloat16_chunks_are_as_exact_as_of_one_product(monkeypatch):
