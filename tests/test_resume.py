@@ -78,7 +78,12 @@ def sha256(workdir, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "moments"), [("single", ["compilation", "save"]), ("data:2,fsdp:2,tensor:2", [20])]
+    ("mesh", "moments"),
+    [
+        # `tests.faults` kills runs on one device in CI.
+        pytest.param("single", ["compilation", "save"], marks=pytest.mark.long),
+        ("data:2,fsdp:2,tensor:2", [20]),
+    ],
 )
 def test_resume_after_sigkill_repeats_bits(tiny, tmp_path, mesh, moments):
     arguments = [*tiny, f"--mesh={mesh}"]
