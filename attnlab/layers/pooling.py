@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attnlab.attention.arrays import wide
 from attnlab.layers.attention import AttentionConfig, EncoderOutput, SequenceInputs, documents
 from attnlab.layers.cross_attention import CrossAttention
 from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
@@ -104,7 +105,7 @@ class Pool(nn.Module):
         x = tokens.hidden[:, self.num_prefix_tokens :]
         # Count and sum in at least float32: bfloat16 rounds 729 patches to 728.
         valid = tokens.segments[:, self.num_prefix_tokens :, None] > 0
-        valid = valid.astype(jnp.promote_types(x.dtype, jnp.float32))
+        valid = valid.astype(wide(x))
         count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
         return (jnp.sum(x * valid, axis=1, keepdims=True) / count).astype(x.dtype)
 

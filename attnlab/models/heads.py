@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from attnlab.attention.arrays import wide
 from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Bias, Dropout, Dtypes, Embedding, Linear, Normal
 from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
@@ -53,7 +54,7 @@ def pool(
     """Return the pooled vector of each token's document, and 0 at padding."""
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
     # Count and average in at least float32: half precision rounds counts and their reciprocals.
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide(x)
     pooled = (same & pooling.pooling_mask(segments)[:, None, :]).astype(dtype)
     weights = pooled / jnp.maximum(pooled.sum(-1, keepdims=True), 1)
     spec = out_sharding("batch", None, None)

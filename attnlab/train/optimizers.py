@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from attnlab.attention.arrays import wide
 from attnlab.errors import InputError, check_fields
 from attnlab.layers.linear import parameter_name
 from attnlab.train.schedules import Constant, Cosine, Schedule
@@ -344,7 +344,7 @@ def make_optimizer(
 
 def widened(tree: Any) -> Any:
     """Return a tree of arrays with those of bfloat16 or float16 as float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return jax.tree.map(lambda x: x.astype(wide(x)), tree)
 
 
 def _in_float32(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
