@@ -235,12 +235,13 @@ class _RingState:
         """Return the halves of several arrays, or the whole arrays without zig-zag."""
         return list(zip(*(jnp.split(x, self.count, axis=1) for x in arrays), strict=True))
 
-    def ring_scan(self, carry, step, keys, sums=()):
-        """Scan `step(carry, owner, steps, keys, sums)` over all owners. It returns carry and sums.
+    def ring_scan(self, carry, step, keys):
+        """Scan `step(carry, owner, steps, keys)` over all owners. It returns carry and sums.
 
         The keys and values of the next owner are sent while those of this one are used: n - 1
-        times. The sums travel with them, after each step, and arrive at their owner: n times.
-        `steps` are the numbers of the steps that the traced step may be.
+        times. The sums that belong to keys travel one step behind them, also during the next step,
+        and then to their owner: n times. `steps` are the numbers of the steps that the traced step
+        may be.
 
         Returns:
           The carry, and the sums of this device's own keys.
@@ -250,16 +251,23 @@ class _RingState:
             next_device = [(d, (d + 1) % self.n) for d in range(self.n)]
             return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, next_device), arrays)
 
-        last = self.n - 1
+        def turn(state, i, steps):
+            carry, keys, sums = state
+            arrived = send(sums)
+            carry, own = step(carry, (self.me - i) % self.n, steps, keys)
+            return carry, jax.tree.map(jnp.add, arrived, own)
 
         def rotate(state, i):
-            carry, keys, sums = state
-            next_keys = send(keys)
-            carry, sums = step(carry, (self.me - i) % self.n, range(last), keys, sums)
-            return (carry, next_keys, send(sums)), None
+            next_keys = send(state[1])
+            carry, sums = turn(state, i, range(1, last))
+            return (carry, next_keys, sums), None
 
-        (carry, keys, sums), _ = jax.lax.scan(rotate, (carry, keys, sums), jnp.arange(last))
-        carry, sums = step(carry, (self.me - last) % self.n, range(last, self.n), keys, sums)
+        last, next_keys = self.n - 1, send(keys)
+        carry, sums = step(carry, self.me, range(1), keys)
+        state = carry, next_keys, sums
+        if last > 1:
+            state, _ = jax.lax.scan(rotate, state, jnp.arange(1, last))
+        carry, sums = turn(state, last, range(last, self.n))
         return carry, send(sums)
 
 
@@ -271,13 +279,13 @@ def _ring(static, query, key, value, mask, score, dropout, offset, blocks):
 def _ring_forward(static, query, key, value, mask, score, dropout, offset, blocks):
     ring = _RingState(static, query, key, mask, score, dropout, offset, blocks)
 
-    def step(carry, owner, steps, keys, sums):
+    def step(carry, owner, steps, keys):
         results = []
         for i, ((q,), state) in enumerate(zip(ring.halves(query), carry, strict=True)):
             for j, (k, v) in enumerate(ring.halves(*keys)):
                 state = ring.attend(state, q, k, v, ring.meeting(owner, steps, i, j))
             results.append(state)
-        return results, sums
+        return results, ()
 
     rows = (*query.shape[:1], ring.sizes[0], query.shape[2])
     start = (jnp.zeros((*rows, value.shape[-1])), jnp.full(rows, -jnp.inf))
@@ -294,10 +302,11 @@ def _ring_backward(static, residuals, d_outputs):
     ring = _RingState(static, query, key, mask, score, dropout, offset, blocks)
     q_halves = ring.halves(query, d_out, lse, delta)
 
-    def step(carry, owner, steps, keys, sums):
+    def step(carry, owner, steps, keys):
         d_queries, d_score = carry
-        k_parts, d_parts = ring.halves(*keys), ring.halves(*sums)
-        d_queries = list(d_queries)
+        d_queries, k_parts = list(d_queries), ring.halves(*keys)
+        # The sums stay in float32: rounding them to bfloat16 in each of n steps would add n errors.
+        d_parts = [tuple(jnp.zeros(x.shape) for x in part) for part in k_parts]
         for i, (q, *rows) in enumerate(q_halves):
             for j, (k, v) in enumerate(k_parts):
                 meeting = ring.meeting(owner, steps, i, j)
@@ -310,9 +319,7 @@ def _ring_backward(static, residuals, d_outputs):
         return (d_queries, d_score), (d_key, d_value)
 
     zeros = [jnp.zeros(q.shape) for q, *_ in q_halves], vjp.init(score)
-    # The sums stay in float32: rounding them to bfloat16 after each of n steps would add n errors.
-    sums = jnp.zeros(key.shape), jnp.zeros(value.shape)
-    (d_queries, d_score), (d_key, d_value) = ring.ring_scan(zeros, step, (key, value), sums)
+    (d_queries, d_score), (d_key, d_value) = ring.ring_scan(zeros, step, (key, value))
     d_query = jnp.concatenate(d_queries, axis=1)
     grads = [g.astype(x.dtype) for x, g in zip((query, key, value), (d_query, d_key, d_value), strict=True)]
     d_mask, *d_others = (vjp.zero_cotangent(x) for x in (mask, dropout, offset, blocks))
