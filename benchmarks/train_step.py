@@ -25,7 +25,6 @@ from timing import alternate, available, environment, table
 OPTIMIZER = {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0
 LAYER_NORM_EPSILON = 1e-5
-SCAN = True
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Peer:
 # --- attnlab
 
 
-def attnlab_session(shape: Shape):
+def attnlab_session(shape: Shape, scan: bool = True):
     """Return a session of attnlab's decoder."""
     import types
 
@@ -70,7 +69,7 @@ def attnlab_session(shape: Shape):
             feed_forward=MLPConfig(activation="gelu", bias=True),
             norm=LayerNormConfig(epsilon=LAYER_NORM_EPSILON),
             positions=Learned(shape.length),
-            scan=SCAN,
+            scan=scan,
         ),
         data=Text(tokenizer=Bytes(), sequence_length=shape.length, batch_size=shape.batch),
         optimizer=AdamW(
@@ -99,9 +98,9 @@ def attnlab_batch(tokens: np.ndarray, targets: np.ndarray):
     return Batch(tokens, targets, ones.astype(np.float32), ones, positions, ones[:, 0].astype(np.float32))
 
 
-def attnlab_step(shape: Shape) -> Peer:
+def attnlab_step(shape: Shape, scan: bool = True) -> Peer:
     """Build the training step of attnlab's decoder."""
-    session = attnlab_session(shape)
+    session = attnlab_session(shape, scan)
     state = session.new_state()
 
     def step(tokens, targets):
@@ -256,6 +255,7 @@ def torch_step(shape: Shape, compiled: bool) -> Peer:
 
 PEERS: dict[str, Callable[[Shape], Peer]] = {
     "attnlab": attnlab_step,
+    "attnlab without scan": functools.partial(attnlab_step, scan=False),
     "jax": bare_step,
     "torch": functools.partial(torch_step, compiled=False),
     "torch.compile": functools.partial(torch_step, compiled=True),

@@ -1,6 +1,7 @@
 """Two real processes with four simulated devices each, through the command line."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -92,8 +93,10 @@ def test_modes_print_the_output_of_one_process(trained, arguments):
     assert alone.returncode == 0, alone.stderr
     codes, outs, errs = job(*two, "--workdir=trained", folder=trained)
     assert codes == [0, 0], errs
+    # Threads of Gloo print pieces of their messages in any order.
+    out = re.sub(r"\[Gloo\] Rank |\d* is connected to \d+ peer ranks.*: \d+\n?", "", outs[0])
     expected = alone.stdout.replace("exported-one", "exported-two").splitlines()
-    assert [line for line in outs[0].splitlines() if "Gloo" not in line] == expected
+    assert [line for line in out.splitlines() if line] == [line for line in expected if line]
     if (trained / "exported-two").exists():
         files = [trained / name / "model.safetensors" for name in ("exported-one", "exported-two")]
         assert files[0].read_bytes() == files[1].read_bytes()
