@@ -102,8 +102,11 @@ class _PackIterator(grain.DatasetIterator[Batch]):
         self._begin(read=0, row=0)
 
     def _begin(self, read: int, row: int) -> None:
+        group, skipped = divmod(read, GROUP)
+        self._reader.set_state({"next_index": group})
+        documents = itertools.chain.from_iterable(self._reader)
+        self._unread: Iterator[list[Example]] = itertools.islice(documents, skipped, None)
         self._read = read  # documents read so far
-        self._group: Iterator[list[Example]] = iter(())  # documents of the current group, not yet read
         self._row = row  # rows made so far
         self._tokens = 0  # tokens in the pool
         # Sorted by (length, -document, -chunk): among chunks of the same length the oldest is last.
@@ -133,13 +136,9 @@ class _PackIterator(grain.DatasetIterator[Batch]):
 
     def _refill(self) -> None:
         while len(self._pool) < self._pool_size and self._tokens < POOL_TOKENS:
-            chunks = next(self._group, None)
+            chunks = next(self._unread, None)
             if chunks is None:
-                try:
-                    self._group = iter(next(self._reader))
-                except StopIteration:
-                    return
-                continue
+                return
             for index, chunk in enumerate(chunks):
                 self._put(self._read, index, chunk)
             self._read += 1
@@ -166,10 +165,6 @@ class _PackIterator(grain.DatasetIterator[Batch]):
           InputError: the documents have fewer chunks than those of the state.
         """
         self._begin(state["read"], state["row"])
-        group, skipped = divmod(self._read, GROUP)
-        self._reader.set_state({"next_index": group})
-        if skipped:
-            self._group = itertools.islice(next(self._reader), skipped, None)
         sources = sorted(tuple(map(int, source.split(":"))) for source in state["pool"].split())
         opened, chunks = -1, []
         for document, index in sources:

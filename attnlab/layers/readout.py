@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.arrays import wide
-from attnlab.sharding import constrain, gathered_param_spec, has_rules, has_sharded_length, out_sharding
+from attnlab.sharding import constrain, has_rules, has_sharded_length, out_sharding
 
 # Maximum number of logits of a device in memory at once, and minimum number of columns of a chunk.
 MAX_LOGITS, MIN_COLUMNS = 1 << 24, 8192
@@ -51,7 +51,7 @@ def logits(
         x = constrain(x, "batch", "sequence", None)
     where = whole = None
     if (batch := out_sharding("batch")) is not None:
-        vocab = gathered_param_spec(table.shape, ("vocab", "embed"))[0]
+        vocab = _vocab(table)
         where, whole = jax.P(batch[0], vocab), jax.P(*jax.typeof(x).sharding.spec[:-1], vocab)
     if whole is not None and any(whole[1:-1]):  # two sharded dimensions cannot be merged
         y = jnp.einsum("...e,ve->...v", x, table, preferred_element_type=dtype, out_sharding=whole)
