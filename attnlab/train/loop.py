@@ -3,8 +3,10 @@
 The metrics of a step are read one step later, so that the device never waits for the host.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,7 +175,10 @@ class TrainingLoop:
             with self.goodput.measure("input"):
                 batch = next(self.batches)
             times.append(time.perf_counter())
-            with self.goodput.measure("step" if self._compiled else "compile"):
+            with (
+                self.goodput.measure("step" if self._compiled else "compile"),
+                nullcontext() if self._compiled else _garbage_collection_paused(),
+            ):
                 self._state, metrics = self.session.train_step(self._state, self.session.to_devices(batch))
             times.append(time.perf_counter())
             self._step += 1
@@ -287,6 +292,18 @@ class TrainingLoop:
                 if failure.own or is_main_process():
                     warn(str(failure), delay, self.log)
                 time.sleep(delay)
+
+
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause Python's garbage collector: tracing makes many objects, few of them garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def divergence(step: int, metrics: dict[str, Any], session: Session) -> Diverged:

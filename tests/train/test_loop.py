@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import gc
 import signal
 import time
 from types import SimpleNamespace
@@ -133,6 +134,18 @@ def test_delayed_metrics_are_logged_under_their_own_step(session):
         state, metrics = session.train_step(state, session.to_devices(next(batches)))
         if step in logged:
             assert logged[step] == float(metrics["loss"])
+
+
+def test_garbage_collection_is_paused_in_the_first_step_alone(session, monkeypatch):
+    step, enabled = session.train_step, []
+
+    def recorded(state, batch):
+        enabled.append(gc.isenabled())
+        return step(state, batch)
+
+    monkeypatch.setitem(vars(session), "train_step", recorded)
+    train(session, Limits(max_steps=3))
+    assert enabled == [False, True, True] and gc.isenabled()
 
 
 def test_run_stops_at_limits(session):
