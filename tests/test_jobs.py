@@ -10,6 +10,7 @@ import pytest
 
 from tests.jobs import EXPERIMENT, FLOAT64, job, started
 from tests.programs import metrics, program, write_text
+from tests.selection import long
 
 pytestmark = pytest.mark.slow
 MESH = "--mesh=data:8"
@@ -47,7 +48,7 @@ def parameters(folder, workdir):
     "mesh",
     [
         *("tensor:8", "dcn_data:2,fsdp:4"),
-        *(pytest.param(mesh, marks=pytest.mark.long) for mesh in ("data:8", "fsdp:2,tensor:4")),
+        *map(long, ("data:8", "fsdp:2,tensor:4")),
     ],
 )
 def test_losses_equal_those_of_one_process(folder, mesh):

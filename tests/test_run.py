@@ -228,6 +228,7 @@ def test_debug_nans_stops_at_operation(tiny, capfd):
     assert err.startswith("error: ") and err.count("\n") == 1 and "nan" in err
 
 
+@pytest.mark.long
 def test_same_seed_repeats_losses(tiny):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert call(tiny, f"--workdir={name}", f"--seed={seed}", "--max_steps=2") == 0

@@ -24,6 +24,7 @@ from attnlab.attention import (
 from attnlab.attention.block_mask import make_block_mask
 from attnlab.attention.masks.base import BlockGrid
 from tests.attention.inputs import qkv, weighted_sum
+from tests.selection import long
 
 BACKENDS = ["ring", "all_to_all", "all_gather"]
 B, T, H, K = 2, 48, 8, 4
@@ -68,7 +69,7 @@ def loss_of(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [long("no mask"), long("causal"), *list(CASES)[2:]])
 def test_outputs_and_gradients_match_reference(mesh, case, backend):
     mask, score, sinks = CASES[case]
     arrays = qkv(0, b=B, t=T, s=T, h=H, k=K)

@@ -12,6 +12,7 @@ from attnlab.attention.backends.registry import AttentionArgs, softmax_only_reas
 from attnlab.attention.dropout import HashDropout, hash_pairs
 from attnlab.attention.pairwise import block_indices, pair_indices
 from tests.attention.inputs import qkv, weighted_sum
+from tests.selection import long
 
 KEY = jax.random.key(3)
 RATE = 0.3
@@ -186,11 +187,11 @@ def test_blockwise_matches_reference(backend, mask, options):
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
-        ("ring", "key"),
         ("ring", "mask"),
+        long("ring", "key"),
         ("all_gather", "broadcast"),
         ("all_to_all", "key"),
-        ("all_to_all", "mask"),
+        long("all_to_all", "mask"),
     ],
 )
 def test_sharded_lengths_match_one_device(backend, options):

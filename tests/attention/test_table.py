@@ -29,6 +29,7 @@ from attnlab.attention.scores import (
 )
 from tests.attention.definitions import CASES, B, H, S
 from tests.attention.inputs import SHAPES, masks, weighted_sum
+from tests.selection import sample
 
 
 def positions(x):
@@ -119,7 +120,7 @@ def nth_setup(n, name):
     return {"mask": mask, "shape": shape, **options}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sample(CASES, every=3))
 def test_every_mask(name):
     n = list(CASES).index(name)
     assert_agree(score=list(SCORES)[n % len(SCORES)], **nth_setup(n, name))
@@ -135,7 +136,7 @@ def test_scores_with_blockwise_autodiff(score):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", sample(SCORES, every=2))
 def test_every_score_in_bfloat16(score):
     # The reference rounds only its result. Blockwise attention also rounds the weights and the
     # gradients of the scores (2^-8 each).

@@ -18,6 +18,7 @@ from tests.generation.models import (
     start,
     until_end,
 )
+from tests.selection import sample
 
 VOCAB = 7
 PROMPTS = [[3, 1, 4, 1, 5], [2, 6], [5, 3, 5, 2, 1, 6, 3]]
@@ -51,7 +52,7 @@ def beam_search_by_loop(model, params, prompt, steps, count, penalty):
     return [(text, score) for score, text in finished]
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", sample(PENALTIES, every=2))
 def test_beam_search_matches_loop(name):
     model, params = start(WINDOWED, VOCAB)
     penalty, of_length = PENALTIES[name]
@@ -61,7 +62,7 @@ def test_beam_search_matches_loop(name):
     assert len({len(text) for texts in got for text, _ in texts}) > 1  # some texts ended early
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", sample(PENALTIES, every=2))
 def test_beam_search_with_enough_beams_is_exhaustive(name):
     model, params = start(WINDOWED, 4)
     penalty, of_length = PENALTIES[name]

@@ -19,6 +19,7 @@ from attnlab.models import RecurrentConfig
 from attnlab.runner import request
 from tests.generation.models import WINDOWED, padded, start
 from tests.generation.test_generate import CONFIG, GREEDY, generator
+from tests.selection import long
 
 ROWS = jax.P(sharding.BATCH_AXES)
 PROMPTS = ["abcdefgh", "hello wor", "x" * 14, "q"]
@@ -61,7 +62,7 @@ def test_beam_search(contiguous, refuses):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rolling", "int8"])
+@pytest.mark.parametrize("kind", ["rolling", long("int8")])
 def test_tokens_do_not_depend_on_the_mesh(contiguous, mesh_of, kind):
     prompts, options = PROMPTS[:3], {"max_new_tokens": 17, "sampling": GREEDY}
     on_mesh = with_cache(generator(mesh_of("data:2,fsdp:2,tensor:2"), context=64), kind)

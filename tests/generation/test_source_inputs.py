@@ -178,6 +178,7 @@ def test_beam_score_counts_length_but_not_probability_of_forced_tokens(unsharded
     np.testing.assert_allclose(row.score, total / 6, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_tokens_do_not_depend_on_mesh(unsharded, mesh_of):
     config = with_defaults(suppress_tokens=tuple(range(60, 200)), forced_eos=True)
     unsharded, on_mesh = (

@@ -24,6 +24,7 @@ from attnlab.models import DecoderConfig, RecurrentConfig
 from attnlab.sharding import make_mesh, parse_mesh
 from tests.generation.models import WINDOWED, next_log_probs, start
 from tests.generation.test_generate import GREEDY, generator
+from tests.selection import long
 
 PROMPTS = ["abcabcab", "hello, hel", "x"]
 SAMPLING = SamplingParams(0.8, top_k=20, top_p=0.9)
@@ -40,7 +41,7 @@ def target_and_draft(text="single"):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kind"), [("single", "lookup"), (MESH, "lookup"), ("single", "draft"), (MESH, "draft")]
+    ("mesh", "kind"), [long("single", "lookup"), (MESH, "lookup"), ("single", "draft"), long(MESH, "draft")]
 )
 def test_greedy_tokens_equal_plain_decoding(kind, mesh):
     target_model, draft_model = target_and_draft(mesh)

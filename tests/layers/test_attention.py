@@ -13,6 +13,7 @@ from attnlab.layers import AttentionConfig, Bidirectional, Causal, RelativeBias,
 from attnlab.layers.attention import Documents, EncoderOutput, LayerSpec
 from attnlab.layers.blocks import CrossAttentionConfig
 from attnlab.models import DecoderConfig
+from tests.jitted import Jitted
 
 CONFIG = DecoderConfig(
     depth=3, width=16, attention=AttentionConfig(heads=4, kv_heads=2), positions=RelativeBias(8, 12)
@@ -27,7 +28,7 @@ MEMORY = EncoderOutput(
 
 def decoder(config=CONFIG):
     """Return a decoder that cross-attends to MEMORY; large weights make attention non-uniform."""
-    model = config.build(30, cross=CrossAttentionConfig())
+    model = Jitted(config.build(30, cross=CrossAttentionConfig()))
     params = model.init(jax.random.key(0), TOKENS, memory=MEMORY)["params"]
     return model, jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params)
 

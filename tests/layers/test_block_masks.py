@@ -15,6 +15,7 @@ from attnlab.layers.attention import Documents, EncoderOutput
 from attnlab.models import CaptionerConfig, DecoderConfig, EncoderConfig, Seq2SeqConfig, ViTConfig
 from attnlab.models.resampler import Resampler, ResamplerConfig
 from tests.attention.test_block_mask import documents
+from tests.selection import long
 
 B, T, DEPTH = 2, 256, 24
 IDS = jnp.asarray(documents(B, T, 5))
@@ -128,7 +129,7 @@ def test_a_backend_without_blocks_gets_no_block_mask(loops):
     assert "argsort" not in jax.jit(run).lower(params, *inputs).as_text()
 
 
-@pytest.mark.parametrize("options", [{}, {"scan": False, "remat": "dots"}], ids=str)
+@pytest.mark.parametrize("options", [{"scan": False, "remat": "dots"}, long({})], ids=str)
 def test_shared_block_masks_change_no_result(loops, options, monkeypatch):
     config = replace(CONFIG, depth=2, **options)
     model, run, (params, *inputs) = step(config)

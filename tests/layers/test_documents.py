@@ -19,6 +19,7 @@ from attnlab.models import (
     VisionLanguageConfig,
     ViTConfig,
 )
+from tests.jitted import Jitted
 
 RNG = np.random.default_rng(0)
 B, T = 3, 8
@@ -45,7 +46,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_lengths_and_ids_give_equal_logits(name):
     config, source = MODELS[name]
-    model = config.build(30)
+    model = Jitted(config.build(30))
     named = {} if source is None else {"source": source}
     padding = {} if source is None else {"source_segments": IDS}
     params = model.init(jax.random.key(0), TOKENS, IDS, **named, **padding)

@@ -13,6 +13,7 @@ from attnlab.layers.experts import Experts, balance_loss, clamped_swiglu, route
 from attnlab.models import DecoderConfig
 from attnlab.sharding import constrain
 from attnlab.train import AdamW, Constant
+from tests.selection import sample
 from tests.train.small import make_experiment, make_session, random_batch
 from tests.train.test_sharding_step import collectives
 
@@ -84,7 +85,7 @@ def dense(config, params, x):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["none", "tensor:4", MESH, "data:2,expert:2,sequence:2"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sample(CASES, every=2))
 def test_experts_match_dense_sum_on_meshes(name, text, mesh_of):
     config = CASES[name]
     layer, params, x = started(config)
@@ -181,6 +182,7 @@ def trained(balance):
     return losses, imbalance
 
 
+@pytest.mark.long
 def test_experts_training_on_mesh_balances_routing():
     """A larger weight of the balance loss balances the routing in fewer steps."""
     losses, imbalance = trained(0.1)

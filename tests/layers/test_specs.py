@@ -32,6 +32,7 @@ from attnlab.models import (
     ViTConfig,
 )
 from experiments.zoo import VARIANTS
+from tests.selection import sample
 
 SMALL = DecoderConfig(depth=2, width=16, attention=AttentionConfig(heads=4), feed_forward=MLPConfig(width=32))
 VOCAB, LENGTH, CHUNK, STEPS = 13, 9, 3, 12
@@ -99,7 +100,7 @@ def batch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*VARIANTS, *EXTRA])
+@pytest.mark.parametrize("name", sample([*VARIANTS, *EXTRA], every=2))
 def test_trains_on_eight_devices_and_decodes_as_its_full_forward(name):
     spec = VARIANTS.get(name) or EXTRA[name]
     mesh = sharding.make_mesh(sharding.parse_mesh("data:2,fsdp:2,tensor:2", 8))

@@ -26,6 +26,7 @@ from attnlab.layers import (
 )
 from attnlab.models import DecoderConfig, Learned
 from attnlab.sharding import BATCH_AXES, out_sharding
+from tests.selection import long
 
 VOCAB = 13
 SMALL = DecoderConfig(
@@ -164,7 +165,7 @@ def test_scanned_layers_have_different_initial_values():
     assert abs(np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1]) < 0.3
 
 
-@pytest.mark.parametrize("config", [SMALL, GPT2, MQA], ids=["sliding", "learned", "mqa"])
+@pytest.mark.parametrize("config", [SMALL, GPT2, long(MQA)], ids=["sliding", "learned", "mqa"])
 def test_cached_decoding_repeats_full_forward(config):
     model, params = start(config)
     tokens = tokens_of(2, 9)

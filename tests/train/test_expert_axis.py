@@ -10,15 +10,15 @@ from attnlab.generation import Generator, SamplingParams
 from attnlab.layers import ExpertsConfig
 from attnlab.train import AdamW, Constant
 from attnlab.train.describe import per_device
+from tests.selection import long
 from tests.train.small import TOKENIZER, make_experiment, make_session
 from tests.train.test_sequence import FLOAT64, packed_batch
 from tests.train.test_sharding_step import ROWS, WIDTH, compiled, named
 
 # Meshes with each other axis, and with the expert axis alone.
 MESHES = (
-    *("data:2,expert:4", "fsdp:2,expert:2,tensor:2"),
-    pytest.param("expert:8", marks=pytest.mark.long),
-    pytest.param("fsdp:2,expert:2,sequence:2", marks=pytest.mark.long),
+    "fsdp:2,expert:2,tensor:2",
+    *map(long, ("data:2,expert:4", "expert:8", "fsdp:2,expert:2,sequence:2")),
 )
 EXPERTS = ExpertsConfig(8, 2, width=20, bias=True, balance_loss_weight=0.1)
 

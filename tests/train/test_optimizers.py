@@ -159,6 +159,7 @@ def test_muon_orthogonalizes_matrices_and_uses_adam_for_the_rest():
     np.testing.assert_allclose(np.abs(change["norm"]["scale"]), first, rtol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", ["data:2,fsdp:2,tensor:2"])
 def test_muon_on_a_mesh_equals_one_device(mesh):
     batch = random_batch()

@@ -16,10 +16,11 @@ from attnlab.layers.linear import Dtypes
 from attnlab.models import DecoderConfig
 from experiments.zoo import VARIANTS
 from tests.layers.test_specs import initial
+from tests.selection import long
 from tests.train.small import TOKENIZER, make_experiment, make_session, random_batch
 
 MESHES = (
-    pytest.param("data:2,sequence:4", marks=pytest.mark.long),
+    long("data:2,sequence:4"),
     *("sequence:8", "fsdp:2,sequence:2,tensor:2"),
 )
 FLOAT64 = Dtypes("float64", "float64", "float64")
