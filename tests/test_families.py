@@ -58,8 +58,8 @@ def small_experiment(name):
     return dataclasses.replace(e, model=with_scan_and_remat(e.model))
 
 
-# A decoder, a recurrence, and encoders of one and of two inputs. The others compile longer.
-SHORT = ("lm_docs", "recurrent_lm", "digits", "contrastive")
+# A decoder, a recurrence and an encoder. The others compile longer.
+SHORT = ("lm_docs", "recurrent_lm", "digits")
 
 
 @pytest.fixture(params=[pytest.param(x, marks=[pytest.mark.long] * (x not in SHORT)) for x in EXPERIMENTS])

@@ -160,7 +160,7 @@ def test_import_of_exported_run_repeats_samples(place, tmp_path, capfd):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_image_classifier_exports_preprocessor_and_labels(tmp_path, capfd):
     """The exported checkpoint contains the class names; importing it needs no tokenizer file."""
     pytest.importorskip("sklearn")

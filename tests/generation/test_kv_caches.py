@@ -77,6 +77,7 @@ def test_paged_cache_on_a_mesh_of_heads(contiguous, mesh_of):
     assert [x.tokens for x in got] == [x.tokens for x in expected]
 
 
+@pytest.mark.long
 def test_bytes_of_each_kind(contiguous):
     def cache_bytes(kind, prompts, config=CONFIG):
         g = with_cache(contiguous if config is CONFIG else generator(contiguous.mesh, config), kind, 512)

@@ -32,7 +32,7 @@ from attnlab.models import (
     ViTConfig,
 )
 from experiments.zoo import VARIANTS
-from tests.selection import sample
+from tests.selection import long, sample
 
 SMALL = DecoderConfig(depth=2, width=16, attention=AttentionConfig(heads=4), feed_forward=MLPConfig(width=32))
 VOCAB, LENGTH, CHUNK, STEPS = 13, 9, 3, 12
@@ -160,7 +160,7 @@ def model_of(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["encoder", "vit", "seq2seq", "captioner", "speech"])
+@pytest.mark.parametrize("family", ["vit", "seq2seq", *map(long, ("encoder", "captioner", "speech"))])
 def test_every_parameter_of_bidirectional_layers_is_trained(family):
     config, source = model_of(family)
     model, inputs = config.build(VOCAB), {} if source is None else {"source": source}

@@ -20,6 +20,7 @@ from attnlab.models import (
 from attnlab.models.heads import pool
 from attnlab.sharding import BATCH_AXES
 from tests.models.test_decoder import VOCAB, forward, start, tokens_of
+from tests.selection import long
 
 BERT = EncoderConfig(
     depth=2,
@@ -93,7 +94,7 @@ def value_and_grad(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["albert", "modernbert"])
+@pytest.mark.parametrize("name", [long("albert"), "modernbert"])
 def test_scan_and_remat_do_not_change_gradients(name):
     config = CONFIGS[name]
     _, params = start(config, scale=0.1)

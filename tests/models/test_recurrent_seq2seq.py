@@ -12,6 +12,7 @@ from attnlab.layers.alignment import AdditiveConfig, DotConfig, GeneralConfig, N
 from attnlab.models import RecurrentSeq2SeqConfig
 from attnlab.sharding import BATCH_AXES
 from tests.models.test_recurrent import VOCAB, matmul_flops, sigmoid, tokens_of
+from tests.selection import long
 
 SMALL = RecurrentSeq2SeqConfig(depth=2, width=8, cell=GRUConfig())
 CONFIGS = {
@@ -172,7 +173,7 @@ def run(config, inputs):
     return model.apply({"params": params}, **inputs), jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parametrize("name", ["one additive layer", pytest.param("general", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["one additive layer", long("general")])
 def test_mesh_scan_and_remat_do_not_change_gradients(mesh_of, name):
     config = replace(CONFIGS[name], dropout=0.2)
     inputs = {

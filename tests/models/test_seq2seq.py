@@ -20,6 +20,7 @@ from attnlab.layers import (
 )
 from attnlab.models import DecoderConfig, EncoderConfig, Learned, Seq2SeqConfig, Sinusoidal
 from attnlab.sharding import BATCH_AXES
+from tests.selection import long
 
 VOCAB = 29
 HALF = {"depth": 2, "width": 16, "attention": AttentionConfig(heads=4), "feed_forward": MLPConfig(24, "relu")}
@@ -130,7 +131,7 @@ def gradients(config, params, tokens, source, source_segments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"scan": False}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize("change", [{"scan": False}, long({"remat": "full"})], ids=str)
 def test_scan_and_remat_do_not_change_gradients(change):
     _, params = start(ODD)
     expected = gradients(ODD, params, TOKENS, SOURCE, SOURCE_SEGMENTS)

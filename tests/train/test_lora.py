@@ -17,6 +17,7 @@ from attnlab.pretrained.import_export import abstract_params
 from attnlab.train import AdamW, Constant, LoRA, Rule
 from attnlab.train.describe import describe
 from attnlab.train.optimizers import matrix_axes
+from tests.selection import long
 from tests.train.small import make_experiment, make_session, random_batch
 
 EVERYWHERE = LoRA(rank=3, alpha=6.0, rule=r"(attention|feed_forward)/.*kernel$|embedding")
@@ -111,7 +112,9 @@ def test_matrix_axes_agree_with_the_modules(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("feed_forward", [None, ExpertsConfig(experts=4, width=8)], ids=["mlp", "experts"])
+@pytest.mark.parametrize(
+    "feed_forward", [None, long(ExpertsConfig(experts=4, width=8))], ids=["mlp", "experts"]
+)
 def test_lora_on_a_mesh_equals_one_device(feed_forward):
     model = {} if feed_forward is None else {"feed_forward": feed_forward}
     one, many = (make_session(tuned(model=model), mesh) for mesh in ("single", "data:2,fsdp:2,tensor:2"))
