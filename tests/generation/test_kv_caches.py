@@ -44,7 +44,7 @@ def test_greedy_and_sampled_tokens_equal_those_of_the_contiguous_cache(contiguou
         assert g(PROMPTS, **options) == contiguous(PROMPTS, **options)
 
 
-@pytest.mark.parametrize("kind", ["rolling", "paged"])
+@pytest.mark.parametrize("kind", ["rolling", long("paged")])
 def test_speculative_decoding_takes_draft_tokens_back(contiguous, kind):
     options = {"max_new_tokens": 23, "sampling": GREEDY}
     got = with_cache(contiguous, kind)(PROMPTS, speculator=PromptLookup(1, 3), **options)
@@ -128,7 +128,7 @@ def rounding_step(x, dtype):
     return jnp.maximum(jnp.abs(x) / 16, largest * smallest / 2)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [jnp.int8, long(jnp.float8_e4m3fn)])
 def test_error_of_logits_is_bounded_by_the_quantization_step(dtype):
     """To first order, logits change by at most the sum of |d logits / d x| * step of cached x."""
     model, params = start(WINDOWED, 32, scale=0.15)

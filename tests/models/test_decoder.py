@@ -254,7 +254,8 @@ def test_parameters_follow_logical_axis_rules(mesh_of, text, vocab):
     assert got["norm"]["scale"] == P(None)
 
 
-@pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2", pytest.param("fsdp:8", marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("text", ["data:2,fsdp:2,tensor:2", "fsdp:8"])
 def test_decoder_on_mesh_repeats_gradients(mesh_of, text):
     config = replace(SMALL, depth=2, dropout=0.1)
     model, tokens = config.build(257), tokens_of(8, 5)

@@ -184,6 +184,7 @@ def run(config, tokens):
     return params, model.apply({"params": params}, tokens), jax.value_and_grad(loss)(params)
 
 
+@pytest.mark.long
 def test_mesh_scan_and_remat_do_not_change_gradients(mesh_of):
     config, tokens = replace(CONFIGS["gru"], depth=2, dropout=0.2), tokens_of(8, 3)
     expected = jax.jit(partial(run, config))(tokens)
