@@ -63,15 +63,15 @@ sizes of the results on one device, times the trips of the loops.
 
 {table}
 
-MaxText is version 0.2.5, compiled with the same libtpu for the same slices and rows, in float32 with
-products in bfloat16, `remat_policy=full` and `attention=flash`; for `tensor` also with
+MaxText is version 0.2.5, compiled with the same libtpu for the same slices and rows, in float32
+with products in bfloat16, `remat_policy=full` and `attention=flash`; for `tensor` also with
 `ici_tensor_parallelism=8` and `allow_split_physical_axes=True`.
 
-In C and `tensor`, the compiler splits many of MaxText's products into windows and sends a part of an
-operand while it multiplies another (collective-permutes). The estimated cycles contain the split but
-not the wait that it saves. Without these windows
-(`--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000`), `tensor` has 339 M cycles and 30,631 MB
-of collectives in attnlab, and 343 M and 29,611 MB in MaxText.
+In C and `tensor`, the compiler splits many of MaxText's products into windows and sends a part of
+an operand while it multiplies another (collective-permutes). The estimated cycles contain the split
+but not the wait that it saves. Without these windows (XLA's flag
+`xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000`), `tensor` has 339 M cycles and 30,631 MB of
+collectives in attnlab, and 343 M and 29,611 MB in MaxText.
 """
 
 

@@ -62,7 +62,7 @@ ENTRY %main (x: bf16[8]) -> bf16[8] {
 
 
 def test_collectives_of_a_program_count_once_for_each_execution():
-    """In a loop of 5 trips: a gather whose start and end are fusions, and two asynchronous sends."""
+    """In a loop of 5 trips: a gather whose start and end are fusions, and two sends."""
     spec = importlib.util.spec_from_file_location("compiled", ROOT / "benchmarks" / "compiled.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

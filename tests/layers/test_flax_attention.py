@@ -92,8 +92,9 @@ def test_linen_module_keeps_its_dropout():
         return dropped, [layer.apply(params, X, deterministic=True) for layer in (flax, ours)]
 
     dropped, off = run()
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(dropped[0]))  # the key's bias has gradient 0
     for theirs, got in zip(*map(jax.tree.leaves, dropped), strict=True):
-        np.testing.assert_allclose(got, theirs, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got, theirs, rtol=1e-4, atol=1e-6 * largest)
     np.testing.assert_allclose(off[1], off[0], rtol=1e-5, atol=1e-6)
     assert abs(float(jnp.sum(off[1] ** 2) - dropped[1][0])) > 1e-3
 
