@@ -148,11 +148,10 @@ def executed(text: str) -> dict[str, float]:
                 totals["cycles"] += times * int(cycles[1]) * (int(cycles[1]) < 2**62)  # else unknown
             fused = re.search(r" fusion\(.*calls=%?([\w.-]+)", line)
             for inner in (line, *(computations.get(fused[1], ()) if fused else ())):
-                found = re.search(rf"= (.*?) ({COLLECTIVES})(-done)?\(", inner)
-                channel = re.search(r"channel_id=\d+", inner)
-                key = inner if found and found[3] else channel and channel[0]
-                if found and key and key not in channels:
-                    channels.add(key)
+                found = re.search(rf"= (.*?) ({COLLECTIVES})(?:-done)?\(", inner)
+                channel = re.search(r"channel_id=\d+|-done\(.*?\)", inner)
+                if found and channel and channel[0] not in channels:
+                    channels.add(channel[0])
                     totals[found[2]] += times * result_bytes(found[1]) / 1e6
 
     visit(entry, 1)

@@ -106,12 +106,16 @@ def run_python_json(code, *arguments, timeout=600, **variables):
 
 
 def metrics(workdir, split=None):
-    """Return the lines of a run's metrics.jsonl without their time, which differs between runs.
-
-    The run may still be writing the last line.
-    """
-    complete, _, _ = (Path(workdir) / "metrics.jsonl").read_text().rpartition("\n")
-    lines = [json.loads(line) for line in complete.splitlines()]
+    """Return the lines of a run's metrics.jsonl without their time, which differs between runs."""
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["time"]
     return [line for line in lines if split in (None, line["split"])]
+
+
+def last_logged_step(workdir):
+    """Return the last training step in the metrics of a run, which may be running; 0 if none."""
+    try:
+        return max((line["step"] for line in metrics(workdir, "train")), default=0)
+    except (FileNotFoundError, ValueError):  # no file yet, or a partial line
+        return 0

@@ -16,6 +16,7 @@ from attnlab import sharding
 from attnlab.train.session import Session
 from tests.compilation import default_environment
 from tests.programs import ROOT
+from tests.selection import long
 
 # Experiment of each family, with overrides that make it small: short rows, and widths that the mesh
 # divides.
@@ -62,7 +63,7 @@ def small_experiment(name):
 SHORT = ("lm_docs", "recurrent_lm", "digits")
 
 
-@pytest.fixture(params=[pytest.param(x, marks=[pytest.mark.long] * (x not in SHORT)) for x in EXPERIMENTS])
+@pytest.fixture(params=[x if x in SHORT else long(x) for x in EXPERIMENTS])
 def name(request):
     if request.param in OPTIONAL_DEPENDENCIES:
         pytest.importorskip(OPTIONAL_DEPENDENCIES[request.param])

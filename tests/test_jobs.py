@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.jobs import EXPERIMENT, FLOAT64, job, started
-from tests.programs import metrics, program, write_text
+from tests.programs import last_logged_step, metrics, program, write_text
 from tests.selection import long
 
 pytestmark = pytest.mark.slow
@@ -117,9 +117,7 @@ def wait_for_step(workdir, step, timeout=240):
     """Wait until the metrics of a run contain the step."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if (workdir / "metrics.jsonl").exists() and any(
-            line["step"] >= step for line in metrics(workdir, "train")
-        ):
+        if last_logged_step(workdir) >= step:
             return
         time.sleep(0.05)
     raise AssertionError(f"{workdir} did not reach step {step}")
@@ -232,7 +230,7 @@ def report(trained):
 """
 
 
-@pytest.mark.parametrize("part", ["evaluation", pytest.param("report", marks=pytest.mark.long)])
+@pytest.mark.parametrize("part", ["evaluation", long("report")])
 def test_signal_to_one_process_stops_both_in_the_same(folder, part):
     text = write_text(folder / f"{part}.txt", lines=30_000 if part == "evaluation" else 200)
     experiment = EXPERIMENT.format(text=text).partition("\ndef report")[0] + SLOW_REPORT

@@ -15,7 +15,8 @@ import pytest
 
 from attnlab.runner.exit_codes import ExitCode
 from attnlab.train.loop import Diverged, TrainingLoop
-from tests.programs import call, command, environment, metrics, program, write_tiny
+from tests.programs import call, command, environment, last_logged_step, metrics, program, write_tiny
+from tests.selection import long
 
 STEPS = 60
 
@@ -33,13 +34,6 @@ def tiny(tmp_path, monkeypatch):
 
 def curve(workdir):
     return {(line["step"], line["split"]): line["loss"] for line in metrics(workdir)}
-
-
-def last_logged_step(workdir):
-    try:
-        return max((line["step"] for line in metrics(workdir, "train")), default=0)
-    except (FileNotFoundError, ValueError):  # no file yet, or a partial line
-        return 0
 
 
 def partial_checkpoints(workdir):
@@ -81,7 +75,7 @@ def sha256(workdir, mesh):
     ("mesh", "moments"),
     [
         # `tests.faults` kills runs on one device in CI.
-        pytest.param("single", ["compilation", "save"], marks=pytest.mark.long),
+        long("single", ["compilation", "save"]),
         ("data:2,fsdp:2,tensor:2", [20]),
     ],
 )
