@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.checks import check_array, check_at_least
+from attnlab.attention.arrays import check_array, check_at_least
 from attnlab.attention.positions import angles_of, frequencies
 from attnlab.errors import InputError
 

@@ -12,6 +12,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from attnlab.attention.arrays import (
+    check_array,
+    check_arrays,
+    check_number,
+    check_options,
+    describe,
+    is_array,
+)
 from attnlab.attention.backends.blockwise import Blockwise, BlockwiseAutodiff
 from attnlab.attention.backends.cudnn import Cudnn
 from attnlab.attention.backends.decode import Decode
@@ -33,19 +41,11 @@ from attnlab.attention.backends.registry import (
 from attnlab.attention.backends.splash import Splash
 from attnlab.attention.backends.tokamax import Tokamax
 from attnlab.attention.block_mask import BlockMask, make_block_mask
-from attnlab.attention.checks import (
-    check_array,
-    check_arrays,
-    check_number,
-    check_options,
-    describe,
-    is_array,
-)
 from attnlab.attention.context_parallel import AllGather, AllToAll
 from attnlab.attention.dropout import AttentionDropout, HashDropout, MaskDropout
 from attnlab.attention.fallback import kernel_scope
 from attnlab.attention.masks.base import Mask, PerHeadMask, as_mask
-from attnlab.attention.masks.normal_form import depends_on_batch_and_heads, is_static
+from attnlab.attention.masks.basic import depends_on_batch_and_heads, is_static
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import BlockGrid, BlockOffset, PairwiseFn
 from attnlab.attention.ring import Ring

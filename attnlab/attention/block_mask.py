@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from attnlab.attention.arrays import eval_at_trace_time
 from attnlab.attention.masks.base import BlockGrid, Mask
-from attnlab.attention.masks.normal_form import is_static, static_part
+from attnlab.attention.masks.basic import is_static, static_part
 from attnlab.attention.pairwise import Dims, pytree, restrict_to_bounds, static, summarize_blocks
 
 

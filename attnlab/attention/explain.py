@@ -13,7 +13,7 @@ from attnlab.attention.backends.registry import BACKENDS, Backend, Selection, re
 from attnlab.attention.block_mask import make_block_mask
 from attnlab.attention.fallback import Fallback
 from attnlab.attention.masks.base import BlockGrid, as_mask
-from attnlab.attention.masks.normal_form import is_static
+from attnlab.attention.masks.basic import is_static
 
 
 @dataclasses.dataclass(frozen=True)

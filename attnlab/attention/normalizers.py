@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.attention.checks import check_at_least
+from attnlab.attention.arrays import check_at_least
 
 __all__ = ["entmax15", "off_by_one", "sigmoid", "softmax", "sparsemax", "top_k"]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.checks import check_array, check_at_least, check_number, check_positions, describe
+from attnlab.attention.arrays import check_array, check_at_least, check_number, check_positions, describe
 from attnlab.errors import InputError
 
 

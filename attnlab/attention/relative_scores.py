@@ -11,12 +11,12 @@ import numpy as np
 from jax import lax, nn
 from jaxtyping import Array, Float
 
-from attnlab.attention.arrays import wide
-from attnlab.attention.checks import (
+from attnlab.attention.arrays import (
     check_array,
     check_at_least,
     check_index,
     check_number,
+    wide,
 )
 from attnlab.attention.masks.base import Index, Mask, as_mask
 from attnlab.attention.pairwise import pair_indices

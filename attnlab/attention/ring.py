@@ -24,7 +24,7 @@ from attnlab.attention.backends.registry import (
 from attnlab.attention.backends.splash import Splash
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.context_parallel import ContextParallelBackend
-from attnlab.attention.masks.normal_form import normal_form
+from attnlab.attention.masks.basic import normal_form
 from attnlab.attention.pairwise import BlockGrid
 from attnlab.attention.ring_kernel import (
     EMPTY,

@@ -23,8 +23,8 @@ from attnlab.attention.backends.tpu_layout import Pair, kernel_block_sizes, roun
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.fallback import kernel_scope
 from attnlab.attention.masks.base import Mask
+from attnlab.attention.masks.basic import NormalForm, normal_form, zero_padding
 from attnlab.attention.masks.intervals import KeyLengthMask
-from attnlab.attention.masks.normal_form import NormalForm, normal_form, zero_padding
 from attnlab.attention.scores import Score
 
 # Output (B, T, H, D) in float32 and log-sum-exp (B, T, H) of a part of the queries.

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnlab.attention.arrays import wide
-from attnlab.attention.checks import (
+from attnlab.attention.arrays import (
     check_array,
     check_at_least,
     check_function,
     check_number,
     describe,
     is_array,
+    wide,
 )
 from attnlab.attention.masks.base import Index
 from attnlab.attention.pairwise import PairIndices, PairwiseFn, pytree, static

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from attnlab.attention.backends.registry import AttentionArgs, AttentionResult
 from attnlab.attention.block_mask import BlockMask, make_block_mask
-from attnlab.attention.masks.normal_form import depends_on_batch_and_heads, is_static
+from attnlab.attention.masks.basic import depends_on_batch_and_heads, is_static
 from attnlab.attention.pairwise import BlockGrid, BlockOffset
 from attnlab.errors import InputError
 

@@ -17,7 +17,7 @@ from attnlab.attention.kv_cache import (
     QuantizedKVCache,
     RollingKVCache,
 )
-from attnlab.attention.masks.normal_form import normal_form
+from attnlab.attention.masks.basic import normal_form
 from attnlab.errors import InputError
 from attnlab.layers.specs import LayerSpec
 

@@ -13,7 +13,7 @@ from attnlab.attention import attend, key_lengths, segments, shift_mask, softcap
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.kv_cache import CachedKeys, DecoderCache
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.normal_form import conjunction
+from attnlab.attention.masks.basic import conjunction
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import pytree, static
 from attnlab.layers.linear import Dtypes, Linear, parameter

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from attnlab.attention import segments
 from attnlab.attention.kv_cache import KVCache, LayerCache
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.normal_form import conjunction
+from attnlab.attention.masks.basic import conjunction
 from attnlab.layers.attention import AttentionLayer, SequenceInputs
 from attnlab.layers.specs import Bidirectional, FirstValue, LayerSpec
 from attnlab.sharding import gather_length

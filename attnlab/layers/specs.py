@@ -14,7 +14,7 @@ from attnlab.attention import attend, causal, t5_bias, window
 from attnlab.attention.arrays import eval_at_trace_time
 from attnlab.attention.kv_cache import KVCache
 from attnlab.attention.masks.base import Index, Mask
-from attnlab.attention.masks.normal_form import is_causal
+from attnlab.attention.masks.causality import is_causal
 from attnlab.attention.positions import Scaling, rotary
 from attnlab.attention.scores import Score
 from attnlab.errors import check_fields

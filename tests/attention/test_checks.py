@@ -7,7 +7,7 @@ import pytest
 
 from attnlab import attention as attn
 from attnlab.attention import normalizers
-from attnlab.attention.checks import check_array, check_number, describe
+from attnlab.attention.arrays import check_array, check_number, describe
 
 NAN, INF = float("nan"), float("inf")
 IDS, FLOATS = jnp.ones((2, 6), int), jnp.ones((2, 6))

@@ -26,7 +26,7 @@ from attnlab.attention.backends.registry import (
 from attnlab.attention.block_mask import BlockMask, StaticBlockInfo, even_block_size, make_block_mask
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.normal_form import normal_form, padding_is_all, zero_padding
+from attnlab.attention.masks.basic import normal_form, padding_is_all, zero_padding
 from attnlab.attention.pairwise import BlockGrid, BlockOffset
 from attnlab.attention.scores import Score
 

@@ -25,7 +25,7 @@ from attnlab.attention.backends.registry import (
     softmax_only_reason,
     with_zeroed,
 )
-from attnlab.attention.masks.normal_form import NormalForm, normal_form
+from attnlab.attention.masks.basic import NormalForm, normal_form
 
 SUPPORTED_MASKS = "it supports only the masks causal(), window(left, 0) and key_lengths()"
 

@@ -27,8 +27,8 @@ from attnlab.attention.backends.tpu_layout import (
     to_bhtd,
     tpu_unsupported_reason,
 )
+from attnlab.attention.masks.basic import normal_form
 from attnlab.attention.masks.dense import GIB, format_bytes, materialize_bias, materialize_mask
-from attnlab.attention.masks.normal_form import normal_form
 
 
 class Flash:

@@ -15,8 +15,8 @@ from attnlab.attention.arrays import varying_axes, wide
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
+from attnlab.attention.masks.basic import zero_padding
 from attnlab.attention.masks.dense import zero_masked
-from attnlab.attention.masks.normal_form import zero_padding
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import BlockOffset
 from attnlab.attention.scores import Score

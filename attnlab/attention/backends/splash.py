@@ -21,8 +21,8 @@ from attnlab.attention.backends.tpu_layout import (
     tpu_unsupported_reason,
 )
 from attnlab.attention.masks.base import Mask
+from attnlab.attention.masks.basic import NormalForm, is_shared_by_rows, normal_form
 from attnlab.attention.masks.dense import GIB, format_bytes, mask_size, materialize_mask
-from attnlab.attention.masks.normal_form import NormalForm, is_shared_by_rows, normal_form
 from attnlab.attention.scores import SoftcapScore
 
 

@@ -19,7 +19,7 @@ from attnlab.attention.arrays import eval_at_trace_time, named_output
 from attnlab.attention.backends import vjp
 from attnlab.attention.backends.tpu_layout import Pair
 from attnlab.attention.masks.base import BlockGrid, Mask
-from attnlab.attention.masks.normal_form import NormalForm, depends_on_batch_and_heads
+from attnlab.attention.masks.basic import NormalForm, depends_on_batch_and_heads
 from attnlab.attention.pairwise import pair_indices
 
 Kernel = splash.SplashAttentionKernel

@@ -20,6 +20,7 @@ from attnlab.attention.backends.registry import (
     softmax_only_reason,
     with_zeroed,
 )
+from attnlab.attention.masks.basic import normal_form
 from attnlab.attention.masks.dense import (
     GIB,
     format_bytes,
@@ -27,7 +28,6 @@ from attnlab.attention.masks.dense import (
     materialize_bias,
     materialize_mask,
 )
-from attnlab.attention.masks.normal_form import normal_form
 
 
 class Tokamax:

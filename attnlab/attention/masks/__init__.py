@@ -1,7 +1,7 @@
 """Masks: which (query, key) pairs may attend."""
 
 from attnlab.attention.masks.base import Mask, mask_fn, per_head, shift_mask
-from attnlab.attention.masks.basic import causal, segments, tree, window
+from attnlab.attention.masks.basic import causal, segments, window
 from attnlab.attention.masks.grids import neighbourhood, sliding_tile, tile_order
 from attnlab.attention.masks.intervals import (
     block_causal,
@@ -15,6 +15,7 @@ from attnlab.attention.masks.intervals import (
     sinks_and_window,
 )
 from attnlab.attention.masks.sparse import bigbird, blocks, dilated, global_tokens, strided
+from attnlab.attention.masks.tree import tree
 
 __all__ = [
     "Mask",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.checks import check_array, check_function, check_index, describe, is_array
+from attnlab.attention.arrays import check_array, check_function, check_index, describe, is_array
 from attnlab.attention.masks.counts import count_pairs, map_query_blocks
 from attnlab.attention.pairwise import (
     BlockGrid,

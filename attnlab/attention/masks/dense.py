@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.normal_form import depends_on_batch_and_heads
+from attnlab.attention.masks.basic import depends_on_batch_and_heads
 from attnlab.attention.pairwise import BlockOffset, block_indices
 from attnlab.attention.scores import Score
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from attnlab.attention.checks import check_at_least
+from attnlab.attention.arrays import check_at_least
 from attnlab.attention.masks.base import CountingMask, Mask
 from attnlab.attention.pairwise import pytree, static
 from attnlab.errors import InputError

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.checks import check_array, check_at_least, check_index
+from attnlab.attention.arrays import check_array, check_at_least, check_index
 from attnlab.attention.masks.base import CountingMask, Index, Mask
 from attnlab.attention.pairwise import PairIndices, pytree, static
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from attnlab.attention.checks import check_array, check_at_least, check_index, check_window, is_array
+from attnlab.attention.arrays import check_array, check_at_least, check_index, check_window, is_array
 from attnlab.attention.masks.base import BlockSummary, CountingMask, Index, Mask
 from attnlab.attention.masks.intervals import split_blocks, window_bounds
 from attnlab.attention.pairwise import pytree, static

@@ -23,7 +23,8 @@ from attnlab.attention import (
     window,
 )
 from attnlab.attention.masks.base import as_mask
-from attnlab.attention.masks.normal_form import is_causal, is_static, normal_form, static_part
+from attnlab.attention.masks.basic import is_static, normal_form, static_part
+from attnlab.attention.masks.causality import is_causal
 from tests.attention.inputs import masks
 
 B, T, S = 2, 7, 9
