@@ -116,8 +116,7 @@ def compare_masks(rounds: int, length: int = 4096) -> None:
 
 
 def _compare_masks(rows: int, length: int, masks: dict, rounds: int) -> None:
-    from attnlab.attention.backends.blockwise import default_block_sizes
-    from attnlab.attention.block_mask import make_block_mask
+    from attnlab.attention.block_mask import default_block_sizes, make_block_mask
     from attnlab.attention.masks.base import BlockGrid
 
     inputs = arrays(rows, length)

@@ -20,7 +20,8 @@ from attnlab.attention.arrays import (
     describe,
     is_array,
 )
-from attnlab.attention.backends.blockwise import Blockwise, BlockwiseAutodiff
+from attnlab.attention.backends.blockwise import Blockwise
+from attnlab.attention.backends.blockwise_autodiff import BlockwiseAutodiff
 from attnlab.attention.backends.cudnn import Cudnn
 from attnlab.attention.backends.decode import Decode
 from attnlab.attention.backends.flash import Flash

@@ -11,8 +11,10 @@ from jaxtyping import Array, Bool, Int
 
 from attnlab.attention.arrays import eval_at_trace_time
 from attnlab.attention.masks.base import BlockGrid, Mask
-from attnlab.attention.masks.basic import is_static, static_part
+from attnlab.attention.masks.basic import is_static, normal_form, static_part
 from attnlab.attention.pairwise import Dims, pytree, restrict_to_bounds, static, summarize_blocks
+
+FEW_QUERIES, MAX_BLOCK_SCORES = 16, 2**26  # of blocks on a TPU or GPU
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,31 @@ MIN_SCORES = 2**15
 def even_block_size(length: int, max_size: int) -> int:
     """Return the size of the fewest equal parts of `length` that are at most `max_size` long."""
     return -(-length // -(-length // max_size))
+
+
+def default_block_sizes(
+    num_queries: int, num_keys: int, mask: Mask | None = None, platform: str = "cpu", rows: int = 1
+) -> tuple[int, int]:
+    """Return block_q and block_kv of a loop in plain JAX over `rows` batch rows times heads.
+
+    The sizes for CPUs were the fastest there: the scores of a block should fit into the cache, and
+    a causal mask skips a larger fraction of smaller blocks. So do packed documents, which leave few
+    pairs of a large block. On a GPU the launches of kernels limit small blocks: blocks have 1024
+    queries and keys, or less where the scores of a block, of all rows and heads, are over 2^26
+    (256 MiB). On a TPU or GPU, few queries take all keys at once.
+    """
+    if platform != "cpu" and num_queries <= FEW_QUERIES:
+        return num_queries, even_block_size(num_keys, MAX_BLOCK_SCORES // (rows * num_queries) or 1)
+    if platform == "gpu":
+        size = 1024
+        while size > 256 and rows * size**2 > MAX_BLOCK_SCORES:
+            size //= 2
+        return even_block_size(num_queries, size), even_block_size(num_keys, size)
+    if num_queries <= 1024 and num_keys <= 1024:
+        q, kv = (even_block_size(n, min(128, max(64, -(-n // 4)))) for n in (num_queries, num_keys))
+        return q, kv
+    max_q, max_kv = (128, 128) if normal_form(mask).segments is not None else (256, 512)
+    return even_block_size(num_queries, max_q), even_block_size(num_keys, max_kv)
 
 
 @jax.named_scope("make_block_mask")

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import jax
 
-from attnlab.attention.backends.blockwise import Blockwise, default_block_sizes
+from attnlab.attention.backends.blockwise import Blockwise
 from attnlab.attention.backends.reference import Reference
 from attnlab.attention.backends.registry import (
     AttentionArgs,
@@ -20,7 +20,7 @@ from attnlab.attention.backends.registry import (
     select_backend,
     softmax_only_reason,
 )
-from attnlab.attention.block_mask import BlockMask
+from attnlab.attention.block_mask import BlockMask, default_block_sizes
 from attnlab.attention.fallback import kernel_scope
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import PairwiseFn

@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from attnlab.attention.attend import attend
-from attnlab.attention.backends.blockwise import default_block_sizes
 from attnlab.attention.backends.registry import BACKENDS, Backend, Selection, record_selections
-from attnlab.attention.block_mask import make_block_mask
+from attnlab.attention.block_mask import default_block_sizes, make_block_mask
 from attnlab.attention.fallback import Fallback
 from attnlab.attention.masks.base import BlockGrid, as_mask
 from attnlab.attention.masks.basic import is_static

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from attnlab.attention.arrays import named_output, slice_at
 from attnlab.attention.backends import vjp
-from attnlab.attention.backends.blockwise import Blockwise, blockwise, blockwise_gradients
+from attnlab.attention.backends.blockwise import BlockedInputs, Blockwise, backward_blocks, blockwise
 from attnlab.attention.backends.registry import (
     AttentionArgs,
     AttentionResult,
@@ -24,8 +24,10 @@ from attnlab.attention.backends.registry import (
 from attnlab.attention.backends.splash import Splash
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.context_parallel import ContextParallelBackend
+from attnlab.attention.dropout import AttentionDropout
+from attnlab.attention.masks.base import Mask
 from attnlab.attention.masks.basic import normal_form
-from attnlab.attention.pairwise import BlockGrid
+from attnlab.attention.pairwise import BlockGrid, BlockOffset
 from attnlab.attention.ring_kernel import (
     EMPTY,
     Meeting,
@@ -34,6 +36,7 @@ from attnlab.attention.ring_kernel import (
     merge_softmax,
     unsupported_part_reason,
 )
+from attnlab.attention.scores import Score
 
 
 class Ring(ContextParallelBackend):
@@ -269,6 +272,41 @@ class _RingState:
             state, _ = jax.lax.scan(rotate, state, jnp.arange(1, last))
         carry, sums = turn(state, last, range(last, self.n))
         return carry, send(sums)
+
+
+def blockwise_gradients(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    d_out: Float[Array, "B T H Dv"],
+    lse: Float[Array, "B T H"],
+    delta: Float[Array, "B T H"],
+    *,
+    mask: Mask | None = None,
+    score: Score | None = None,
+    scale: float = 1.0,
+    dropout: AttentionDropout | None = None,
+    offset: BlockOffset = (0, 0, 0, 0),
+    block_mask: BlockMask | None = None,
+):
+    """Return gradients of attention to a subset of the keys, given the log-sum-exp of all keys.
+
+    `d_out` is the gradient of the output. `lse` is the log-sum-exp over all keys, including those
+    that are not in `key`, and `delta` is `vjp.row_term` of the output over all keys. The other
+    arguments are those of `blockwise`.
+
+    Returns:
+      The gradients of query, key and value, in float32, and of the score. Those of query and score
+      are the contributions of these keys.
+    """
+    values = mask, score, dropout
+    inputs = BlockedInputs(query.shape, key.shape, values, scale, offset, block_mask=block_mask)
+    rows = (inputs.group_heads(x) for x in (d_out, lse, delta))
+    arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
+    d_query, d_key, d_value, d_score = backward_blocks(inputs.static, *arrays, inputs.values, *rows)
+    s = key.shape[1]
+    d_key, d_value = (jnp.swapaxes(x, 1, 2)[:, :s] for x in (d_key, d_value))
+    return inputs.ungroup_heads(d_query), d_key, d_value, vjp.finalize(score, d_score)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

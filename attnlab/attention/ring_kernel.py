@@ -178,7 +178,7 @@ class RingKernel:
     def gradients(self, sums, query, key, value, d_out, lse, delta, meeting: Meeting):
         """Return sums of the gradients of query, key and value, with those of a meeting.
 
-        The arguments are those of `blockwise_gradients`.
+        The arguments are those of `ring.blockwise_gradients`.
         """
         from attnlab.attention.backends import splash_kernel
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.attention import bias, block_mask, causal, mask_fn, per_head, reference, segments, window
-from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff, default_block_sizes
-from attnlab.attention.block_mask import make_block_mask
+from attnlab.attention.backends.blockwise import blockwise
+from attnlab.attention.backends.blockwise_autodiff import blockwise_autodiff
+from attnlab.attention.block_mask import default_block_sizes, make_block_mask
 from attnlab.attention.masks.base import BlockGrid
 from tests.attention.inputs import SHAPES, allowed_pairs, masks, qkv, weighted_sum
 from tests.selection import sample

@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.attention import attend, causal, explain, register, segments, window
 from attnlab.attention.attend import AUTO_ORDER
-from attnlab.attention.backends.blockwise import default_block_sizes
 from attnlab.attention.backends.reference import Reference
 from attnlab.attention.backends.registry import BACKENDS, AttentionResult
+from attnlab.attention.block_mask import default_block_sizes
 from tests.attention.inputs import qkv
 
 SHAPE = jax.ShapeDtypeStruct((2, 512, 4, 16), jnp.float32)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.attention import mask_fn
-from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff
+from attnlab.attention.backends.blockwise import blockwise
+from attnlab.attention.backends.blockwise_autodiff import blockwise_autodiff
 from attnlab.attention.backends.reference import reference
 from attnlab.attention.backends.registry import apply_sinks
 from attnlab.attention.relative_scores import alibi, cope, relative_bias, shaw, t5_bias

@@ -6,56 +6,31 @@ row (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3). The backward p
 weights from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
 """
 
-import dataclasses
+import math
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from attnlab.attention.arrays import cast_varying, named_output, unify_varying, varying_axes, wide
+from attnlab.attention.arrays import cast_varying, named_output, slice_at, unify_varying, varying_axes, wide
 from attnlab.attention.backends import vjp
-from attnlab.attention.backends.block_loop import Blocks, QueryBlock
-from attnlab.attention.backends.reference import MASK_VALUE
+from attnlab.attention.backends.reference import MASK_VALUE, stop_masked_gradient
 from attnlab.attention.backends.registry import (
     AttentionResult,
     apply_sinks,
     sharded_length_reason,
     softmax_only_reason,
 )
-from attnlab.attention.block_mask import BlockMask, StaticBlockInfo, even_block_size, make_block_mask
+from attnlab.attention.block_mask import BlockMask, StaticBlockInfo, default_block_sizes, make_block_mask
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
-from attnlab.attention.masks.basic import normal_form, padding_is_all, zero_padding
-from attnlab.attention.pairwise import BlockGrid, BlockOffset
+from attnlab.attention.masks.basic import padding_is_all, zero_padding
+from attnlab.attention.pairwise import BlockGrid, BlockOffset, block_indices
 from attnlab.attention.scores import Score
-
-FEW_QUERIES, MAX_BLOCK_SCORES = 16, 2**26  # of blocks on a TPU or GPU
-
-
-def default_block_sizes(
-    num_queries: int, num_keys: int, mask: Mask | None = None, platform: str = "cpu", rows: int = 1
-) -> tuple[int, int]:
-    """Return block_q and block_kv; `rows` is the number of batch rows times heads.
-
-    The sizes for CPUs were the fastest there: the scores of a block should fit into the cache, and
-    a causal mask skips a larger fraction of smaller blocks. So do packed documents, which leave few
-    pairs of a large block. On a GPU the launches of kernels limit
-    small blocks: blocks have 1024 queries and keys, or less where the scores of a block, of all
-    rows and heads, are over 2^26 (256 MiB). On a TPU or GPU, few queries take all keys at once.
-    """
-    if platform != "cpu" and num_queries <= FEW_QUERIES:
-        return num_queries, even_block_size(num_keys, MAX_BLOCK_SCORES // (rows * num_queries) or 1)
-    if platform == "gpu":
-        size = 1024
-        while size > 256 and rows * size**2 > MAX_BLOCK_SCORES:
-            size //= 2
-        return even_block_size(num_queries, size), even_block_size(num_keys, size)
-    if num_queries <= 1024 and num_keys <= 1024:
-        q, kv = (even_block_size(n, min(128, max(64, -(-n // 4)))) for n in (num_queries, num_keys))
-        return q, kv
-    max_q, max_kv = (128, 128) if normal_form(mask).segments is not None else (256, 512)
-    return even_block_size(num_queries, max_q), even_block_size(num_keys, max_kv)
 
 
 def blockwise(
@@ -92,105 +67,189 @@ def blockwise(
     if clean:
         query, key, value = zero_padding(mask, query, key, value)
     values = mask, score, dropout
-    inputs = _BlockedInputs(query.shape, key.shape, values, scale, offset, block_sizes, block_mask, clean)
+    inputs = BlockedInputs(query.shape, key.shape, values, scale, offset, block_sizes, block_mask, clean)
     arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
     out, lse = _blockwise(inputs.static, *unify_varying((*arrays, *inputs.values)))
     return inputs.ungroup_heads(out), inputs.ungroup_heads(lse)
 
 
-def blockwise_gradients(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K Dv"],
-    d_out: Float[Array, "B T H Dv"],
-    lse: Float[Array, "B T H"],
-    delta: Float[Array, "B T H"],
-    *,
-    mask: Mask | None = None,
-    score: Score | None = None,
-    scale: float = 1.0,
-    dropout: AttentionDropout | None = None,
-    offset: BlockOffset = (0, 0, 0, 0),
-    block_mask: BlockMask | None = None,
-):
-    """Return gradients of attention to a subset of the keys, given the log-sum-exp of all keys.
+class QueryBlock(NamedTuple):
+    """The block of queries of one step: its first batch row and query head, and its index.
 
-    Args:
-      query: (B, T, H, D).
-      key: (B, S, K, D).
-      value: (B, S, K, Dv).
-      d_out: gradient of the output, (B, T, H, Dv).
-      lse: log-sum-exp over all keys, including those that are not in `key`, (B, T, H).
-      delta: `vjp.row_term` of the output over all keys, (B, T, H).
-      mask: as in `blockwise`.
-      score: as in `blockwise`.
-      scale: as in `blockwise`.
-      dropout: as in `blockwise`.
-      offset: as in `blockwise`.
-      block_mask: as in `blockwise`.
-
-    Returns:
-      The gradients of query, key and value, in float32, and of the score. Those of query and score
-      are the contributions of these keys.
+    The first two are 0 if all rows, or all heads, share their lists.
     """
-    values = mask, score, dropout
-    inputs = _BlockedInputs(query.shape, key.shape, values, scale, offset, block_mask=block_mask)
-    rows = (inputs.group_heads(x) for x in (d_out, lse, delta))
-    arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
-    d_query, d_key, d_value, d_score = _backward_blocks(inputs.static, *arrays, inputs.values, *rows)
-    s = key.shape[1]
-    d_key, d_value = (jnp.swapaxes(x, 1, 2)[:, :s] for x in (d_key, d_value))
-    return inputs.ungroup_heads(d_query), d_key, d_value, vjp.finalize(score, d_score)
+
+    row: Array | int
+    head: Array | int
+    block: Array | int
 
 
-def blockwise_autodiff(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K Dv"],
-    *,
-    mask: Mask | None = None,
-    score: Score | None = None,
-    scale: float = 1.0,
-    dropout: AttentionDropout | None = None,
-    offset: BlockOffset = (0, 0, 0, 0),
-    block_sizes: tuple[int, int] | None = None,
-    block_mask: BlockMask | None = None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """Return the result of `blockwise` in a form that JAX differentiates automatically.
+class Blocks:
+    """The blocks of one call: their scores, and loops over the blocks of the block mask.
 
-    It is slower than `blockwise` but has forward-mode and second derivatives. The arguments are
-    those of `blockwise`.
+    A step computes the rows and heads that share their lists of blocks.
     """
-    inputs = _BlockedInputs(
-        query.shape, key.shape, (mask, score, dropout), scale, offset, block_sizes, block_mask, unroll=False
-    )
-    arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
-    query, key, value, *values = unify_varying((*arrays, *inputs.values))
-    blocks = Blocks(inputs.static, query.shape, *values)
 
-    def queries(_, at):
-        q = blocks.slice_queries(query, at)
-        visit = _online_softmax(blocks, q, key, value, at, zero_all=True)
-        full, num_full, partial_, num_partial = blocks.kv_lists(at)
+    def __init__(
+        self,
+        static,
+        query_shape: tuple[int, ...],
+        mask: Mask | None,
+        score: Score | None,
+        dropout: AttentionDropout | None,
+        block_mask: BlockMask,
+        offset: BlockOffset,
+    ):
+        self.scale, self.clean = static
+        self.mask, self.score, self.dropout = mask, score, dropout
+        self.block_mask, self.offset = block_mask, offset
+        self.block_q, self.block_kv, self.info = block_mask.block_q, block_mask.block_kv, block_mask.info
+        self.shape = query_shape[:3]  # (B, K, G)
+        b, kv_heads, group = self.shape
+        rows, heads = self.num_lists = block_mask.num_lists
+        heads = kv_heads * group // heads
+        # (B, K, G) of one step
+        self.step_shape = b // rows, *((heads // group, group) if heads >= group else (1, heads))
 
-        @jax.checkpoint
-        def step(carry, n):
-            branch = jnp.where(n < num_full, 1, jnp.where(n < num_full + num_partial, 2, 0))
-            branches = [
-                lambda c: c,
-                lambda c: visit(c, full[n], False),
-                lambda c: visit(c, partial_[jnp.maximum(n - num_full, 0)], True),
-            ]
-            return jax.lax.switch(branch, branches, carry), None
+    def _pair_indices(self, at: QueryBlock, j):
+        b, h, q, k = self.offset
+        offset = b + at.row, h + at.head, q + at.block * self.block_q, k + j * self.block_kv
+        rows, *heads = self.step_shape
+        return block_indices(offset, (rows, math.prod(heads), self.block_q, self.block_kv))
 
-        carry, _ = jax.lax.scan(step, _init_state(q, value), jnp.arange(len(full)))
-        return None, _finalize(carry, value.dtype)
+    def starts(self, at: QueryBlock, j) -> dict[str, Array | int]:
+        """Return the start of a block in the arrays of a mask or score, per named dimension."""
+        starts: dict[str, Array | int] = {"queries": at.block * self.block_q, "keys": j * self.block_kv}
+        firsts = {"batch": at.row, "heads": at.head}
+        listed = zip(firsts, self.num_lists, strict=True)
+        return starts | {name: firsts[name] for name, count in listed if count > 1}
 
-    out, lse = named_output(*blocks.map_q_blocks(queries, None)[1])
-    return inputs.ungroup_heads(out), inputs.ungroup_heads(lse)
+    def slice_values(self, value, at: QueryBlock, j):
+        """Return a mask, score or dropout with its arrays sliced to a block."""
+        rows, *heads = self.step_shape
+        sizes = {"queries": self.block_q, "keys": self.block_kv, "batch": rows, "heads": math.prod(heads)}
+        return value.slice_block(**{name: (x, sizes[name]) for name, x in self.starts(at, j).items()})
+
+    def slice_queries(self, x: Array, at: QueryBlock, axis: int = 3) -> Array:
+        """Return a block of an array of queries (B, K, G, T, ...), or (B, K, D, G, T) at axis 4."""
+        group, group_axis = self.shape[2], axis - 1
+        starts: list[Array | int] = [0] * x.ndim
+        sizes = list(x.shape)
+        starts[:2], starts[group_axis] = [at.row, at.head // group], at.head % group
+        sizes[:2], sizes[group_axis] = self.step_shape[:2], self.step_shape[2]
+        starts[axis], sizes[axis] = at.block * self.block_q, self.block_q
+        return slice_at(x, starts, sizes)
+
+    def key_starts(self, at: QueryBlock, j, axis: int) -> list[Array | int]:
+        """Return the start of a block in an array of keys (B, K, ...) with its length on `axis`."""
+        starts = [at.row, at.head // self.shape[2], 0, 0]
+        starts[axis] = j * self.block_kv
+        return starts
+
+    def slice_keys(self, x: Array, at: QueryBlock, j) -> Array:
+        """Return the block of an array of keys (B, K, S, D)."""
+        sizes = *self.step_shape[:2], self.block_kv, x.shape[3]
+        return slice_at(x, self.key_starts(at, j, 2), sizes)
+
+    def allowed_pairs(self, at: QueryBlock, j):
+        """Return the allowed pairs of a block, (B or 1, K or 1, G or 1, block_q, block_kv)."""
+        local = j * self.block_kv + jnp.arange(self.block_kv)
+        allowed = (local < self.block_mask.kv_length)[None, None, None, :]
+        if self.mask is not None:
+            pairs = self._pair_indices(at, j)
+            allowed = allowed & self.slice_values(self.mask, at, j).evaluate(pairs)
+        heads = (1, 1) if allowed.shape[1] == 1 else self.step_shape[1:]
+        allowed = allowed.reshape(-1, *heads, *allowed.shape[2:])
+        return jnp.broadcast_to(allowed, (*allowed.shape[:3], self.block_q, self.block_kv))
+
+    def zero_masked_keys(self, allowed, *arrays):
+        """Return keys or values with 0 for those without queries; see `zero_masked`."""
+        if allowed is None or self.clean:
+            return arrays
+        return tuple(jnp.where(allowed.any((2, 3))[..., None], x, 0) for x in arrays)
+
+    def scores(self, q, k, at: QueryBlock, j, allowed):
+        """Return the scores of a block and their VJP.
+
+        The scores are (B, K, G, block_q, block_kv). The VJP returns the gradients of the products
+        of queries and keys, and of the `Score`. `allowed` is from `allowed_pairs`, or None.
+        """
+        raw = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=wide(q))
+        shape, flat = raw.shape, (raw.shape[0], raw.shape[1] * raw.shape[2], *raw.shape[3:])
+        scores, pull_back = self._scaled(raw), lambda g: (self._scaled(g), None)
+        if self.score is not None:
+            pairs = self._pair_indices(at, j)
+            allowed_4d = None if allowed is None else allowed.reshape(len(allowed), -1, *flat[2:])
+            modified, score_vjp = jax.vjp(
+                lambda x, score: score(stop_masked_gradient(allowed_4d, x), pairs),
+                scores.reshape(flat),
+                self.slice_values(self.score, at, j),
+            )
+            scores = modified.reshape(shape)
+
+            def pull_back(g):
+                g, g_score = score_vjp(g.reshape(flat).astype(modified.dtype))
+                return self._scaled(g.reshape(shape)), g_score
+
+        return scores if allowed is None else jnp.where(allowed, scores, MASK_VALUE), pull_back
+
+    def drop(self, weights, at: QueryBlock, j):
+        """Return the weights of a block, or their gradients, after dropout."""
+        if self.dropout is None:
+            return weights
+        flat = weights.reshape(len(weights), -1, *weights.shape[3:])
+        kept = self.slice_values(self.dropout, at, j)(flat, self._pair_indices(at, j))
+        return kept.reshape(weights.shape)
+
+    def _scaled(self, x):
+        return x if self.scale == 1 else self.scale * x
+
+    def kv_lists(self, at: QueryBlock):
+        """Return the full kv blocks of a block of queries, their number, and the partial ones."""
+        rows, *heads = self.step_shape
+        index, mask = (at.row // rows, at.head // math.prod(heads), at.block), self.block_mask
+        lists = mask.full_kv_indices, mask.full_kv_num_blocks, mask.kv_indices, mask.kv_num_blocks
+        return tuple(jnp.asarray(x)[index] for x in lists)
+
+    def loop_kv_blocks(self, step, carry, at: QueryBlock):
+        """Fold `step(carry, j, masked)` over the kv blocks of a block of queries."""
+        if self.info.unrolled is not None:
+            for j, masked in self.info.unrolled[at.block]:
+                carry = step(carry, j, masked)
+            return carry
+        full, num_full, partial_, num_partial = self.kv_lists(at)
+        if self.info.has_full:
+            carry = jax.lax.fori_loop(0, num_full, lambda n, c: step(c, full[n], False), carry)
+        if self.info.has_partial:
+            carry = jax.lax.fori_loop(0, num_partial, lambda n, c: step(c, partial_[n], True), carry)
+        return carry
+
+    def map_q_blocks(self, step, carry):
+        """Scan `step(carry, at)` over blocks of queries; return its outputs (B, K, G, T, ...)."""
+        count = self.block_mask.num_blocks[0]
+        if self.info.unrolled is not None:
+            results = []
+            for i in range(count):
+                carry, result = step(carry, QueryBlock(0, 0, i))
+                results.append(result)
+            return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), *results)
+        rows, heads = self.num_lists
+        indices = np.indices((rows, heads, count)).reshape(3, -1).T
+        step_rows, *step_heads = self.step_shape
+        firsts = indices * np.array([step_rows, math.prod(step_heads), 1])
+        carry, parts = jax.lax.scan(lambda c, at: step(c, QueryBlock(*at)), carry, jnp.asarray(firsts))
+        kv_heads, group = (n // m for n, m in zip(self.shape[1:], step_heads, strict=True))
+
+        def join(x):
+            # (rows, kv heads, heads of a group, blocks of queries) of the steps, then of one step
+            x = x.reshape(rows, kv_heads, group, count, *x.shape[1:])
+            x = x.transpose(0, 4, 1, 5, 2, 6, 3, *range(7, x.ndim))
+            return x.reshape(*self.shape, count * self.block_q, *x.shape[8:])
+
+        return carry, jax.tree.map(join, parts)
 
 
-class _BlockedInputs:
+class BlockedInputs:
     """Padding and layout of one call, with heads as a batch dimension of all matrix products."""
 
     def __init__(
@@ -212,7 +271,7 @@ class _BlockedInputs:
             block_sizes = block_sizes or default_block_sizes(t, s, mask)
             block_mask = make_block_mask(mask, BlockGrid(t, s, *block_sizes, b, self.heads, offset))
         if not unroll:
-            block_mask = dataclasses.replace(block_mask, info=StaticBlockInfo())
+            block_mask = replace(block_mask, info=StaticBlockInfo())
         self.num_queries, (count, width) = t, block_mask.num_blocks
         self.lengths = {"queries": count * block_mask.block_q, "keys": width * block_mask.block_kv}
         self.static = scale, clean or mask is None
@@ -250,14 +309,14 @@ def _forward(static, query, key, value, *values):
 
     def queries(_, at):
         q = blocks.slice_queries(query, at)
-        step = _online_softmax(blocks, q, key, value, at)
-        return None, _finalize(blocks.loop_kv_blocks(step, _init_state(q, value), at), value.dtype)
+        step = online_softmax(blocks, q, key, value, at)
+        return None, finalize(blocks.loop_kv_blocks(step, init_state(q, value), at), value.dtype)
 
     out, lse = named_output(*blocks.map_q_blocks(queries, None)[1])
     return (out, lse), (query, key, value, values, out, lse)
 
 
-def _online_softmax(blocks: Blocks, query, key, value, at: QueryBlock, zero_all: bool = False):
+def online_softmax(blocks: Blocks, query, key, value, at: QueryBlock, zero_all: bool = False):
     """Return the function that adds a kv block to the running softmax of a block of queries."""
 
     def step(carry, j, masked):
@@ -278,13 +337,14 @@ def _online_softmax(blocks: Blocks, query, key, value, at: QueryBlock, zero_all:
     return step
 
 
-def _init_state(query, value):
+def init_state(query, value):
+    """Return the state of the running softmax before the first kv block."""
     row = query.shape[:4]
     state = jnp.full(row, MASK_VALUE), jnp.zeros(row), jnp.zeros((*row, value.shape[-1]))
     return cast_varying(state, varying_axes(query))
 
 
-def _finalize(carry, dtype):
+def finalize(carry, dtype):
     """Return output and log-sum-exp of rows after their last kv block."""
     row_max, row_sum, out = carry
     empty = row_max <= MASK_VALUE
@@ -298,13 +358,14 @@ def _backward(static, residuals, d_outputs):
     d_out, d_lse = d_outputs
     delta = vjp.row_term(out, d_out, d_lse)
     arrays = query, key, value
-    *grads, d_score = _backward_blocks(static, *arrays, (mask, score, *others), d_out, lse, delta)
+    *grads, d_score = backward_blocks(static, *arrays, (mask, score, *others), d_out, lse, delta)
     grads = [g.astype(x.dtype) for x, g in zip(arrays, grads, strict=True)]
     d_score = vjp.finalize(score, d_score)
     return *grads, vjp.zero_cotangent(mask), d_score, *map(vjp.zero_cotangent, others)
 
 
-def _backward_blocks(static, query, key, value, values, d_out, lse, delta):
+def backward_blocks(static, query, key, value, values, d_out, lse, delta):
+    """Return gradients of query, key and value, and of the score's blocks; see `BlockedInputs`."""
     blocks, score = Blocks(static, query.shape, *values), values[1]
     axes = varying_axes((query, key, value, d_out))
     empty = jnp.isneginf(lse)
@@ -381,10 +442,3 @@ class Blockwise:
             options["block_sizes"] = self.block_sizes(args)
         out, lse = self.function(args.query, args.key, args.value, **options)
         return AttentionResult(*(out, lse) if args.sinks is None else apply_sinks(out, lse, args.sinks))
-
-
-class BlockwiseAutodiff(Blockwise):
-    """`Blockwise` with forward-mode and second derivatives; see `blockwise_autodiff`."""
-
-    name = "blockwise_autodiff"
-    function = staticmethod(blockwise_autodiff)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from attnlab.attention import bias, causal, mask_fn, reference, score_fn, segments, window
-from attnlab.attention.backends.blockwise import blockwise, blockwise_autodiff, default_block_sizes
-from attnlab.attention.block_mask import make_block_mask
+from attnlab.attention.backends.blockwise import blockwise
+from attnlab.attention.backends.blockwise_autodiff import blockwise_autodiff
+from attnlab.attention.block_mask import default_block_sizes, make_block_mask
 from attnlab.attention.masks.base import BlockGrid, DenseMask
 from tests.attention.inputs import qkv, weighted_sum
 from tests.selection import sample

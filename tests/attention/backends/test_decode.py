@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from attnlab.attention import attend, bias, causal, explain, segments, softcap, window
-from attnlab.attention.backends.blockwise import default_block_sizes
 from attnlab.attention.backends.decode import decode
 from attnlab.attention.backends.reference import reference
 from attnlab.attention.backends.registry import AttentionArgs, select_backend
+from attnlab.attention.block_mask import default_block_sizes
 from tests.attention.inputs import qkv, weighted_sum
 from tests.attention.test_table import SCORES, assert_agree
 
