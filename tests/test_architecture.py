@@ -35,6 +35,7 @@ MAY_IMPORT = {
 # Third-party libraries of the attention package; the kernels of tokamax are optional.
 ATTENTION_LIBRARIES = {"jax", "numpy", "jaxtyping"}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 450, 70
+MAX_FILES_OF_FORWARD_PASS = 16  # of a decoder with the backend blockwise
 
 
 def module_name(file: Path) -> str:
@@ -130,3 +131,34 @@ def test_global_names_exist(module):
         pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         read = {x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL"}
         assert read <= names, f"{module}.{code.co_name}"
+
+
+def test_forward_pass_enters_few_files():
+    """A reader who follows a model from its config to its logits reads these files."""
+    import sys
+
+    import jax
+    import jax.numpy as jnp
+
+    from attnlab.attention import exclude_backends
+    from attnlab.attention.backends.registry import BACKENDS
+    from attnlab.layers import AttentionConfig
+    from attnlab.models import DecoderConfig
+
+    model = DecoderConfig(depth=2, width=32, attention=AttentionConfig(heads=4)).build(vocab_size=32)
+    tokens = jnp.zeros((2, 16), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    files = set()
+
+    def enter(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT / "attnlab")):
+            files.add(Path(frame.f_code.co_filename).relative_to(ROOT))
+
+    with exclude_backends(*{backend.name for backend in BACKENDS} - {"blockwise"}):
+        sys.setprofile(enter)
+        try:
+            model.apply(params, tokens)
+        finally:
+            sys.setprofile(None)
+    assert Path("attnlab/attention/backends/blockwise.py") in files
+    assert len(files) <= MAX_FILES_OF_FORWARD_PASS, sorted(map(str, files))

@@ -88,7 +88,7 @@ def test_flattened_short_names_are_valid_overrides():
 
 def test_saved_config_has_short_names_and_loads_both_spellings():
     saved = configs.to_dict(GatedMLPConfig(width=64))
-    assert saved["$type"] == "attnlab.layers.feed_forward:GatedMLP"
+    assert saved["$type"] == "attnlab.layers.position_wise:GatedMLP"
     assert configs.from_dict(saved) == GatedMLPConfig(width=64)
     assert configs.from_dict(saved | {"$type": f"{saved['$type']}Config"}) == GatedMLPConfig(width=64)
 

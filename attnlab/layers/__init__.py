@@ -20,7 +20,6 @@ from attnlab.layers.blocks import (
 )
 from attnlab.layers.cross_attention import CrossAttention, PerceiverAttention
 from attnlab.layers.experts import Experts, ExpertsConfig
-from attnlab.layers.feed_forward import MLP, GatedMLP, GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, Embedding, Linear, MuP, Normal
 from attnlab.layers.mixers import (
     Differential,
@@ -38,7 +37,16 @@ from attnlab.layers.normalizers import (
     Sparsemax,
     TopK,
 )
-from attnlab.layers.norms import LayerNorm, LayerNormConfig, RMSNorm, RMSNormConfig
+from attnlab.layers.position_wise import (
+    MLP,
+    GatedMLP,
+    GatedMLPConfig,
+    LayerNorm,
+    LayerNormConfig,
+    MLPConfig,
+    RMSNorm,
+    RMSNormConfig,
+)
 from attnlab.layers.recurrent import GRUConfig, LSTMConfig
 from attnlab.layers.remat import Save
 from attnlab.layers.scores import (

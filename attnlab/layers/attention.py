@@ -17,7 +17,7 @@ from attnlab.attention.masks.basic import conjunction
 from attnlab.attention.normalizers import softmax
 from attnlab.attention.pairwise import pytree, static
 from attnlab.layers.linear import Dtypes, Linear, parameter
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
+from attnlab.layers.position_wise import LayerNormConfig, RMSNormConfig
 from attnlab.layers.specs import (  # noqa: F401 - saved configs name these classes here
     Bidirectional,
     Causal,

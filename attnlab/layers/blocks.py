@@ -28,9 +28,8 @@ from attnlab.layers.cross_attention import (
     perceiver_attention_mask,
 )
 from attnlab.layers.experts import ExpertsConfig
-from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, Normal
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
+from attnlab.layers.position_wise import GatedMLPConfig, LayerNormConfig, MLPConfig, RMSNormConfig
 from attnlab.layers.remat import Remat, remat_policy
 from attnlab.layers.specs import FirstValue, LayerSpec, NoPositions, RelativeBias, Rotary
 from attnlab.sharding import has_sharded_length, length_axes, out_sharding

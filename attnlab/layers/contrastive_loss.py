@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from attnlab.layers.readout import LossTerms
+from attnlab.layers.loss_terms import LossTerms
 from attnlab.sharding import constrain
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig, check_width
 from attnlab.layers.linear import Dtypes, Linear, parameter
+from attnlab.layers.position_wise import ACTIVATIONS, GatedMLPConfig, check_width
 from attnlab.sharding import constrain, spec
 
 # One linear map per expert: kernels (X, inputs, outputs), and biases (X, outputs) or None.

@@ -1,4 +1,4 @@
-"""Parameters and their initialisation, linear maps, embedding tables and dropout."""
+"""Parameters and their initialisation, linear maps, embedding tables, logits and dropout."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab import sharding
+from attnlab.attention.arrays import wide
 from attnlab.errors import InputError, check_fields
 from attnlab.layers.products import QUANTIZED, quantized_product
 from attnlab.sharding import (
@@ -357,6 +358,52 @@ def look_up(table: Float[Array, "V E"], ids: Int[Array, "B T"]) -> Float[Array, 
         check_ids(np.asarray(ids), len(table))  # jnp would trace the comparison under eval_shape
     rows = out_sharding("batch", "sequence", None, shape=ids.shape)
     return table.at[ids].get(mode="promise_in_bounds", out_sharding=rows)
+
+
+def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
+    """Return x times a constant in the dtype of x, without rounding the constant to that dtype."""
+    return (x * jnp.asarray(scale, wide(x))).astype(x.dtype)
+
+
+def logits(
+    x: Float[Array, "*rows E"],
+    table: Float[Array, "V E"],
+    bias: Float[Array, " V"] | None,
+    softcap: float | None,
+    dtype: str,
+) -> Float[Array, "*rows V"]:
+    """Return x table^T + bias, softcapped to softcap * tanh(. / softcap) if `softcap` is set."""
+    table = gather_width(table)
+    *rows, e = x.shape
+    if len(rows) == 2:
+        x = constrain(x, "batch", "sequence", None)
+    where = whole = None
+    if (batch := out_sharding("batch")) is not None:
+        vocab = vocab_axis(table)
+        where, whole = jax.P(batch[0], vocab), jax.P(*jax.typeof(x).sharding.spec[:-1], vocab)
+    if whole is not None and any(whole[1:-1]):  # two sharded dimensions cannot be merged
+        y = jnp.einsum("...e,ve->...v", x, table, preferred_element_type=dtype, out_sharding=whole)
+    else:
+        flat = x.reshape(math.prod(rows), e)
+        y = jnp.einsum("ne,ve->nv", flat, table, preferred_element_type=dtype, out_sharding=where)
+    bias = None if bias is None else bias.reshape(*[1] * (y.ndim - 1), -1)
+    return bias_and_cap(y, bias, softcap).reshape(*rows, -1, out_sharding=whole)
+
+
+def bias_and_cap(y: Array, bias: Array | None, softcap: float | None) -> Array:
+    """Return y + bias, softcapped; the bias has the dimensions of y."""
+    y = y if bias is None else y + bias.astype(y.dtype)
+    return y if softcap is None else softcap * jnp.tanh(y / softcap)
+
+
+def gather_width(table: Float[Array, "V E"]) -> Float[Array, "V E"]:
+    """Return a table that may be sharded along its width as one that is not."""
+    return jax.sharding.reshard(table, jax.P(vocab_axis(table), None)) if has_rules() else table
+
+
+def vocab_axis(table: Array) -> Any:
+    """Return the mesh axis of the first dimension."""
+    return jax.typeof(table).sharding.spec[0]
 
 
 class Dropout(nn.Module):

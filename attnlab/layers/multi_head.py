@@ -17,7 +17,7 @@ from attnlab.errors import InputError
 from attnlab.layers.attention import AttentionConfig
 from attnlab.layers.flax_attention import flatten_batch
 from attnlab.layers.linear import Dtypes, Linear, parameter
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
+from attnlab.layers.position_wise import LayerNormConfig, RMSNormConfig
 from attnlab.layers.specs import Rotary
 
 

@@ -10,9 +10,8 @@ from jaxtyping import Array, Float
 from attnlab.attention.arrays import wide
 from attnlab.layers.attention import AttentionConfig, EncoderOutput, SequenceInputs, documents
 from attnlab.layers.cross_attention import CrossAttention
-from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
 from attnlab.layers.linear import Dtypes, Embedding, Linear
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
+from attnlab.layers.position_wise import GatedMLPConfig, LayerNormConfig, MLPConfig, RMSNormConfig
 from attnlab.layers.specs import Bidirectional, NoPositions
 from attnlab.sharding import constrain, gather_length
 

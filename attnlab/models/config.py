@@ -12,10 +12,9 @@ from attnlab.errors import InputError
 from attnlab.layers.attention import AttentionConfig
 from attnlab.layers.blocks import BlockConfig, Cross, Placement
 from attnlab.layers.experts import ExpertsConfig
-from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
-from attnlab.layers.linear import Dtypes, MuP, Normal
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.readout import LossTerms, logits, token_loss_terms
+from attnlab.layers.linear import Dtypes, MuP, Normal, logits
+from attnlab.layers.loss_terms import LossTerms, token_loss_terms
+from attnlab.layers.position_wise import GatedMLPConfig, LayerNormConfig, MLPConfig, RMSNormConfig
 from attnlab.layers.remat import Remat
 from attnlab.layers.specs import (
     Causal,

@@ -11,9 +11,9 @@ from attnlab.errors import InputError, check_fields
 from attnlab.layers.attention import SegmentIds, documents
 from attnlab.layers.contrastive_loss import ClipLoss, PairLogits, SiglipLoss
 from attnlab.layers.linear import Linear, parameter
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
+from attnlab.layers.loss_terms import LossTerms
 from attnlab.layers.pooling import pooled_width
-from attnlab.layers.readout import LossTerms
+from attnlab.layers.position_wise import LayerNormConfig, RMSNormConfig
 from attnlab.layers.specs import Learned, NoPositions, RelativeBias, Rotary, Sinusoidal
 from attnlab.models.config import Model, ModelConfig, TextConfig
 from attnlab.models.decoder import TextModel

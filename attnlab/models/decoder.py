@@ -35,8 +35,7 @@ from attnlab.layers.blocks import (
 )
 from attnlab.layers.cross_attention import CROSS_SPEC, CrossAttention, PerceiverAttention
 from attnlab.layers.experts import Experts, ExpertsConfig
-from attnlab.layers.linear import Bias, Dropout, Embedding, look_up, parameter
-from attnlab.layers.readout import scaled
+from attnlab.layers.linear import Bias, Dropout, Embedding, look_up, parameter, scaled
 from attnlab.layers.scores import ScoreInputs, ScoreModule, score_names
 from attnlab.layers.specs import (
     Causal,

@@ -10,7 +10,7 @@ from attnlab.errors import InputError
 from attnlab.layers.attention import EncoderOutput, SegmentIds, documents
 from attnlab.layers.blocks import LayerStack
 from attnlab.layers.linear import Linear, look_up
-from attnlab.layers.readout import LossTerms
+from attnlab.layers.loss_terms import LossTerms
 from attnlab.layers.specs import Bidirectional, LayerSpec
 from attnlab.models.config import SourceConfig, TextConfig
 from attnlab.models.decoder import TextModel, layer_stack

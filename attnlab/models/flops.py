@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnlab.layers.experts import ExpertsConfig
-from attnlab.layers.feed_forward import GatedMLPConfig, MLPConfig
+from attnlab.layers.position_wise import GatedMLPConfig, MLPConfig
 from attnlab.layers.scores import LayerSizes
 from attnlab.layers.specs import LayerSpec
 

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from attnlab.attention.arrays import wide
-from attnlab.layers.feed_forward import ACTIVATIONS
-from attnlab.layers.linear import Bias, Dropout, Dtypes, Embedding, Linear, Normal
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
-from attnlab.layers.readout import scaled
+from attnlab.layers.linear import Bias, Dropout, Dtypes, Embedding, Linear, Normal, scaled
+from attnlab.layers.position_wise import ACTIVATIONS, LayerNormConfig, RMSNormConfig
 from attnlab.sharding import gather_length, out_sharding
 
 

@@ -10,9 +10,8 @@ from jaxtyping import Array, Float
 from attnlab.errors import InputError
 from attnlab.layers.attention import EncoderOutput, SegmentIds, SequenceInputs, documents
 from attnlab.layers.convolution import Convolution1d
-from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Dropout, parameter
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
+from attnlab.layers.position_wise import ACTIVATIONS, LayerNormConfig, RMSNormConfig
 from attnlab.layers.specs import Bidirectional, LayerSpec
 from attnlab.models.config import Model, SourceConfig, TransformerConfig
 from attnlab.models.decoder import layer_stack

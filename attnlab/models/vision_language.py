@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from attnlab.attention.kv_cache import DecoderCache
 from attnlab.errors import check_fields
 from attnlab.layers.attention import EncoderOutput, SegmentIds, documents
-from attnlab.layers.feed_forward import ACTIVATIONS
 from attnlab.layers.linear import Linear
+from attnlab.layers.position_wise import ACTIVATIONS
 from attnlab.models.flops import TokenFlops
 from attnlab.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from attnlab.models.vit import ViTConfig

@@ -11,10 +11,10 @@ from attnlab.errors import InputError
 from attnlab.layers.attention import EncoderOutput, SegmentIds, SequenceInputs, documents
 from attnlab.layers.experts import ExpertsConfig
 from attnlab.layers.linear import Bias, Dropout, Embedding
-from attnlab.layers.norms import LayerNormConfig, RMSNormConfig
+from attnlab.layers.loss_terms import LossTerms
 from attnlab.layers.patches import PatchEmbedding, resize_positions
 from attnlab.layers.pooling import ClassAndMean, ClassToken, Distilled, Pool, Pooling, pooled_width
-from attnlab.layers.readout import LossTerms
+from attnlab.layers.position_wise import LayerNormConfig, RMSNormConfig
 from attnlab.layers.specs import Bidirectional, LayerSpec
 from attnlab.models.config import Model, SourceConfig, TransformerConfig
 from attnlab.models.decoder import layer_stack

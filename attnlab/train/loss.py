@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnlab.layers.readout import LossTerms
+from attnlab.layers.loss_terms import LossTerms
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from attnlab.layers import LayerNormConfig, RMSNormConfig
-from attnlab.layers.feed_forward import ACTIVATIONS, GatedMLPConfig, MLPConfig, gelu
 from attnlab.layers.linear import Dropout, Dtypes, Embedding, Linear, look_up
+from attnlab.layers.position_wise import ACTIVATIONS, GatedMLPConfig, MLPConfig, gelu
 from attnlab.sharding import BATCH_AXES
 
 RNG = np.random.default_rng(0)

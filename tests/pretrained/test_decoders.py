@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab.inspect.maps import in_order
-from attnlab.layers.feed_forward import ACTIVATIONS
+from attnlab.layers.position_wise import ACTIVATIONS
 from attnlab.pretrained.families import FAMILIES
 from attnlab.pretrained.hf_config import HFConfig
 from tests.pretrained.hf_models import (

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers.readout import LossTerms, token_loss_terms
+from attnlab.layers.loss_terms import LossTerms, token_loss_terms
 from attnlab.train.loss import Loss, token_sums
 
 B, T, E, V = 2, 5, 8, 11

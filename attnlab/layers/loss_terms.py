@@ -1,8 +1,8 @@
-"""Logits, and the statistics of logits that losses need, computed in chunks of the vocabulary."""
+"""Statistics of logits that losses need, computed in chunks of the vocabulary."""
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from attnlab.attention.arrays import wide
-from attnlab.sharding import constrain, has_rules, has_sharded_length, out_sharding
+from attnlab.layers.linear import bias_and_cap, gather_width, logits, vocab_axis
+from attnlab.sharding import constrain, has_rules, has_sharded_length
 
 # Maximum number of logits of a device in memory at once, and minimum number of columns of a chunk.
 MAX_LOGITS, MIN_COLUMNS = 1 << 24, 8192
@@ -30,42 +31,6 @@ class LossTerms(NamedTuple):
     lse: Float[Array, "B T"]
     mean_logit: Float[Array, "B T"]
     correct: Float[Array, "B T"]
-
-
-def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
-    """Return x times a constant in the dtype of x, without rounding the constant to that dtype."""
-    return (x * jnp.asarray(scale, wide(x))).astype(x.dtype)
-
-
-def logits(
-    x: Float[Array, "*rows E"],
-    table: Float[Array, "V E"],
-    bias: Float[Array, " V"] | None,
-    softcap: float | None,
-    dtype: str,
-) -> Float[Array, "*rows V"]:
-    """Return x table^T + bias, softcapped to softcap * tanh(. / softcap) if `softcap` is set."""
-    table = _gathered(table)
-    *rows, e = x.shape
-    if len(rows) == 2:
-        x = constrain(x, "batch", "sequence", None)
-    where = whole = None
-    if (batch := out_sharding("batch")) is not None:
-        vocab = _vocab(table)
-        where, whole = jax.P(batch[0], vocab), jax.P(*jax.typeof(x).sharding.spec[:-1], vocab)
-    if whole is not None and any(whole[1:-1]):  # two sharded dimensions cannot be merged
-        y = jnp.einsum("...e,ve->...v", x, table, preferred_element_type=dtype, out_sharding=whole)
-    else:
-        flat = x.reshape(math.prod(rows), e)
-        y = jnp.einsum("ne,ve->nv", flat, table, preferred_element_type=dtype, out_sharding=where)
-    bias = None if bias is None else bias.reshape(*[1] * (y.ndim - 1), -1)
-    return _biased_and_capped(y, bias, softcap).reshape(*rows, -1, out_sharding=whole)
-
-
-def _biased_and_capped(y: Array, bias: Array | None, softcap: float | None) -> Array:
-    """Return y + bias, softcapped; the bias has the dimensions of y."""
-    y = y if bias is None else y + bias.astype(y.dtype)
-    return y if softcap is None else softcap * jnp.tanh(y / softcap)
 
 
 def token_loss_terms(
@@ -115,8 +80,8 @@ class _Chunk(NamedTuple):
 
     def logits(self, x, softcap: float | None, dtype: str) -> Float[Array, "*rows n c"]:
         """Return the logits in at least float32; -inf at padding."""
-        y = _product("...e,nce->...nc", x, self.table, (*_rows(x), _vocab(self.table), None), dtype)
-        y = _biased_and_capped(y, self.bias, softcap)
+        y = _product("...e,nce->...nc", x, self.table, (*_rows(x), vocab_axis(self.table), None), dtype)
+        y = bias_and_cap(y, self.bias, softcap)
         return jnp.where(self.ids >= 0, y.astype(wide(y)), -jnp.inf)
 
 
@@ -131,7 +96,7 @@ def _chunked_loss_terms(x, targets, table, bias, softcap, dtype, count: int) -> 
         return None, (chosen, jax.nn.logsumexp(y, axis=-1), total, y.max(-1))
 
     # Statistics of each chunk and each part of the vocabulary: (count, *rows, n).
-    chunks = _chunks(x, _gathered(table), bias, count)
+    chunks = _chunks(x, gather_width(table), bias, count)
     _, (chosen, lse, total, largest) = jax.lax.scan(step, None, chunks)
     target_logit, mean_logit = chosen.sum((0, -1)), total.sum((0, -1)) / len(table)
     correct = (target_logit >= largest.max((0, -1))).astype(chosen.dtype)
@@ -139,7 +104,7 @@ def _chunked_loss_terms(x, targets, table, bias, softcap, dtype, count: int) -> 
 
 
 def _forward(x, targets, table, bias, softcap, dtype, count: int):
-    gathered = _gathered(table)
+    gathered = gather_width(table)
     terms = _chunked_loss_terms(x, targets, gathered, bias, softcap, dtype, count)
     return terms, (x, targets, table, gathered, bias, terms.lse)
 
@@ -157,7 +122,7 @@ def _backward(softcap, dtype, count: int, arrays, cotangents: LossTerms):
         if softcap is not None:
             d_y *= 1 - (y / softcap) ** 2
         d_y = jnp.where(chunk.ids >= 0, d_y, 0)
-        vocab = _vocab(chunk.table)
+        vocab = vocab_axis(chunk.table)
         d_table = _product("...nc,...e->nce", d_y, x, (vocab, None, embed), table.dtype)
         d_x += _product("...nc,nce->...ne", d_y, chunk.table, (*_rows(x), vocab, None), d_x.dtype)
         d_bias = None if bias is None else d_y.sum(range(d_y.ndim - 2)).astype(bias.dtype)
@@ -167,7 +132,7 @@ def _backward(softcap, dtype, count: int, arrays, cotangents: LossTerms):
     embed = jax.typeof(table).sharding.spec[1] if has_rules() else None
     chunks = _chunks(x, gathered, bias, count)
     _, parts, _, e = chunks.table.shape
-    where = jax.P(*_rows(x), _vocab(table), None) if has_rules() else None
+    where = jax.P(*_rows(x), vocab_axis(table), None) if has_rules() else None
     zeros = jnp.zeros((*x.shape[:-1], parts, e), wide(x), out_sharding=where)
     d_x, d_weights = jax.lax.scan(step, zeros, chunks)
     # Devices with other parts of the vocabulary add theirs in the dtype of x.
@@ -185,25 +150,15 @@ def _product(equation: str, a: Array, b: Array, axes: tuple, dtype) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=dtype, out_sharding=where)
 
 
-def _gathered(table: Float[Array, "V E"]) -> Float[Array, "V E"]:
-    """Return a table that may be sharded along its width as one that is not."""
-    return jax.sharding.reshard(table, jax.P(_vocab(table), None)) if has_rules() else table
-
-
 def _rows(x: Array) -> tuple:
     """Return the mesh axes of all dimensions but the last."""
     return tuple(jax.typeof(x).sharding.spec[:-1])
 
 
-def _vocab(table: Array) -> Any:
-    """Return the mesh axis of the first dimension."""
-    return jax.typeof(table).sharding.spec[0]
-
-
 def _chunks(x: Array, table: Float[Array, "V E"], bias: Float[Array, " V"] | None, count: int) -> _Chunk:
     """Return the chunks, stacked along a new first dimension."""
     ids = jnp.arange(len(table))
-    ids = jax.sharding.reshard(ids, jax.P(_vocab(table))) if has_rules() else ids
+    ids = jax.sharding.reshard(ids, jax.P(vocab_axis(table))) if has_rules() else ids
     ones = range(1, x.ndim)
     biases = None if bias is None else jnp.expand_dims(_split(bias, count), ones)
     return _Chunk(_split(table, count), biases, jnp.expand_dims(_split(ids, count, padding=-1), ones))
@@ -213,7 +168,7 @@ def _split(a: Array, count: int, padding: int = 0) -> Array:
     """Return (count, n, c, ...) of (V, ...), where the vocabulary is on n devices."""
     v, *rest = a.shape
     parts = v // _local_shape(a)[0]
-    where = jax.P(_vocab(a)) if has_rules() else None
+    where = jax.P(vocab_axis(a)) if has_rules() else None
     a = a.reshape(parts, v // parts, *rest, out_sharding=where)
     a = jnp.pad(a, [(0, 0), (0, -(v // parts) % count), *((0, 0) for _ in rest)], constant_values=padding)
     return jnp.moveaxis(a.reshape(parts, count, -1, *rest), 1, 0)

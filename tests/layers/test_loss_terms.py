@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.layers import readout
-from attnlab.layers.readout import logits, scaled, token_loss_terms
+from attnlab.layers import loss_terms
+from attnlab.layers.linear import logits, scaled
+from attnlab.layers.loss_terms import token_loss_terms
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 6, 4)), jnp.float32)
@@ -39,7 +40,7 @@ def test_chunks_do_not_change_loss_terms(monkeypatch, count):
         return sum(jnp.sum(jnp.sin(a + i)) for i, a in enumerate(stats)), stats
 
     whole = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(X, TABLE, BIAS)
-    monkeypatch.setattr(readout, "_num_chunks", lambda x, table: count)
+    monkeypatch.setattr(loss_terms, "_num_chunks", lambda x, table: count)
     parts = jax.value_and_grad(run, (0, 1, 2), has_aux=True)(X, TABLE, BIAS)
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -59,7 +60,7 @@ def test_chunks_do_not_change_loss_terms(monkeypatch, count):
 def test_number_of_chunks(rows, vocab, expected):
     found = []
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, rows // 2, 4), (vocab, 4))]
-    jax.eval_shape(lambda *arrays: found.append(readout._num_chunks(*arrays)), *shapes)
+    jax.eval_shape(lambda *arrays: found.append(loss_terms._num_chunks(*arrays)), *shapes)
     assert found == [expected]
 
 
@@ -67,7 +68,7 @@ def test_number_of_chunks_counts_the_rows_and_the_vocabulary_of_a_device(mesh_of
     with jax.set_mesh(mesh_of("fsdp:2,tensor:4")):
         x = jnp.zeros((8, 4096, 4), out_sharding=jax.P("fsdp"))
         table = jnp.zeros((1 << 17, 4), out_sharding=jax.P("tensor"))
-        assert readout._num_chunks(x, table) == (1 << 17) // 4 // readout.MIN_COLUMNS
+        assert loss_terms._num_chunks(x, table) == (1 << 17) // 4 // loss_terms.MIN_COLUMNS
 
 
 @pytest.mark.parametrize("mesh", ["data:2,tensor:4", "data:2,sequence:2,tensor:2", "fsdp:2,tensor:4"])
@@ -79,7 +80,7 @@ def test_chunks_on_a_mesh_do_not_change_loss_terms(mesh_of, monkeypatch, mesh):
         return jnp.sum(jnp.sin(stats.lse - stats.target_logit) + stats.mean_logit + stats.correct)
 
     expected = jax.value_and_grad(loss, (0, 1, 2))(X, table, bias)
-    monkeypatch.setattr(readout, "_num_chunks", lambda x, table: 2)  # of 3 or 6 ids, one is padding
+    monkeypatch.setattr(loss_terms, "_num_chunks", lambda x, table: 2)  # of 3 or 6 ids, one is padding
     with jax.set_mesh(mesh_of(mesh)):
         tables = jax.device_put(table, jax.P("tensor", "fsdp")), jax.device_put(bias, jax.P("tensor"))
         arrays = jax.device_put(X, jax.P(("data", "fsdp"))), *tables
@@ -90,7 +91,7 @@ def test_chunks_on_a_mesh_do_not_change_loss_terms(mesh_of, monkeypatch, mesh):
 
 def test_gradient_of_a_table_over_fsdp_is_not_gathered(mesh_of, monkeypatch):
     """The table is gathered once, and no loop returns its gradient as a whole."""
-    monkeypatch.setattr(readout, "_num_chunks", lambda x, table: 4)
+    monkeypatch.setattr(loss_terms, "_num_chunks", lambda x, table: 4)
 
     def loss(table, x, targets):
         return token_loss_terms(x, targets, table, None, None, "float32").lse.sum()
@@ -126,7 +127,7 @@ def test_gradients_of_bfloat16_chunks_are_as_exact_as_of_one_product(monkeypatch
             stats = token_loss_terms(x, targets, table, None, None, "float32")
             return jnp.sum(stats.lse - stats.target_logit)
 
-        monkeypatch.setattr(readout, "_num_chunks", lambda x, table: count)
+        monkeypatch.setattr(loss_terms, "_num_chunks", lambda x, table: count)
         return [np.asarray(a, np.float64) for a in jax.grad(loss, (0, 1))(x, table)]
 
     wide = np.asarray(x[0], np.float64), np.asarray(table, np.float64)
@@ -165,7 +166,7 @@ def test_loss_terms_do_not_materialise_all_logits(monkeypatch):
 
     whole = 4 * b * t * v
     assert memory() >= whole
-    monkeypatch.setattr(readout, "_num_chunks", lambda x, table: 10)
+    monkeypatch.setattr(loss_terms, "_num_chunks", lambda x, table: 10)
     assert memory() < whole / 2
 
 
