@@ -15,6 +15,9 @@ from attnlab.attention.masks.basic import is_static, normal_form, static_part
 from attnlab.attention.pairwise import Dims, pytree, restrict_to_bounds, static, summarize_blocks
 
 FEW_QUERIES, MAX_BLOCK_SCORES = 16, 2**26  # of blocks on a TPU or GPU
+# Of a step of one batch row on a CPU. XLA divides the operations of a larger step among the cores,
+# which takes longer than it saves until there are millions of scores.
+MAX_STEP_SCORES = 2**15
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ weights from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691, algorith
 """
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from attnlab.attention.backends.registry import (
     sharded_length_reason,
     softmax_only_reason,
 )
-from attnlab.attention.block_mask import BlockMask, StaticBlockInfo, default_block_sizes, make_block_mask
+from attnlab.attention.block_mask import MAX_STEP_SCORES, BlockMask, default_block_sizes, make_block_mask
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
 from attnlab.attention.masks.basic import padding_is_all, zero_padding
@@ -45,6 +44,7 @@ def blockwise(
     offset: BlockOffset = (0, 0, 0, 0),
     block_sizes: tuple[int, int] | None = None,
     block_mask: BlockMask | None = None,
+    max_step_scores: int | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Return output and log-sum-exp as `reference` does, without holding all scores at once.
 
@@ -59,6 +59,8 @@ def blockwise(
       offset: indices of the first batch row, head, query and key, if the arrays are a shard.
       block_sizes: block_q and block_kv, `default_block_sizes` by default.
       block_mask: the blocks of the mask, if they are known; their sizes replace `block_sizes`.
+      max_step_scores: a step that computes one batch row has so few of its heads that it has at
+        most this number of scores. None, and larger blocks, compute all heads.
     """
     if query.dtype == jnp.float32 or not isinstance(scale, float):
         query, scale = query * scale, 1.0  # scales T x D numbers instead of T x S
@@ -67,7 +69,8 @@ def blockwise(
     if clean:
         query, key, value = zero_padding(mask, query, key, value)
     values = mask, score, dropout
-    inputs = BlockedInputs(query.shape, key.shape, values, scale, offset, block_sizes, block_mask, clean)
+    options = {"clean": clean, "max_step_scores": max_step_scores}
+    inputs = BlockedInputs(query.shape, key.shape, values, scale, offset, block_sizes, block_mask, **options)
     arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
     out, lse = _blockwise(inputs.static, *unify_varying((*arrays, *inputs.values)))
     return inputs.ungroup_heads(out), inputs.ungroup_heads(lse)
@@ -76,7 +79,7 @@ def blockwise(
 class QueryBlock(NamedTuple):
     """The block of queries of one step: its first batch row and query head, and its index.
 
-    The first two are 0 if all rows, or all heads, share their lists.
+    The first two are 0 if a step computes all rows, or all heads.
     """
 
     row: Array | int
@@ -87,7 +90,7 @@ class QueryBlock(NamedTuple):
 class Blocks:
     """The blocks of one call: their scores, and loops over the blocks of the block mask.
 
-    A step computes the rows and heads that share their lists of blocks.
+    A step computes the rows and heads that share their lists of blocks, or some of these heads.
     """
 
     def __init__(
@@ -100,16 +103,21 @@ class Blocks:
         block_mask: BlockMask,
         offset: BlockOffset,
     ):
-        self.scale, self.clean = static
+        self.scale, self.clean, max_step_scores = static
         self.mask, self.score, self.dropout = mask, score, dropout
         self.block_mask, self.offset = block_mask, offset
         self.block_q, self.block_kv, self.info = block_mask.block_q, block_mask.block_kv, block_mask.info
         self.shape = query_shape[:3]  # (B, K, G)
         b, kv_heads, group = self.shape
-        rows, heads = self.num_lists = block_mask.num_lists
-        heads = kv_heads * group // heads
+        num_rows, num_heads = block_mask.num_lists
+        self.list_heads = heads = kv_heads * group // num_heads
+        fit = min((max_step_scores or 0) // (self.block_q * self.block_kv), heads)
+        if fit and b == num_rows and self.info.unrolled is None:
+            # Whole groups of a key head, or an equal part of one.
+            heads = max(n for n in range(1, fit + 1) if heads % n == 0 and 0 in (n % group, group % n))
         # (B, K, G) of one step
-        self.step_shape = b // rows, *((heads // group, group) if heads >= group else (1, heads))
+        self.step_shape = b // num_rows, *((heads // group, group) if heads >= group else (1, heads))
+        self.num_steps = num_rows, kv_heads * group // heads
 
     def _pair_indices(self, at: QueryBlock, j):
         b, h, q, k = self.offset
@@ -121,8 +129,8 @@ class Blocks:
         """Return the start of a block in the arrays of a mask or score, per named dimension."""
         starts: dict[str, Array | int] = {"queries": at.block * self.block_q, "keys": j * self.block_kv}
         firsts = {"batch": at.row, "heads": at.head}
-        listed = zip(firsts, self.num_lists, strict=True)
-        return starts | {name: firsts[name] for name, count in listed if count > 1}
+        steps = zip(firsts, self.num_steps, strict=True)
+        return starts | {name: firsts[name] for name, count in steps if count > 1}
 
     def slice_values(self, value, at: QueryBlock, j):
         """Return a mask, score or dropout with its arrays sliced to a block."""
@@ -206,8 +214,7 @@ class Blocks:
 
     def kv_lists(self, at: QueryBlock):
         """Return the full kv blocks of a block of queries, their number, and the partial ones."""
-        rows, *heads = self.step_shape
-        index, mask = (at.row // rows, at.head // math.prod(heads), at.block), self.block_mask
+        index, mask = (at.row // self.step_shape[0], at.head // self.list_heads, at.block), self.block_mask
         lists = mask.full_kv_indices, mask.full_kv_num_blocks, mask.kv_indices, mask.kv_num_blocks
         return tuple(jnp.asarray(x)[index] for x in lists)
 
@@ -233,7 +240,7 @@ class Blocks:
                 carry, result = step(carry, QueryBlock(0, 0, i))
                 results.append(result)
             return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), *results)
-        rows, heads = self.num_lists
+        rows, heads = self.num_steps
         indices = np.indices((rows, heads, count)).reshape(3, -1).T
         step_rows, *step_heads = self.step_shape
         firsts = indices * np.array([step_rows, math.prod(step_heads), 1])
@@ -262,7 +269,7 @@ class BlockedInputs:
         block_sizes=None,
         block_mask=None,
         clean=False,
-        unroll=True,
+        max_step_scores=None,
     ):
         b, t, self.heads, _ = query_shape
         s, self.kv_heads = key_shape[1:3]
@@ -270,11 +277,9 @@ class BlockedInputs:
         if block_mask is None:
             block_sizes = block_sizes or default_block_sizes(t, s, mask)
             block_mask = make_block_mask(mask, BlockGrid(t, s, *block_sizes, b, self.heads, offset))
-        if not unroll:
-            block_mask = replace(block_mask, info=StaticBlockInfo())
         self.num_queries, (count, width) = t, block_mask.num_blocks
         self.lengths = {"queries": count * block_mask.block_q, "keys": width * block_mask.block_kv}
-        self.static = scale, clean or mask is None
+        self.static = scale, clean or mask is None, max_step_scores
         values = (x if x is None else x.pad_to(**self.lengths) for x in values)
         self.values = *values, block_mask, offset
 
@@ -438,6 +443,7 @@ class Blockwise:
         """See `Backend.run`."""
         options = {"mask": args.mask, "score": args.score, "scale": args.scale, "offset": offset}
         options |= {"dropout": args.dropout, "block_mask": args.block_mask}
+        options["max_step_scores"] = MAX_STEP_SCORES if args.platform == "cpu" else None
         if args.block_mask is None:
             options["block_sizes"] = self.block_sizes(args)
         out, lse = self.function(args.query, args.key, args.value, **options)

@@ -1,5 +1,7 @@
 """Blockwise attention in a form that JAX differentiates automatically."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,7 +15,7 @@ from attnlab.attention.backends.blockwise import (
     init_state,
     online_softmax,
 )
-from attnlab.attention.block_mask import BlockMask
+from attnlab.attention.block_mask import BlockMask, StaticBlockInfo
 from attnlab.attention.dropout import AttentionDropout
 from attnlab.attention.masks.base import Mask
 from attnlab.attention.pairwise import BlockOffset
@@ -32,18 +34,20 @@ def blockwise_autodiff(
     offset: BlockOffset = (0, 0, 0, 0),
     block_sizes: tuple[int, int] | None = None,
     block_mask: BlockMask | None = None,
+    max_step_scores: int | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Return the result of `blockwise` in a form that JAX differentiates automatically.
 
     It is slower than `blockwise` but has forward-mode and second derivatives. The arguments are
     those of `blockwise`.
     """
-    inputs = BlockedInputs(
-        query.shape, key.shape, (mask, score, dropout), scale, offset, block_sizes, block_mask, unroll=False
-    )
+    values = mask, score, dropout
+    options = {"max_step_scores": max_step_scores}
+    inputs = BlockedInputs(query.shape, key.shape, values, scale, offset, block_sizes, block_mask, **options)
     arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
-    query, key, value, *values = unify_varying((*arrays, *inputs.values))
-    blocks = Blocks(inputs.static, query.shape, *values)
+    query, key, value, mask, score, dropout, made, offset = unify_varying((*arrays, *inputs.values))
+    made = dataclasses.replace(made, info=StaticBlockInfo())  # loops take their lists from arrays
+    blocks = Blocks(inputs.static, query.shape, mask, score, dropout, made, offset)
 
     def queries(_, at):
         q = blocks.slice_queries(query, at)

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.attention import bias, causal, mask_fn, reference, score_fn, segments, window
-from attnlab.attention.backends.blockwise import blockwise
+from attnlab.attention import bias, block_mask, causal, mask_fn, reference, score_fn, segments, window
+from attnlab.attention.attend import make_dropout
+from attnlab.attention.backends.blockwise import Blocks, blockwise
 from attnlab.attention.backends.blockwise_autodiff import blockwise_autodiff
 from attnlab.attention.block_mask import default_block_sizes, make_block_mask
 from attnlab.attention.masks.base import BlockGrid, DenseMask
 from tests.attention.inputs import qkv, weighted_sum
-from tests.selection import sample
+from tests.selection import long, sample
 
 
 def loss_of(attention, scale=0.4, **options):
@@ -60,6 +61,41 @@ LONG = {
 @pytest.mark.parametrize("name", sample(LONG, every=3))
 def test_blockwise_matches_reference_at_every_block_size(name, block_sizes):
     assert_agree(*qkv(1, b=1, t=150, s=150, h=2, k=1, d=4, dv=5), LONG[name], block_sizes=block_sizes)
+
+
+@pytest.mark.parametrize(
+    "limit, heads", [(64, 1), (255, 3), (384, 6), long(128, 1), long(63, 6), long(None, 6)]
+)
+def test_steps_of_one_row_have_few_heads(limit, heads, monkeypatch):
+    """Blocks are 8 x 8, and each key head has 3 query heads."""
+    monkeypatch.setattr(block_mask, "MIN_SCORES", 8 * 8 * 6)  # rows have lists of their own
+    query, key, value = qkv(3, b=2, t=30, s=30, h=6, k=2)
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, 30))))
+    by_head = mask_fn(lambda b, h, q, k: (h % 2 == 0) | (q - k < 10))
+    slopes = jnp.linspace(0.1, 0.6, 6)
+
+    def gradients(attention, **options):
+        def loss(query, key, value, slopes, ids):
+            score = score_fn(lambda s, b, h, q, k: s - slopes[h] * (q - k))
+            dropout = make_dropout(0.3, jax.random.key(0), None, False, False)
+            mask = causal() & segments(ids) & by_head
+            out, lse, *_ = attention(query, key, value, mask=mask, score=score, dropout=dropout, **options)
+            return weighted_sum(out, lse)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(query, key, value, slopes, ids)
+
+    got = gradients(blockwise, block_sizes=(8, 8), max_step_scores=limit)
+    for actual, desired in zip(got, gradients(reference), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-4)
+
+    def shapes(ids):
+        made = make_block_mask(segments(ids), BlockGrid(30, 30, 8, 8, 2, 6))
+        blocks = Blocks((1.0, True, limit), (2, 2, 3, 32, 6), None, None, None, made, (0, 0, 0, 0))
+        seen.append((np.prod(blocks.step_shape), blocks.num_steps))
+
+    seen = []
+    jax.eval_shape(shapes, ids)
+    assert seen == [(heads, (2, 6 // heads))]
 
 
 @pytest.mark.parametrize("name", ["none", "window", "segments"])
