@@ -14,11 +14,6 @@ from attnlab.attention.masks.base import BlockGrid, Mask
 from attnlab.attention.masks.basic import is_static, normal_form, static_part
 from attnlab.attention.pairwise import Dims, pytree, restrict_to_bounds, static, summarize_blocks
 
-FEW_QUERIES, MAX_BLOCK_SCORES = 16, 2**26  # of blocks on a TPU or GPU
-# Of a step of one batch row on a CPU. XLA divides the operations of a larger step among the cores,
-# which takes longer than it saves until there are millions of scores.
-MAX_STEP_SCORES = 2**15
-
 
 @dataclass(frozen=True)
 class StaticBlockInfo:
@@ -149,6 +144,10 @@ FEW_BLOCKS, FEW_SCORES = 24, 2**22
 # Rows, or heads, have lists of their own only if a block then has at least this many scores: one
 # step of a loop has a fixed cost.
 MIN_SCORES = 2**15
+FEW_QUERIES, MAX_BLOCK_SCORES = 16, 2**26  # of blocks on a TPU or GPU
+# Of a step of one batch row on a CPU. XLA divides the operations of a larger step among the cores,
+# which takes longer than it saves until there are millions of scores.
+MAX_STEP_SCORES = 2**15
 
 
 def even_block_size(length: int, max_size: int) -> int:

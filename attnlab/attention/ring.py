@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from attnlab.attention.arrays import named_output, slice_at
 from attnlab.attention.backends import vjp
@@ -24,10 +24,8 @@ from attnlab.attention.backends.registry import (
 from attnlab.attention.backends.splash import Splash
 from attnlab.attention.block_mask import BlockMask
 from attnlab.attention.context_parallel import ContextParallelBackend
-from attnlab.attention.dropout import AttentionDropout
-from attnlab.attention.masks.base import Mask
 from attnlab.attention.masks.basic import normal_form
-from attnlab.attention.pairwise import BlockGrid, BlockOffset
+from attnlab.attention.pairwise import BlockGrid
 from attnlab.attention.ring_kernel import (
     EMPTY,
     Meeting,
@@ -36,7 +34,6 @@ from attnlab.attention.ring_kernel import (
     merge_softmax,
     unsupported_part_reason,
 )
-from attnlab.attention.scores import Score
 
 
 class Ring(ContextParallelBackend):
@@ -208,7 +205,7 @@ class _RingState:
         arrays = query, key, value, d_out, lse, delta
         if self.kernel is not None:
             return self.kernel.gradients(sums, *arrays, meeting), None
-        *grads, d_score = blockwise_gradients(*arrays, **self.options(meeting))
+        *grads, d_score = _blockwise_gradients(*arrays, **self.options(meeting))
         return tuple(x + y for x, y in zip(sums, grads, strict=True)), d_score
 
     def options(self, meeting: Meeting) -> dict[str, Any]:
@@ -274,21 +271,7 @@ class _RingState:
         return carry, send(sums)
 
 
-def blockwise_gradients(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K Dv"],
-    d_out: Float[Array, "B T H Dv"],
-    lse: Float[Array, "B T H"],
-    delta: Float[Array, "B T H"],
-    *,
-    mask: Mask | None = None,
-    score: Score | None = None,
-    scale: float = 1.0,
-    dropout: AttentionDropout | None = None,
-    offset: BlockOffset = (0, 0, 0, 0),
-    block_mask: BlockMask | None = None,
-):
+def _blockwise_gradients(query, key, value, d_out, lse, delta, *, mask, score, dropout, **options):
     """Return gradients of attention to a subset of the keys, given the log-sum-exp of all keys.
 
     `d_out` is the gradient of the output. `lse` is the log-sum-exp over all keys, including those
@@ -300,7 +283,7 @@ def blockwise_gradients(
       are the contributions of these keys.
     """
     values = mask, score, dropout
-    inputs = BlockedInputs(query.shape, key.shape, values, scale, offset, block_mask=block_mask)
+    inputs = BlockedInputs(query.shape, key.shape, values, **options)
     rows = (inputs.group_heads(x) for x in (d_out, lse, delta))
     arrays = inputs.group_heads(query), inputs.heads_first(key), inputs.heads_first(value)
     d_query, d_key, d_value, d_score = backward_blocks(inputs.static, *arrays, inputs.values, *rows)

@@ -178,7 +178,8 @@ class RingKernel:
     def gradients(self, sums, query, key, value, d_out, lse, delta, meeting: Meeting):
         """Return sums of the gradients of query, key and value, with those of a meeting.
 
-        The arguments are those of `ring.blockwise_gradients`.
+        `d_out` is the gradient of the output. `lse` is the log-sum-exp over all keys, including
+        those that are not in `key`, and `delta` is `vjp.row_term` of the output over all keys.
         """
         from attnlab.attention.backends import splash_kernel
 
