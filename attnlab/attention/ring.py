@@ -235,40 +235,54 @@ class _RingState:
         """Return the halves of several arrays, or the whole arrays without zig-zag."""
         return list(zip(*(jnp.split(x, self.count, axis=1) for x in arrays), strict=True))
 
-    def ring_scan(self, carry, step, keys):
-        """Scan `step(carry, owner, steps, keys)` over all owners. It returns carry and sums.
+    def ring_scan(self, carry, step, key, value):
+        """Scan `step(carry, owner, steps, key, value)` over all owners. It returns carry and sums.
 
         The keys and values of the next owner are sent while those of this one are used: n - 1
-        times. The sums that belong to keys travel one step behind them, also during the next step,
-        and then to their owner: n times. `steps` are the numbers of the steps that the traced step
-        may be.
+        times. The sums that belong to keys and values travel one step behind them, also during the
+        next step, and then to their owner: n times. `steps` are the numbers of the steps that the
+        traced step may be.
 
         Returns:
-          The carry, and the sums of this device's own keys.
+          The carry, and the sums of this device's own keys and values.
         """
 
-        def send(arrays):
+        # Keys and values are one array, and their sums another: of four sends in a step, XLA for
+        # TPUs would start two after the last kernel.
+        def send(packed):
             next_device = [(d, (d + 1) % self.n) for d in range(self.n)]
-            return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, next_device), arrays)
+            return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, next_device), packed)
 
         def turn(state, i, steps):
             carry, keys, sums = state
             arrived = send(sums)
-            carry, own = step(carry, (self.me - i) % self.n, steps, keys)
-            return carry, jax.tree.map(jnp.add, arrived, own)
+            k, v = _unpack(keys, key)
+            k, v = k.astype(key.dtype), v.astype(value.dtype)
+            carry, own = step(carry, (self.me - i) % self.n, steps, k, v)
+            return carry, jax.tree.map(jnp.add, arrived, _pack(own))
 
         def rotate(state, i):
             next_keys = send(state[1])
             carry, sums = turn(state, i, range(1, last))
             return (carry, next_keys, sums), None
 
-        last, next_keys = self.n - 1, send(keys)
-        carry, sums = step(carry, self.me, range(1), keys)
-        state = carry, next_keys, sums
+        last, next_keys = self.n - 1, send(_pack((key, value)))
+        carry, sums = step(carry, self.me, range(1), key, value)
+        state = carry, next_keys, _pack(sums)
         if last > 1:
             state, _ = jax.lax.scan(rotate, state, jnp.arange(1, last))
         carry, sums = turn(state, last, range(last, self.n))
-        return carry, send(sums)
+        return carry, _unpack(send(sums), key)
+
+
+def _pack(arrays: tuple[Array, Array] | None) -> Array | None:
+    """Return an array of keys and one of values as one array, in their common dtype."""
+    return None if arrays is None else jnp.concatenate(arrays, axis=-1)
+
+
+def _unpack(packed: Array | None, key: Array):
+    """Return the arrays of `_pack`, in their common dtype; the first is as wide as `key`."""
+    return None if packed is None else jnp.split(packed, [key.shape[-1]], axis=-1)
 
 
 def _blockwise_gradients(query, key, value, d_out, lse, delta, *, mask, score, dropout, **options):
@@ -300,17 +314,17 @@ def _ring(static, query, key, value, mask, score, dropout, offset, blocks):
 def _ring_forward(static, query, key, value, mask, score, dropout, offset, blocks):
     ring = _RingState(static, query, key, mask, score, dropout, offset, blocks)
 
-    def step(carry, owner, steps, keys):
+    def step(carry, owner, steps, key, value):
         results = []
         for i, ((q,), state) in enumerate(zip(ring.halves(query), carry, strict=True)):
-            for j, (k, v) in enumerate(ring.halves(*keys)):
+            for j, (k, v) in enumerate(ring.halves(key, value)):
                 state = ring.attend(state, q, k, v, ring.meeting(owner, steps, i, j))
             results.append(state)
-        return results, ()
+        return results, None
 
     rows = (*query.shape[:1], ring.sizes[0], query.shape[2])
     start = (jnp.zeros((*rows, value.shape[-1])), jnp.full(rows, -jnp.inf))
-    carry, _ = ring.ring_scan([start] * ring.count, step, (key, value))
+    carry, _ = ring.ring_scan([start] * ring.count, step, key, value)
     out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*carry, strict=True))
     out, lse = named_output(out, lse)
     return (out.astype(value.dtype), lse), (query, key, value, mask, score, dropout, offset, blocks, out, lse)
@@ -323,9 +337,9 @@ def _ring_backward(static, residuals, d_outputs):
     ring = _RingState(static, query, key, mask, score, dropout, offset, blocks)
     q_halves = ring.halves(query, d_out, lse, delta)
 
-    def step(carry, owner, steps, keys):
+    def step(carry, owner, steps, key, value):
         d_queries, d_score = carry
-        d_queries, k_parts = list(d_queries), ring.halves(*keys)
+        d_queries, k_parts = list(d_queries), ring.halves(key, value)
         # The sums stay in float32: rounding them to bfloat16 in each of n steps would add n errors.
         d_parts = [tuple(jnp.zeros(x.shape) for x in part) for part in k_parts]
         for i, (q, *rows) in enumerate(q_halves):
@@ -340,7 +354,7 @@ def _ring_backward(static, residuals, d_outputs):
         return (d_queries, d_score), (d_key, d_value)
 
     zeros = [jnp.zeros(q.shape) for q, *_ in q_halves], vjp.init(score)
-    (d_queries, d_score), (d_key, d_value) = ring.ring_scan(zeros, step, (key, value))
+    (d_queries, d_score), (d_key, d_value) = ring.ring_scan(zeros, step, key, value)
     d_query = jnp.concatenate(d_queries, axis=1)
     grads = [g.astype(x.dtype) for x, g in zip((query, key, value), (d_query, d_key, d_value), strict=True)]
     d_mask, *d_others = (vjp.zero_cotangent(x) for x in (mask, dropout, offset, blocks))

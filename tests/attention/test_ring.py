@@ -159,14 +159,18 @@ selections = []
 with jax.set_mesh(mesh), record_selections(selections.append):
     program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, shape(2, 8192, dtype=jnp.int32)).compile()
 text = program.as_text()
-# The dtype of a send, and the instructions that are scheduled between its start and its end.
-send = r"= \\((\\w+)\\[[^\\n]* collective-permute-start\\((.*?)collective-permute-done\\("
-sends = re.findall(send, text, re.DOTALL)
+# The dtypes of the sends in loops, and whether a kernel runs between the start and the end of each.
+bodies = [part for part in text.split("\\n\\n") if not part.startswith("ENTRY")]
+sends = []
+for body in bodies:
+    for name, dtype in re.findall(r"(%[\\w.-]+) = \\((\\w+)\\[.* collective-permute-start\\(", body):
+        during = body[body.index(f"{name} = ") : body.index(f"collective-permute-done({name})")]
+        sends.append((dtype, "tpu_custom_call" in during or "conditional(" in during))
 print(json.dumps({
     "backend": str(selections[0]),
     "kernels": sorted(set(re.findall("splash_mha_(?:fwd|dq|dkv)", text))),
     "calls": text.count('custom_call_target="tpu_custom_call"'),
-    "overlapped": [kind for kind, body in sends if "tpu_custom_call" in body or "conditional(" in body],
+    "sends": sorted(sends),
     "gathers": len(re.findall(" all-gather", text)),
     "temporary": program.memory_analysis().temp_size_in_bytes,
 }))
@@ -174,7 +178,7 @@ print(json.dumps({
 
 
 @pytest.mark.preflight
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `preflight`)")
 def test_ring_compiles_with_splash_for_an_absent_tpu():
     report = run_python_json(
@@ -182,5 +186,6 @@ def test_ring_compiles_with_splash_for_an_absent_tpu():
     )
     assert report["backend"] == "ring (splash)"
     assert report["kernels"] == ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
-    # Keys are sent while the kernels compute, and so are the sums of their gradients, in float32.
-    assert {"bf16", "f32"} <= set(report["overlapped"]), report
+    # Keys are sent while the kernels compute, forward and backward, and so are the sums of their
+    # gradients, in float32.
+    assert report["sends"] == [["bf16", True], ["bf16", True], ["f32", True]], report
