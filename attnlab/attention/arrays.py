@@ -188,18 +188,20 @@ def wide(x: Array) -> Any:
 
 def rms_norm(
     x: Float[Array, "..."],
-    scale: Float[Array, "..."],
+    scale: Float[Array, "..."] | None,
     epsilon: float = 1e-6,
     axes: tuple[int, ...] = (-1,),
 ) -> Float[Array, "..."]:
     """Return scale * x / sqrt(mean(x^2) + epsilon), computed in at least float32.
 
     (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.) The mean is over `axes`; a
-    scale with fewer dimensions than x broadcasts from the right.
+    scale with fewer dimensions than x broadcasts from the right, and None is a scale of 1.
     """
     y = x.astype(wide(x))
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + epsilon)
-    return (y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(x.dtype)
+    if scale is not None:
+        y = y * jnp.expand_dims(scale, range(x.ndim - scale.ndim))
+    return y.astype(x.dtype)
 
 
 def slice_at(x: Array, starts: Sequence, sizes: Sequence[int]) -> Array:

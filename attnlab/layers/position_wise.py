@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from attnlab.attention.arrays import rms_norm, wide
 from attnlab.errors import check_fields
 from attnlab.layers.linear import Dtypes, Linear, parameter
+from attnlab.sharding import has_rules
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class RMSNorm(nn.Module):
         else:
             scale = _vector(self, "scale", x, 1.0)
         axes = tuple(range(-len(self.axes), 0))
-        return rms_norm(_widened(x), scale, self.config.epsilon, axes).astype(x.dtype)
+        return _affine(rms_norm(_widened(x), None, self.config.epsilon, axes), scale, None, x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -98,22 +101,60 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
         """Return the normalised activations, in the input's dtype."""
         scale, y = _vector(self, "scale", x, 1.0), _widened(x)
+        bias = _vector(self, "bias", x, 0.0) if self.config.bias else None
         axes = tuple(range(-len(self.axes), 0))
-        y = rms_norm(y - y.mean(axis=axes, keepdims=True), scale, self.config.epsilon, axes)
-        if self.config.bias:
-            y = y + _vector(self, "bias", x, 0.0)
-        return y.astype(x.dtype)
+        y = rms_norm(y - y.mean(axis=axes, keepdims=True), None, self.config.epsilon, axes)
+        return _affine(y, scale, bias, x.dtype)
 
 
 def _vector(module: RMSNorm | LayerNorm, name: str, x: Array, mean: float) -> Array:
-    """Declare a parameter over the normalised dimensions of `x`, broadcastable to `x`."""
-    n = len(module.axes)
-    vector = parameter(module, name, x.shape[-n:], module.axes, module.dtypes, mean=mean, wide=True)
-    return jnp.expand_dims(vector, tuple(range(x.ndim - n)))
+    """Declare a parameter over the normalised dimensions of `x`."""
+    shape = x.shape[-len(module.axes) :]
+    return parameter(module, name, shape, module.axes, module.dtypes, mean=mean, wide=True)
 
 
 def _widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x.astype(wide(x))
+
+
+def _affine(y: Array, scale: Array, bias: Array | None, dtype) -> Array:
+    """Return y * scale + bias in a dtype; devices add up their gradients of both in this dtype.
+
+    As for matrices, only the sum over devices is rounded. Each device adds up in the dtype of `y`.
+    """
+    affine = _affine_on_mesh if has_rules() and y.dtype != dtype else _plain_affine
+    return affine(y, scale, bias, dtype)
+
+
+def _plain_affine(y, scale, bias, dtype):
+    rows = range(y.ndim - scale.ndim)
+    y = y * jnp.expand_dims(scale, rows)
+    return (y if bias is None else y + jnp.expand_dims(bias, rows)).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _affine_on_mesh(y, scale, bias, dtype):
+    return _plain_affine(y, scale, bias, dtype)
+
+
+def _affine_forward(y, scale, bias, dtype):
+    return _plain_affine(y, scale, bias, dtype), (y, scale, bias is not None)
+
+
+def _affine_backward(dtype, residuals, g):
+    y, scale, has_bias = residuals
+    g, num_rows = g.astype(y.dtype), y.ndim - scale.ndim
+    rows, spec = tuple(range(num_rows)), jax.typeof(y).sharding.spec
+    row_axes = set(jax.tree.leaves(list(spec[:num_rows])))  # None has no leaf
+
+    def row_sum(x):
+        of_device = jax.lax.reduce_sum(x, rows, out_sharding=P(*spec[num_rows:], unreduced=row_axes))
+        return jax.sharding.reshard(of_device.astype(dtype), P(*spec[num_rows:])).astype(x.dtype)
+
+    return g * jnp.expand_dims(scale, rows), row_sum(g * y), row_sum(g) if has_bias else None
+
+
+_affine_on_mesh.defvjp(_affine_forward, _affine_backward)
 
 
 @jax.custom_vjp

@@ -1,8 +1,12 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from attnlab import sharding
 from attnlab.layers import LayerNormConfig, RMSNormConfig
 from attnlab.layers.linear import Dropout, Dtypes, Embedding, Linear, look_up
 from attnlab.layers.position_wise import ACTIVATIONS, GatedMLPConfig, MLPConfig, gelu
@@ -111,6 +115,39 @@ def test_norms_keep_their_parameters_in_float32(config):
     expected = y / np.sqrt(np.mean(y**2, -1, keepdims=True) + config.epsilon) * scale + bias
     differ = np.asarray(got) != expected.astype(jnp.bfloat16)
     assert differ.mean() < 0.01  # ties of rounding; 29% differ with a rounded scale
+
+
+@pytest.mark.parametrize("config", [RMSNormConfig(), LayerNormConfig()])
+@pytest.mark.parametrize(
+    "mesh, partition",
+    [("fsdp:8", P("fsdp")), ("data:1,fsdp:2,tensor:2,sequence:2", P("fsdp", "sequence", "tensor"))],
+)
+def test_devices_add_up_gradients_of_norms_in_the_compute_dtype(config, mesh, partition):
+    """Each device adds up its own 1,024 rows in float32; the sums are rounded and added up."""
+    x, g = normal(8, 512, 2, 16, dtype=jnp.bfloat16), normal(8, 512, 2, 16, dtype=jnp.bfloat16) + 1
+    module = config.build(Dtypes(compute="bfloat16"))
+    params = module.init(jax.random.key(0), x)
+    mesh = sharding.make_mesh(sharding.parse_mesh(mesh, 8))
+    placement = jax.NamedSharding(mesh, partition)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(lambda params, x, g: jnp.sum(module.apply(params, x) * g)))
+        step = step.lower(params, jax.device_put(x, placement), jax.device_put(g, placement)).compile()
+        got = step(params, jax.device_put(x, placement), jax.device_put(g, placement))["params"]
+
+    y, d_out = (np.asarray(a, np.float64) for a in (x, g))
+    if isinstance(config, LayerNormConfig):
+        y = y - y.mean(-1, keepdims=True)
+    y = y / np.sqrt(np.mean(y**2, -1, keepdims=True) + config.epsilon)
+    shards = placement.devices_indices_map(x.shape).values()
+    for name, rows in {"scale": d_out * y, "bias": d_out}.items():
+        if name not in got:
+            continue
+        of_devices = np.stack([rows[shard].sum((0, 1, 2)) for shard in shards])
+        error = np.abs(np.asarray(got[name]) - of_devices.sum(0))
+        assert (error <= 2 * 2**-8 * np.abs(of_devices).sum(0)).all(), name
+    # The CPU widens a sum of bfloat16 to float32, and says so.
+    sums = re.findall(r"f32\[16\].* all-reduce\(.*to_apply=%(\S*)", step.as_text())
+    assert sums and all("promoted" in name for name in sums), sums
 
 
 @pytest.mark.parity
