@@ -46,10 +46,10 @@ WORKS = {
 MODELS = {"8B": (32, 4096, 32, 8, 14_336, 128_256), "1B": (16, 2048, 16, 8, 8192, 32_768)}
 # Of MaxText 0.2.5 with libtpu 0.0.52 for the same model, slice and rows.
 MAXTEXT = {
-    "A": {"cycles": 2_468_544_591, "peak": 9_197_812_480, "collective": 28_970 + 15_010 + 134},
-    "B": {"cycles": 5_264_728_052, "peak": 6_883_676_672, "collective": 27_894 + 16_092 + 134},
-    "C": {"cycles": 592_749_609, "peak": 2_038_025_728, "collective": 1_611 + 4_991 + 34},
-    "tensor": {"cycles": 610_656_426, "peak": 3_182_419_200, "collective": 14_493 + 7_319 + 67 + 25_549},
+    "A": {"cycles": 2_468_544_591, "peak": 9_197_812_480, "collective": 44_114_124_920},
+    "B": {"cycles": 5_264_728_052, "peak": 6_883_676_672, "collective": 44_120_416_376},
+    "C": {"cycles": 592_749_609, "peak": 2_038_025_728, "collective": 6_635_786_360},
+    "tensor": {"cycles": 427_993_692, "peak": 3_182_419_200, "collective": 35_287_180_444},
 }
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
@@ -70,8 +70,8 @@ with products in bfloat16, `remat_policy=full` and `attention=flash`; for `tenso
 In C and `tensor`, the compiler splits many of MaxText's products into windows and sends a part of
 an operand while it multiplies another (collective-permutes). The estimated cycles contain the split
 but not the wait that it saves. Without these windows (XLA's flag
-`xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000`), `tensor` has 339 M cycles and 30,631 MB of
-collectives in attnlab, and 343 M and 29,611 MB in MaxText.
+`xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000`), `tensor` has 339 M cycles and 30,630 MB of
+collectives in attnlab, and 343 M and 29,612 MB in MaxText.
 """
 
 
@@ -119,8 +119,8 @@ def step(work: str) -> None:
     print(json.dumps(result | {"temporary": memory.temp_size_in_bytes}))
 
 
-def executed(text: str) -> dict[str, float]:
-    """Return estimated cycles, and megabytes of each collective, that a program executes."""
+def executed(text: str) -> dict[str, int]:
+    """Return estimated cycles, and bytes of each collective, that a program executes."""
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     entry = ""
@@ -136,8 +136,7 @@ def executed(text: str) -> dict[str, float]:
         channels = set()  # an asynchronous collective is in several fusions: its start, parts and end
         for line in computations.get(name, ()):
             if loop := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
-                bounds = re.findall(r" constant\((\d+)\)", "\n".join(computations[loop[1]]))
-                visit(loop[2], times * max(map(int, bounds), default=1))
+                visit(loop[2], times * trips(computations[loop[1]], computations[loop[2]]))
                 continue
             if branches := re.search(r" conditional\(.*branch_computations=\{([^}]*)\}", line):
                 for branch in branches[1].split(","):
@@ -152,10 +151,23 @@ def executed(text: str) -> dict[str, float]:
                 channel = re.search(r"channel_id=\d+|-done\(.*?\)", inner)
                 if found and channel and channel[0] not in channels:
                     channels.add(channel[0])
-                    totals[found[2]] += times * result_bytes(found[1]) / 1e6
+                    totals[found[2]] += times * result_bytes(found[1])
 
     visit(entry, 1)
     return dict(totals) | {"collective": sum(totals[name] for name in COLLECTIVES.split("|"))}
+
+
+def trips(condition: list[str], body: list[str]) -> int:
+    """Return how often a loop runs that counts from 0 to a constant in constant steps."""
+    head, text = "\n".join(condition), "\n".join(body)
+    constants = re.findall(r"%([\w.-]+) = .* constant\((\d+)\)", f"{head}\n{text}")
+    values = {name: int(value) for name, value in constants}
+    counter, limit = re.search(r"ROOT .* compare\(%([\w.-]+), %([\w.-]+)\)", head).groups()
+    index = int(re.search(rf"%{re.escape(counter)} = .*index=(\d+)", head)[1])
+    carry = re.findall(r"%([\w.-]+)", re.search(r"ROOT .* tuple\((.*?)\)", text)[1])
+    terms = re.search(rf"%{re.escape(carry[index])} = .* add\(%([\w.-]+), %([\w.-]+)\)", text).groups()
+    (step,) = (values[name] for name in terms if name in values)
+    return math.ceil(values[limit] / step)
 
 
 def result_bytes(shapes: str) -> int:
@@ -184,7 +196,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     rows = ["| work | number | attnlab | MaxText | ratio |", "| --- | --- | --- | --- | --- |"]
     for work, result in results.items():
         topology, mesh = WORKS[work].topology, WORKS[work].mesh
-        numbers = {"cycles": "estimated cycles", "peak": "peak bytes", "collective": "collective MB"}
+        numbers = {"cycles": "estimated cycles", "peak": "peak bytes", "collective": "collective bytes"}
         for key, label in numbers.items():
             peer = MAXTEXT.get(work, {}).get(key)
             ratio = f"{result[key] / peer:.3f}" if peer else "–"
@@ -194,7 +206,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
             )
         for name in COLLECTIVES.split("|"):
             if result.get(name):
-                rows.append(f"| {work} | {name} MB | {result[name]:,.0f} | | |")
+                rows.append(f"| {work} | {name} bytes | {result[name]:,.0f} | | |")
         rows.append(f"| {work} | temporary bytes | {result['temporary']:,.0f} | | |")
     return "\n".join(rows)
 
