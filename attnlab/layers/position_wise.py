@@ -118,9 +118,10 @@ def _widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _affine(y: Array, scale: Array, bias: Array | None, dtype) -> Array:
-    """Return y * scale + bias in a dtype; devices add up their gradients of both in this dtype.
+    """Return y * scale + bias in a dtype.
 
-    As for matrices, only the sum over devices is rounded. Each device adds up in the dtype of `y`.
+    On a mesh, each device adds up the gradients of scale and bias in the dtype of `y`, and rounds
+    them to `dtype` before the sum over devices, as with those of matrices.
     """
     affine = _affine_on_mesh if has_rules() and y.dtype != dtype else _plain_affine
     return affine(y, scale, bias, dtype)
