@@ -359,14 +359,12 @@ def finalize(carry, dtype):
 
 
 def _backward(static, residuals, d_outputs):
-    query, key, value, (mask, score, *others), out, lse = residuals
-    d_out, d_lse = d_outputs
+    *arrays, values, out, lse = residuals
+    (d_out, d_lse), (mask, score, *others) = d_outputs, values
     delta = vjp.row_term(out, d_out, d_lse)
-    arrays = query, key, value
-    *grads, d_score = backward_blocks(static, *arrays, (mask, score, *others), d_out, lse, delta)
+    *grads, d_score = backward_blocks(static, *arrays, values, d_out, lse, delta)
     grads = [g.astype(x.dtype) for x, g in zip(arrays, grads, strict=True)]
-    d_score = vjp.finalize(score, d_score)
-    return *grads, vjp.zero_cotangent(mask), d_score, *map(vjp.zero_cotangent, others)
+    return *grads, vjp.zero_cotangent(mask), vjp.finalize(score, d_score), *map(vjp.zero_cotangent, others)
 
 
 def backward_blocks(static, query, key, value, values, d_out, lse, delta):
@@ -412,7 +410,9 @@ def backward_blocks(static, query, key, value, values, d_out, lse, delta):
 
     zeros = [jnp.zeros(jnp.swapaxes(x, 2, 3).shape) for x in (key, value)]
     sums = cast_varying((*zeros, vjp.init(score)), axes)
-    (d_key, d_value, d_score), d_query = blocks.map_q_blocks(queries, sums)
+    sums, d_query = blocks.map_q_blocks(queries, sums)
+    # XLA for CPUs with bfloat16 can merge a product with its transpose, but not compute the result.
+    d_key, d_value, d_score = jax.lax.optimization_barrier(sums)
     return d_query, jnp.swapaxes(d_key, 2, 3), jnp.swapaxes(d_value, 2, 3), d_score
 
 

@@ -98,6 +98,22 @@ def test_steps_of_one_row_have_few_heads(limit, heads, monkeypatch):
     assert seen == [(heads, (2, 6 // heads))]
 
 
+@pytest.mark.parametrize("length", [16, 64])
+def test_bfloat16_gradients_of_one_block(length):
+    """Nothing is added to products of one block, so XLA can merge them with a transpose."""
+    arrays = qkv(1, b=2, t=length, s=length, d=8, dv=4, dtype=jnp.bfloat16)
+
+    def gradients(attention):
+        def loss(*arrays):
+            return jnp.sum(attention(*arrays, mask=causal())[0].astype(jnp.float32) ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+
+    for got, expected in zip(gradients(blockwise), gradients(reference), strict=True):
+        got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("name", ["none", "window", "segments"])
 def test_bfloat16_error_is_at_most_two_roundings(name):
     # The reference rounds once, at the end. `blockwise` also rounds weights and score gradients
