@@ -256,9 +256,7 @@ class _RingState:
         def turn(state, i, steps):
             carry, keys, sums = state
             arrived = send(sums)
-            k, v = _unpack(keys, key)
-            k, v = k.astype(key.dtype), v.astype(value.dtype)
-            carry, own = step(carry, (self.me - i) % self.n, steps, k, v)
+            carry, own = step(carry, (self.me - i) % self.n, steps, *_unpack(keys, key, value))
             return carry, jax.tree.map(jnp.add, arrived, _pack(own))
 
         def rotate(state, i):
@@ -272,7 +270,7 @@ class _RingState:
         if last > 1:
             state, _ = jax.lax.scan(rotate, state, jnp.arange(1, last))
         carry, sums = turn(state, last, range(last, self.n))
-        return carry, _unpack(send(sums), key)
+        return carry, _unpack(send(sums), key, value)
 
 
 def _pack(arrays: tuple[Array, Array] | None) -> Array | None:
@@ -280,9 +278,12 @@ def _pack(arrays: tuple[Array, Array] | None) -> Array | None:
     return None if arrays is None else jnp.concatenate(arrays, axis=-1)
 
 
-def _unpack(packed: Array | None, key: Array):
-    """Return the arrays of `_pack`, in their common dtype; the first is as wide as `key`."""
-    return None if packed is None else jnp.split(packed, [key.shape[-1]], axis=-1)
+def _unpack(packed: Array | None, key: Array, value: Array) -> Any:
+    """Return the arrays of `_pack`, with the widths and dtypes of `key` and `value`."""
+    if packed is None:
+        return None
+    keys, values = jnp.split(packed, [key.shape[-1]], axis=-1)
+    return keys.astype(key.dtype), values.astype(value.dtype)
 
 
 def _blockwise_gradients(query, key, value, d_out, lse, delta, *, mask, score, dropout, **options):

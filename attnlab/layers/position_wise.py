@@ -121,7 +121,8 @@ def _affine(y: Array, scale: Array, bias: Array | None, dtype) -> Array:
     """Return y * scale + bias in a dtype.
 
     On a mesh, each device adds up the gradients of scale and bias in the dtype of `y`, and rounds
-    them to `dtype` before the sum over devices, as with those of matrices.
+    them to `dtype` before the sum over devices, as with those of matrices. There it has gradients
+    of any order, but no forward-mode derivative.
     """
     affine = _affine_on_mesh if has_rules() and y.dtype != dtype else _plain_affine
     return affine(y, scale, bias, dtype)

@@ -410,9 +410,9 @@ def backward_blocks(static, query, key, value, values, d_out, lse, delta):
 
     zeros = [jnp.zeros(jnp.swapaxes(x, 2, 3).shape) for x in (key, value)]
     sums = cast_varying((*zeros, vjp.init(score)), axes)
-    sums, d_query = blocks.map_q_blocks(queries, sums)
+    (d_key, d_value, d_score), d_query = blocks.map_q_blocks(queries, sums)
     # XLA for CPUs with bfloat16 can merge a product with its transpose, but not compute the result.
-    d_key, d_value, d_score = jax.lax.optimization_barrier(sums)
+    d_key, d_value = jax.lax.optimization_barrier((d_key, d_value))
     return d_query, jnp.swapaxes(d_key, 2, 3), jnp.swapaxes(d_value, 2, 3), d_score
 
 
